@@ -306,9 +306,9 @@ class Run:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, self._torch_dtype)
 
-    def seed(self, step, micro_step):
-        """Seeds dropout as a function of (seed, step, micro-batch), never of history, so that a resume is exact."""
-        state = np.random.SeedSequence([self.config['seed'], step, micro_step]).generate_state(1)
+    def seed(self, index):
+        """Seeds dropout as a function of the seed and the micro-batch's number in the whole run, never of history."""
+        state = np.random.SeedSequence([self.config['seed'], index]).generate_state(1)
         torch.manual_seed(int(state[0]))
 
     def to_device(self, *arrays):

@@ -1,10 +1,7 @@
-"""Every promise of README, one short test each. Independent truth: transformers, torch's own modules, hand arithmetic."""
+"""Every promise of README, one short test each; the truth comes from transformers, torch's modules, hand arithmetic."""
 import itertools
 import math
 import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +10,10 @@ import torch
 import torch.nn.functional as F
 
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-import transformers  # noqa: E402
+import transformers
 
-import model as model_file  # noqa: E402
-import runtime  # noqa: E402
-import train  # noqa: E402
-from dataset import TokenData, write_dataset  # noqa: E402
-from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, filter_logits  # noqa: E402
-from tokenizer import Tokenizer, UserError, bytes_tokenizer, get_tokenizer  # noqa: E402
+import model as model_file
+from model import GPT, GPTConfig, KVCache, filter_logits
 
 ROOT = Path(__file__).parent
 torch.set_num_threads(2)

@@ -6,8 +6,8 @@ Pretraining: a language model learns real text by predicting the next token.
     python train.py config/tiny.py --init_from=resume            goes on from out_dir/ckpt.pt
     torchrun --standalone --nproc_per_node=2 train.py config/tiny.py --gradient_accumulation_steps=2
 
-Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), AdamW (arXiv:1711.05101), cosine decay
-with warmup (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395), Muon (arXiv:2502.16982).
+Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), AdamW (arXiv:1711.05101), cosine
+decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395), Muon (arXiv:2502.16982).
 """
 import math
 from contextlib import nullcontext
@@ -49,7 +49,7 @@ min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
 # looking at it
 eval_interval = 250  # steps between evaluations, each with a sample and a checkpoint
-eval_iters = 20  # batches per evaluation and split, the same ones every time; 0 = all of the split
+eval_iters = 20  # batches per evaluation and split, the same ones every time; 0 = as many as the held-out split has
 log_interval = 10  # steps between lines of progress
 sample_start = '\n'  # text that the live sample continues
 sample_tokens = 100  # length of the live sample; 0 = none
@@ -64,7 +64,7 @@ compile = False  # torch.compile: slow to start, then faster
 
 
 def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
-    """The learning rate at a step as a share of its peak: step from 0; warmup and decay in steps; floor = end / peak."""
+    """The learning rate at a step as a share of its peak; warmup and decay in steps; floor = end / peak."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == 'constant':
@@ -75,13 +75,14 @@ def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
 
 
 @torch.no_grad()
-def evaluate(model, data, run, token_bytes):
-    """Loss of the model on fixed windows of one split -> (nats per token, bits per byte), summed over all processes."""
-    starts = data.fixed(eval_iters * batch_size)[run.rank::run.world_size]
+def evaluate(model, data, windows, run, token_bytes):
+    """Loss on evenly spaced windows of a split, the same every time -> (nats per token, bits per byte)."""
+    starts = data.fixed(windows)[run.rank::run.world_size]
     nats = tokens = n_bytes = 0
+    rows = max(batch_size, 4096 // data.block_size)
     model.eval()
-    for i in range(0, len(starts), batch_size):
-        x, y = data.read(starts[i:i + batch_size])
+    for i in range(0, len(starts), rows):
+        x, y = data.read(starts[i:i + rows])
         tokens, n_bytes = tokens + y.size, n_bytes + int(token_bytes[y].sum())
         with run.autocast():
             nats += model(*run.to_device(x, y), reduction='sum').item()
@@ -98,8 +99,8 @@ def main():
         raise UserError('batch_size, gradient_accumulation_steps, max_iters, eval_interval and log_interval start at 1')
     run = runtime.Run(config)
     if gradient_accumulation_steps % run.world_size:
-        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is the number of micro-batches over '
-                        f'all processes: make it a multiple of {run.world_size}')
+        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts the micro-batches of all '
+                        f'processes together: make it a multiple of {run.world_size}')
     micro_steps = gradient_accumulation_steps // run.world_size
 
     # an earlier checkpoint, if this run begins with one
@@ -168,8 +169,9 @@ def main():
         nonlocal best
         clock.pause()
         metrics = {'iter': step}
+        windows = eval_iters * batch_size or len(val_data.fixed(0))
         for split, data in (('train', train_data), ('val', val_data)):
-            metrics[f'{split}/loss'], bpb = evaluate(compiled, data, run, token_bytes)
+            metrics[f'{split}/loss'], bpb = evaluate(compiled, data, windows, run, token_bytes)
         metrics |= {'val/ppl': math.exp(min(99, metrics['val/loss'])), 'val/bpb': bpb, 'seconds': clock.read()}
         run.log(metrics)
         run.say(f'step {step}: train loss {metrics["train/loss"]:.4f}, val loss {metrics["val/loss"]:.4f}, '
@@ -177,7 +179,7 @@ def main():
         if sample_tokens and run.main:
             ids = model.generate([tokenizer.encode(sample_start) or [tokenizer.eot]], sample_tokens, temperature=0.8,
                                  stop_ids=(tokenizer.eot,), seed=seed, vocab_limit=tokenizer.n_vocab)[0]
-            run.sample(step, sample_start + tokenizer.decode(ids))
+            run.sample(step, sample_start + tokenizer.decode([t for t in ids if t != tokenizer.eot]))
         if step:
             state = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
                      'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': run.scaler.state_dict(),

@@ -1,4 +1,4 @@
-"""nanoGPT's recipe for a CPU: a GPT-2 of 0.8 million parameters on tinyshakespeare's characters, 2,000 steps of AdamW."""
+"""nanoGPT's recipe for a CPU: a GPT-2 of 0.8 M parameters on tinyshakespeare's characters, 2,000 steps of AdamW."""
 out_dir = 'out/nanogpt'
 dataset = 'tinyshakespeare'
 batch_size = 12
