@@ -287,7 +287,8 @@ def learn_merges(words, n_tokens):
     """BPE merges: Counter of words -> (tokens, merges), the bytes of each id and the pairs of ids in order of merging.
 
     Again and again the most frequent pair of neighbours becomes one token; of equally frequent pairs, the one with the
-    smallest ids. A token that two different pairs spell has one id. Ends with n_tokens tokens or when no pair is left.
+    smallest ids. Ends with n_tokens tokens or when no pair is left. No two pairs can spell the same token: wherever its
+    bytes stand between two boundaries that no merge has crossed, the same merges have cut them in the same way.
     """
     to_id = bytes(BYTE_ORDER.index(b) for b in range(256))
     # All distinct words in one row of ids with -1 between them; a word's weight is how often it occurs. A merge puts
@@ -300,7 +301,7 @@ def learn_merges(words, n_tokens):
         weight += [n] * (len(ids) + 1)
     places = list(range(len(row)))
     left, right = [0] + places[:-1], places[1:] + [0]
-    where, count = defaultdict(list), {}  # of each pair: places where it was seen (some may be gone), exact count
+    where, count = defaultdict(list), {}  # of each pair: its places from left to right (some may be gone), exact count
     for i, pair in zip(places, zip(row, row[1:], strict=False), strict=False):
         where[pair].append(i)
     for pair in [pair for pair in where if min(pair) < 0]:
@@ -311,23 +312,20 @@ def learn_merges(words, n_tokens):
     heapq.heapify(heap)
 
     tokens, merges = [bytes([b]) for b in BYTE_ORDER], []
-    id_of = {token: i for i, token in enumerate(tokens)}
     while len(tokens) < n_tokens and heap:
         n, pair = heapq.heappop(heap)
-        now = count.get(pair, 0)
-        if now != -n:  # other merges ate into this pair since it was pushed: back in line with what is left
-            if now:
-                heapq.heappush(heap, (-now, pair))
+        if count[pair] != -n:  # other merges ate into this pair since it was pushed: back in line with what is left
+            if count[pair]:
+                heapq.heappush(heap, (-count[pair], pair))
             continue
         a, b = pair
-        new = id_of.setdefault(tokens[a] + tokens[b], len(tokens))
-        if new == len(tokens):
-            tokens.append(tokens[a] + tokens[b])
+        new = len(tokens)
+        tokens.append(tokens[a] + tokens[b])
         merges.append(pair)
         before, after = defaultdict(list), defaultdict(list)  # neighbour -> places of its new pair with `new`
-        for i in sorted(where.pop(pair)):  # from left to right, for runs like 'aaaa'
+        for i in where.pop(pair):
             j = right[i]
-            if row[i] == a and row[j] == b:
+            if row[i] == a and row[j] == b:  # else another merge took it, or in a run like 'aaa' this one
                 h, k = left[i], right[j]
                 before[row[h]].append(h)
                 after[row[k]].append(i)
@@ -336,11 +334,9 @@ def learn_merges(words, n_tokens):
         changes = [((b, c), (new, c), at) for c, at in after.items() if c >= 0]
         changes += [((c, a), (c, new), at) for c, at in before.items() if c >= 0]
         for old, fresh, at in changes:
-            n = sum([weight[i] for i in at])
-            count[old] -= n
-            count[fresh] = count.get(fresh, 0) + n
-            where[fresh] += at
-        del count[pair]
+            count[fresh] = sum([weight[i] for i in at])
+            count[old] -= count[fresh]
+            where[fresh] = at
         for _, fresh, _ in changes:
             if count[fresh]:
                 heapq.heappush(heap, (-count[fresh], fresh))
