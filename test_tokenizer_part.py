@@ -88,7 +88,8 @@ def test_bpe_vocabulary_and_merges_equal_hugging_face(english):
 
 
 def test_bpe_words_are_those_of_the_published_pattern():
-    ascii_text = random_text(1, "aB's'll'RE 12,;!\n\n\r\t\x0b\x1c   _", 200_000)
+    endings = "'s 'S 't 'T 'd 'D 'm 'M 'll 'LL 'lL 'Ll 've 'VE 're 'Re 'l 'v x '".split()
+    ascii_text = random_text(1, [*endings, *"aB'1234,;!\n\n\r\t\x0b\x1c   _"], 150_000)
     mixed = random_text(2, "aZ'sſK 1²٣,\n\r\t\x0b\x1c\x85\xa0\u2028\u3000   éßΩ東e\u0301🙂", 200_000)
     for text in (ascii_text, mixed, ' \n' * 70_000 + ' x', '', UNICODE):
         assert tok._count_words([text], tok.GPT4_PATTERN) == Counter(regex.findall(tok.GPT4_PATTERN, text))
@@ -136,9 +137,16 @@ def test_special_tokens_only_on_request(tokenizers):
         assert '<|pad|>' in tokenizer.decode(tokenizer.encode('x<|pad|>', allow_special=True))
 
 
+def test_the_longest_special_token_wins(tokenizers):
+    d = tokenizers['bytes'].to_dict()
+    tokenizer = Tokenizer.from_dict(d | {'tokens': d['tokens'] + [''], 'special': d['special'] | {'<|pad|>!': 260}})
+    assert tokenizer.encode('<|pad|>!<|pad|>', allow_special=True) == [260, tokenizer.special['<|pad|>']]
+
+
 def test_batch_and_token_bytes(tokenizers, english):
     texts = [english[i:i + 500] for i in range(0, 20_000, 500)] + ['', UNICODE]
     for tokenizer in tokenizers.values():
+        assert tokenizer.encode_batch([b'a\xff', *texts[:2]])[1:] == [tokenizer.encode(t) for t in texts[:2]]
         ids = tokenizer.encode_batch(iter(texts))
         assert ids == [tokenizer.encode(t) for t in texts]
         sizes = tokenizer.token_bytes()

@@ -16,7 +16,6 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import regex
@@ -49,7 +48,8 @@ SPELLING = {b: chr(b if b in PRINTABLE else 256 + rank - len(PRINTABLE)) for ran
 UNSPELL = {char: b for b, char in SPELLING.items()}
 
 # tiktoken dies of a million blanks in a row and knows valid UTF-8 only: such places are cut out before it sees text.
-AWKWARD = re.compile(r'(\s{100000}|[\udc80-\udcff]+)')
+BLANKS = 500_000
+AWKWARD = re.compile(rf'(\s{{{BLANKS}}}|[\udc80-\udcff]+)')
 
 
 def _utf8(text):
@@ -74,7 +74,6 @@ class Tokenizer:
         self.kind, self.name, self.tokens, self.special, self.pattern = kind, name, tokens, special, pattern
         self.n_vocab = len(tokens)
         self.eot = special['<|endoftext|>']
-        self.unk = special.get(UNK)
         self.bytes_of = dict(enumerate(tokens)) | {i: _utf8(s) for s, i in special.items()}
         self.special_regex = re.compile('(' + '|'.join(map(re.escape, sorted(special, key=len, reverse=True))) + ')')
         if kind == 'chars':
@@ -104,7 +103,9 @@ class Tokenizer:
         if self.kind == 'bytes':
             return list(text.encode('utf-8', 'surrogateescape'))
         if self.kind == 'chars':
-            return [self.id_of.get(char, self.unk) for char in text]
+            return [self.id_of.get(char, self.special[UNK]) for char in text]
+        if text.isascii() and len(text) < BLANKS:
+            return self.encoding.encode_ordinary(text)
         ids = []
         for part in AWKWARD.split(text):
             if part and '\udc80' <= part[0] <= '\udcff':
@@ -114,9 +115,11 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts):
-        """An iterable of ordinary texts -> a list of their ids; tiktoken works on all cores at once."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
+        """An iterable of ordinary texts -> a list of their ids; tiktoken's threads where no text needs special care."""
+        texts = list(texts)
+        if self.kind in ('bpe', 'tiktoken') and all(isinstance(t, str) and len(t) < BLANKS for t in texts):
+            return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        return [self.encode(t) for t in texts]
 
     def decode_bytes(self, ids):
         """Ids -> bytes; special tokens come out by their names."""
@@ -140,8 +143,8 @@ class Tokenizer:
     def to_dict(self):
         """Everything, in plain JSON types; bytes are spelled as in GPT-2's files ('Ġ' is a space)."""
         spell = bytes.decode if self.kind == 'chars' else lambda token: ''.join([SPELLING[b] for b in token])
-        head = {'kind': self.kind, 'name': self.name, 'special': self.special}
-        return head | ({'pattern': self.pattern} if self.pattern else {}) | {'tokens': [spell(t) for t in self.tokens]}
+        return {'kind': self.kind, 'name': self.name, 'special': dict(self.special), 'pattern': self.pattern or '',
+                'tokens': [spell(token) for token in self.tokens]}
 
     @staticmethod
     def from_dict(d):
