@@ -1,0 +1,43 @@
+"""
+tinyshakespeare, the 1.1 MB of char-rnn and nanoGPT -> train.bin and val.bin here.
+
+As in nanoGPT: the first 90% of the characters are for training, the rest for validation, the vocabulary is the
+characters of the whole text, and there is no end-of-text token, so that losses compare with published ones.
+
+    python data/tinyshakespeare/prepare.py
+    python data/tinyshakespeare/prepare.py --input=input.txt
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import runtime
+from dataset import check_sha256, fetch_url, write_dataset
+from tokenizer import UserError, get_tokenizer
+
+input = ''  # the text file; empty: fetch it to input.txt here
+tokenizer = 'chars'  # bytes, chars, bpe (trained on the training part) or the name of a tiktoken encoding
+vocab_size = 1024  # of bpe, special tokens included
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+
+def main():
+    runtime.configure(globals())
+    folder = Path(__file__).parent
+    path = Path(input) if input else folder / 'input.txt'
+    if not input and not path.exists():
+        fetch_url(URL, path, sha256=SHA256)
+    if not path.is_file():
+        raise UserError(f'{path}: no such file: give the text of {URL} or no --input')
+    check_sha256(path, SHA256)
+    text = path.read_text()
+    cut = int(len(text) * 0.9)
+    encoder = get_tokenizer(tokenizer, [text if tokenizer == 'chars' else text[:cut]], vocab_size)
+    write_dataset(folder, encoder, {'train': [text[:cut]], 'val': [text[cut:]]}, f'{URL} (sha256 {SHA256})', eot=False)
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
