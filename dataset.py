@@ -6,6 +6,7 @@ with `meta.json` and `tokenizer.json` beside them. Without `meta.json` the shard
 256 int32 (magic 20240520, version 1, number of tokens), then so many uint16 tokens, GPT-2's unless a `tokenizer.json`
 says otherwise.
 """
+import contextlib
 import hashlib
 import http.client
 import json
@@ -77,7 +78,8 @@ def write_dataset(folder, tokenizer, splits, source, eot=True):
         raise UserError(f'{e.filename or folder}: {e.strerror}') from e
     finally:
         for temporary in renames:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     for split, n in meta['splits'].items():
         print(f'{folder / split}.bin: {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["documents"]:,} documents')
     return meta

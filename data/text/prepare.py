@@ -46,10 +46,11 @@ def find_files(paths):
 
 
 def read_rows(path):
-    """Yields (byte offset, text) for every row of a JSONL file that has text."""
+    """Yields (byte offset of its end, text) for every row of a JSONL file that has text."""
     offset = 0
     with open(path, 'rb') as f:
         for number, line in enumerate(f, 1):
+            offset += len(line)
             if line.strip():
                 try:
                     text = json.loads(line)['text']
@@ -59,7 +60,6 @@ def read_rows(path):
                                     f'({type(e).__name__}: {e})') from e
                 if text:
                     yield offset, text
-            offset += len(line)
 
 
 def read_pieces(path, begin, end):
@@ -103,15 +103,15 @@ def find_boundary(path, place):
 def documents(files, split, by_document, boundary):
     """Yields the documents of a split: a str (a row) or the pieces of one (a file).
 
-    by_document: the val_fraction of the documents, evenly spaced, is for validation; else what lies beyond the boundary
-    byte of all files in a row.
+    by_document: the val_fraction of the documents, evenly spaced, is for validation; else what lies beyond boundary, a
+    place in all files one after another.
     """
     index = offset = 0
     for file in files:
         size = file.stat().st_size
         if file.suffix == '.jsonl':
-            for place, text in read_rows(file):
-                val = is_val(index) if by_document else offset + place >= boundary
+            for end, text in read_rows(file):
+                val = is_val(index) if by_document else offset + end > boundary
                 if val == (split == 'val'):
                     yield text
                 index += 1
