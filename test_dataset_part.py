@@ -471,7 +471,10 @@ def test_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch):
     pieces = list(script.read_pieces(path, 0, path.stat().st_size))
     assert ''.join(pieces) == text and len(pieces) > 20 and max(map(len, pieces)) < 400
     bpe = train_bpe([text], 400)
-    assert sum(bpe.encode_batch(pieces), []) == bpe.encode(text)
+    for text in (text, '        if indented:\n            go(on)\n' * 99):
+        path.write_text(text)
+        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+        assert sum(bpe.encode_batch(pieces), []) == bpe.encode(text) and len(pieces) > 15
     for text in ('日本語' * 300, 'ab\n' + '語' * 500 + ' \n' * 50, 'a\r\nb' * 200):  # no line, no space; others
         path.write_text(text, newline='')
         pieces = list(script.read_pieces(path, 0, path.stat().st_size))

@@ -27,7 +27,8 @@ vocab_size = 4096  # of bpe, special tokens included
 val_fraction = 0.1  # share of the documents, or of the bytes, for validation
 
 PIECE = 1 << 17  # bytes read at a time
-CUT = re.compile(rb'\S\r?\n(?=\w)')  # ends of lines where no pattern of GPT-2 or its successors joins what meets there
+# Ends of lines and of words where no split pattern of GPT-2 or its successors joins what meets there.
+LINE_END, WORD_END = re.compile(rb'\S\r?\n(?=\w)'), re.compile(rb'\S(?= \S)')
 
 
 def find_files(paths):
@@ -81,13 +82,13 @@ def read_pieces(path, begin, end):
 
 
 def find_cut(data):
-    """Where to cut data: near its end, after a line, else before a space, else before its last character."""
-    match = CUT.search(data, len(data) * 7 // 8)
-    cut = match.end() if match else data.rfind(b' ')
-    if cut <= 0:
-        cut = len(data) - 1
-        while cut > 1 and data[cut] & 0xC0 == 0x80:  # a byte that continues a character
-            cut -= 1
+    """Where to cut data: near its end, after a line, else after a word, else before its last character."""
+    match = LINE_END.search(data, len(data) * 7 // 8) or WORD_END.search(data, len(data) * 7 // 8)
+    if match:
+        return match.end()
+    cut = len(data) - 1
+    while cut > 1 and data[cut] & 0xC0 == 0x80:  # a byte that continues a character
+        cut -= 1
     return cut
 
 
@@ -96,7 +97,7 @@ def find_boundary(path, place):
     with open(path, 'rb') as f:
         f.seek(min(max(place, 0), path.stat().st_size))
         data = f.read(PIECE) if place > 0 else b''
-        match = CUT.search(data)
+        match = LINE_END.search(data)
         return f.tell() - len(data) + (match.end() if match else re.search(rb'[^\x80-\xbf]|$', data).start())
 
 
