@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 import torch
-from dataset import TokenData, find_dataset
-from tokenizer import UserError, train_bpe
 
 import runtime
+from dataset import TokenData, find_dataset
 from model import GPT
+from tokenizer import UserError, train_bpe
 
 against = ''  # checkout of nanoGPT to compare with
 config = 'config/tinyshakespeare.py'  # mode loss: our side of the comparison
@@ -170,8 +170,9 @@ def bench_sample():
 
 
 def bench_tokenizer():
-    from tokenizer import GPT4_PATTERN
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    from tokenizer import GPT4_PATTERN
     if input:
         text = Path(input).read_text(encoding='utf-8')
     else:

