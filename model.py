@@ -44,7 +44,7 @@ class GPTConfig:
     causal: bool = True  # False: every token sees all others (encoder)
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs
     logit_softcap: float = 0.0  # logits -> cap * tanh(logits / cap); 0 = off
-    init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in)
+    init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in), and 1 for embeddings
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
 
     def __post_init__(self):
@@ -333,7 +333,7 @@ class GPT(nn.Module):
             elif config.zero_init and (into_residual or name == 'head.weight'):
                 p.zero_()
             else:
-                std = config.init_std or p.shape[1] ** -0.5
+                std = config.init_std or (1.0 if name.endswith('emb.weight') else p.shape[1] ** -0.5)
                 p.normal_(0.0, std / math.sqrt(2 * config.n_layer) if into_residual else std)
 
     def hidden(self, idx, positions=None, mask=None, cache=None):

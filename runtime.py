@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenizer import UserError
 
@@ -255,11 +256,15 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """'auto' -> bfloat16 on a GPU that has it, else float16; float32 elsewhere. Returns (name, torch dtype)."""
+    """'auto' -> 16 bits where the device multiplies them faster, else float32. Returns (name, torch dtype)."""
     dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
     if name == 'auto':
-        cuda = device.startswith('cuda')
-        name = 'float32' if not cuda else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        name = 'float32'
+        if device.startswith('cuda'):
+            name = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        elif device == 'cpu' and hasattr(torch.cpu, 'get_capabilities'):
+            found = torch.cpu.get_capabilities()
+            name = 'bfloat16' if found.get('avx512_bf16') or found.get('amx_bf16') else 'float32'
     if name not in dtypes:
         raise UserError(f'dtype={name!r} is not one of auto, {", ".join(dtypes)}')
     return name, dtypes[name]
@@ -301,11 +306,15 @@ class Run:
         torch.manual_seed(config['seed'])  # the same initial weights in every process
         self.stop, self.last, self._wandb, self._tensorboard, self._line = 0, {}, None, None, False
 
-    def autocast(self):
-        """The context for forward passes: 16-bit where dtype asks for it."""
-        if self.dtype == 'float32':
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, self._torch_dtype)
+    def autocast(self, T):
+        """The context for forward passes over rows of T tokens: 16-bit matrix products where dtype asks for it."""
+        stack = contextlib.ExitStack()
+        if self.dtype != 'float32':
+            stack.enter_context(torch.autocast(self.device_type, self._torch_dtype))
+        if self.device_type == 'cpu' and T <= 128:
+            # the fused attention kernel is made for long rows: up to here plain matrix products are faster on a CPU
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return stack
 
     def seed(self, index):
         """Seeds dropout as a function of the seed and the micro-batch's number in the whole run, never of history."""

@@ -27,7 +27,7 @@ min_p = 0.0  # draw from tokens at least this likely relative to the likeliest; 
 repetition_penalty = 1.0  # above 1: tokens that are already there become less likely
 seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits on a GPU, float32 elsewhere
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
 
 
 def read_start(text):

@@ -1472,6 +1472,7 @@ def test_help_prints_every_knob_with_its_comment(run_stage):
     (['--dtype=int8'], 'dtype'),
     (['--device=warp'], "device='warp'"),
     (['--batch_size=0'], 'batch_size'),
+    (['--learning_rate=0'], 'learning_rate'),
     (['--dropout=1.5'], 'dropout'),
     (['--mlp=gelo'], 'mlp'),
 ], ids=lambda a: str(a[0]) if isinstance(a, list) else '')

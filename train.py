@@ -59,7 +59,7 @@ wandb_project = 'flatgpt'  # its project
 wandb_run_name = 'train'  # its name for this run
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits on a GPU, float32 elsewhere
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
 compile = False  # torch.compile: slow to start, then faster
 
 
@@ -84,7 +84,7 @@ def evaluate(model, data, windows, run, token_bytes):
     for i in range(0, len(starts), rows):
         x, y = data.read(starts[i:i + rows])
         tokens, n_bytes = tokens + y.size, n_bytes + int(token_bytes[y].sum())
-        with run.autocast():
+        with run.autocast(data.block_size):
             nats += model(*run.to_device(x, y), reduction='sum').item()
     model.train()
     nats, tokens, n_bytes = run.sum(nats, tokens, n_bytes)
@@ -97,6 +97,8 @@ def main():
         raise UserError(f"lr_schedule={lr_schedule!r} is not one of 'cosine', 'linear', 'wsd', 'constant'")
     if min(batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval) < 1:
         raise UserError('batch_size, gradient_accumulation_steps, max_iters, eval_interval and log_interval start at 1')
+    if learning_rate <= 0 or min(embed_lr, muon_lr, min_lr, eval_iters, warmup_iters, lr_decay_iters, grad_clip) < 0:
+        raise UserError('learning_rate must be positive, and no rate, number of steps or limit negative')
     run = runtime.Run(config)
     if gradient_accumulation_steps % run.world_size:
         raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts the micro-batches of all '
@@ -211,7 +213,7 @@ def main():
             run.seed(index)
             last = micro_step == micro_steps - 1  # gradients travel between processes once a step
             with nullcontext() if last or run.world_size == 1 else forward.no_sync():
-                with run.autocast():
+                with run.autocast(block_size):
                     micro_loss = forward(x, y) / micro_steps
                 run.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()

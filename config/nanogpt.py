@@ -17,6 +17,7 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.99
 grad_clip = 1.0
+dtype = 'float32'
 
 eval_interval = 250
 eval_iters = 0

@@ -10,6 +10,7 @@ are so many, else the end of the text.
     python data/text/prepare.py --input=notes/ --input=more.jsonl --name=notes --vocab_size=8192
 """
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ LINE_END, WORD_END = re.compile(rb'\S\r?\n(?=\w)'), re.compile(rb'\S(?= \S)')
 
 
 def find_files(paths):
-    """All files below paths; UserError for one that is missing or empty."""
+    """All files below paths; UserError for one that is missing, empty or not to be read."""
     files = []
     for path in map(Path, paths):
         inside = path.rglob('*') if path.is_dir() else [path]
@@ -41,6 +42,8 @@ def find_files(paths):
             raise UserError(f'{path}: ' + ('no files in this folder' if path.is_dir() else 'no such file or folder'))
         files += found
     for file in files:
+        if not os.access(file, os.R_OK):
+            raise UserError(f'{file}: no permission to read it')
         if not file.stat().st_size:
             raise UserError(f'{file}: the file is empty: leave it out or put text into it')
     return files

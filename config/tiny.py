@@ -1,0 +1,35 @@
+"""Shakespeare in two minutes on two cores: a modern recipe on the complete works."""
+out_dir = 'out/tiny'
+dataset = 'shakespeare'
+batch_size = 16
+block_size = 128
+
+n_layer = 4
+n_head = 3
+n_embd = 192
+pos = 'rope'
+norm = 'rmsnorm'
+norm_affine = False
+qk_norm = True
+mlp = 'relu2'
+bias = False
+tie_weights = False
+attn_scale = 0.12
+logit_softcap = 15.0
+init_std = 0.0
+zero_init = True
+
+max_iters = 1000
+optimizer = 'muon'
+muon_lr = 0.02
+learning_rate = 3e-3
+embed_lr = 9e-3
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 0.0
+lr_schedule = 'wsd'
+warmup_iters = 20
+
+eval_interval = 250
+eval_iters = 20

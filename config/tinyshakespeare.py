@@ -1,0 +1,35 @@
+"""A modern recipe on tinyshakespeare's characters, at the size of config/nanogpt.py: its loss in a fraction of its time."""
+out_dir = 'out/tinyshakespeare'
+dataset = 'tinyshakespeare'
+batch_size = 12
+block_size = 64
+
+n_layer = 4
+n_head = 2
+n_embd = 128
+pos = 'rope'
+norm = 'rmsnorm'
+norm_affine = False
+qk_norm = True
+mlp = 'relu2'
+bias = False
+tie_weights = False
+attn_scale = 0.18
+logit_softcap = 15.0
+init_std = 0.0
+zero_init = True
+
+max_iters = 340
+optimizer = 'muon'
+muon_lr = 0.02
+learning_rate = 3e-3
+embed_lr = 9e-3
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 0.0
+lr_schedule = 'wsd'
+warmup_iters = 20
+
+eval_interval = 170
+eval_iters = 0
