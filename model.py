@@ -92,23 +92,23 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
-def rope_table(positions, head_dim, theta):
-    """Cosines and sines of the rotary angles: positions (…,) -> two (…, head_dim / 2) float32 (arXiv:2104.09864)."""
-    freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions.float()[..., None] * freqs
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + D/2]) of x (B, H, T, D), the half-split convention of Llama checkpoints."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+def angles(positions, dim, theta):
+    """positions (…,) -> (…, dim / 2) float32: each times theta^(-2i / dim), the wavelengths of arXiv:1706.03762."""
+    return positions.float()[..., None] * theta ** (-torch.arange(0, dim, 2, device=positions.device).float() / dim)
 
 
 def sinusoidal(positions, dim):
     """The sines (even columns) and cosines (odd) of section 3.5 of arXiv:1706.03762: (…,) -> (…, dim) float32."""
-    cos, sin = rope_table(positions, dim, 10000.0)
-    return torch.stack((sin, cos), dim=-1).flatten(-2)
+    a = angles(positions, dim, 10000.0)
+    return torch.stack((a.sin(), a.cos()), dim=-1).flatten(-2)
+
+
+def apply_rope(x, cos, sin):
+    """Rotates the pairs (x[i], x[i + D/2]) of x (B, H, T, D), the half-split convention of Llama (arXiv:2104.09864).
+
+    cos (…, T, D) and sin (…, T, D) hold each pair's value twice, the sine negative in the first half.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -133,11 +133,12 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
+            rope = [table.type_as(q) for table in rope]
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale,
+            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None and T > 1, scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
@@ -183,7 +184,9 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # the loss, without ever holding all logits in float32
 
-CHUNK = 1 << 24  # float32 logits held at a time: 64 MB
+def chunk_rows(vocab_size, device_type):
+    """Rows of logits held at a time: 4 MB in a CPU's cache, 256 MB on a GPU, but enough for an efficient product."""
+    return max(256, (1 << 20 if device_type == 'cpu' else 1 << 26) // vocab_size)
 
 
 def _softcap(logits, cap):
@@ -221,7 +224,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def walk(h, w, targets, cap, g, losses):
         """Fills losses (N,) where given; returns gradients of sum(g * loss) for h and w where g (N,) is given."""
         dh, dw = (torch.empty_like(h), torch.zeros_like(w, dtype=torch.float32)) if g is not None else (None, None)
-        rows = max(1, CHUNK // len(w))
+        rows = chunk_rows(len(w), h.device.type)
         for i in range(0, len(h), rows):
             hc, tc = h[i:i + rows], targets[i:i + rows]
             logits = _softcap((hc @ w.T).float(), cap)
@@ -256,7 +259,7 @@ class KVCache:
         self.lengths = [0] * batch
 
     def begin(self, T):
-        """Before a forward over T new tokens per row: returns (positions (B, T) or None, mask or None)."""
+        """Before a forward over T new tokens per row: their (positions, mask), None where the default is right."""
         self.layer, self.T, self.end = 0, T, max(self.lengths) + T
         self.uniform = min(self.lengths) == max(self.lengths)
         if self.end == T:
@@ -264,7 +267,7 @@ class KVCache:
         device = self.kv.device
         self.positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)
         if self.uniform and T == 1:
-            return self.positions, torch.ones(1, 1, 1, self.end, dtype=torch.bool, device=device)
+            return self.positions, None  # one new token per row, and it sees everything
         return self.positions, (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
 
     def update(self, k, v):
@@ -317,9 +320,9 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
         if config.pos == 'rope':  # a table, not weights: made anew at loading
-            cos, sin = rope_table(torch.arange(config.block_size), config.head_dim, config.rope_theta)
-            self.register_buffer('rope_cos', cos, persistent=False)
-            self.register_buffer('rope_sin', sin, persistent=False)
+            a = angles(torch.arange(config.block_size), config.head_dim, config.rope_theta)
+            self.register_buffer('rope_cos', torch.cat((a.cos(), a.cos()), -1), persistent=False)
+            self.register_buffer('rope_sin', torch.cat((-a.sin(), a.sin()), -1), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -360,7 +363,7 @@ class GPT(nn.Module):
         elif config.pos == 'rope':
             if positions is None:
                 rope = self.rope_cos[:T], self.rope_sin[:T]
-            else:  # (B, T) -> (B, 1, T, D/2), the same for every head
+            else:  # (B, T) -> (B, 1, T, D), the same for every head
                 rope = self.rope_cos[positions].unsqueeze(-3), self.rope_sin[positions].unsqueeze(-3)
         x = self.drop(x)
         for block in self.blocks:
@@ -379,11 +382,7 @@ class GPT(nn.Module):
         hidden = self.hidden(idx, positions, mask)
         if targets is None:
             return self.logits(hidden)
-        flat, V = targets.flatten(), self.config.vocab_size
-        if flat.numel() * V <= CHUNK:
-            losses = F.cross_entropy(self.logits(hidden).view(-1, V), flat, ignore_index=-100, reduction=reduction)
-            return losses.view_as(targets) if reduction == 'none' else losses
-        h, w, device_type = hidden.flatten(0, 1), self.head.weight, idx.device.type
+        h, w, flat, device_type = hidden.flatten(0, 1), self.head.weight, targets.flatten(), idx.device.type
         if torch.is_autocast_enabled(device_type):  # autocast does not reach inside a custom function
             h, w = (t.to(torch.get_autocast_dtype(device_type)) for t in (h, w))
         losses = LinearCrossEntropy.apply(h, w, flat, self.config.logit_softcap, reduction == 'none')

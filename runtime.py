@@ -7,6 +7,7 @@ A stage's knobs are its plain module globals; the comment beside each is its hel
 """
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -282,6 +283,17 @@ def peak_memory_mb(device='cpu'):
     return usage / (2 ** 20 if sys.platform == 'darwin' else 1024)
 
 
+def keep_freed_memory():
+    """Tells glibc to keep freed memory instead of returning it to the system, which hands it back page by page.
+
+    Training frees and takes the same big tensors at every step: without this a fifth of a step is page faults.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library manages as it likes
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
 class Run:
     """One run of a stage: its place among the processes, its precision, its directory and what it tells the world.
 
@@ -302,6 +314,8 @@ class Run:
         self.device_type = self.device.split(':')[0]
         self.dtype, self._torch_dtype = pick_dtype(config['dtype'], self.device)
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == 'float16')
+        if self.device_type == 'cpu':
+            keep_freed_memory()
         torch.set_float32_matmul_precision('high')  # TF32 where the device has it
         torch.manual_seed(config['seed'])  # the same initial weights in every process
         self.stop, self.last, self._wandb, self._tensorboard, self._line = 0, {}, None, None, False
