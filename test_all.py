@@ -366,6 +366,24 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5) if p.ndim >= 2 else before[name])
 
 
+def test_muon_turns_block_matrices_and_adamw_the_rest():
+    model = tiny()
+    adamw, muon = model.configure_optimizers('muon', 0.01, embed_lr=0.03, muon_lr=0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    of_muon = {names[id(p)] for group in muon.param_groups for p in group['params']}
+    matrices = ('attn.qkv', 'attn.proj', 'mlp.up', 'mlp.down')
+    assert of_muon == {f'blocks.{i}.{name}.weight' for i in (0, 1) for name in matrices}
+    of_adamw = [names[id(p)] for group in adamw.param_groups for p in group['params']]
+    assert sorted([*of_muon, *of_adamw]) == sorted(names.values())
+    peaks = {names[id(p)]: group['peak_lr'] for group in adamw.param_groups for p in group['params']}
+    assert peaks['tok_emb.weight'] == 0.03 and peaks['pos_emb.weight'] == 0.01
+    before = model.blocks[0].mlp.up.weight.detach().clone()
+    model(ids(4, 24), ids(4, 24, seed=1)).backward()
+    muon.step()
+    update = (before - model.blocks[0].mlp.up.weight.detach()) / (0.1 * math.sqrt(128 / 32))
+    assert 0.3 < torch.linalg.svdvals(update).min() and torch.linalg.svdvals(update).max() < 1.4  # nearly orthogonal
+
+
 def test_flops_equal_torch_counter():
     from torch.utils.flop_counter import FlopCounterMode
     model = tiny(n_kv_head=2, mlp='swiglu', tie_weights=False)
@@ -1383,12 +1401,14 @@ def test_learning_rate_schedules_by_hand():
     assert wsd == pytest.approx([1, 1, 1, 0.5, 0])
 
 
-def test_bfloat16_trains_close_to_float32(run_stage, text_data):
+def test_16_bits_train_close_to_float32(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=40', '--eval_interval=40', '--learning_rate=3e-3']
-    for dtype in ('float32', 'bfloat16'):
+    losses = []
+    for dtype in ('float32', 'bfloat16', 'float16'):
         assert run_stage('train', *args, f'--dtype={dtype}', f'--out_dir={dtype}')[0] == 0
-    a, b = (rows_of(dtype)[-1]['val/loss'] for dtype in ('float32', 'bfloat16'))
-    assert a != b and a == pytest.approx(b, abs=0.05)
+        losses.append(rows_of(dtype)[-1]['val/loss'])
+    assert len(set(losses)) == 3 and losses == pytest.approx([losses[0]] * 3, abs=0.05)
+    assert torch.load('float16/ckpt.pt', weights_only=True)['scaler']['scale'] > 0
 
 
 def test_wandb_hears_every_metric(run_stage, text_data, monkeypatch):

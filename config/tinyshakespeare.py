@@ -1,4 +1,4 @@
-"""A modern recipe on tinyshakespeare's characters, at the size of config/nanogpt.py: its loss in a fraction of its time."""
+"""A modern recipe at the size and on the text of config/nanogpt.py: its final loss in a fraction of its time."""
 out_dir = 'out/tinyshakespeare'
 dataset = 'tinyshakespeare'
 batch_size = 12
