@@ -1,12 +1,12 @@
 """Shakespeare in two minutes on two cores: a modern recipe on the complete works."""
 out_dir = 'out/tiny'
 dataset = 'shakespeare'
-batch_size = 16
-block_size = 128
+batch_size = 8
+block_size = 256
 
 n_layer = 4
-n_head = 3
-n_embd = 192
+n_head = 2
+n_embd = 128
 pos = 'rope'
 norm = 'rmsnorm'
 norm_affine = False
@@ -19,7 +19,7 @@ logit_softcap = 15.0
 init_std = 0.0
 zero_init = True
 
-max_iters = 1000
+max_iters = 900
 optimizer = 'muon'
 muon_lr = 0.02
 learning_rate = 3e-3
@@ -31,5 +31,5 @@ grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 20
 
-eval_interval = 250
+eval_interval = 180
 eval_iters = 20

