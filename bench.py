@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import runtime
@@ -35,7 +36,7 @@ repeats = 3  # runs of each side; in mode loss each with a seed of its own
 max_iters = 300  # mode train: steps per run
 max_new_tokens = 256  # mode sample: tokens per text
 vocab_size = 4096  # mode tokenizer: size of the vocabulary to train
-input = ''  # mode tokenizer: text file; default: the training text of data/shakespeare
+input = ''  # mode tokenizer: text file; default: the works of data/shakespeare
 out_dir = 'out/bench'  # where the results and our runs go
 device = 'auto'  # 'cpu', 'cuda'; auto = the best there is
 
@@ -176,8 +177,8 @@ def bench_tokenizer():
     if input:
         text = Path(input).read_text(encoding='utf-8')
     else:
-        data = TokenData(find_dataset('shakespeare'), 'train', 1)
-        text = data.tokenizer.decode(data.read_all())
+        splits = [TokenData(find_dataset('shakespeare'), split, 1) for split in ('train', 'val')]
+        text = ''.join(s.tokenizer.decode(s.read(np.arange(s.n_tokens - 1))[0][:, 0]) for s in splits)
     megabytes, rows = len(text.encode()) / 1e6, []
     for _ in range(repeats):
         began = time.perf_counter()

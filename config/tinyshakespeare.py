@@ -19,7 +19,7 @@ logit_softcap = 15.0
 init_std = 0.0
 zero_init = True
 
-max_iters = 320
+max_iters = 340
 optimizer = 'muon'
 muon_lr = 0.02
 learning_rate = 3e-3
@@ -31,5 +31,5 @@ grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 20
 
-eval_interval = 160
+eval_interval = 170
 eval_iters = 0
