@@ -135,7 +135,7 @@ def pairs(run_a, run_b):
 
 
 def bench_train():
-    results = pairs(lambda seed: our_run('config/nanogpt.py', seed, f'--max_iters={max_iters}', '--log_interval=1',
+    results = pairs(lambda seed: our_run('config/nanogpt.py', seed, f'--max_iters={max_iters}',
                                          f'--eval_interval={max_iters}', '--eval_iters=1'),
                     lambda seed: nanogpt_run(seed, max_iters))
     ratios = [nano['ms'] / ours['ms'] for ours, nano in results]
@@ -206,9 +206,11 @@ MODES = {'train': bench_train, 'loss': bench_loss, 'sample': bench_sample, 'toke
 def main():
     global device
     mode = sys.argv[1] if len(sys.argv) > 1 else ''
-    if mode not in MODES and not mode.startswith('-'):
+    runtime.configure(globals(), argv=sys.argv[2 if mode in MODES else 1:])  # --help needs no mode
+    if mode not in MODES:
         raise UserError(f'the first argument is a mode: {", ".join(MODES)}')
-    runtime.configure(globals(), argv=sys.argv[1:] if mode.startswith('-') else sys.argv[2:])
+    if repeats < 1:
+        raise UserError('repeats starts at 1')
     device = runtime.pick_device(device)
     if mode in ('train', 'loss'):
         find_dataset('tinyshakespeare')

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 class GPTConfig:
     """The defaults are GPT-2 124M. Raises ValueError with one sentence when values cannot go together."""
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # number of token ids; 0 in a stage means: take it from the tokenizer
+    vocab_size: int = 50257  # number of token ids; a stage takes the tokenizer's unless it is told
     n_layer: int = 12  # number of transformer blocks
     n_head: int = 12  # query heads per block
     n_kv_head: int = 0  # key/value heads: 0 = n_head (multi-head), 1 = multi-query, between = grouped-query
@@ -201,11 +201,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, w, targets, cap, per_token):
-        """h (N, C), w (V, C), targets (N,) with -100 to skip -> losses (N,) float32, or their sum."""
+    def forward(ctx, h, w, targets, cap, per_token, learning):
+        """h (N, C), w (V, C), targets (N,) with -100 to skip -> losses (N,) float32, or their sum.
+
+        cap: of the logits, 0 = none. learning: whether a backward may follow.
+        """
         losses = torch.zeros(len(h), dtype=torch.float32, device=h.device)
         ones = losses.new_ones(len(h))
-        grads_now = not per_token and any(ctx.needs_input_grad[:2])
+        grads_now = learning and not per_token
         dh, dw = LinearCrossEntropy.walk(h, w, targets, cap, ones if grads_now else None, losses)
         ctx.cap, ctx.per_token = cap, per_token
         ctx.save_for_backward(*((h, w, targets) if per_token else (dh, dw)))
@@ -216,9 +219,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.per_token:
             h, w, targets = ctx.saved_tensors
             dh, dw = LinearCrossEntropy.walk(h, w, targets, ctx.cap, g, None)
-            return dh, dw.to(w.dtype), None, None, None
-        dh, dw = ctx.saved_tensors
-        return dh * g.to(dh.dtype), (dw * g).to(dh.dtype), None, None, None
+        else:
+            dh, dw = ctx.saved_tensors
+            dh, dw = dh * g, dw * g
+        return dh, dw.to(dh.dtype), None, None, None, None
 
     @staticmethod
     def walk(h, w, targets, cap, g, losses):
@@ -241,6 +245,30 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dh[i:i + rows] = d @ w
                 dw += d.T @ hc
         return dh, dw
+
+
+class Optimizers(list):
+    """Several torch optimizers that step as one, also for a GradScaler, which then skips all of them or none."""
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self]
+
+    def load_moments(self, saved):
+        """Takes the moments of a `state_dict`; rates, decays and betas stay those of today."""
+        for optimizer, old in zip(self, saved, strict=True):
+            optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,6 +335,7 @@ def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
 # ----------------------------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
+    """The model of a GPTConfig: a trunk of blocks between an embedding and a head; see the top of this file."""
 
     def __init__(self, config):
         super().__init__()
@@ -383,9 +412,13 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         h, w, flat, device_type = hidden.flatten(0, 1), self.head.weight, targets.flatten(), idx.device.type
+        if len(h) <= chunk_rows(len(w), device_type):  # a single chunk
+            losses = F.cross_entropy(self.logits(h), flat, ignore_index=-100, reduction=reduction)
+            return losses.view_as(targets) if reduction == 'none' else losses
         if torch.is_autocast_enabled(device_type):  # autocast does not reach inside a custom function
             h, w = (t.to(torch.get_autocast_dtype(device_type)) for t in (h, w))
-        losses = LinearCrossEntropy.apply(h, w, flat, self.config.logit_softcap, reduction == 'none')
+        learning = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+        losses = LinearCrossEntropy.apply(h, w, flat, self.config.logit_softcap, reduction == 'none', learning)
         if reduction == 'mean':
             return losses / (flat != -100).sum()
         return losses.view_as(targets) if reduction == 'none' else losses
@@ -414,7 +447,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, optimizer='adamw', learning_rate=6e-4, weight_decay=0.1, betas=(0.9, 0.95),
                              embed_lr=0.0, muon_lr=0.02, muon_momentum=0.95):
-        """A list of torch optimizers; each group carries its `peak_lr`, which a schedule scales.
+        """Torch optimizers that step as one; each of their groups carries its `peak_lr`, which a schedule scales.
 
         'adamw': weight decay on matrices only. 'muon': the matrices of the blocks by Muon (arXiv:2502.16982), the rest
         by AdamW. embed_lr: peak for the token embedding, 0 = learning_rate. ValueError for another name.
@@ -435,18 +468,15 @@ class GPT(nn.Module):
         fused = self.tok_emb.weight.device.type in ('cuda', 'cpu')
         optimizers = [torch.optim.AdamW(groups, betas=betas, fused=fused)]
         if hidden:
-            optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, momentum=muon_momentum, weight_decay=0.0))
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group['peak_lr'] = group['lr']
+            optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
+        optimizers = Optimizers(optimizers)
+        for group in optimizers.param_groups:
+            group['peak_lr'] = group['lr']
         return optimizers
 
-    def num_params(self, embeddings=True):
-        """Number of parameters, with or without the token and position embeddings (a tied head counts as one)."""
-        n = sum(p.numel() for p in self.parameters())
-        if not embeddings:
-            n -= self.tok_emb.weight.numel() + (self.pos_emb.weight.numel() if self.pos_emb is not None else 0)
-        return n
+    def num_params(self):
+        """Number of parameters; a head tied to the embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
         """Multiply-adds x 2, forward and backward, per token at context T: 6 N + 12 L H D T (arXiv:2204.02311, B)."""
@@ -472,6 +502,8 @@ class GPT(nn.Module):
                stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True):
         """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
         check_prompts(prompts, self.config)
+        if num_samples < 1 or max_new_tokens < 0:
+            raise ValueError('num_samples starts at 1 and max_new_tokens at 0')
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
             raise ValueError('sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1 and '
                              'repetition_penalty > 0')
@@ -497,7 +529,7 @@ class GPT(nn.Module):
                 # where every window begins at position 0. One pass over 3/4 T buys T/4 tokens.
                 for r in rows:
                     if len(texts[r]) - start[r] > block:
-                        start[r] = len(texts[r]) - block * 3 // 4
+                        start[r] = len(texts[r]) - max(1, block * 3 // 4)
                 repeat = shared if step == 0 else 1  # at first the samples of a prompt share one pass over it
                 contexts = [texts[r][start[r]:] for r in rows[::repeat]]
                 if use_cache:
@@ -514,7 +546,7 @@ class GPT(nn.Module):
                 logits = self.logits(self.hidden(last, cache=cache)[:, -1])
                 cache.lengths = [n + 1 for n in cache.lengths]
             if vocab_limit:
-                logits[:, vocab_limit:] = -math.inf
+                logits = logits[:, :vocab_limit]
             # one uniform number per original row and step: a row's sample does not depend on when others finish
             u = torch.rand(n_rows, generator=generator, device=device)[rows]
             ids, logprobs = sample(logits, [texts[r] for r in rows], u, *sampling)

@@ -69,12 +69,16 @@ def _convert(key, value, default, where):
         if isinstance(value, bool):
             return value
     elif isinstance(default, (int, float)):
-        with contextlib.suppress(ValueError):
-            number = float(value) if not isinstance(value, bool) else math.nan
-            if isinstance(default, float) and not math.isnan(number):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            if isinstance(value, bool):
+                raise ValueError
+            number = float(value)
+            if isinstance(default, float) and math.isfinite(number):
                 return number
-            if number == int(number) if math.isfinite(number) else False:
-                return int(value) if text and value.lstrip('+-').replace('_', '').isdigit() else int(number)
+            if isinstance(default, int) and number == int(number):
+                with contextlib.suppress(ValueError):
+                    return int(value)  # exact, however many digits
+                return int(number)  # 1e6
     elif isinstance(default, str):
         if text:
             return value
@@ -172,6 +176,9 @@ def cli(main):
     except UserError as error:
         print(f'\nerror: {error}' if sys.stdout.isatty() else f'error: {error}', file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print()
+        raise SystemExit(130) from None
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -226,6 +233,8 @@ def load_checkpoint(path, map_location='cpu'):
     missing = [k for k in ('model', 'model_args', 'tokenizer', 'iter') if not isinstance(state, dict) or k not in state]
     if missing:
         raise UserError(f'{path}: not a checkpoint of this project (no {missing[0]!r} in it)')
+    if not (isinstance(state['model'], dict) and isinstance(state['model_args'], dict)):
+        raise UserError(f"{path}: not a checkpoint of this project ('model' and 'model_args' must be dicts)")
     return state
 
 
@@ -309,7 +318,7 @@ class Run:
             if device == 'cuda':
                 device = f'cuda:{os.environ["LOCAL_RANK"]}'
                 torch.cuda.set_device(device)
-            dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
         self.device = pick_device(device)
         self.device_type = self.device.split(':')[0]
         self.dtype, self._torch_dtype = pick_dtype(config['dtype'], self.device)
@@ -319,15 +328,16 @@ class Run:
         torch.set_float32_matmul_precision('high')  # TF32 where the device has it
         torch.manual_seed(config['seed'])  # the same initial weights in every process
         self.stop, self.last, self._wandb, self._tensorboard, self._line = 0, {}, None, None, False
+        self.began = time.perf_counter()
 
     def autocast(self, T):
         """The context for forward passes over rows of T tokens: 16-bit matrix products where dtype asks for it."""
         stack = contextlib.ExitStack()
         if self.dtype != 'float32':
             stack.enter_context(torch.autocast(self.device_type, self._torch_dtype))
-        if self.device_type == 'cpu' and T <= 128:
-            # the fused attention kernel is made for long rows: up to here plain matrix products are faster on a CPU
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.device_type == 'cpu' and T <= 128:
+                # the fused attention kernel is made for long rows: up to here plain products in 16 bits are faster
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
 
     def seed(self, index):
@@ -349,15 +359,36 @@ class Run:
             dist.all_reduce(total)
         return total.tolist()
 
-    def barrier(self):
+    def on_main(self, work):
+        """Calls work() in rank 0 while the others wait; its UserError is raised in all of them."""
+        error = [None]
+        if self.main:
+            try:
+                work()
+            except UserError as e:
+                error = [str(e)]
         if self.world_size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(error)
+        if error[0]:
+            raise UserError(error[0])
 
     def open(self, fresh):
         """Makes the run's directory ready and starts the loggers; fresh: an earlier run there is moved aside first."""
-        if self.main:
+        def work():
+            if self.config['wandb_log']:
+                import wandb
+                try:
+                    self._wandb = wandb.init(project=self.config['wandb_project'], config=self.config,
+                                             name=self.config['wandb_run_name'])
+                except wandb.Error as error:
+                    raise UserError(f'wandb_log=True: {str(error).splitlines()[0]}') from None
+            if self.config['tensorboard_log']:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    raise UserError('tensorboard_log=True needs TensorBoard: pip install tensorboard') from None
             try:
-                if fresh and (self.out_dir / 'ckpt.pt').exists():
+                if fresh and any((self.out_dir / name).exists() for name in ('ckpt.pt', 'best.pt')):
                     n = next(n for n in range(1, 10 ** 6) if not Path(f'{self.out_dir}.{n}').exists())
                     shutil.move(self.out_dir, f'{self.out_dir}.{n}')
                     self.say(f'moved the earlier run in {self.out_dir} to {self.out_dir}.{n}')
@@ -369,36 +400,30 @@ class Run:
                         (self.out_dir / name).unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f'out_dir={self.out_dir}: cannot write there ({error.strerror})') from None
-            if self.config['wandb_log']:
-                import wandb
-                self._wandb = wandb.init(project=self.config['wandb_project'], name=self.config['wandb_run_name'],
-                                         config=self.config, dir=self.out_dir)
             if self.config['tensorboard_log']:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    raise UserError('tensorboard_log=True needs TensorBoard: pip install tensorboard') from None
                 self._tensorboard = SummaryWriter(self.out_dir / 'tensorboard')
-        self.barrier()
+        self.on_main(work)
 
     def rewind(self, step):
         """Drops what an interrupted run logged after its last checkpoint, so that no row of metrics occurs twice."""
         path = self.out_dir / 'metrics.jsonl'
         if self.main and path.exists():
-            rows = [row for row in path.read_text().splitlines(keepends=True) if row.endswith('\n')]
-            keep = [row for row in rows if json.loads(row).get('iter', 0) <= step]
+            keep = []
+            for row in path.read_text().splitlines(keepends=True):
+                with contextlib.suppress(ValueError):  # the last line may be cut short
+                    if json.loads(row)['iter'] <= step:
+                        keep.append(row)
+                        self.last |= json.loads(row)
             write_atomic(path, lambda file: file.write(''.join(keep).encode()))
-            for row in keep:
-                self.last |= json.loads(row)
 
     def log(self, metrics):
         """Appends a row to metrics.jsonl and passes it to wandb and TensorBoard; numbers by DESIGN's names."""
         if not self.main:
             return
         metrics = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in metrics.items()}
-        self.last |= metrics
         # a value that JSON has no spelling for (nan, inf) becomes null
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self.last |= row
         with open(self.out_dir / 'metrics.jsonl', 'a', encoding='utf-8') as file:
             file.write(json.dumps(row) + '\n')
         if self._wandb:
@@ -439,27 +464,30 @@ class Run:
 
     def stopping(self):
         """The signal that asks for an end, or 0, the same in every process."""
-        if self.world_size > 1:
-            flag = torch.tensor(self.stop, device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.stop = int(flag)
-        return self.stop
+        if self.world_size == 1:
+            return self.stop
+        flag = torch.tensor(self.stop)  # on the CPU, by gloo: a GPU need not wait for the answer
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)  # self.stop keeps a signal that came meanwhile, for the next step
 
     def save(self, name, state):
         """Writes a checkpoint into the run's directory, from rank 0."""
-        if self.main:
-            save_checkpoint(self.out_dir / name, state)
-        self.barrier()
+        self.on_main(lambda: save_checkpoint(self.out_dir / name, state))
 
     def finish(self, **final):
         """Writes summary.json: the last value of every metric and the totals given; closes the loggers."""
         if self.main:
-            summary = self.last | final | {'peak_memory_mb': round(peak_memory_mb(self.device), 1)}
+            summary = self.last | final | {'total_seconds': round(self.total_seconds(), 1),
+                                           'peak_memory_mb': round(peak_memory_mb(self.device), 1)}
             write_atomic(self.out_dir / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
             if self._wandb:
                 self._wandb.finish()
             if self._tensorboard:
                 self._tensorboard.close()
+
+    def total_seconds(self):
+        """Seconds since the run began, everything counted, over all the processes that worked on it in turn."""
+        return time.perf_counter() - self.began
 
     def peak_flops(self):
         """The device's peak in FLOP/s at 16 bits, where it is known, else None."""

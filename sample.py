@@ -3,7 +3,7 @@ Talk to a checkpoint: continue a text, as tokens come, or keep a context in an i
 
     python sample.py --init_from=out/tiny --start="ROMEO:"
     python sample.py --init_from=out/tiny --start=FILE:prompt.txt --num_samples=3 --temperature=0.9 --top_p=0.95
-    echo "To be, or not" | python sample.py --init_from=out/tiny --start=-
+    printf "To be, or not" | python sample.py --init_from=out/tiny --start=-
     python sample.py --init_from=out/tiny --interactive=True
 
 Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858).
@@ -33,16 +33,17 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the d
 def read_start(text):
     """The text to continue, from the knob itself, FILE:PATH or standard input; UserError where there is none."""
     where = '--start'
-    if text == '-':
-        text, where = sys.stdin.read(), 'standard input'
-    elif text.startswith('FILE:'):
-        where = text[5:]
-        try:
+    try:
+        if text == '-':
+            where = 'standard input'
+            text = sys.stdin.buffer.read().decode()
+        elif text.startswith('FILE:'):
+            where = text[5:]
             text = Path(where).read_text(encoding='utf-8')
-        except UnicodeDecodeError as error:
-            raise UserError(f'{where}: not UTF-8 text (byte {error.start})') from None
-        except OSError as error:
-            raise UserError(f'{where}: {error.strerror}; give a text file (--start=FILE:PATH)') from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'{where}: not UTF-8 text (byte {error.start})') from None
+    except OSError as error:
+        raise UserError(f'{where}: {error.strerror}; give a text file (--start=FILE:PATH)') from None
     if not text:
         raise UserError(f'{where} is empty: give some text to continue, such as --start="ROMEO:"')
     return text
@@ -59,9 +60,9 @@ def load(path, device):
     return model.to(device, runtime.pick_dtype(dtype, device)[1]).eval(), tokenizer
 
 
-def continuations(model, tokenizer, ids):
-    """Prints the first continuation of ids as it grows; returns the token ids of all of them."""
-    out, decoder = [[] for _ in range(num_samples)], tokenizer.stream()
+def continuations(model, tokenizer, ids, out):
+    """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
+    decoder = tokenizer.stream()
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=(tokenizer.eot,),
                    repetition_penalty=repetition_penalty, num_samples=num_samples, vocab_limit=tokenizer.n_vocab,
                    seed=None if seed < 0 else seed)
@@ -72,7 +73,6 @@ def continuations(model, tokenizer, ids):
                 if row == 0 and token != tokenizer.eot:
                     print(decoder.push(token), end='', flush=True)
     print(decoder.flush())
-    return out
 
 
 def session(model, tokenizer):
@@ -92,10 +92,12 @@ def session(model, tokenizer):
             continue
         # the model sees the end of the context; learned positions have room for a block, no more
         context = (context + tokenizer.encode(line + '\n'))[-model.config.block_size:]
+        out = [[]]
         try:
-            context += continuations(model, tokenizer, context)[0]
+            continuations(model, tokenizer, context, out)
         except KeyboardInterrupt:
             print()
+        context += out[0]  # what is on the screen, also after Ctrl-C
         seed += seed >= 0  # another draw next time, the same sequence of draws every session
 
 
@@ -103,6 +105,8 @@ def main():
     runtime.configure(globals())
     if num_samples < 1 or max_new_tokens < 1:
         raise UserError('num_samples and max_new_tokens start at 1')
+    if interactive and num_samples > 1:
+        raise UserError('an interactive session shows one continuation: drop --num_samples')
     text = None if interactive else read_start(start)
     model, tokenizer = load(init_from, runtime.pick_device(device))
     if interactive:
@@ -111,7 +115,8 @@ def main():
     if len(ids) > model.config.block_size and model.config.pos != 'learned':
         print(f'(the start has {len(ids)} tokens; the model sees the last {model.config.block_size})', file=sys.stderr)
     print(text, end='', flush=True)
-    out = continuations(model, tokenizer, ids)
+    out = [[] for _ in range(num_samples)]
+    continuations(model, tokenizer, ids, out)
     for i, new in enumerate(out[1:], 2):
         print(f'--- {i} of {num_samples}\n{text}{tokenizer.decode([t for t in new if t != tokenizer.eot])}')
 

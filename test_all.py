@@ -1324,7 +1324,7 @@ def test_resume_is_exact(run_stage, text_data, options):
     steps = [row['iter'] for row in rows_of('parts') if 'tok_per_sec' in row]
     assert len(steps) == len(set(steps))
     assert rows_of('parts')[-1]['val/loss'] == rows_of('whole')[-1]['val/loss']
-    assert rows_of('parts')[-1]['train/loss'] == rows_of('whole')[-1]['train/loss']
+    assert rows_of('parts')[-1]['train/eval_loss'] == rows_of('whole')[-1]['train/eval_loss']
     assert run_stage('train', *args, '--out_dir=other', '--seed=7')[0] == 0
     assert not same_weights('whole', 'other')
 
@@ -1382,7 +1382,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == '' and '--init_from=resume --out_dir=run' in out
+    assert process.returncode == 130 and err == '' and '--out_dir=run --init_from=resume' in out
     steps = torch.load('run/ckpt.pt', weights_only=True)['iter']
     assert 10 <= steps < 3000
     assert run_stage('train', *args, '--out_dir=run', '--init_from=resume', f'--max_iters={steps + 2}')[0] == 0
@@ -1413,7 +1413,8 @@ def test_16_bits_train_close_to_float32(run_stage, text_data):
 
 def test_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
     heard = []
-    fake = types.SimpleNamespace(init=lambda **k: heard.append(k) or fake, finish=lambda: heard.append('finish'),
+    fake = types.SimpleNamespace(Error=ValueError, finish=lambda: heard.append('finish'),
+                                 init=lambda **k: heard.append(k) or fake,
                                  log=lambda metrics, step: heard.append((step, metrics)))
     monkeypatch.setitem(sys.modules, 'wandb', fake)
     run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', '--wandb_log=True', '--wandb_project=p')
@@ -1581,7 +1582,7 @@ def test_starts_of_samples(run_stage, text_data, pos, monkeypatch):
     assert status == 0 and out.count('Größe') == 3 and '--- 3 of 3' in out
     again = run_stage(*sample, '--start=FILE:prompt.txt', '--num_samples=3')[1]
     assert out == again and out != run_stage(*sample, '--start=Größe', '--num_samples=3', '--seed=2')[1]
-    monkeypatch.setattr(sys, 'stdin', io.StringIO('piped text'))
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'piped text')))
     assert run_stage(*sample, '--start=-')[1].startswith('piped text')
     status, _, err = run_stage(*sample, '--start=' + 'long ' * 20)
     if pos == 'learned':

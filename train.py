@@ -10,6 +10,7 @@ Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019
 decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395), Muon (arXiv:2502.16982).
 """
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from dataset import TokenData, find_dataset
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_prompts
 from tokenizer import UserError
 
 # where and what
@@ -99,6 +100,8 @@ def main():
         raise UserError('batch_size, gradient_accumulation_steps, max_iters, eval_interval and log_interval start at 1')
     if learning_rate <= 0 or min(embed_lr, muon_lr, min_lr, eval_iters, warmup_iters, lr_decay_iters, grad_clip) < 0:
         raise UserError('learning_rate must be positive, and no rate, number of steps or limit negative')
+    if seed < 0:
+        raise UserError(f'seed={seed} must not be negative')
     run = runtime.Run(config)
     if gradient_accumulation_steps % run.world_size:
         raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts the micro-batches of all '
@@ -114,17 +117,17 @@ def main():
         state = runtime.load_checkpoint(origin)
 
     # data and model
-    if run.main:
-        find_dataset(dataset)  # one process prepares it, the others wait
-    run.barrier()
+    run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     folder = find_dataset(dataset)
     model_args = (state['model_args'] if state else {}) | given
     block_size = model_args.get('block_size', GPTConfig.block_size)
     train_data, val_data = (TokenData(folder, split, block_size, seed) for split in ('train', 'val'))
     tokenizer = train_data.tokenizer
     model_args.setdefault('vocab_size', tokenizer.n_vocab)
+    start_ids = tokenizer.encode(sample_start) or [tokenizer.eot]
     with runtime.user_errors():
         model_args = asdict(GPTConfig(**model_args))
+        check_prompts([start_ids], GPTConfig(**model_args))  # the live sample's, and that the model is causal at all
     if model_args['vocab_size'] < tokenizer.n_vocab:
         raise UserError(f'vocab_size={model_args["vocab_size"]} is smaller than the {tokenizer.n_vocab} tokens of '
                         f'{folder}')
@@ -136,7 +139,6 @@ def main():
         if state['tokenizer'] != tokenizer.to_dict():
             raise UserError(f'{origin} was trained with another vocabulary ({state["tokenizer"].get("name")}) than '
                             f'{folder} is prepared with ({tokenizer.name})')
-    train_data.vocab_size = val_data.vocab_size = model_args['vocab_size']
     with runtime.user_errors(origin):
         model = GPT.from_state(state, **model_args) if state else GPT(GPTConfig(**model_args))
     model.to(run.device)
@@ -145,11 +147,18 @@ def main():
                                                 muon_lr, muon_momentum)
     step, best, tokens_seen, clock = 0, math.inf, 0, runtime.Clock()
     if resumed:
-        for opt, saved in zip(optimizers, state['optimizers'], strict=True):
-            # moments from the checkpoint, rates and decays from the knobs of today
-            opt.load_state_dict({'state': saved['state'], 'param_groups': opt.state_dict()['param_groups']})
-        run.scaler.load_state_dict(state['scaler'])
+        before = state.get('config', {})
+        if before.get('optimizer') != optimizer or 'optimizers' not in state:
+            raise UserError(f'{origin} holds no moments of optimizer={optimizer!r} but {before.get("optimizer")!r}: '
+                            f'resume with that, or take its weights only: --init_from={out_dir} and a new --out_dir')
+        changed = [f'{k} {before[k]} -> {v}' for k, v in config.items() if before.get(k, v) != v and k != 'init_from']
+        optimizers.load_moments(state['optimizers'])
+        if state['scaler'] and run.scaler.is_enabled():
+            run.scaler.load_state_dict(state['scaler'])
         step, best, tokens_seen, clock = state['iter'], state['best'], state['tokens'], runtime.Clock(state['seconds'])
+        run.began -= state['total_seconds']
+        if changed:
+            run.say(f'changed since the checkpoint: {", ".join(changed)}')
     origin = f'{origin}, step {state["iter"]:,}' if state else 'scratch'
     state = None
     compiled = torch.compile(model) if compile else model
@@ -161,6 +170,17 @@ def main():
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     token_bytes = tokenizer.token_bytes()
     peak, flops = run.peak_flops(), model.flops_per_token(block_size)
+
+    def measure():
+        """Losses of today's weights on the fixed windows of both splits."""
+        windows = eval_iters * batch_size or len(val_data.fixed(0))
+        train_loss, _ = evaluate(compiled, train_data, windows, run, token_bytes)
+        val_loss, bpb = evaluate(compiled, val_data, windows, run, token_bytes)
+        return {'iter': step, 'train/eval_loss': train_loss, 'val/loss': val_loss,
+                'val/ppl': math.exp(min(val_loss, 99)), 'val/bpb': bpb, 'seconds': clock.read()}
+
+    clock.pause()
+    metrics = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
     run.open(fresh=not resumed)
     run.rewind(step)
     run.catch_signals()
@@ -169,42 +189,33 @@ def main():
             f'{model.num_params():,} parameters from {origin} on {run.world_size} x {run.device}, {run.dtype}; '
             f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs')
 
-    def look():
-        """Evaluates, logs, samples and saves the state after `step` steps."""
+    def look(metrics):
+        """Logs what was measured after `step` steps, shows a sample and saves the state."""
         nonlocal best
-        clock.pause()
-        metrics = {'iter': step}
-        windows = eval_iters * batch_size or len(val_data.fixed(0))
-        for split, data in (('train', train_data), ('val', val_data)):
-            metrics[f'{split}/loss'], bpb = evaluate(compiled, data, windows, run, token_bytes)
-        metrics |= {'val/ppl': math.exp(min(99, metrics['val/loss'])), 'val/bpb': bpb, 'seconds': clock.read()}
         run.log(metrics)
-        run.say(f'step {step}: train loss {metrics["train/loss"]:.4f}, val loss {metrics["val/loss"]:.4f}, '
-                f'perplexity {metrics["val/ppl"]:.2f}, {bpb:.4f} bits per byte, {metrics["seconds"]:.1f} s of training')
+        run.say('step {iter}: train loss {train/eval_loss:.4f}, val loss {val/loss:.4f}, perplexity {val/ppl:.2f}, '
+                '{val/bpb:.4f} bits per byte, {seconds:.1f} s of training'.format_map(metrics))
         if sample_tokens and run.main:
-            ids = model.generate([tokenizer.encode(sample_start) or [tokenizer.eot]], sample_tokens, temperature=0.8,
-                                 stop_ids=(tokenizer.eot,), seed=seed, vocab_limit=tokenizer.n_vocab)[0]
+            ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
+                                 vocab_limit=tokenizer.n_vocab)[0]
             run.sample(step, sample_start + tokenizer.decode([t for t in ids if t != tokenizer.eot]))
-        if step:
-            state = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
-                     'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': run.scaler.state_dict(),
-                     'iter': step, 'best': min(best, metrics['val/loss']), 'tokens': tokens_seen,
-                     'seconds': clock.read(), 'config': config}
-            run.save('ckpt.pt', state)
-            if metrics['val/loss'] < best:
-                run.save('best.pt', {k: v for k, v in state.items() if k != 'optimizers'})
-        best = min(best, metrics['val/loss'])
-        clock.resume()
+        better, best = metrics['val/loss'] < best, min(metrics['val/loss'], best)
+        state = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
+                 'optimizers': optimizers.state_dict(), 'scaler': run.scaler.state_dict(), 'iter': step, 'best': best,
+                 'tokens': tokens_seen, 'seconds': clock.read(), 'total_seconds': run.total_seconds(), 'config': config}
+        if better:  # first: a run that is killed between the two writes best.pt again
+            run.save('best.pt', {k: v for k, v in state.items() if k != 'optimizers'})
+        run.save('ckpt.pt', state)
 
-    if step == 0:
-        look()
-    logged_step, logged_seconds, looked = step, clock.read(), step
-    while step < max_iters and not run.stopping():
+    if not resumed:
+        look(metrics)
+    clock.resume()
+    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    while step < max_iters and not (stop := run.stopping()):
         factor = lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters, min_lr / learning_rate,
                            decay_frac)
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group['lr'] = group['peak_lr'] * factor
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * factor
 
         loss = 0.0
         for micro_step in range(micro_steps):
@@ -217,15 +228,12 @@ def main():
                     micro_loss = forward(x, y) / micro_steps
                 run.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        for opt in optimizers:
-            run.scaler.unscale_(opt)
+        run.scaler.unscale_(optimizers)
         if grad_clip:
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        for opt in optimizers:
-            run.scaler.step(opt)
+        run.scaler.step(optimizers)
         run.scaler.update()
-        for opt in optimizers:
-            opt.zero_grad(set_to_none=True)
+        optimizers.zero_grad()
         step += 1
         tokens_seen += tokens_per_step
 
@@ -240,22 +248,25 @@ def main():
             if peak:
                 metrics['mfu'] = rate * flops / peak / run.world_size
             run.log(metrics)
-            left = (max_iters - step) * tokens_per_step / rate
-            run.progress(f'step {step}/{max_iters} | loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.2e} | '
-                         f'{rate:,.0f} tok/s | ' + (f'mfu {metrics["mfu"]:.1%} | ' if peak else '')
-                         + f'{runtime.elapsed(seconds)} elapsed | {runtime.elapsed(left)} left')
+            past, left = runtime.elapsed(seconds), runtime.elapsed((max_iters - step) * tokens_per_step / rate)
+            run.progress(f'step {step}/{max_iters} | {past} elapsed, {left} left | '
+                         f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {rate:,.0f} tok/s'
+                         + (f' | mfu {metrics["mfu"]:.1%}' if peak else ''))
             logged_step, logged_seconds = step, seconds
         if step % eval_interval == 0 or step == max_iters:
-            look()
+            clock.pause()
+            look(measure())
+            clock.resume()
             looked, logged_step, logged_seconds = step, step, clock.read()
 
-    if run.stop:
-        if looked != step:
-            look()
-        run.say(f'stopped at step {step} of {max_iters}; go on with: --init_from=resume --out_dir={out_dir}')
+    if stop and looked != step:
+        clock.pause()
+        look(measure())
     run.finish(parameters=model.num_params(), tokens=tokens_seen)
-    if run.stop:
-        raise SystemExit(128 + run.stop)
+    if stop:
+        again = ' '.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
+        run.say(f'stopped at step {step} of {max_iters}; go on with: python {again}')
+        raise SystemExit(128 + stop)
     run.say(f'done: best validation loss {best:.4f}; read what it writes: python sample.py --init_from={out_dir}')
 
 

@@ -13,6 +13,7 @@ max_iters = 2000
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 100
+lr_decay_iters = 2000
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.99
