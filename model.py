@@ -104,9 +104,9 @@ def sinusoidal(positions, dim):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + D/2]) of x (B, H, T, D), the half-split convention of Llama (arXiv:2104.09864).
+    """Rotates the pairs (x[i], x[i + D/2]) of x (B, T, H, D), the half-split convention of Llama (arXiv:2104.09864).
 
-    cos (…, T, D) and sin (…, T, D) hold each pair's value twice, the sine negative in the first half.
+    cos and sin (…, T, 1, D) hold each pair's value twice, the sine negative in the first half.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -127,14 +127,17 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None):
         B, T, _ = x.shape
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        qkv = self.qkv(x).view(B, T, sum(heads), self.head_dim)
-        q, k, v = (t.transpose(1, 2) for t in qkv.split(heads, dim=2))  # (B, nh, T, hs)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        heads = (self.n_head, self.n_kv_head)
+        qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
+        qk, v = qkv.split((sum(heads), self.n_kv_head), dim=2)
+        if self.q_norm is not None and self.q_norm.weight is None:
+            qk = self.q_norm(qk)  # without weights the two norms are one
+        elif self.q_norm is not None:
+            q, k = qk.split(heads, dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         if rope is not None:
-            rope = [table.type_as(q) for table in rope]
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            qk = apply_rope(qk, *(table.type_as(qk) for table in rope))
+        q, k, v = (t.transpose(1, 2) for t in (*qk.split(heads, dim=2), v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(k, v)
         y = F.scaled_dot_product_attention(
@@ -171,7 +174,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = Norm(config.n_embd, config)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, rope=None, mask=None, cache=None):
         if self.post:
@@ -342,7 +345,7 @@ class GPT(nn.Module):
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else None
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -392,8 +395,9 @@ class GPT(nn.Module):
         elif config.pos == 'rope':
             if positions is None:
                 rope = self.rope_cos[:T], self.rope_sin[:T]
-            else:  # (B, T) -> (B, 1, T, D), the same for every head
-                rope = self.rope_cos[positions].unsqueeze(-3), self.rope_sin[positions].unsqueeze(-3)
+            else:
+                rope = self.rope_cos[positions], self.rope_sin[positions]
+            rope = [table.unsqueeze(-2) for table in rope]  # the same for every head
         x = self.drop(x)
         for block in self.blocks:
             x = block(x, rope, mask, cache)
@@ -484,7 +488,7 @@ class GPT(nn.Module):
         matmul = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + self.head.weight.numel()
         return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * T
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def next_logits(self, contexts, cache=None):
         """Ragged contexts (lists of ids) -> float32 logits (B, V) of the token after each; fills an empty cache."""
         lengths = [len(c) for c in contexts]
@@ -497,7 +501,7 @@ class GPT(nn.Module):
             cache.lengths = lengths
         return self.logits(x[torch.arange(len(contexts), device=device), torch.tensor(lengths, device=device) - 1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
                stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True):
         """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
