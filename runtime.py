@@ -417,7 +417,7 @@ class Run:
             write_atomic(path, lambda file: file.write(''.join(keep).encode()))
 
     def log(self, metrics):
-        """Appends a row to metrics.jsonl and passes it to wandb and TensorBoard; numbers by DESIGN's names."""
+        """Appends a row to metrics.jsonl and passes it to wandb and TensorBoard."""
         if not self.main:
             return
         metrics = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in metrics.items()}
