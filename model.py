@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -175,8 +176,14 @@ class Block(nn.Module):
         self.norm2 = Norm(config.n_embd, config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.recompute = False  # activation checkpointing (arXiv:1604.06174): the backward pass computes it all again
 
     def forward(self, x, rope=None, mask=None, cache=None):
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self.sublayers, x, rope, mask, use_reentrant=False)
+        return self.sublayers(x, rope, mask, cache)
+
+    def sublayers(self, x, rope=None, mask=None, cache=None):
         if self.post:
             x = self.norm1(x + self.drop(self.attn(x, rope, mask, cache)))
             return self.norm2(x + self.drop(self.mlp(x)))
@@ -250,16 +257,82 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dh, dw
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# optimizers
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (arXiv:2502.16982), which takes matrices one by one, for many of them, shards and bad gradients.
+
+    Matrices of one shape are orthogonalised together. Of a matrix that is sharded over processes (a DTensor) each
+    orthogonalises the whole, so that sharding changes nothing. found_inf: as in the fused AdamW, None or a number on
+    the device; where it is 1 the step changes nothing, and the host need not know.
+    """
+    found_inf = None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            keep = 1 if self.found_inf is None else 1 - self.found_inf
+            for params in by_shape.values():
+                updates = self._updates(params, group, keep)
+                if group['weight_decay']:
+                    torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'] * keep)
+                torch._foreach_sub_(params, updates)
+
+    def _updates(self, params, group, keep):
+        """What to take from each of the matrices, of one shape, placed like the matrix; nothing where keep is 0."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
+        momenta, grads = [self.state[p]['momentum_buffer'] for p in params], [p.grad for p in params]
+        if self.found_inf is not None:  # a momentum that moves towards itself stays
+            grads = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, grads, strict=True)]
+        torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+        if group['nesterov']:
+            momenta = torch._foreach_lerp(grads, momenta, group['momentum'])
+        sharded = hasattr(momenta[0], 'full_tensor')
+        stack = torch.stack([m.full_tensor() for m in momenta] if sharded else momenta)
+        rate = group['lr'] * math.sqrt(max(1, stack.shape[1] / stack.shape[2]))
+        stack = orthogonalize(stack, group['ns_coefficients'], group['ns_steps'], group['eps'])
+        updates = (stack.float() * (rate * keep)).unbind()
+        if sharded:
+            from torch.distributed.tensor import distribute_tensor
+            updates = [distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
+                       for u, p in zip(updates, params, strict=True)]
+        return updates
+
+
+def orthogonalize(x, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):
+    """(n, rows, columns) -> about U V^T of each matrix U S V^T, bfloat16, by Newton-Schulz iterations (Muon's)."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values of at most 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 class Optimizers(list):
-    """Several torch optimizers that step as one, also for a GradScaler, which then skips all of them or none."""
+    """Several torch optimizers that step as one."""
 
     @property
     def param_groups(self):
         return [group for optimizer in self for group in optimizer.param_groups]
 
-    def step(self):
+    def step(self, skip=None):
+        """skip: a number on the device; where it is 1, parameters and moments stay as they are."""
         for optimizer in self:
-            optimizer.step()
+            fused = all(group.get('fused', True) for group in optimizer.param_groups)
+            optimizer.found_inf = skip if fused else None  # seen on the device, without waiting for it
+            if fused or skip is None or not skip:
+                optimizer.step()
 
     def zero_grad(self):
         for optimizer in self:
@@ -472,7 +545,7 @@ class GPT(nn.Module):
         fused = self.tok_emb.weight.device.type in ('cuda', 'cpu')
         optimizers = [torch.optim.AdamW(groups, betas=betas, fused=fused)]
         if hidden:
-            optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
+            optimizers.append(Muon(hidden, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
         optimizers = Optimizers(optimizers)
         for group in optimizers.param_groups:
             group['peak_lr'] = group['lr']

@@ -10,23 +10,30 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import inspect
 import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
 import tokenize
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer import UserError
 
@@ -100,19 +107,32 @@ def _help(namespace, knobs):
         print(f'  --{name}={default}'.ljust(38) + f'  {comment}')
 
 
-def configure(namespace, *dataclasses_, argv=None):
+def knobs_of_file(path):
+    """{name: (default, comment)} of the knobs of a stage's file, which is read but not run."""
+    source = Path(path).read_text(encoding='utf-8')
+    defaults = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
+            defaults[node.targets[0].id] = ast.literal_eval(node.value)
+    return _knobs_of(source, defaults)
+
+
+def configure(namespace, *others, argv=None):
     """Overrides a stage's globals from config files and --key=value; returns (config, given).
 
-    namespace: the stage's globals(). dataclasses_: classes whose fields are knobs too (GPTConfig). config: the value of
-    every global knob; given: the dataclass fields that somebody set. An unknown key, a wrong type or a missing file
-    raises UserError; --help prints every knob and exits with status 0.
+    namespace: the stage's globals(). others: dataclasses whose fields are knobs too (GPTConfig), or paths of stage
+    files whose knobs are. config: the value of every global knob; given: those of the others' that somebody set. An
+    unknown key, a wrong type or a missing file raises UserError; --help prints every knob and exits with status 0.
     """
     argv = sys.argv[1:] if argv is None else argv
     stage = _knobs_of(Path(namespace['__file__']).read_text(encoding='utf-8'), namespace)
     fields = {}
-    for cls in dataclasses_:
-        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-        fields |= _knobs_of(inspect.cleandoc(inspect.getsource(cls)), defaults)
+    for other in others:
+        if isinstance(other, (str, Path)):
+            fields |= knobs_of_file(other)
+        else:
+            defaults = {f.name: f.default for f in dataclasses.fields(other)}
+            fields |= _knobs_of(inspect.cleandoc(inspect.getsource(other)), defaults)
     knobs, given = stage | {k: v for k, v in fields.items() if k not in stage}, {}
     if '--help' in argv or '-h' in argv:
         _help(namespace, knobs)
@@ -187,44 +207,76 @@ def cli(main):
 # ----------------------------------------------------------------------------------------------------------------------
 # files
 
-def write_atomic(path, write):
-    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it: all or nothing."""
+def write_atomic(path, write, keep=1):
+    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it: all or nothing.
+
+    keep: so many versions stay, path itself and the older ones of `older`. At every instant path is a whole file.
+    Raises OSError, with nothing changed.
+    """
     path = Path(path)
-    temporary = path.with_name(f'{path.name}.tmp')
+    temporary, link = path.with_name(f'{path.name}.tmp'), path.with_name(f'{path.name}.link.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep > 1 and path.exists():
+            for i in range(keep - 1, 1, -1):
+                if older(path, i - 1).exists():
+                    os.replace(older(path, i - 1), older(path, i))
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)  # a second name, so that path itself never misses
+                os.replace(link, older(path, 1))
+            except OSError:  # a file system without links: for an instant only the older version has a name
+                os.replace(path, older(path, 1))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
+    folder = os.open(path.parent, os.O_RDONLY)  # the renames themselves must reach the disk too
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
-def save_checkpoint(path, state):
-    """Writes a plain dict of tensors, numbers, strings, lists and dicts that `load_checkpoint` accepts."""
-    write_atomic(path, lambda file: torch.save(state, file))
+def older(path, i):
+    """The name of the i-th version before a file's latest: ckpt.pt -> ckpt.1.pt."""
+    return path.with_name(f'{path.stem}.{i}{path.suffix}')
 
 
-def load_checkpoint(path, map_location='cpu'):
+def save_checkpoint(path, state, keep=1):
+    """Writes a plain dict of tensors, numbers, strings, lists and dicts that `load_checkpoint` accepts.
+
+    keep: how many versions stay, see `write_atomic`. Raises OSError, and the earlier versions are as they were.
+    """
+    try:
+        write_atomic(path, lambda file: torch.save(state, file), keep)
+    except RuntimeError as error:  # torch.save says in its own words that its file could not be written
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def load_checkpoint(path, map_location='cpu', mmap=False):
     """Reads a checkpoint file, or the best (else the latest) checkpoint of a run's directory, without running code.
 
-    Raises UserError that names the file when it is missing, damaged or not a checkpoint of this project.
+    mmap: tensors stay in the file until they are used. Raises UserError that names the file when it is missing, damaged
+    (a truncated file, a flipped bit) or not a checkpoint of this project.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ('best.pt', 'ckpt.pt') if (path / name).is_file()]
+        found = [p for p in (path / 'best.pt', path / 'ckpt.pt', older(path / 'ckpt.pt', 1)) if p.is_file()]
         if not found:
             raise UserError(f'{path}: no ckpt.pt in this directory; train a model into it first (--out_dir={path})')
         path = found[0]
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f'the checksum of {damaged} is wrong')
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f'{path}: no such checkpoint; give the directory of a run (--init_from=out/NAME)') from None
     except Exception as error:  # a damaged zip or pickle can raise nearly anything; none of it is ours
@@ -236,6 +288,26 @@ def load_checkpoint(path, map_location='cpu'):
     if not (isinstance(state['model'], dict) and isinstance(state['model_args'], dict)):
         raise UserError(f"{path}: not a checkpoint of this project ('model' and 'model_args' must be dicts)")
     return state
+
+
+def plain(state, keep=True):
+    """A nested state with every sharded tensor (DTensor) whole, on the CPU; keep=False: only helps the others."""
+    if isinstance(state, dict):
+        return {k: plain(v, keep) for k, v in state.items()}
+    if isinstance(state, list):
+        return [plain(v, keep) for v in state]
+    if hasattr(state, 'full_tensor'):
+        whole = state.full_tensor()
+        return whole.cpu() if keep else None
+    return state
+
+
+def not_finite(state, name=''):
+    """The name of the first tensor of a nested state that holds inf or nan, or ''."""
+    if isinstance(state, torch.Tensor):
+        return '' if torch.isfinite(state).all() else name
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return next(filter(None, (not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
 
 
 @contextlib.contextmanager
@@ -306,29 +378,151 @@ def keep_freed_memory():
 class Run:
     """One run of a stage: its place among the processes, its precision, its directory and what it tells the world.
 
-    rank, world_size, main (rank 0); device, device_type, dtype; stop: the signal that asks for an end, or 0.
+    rank, world_size, main (rank 0); micro_steps: this process's share of gradient_accumulation_steps, which counts
+    those of all processes; device, device_type, dtype; fsdp; stop: the signal that asks for an end, or 0; skipped,
+    skipped_in_row: updates left out because a gradient was not finite (tensors on the device).
     """
 
     def __init__(self, config):
         self.config, self.out_dir = config, Path(config['out_dir'])
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.main, device = self.rank == 0, config['device']
+        self.main, self.fsdp, device = self.rank == 0, config.get('fsdp', False), config['device']
+        accumulation = config.get('gradient_accumulation_steps', self.world_size)
+        if accumulation % self.world_size:
+            raise UserError(f'gradient_accumulation_steps={accumulation} counts the micro-batches of all processes '
+                            f'together: make it a multiple of {self.world_size}')
+        self.micro_steps = accumulation // self.world_size
+        if min(config.get('keep_checkpoints', 1), config.get('max_bad_steps', 1)) < 1:
+            raise UserError('keep_checkpoints and max_bad_steps start at 1')
+        if self.fsdp and 'RANK' not in os.environ:
+            raise UserError('fsdp=True shards a model over processes: start it with torchrun (README shows how)')
+        device = pick_device(device)
         if 'RANK' in os.environ:  # under torchrun
-            device = pick_device(device)
             if device == 'cuda':
-                device = f'cuda:{os.environ["LOCAL_RANK"]}'
+                device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
                 torch.cuda.set_device(device)
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-        self.device = pick_device(device)
-        self.device_type = self.device.split(':')[0]
+            if not dist.is_initialized():
+                dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+        self.device, self.device_type = device, device.split(':')[0]
         self.dtype, self._torch_dtype = pick_dtype(config['dtype'], self.device)
+        if self.fsdp and self.dtype == 'float16':
+            raise UserError('fsdp=True goes with dtype=bfloat16 or float32: float16 would need a loss scale per shard')
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == 'float16')
         if self.device_type == 'cpu':
             keep_freed_memory()
         torch.set_float32_matmul_precision('high')  # TF32 where the device has it
         torch.manual_seed(config['seed'])  # the same initial weights in every process
+        self.skipped = self.skipped_in_row = torch.zeros((), device=self.device)
         self.stop, self.last, self._wandb, self._tensorboard, self._line = 0, {}, None, None, False
+        self.unsaved, self._damaged, self._mute = {}, [], set()
         self.began = time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the loop: forward, backward, update
+
+    def wrap(self, model):
+        """Moves a model to the device, prepares it as the knobs say, and returns what training calls in its place.
+
+        activation_checkpointing, compile, and several processes: DistributedDataParallel, or with fsdp=True shards of
+        parameters, gradients and moments (FSDP2, arXiv:2304.11277). A model's blocks are its modules that have an
+        attribute `recompute` and a method `sublayers`. Optimizers are made afterwards.
+        """
+        compiled, blocks = self.config.get('compile'), [m for m in model.modules() if hasattr(m, 'recompute')]
+        for block in blocks:
+            block.recompute = self.config.get('activation_checkpointing', False)
+            if compiled and self.world_size > 1:  # one by one: gradients travel while the next block computes its own
+                block.sublayers = torch.compile(block.sublayers)
+        if self.fsdp:
+            mesh = init_device_mesh(self.device_type, (self.world_size,))
+            # Blocks travel in 16 bits; embeddings, head and the residual stream stay float32, as without sharding.
+            half = MixedPrecisionPolicy(param_dtype=self._torch_dtype, reduce_dtype=torch.float32,
+                                        cast_forward_inputs=False)
+            for block in blocks:  # each moves to the device by itself, so that the whole model never has to fit there
+                fully_shard(block.to(self.device), mesh=mesh, mp_policy=half)
+            return fully_shard(model.to(self.device), mesh=mesh)
+        model.to(self.device)
+        if self.world_size > 1:
+            known = inspect.signature(DistributedDataParallel).parameters
+            buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # before 2.13
+            return DistributedDataParallel(model, device_ids=[self.device] if self.device_type == 'cuda' else None,
+                                           gradient_as_bucket_view=True, **{buffers: False})
+        return torch.compile(model) if compiled else model
+
+    def settle(self, net, loss):
+        """One backward pass of loss() before the first step, whose gradients are forgotten; needed with DDP only.
+
+        DDP packs gradients in the order in which its first backward pass made them, and where a number lies decides in
+        which order three or more processes sum it: so a resumed run sums as the run that was never stopped.
+        """
+        if isinstance(net, DistributedDataParallel):
+            self.backward(loss())
+            for p in net.parameters():
+                p.grad = None
+
+    def accumulating(self, net, last):
+        """The context of a micro-batch: with DDP, gradients travel between processes only after a step's last one."""
+        if last or not isinstance(net, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return net.no_sync()
+
+    def backward(self, loss):
+        """loss.backward(), where a loss that is not finite makes every gradient so: `update` then sees it anywhere."""
+        self.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+
+    def update(self, model, optimizers, grad_clip=0.0):
+        """Clips the gradients, steps the optimizers and clears the gradients; returns the norm before, on the device.
+
+        Where the norm is not finite, parameters and moments stay as they are and the step counts as skipped, in every
+        process alike. The host does not wait for the device.
+        """
+        self.scaler.unscale_(optimizers)
+        params = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        if self.fsdp:
+            norm = norm.full_tensor()
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+        skip = 1 - torch.isfinite(norm).float()
+        self.skipped, self.skipped_in_row = self.skipped + skip, (self.skipped_in_row + 1) * skip
+        optimizers.step(skip)
+        self.scaler.update()
+        optimizers.zero_grad()
+        return norm
+
+    def check_updates(self, step):
+        """Raises UserError after max_bad_steps updates in a row that were skipped; returns how many were in all."""
+        in_row, limit = int(self.skipped_in_row), self.config.get('max_bad_steps', 10)
+        if in_row >= limit:
+            raise UserError(f'step {step}: the last {in_row} updates were skipped, their loss or gradient was not '
+                            f'finite (max_bad_steps={limit}); {self.out_dir} keeps its last checkpoint: lower '
+                            'learning_rate, set grad_clip or look at the data')
+        return int(self.skipped)
+
+    def load_moments(self, optimizers, saved):
+        """Gives optimizers the moments of a checkpoint, each process its shard of them."""
+        if self.fsdp:
+            for optimizer, old in zip(optimizers, saved, strict=True):
+                params = [p for group in optimizer.param_groups for p in group['params']]
+                old['state'] = {i: {k: distribute_tensor(v.to(self.device), params[i].device_mesh, params[i].placements,
+                                                         src_data_rank=None) if v.ndim else v
+                                    for k, v in moments.items()} for i, moments in old['state'].items()}
+        optimizers.load_moments(saved)
+
+    @contextlib.contextmanager
+    def gathered(self, model):
+        """Inside, a sharded model is whole in every process, which may call any of its methods, alone or not."""
+        shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in shards]
+        for m in shards:
+            m.unshard()
+            m._forward_pre_hooks, m._forward_hooks = {}, {}  # they would gather and free in step with the others
+        try:
+            with self.autocast(1) if shards else contextlib.nullcontext():
+                yield
+        finally:
+            for m, before, after in hooks:
+                m._forward_pre_hooks, m._forward_hooks = before, after
+                m.reshard()
 
     def autocast(self, T):
         """The context for forward passes over rows of T tokens: 16-bit matrix products where dtype asks for it."""
@@ -360,20 +554,57 @@ class Run:
         return total.tolist()
 
     def on_main(self, work):
-        """Calls work() in rank 0 while the others wait; its UserError is raised in all of them."""
-        error = [None]
+        """Calls work() in rank 0 while the others wait; all of them return its result or raise its UserError."""
+        box = [None, None]
         if self.main:
             try:
-                work()
+                box[0] = work()
             except UserError as e:
-                error = [str(e)]
+                box[1] = str(e)
         if self.world_size > 1:
-            dist.broadcast_object_list(error)
-        if error[0]:
-            raise UserError(error[0])
+            dist.broadcast_object_list(box, device=torch.device('cpu'))  # by gloo, which has half an hour of patience
+        if box[1]:
+            raise UserError(box[1])
+        return box[0]
 
-    def open(self, fresh):
-        """Makes the run's directory ready and starts the loggers; fresh: an earlier run there is moved aside first."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # the directory: checkpoints, metrics, samples
+
+    def begin(self):
+        """The checkpoint that init_from asks for -> (state, its path, whether this run goes on from it).
+
+        'scratch', or 'auto' without a checkpoint: (None, 'scratch', False). 'auto' passes over a damaged checkpoint and
+        takes the one before it, 'resume' says so and raises UserError, as for any other that is missing or damaged.
+        """
+        init_from, latest = self.config['init_from'], self.out_dir / 'ckpt.pt'
+        if init_from not in ('scratch', 'resume', 'auto'):
+            return load_checkpoint(init_from, mmap=self.fsdp), init_from, False
+        past = sorted(self.out_dir.glob('ckpt.*.pt'), key=lambda path: (len(path.name), path.name))
+        found = [path for path in (latest, *past) if path.exists()]
+        if init_from == 'scratch' or init_from == 'auto' and not found:
+            return None, 'scratch', False
+        errors = []
+        for path in found or [latest]:
+            try:
+                state = load_checkpoint(path, mmap=self.fsdp)
+            except UserError as error:
+                if init_from == 'resume':
+                    hint = f'; --init_from=auto goes on from {found[1]} if that one is whole' if found[1:] else ''
+                    raise UserError(f'{error}{hint}') from None
+                errors.append(str(error))
+            else:
+                self._damaged = found[:len(errors)]
+                for error in errors:
+                    self.say(f'{error}: going on from {path}, step {state["iter"]}')
+                return state, path, True
+        raise UserError(errors[0])
+
+    def open(self, step=None):
+        """Makes the run's directory ready and starts the loggers.
+
+        step: of the checkpoint that the run goes on from; what was logged later is dropped. Without one the run is new,
+        and an earlier one in the same place is moved aside. UserError where another process is writing there.
+        """
         def work():
             if self.config['wandb_log']:
                 import wandb
@@ -388,33 +619,75 @@ class Run:
                 except ImportError:
                     raise UserError('tensorboard_log=True needs TensorBoard: pip install tensorboard') from None
             try:
-                if fresh and any((self.out_dir / name).exists() for name in ('ckpt.pt', 'best.pt')):
+                self._lock()
+                if step is None and any((self.out_dir / name).exists() for name in ('ckpt.pt', 'best.pt')):
                     n = next(n for n in range(1, 10 ** 6) if not Path(f'{self.out_dir}.{n}').exists())
                     shutil.move(self.out_dir, f'{self.out_dir}.{n}')
                     self.say(f'moved the earlier run in {self.out_dir} to {self.out_dir}.{n}')
-                self.out_dir.mkdir(parents=True, exist_ok=True)
+                    self._lock()
                 write_atomic(self.out_dir / '.writable', lambda file: None)
                 (self.out_dir / '.writable').unlink()
-                if fresh:
+                for path in self.out_dir.glob('*.tmp'):  # of a save that was killed
+                    path.unlink()
+                for path in self._damaged:
+                    path.rename(f'{path}.damaged')
+                if step is None:
                     for name in ('metrics.jsonl', 'samples.txt', 'summary.json'):
                         (self.out_dir / name).unlink(missing_ok=True)
+                else:
+                    self._rewind(step)
             except OSError as error:
                 raise UserError(f'out_dir={self.out_dir}: cannot write there ({error.strerror})') from None
             if self.config['tensorboard_log']:
-                self._tensorboard = SummaryWriter(self.out_dir / 'tensorboard')
+                self._tensorboard = SummaryWriter(self.out_dir / 'tensorboard', purge_step=(step or 0) + 1)
         self.on_main(work)
 
-    def rewind(self, step):
-        """Drops what an interrupted run logged after its last checkpoint, so that no row of metrics occurs twice."""
+    def _lock(self):
+        """Takes the directory for this process; the system frees it when the process ends, however it ends."""
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self._locked = open(self.out_dir / '.lock', 'w')
+        try:
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f'out_dir={self.out_dir}: another run is writing there; stop it, or give another '
+                            '--out_dir') from None
+        except OSError:
+            self.say(f'{self.out_dir} is on a file system without locks: start no second run there')
+
+    def _rewind(self, step):
+        """Drops what was logged after a step, so that no row of metrics and no sample occurs twice."""
         path = self.out_dir / 'metrics.jsonl'
-        if self.main and path.exists():
+        if path.exists():
             keep = []
-            for row in path.read_text().splitlines(keepends=True):
+            for row in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
                 with contextlib.suppress(ValueError):  # the last line may be cut short
                     if json.loads(row)['iter'] <= step:
                         keep.append(row)
                         self.last |= json.loads(row)
             write_atomic(path, lambda file: file.write(''.join(keep).encode()))
+        path = self.out_dir / 'samples.txt'
+        if path.exists():
+            parts = re.split('^(?=--- step )', path.read_text(encoding='utf-8', errors='replace'), flags=re.M)
+            keep = [part for part in parts if part and int((re.match('--- step ([0-9]+)', part) or [0, 0])[1]) <= step]
+            write_atomic(path, lambda file: file.write(''.join(keep).encode()))
+
+    def _append(self, name, text):
+        """Appends to a file of the run; a disk that fails is told once and costs the text, not the run."""
+        path = self.out_dir / name
+        try:
+            with open(path, 'ab') as file:
+                end = file.tell()
+                try:
+                    file.write(text.encode())
+                    file.flush()
+                except OSError:
+                    file.truncate(end)  # no half line
+                    raise
+            self._mute.discard(name)
+        except OSError as error:
+            if name not in self._mute:
+                self.say(f'{path}: not written ({error.strerror}); training goes on')
+            self._mute.add(name)
 
     def log(self, metrics):
         """Appends a row to metrics.jsonl and passes it to wandb and TensorBoard."""
@@ -424,8 +697,7 @@ class Run:
         # a value that JSON has no spelling for (nan, inf) becomes null
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         self.last |= row
-        with open(self.out_dir / 'metrics.jsonl', 'a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
+        self._append('metrics.jsonl', json.dumps(row) + '\n')
         if self._wandb:
             self._wandb.log(metrics, step=metrics['iter'])
         if self._tensorboard:
@@ -437,22 +709,25 @@ class Run:
         """Redraws the progress line on a terminal; prints it as a line of its own elsewhere."""
         if self.main and sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print(f'\r{line[:width]:<{width}}', end='', flush=True)
+            self._print(f'\r{line[:width]:<{width}}', end='')
             self._line = True
-        elif self.main:
-            print(line, flush=True)
+        else:
+            self._print(line)
 
     def say(self, text):
         """Prints from rank 0, below the progress line."""
+        self._print(('\n' if self._line else '') + text)
+        self._line = False
+
+    def _print(self, text, end='\n'):
         if self.main:
-            print(('\n' if self._line else '') + text, flush=True)
-            self._line = False
+            with contextlib.suppress(OSError):  # a terminal that is gone or a full disk must not end the run
+                print(text, end=end, flush=True)
 
     def sample(self, step, text):
         """Shows a sample of the model and appends it to samples.txt."""
         self.say('\n'.join(f'  | {line}' for line in text.strip('\n').split('\n')))
-        with open(self.out_dir / 'samples.txt', 'a', encoding='utf-8') as file:
-            file.write(f'--- step {step}\n{text}\n')
+        self._append('samples.txt', f'--- step {step}\n{text}\n')
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM set `stop`, so that the loop ends after its step; a second one ends at once."""
@@ -471,19 +746,57 @@ class Run:
         return int(flag)  # self.stop keeps a signal that came meanwhile, for the next step
 
     def save(self, name, state):
-        """Writes a checkpoint into the run's directory, from rank 0."""
-        self.on_main(lambda: save_checkpoint(self.out_dir / name, state))
+        """Writes a checkpoint into the run's directory from rank 0; returns in every process whether it is there.
 
-    def finish(self, **final):
-        """Writes summary.json: the last value of every metric and the totals given; closes the loggers."""
+        state: a nested dict, whose sharded tensors are gathered. Of ckpt.pt the last keep_checkpoints versions stay. An
+        error of the disk leaves the earlier ones as they are, is told and kept in `unsaved` (name: what was wrong); the
+        run goes on and its next save tries again. UserError rather than weights or moments that are not finite.
+        """
+        state = plain(state, self.main) if self.fsdp else state
+
+        def work():
+            bad = not_finite({k: v for k, v in state.items() if k in ('model', 'optimizers')})
+            if bad:
+                raise UserError(f'step {state["iter"]}: {bad} is not finite and was not saved; {self.out_dir} keeps '
+                                'its last checkpoint: lower learning_rate or set grad_clip')
+            try:
+                save_checkpoint(self.out_dir / name, state, self.config.get('keep_checkpoints', 1)
+                                if name == 'ckpt.pt' else 1)
+            except OSError as error:
+                return f'{self.out_dir / name}: not saved ({error.strerror})'
+            return ''
+        error = self.on_main(work)
+        if error:
+            self.unsaved[name] = error
+            self.say(f'{error}; training goes on, the next save tries again')
+        else:
+            self.unsaved.pop(name, None)
+        return not error
+
+    def finish(self, step, stop=0, **final):
+        """Writes summary.json: the last value of every metric and the totals given; closes the loggers.
+
+        Ends the process with 128 + stop after a signal, and with 1 where the last save failed.
+        """
         if self.main:
             summary = self.last | final | {'total_seconds': round(self.total_seconds(), 1),
                                            'peak_memory_mb': round(peak_memory_mb(self.device), 1)}
-            write_atomic(self.out_dir / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
+            try:
+                write_atomic(self.out_dir / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
+            except OSError as error:
+                self.say(f'{self.out_dir}/summary.json: not written ({error.strerror})')
             if self._wandb:
                 self._wandb.finish()
             if self._tensorboard:
                 self._tensorboard.close()
+        if stop:
+            again = ' '.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
+            self.say(f'stopped at step {step}; go on with: python {again}')
+        for error in self.unsaved.values():
+            if self.main:
+                print(f'error: the last save failed: {error}', file=sys.stderr, flush=True)
+        if stop or self.unsaved:
+            raise SystemExit(128 + stop if stop else 1)
 
     def total_seconds(self):
         """Seconds since the run began, everything counted, over all the processes that worked on it in turn."""

@@ -4,19 +4,15 @@ Pretraining: a language model learns real text by predicting the next token.
     python train.py config/tiny.py                               two minutes on two cores, Shakespeare
     python train.py config/tiny.py --n_layer=6 --max_iters=3000  any knob below, or any field of GPTConfig
     python train.py config/tiny.py --init_from=resume            goes on from out_dir/ckpt.pt
-    torchrun --standalone --nproc_per_node=2 train.py config/tiny.py --gradient_accumulation_steps=2
+    torchrun --standalone --nproc_per_node=2 train.py config/tiny.py --gradient_accumulation_steps=2 [--fsdp=True]
 
 Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), AdamW (arXiv:1711.05101), cosine
 decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395), Muon (arXiv:2502.16982).
 """
 import math
-import sys
-from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from dataset import TokenData, find_dataset
@@ -52,6 +48,8 @@ decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
 eval_interval = 250  # steps between evaluations, each with a sample and a checkpoint
 eval_iters = 20  # batches per evaluation and split, the same ones every time; 0 = as many as the held-out split has
 log_interval = 10  # steps between lines of progress
+keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
+max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
 sample_start = '\n'  # text that the live sample continues
 sample_tokens = 100  # length of the live sample; 0 = none
 tensorboard_log = False  # write out_dir/tensorboard
@@ -62,6 +60,8 @@ wandb_run_name = 'train'  # its name for this run
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
 compile = False  # torch.compile: slow to start, then faster
+activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
 
 def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
@@ -78,15 +78,18 @@ def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
 @torch.no_grad()
 def evaluate(model, data, windows, run, token_bytes):
     """Loss on evenly spaced windows of a split, the same every time -> (nats per token, bits per byte)."""
-    starts = data.fixed(windows)[run.rank::run.world_size]
+    starts = data.fixed(windows)
+    mine, share = starts[run.rank::run.world_size], -(-len(starts) // run.world_size)
     nats = tokens = n_bytes = 0
     rows = max(batch_size, 4096 // data.block_size)
     model.eval()
-    for i in range(0, len(starts), rows):
-        x, y = data.read(starts[i:i + rows])
-        tokens, n_bytes = tokens + y.size, n_bytes + int(token_bytes[y].sum())
+    for i in range(0, share, rows):
+        counts = i < len(mine)  # shards are gathered by all processes together, so each makes as many passes
+        x, y = data.read(mine[i:i + rows] if counts else starts[:1])
         with run.autocast(data.block_size):
-            nats += model(*run.to_device(x, y), reduction='sum').item()
+            loss = model(*run.to_device(x, y), reduction='sum').item()
+        if counts:
+            nats, tokens, n_bytes = nats + loss, tokens + y.size, n_bytes + int(token_bytes[y].sum())
     model.train()
     nats, tokens, n_bytes = run.sum(nats, tokens, n_bytes)
     return nats / tokens, nats / math.log(2) / max(1, n_bytes)
@@ -103,18 +106,7 @@ def main():
     if seed < 0:
         raise UserError(f'seed={seed} must not be negative')
     run = runtime.Run(config)
-    if gradient_accumulation_steps % run.world_size:
-        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts the micro-batches of all '
-                        f'processes together: make it a multiple of {run.world_size}')
-    micro_steps = gradient_accumulation_steps // run.world_size
-
-    # an earlier checkpoint, if this run begins with one
-    state, origin, resumed = None, Path(out_dir) / 'ckpt.pt', False
-    if init_from == 'resume' or init_from == 'auto' and origin.exists():
-        state, resumed = runtime.load_checkpoint(origin), True
-    elif init_from not in ('scratch', 'auto'):
-        origin = init_from
-        state = runtime.load_checkpoint(origin)
+    state, origin, resumed = run.begin()
 
     # data and model
     run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
@@ -141,7 +133,7 @@ def main():
                             f'{folder} is prepared with ({tokenizer.name})')
     with runtime.user_errors(origin):
         model = GPT.from_state(state, **model_args) if state else GPT(GPTConfig(**model_args))
-    model.to(run.device)
+    net = run.wrap(model)
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
@@ -152,20 +144,16 @@ def main():
             raise UserError(f'{origin} holds no moments of optimizer={optimizer!r} but {before.get("optimizer")!r}: '
                             f'resume with that, or take its weights only: --init_from={out_dir} and a new --out_dir')
         changed = [f'{k} {before[k]} -> {v}' for k, v in config.items() if before.get(k, v) != v and k != 'init_from']
-        optimizers.load_moments(state['optimizers'])
+        run.load_moments(optimizers, state['optimizers'])
         if state['scaler'] and run.scaler.is_enabled():
             run.scaler.load_state_dict(state['scaler'])
         step, best, tokens_seen, clock = state['iter'], state['best'], state['tokens'], runtime.Clock(state['seconds'])
         run.began -= state['total_seconds']
+        run.skipped = run.skipped + state.get('skipped', 0)
         if changed:
             run.say(f'changed since the checkpoint: {", ".join(changed)}')
     origin = f'{origin}, step {state["iter"]:,}' if state else 'scratch'
     state = None
-    compiled = torch.compile(model) if compile else model
-    forward = compiled
-    if run.world_size > 1:
-        forward = DistributedDataParallel(compiled, device_ids=[run.device] if run.device_type == 'cuda' else None,
-                                          broadcast_buffers=False)
 
     tokens_per_step = gradient_accumulation_steps * batch_size * block_size
     token_bytes = tokenizer.token_bytes()
@@ -174,15 +162,14 @@ def main():
     def measure():
         """Losses of today's weights on the fixed windows of both splits."""
         windows = eval_iters * batch_size or len(val_data.fixed(0))
-        train_loss, _ = evaluate(compiled, train_data, windows, run, token_bytes)
-        val_loss, bpb = evaluate(compiled, val_data, windows, run, token_bytes)
+        train_loss, _ = evaluate(net, train_data, windows, run, token_bytes)
+        val_loss, bpb = evaluate(net, val_data, windows, run, token_bytes)
         return {'iter': step, 'train/eval_loss': train_loss, 'val/loss': val_loss,
                 'val/ppl': math.exp(min(val_loss, 99)), 'val/bpb': bpb, 'seconds': clock.read()}
 
     clock.pause()
     metrics = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    run.open(fresh=not resumed)
-    run.rewind(step)
+    run.open(step if resumed else None)
     run.catch_signals()
     epochs = max_iters * tokens_per_step / train_data.n_tokens
     run.say(f'{folder}: {train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
@@ -191,24 +178,37 @@ def main():
 
     def look(metrics):
         """Logs what was measured after `step` steps, shows a sample and saves the state."""
-        nonlocal best
         run.log(metrics)
         run.say('step {iter}: train loss {train/eval_loss:.4f}, val loss {val/loss:.4f}, perplexity {val/ppl:.2f}, '
                 '{val/bpb:.4f} bits per byte, {seconds:.1f} s of training'.format_map(metrics))
-        if sample_tokens and run.main:
-            ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
-                                 vocab_limit=tokenizer.n_vocab)[0]
-            run.sample(step, sample_start + tokenizer.decode([t for t in ids if t != tokenizer.eot]))
-        better, best = metrics['val/loss'] < best, min(metrics['val/loss'], best)
+        if sample_tokens:
+            with run.gathered(model):
+                if run.main:
+                    ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
+                                         seed=seed, vocab_limit=tokenizer.n_vocab)[0]
+                    run.sample(step, sample_start + tokenizer.decode([t for t in ids if t != tokenizer.eot]))
+        save(metrics['val/loss'])
+
+    def save(val_loss=math.inf):
+        """Writes ckpt.pt, and best.pt first: a run that is killed between the two writes best.pt again."""
+        nonlocal best
         state = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
-                 'optimizers': optimizers.state_dict(), 'scaler': run.scaler.state_dict(), 'iter': step, 'best': best,
-                 'tokens': tokens_seen, 'seconds': clock.read(), 'total_seconds': run.total_seconds(), 'config': config}
-        if better:  # first: a run that is killed between the two writes best.pt again
-            run.save('best.pt', {k: v for k, v in state.items() if k != 'optimizers'})
-        run.save('ckpt.pt', state)
+                 'iter': step, 'tokens': tokens_seen, 'seconds': clock.read(), 'config': config}
+        if val_loss < best and run.save('best.pt', state):
+            best = val_loss
+        run.save('ckpt.pt', state | {'optimizers': optimizers.state_dict(), 'scaler': run.scaler.state_dict(),
+                                     'best': best, 'skipped': int(run.skipped), 'total_seconds': run.total_seconds()})
+
+    def micro_loss(index):
+        """The mean loss on the micro-batch of this number in the whole run."""
+        x, y = run.to_device(*train_data.batch(index * batch_size, batch_size))
+        run.seed(index)
+        with run.autocast(block_size):
+            return net(x, y)
 
     if not resumed:
         look(metrics)
+    run.settle(net, lambda: micro_loss(run.rank))
     clock.resume()
     logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
     while step < max_iters and not (stop := run.stopping()):
@@ -217,41 +217,33 @@ def main():
         for group in optimizers.param_groups:
             group['lr'] = group['peak_lr'] * factor
 
-        loss = 0.0
-        for micro_step in range(micro_steps):
-            index = step * gradient_accumulation_steps + run.rank * micro_steps + micro_step
-            x, y = run.to_device(*train_data.batch(index * batch_size, batch_size))
-            run.seed(index)
-            last = micro_step == micro_steps - 1  # gradients travel between processes once a step
-            with nullcontext() if last or run.world_size == 1 else forward.no_sync():
-                with run.autocast(block_size):
-                    micro_loss = forward(x, y) / micro_steps
-                run.scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        run.scaler.unscale_(optimizers)
-        if grad_clip:
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        run.scaler.step(optimizers)
-        run.scaler.update()
-        optimizers.zero_grad()
+        total = 0.0
+        for micro_step in range(run.micro_steps):
+            with run.accumulating(net, last=micro_step == run.micro_steps - 1):
+                loss = micro_loss((step * run.world_size + run.rank) * run.micro_steps + micro_step) / run.micro_steps
+                run.backward(loss)
+            total += loss.detach()
+        grad_norm = run.update(model, optimizers, grad_clip)
         step += 1
         tokens_seen += tokens_per_step
 
         if step % log_interval == 0 or step == max_iters:
-            loss, = run.sum(loss.item())  # the only wait for the device
+            skipped = run.check_updates(step)
+            loss, = run.sum(total.item())  # here the host waits for the device
             seconds = clock.read()
             rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
             metrics = {'iter': step, 'train/loss': loss / run.world_size, 'lr': learning_rate * factor,
-                       'tok_per_sec': rate, 'seconds': seconds}
-            if grad_clip:
-                metrics['grad_norm'] = grad_norm.item()
+                       'grad_norm': grad_norm.item(), 'tok_per_sec': rate, 'seconds': seconds}
+            if skipped:
+                metrics['skipped'] = skipped
             if peak:
                 metrics['mfu'] = rate * flops / peak / run.world_size
             run.log(metrics)
             past, left = runtime.elapsed(seconds), runtime.elapsed((max_iters - step) * tokens_per_step / rate)
             run.progress(f'step {step}/{max_iters} | {past} elapsed, {left} left | '
                          f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {rate:,.0f} tok/s'
-                         + (f' | mfu {metrics["mfu"]:.1%}' if peak else ''))
+                         + (f' | mfu {metrics["mfu"]:.1%}' if peak else '')
+                         + (f' | {skipped} updates skipped' if skipped else ''))
             logged_step, logged_seconds = step, seconds
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
@@ -261,12 +253,8 @@ def main():
 
     if stop and looked != step:
         clock.pause()
-        look(measure())
-    run.finish(parameters=model.num_params(), tokens=tokens_seen)
-    if stop:
-        again = ' '.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
-        run.say(f'stopped at step {step} of {max_iters}; go on with: python {again}')
-        raise SystemExit(128 + stop)
+        save()
+    run.finish(step, stop, parameters=model.num_params(), tokens=tokens_seen)
     run.say(f'done: best validation loss {best:.4f}; read what it writes: python sample.py --init_from={out_dir}')
 
 
