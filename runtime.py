@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fcntl
 import inspect
 import io
@@ -675,14 +676,11 @@ class Run:
         """Appends to a file of the run; a disk that fails is told once and costs the text, not the run."""
         path = self.out_dir / name
         try:
-            with open(path, 'ab') as file:
-                end = file.tell()
-                try:
-                    file.write(text.encode())
-                    file.flush()
-                except OSError:
+            with open(path, 'ab', buffering=0) as file:
+                end, data = file.tell(), text.encode()
+                if file.write(data) < len(data):
                     file.truncate(end)  # no half line
-                    raise
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._mute.discard(name)
         except OSError as error:
             if name not in self._mute:

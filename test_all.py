@@ -1393,25 +1393,6 @@ def test_accumulation_equals_a_large_batch(run_stage, text_data):
     np.testing.assert_allclose(large, small, rtol=1e-4)
 
 
-def torchrun(n, *args, **options):
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-                           ROOT / 'train.py', *args], capture_output=True, text=True, env=env, **options)
-
-
-def test_two_processes_equal_one(run_stage, text_data, tmp_path):
-    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--gradient_accumulation_steps=2',
-            '--optimizer=muon']
-    run_stage('train', *args, '--out_dir=one')
-    done = torchrun(2, *args, '--out_dir=two', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    one, two = ([row['train/loss'] for row in rows_of(r) if 'lr' in row] for r in ('one', 'two'))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
-    one, two = ([row['val/loss'] for row in rows_of(r) if 'val/loss' in row] for r in ('one', 'two'))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
-    assert done.stdout.count('step 8/8') == 1  # ranks log once
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=3000', '--eval_interval=3000', '--lr_schedule=constant']
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
@@ -1471,6 +1452,454 @@ def test_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
     run.progress('step 3')
     run.say('evaluated')
     assert re.fullmatch(r'\rstep 2 *\rstep 3 *\nevaluated\n', capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs that cannot be lost
+
+DURABLE = [*SMALL, '--dropout=0.1', '--gradient_accumulation_steps=2', '--log_interval=1', '--optimizer=muon',
+           '--init_from=auto']
+
+
+def digest(run, names=('model', 'optimizers', 'iter', 'best', 'tokens')):
+    """A hash of everything in a run's latest checkpoint that must not depend on how often it was stopped."""
+    state, sha = torch.load(Path(run) / 'ckpt.pt', weights_only=True), hashlib.sha256()
+
+    def feed(x):
+        if isinstance(x, torch.Tensor):
+            sha.update(x.numpy().tobytes())
+        elif isinstance(x, (dict, list)):
+            for item in x.items() if isinstance(x, dict) else x:
+                feed(list(item) if isinstance(item, tuple) else item)
+        else:
+            sha.update(repr(x).encode())
+    feed([state[name] for name in names])
+    return sha.hexdigest()
+
+
+def leaves(state):
+    """All tensors of a nested state."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return [leaf for item in items for leaf in leaves(item)]
+
+
+def logged(run, key):
+    return [row[key] for row in rows_of(run) if key in row]
+
+
+def test_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_path):
+    """A run that is killed again and again ends in the same weights and moments, and each time something loads."""
+    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=200', '--eval_interval=3', '--eval_iters=1']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    rng, begun, kills = random.Random(0), [], 0
+    while True:
+        process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for line in process.stdout:
+            if line.startswith('step ') and '|' in line:  # training, saving and sampling from here on
+                break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=rng.uniform(0, 0.6))
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+        state = runtime.load_checkpoint('run/ckpt.pt')
+        runtime.load_checkpoint('run/best.pt')
+        begun.append(state['iter'])
+    assert kills >= 4 and begun == sorted(begun)
+    assert digest('run') == digest('whole')
+    for key in ('val/loss', 'train/loss', 'grad_norm'):
+        assert logged('run', key) == logged('whole', key)
+    assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
+    assert same_weights('run', 'whole') and not list(Path('run').glob('*.tmp'))
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_at_every_instant_of_a_save_a_checkpoint_is_whole(monkeypatch, tmp_path, links):
+    """Looks at the directory before and after every call that changes a file, with the three newest versions kept."""
+    def state(i):
+        return {'model': {'w': torch.full((1000,), float(i))}, 'model_args': {}, 'tokenizer': {}, 'iter': i}
+    path, seen = tmp_path / 'ckpt.pt', []
+
+    def look():
+        paths = [path, *sorted(tmp_path.glob('ckpt.?.pt'))]
+        found = [runtime.load_checkpoint(p)['iter'] for p in paths if p.exists()]
+        assert found and found == sorted(found, reverse=True) and (path.exists() or not links)
+        seen.append(found)
+
+    def watched(call):
+        def wrapper(*args, **kwargs):
+            look()
+            result = call(*args, **kwargs)
+            look()
+            return result
+        return wrapper
+    runtime.save_checkpoint(path, state(0), keep=3)
+    for name in ('replace', 'link', 'fsync', 'unlink'):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    if not links:
+        def refuse(*args):
+            raise PermissionError
+        monkeypatch.setattr(os, 'link', refuse)
+    for i in range(1, 5):
+        runtime.save_checkpoint(path, state(i), keep=3)
+    assert seen[-1] == [4, 3, 2] and len(seen) > 20
+
+
+@contextlib.contextmanager
+def small_disk(size):
+    """Files may have no more than so many bytes: the kernel refuses the rest of a write."""
+    import resource
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize('full, last', [((4,), 0), ((6, 8), 1)], ids=['for a while', 'at the end'])
+def test_a_full_disk_costs_a_save_and_no_more(run_stage, text_data, monkeypatch, full, last):
+    args = [f'--dataset={text_data}', *DURABLE, '--eval_interval=2']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    save, saved = runtime.Run.save, []
+
+    def on_a_full_disk(run, name, state):
+        with small_disk(20000) if state['iter'] in full else contextlib.nullcontext():
+            done = save(run, name, state)
+        saved.append((state['iter'], name, done))
+        if (0, 'ckpt.pt', True) in saved:
+            latest = max(i for i, name, done in saved if name == 'ckpt.pt' and done)
+            assert runtime.load_checkpoint(run.out_dir / 'ckpt.pt')['iter'] == latest
+        return done
+    monkeypatch.setattr(runtime.Run, 'save', on_a_full_disk)
+    status, out, err = run_stage('train', *args, '--out_dir=run')
+    assert status == last and out.count('not saved (File too large)') == len([s for s in saved if not s[2]]) > 0
+    assert err.count('the last save failed') == (2 if last else 0) and 'Traceback' not in err
+    monkeypatch.setattr(runtime.Run, 'save', save)
+    assert run_stage('train', *args, '--out_dir=run')[0] == 0  # what was not saved is computed again
+    assert digest('run') == digest('whole')
+    best = torch.load('run/best.pt', weights_only=True)
+    assert best['iter'] == torch.load('whole/best.pt', weights_only=True)['iter']
+
+
+def test_a_full_disk_for_logs_does_not_end_a_run(run_stage, text_data, monkeypatch):
+    log = runtime.Run.log
+
+    def on_a_full_disk(run, metrics):
+        size = (run.out_dir / 'metrics.jsonl').stat().st_size if metrics['iter'] else 0
+        with small_disk(size + 10) if metrics['iter'] in (3, 4, 5) else contextlib.nullcontext():
+            log(run, metrics)
+    monkeypatch.setattr(runtime.Run, 'log', on_a_full_disk)
+    status, out, err = run_stage('train', f'--dataset={text_data}', *DURABLE, '--out_dir=run')
+    assert (status, err) == (0, '') and out.count('metrics.jsonl: not written (') == 1
+    assert logged('run', 'lr') and [row['iter'] for row in rows_of('run') if 'lr' in row] == [1, 2, 6, 7, 8]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run_stage, text_data):
+    args = [f'--dataset={text_data}', *DURABLE, '--eval_interval=2']
+    run_stage('train', *args, '--out_dir=whole')
+    run_stage('train', *args, '--out_dir=run', '--max_iters=6', '--lr_decay_iters=8')
+    good, rng, refused = Path('run/ckpt.pt').read_bytes(), random.Random(0), 0
+    expected = torch.load('run/ckpt.pt', weights_only=True)
+    for _ in range(40):  # a flipped bit is found, or it is in a place that means nothing
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        Path('flipped.pt').write_bytes(bytes(bad))
+        try:
+            found = runtime.load_checkpoint('flipped.pt')
+            assert all(torch.equal(found['model'][k], v) for k, v in expected['model'].items())
+        except UserError as error:
+            assert str(error).startswith('flipped.pt: ')
+            refused += 1
+    assert refused > 20
+    Path('run/ckpt.pt').write_bytes(good[:-1000])
+    before = contents(Path('run'))
+    status, _, err = run_stage('train', *args, '--out_dir=run', '--init_from=resume')
+    assert status == 2 and err.count('\n') == 1 and 'run/ckpt.pt: not a whole checkpoint' in err
+    assert 'run/ckpt.1.pt' in err and contents(Path('run')) == before
+    status, out, _ = run_stage('train', *args, '--out_dir=run', '--lr_decay_iters=8')
+    assert status == 0 and 'run/ckpt.pt: not a whole checkpoint' in out and 'going on from run/ckpt.1.pt, step 4' in out
+    assert digest('run') == digest('whole')
+    assert logged('run', 'val/loss') == logged('whole', 'val/loss')
+    for name in ('ckpt.pt', 'ckpt.1.pt'):
+        Path('run', name).write_bytes(b'')
+    before = contents(Path('run'))
+    status, _, err = run_stage('train', *args, '--out_dir=run')
+    assert status == 2 and 'run/ckpt.pt' in err and contents(Path('run')) == before  # never from scratch over a run
+
+
+def test_as_many_checkpoints_stay_as_asked(run_stage, text_data):
+    for keep in (1, 2, 4):
+        run_stage('train', f'--dataset={text_data}', *DURABLE, '--eval_interval=2', f'--keep_checkpoints={keep}',
+                  f'--out_dir=run{keep}')
+        steps = [torch.load(path, weights_only=True)['iter'] for path in sorted(Path(f'run{keep}').glob('ckpt*.pt'))]
+        assert sorted(steps) == [0, 2, 4, 6, 8][-keep:]
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(run_stage, text_data, monkeypatch):
+    """Losses of inf, then nan, at three steps: weights stay as they were, and the run goes on."""
+    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--eval_interval=1']
+    forward, calls, bad = GPT.forward, [], {2: math.inf, 3: math.nan, 5: -math.inf}
+
+    def poisoned(self, idx, targets=None, **options):
+        loss = forward(self, idx, targets, **options)
+        if self.training:
+            calls.append(1)
+            loss = loss + bad.get(len(calls), 0.0)  # inf + a gradient that is finite
+        return loss
+    monkeypatch.setattr(GPT, 'forward', poisoned)
+    for optimizer in ('adamw', 'muon'):
+        states, save = [], runtime.Run.save
+
+        def keep(run, name, state, states=states, save=save):
+            if name == 'ckpt.pt':
+                states.append(copy.deepcopy([state['model'], state['optimizers'][0]['state'],
+                                             state['optimizers'][-1]['state']]))
+            return save(run, name, state)
+        monkeypatch.setattr(runtime.Run, 'save', keep)
+        calls.clear()
+        status, out, err = run_stage('train', *args, f'--out_dir={optimizer}', f'--optimizer={optimizer}')
+        monkeypatch.setattr(runtime.Run, 'save', save)
+        assert (status, err) == (0, '') and '3 updates skipped' in out
+
+        same = [all(map(torch.equal, leaves(a), leaves(b))) for a, b in itertools.pairwise(states)]
+        assert same == [False] + [step in bad for step in range(2, 9)]
+        assert json.loads(Path(optimizer, 'summary.json').read_text())['skipped'] == 3
+        assert logged(optimizer, 'train/loss')[1] is None
+    bad.update(dict.fromkeys(range(6, 100), math.nan))
+    calls.clear()
+    status, _, err = run_stage('train', *args, '--out_dir=stop', '--max_iters=50', '--max_bad_steps=4')
+    assert status == 2 and err.count('\n') == 1 and 'step 8: the last 4 updates were skipped' in err
+    assert not runtime.not_finite(torch.load('stop/ckpt.pt', weights_only=True))
+
+
+def test_weights_that_are_not_finite_are_never_saved(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--dtype=float32']
+    status, _, err = run_stage('train', *args, '--learning_rate=1e38', '--grad_clip=0', '--max_iters=40',
+                               '--warmup_iters=0', '--lr_schedule=constant')
+    assert status == 2 and err.count('\n') == 1 and 'finite' in err and 'learning_rate' in err
+    for path in Path('run').glob('*.pt'):
+        assert not runtime.not_finite(torch.load(path, weights_only=True))
+
+
+def test_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=100000', '--eval_interval=100000', '--out_dir=run']
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE)
+    try:
+        next(line for line in process.stdout if line.startswith('step 10/'))
+        for init_from in ('scratch', 'auto'):
+            status, _, err = run_stage('train', *args, f'--init_from={init_from}')
+            assert status == 2 and err.count('\n') == 1 and 'another run is writing there' in err
+    finally:
+        process.kill()
+        process.communicate()
+    assert run_stage('train', *args, '--init_from=auto', '--max_iters=1')[0] == 0  # a dead process holds nothing
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several processes
+
+def launch(n, *args, cwd, options=(), **popen):
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
+                             *options, ROOT / 'train.py', *map(str, args)], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def torchrun(n, *args, cwd, **options):
+    process = launch(n, *args, cwd=cwd, **options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+DISTRIBUTED = [*SMALL, '--log_interval=1', '--gradient_accumulation_steps=4', '--optimizer=muon', '--dropout=0.1',
+               '--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--vocab_size=50304', '--batch_size=10',
+               '--dtype=float32']
+
+
+@pytest.mark.parametrize('n, options', [(2, []), (4, []), (2, ['--fsdp=True']), (4, ['--fsdp=True'])], ids=str)
+def test_processes_share_the_batch_of_one(run_stage, text_data, tmp_path, n, options):
+    """1 x 4, 2 x 2 and 4 x 1 micro-batches: the same windows, the same curve; and any may go on with another's run."""
+    args = [f'--dataset={text_data}', *DISTRIBUTED]  # 50,304 tokens: the loss runs over chunks
+    run_stage('train', *args, '--out_dir=one', '--eval_interval=8')
+    first = torchrun(n, *args, '--out_dir=many', '--max_iters=4', '--lr_decay_iters=8', *options, cwd=tmp_path)
+    shutil.copytree('many', 'other')
+    assert first.count('step 4/4') == 1  # ranks log once
+    torchrun(n, *args, '--out_dir=many', '--init_from=resume', *options, cwd=tmp_path)
+    status, out, _ = run_stage('train', *args, '--out_dir=other', '--init_from=resume', '--lr_decay_iters=8')
+    assert status == 0
+    for run in ('many', 'other'):
+        np.testing.assert_allclose(logged(run, 'train/loss'), logged('one', 'train/loss'), rtol=2e-5)
+        np.testing.assert_allclose(logged(run, 'grad_norm'), logged('one', 'grad_norm'), rtol=1e-3)
+        np.testing.assert_allclose(logged(run, 'val/loss')[::2], logged('one', 'val/loss'), rtol=2e-5)
+        for name, w in weights('one').items():  # Muon's iterations are in bfloat16
+            torch.testing.assert_close(weights(run)[name], w, rtol=0, atol=2e-4)
+    run_stage('train', *args, '--out_dir=back', '--max_iters=4', '--lr_decay_iters=8')
+    torchrun(n, *args, '--out_dir=back', '--init_from=resume', '--lr_decay_iters=8', *options, cwd=tmp_path)
+    np.testing.assert_allclose(logged('back', 'train/loss'), logged('one', 'train/loss'), rtol=2e-5)
+
+
+@pytest.mark.parametrize('options', [[], ['--fsdp=True', '--dtype=bfloat16', '--activation_checkpointing=True']],
+                         ids=str)
+def test_resume_is_exact_with_three_processes(text_data, tmp_path, options):
+    """Three, because two numbers have one sum, whatever their order."""
+    args = [f'--dataset={text_data}', *DISTRIBUTED, '--gradient_accumulation_steps=6', '--vocab_size=260',
+            '--init_from=auto', '--lr_decay_iters=8', *options]
+    torchrun(3, *args, '--out_dir=whole', cwd=tmp_path)
+    for steps in (3, 5, 8):
+        torchrun(3, *args, '--out_dir=parts', f'--max_iters={steps}', cwd=tmp_path)
+    assert digest(tmp_path / 'whole') == digest(tmp_path / 'parts')
+
+
+def test_sharded_bfloat16_equals_copied_bfloat16(text_data, tmp_path):
+    args = [f'--dataset={text_data}', *DISTRIBUTED, '--dtype=bfloat16', '--learning_rate=3e-3', '--max_iters=30',
+            '--eval_interval=30', '--vocab_size=260']
+    torchrun(2, *args, '--out_dir=ddp', cwd=tmp_path)
+    torchrun(2, *args, '--out_dir=fsdp', '--fsdp=True', cwd=tmp_path)
+    ddp, fsdp = (logged(tmp_path / run, 'train/loss') for run in ('ddp', 'fsdp'))
+    assert ddp[-1] < ddp[0] - 0.5
+    np.testing.assert_allclose(ddp, fsdp, rtol=5e-3)
+
+
+def pids_of(pattern):
+    found = []
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        with contextlib.suppress(OSError):
+            if pattern in path.read_bytes().replace(b'\0', b' ').decode(errors='replace'):
+                found.append(int(path.parent.name))
+    return found
+
+
+def workers(launched, run):
+    """{rank: pid} of the processes that torchrun started."""
+    found = {}
+    for pid in pids_of(f'--out_dir={run}'):
+        with contextlib.suppress(OSError):
+            rank = re.search(rb'\0RANK=(\d+)', Path(f'/proc/{pid}/environ').read_bytes())
+            if rank and pid != launched.pid:
+                found[int(rank[1])] = pid
+    return found
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_rank_that_dies_costs_nothing(text_data, tmp_path, rank):
+    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=150', '--eval_interval=5', '--eval_iters=1',
+            f'--out_dir={tmp_path}/run']
+    process = launch(2, *args, cwd=tmp_path, options=['--max-restarts=3'])
+    next(line for line in process.stdout if line.startswith('step 40/'))
+    os.kill(workers(process, f'{tmp_path}/run')[rank], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert 'parameters from' in out and re.search(r'ckpt.pt, step [1-9]', out)  # it went on, not from scratch
+    torchrun(2, *args[:-1], f'--out_dir={tmp_path}/whole', cwd=tmp_path)
+    assert digest(tmp_path / 'run') == digest(tmp_path / 'whole')
+    assert logged(tmp_path / 'run', 'train/loss') == logged(tmp_path / 'whole', 'train/loss')
+
+
+@pytest.mark.parametrize('options', [[], ['--fsdp=True']], ids=str)
+def test_sigterm_to_torchrun_saves(text_data, tmp_path, options):
+    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=100000', '--eval_interval=100000', '--eval_iters=1',
+            '--lr_schedule=constant', *options]
+    process = launch(2, *args, '--out_dir=run', cwd=tmp_path)
+    next(line for line in process.stdout if line.startswith('step 10/'))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode and 'stopped at step' in out
+    steps = torch.load(tmp_path / 'run/ckpt.pt', weights_only=True)['iter']
+    assert 10 <= steps < 100000
+    for run in ('run', 'whole'):
+        torchrun(2, *args, f'--out_dir={run}', f'--max_iters={steps + 2}', cwd=tmp_path)
+    assert same_weights(tmp_path / 'run', tmp_path / 'whole')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# less memory, less time
+
+def test_activation_checkpointing_changes_no_weight(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--dropout=0.1']
+    run_stage('train', *args, '--out_dir=plain')
+    assert run_stage('train', *args, '--activation_checkpointing=True', '--out_dir=again')[0] == 0
+    assert same_weights('plain', 'again')
+    saved = []
+    for recompute in (False, True):
+        model = tiny(n_layer=8).train()
+        for block in model.blocks:
+            block.recompute = recompute
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.update({t.data_ptr(): t.nbytes}) or t,
+                                                      lambda t: t):
+            loss = model(ids(4, 24), ids(4, 24, seed=1))
+        loss.backward()
+        saved.append(sum(kept.values()))
+    assert saved[1] < 0.5 * saved[0]
+
+
+@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-6:]], ids=str)
+@pytest.mark.parametrize('recompute', [False, True])
+def test_compile_sees_one_graph(options, recompute, monkeypatch):
+    """fullgraph=True raises at a graph break; the loss runs over several chunks."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab, device: 16)
+    torch._dynamo.reset()
+    model = tiny(**options).train()
+    for block in model.blocks:
+        block.recompute = recompute
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    x, y = ids(2, 24), ids(2, 24, seed=1)
+    loss, expected = compiled(x, y), model(x, y)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected.backward()
+    for p, g in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_muon_equals_torch_muon():
+    """Matrices of one shape together, tall ones and wide ones, with decay: what torch computes one by one."""
+    ours, theirs = tiny(n_embd=48, n_head=2), tiny(n_embd=48, n_head=2)
+    mine = ours.configure_optimizers('muon', muon_lr=0.02, weight_decay=0.1)[1]
+    matrices = [dict(theirs.named_parameters())[n] for n, p in ours.named_parameters()
+                if any(p is q for group in mine.param_groups for q in group['params'])]
+    library = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        mine.step()
+        library.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_gpu_trains_compiled_in_16_bits_without_waiting(run_stage, text_data, monkeypatch):
+    args = [f'--dataset={text_data}', *SMALL, '--device=cuda', '--max_iters=40', '--eval_interval=40',
+            '--learning_rate=3e-3', '--log_interval=40']
+    update = runtime.Run.update
+
+    def watched(*a, **k):
+        torch.cuda.set_sync_debug_mode('error')  # any wait of the host for the device raises
+        try:
+            return update(*a, **k)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    monkeypatch.setattr(runtime.Run, 'update', watched)
+    for optimizer in ('adamw', 'muon'):
+        losses = []
+        for options in (['--dtype=float32'], ['--dtype=bfloat16'], ['--dtype=bfloat16', '--compile=True']):
+            run = '_'.join([optimizer, *options])
+            assert run_stage('train', *args, *options, f'--optimizer={optimizer}', f'--out_dir={run}')[0] == 0
+            losses.append(rows_of(run)[-1]['val/loss'])
+        assert losses == pytest.approx([losses[0]] * 3, abs=0.05) and losses[0] < 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
