@@ -88,9 +88,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if config.norm_affine and config.bias and not self.rms else None
 
     def forward(self, x):
+        # weights and x may differ: autocast makes queries and keys 16 bits wide, sharding the weights
+        weight, bias = (None if p is None else p.type_as(x) for p in (self.weight, self.bias))
         if self.rms:
-            return F.rms_norm(x, self.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+            return F.rms_norm(x, self.shape, weight, self.eps)
+        return F.layer_norm(x, self.shape, weight, bias, self.eps)
 
 
 def angles(positions, dim, theta):

@@ -1719,38 +1719,40 @@ def torchrun(n, *args, cwd, **options):
 
 
 DISTRIBUTED = [*SMALL, '--log_interval=1', '--gradient_accumulation_steps=4', '--optimizer=muon', '--dropout=0.1',
-               '--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--vocab_size=50304', '--batch_size=10',
+               '--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--batch_size=10',
                '--dtype=float32']
 
 
-@pytest.mark.parametrize('n, options', [(2, []), (4, []), (2, ['--fsdp=True']), (4, ['--fsdp=True'])], ids=str)
+@pytest.mark.parametrize('n, options', [(2, ['--optimizer=adamw']), (2, ['--optimizer=adamw', '--fsdp=True']),
+                                        (4, ['--optimizer=muon']), (4, ['--optimizer=muon', '--fsdp=True'])], ids=str)
 def test_processes_share_the_batch_of_one(run_stage, text_data, tmp_path, n, options):
     """1 x 4, 2 x 2 and 4 x 1 micro-batches: the same windows, the same curve; and any may go on with another's run."""
-    args = [f'--dataset={text_data}', *DISTRIBUTED]  # 50,304 tokens: the loss runs over chunks
-    run_stage('train', *args, '--out_dir=one', '--eval_interval=8')
-    first = torchrun(n, *args, '--out_dir=many', '--max_iters=4', '--lr_decay_iters=8', *options, cwd=tmp_path)
-    shutil.copytree('many', 'other')
-    assert first.count('step 4/4') == 1  # ranks log once
-    torchrun(n, *args, '--out_dir=many', '--init_from=resume', *options, cwd=tmp_path)
-    status, out, _ = run_stage('train', *args, '--out_dir=other', '--init_from=resume', '--lr_decay_iters=8')
-    assert status == 0
-    for run in ('many', 'other'):
-        np.testing.assert_allclose(logged(run, 'train/loss'), logged('one', 'train/loss'), rtol=2e-5)
-        np.testing.assert_allclose(logged(run, 'grad_norm'), logged('one', 'grad_norm'), rtol=1e-3)
-        np.testing.assert_allclose(logged(run, 'val/loss')[::2], logged('one', 'val/loss'), rtol=2e-5)
-        for name, w in weights('one').items():  # Muon's iterations are in bfloat16
-            torch.testing.assert_close(weights(run)[name], w, rtol=0, atol=2e-4)
-    run_stage('train', *args, '--out_dir=back', '--max_iters=4', '--lr_decay_iters=8')
-    torchrun(n, *args, '--out_dir=back', '--init_from=resume', '--lr_decay_iters=8', *options, cwd=tmp_path)
-    np.testing.assert_allclose(logged('back', 'train/loss'), logged('one', 'train/loss'), rtol=2e-5)
+    optimizer, *options = options
+    # 50,304 tokens: the loss runs over chunks
+    args = [f'--dataset={text_data}', *DISTRIBUTED, '--vocab_size=50304', '--lr_decay_iters=8', optimizer]
+    run_stage('train', *args, '--out_dir=one')
+    out = torchrun(n, *args, '--out_dir=many', *options, cwd=tmp_path)
+    assert out.count('step 8/8') == 1  # ranks log once
+    runs = ['many']
+    if n == 2:
+        torchrun(n, *args, '--out_dir=to_one', '--max_iters=4', *options, cwd=tmp_path)
+        run_stage('train', *args, '--out_dir=from_one', '--max_iters=4')
+        assert run_stage('train', *args, '--out_dir=to_one', '--init_from=resume')[0] == 0
+        torchrun(n, *args, '--out_dir=from_one', '--init_from=resume', *options, cwd=tmp_path)
+        runs += ['to_one', 'from_one']
+    for run in runs:
+        for key, rtol in (('train/loss', 2e-5), ('val/loss', 2e-5), ('grad_norm', 1e-3)):
+            np.testing.assert_allclose(logged(run, key), logged('one', key), rtol=rtol)
+        for name, w in weights('one').items():  # Muon turns rounding errors into directions, in bfloat16
+            assert (weights(run)[name] - w).norm() < (1e-4 if n == 2 else 0.05) * w.norm(), name
 
 
 @pytest.mark.parametrize('options', [[], ['--fsdp=True', '--dtype=bfloat16', '--activation_checkpointing=True']],
                          ids=str)
 def test_resume_is_exact_with_three_processes(text_data, tmp_path, options):
     """Three, because two numbers have one sum, whatever their order."""
-    args = [f'--dataset={text_data}', *DISTRIBUTED, '--gradient_accumulation_steps=6', '--vocab_size=260',
-            '--init_from=auto', '--lr_decay_iters=8', *options]
+    args = [f'--dataset={text_data}', *DISTRIBUTED, '--gradient_accumulation_steps=6', '--init_from=auto',
+            '--lr_decay_iters=8', *options]
     torchrun(3, *args, '--out_dir=whole', cwd=tmp_path)
     for steps in (3, 5, 8):
         torchrun(3, *args, '--out_dir=parts', f'--max_iters={steps}', cwd=tmp_path)
@@ -1759,7 +1761,7 @@ def test_resume_is_exact_with_three_processes(text_data, tmp_path, options):
 
 def test_sharded_bfloat16_equals_copied_bfloat16(text_data, tmp_path):
     args = [f'--dataset={text_data}', *DISTRIBUTED, '--dtype=bfloat16', '--learning_rate=3e-3', '--max_iters=30',
-            '--eval_interval=30', '--vocab_size=260']
+            '--eval_interval=30']
     torchrun(2, *args, '--out_dir=ddp', cwd=tmp_path)
     torchrun(2, *args, '--out_dir=fsdp', '--fsdp=True', cwd=tmp_path)
     ddp, fsdp = (logged(tmp_path / run, 'train/loss') for run in ('ddp', 'fsdp'))
