@@ -1,4 +1,4 @@
-"""GPT-2 124M on 10 billion tokens of FineWeb: the hyper-parameters of the public reproduction (llm.c, discussion 481).
+"""GPT-2 124M on 10 billion tokens of FineWeb: the hyper-parameters of the public reproduction (llm.c, scripts/run_gpt2_124M.sh).
 
     python data/fineweb/prepare.py --num_shards=103
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
