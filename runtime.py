@@ -195,7 +195,9 @@ def cli(main):
     try:
         main()
     except UserError as error:
-        print(f'\nerror: {error}' if sys.stdout.isatty() else f'error: {error}', file=sys.stderr, flush=True)
+        rank = int(os.environ.get('RANK', 0))
+        text = f'error: {error}' if rank == 0 else f'rank {rank}: error: {error}'
+        print(f'\n{text}' if sys.stdout.isatty() else text, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print()
@@ -609,9 +611,11 @@ class Run:
         def work():
             if self.config['wandb_log']:
                 import wandb
+                known = self.out_dir / 'wandb_id'  # a run that goes on goes on there too
+                id = known.read_text() if step is not None and known.exists() else None
                 try:
-                    self._wandb = wandb.init(project=self.config['wandb_project'], config=self.config,
-                                             name=self.config['wandb_run_name'])
+                    self._wandb = wandb.init(project=self.config['wandb_project'], config=self.config, id=id,
+                                             name=self.config['wandb_run_name'], resume='allow')
                 except wandb.Error as error:
                     raise UserError(f'wandb_log=True: {str(error).splitlines()[0]}') from None
             if self.config['tensorboard_log']:
@@ -637,6 +641,8 @@ class Run:
                         (self.out_dir / name).unlink(missing_ok=True)
                 else:
                     self._rewind(step)
+                if self._wandb:
+                    write_atomic(self.out_dir / 'wandb_id', lambda file: file.write(self._wandb.id.encode()))
             except OSError as error:
                 raise UserError(f'out_dir={self.out_dir}: cannot write there ({error.strerror})') from None
             if self.config['tensorboard_log']:

@@ -1433,13 +1433,17 @@ def test_16_bits_train_close_to_float32(run_stage, text_data):
 
 def test_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
     heard = []
-    fake = types.SimpleNamespace(Error=ValueError, finish=lambda: heard.append('finish'),
+    fake = types.SimpleNamespace(Error=ValueError, finish=lambda: heard.append('finish'), id='abc',
                                  init=lambda **k: heard.append(k) or fake,
                                  log=lambda metrics, step: heard.append((step, metrics)))
     monkeypatch.setitem(sys.modules, 'wandb', fake)
-    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', '--wandb_log=True', '--wandb_project=p')
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--wandb_log=True', '--wandb_project=p']
+    run_stage('train', *args)
     assert heard[0]['project'] == 'p' and heard[0]['config']['batch_size'] == 4 and heard[-1] == 'finish'
-    assert [metrics for _, metrics in heard[1:-1]] == rows_of('run')
+    assert [metrics for _, metrics in heard[1:-1]] == rows_of('run') and heard[0]['id'] is None
+    heard.clear()
+    run_stage('train', *args, '--init_from=resume', '--max_iters=10')
+    assert heard[0]['id'] == 'abc' and [step for step, _ in heard[1:-1]] == [10, 10]
 
 
 def test_progress_redraws_on_a_terminal_only(monkeypatch, capsys):

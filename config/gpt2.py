@@ -1,4 +1,6 @@
-"""GPT-2 124M on 10 billion tokens of FineWeb: the hyper-parameters of the public reproduction (llm.c, scripts/run_gpt2_124M.sh).
+"""GPT-2 124M on 10 billion tokens of FineWeb, with the hyper-parameters of its public reproduction.
+
+They are those of llm.c, scripts/run_gpt2_124M.sh.
 
     python data/fineweb/prepare.py --num_shards=103
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
