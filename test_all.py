@@ -1903,11 +1903,11 @@ def test_a_gpu_trains_compiled_in_16_bits_without_waiting(run_stage, text_data, 
         torch.cuda.set_sync_debug_mode('default')
         return norm
     for options in (['--dtype=float32'], ['--dtype=bfloat16'], ['--dtype=bfloat16', '--compile=True']):
-        if '--compile=True' not in options:  # compiling waits
-            monkeypatch.setattr(runtime.Run, 'accumulating', begin)
-            monkeypatch.setattr(runtime.Run, 'update', end)
-        assert run_stage('train', *args, *options, f'--out_dir=run{len(losses)}')[0] == 0
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            if '--compile=True' not in options:  # compiling waits
+                patch.setattr(runtime.Run, 'accumulating', begin)
+                patch.setattr(runtime.Run, 'update', end)
+            assert run_stage('train', *args, *options, f'--out_dir=run{len(losses)}')[0] == 0
         losses.append(rows_of(f'run{len(losses)}')[-1]['val/loss'])
     assert losses == pytest.approx([losses[0]] * 3, abs=0.05) and losses[0] < 5
 
