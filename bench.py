@@ -1,16 +1,25 @@
 """
-Measure: ratios between things that ran side by side, in turn, on this machine; a table, and the same as JSON.
+Measure: speed as a share of what the machine can do, or beside another program in the same run; a table and JSON.
 
-    python bench.py train --against=NANOGPT            training tokens/s at nanoGPT's own configuration
-    python bench.py loss --against=NANOGPT             training time and final loss: config/tinyshakespeare.py
-    python bench.py loss --against=NANOGPT --config=config/nanogpt.py        the same at nanoGPT's configuration
-    python bench.py sample --init_from=out/tiny        generated tokens/s, with the KV cache and re-reading the context
-    python bench.py tokenizer                          BPE training and encoding, against Hugging Face tokenizers
+    python bench.py train config/gpt2.py [--key=value …]    tokens/s, where a step's time goes, MFU, memory
+    python bench.py sample --init_from=out/tiny             prefill and decode tokens/s against the memory's bandwidth
+    python bench.py data config/tiny.py                     the loader's tokens/s, beside what training takes
+    python bench.py tokenizer                               BPE training and encoding, MB/s
+    python bench.py memory                                  bytes per GPU of three models by the sharding used
+    python bench.py train config/nanogpt.py --against=DIR   side by side, in turn: DIR is a checkout of nanoGPT, or
+    python bench.py loss --against=NANOGPT                  (every mode but memory) another checkout of this project
+    torchrun --standalone --nproc_per_node=2 bench.py train config/tiny.py --gradient_accumulation_steps=2 [--fsdp=True]
 
-NANOGPT is a checkout of github.com/karpathy/nanoGPT. It is run from a temporary copy, unchanged but for its seed.
+Every knob of train.py and GPTConfig may be set. nanoGPT is run from a temporary copy, unchanged but for its seed.
+
+MFU is model FLOP/s (arXiv:2204.02311, B) over the FLOP/s of a large matrix product measured in the same precision.
+Communication is the time in which a collective of gloo or nccl was under way (from torch.profiler); it may lie inside
+the backward pass. The bandwidth floor of decoding is the time to read all weights and the cache once per step; a model
+that fits into the processor's cache can be faster.
 """
 import importlib.util
 import json
+import os
 import pickle
 import re
 import shutil
@@ -19,203 +28,570 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import runtime
 from dataset import TokenData, find_dataset
-from model import GPT
+from model import GPT, GPTConfig
 from tokenizer import UserError, train_bpe
 
-against = ''  # checkout of nanoGPT to compare with
-config = 'config/tinyshakespeare.py'  # mode loss: our side of the comparison
-init_from = 'out/tiny'  # mode sample: the run whose model generates
-repeats = 3  # runs of each side; in mode loss each with a seed of its own
-max_iters = 300  # mode train: steps per run
-max_new_tokens = 256  # mode sample: tokens per text
-vocab_size = 4096  # mode tokenizer: size of the vocabulary to train
+against = ''  # checkout of nanoGPT or of this project to compare with
+repeats = 3  # runs of each side, in turn; mode loss: each with a seed of its own
+steps = 20  # mode train: steps to time, after warming up; mode data: times 50 batches
+profile = False  # mode train: write a torch.profiler trace (Chrome, Perfetto) and print the operators that take longest
+memory = True  # mode train: the peak memory of a step beside one with all logits in float32, in processes of their own
+batches = [1, 8]  # mode sample: texts at a time
+contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones; those that fit into block_size
+max_new_tokens = 64  # mode sample: tokens to add to each text
 input = ''  # mode tokenizer: text file; default: the works of data/shakespeare
-out_dir = 'out/bench'  # where the results and our runs go
-device = 'auto'  # 'cpu', 'cuda'; auto = the best there is
+results = 'out/bench'  # where the results and the runs go
 
-NANOGPT_ARGS = ('config/train_shakespeare_char.py --compile=False --eval_iters=20 --log_interval=1 --block_size=64 '
-                '--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --lr_decay_iters=2000 --dropout=0.0 '
-                '--always_save_checkpoint=True').split()
+TRAIN = Path(__file__).parent / 'train.py'
+TRAIN_DEFAULTS = {key: default for key, (default, _) in runtime.knobs_of_file(TRAIN).items()}
+MODEL_FIELDS = [field.name for field in fields(GPTConfig)]
+OWN_KNOBS = runtime.knobs_of_file(__file__)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the machine can do
+
+def synchronize(device):
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work, device, times=5):
+    """The least seconds that work() takes, of several times after one to warm up."""
+    best = float('inf')
+    for i in range(times + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - began) if i else best
+    return best
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large square matrix product."""
+    n = 8192 if device.startswith('cuda') else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / seconds_of(lambda: a @ b, device)
+
+
+def read_bandwidth(device):
+    """Bytes/s at which a tensor far larger than any cache is read."""
+    x = torch.ones(1 << (30 if device.startswith('cuda') else 27), device=device)
+    return x.nbytes / seconds_of(x.sum, device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mode train
+
+def training(knobs, model_args):
+    """Everything that a step of train.py needs -> (run, data, model, step); step(lap) makes one and returns nothing."""
+    run = runtime.Run(vars(knobs))
+    run.on_main(lambda: find_dataset(knobs.dataset))
+    block_size = model_args.get('block_size', GPTConfig.block_size)
+    data = TokenData(find_dataset(knobs.dataset), 'train', block_size, knobs.seed)
+    with runtime.user_errors():
+        model = GPT(GPTConfig(**{'vocab_size': data.tokenizer.n_vocab} | model_args))
+        net = run.wrap(model)
+        optimizers = model.configure_optimizers(knobs.optimizer, knobs.learning_rate, knobs.weight_decay,
+                                                (knobs.beta1, knobs.beta2), knobs.embed_lr, knobs.muon_lr,
+                                                knobs.muon_momentum)
+    for group in optimizers.param_groups:
+        group['lr'] = group['peak_lr'] * 1e-3  # however long it is measured, the model stays one that trains
+    n = [0]
+
+    def step(lap=lambda part: None):
+        for micro_step in range(run.micro_steps):
+            lap('')
+            index = (n[0] * run.world_size + run.rank) * run.micro_steps + micro_step
+            x, y = run.to_device(*data.batch(index * knobs.batch_size, knobs.batch_size))
+            run.seed(index)
+            lap('data')
+            with run.accumulating(net, micro_step == run.micro_steps - 1):
+                with run.autocast(data.block_size):
+                    loss = net(x, y) / run.micro_steps
+                lap('forward')
+                run.backward(loss)
+            lap('backward')
+        run.update(model, optimizers, knobs.grad_clip)
+        lap('optimizer')
+        n[0] += 1
+    return run, data, model, step
+
+
+def split_of(run, step, n):
+    """Seconds of n steps by part, the device synchronised between them."""
+    parts, last = {}, [0.0]
+
+    def lap(part):
+        synchronize(run.device)
+        now = time.perf_counter()
+        if part:
+            parts[part] = parts.get(part, 0.0) + now - last[0]
+        last[0] = now
+    for _ in range(n):
+        step(lap)
+    return parts
+
+
+def communication(events):
+    """Seconds in which at least one collective was under way."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.name.startswith(('gloo:', 'nccl')))
+    total, end = 0.0, 0.0
+    for begin, finish in spans:
+        total += max(0.0, finish - max(begin, end))
+        end = max(end, finish)
+    return total / 1e6
+
+
+def bench_train(knobs, model_args):
+    run, data, model, step = training(knobs, model_args)
+    for _ in range(3):
+        step()
+    synchronize(run.device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize(run.device)
+    seconds = (time.perf_counter() - began) / steps
+    parts = split_of(run, step, steps)
+    with torch.profiler.profile() if profile or run.world_size > 1 else nullcontext() as profiler:
+        for _ in range(3 if profiler else 0):
+            step()
+        synchronize(run.device)
+    tokens = knobs.gradient_accumulation_steps * knobs.batch_size * data.block_size
+    row = {'tokens/s': tokens / seconds, 'ms/step': seconds * 1000}
+    row |= {f'{part} %': 100 * value / sum(parts.values()) for part, value in parts.items()}
+    if run.world_size > 1:
+        row['communication ms/step'] = communication(profiler.events()) / 3 * 1000
+    peak = matmul_peak(run.device, getattr(torch, run.dtype))
+    achieved = model.flops_per_token(data.block_size) * tokens / seconds / run.world_size
+    row |= {'TFLOP/s': achieved / 1e12, 'matmul peak TFLOP/s': peak / 1e12, 'MFU %': 100 * achieved / peak,
+            'peak memory MB': runtime.peak_memory_mb(run.device)}
+    if run.main and memory and run.world_size == 1:
+        row |= peak_memories(knobs, model.config)
+    if not run.main:
+        return None
+    if profile:
+        Path(results).mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(f'{results}/trace.json')
+        order = 'self_cuda_time_total' if run.device_type == 'cuda' else 'self_cpu_time_total'
+        print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+        print(f'trace: {results}/trace.json (open it in ui.perfetto.dev)')
+    return [row | {'parameters': model.num_params(), 'device': run.device, 'dtype': run.dtype,
+                   'processes': run.world_size}], {}
+
+
+def peak_memories(knobs, config):
+    """Peak MB of a step, and of one whose (B, T, V) logits are a float32 tensor, beyond what the process had before."""
+    largest = 4 * knobs.batch_size * config.block_size * config.vocab_size
+    if largest > 4e9 and not knobs.device.startswith('cuda'):
+        print(f'(memory: all logits in float32 would take {largest / 1e9:.0f} GB several times over: left out)')
+        return {}
+    found = []
+    for full in (0, 1):
+        args = [__file__, 'step', *sys.argv[2:], f'--steps={full}', '--memory=False']
+        found.append(float(command(args, env=os.environ).split()[-1]))
+    return {'step memory MB': found[0], 'with all logits MB': found[1], 'memory ratio': found[0] / found[1]}
+
+
+def one_step(knobs, model_args):
+    """A process of its own for `peak_memories`: prints the MB that one step takes; steps=1: with all logits."""
+    pages = int(Path('/proc/self/statm').read_text().split()[1])  # resident before there is a model
+    run, _, _, step = training(knobs, model_args)
+    forward = GPT.forward
+    if steps:
+        GPT.forward = lambda self, idx, targets: F.cross_entropy(forward(self, idx).flatten(0, 1), targets.flatten())
+    step()
+    synchronize(run.device)
+    before = 0 if run.device_type == 'cuda' else pages * os.sysconf('SC_PAGESIZE') / 2 ** 20
+    print(runtime.peak_memory_mb(run.device) - before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# side by side
 
 def command(args, **options):
     """Runs a Python script to its end and returns what it printed; UserError with its last words if it fails."""
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, **options)
     if done.returncode:
-        raise UserError(f'{args[0]} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}')
+        said = (done.stderr or done.stdout).strip().splitlines() or [f'status {done.returncode}']
+        raise UserError(f'{" ".join(map(str, args[:2]))} failed: {said[-1]}')
     return done.stdout
 
 
-def nanogpt_run(seed, iters):
+def project_run(folder, seed, iters):
+    """A checkout's own train.py with the arguments given -> {'seconds', 'ms' per step, 'val' loss}."""
+    args = [a for a in sys.argv[2:] if a.partition('=')[0][2:] not in OWN_KNOBS]
+    print(f'{folder}, seed {seed} …', end=' ', flush=True)
+    run = Path(results).absolute() / 'run'
+    shutil.rmtree(run, ignore_errors=True)
+    iters = [f'--max_iters={iters}', f'--eval_interval={iters}', '--eval_iters=1'] if iters else ['--eval_iters=0']
+    args = [Path(a).absolute() if Path(a).is_file() else a for a in args]
+    command([Path(folder).absolute() / 'train.py', *args, *iters, f'--out_dir={run}', f'--seed={seed}',
+             '--sample_tokens=0'], cwd=folder)
+    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    summary = json.loads((run / 'summary.json').read_text())
+    rate = statistics.median(row['tok_per_sec'] for row in rows if 'tok_per_sec' in row)
+    result = {'seconds': summary['seconds'], 'ms': 1000 * summary['tokens'] / summary['iter'] / rate,
+              'val': summary['val/loss']}
+    print({k: round(v, 4) for k, v in result.items()}, flush=True)
+    return result
+
+
+def nanogpt_run(knobs, config, seed, iters):
     """nanoGPT's own train.py on our tokens -> {'seconds' of training, 'ms' per step, 'val' loss over the whole split}.
 
     Its time includes printing a line a step and leaves out evaluations: those steps count as a median step.
     """
-    if not (Path(against) / 'configurator.py').is_file():
-        raise UserError(f'--against={against!r} is not a checkout of nanoGPT')
+    dtype = runtime.pick_dtype(knobs.dtype, runtime.pick_device(knobs.device))[0]
+    flags = {k: getattr(config, k) for k in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}
+    flags |= {k: getattr(knobs, k) for k in ('batch_size', 'gradient_accumulation_steps', 'compile', 'learning_rate',
+                                             'min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip')}
+    flags |= {'device': runtime.pick_device(knobs.device), 'dtype': dtype, 'max_iters': iters, 'log_interval': 1,
+              'lr_decay_iters': knobs.lr_decay_iters or knobs.max_iters, 'eval_interval': 250, 'eval_iters': 20,
+              'always_save_checkpoint': True, 'dataset': 'tokens', 'out_dir': 'out'}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / 'nanoGPT'
         shutil.copytree(against, copy, ignore=shutil.ignore_patterns('.git', 'out*', '*.bin'))
         script = (copy / 'train.py').read_text()
         (copy / 'train.py').write_text(script.replace('torch.manual_seed(1337 + ', f'torch.manual_seed({seed} + '))
-        data = copy / 'data' / 'shakespeare_char'
-        for split in ('train', 'val'):
-            shutil.copy(f'data/tinyshakespeare/{split}.bin', data)
-        (data / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 65}))
+        tokens = copy / 'data' / 'tokens'
+        tokens.mkdir()
+        for split in ('train', 'val'):  # as nanoGPT reads them: uint16 without a header, of at most 20 million tokens
+            split_data = TokenData(find_dataset(knobs.dataset), split, 1024)
+            n = min(split_data.n_tokens - 1025, 20_000_000)
+            split_data.read(np.arange(0, n, 1024))[0].astype(np.uint16).tofile(tokens / f'{split}.bin')
+        (tokens / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': config.vocab_size}))
         print(f'nanoGPT, seed {seed} …', end=' ', flush=True)
-        lines = command(['train.py', *NANOGPT_ARGS, f'--device={device}', f'--max_iters={iters}'], cwd=copy)
+        lines = command(['train.py', *(f'--{k}={v}' for k, v in flags.items())], cwd=copy)
         times = {int(i): float(ms) for i, ms in re.findall(r'iter (\d+): .* time ([\d.]+)ms', lines)}
         ms = statistics.median(times.values())
-        steps = [ms if i % 250 == 0 else times[i] for i in range(iters)]
-        result = {'seconds': sum(steps) / 1000, 'ms': ms}
-        if (copy / 'out-shakespeare-char' / 'ckpt.pt').exists():
-            result['val'] = nanogpt_loss(copy)
+        result = {'seconds': sum(ms if i % 250 == 0 else times[i] for i in range(iters)) / 1000, 'ms': ms,
+                  'val': nanogpt_loss(copy, knobs, config)}
     print({k: round(v, 4) for k, v in result.items()}, flush=True)
     return result
 
 
 @torch.no_grad()
-def nanogpt_loss(copy):
+def nanogpt_loss(copy, knobs, config):
     """Loss of nanoGPT's final checkpoint over the windows that our evaluations read."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', copy / 'model.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    state = torch.load(copy / 'out-shakespeare-char' / 'ckpt.pt', map_location=device, weights_only=True)
+    device = runtime.pick_device(knobs.device)
+    state = torch.load(copy / 'out' / 'ckpt.pt', map_location=device, weights_only=True)
     model = module.GPT(module.GPTConfig(**state['model_args'])).to(device).eval()
-    model.load_state_dict(state['model'])
-    data = TokenData('data/tinyshakespeare', 'val', 64)
+    model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in state['model'].items()})
+    data = TokenData(find_dataset(knobs.dataset), 'val', config.block_size)
     x, y = (torch.from_numpy(a).to(device) for a in data.read(data.fixed(0)))
-    return sum(model(a, b)[1].item() * len(a) for a, b in zip(x.split(64), y.split(64), strict=True)) / len(x)
-
-
-def our_run(config, seed, *args):
-    """train.py with a config -> the same figures, from its metrics; the last checkpoint is in out_dir/ours."""
-    print(f'{config}, seed {seed} …', end=' ', flush=True)
-    run = Path(out_dir) / 'ours'
-    shutil.rmtree(run, ignore_errors=True)
-    command(['train.py', config, f'--out_dir={run}', f'--seed={seed}', f'--device={device}', '--sample_tokens=0',
-             *args])
-    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
-    summary = json.loads((run / 'summary.json').read_text())
-    rate = statistics.median(row['tok_per_sec'] for row in rows if 'tok_per_sec' in row)
-    result = {'seconds': summary['seconds'], 'ms': 1000 * summary['tokens'] / summary['iter'] / rate,
-              'val': summary['val/loss'], 'peak_memory_mb': summary['peak_memory_mb']}
-    print({k: round(v, 4) for k, v in result.items()}, flush=True)
-    return result
-
-
-def report(mode, rows, **result):
-    """Prints a line per row and the result, and writes both to out_dir/MODE.json."""
-    for row in rows:
-        print('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in row.items()))
-    for key, value in result.items():
-        print(f'{key}: {value:.4g}' if isinstance(value, float) else f'{key}: {value}')
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    path = Path(out_dir) / f'{mode}.json'
-    path.write_text(json.dumps({'rows': rows, **result}, indent=1) + '\n')
-    print(f'written to {path}')
+    rows = max(1, 4096 // config.block_size)
+    return sum(model(a, b)[1].item() * len(a) for a, b in zip(x.split(rows), y.split(rows), strict=True)) / len(x)
 
 
 def pairs(run_a, run_b):
-    """Runs A and B in turn, `repeats` times, the order swapped each time."""
+    """Runs A and B in turn, `repeats` times, the order swapped each time -> [(what A returned, what B did), …]."""
     out = []
     for i in range(repeats):
         first, second = (run_a, run_b) if i % 2 == 0 else (run_b, run_a)
-        results = {first: first(1337 + i)}
-        results[second] = second(1337 + i)
-        out.append((results[run_a], results[run_b]))
+        found = {first: first(1337 + i)}
+        found[second] = second(1337 + i)
+        out.append((found[run_a], found[run_b]))
     return out
 
 
-def bench_train():
-    results = pairs(lambda seed: our_run('config/nanogpt.py', seed, f'--max_iters={max_iters}',
-                                         f'--eval_interval={max_iters}', '--eval_iters=1'),
-                    lambda seed: nanogpt_run(seed, max_iters))
-    ratios = [nano['ms'] / ours['ms'] for ours, nano in results]
-    report('train', [{'ours ms/step': a['ms'], 'nanoGPT ms/step': b['ms'], 'tokens/s ratio': r}
-                     for (a, b), r in zip(results, ratios, strict=True)],
-           **{'tokens/s, ours over nanoGPT (median)': statistics.median(ratios)})
+def compare_training(mode, knobs, model_args):
+    """Modes train and loss against a checkout: whole runs of train.py on either side."""
+    data = TokenData(find_dataset(knobs.dataset), 'train', 1)
+    iters = max(100, 5 * steps) if mode == 'train' else 0
+    if (Path(against) / 'configurator.py').is_file():
+        config = GPTConfig(**{'vocab_size': data.tokenizer.n_vocab} | model_args)
+        if mode == 'loss':  # its recipe for a CPU is the yardstick, whatever ours is
+            yardstick = {key: value for key, value, _ in runtime.read_config('config/nanogpt.py')}
+            config = GPTConfig(vocab_size=data.tokenizer.n_vocab,
+                               **{k: v for k, v in yardstick.items() if k in MODEL_FIELDS})
+            knobs = SimpleNamespace(**vars(knobs) | {k: v for k, v in yardstick.items() if k in TRAIN_DEFAULTS})
+        theirs, name = lambda seed: nanogpt_run(knobs, config, seed, iters or knobs.max_iters), 'nanoGPT'
+    else:
+        theirs, name = lambda seed: project_run(against, seed, iters), against
+    rows = [{'ours ms/step': a['ms'], f'{name} ms/step': b['ms'], 'tokens/s ratio': b['ms'] / a['ms'],
+             'ours s': a['seconds'], f'{name} s': b['seconds'], 'time ratio': a['seconds'] / b['seconds'],
+             'ours val loss': a['val'], f'{name} val loss': b['val']}
+            for a, b in pairs(lambda seed: project_run(Path(__file__).parent, seed, iters), theirs)]
+    if mode == 'train':  # of runs this short only the speed means something
+        rows = [{k: v for k, v in row.items() if 'step' in k or k == 'tokens/s ratio'} for row in rows]
+    return rows, {f'{key}, mean': statistics.mean(row[key] for row in rows) for key in rows[0]}
 
 
-def bench_loss():
-    results = pairs(lambda seed: our_run(config, seed, '--eval_iters=0'), lambda seed: nanogpt_run(seed, 2000))
-    rows = [{'ours seconds': a['seconds'], 'ours val loss': a['val'], 'nanoGPT seconds': b['seconds'],
-             'nanoGPT val loss': b['val'], 'time ratio': a['seconds'] / b['seconds']} for a, b in results]
-    report('loss', rows, **{key + ' (mean)': statistics.mean(row[key] for row in rows) for key in rows[0]})
+def compare_modes(mode):
+    """Any other mode against another checkout of this project: its bench.py and ours, and the ratio of each speed."""
+    args = [a for a in sys.argv[2:] if not a.startswith('--against=')]
+
+    def run(folder):
+        out = command([Path(folder).absolute() / 'bench.py', mode, *args], cwd=folder)
+        path = re.findall('written to (.*)', out)[-1]
+        return json.loads((Path(folder) / path).read_text())['rows']
+    found = pairs(lambda seed: run(Path(__file__).parent), lambda seed: run(against))
+    rows = []
+    for i, (a, b) in enumerate(zip(*found[0], strict=False)):
+        for key in [k for k in a if k.endswith('/s') and k in b]:
+            ratios = [ours[i][key] / theirs[i][key] for ours, theirs in found]
+            rows.append({'row': i + 1, 'figure': key, 'ratio': statistics.median(ratios), 'least': min(ratios),
+                         'most': max(ratios)})
+    if not rows:
+        raise UserError(f'--against={against}: its bench.py {mode} has no figure in common with this one')
+    return rows, {}
 
 
-def bench_sample():
-    state = runtime.load_checkpoint(init_from)
-    model, rows = GPT.from_state(state).to(device).eval(), []
-    for batch in (1, 8):
-        prompts = [[1 + i] for i in range(batch)]
-        rates = {True: [], False: []}
-        for i in range(repeats + 1):
-            for use_cache in (True, False):
-                began = time.perf_counter()
-                out = model.generate(prompts, max_new_tokens, seed=i, use_cache=use_cache)
-                rate = sum(map(len, out)) / (time.perf_counter() - began)
-                if i:  # the first pair warms up
-                    rates[use_cache].append(rate)
-        ratios = [a / b for a, b in zip(rates[True], rates[False], strict=True)]
-        rows.append({'batch': batch, 'cached tok/s': statistics.median(rates[True]),
-                     're-reading tok/s': statistics.median(rates[False]), 'ratio': statistics.median(ratios)})
-    report('sample', rows)
+# ----------------------------------------------------------------------------------------------------------------------
+# the other modes
+
+def bench_sample(knobs, model_args):
+    """Prefill and decode at several batch sizes and contexts, cached and re-reading, against the bandwidth floor."""
+    device = runtime.pick_device(knobs.device)
+    if knobs.init_from != 'scratch':
+        state = runtime.load_checkpoint(knobs.init_from)
+        with runtime.user_errors(knobs.init_from):
+            model = GPT.from_state(state)
+    else:
+        with runtime.user_errors():
+            model = GPT(GPTConfig(**model_args))
+    model = model.to(device, runtime.pick_dtype(knobs.dtype, device)[1]).eval()
+    config, bandwidth, rows = model.config, read_bandwidth(device), []
+    size = model.head.weight.itemsize
+    weight_bytes = sum(p.nbytes for n, p in model.named_parameters() if config.tie_weights or n != 'tok_emb.weight')
+    generator = torch.Generator().manual_seed(1)
+    for context in [c for c in contexts if c + max_new_tokens <= config.block_size]:
+        for batch in batches:
+            prompts = torch.randint(config.vocab_size, (batch, context), generator=generator).tolist()
+            rates = {True: [], False: []}
+            for i in range(repeats + 1):
+                for use_cache in (True, False):
+                    synchronize(device)
+                    times = [time.perf_counter()]
+                    for _ in model.stream(prompts, max_new_tokens + 1, seed=i, use_cache=use_cache):
+                        times.append(time.perf_counter())  # the ids are on the host: the step is over
+                    if i:  # the first pair warms up
+                        rates[use_cache].append((batch * context / (times[1] - times[0]),
+                                                 batch * max_new_tokens / (times[-1] - times[1])))
+            prefill, cached = (statistics.median(column) for column in zip(*rates[True], strict=True))
+            again = statistics.median(rate for _, rate in rates[False])
+            cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * size * batch * (
+                context + max_new_tokens / 2)
+            floor = batch * bandwidth / (weight_bytes + cache_bytes)
+            rows.append({'context': context, 'batch': batch, 'prefill tokens/s': prefill, 'decode tokens/s': cached,
+                         're-reading tokens/s': again, 'cache gains': cached / again, 'floor tokens/s': floor,
+                         'of floor %': 100 * cached / floor})
+    if not rows:
+        raise UserError(f'contexts={contexts} and max_new_tokens={max_new_tokens} do not fit into block_size='
+                        f'{config.block_size}')
+    return rows, {'bandwidth GB/s': bandwidth / 1e9, 'weights MB': weight_bytes / 1e6}
 
 
-def bench_tokenizer():
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    from tokenizer import GPT4_PATTERN
+def bench_tokenizer(knobs, model_args):
+    """BPE training and encoding, beside Hugging Face's library where it is installed."""
+    vocab_size = model_args.get('vocab_size', 4096)
     if input:
-        texts = [Path(input).read_text(encoding='utf-8')]
+        try:
+            texts = [Path(input).read_text(encoding='utf-8')]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--input={input}: not a text file ({error})') from None
     else:
         splits = [TokenData(find_dataset('shakespeare'), split, 1) for split in ('train', 'val')]
         text = ''.join(s.tokenizer.decode(s.read(np.arange(s.n_tokens - 1))[0][:, 0]) for s in splits)
         texts = text.split('<|endoftext|>')  # a work each: tokenizers shares them among the cores
     megabytes, rows = sum(len(text.encode()) for text in texts) / 1e6, []
+    theirs = importlib.util.find_spec('tokenizers') is not None
+    if not theirs:
+        print('(the tokenizers library is not installed: no comparison)')
     for _ in range(repeats):
         began = time.perf_counter()
         ours = train_bpe(texts, vocab_size)
         seconds = time.perf_counter() - began
-        theirs = Tokenizer(models.BPE())
-        theirs.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(GPT4_PATTERN), 'isolated'),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        began = time.perf_counter()
-        theirs.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=ours.n_vocab, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-        rows.append({'ours s': seconds, 'tokenizers s': time.perf_counter() - began})
         began = time.perf_counter()
         ours.encode_batch(texts)
-        rows[-1] |= {'time ratio': seconds / rows[-1]['tokenizers s'],
-                     'ours encodes MB/s': megabytes / (time.perf_counter() - began)}
-    median = statistics.median(row['time ratio'] for row in rows)
-    report('tokenizer', rows, **{'time, ours over tokenizers (median)': median})
+        row = {'train MB/s': megabytes / seconds, 'encode MB/s': megabytes / (time.perf_counter() - began)}
+        if theirs:
+            other = hf_bpe_seconds(texts, ours.n_vocab)
+            row |= {'seconds': seconds, 'tokenizers seconds': other, 'time ratio': seconds / other}
+        rows.append(row)
+    return rows, {f'{key}, median': statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-MODES = {'train': bench_train, 'loss': bench_loss, 'sample': bench_sample, 'tokenizer': bench_tokenizer}
+def hf_bpe_seconds(texts, vocab_size):
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    from tokenizer import GPT4_PATTERN
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(GPT4_PATTERN), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    began = time.perf_counter()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return time.perf_counter() - began
+
+
+def bench_data(knobs, model_args):
+    """The loader alone, and the training that it feeds."""
+    run, data, _, step = training(knobs, model_args)
+    n, tokens = 50 * steps, knobs.batch_size * data.block_size
+    for i in range(n // 10):
+        run.to_device(*data.batch(i * knobs.batch_size, knobs.batch_size))
+    rows = []
+    for turn in range(repeats):
+        began = time.perf_counter()
+        for i in range(n):
+            run.to_device(*data.batch((turn * n + i) * knobs.batch_size, knobs.batch_size))
+        synchronize(run.device)
+        loader = n * tokens / (time.perf_counter() - began)
+        step()
+        seconds = seconds_of(step, run.device, 3)
+        training_rate = knobs.gradient_accumulation_steps * tokens / seconds
+        rows.append({'loader tokens/s': loader, 'training tokens/s': training_rate, 'ratio': loader / training_rate})
+    return rows, {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory, computed
+
+def activation_bytes(config, tokens, half=2, dropout=False):
+    """Bytes that one block keeps for its backward pass -> (the whole, its input alone); half: bytes of a 16-bit number.
+
+    Under autocast: the residual stream is float32, what enters a matrix product has 16 bits; attention keeps queries,
+    keys and values (rotated or normalised ones beside the plain, which the values keep alive), its output and a float32
+    log-sum per head.
+    """
+    C, H, kv, D, M = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.mlp_dim
+    statistics_ = 2 if config.norm == 'layernorm' else 1  # mean and deviation, or the deviation alone
+    norms = 2 * (4 * C + 4 * statistics_)
+    attention = half * (C + (2 * H + 2 * kv) * D) + 4 * H
+    if config.pos == 'rope':
+        attention += half * (H + kv) * D
+    if config.qk_norm:
+        attention += (H + kv) * 4 * (D + statistics_)  # in float32
+    mlp = half * (2 * C + 4 * M if config.mlp == 'swiglu' else C + 2 * M)  # autocast copies the input for each matrix
+    masks = 2 * C if dropout else 0  # a byte for each number that may be dropped
+    return tokens * (norms + attention + mlp + masks), tokens * 4 * C
+
+
+def memory_per_gpu(config, batch_size, world_size=1, fsdp=False, activation_checkpointing=False, optimizer='adamw',
+                   dtype='bfloat16'):
+    """Bytes that training takes on each of world_size GPUs: {'parameters', 'gradients', 'moments', 'copies',
+    'activations', 'total'}.
+
+    Parameters and gradients are float32, moments two float32 per parameter (Muon: one, for the matrices of the
+    blocks). Copies: with autocast a 16-bit copy of the matrices; with DDP nothing more (gradients are views of its
+    buckets). fsdp divides parameters, gradients and moments by world_size, and its copies are two blocks in 16 bits, as
+    many gradients in float32, and the rest of the model in float32. Activations: see `activation_bytes`; with
+    checkpointing the inputs of all blocks and one block's whole. What one operation needs for an instant (a chunk of
+    logits: 0.5 GB on a GPU) and what the allocator wastes come on top.
+    """
+    with torch.device('meta'):
+        model = GPT(config)
+    n = model.num_params()
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    half = 4 if dtype == 'float32' else 2
+    shards = world_size if fsdp else 1
+    tokens = batch_size * config.block_size
+    whole, entry = activation_bytes(config, tokens, half, config.dropout > 0)
+    head = tokens * 2 * (4 + half) * config.n_embd + 4 * config.vocab_size * config.n_embd  # hidden, and the loss's own
+    copied = matrices + (config.vocab_size * config.n_embd)
+    out = {'parameters': 4 * n / shards, 'gradients': 4 * n / shards,
+           'moments': (8 * n - (4 * matrices if optimizer == 'muon' else 0)) / shards,
+           'copies': (2 * block * (half + 4) + 4 * (n - config.n_layer * block) if fsdp
+                      else half * copied if half == 2 else 0),
+           'activations': head + (config.n_layer * entry + whole if activation_checkpointing
+                                  else config.n_layer * whole)}
+    return out | {'total': sum(out.values())}
+
+
+LLAMA_8B = dict(block_size=8192, vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, mlp='swiglu',
+                mlp_dim=14336, pos='rope', norm='rmsnorm', bias=False, tie_weights=False)
+MODELS = {'GPT-2, 124 M': (dict(vocab_size=50304), 16),
+          'GPT-2 XL, 1.5 B': (dict(vocab_size=50304, n_layer=48, n_head=25, n_embd=1600), 4),
+          'Llama 3, 8 B': (LLAMA_8B, 1)}
+SHARDINGS = {'1 GPU': {}, '8 GPUs, DDP': dict(world_size=8), '8 GPUs, FSDP': dict(world_size=8, fsdp=True),
+             '8 GPUs, FSDP, checkpointing': dict(world_size=8, fsdp=True, activation_checkpointing=True)}
+
+
+def bench_memory(knobs, model_args):
+    rows = []
+    for name, (args, batch_size) in MODELS.items():
+        for sharding, options in SHARDINGS.items():
+            found = memory_per_gpu(GPTConfig(**args), batch_size, **options)
+            rows.append({'model': name, 'windows per GPU': batch_size, 'sharding': sharding}
+                        | {f'{key} GB': value / 1e9 for key, value in found.items()})
+    return rows, {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def report(mode, rows, result):
+    """Prints rows as a table (a single one as lines) and the result, and writes both to results/MODE.json."""
+    def text(v):
+        if not isinstance(v, float):
+            return str(v)
+        return f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
+    if len(rows) == 1:
+        rows, result = [], rows[0] | result
+    else:
+        table = [list(rows[0]), *([text(row[key]) for key in rows[0]] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for line in table:
+            print('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    for key, value in result.items():
+        print(f'{key}: {text(value)}')
+    Path(results).mkdir(parents=True, exist_ok=True)
+    path = Path(results) / f'{mode}.json'
+    path.write_text(json.dumps({'rows': rows or [result], 'result': result}, indent=1) + '\n')
+    print(f'written to {path}')
+
+
+MODES = {'train': bench_train, 'sample': bench_sample, 'tokenizer': bench_tokenizer, 'data': bench_data,
+         'memory': bench_memory, 'loss': None, 'step': one_step}
 
 
 def main():
-    global device
     mode = sys.argv[1] if len(sys.argv) > 1 else ''
-    runtime.configure(globals(), argv=sys.argv[2 if mode in MODES else 1:])  # --help needs no mode
-    if mode not in MODES:
-        raise UserError(f'the first argument is a mode: {", ".join(MODES)}')
-    if repeats < 1:
-        raise UserError('repeats starts at 1')
-    device = runtime.pick_device(device)
-    if mode in ('train', 'loss'):
-        find_dataset('tinyshakespeare')
-    MODES[mode]()
+    if mode in ('train', 'loss') and all(a.startswith('--') for a in sys.argv[2:]):
+        default = 'config/tinyshakespeare.py' if mode == 'loss' else 'config/nanogpt.py'
+        sys.argv.insert(2, str(Path(__file__).parent / default))
+    if mode not in MODES and mode not in ('--help', '-h'):
+        raise UserError(f'the first argument is a mode: {", ".join(list(MODES)[:-1])}')
+    _, given = runtime.configure(globals(), TRAIN, GPTConfig, argv=sys.argv[2 if mode in MODES else 1:])
+    if min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'):
+        raise UserError('repeats, steps, max_new_tokens, batches and contexts start at 1')
+    knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})
+    model_args = {k: v for k, v in given.items() if k in MODEL_FIELDS}
+    nanogpt = (Path(against) / 'configurator.py').is_file()
+    if against and not nanogpt and not (Path(against) / 'runtime.py').is_file():
+        raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')
+    if mode == 'loss' and not against:
+        raise UserError('mode loss needs --against=DIR, a checkout to compare with')
+    if against and (mode in ('memory', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ):
+        raise UserError(f'--against={against}: mode {mode} has nothing to run there')
+    if against and mode in ('train', 'loss'):
+        found = compare_training(mode, knobs, model_args)
+    elif against:
+        found = compare_modes(mode)
+    else:
+        found = MODES[mode](knobs, model_args)
+    if found:
+        report(mode, *found)
 
 
 if __name__ == '__main__':

@@ -91,7 +91,8 @@ def _convert(key, value, default, where):
         if text:
             return value
     elif isinstance(default, (list, tuple)):
-        return type(default)(value) if isinstance(value, (list, tuple)) else type(default)([value])
+        items, kind = value if isinstance(value, (list, tuple)) else [value], default[0] if default else ''
+        return type(default)(_convert(key, item, kind, where) for item in items)
     raise UserError(f'{where}: {key}={value!r} must be {_kind(default)}')
 
 
@@ -157,17 +158,17 @@ def configure(namespace, *others, argv=None):
     for arg in argv:
         if arg.startswith('--'):
             key, equals, value = arg[2:].partition('=')
-            if not equals:
+            if not equals and not isinstance(knobs.get(key, ('',))[0], bool):
                 raise UserError(f'{arg}: write --{key}=VALUE')
-            assign(key, value, 'command line')
+            assign(key, value if equals else True, 'command line')
         else:
-            for key, value, where in _read_config(arg, namespace):
+            for key, value, where in read_config(arg, namespace):
                 assign(key, value, where)
     return {k: namespace[k] for k in stage}, given
 
 
-def _read_config(path, namespace):
-    """Yields (key, value, where) for each assignment of a config file."""
+def read_config(path, namespace=None):
+    """Yields (key, value, where) for each assignment of a config file, which may use the names of a namespace."""
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -176,7 +177,7 @@ def _read_config(path, namespace):
         raise UserError(f'{path}: no such config file; {hint}') from None
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as error:
         raise UserError(f'{path}: not a config file of plain assignments ({error})') from None
-    names = dict(namespace)
+    names = dict(namespace or {})
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
@@ -202,6 +203,9 @@ def cli(main):
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

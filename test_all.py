@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+import bench
 import dataset
 import model as model_file
 import runtime
@@ -1913,6 +1914,125 @@ def test_a_gpu_trains_compiled_in_16_bits_without_waiting(run_stage, text_data, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# measuring
+
+LLAMA = dict(n_head=4, n_kv_head=2, mlp='swiglu', norm='rmsnorm', norm_affine=False, pos='rope', bias=False)
+
+
+def kept_for_backward(config, recompute):
+    """(bytes of all activations that autograd keeps, bytes of 16-bit copies of weights), in bfloat16."""
+    model, kept = GPT(config).train(), {}
+    for block in model.blocks:
+        block.recompute = recompute
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    copies = {p.shape for p in model.blocks.parameters() if p.ndim == 2}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), t.dtype == torch.bfloat16 and t.mT.shape in copies)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast('cpu', torch.bfloat16):
+        loss = model(ids(4, config.block_size), ids(4, config.block_size, seed=1))
+    loss.backward()
+    return [sum(size for size, is_copy in kept.values() if is_copy == which) for which in (False, True)]
+
+
+@pytest.mark.parametrize('options', [dict(n_head=4), LLAMA, LLAMA | dict(n_kv_head=4, mlp='relu2', qk_norm=True)],
+                         ids=str)
+def test_computed_memory_is_what_a_small_model_takes(options):
+    """Parameters, gradients and moments to the byte; what one more block keeps for the backward pass within 2 %."""
+    two, three = (GPTConfig(**dict(n_layer=n, n_embd=96, vocab_size=64, block_size=80) | options) for n in (2, 3))
+    for recompute in (False, True):
+        (a, w), (b, more_w) = (kept_for_backward(config, recompute) for config in (two, three))
+        found, more = (bench.memory_per_gpu(c, 4, activation_checkpointing=recompute) for c in (two, three))
+        assert more['activations'] - found['activations'] == pytest.approx(b - a, rel=0.02)
+        if not recompute:
+            assert more['copies'] - found['copies'] == more_w - w
+    for optimizer in ('adamw', 'muon'):
+        model = GPT(two)
+        optimizers = model.configure_optimizers(optimizer)
+        model(ids(2, 80), ids(2, 80)).backward()
+        optimizers.step()
+        computed = bench.memory_per_gpu(two, 4, optimizer=optimizer)
+        assert computed['parameters'] == sum(p.nbytes for p in model.parameters())
+        assert computed['gradients'] == sum(p.grad.nbytes for p in model.parameters())
+        assert computed['moments'] == sum(t.nbytes for t in leaves(optimizers.state_dict()) if t.ndim)
+    sharded = bench.memory_per_gpu(two, 4, world_size=8, fsdp=True)
+    assert [computed[k] / sharded[k] for k in ('parameters', 'gradients')] == [8, 8]
+
+
+def test_collectives_that_overlap_count_once():
+    spans = [('gloo:all_reduce', 0, 10), ('nccl:all_gather', 5, 12), ('aten::mm', 0, 99), ('gloo:broadcast', 20, 21)]
+    events = [types.SimpleNamespace(name=name, time_range=types.SimpleNamespace(start=a, end=b))
+              for name, a, b in spans]
+    assert bench.communication(events) == pytest.approx(13e-6)
+
+
+BENCH = ['--repeats=1', '--steps=2', '--device=cpu']
+
+
+def test_bench_measures_training(run_stage, text_data):
+    status, out, err = run_stage('bench', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--vocab_size=50304',
+                                 '--block_size=256', '--profile')
+    assert (status, err) == (0, '')
+    found = json.loads(Path('out/bench/train.json').read_text())['rows'][0]
+    assert sum(found[f'{part} %'] for part in ('data', 'forward', 'backward', 'optimizer')) == pytest.approx(100)
+    assert found['tokens/s'] == pytest.approx(4 * 256 / found['ms/step'] * 1000) and 0 < found['MFU %'] < 100
+    assert found['memory ratio'] < 0.6 and found['with all logits MB'] > 3 * 4 * 4 * 256 * 50304 / 2 ** 20
+    assert json.loads(Path('out/bench/trace.json').read_text())['traceEvents'] and 'aten::' in out
+
+
+def test_bench_measures_processes(text_data, tmp_path):
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                           ROOT / 'bench.py', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--fsdp',
+                           '--gradient_accumulation_steps=2'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / 'out/bench/train.json').read_text())['rows'][0]
+    assert found['communication ms/step'] > 0 and found['processes'] == 2
+
+
+def test_bench_measures_generation_loading_and_tokenizing(run_stage, text_data):
+    run_stage('train', *SMALL, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1')
+    status, out, err = run_stage('bench', 'sample', '--init_from=run', *BENCH, '--contexts=4', '--contexts=16',
+                                 '--contexts=64', '--batches=1', '--batches=3', '--max_new_tokens=8')
+    rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
+    assert (status, err) == (0, '') and [(r['context'], r['batch']) for r in rows] == [(4, 1), (4, 3), (16, 1), (16, 3)]
+    assert rows[0]['floor tokens/s'] > rows[2]['floor tokens/s']  # a longer cache takes longer to read
+    status, out, err = run_stage('bench', 'data', *SMALL, f'--dataset={text_data}', *BENCH)
+    assert status == 0 and json.loads(Path('out/bench/data.json').read_text())['rows'][0]['ratio'] > 1
+    Path('text.txt').write_text(' '.join(topics.values()))
+    status, out, err = run_stage('bench', 'tokenizer', '--input=text.txt', '--vocab_size=400', '--repeats=2')
+    assert status == 0 and 'encode MB/s' in out and 'tokenizers seconds' in out
+    status, out, err = run_stage('bench', 'memory')
+    assert status == 0 and out.count('8 GPUs, FSDP, checkpointing') == 3
+
+
+def test_bench_compares_checkouts(run_stage, text_data, tmp_path):
+    other = tmp_path / 'other'
+    other.mkdir()
+    for path in (*ROOT.glob('*.py'), ROOT / 'config'):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, other / path.name)
+    args = [*SMALL, f'--dataset={text_data}', '--against=other', '--repeats=1', '--device=cpu']
+    status, out, err = run_stage('bench', 'train', *args, '--steps=1')
+    assert (status, err) == (0, '') and 'tokens/s ratio, mean' in out
+    status, out, err = run_stage('bench', 'data', *args, '--steps=1')
+    assert (status, err) == (0, '') and 0 < json.loads(Path('out/bench/data.json').read_text())['rows'][0]['ratio']
+
+
+@pytest.mark.parametrize('args, words', [
+    (['tarin'], 'train, sample'), ([], 'train, sample'), (['train', '--against=nowhere'], "'nowhere' is a checkout"),
+    (['loss'], '--against=DIR'), (['sample', '--init_from=nowhere'], 'nowhere'), (['train', '--repeats=0'], 'repeats'),
+    (['sample', '--contexts=2000'], 'block_size'), (['tokenizer', '--input=nowhere'], 'nowhere'),
+    (['train', '--stpes=3'], 'did you mean steps'), (['data', '--dataset=nowhere'], 'nowhere'),
+    (['train', '--n_head=5', '--n_embd=32'], 'n_embd=32')])
+def test_bench_mistakes_are_one_line(run_stage, args, words):
+    status, _, err = run_stage('bench', *args)
+    assert status == 2 and err.count('\n') == 1 and words in err and not Path('out').exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # knobs
 
 def test_knobs_from_config_and_command_line(tmp_path, monkeypatch):
@@ -1931,10 +2051,11 @@ def test_knobs_from_config_and_command_line(tmp_path, monkeypatch):
     assert config_dict == {'batch_size': 16, 'rate': 0.2, 'name': "it's", 'flag': True, 'files': ['a', 'b']}
     assert namespace['batch_size'] == 16 and given == {'n_layer': 6} and namespace['LIMIT'] == 3
     assert configure('--batch_size=1_000', config)[1]['batch_size'] == 16  # the later one wins
+    assert configure('--flag')[1]['flag'] is True
     assert configure('--batch_size=12345678901234567')[1]['batch_size'] == 12345678901234567
     for argv, words in ((['--n_layr=4'], 'did you mean n_layer?'), (['--batch_size=two'], 'must be a whole number'),
                         (['--batch_size=1.5'], 'whole number'), (['--flag=maybe'], 'True or False'),
-                        (['--flag'], '--flag=VALUE'), (['--rate=fast'], 'a number'), (['missing.py'], 'missing.py'),
+                        (['--name'], '--name=VALUE'), (['--rate=fast'], 'a number'), (['missing.py'], 'missing.py'),
                         (['--LIMIT=4'], 'unknown key'), (['--rate=nan'], 'a number'),
                         (['--rate=inf'], 'a number')):
         with pytest.raises(UserError, match=re.escape(words)) as error:
