@@ -270,9 +270,9 @@ def nanogpt_run(knobs, config, seed, iters):
         tokens = copy / 'data' / 'tokens'
         tokens.mkdir()
         for split in ('train', 'val'):  # as nanoGPT reads them: uint16 without a header, of at most 20 million tokens
-            split_data = TokenData(find_dataset(knobs.dataset), split, 1024)
-            n = min(split_data.n_tokens - 1025, 20_000_000)
-            split_data.read(np.arange(0, n, 1024))[0].astype(np.uint16).tofile(tokens / f'{split}.bin')
+            split_data = TokenData(find_dataset(knobs.dataset), split, 1)
+            n = min(split_data.n_tokens - 1, 20_000_000)
+            split_data.read(np.arange(n))[0].astype(np.uint16).tofile(tokens / f'{split}.bin')
         (tokens / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': config.vocab_size}))
         print(f'nanoGPT, seed {seed} …', end=' ', flush=True)
         lines = command(['train.py', *(f'--{k}={v}' for k, v in flags.items())], cwd=copy)

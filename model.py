@@ -181,9 +181,11 @@ class Block(nn.Module):
         self.recompute = False  # activation checkpointing (arXiv:1604.06174): the backward pass computes it all again
 
     def forward(self, x, rope=None, mask=None, cache=None):
+        if cache is not None:  # never compiled, should `sublayers` be: a cache grows at every step
+            return Block.sublayers(self, x, rope, mask, cache)
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(self.sublayers, x, rope, mask, use_reentrant=False)
-        return self.sublayers(x, rope, mask, cache)
+        return self.sublayers(x, rope, mask)
 
     def sublayers(self, x, rope=None, mask=None, cache=None):
         if self.post:

@@ -1394,16 +1394,17 @@ def test_accumulation_equals_a_large_batch(run_stage, text_data):
     np.testing.assert_allclose(large, small, rtol=1e-4)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path):
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, number, status):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=3000', '--eval_interval=3000', '--lr_schedule=constant']
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith('step 10/'):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == '' and '--out_dir=run --init_from=resume' in out
+    assert process.returncode == status and err == '' and '--out_dir=run --init_from=resume' in out
     steps = torch.load('run/ckpt.pt', weights_only=True)['iter']
     assert 10 <= steps < 3000
     assert run_stage('train', *args, '--out_dir=run', '--init_from=resume', f'--max_iters={steps + 2}')[0] == 0
