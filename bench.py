@@ -250,12 +250,13 @@ def project_run(folder, seed, iters):
     return result
 
 
-def nanogpt_run(knobs, config, seed, iters):
+def nanogpt_run(knobs, model_args, seed, iters):
     """nanoGPT's own train.py on our tokens -> {'seconds' of training, 'ms' per step, 'val' loss over the whole split}.
 
     Its time includes printing a line a step and leaves out evaluations: those steps count as a median step.
     """
     dtype = runtime.pick_dtype(knobs.dtype, runtime.pick_device(knobs.device))[0]
+    config = GPTConfig(**model_args)
     flags = {k: getattr(config, k) for k in ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}
     flags |= {k: getattr(knobs, k) for k in ('batch_size', 'gradient_accumulation_steps', 'compile', 'learning_rate',
                                              'min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip')}
@@ -269,11 +270,14 @@ def nanogpt_run(knobs, config, seed, iters):
         (copy / 'train.py').write_text(script.replace('torch.manual_seed(1337 + ', f'torch.manual_seed({seed} + '))
         tokens = copy / 'data' / 'tokens'
         tokens.mkdir()
+        largest = 0
         for split in ('train', 'val'):  # as nanoGPT reads them: uint16 without a header, of at most 20 million tokens
             split_data = TokenData(find_dataset(knobs.dataset), split, 1)
-            n = min(split_data.n_tokens - 1, 20_000_000)
-            split_data.read(np.arange(n))[0].astype(np.uint16).tofile(tokens / f'{split}.bin')
-        (tokens / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': config.vocab_size}))
+            x, y = split_data.read(np.arange(min(split_data.n_tokens, 20_000_000) - 1))
+            np.append(x, y[-1]).astype(np.uint16).tofile(tokens / f'{split}.bin')
+            largest = max(largest, int(x.max()), int(y.max()))
+        vocab_size = model_args.get('vocab_size', largest + 1)  # by itself it counts the characters
+        (tokens / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': vocab_size}))
         print(f'nanoGPT, seed {seed} …', end=' ', flush=True)
         lines = command(['train.py', *(f'--{k}={v}' for k, v in flags.items())], cwd=copy)
         times = {int(i): float(ms) for i, ms in re.findall(r'iter (\d+): .* time ([\d.]+)ms', lines)}
@@ -313,16 +317,14 @@ def pairs(run_a, run_b):
 
 def compare_training(mode, knobs, model_args):
     """Modes train and loss against a checkout: whole runs of train.py on either side."""
-    data = TokenData(find_dataset(knobs.dataset), 'train', 1)
+    find_dataset(knobs.dataset)
     iters = max(100, 5 * steps) if mode == 'train' else 0
     if (Path(against) / 'configurator.py').is_file():
-        config = GPTConfig(**{'vocab_size': data.tokenizer.n_vocab} | model_args)
         if mode == 'loss':  # its recipe for a CPU is the yardstick, whatever ours is
-            yardstick = {key: value for key, value, _ in runtime.read_config('config/nanogpt.py')}
-            config = GPTConfig(vocab_size=data.tokenizer.n_vocab,
-                               **{k: v for k, v in yardstick.items() if k in MODEL_FIELDS})
-            knobs = SimpleNamespace(**vars(knobs) | {k: v for k, v in yardstick.items() if k in TRAIN_DEFAULTS})
-        theirs, name = lambda seed: nanogpt_run(knobs, config, seed, iters or knobs.max_iters), 'nanoGPT'
+            recipe = {key: value for key, value, _ in runtime.read_config(TRAIN.parent / 'config/nanogpt.py')}
+            model_args = {k: v for k, v in recipe.items() if k in MODEL_FIELDS}
+            knobs = SimpleNamespace(**vars(knobs) | {k: v for k, v in recipe.items() if k in TRAIN_DEFAULTS})
+        theirs, name = lambda seed: nanogpt_run(knobs, model_args, seed, iters or knobs.max_iters), 'nanoGPT'
     else:
         theirs, name = lambda seed: project_run(against, seed, iters), against
     rows = [{'ours ms/step': a['ms'], f'{name} ms/step': b['ms'], 'tokens/s ratio': b['ms'] / a['ms'],

@@ -39,8 +39,14 @@ class GPTConfig:
     qk_norm: bool = False  # normalise queries and keys per head, before the rotation
     pos: str = 'learned'  # positions: 'learned', 'sinusoidal', 'rope' or 'none'
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_scaling: str = 'none'  # a longer context than trained on: 'linear', 'llama3' or 'yarn' stretch the wavelengths
+    rope_factor: float = 1.0  # how many times longer
+    rope_original: int = 0  # the context trained on ('llama3', 'yarn'); 0 = block_size / rope_factor
+    rope_low: float = 0.0  # turns over that context up to which a wavelength is stretched whole; 0 = 1
+    rope_high: float = 0.0  # turns from which it stays as it is; 0 = 4 ('llama3') or 32 ('yarn')
     attn_scale: float = 0.0  # factor on query-key products; 0 = 1 / sqrt(head_dim)
     bias: bool = True  # biases in linear layers and layernorms
+    qkv_bias: bool = False  # without bias: one for queries, keys and values all the same (Qwen2)
     tie_weights: bool = True  # the output head shares the token embedding
     causal: bool = True  # False: every token sees all others (encoder)
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs
@@ -50,13 +56,15 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
-                              ('norm_place', ('pre', 'post')), ('pos', ('learned', 'sinusoidal', 'rope', 'none'))):
+                              ('norm_place', ('pre', 'post')), ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
+                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-        for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std'):
+        for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
+                     'rope_original', 'rope_low', 'rope_high'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
         if not 0 <= self.dropout < 1:
@@ -73,6 +81,14 @@ class GPTConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even with pos='rope'")
         if self.pos == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f"n_embd={self.n_embd} must be even with pos='sinusoidal'")
+        if self.rope_scaling != 'none':
+            if self.pos != 'rope' or self.rope_factor <= 1:
+                raise ValueError(f"rope_scaling={self.rope_scaling!r} needs pos='rope' and a rope_factor above 1")
+            self.rope_original = self.rope_original or int(self.block_size / self.rope_factor)
+            self.rope_low = self.rope_low or 1.0
+            self.rope_high = self.rope_high or (4.0 if self.rope_scaling == 'llama3' else 32.0)
+            if self.rope_high <= self.rope_low:
+                raise ValueError(f'rope_high={self.rope_high} must be above rope_low={self.rope_low}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,15 +111,42 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.shape, weight, bias, self.eps)
 
 
-def angles(positions, dim, theta):
-    """positions (…,) -> (…, dim / 2) float32: each times theta^(-2i / dim), the wavelengths of arXiv:1706.03762."""
-    return positions.float()[..., None] * theta ** (-torch.arange(0, dim, 2, device=positions.device).float() / dim)
+def frequencies(dim, theta, device=None):
+    """theta^(-2i / dim) for i below dim / 2, in radians per position (arXiv:1706.03762): (dim / 2,) float32."""
+    return theta ** (-torch.arange(0, dim, 2, device=device).float() / dim)
 
 
 def sinusoidal(positions, dim):
     """The sines (even columns) and cosines (odd) of section 3.5 of arXiv:1706.03762: (…,) -> (…, dim) float32."""
-    a = angles(positions, dim, 10000.0)
+    a = positions.float()[..., None] * frequencies(dim, 10000.0, positions.device)
     return torch.stack((a.sin(), a.cos()), dim=-1).flatten(-2)
+
+
+def rope_tables(config):
+    """cos and sin (block_size, head_dim) of `apply_rope`, with the wavelengths stretched as rope_scaling says.
+
+    'linear' (arXiv:2306.15595) stretches all of them by rope_factor; the others keep those that turn often within the
+    original context: 'llama3' (arXiv:2407.21783) blends by the number of turns, 'yarn' (arXiv:2309.00071) by the index
+    of the pair, and sharpens attention by 0.1 ln(rope_factor) + 1, here a factor on both tables.
+    """
+    f, dim = frequencies(config.head_dim, config.rope_theta), config.head_dim
+    sharpen, low, high = 1.0, config.rope_low, config.rope_high
+    if config.rope_scaling == 'linear':
+        f = f / config.rope_factor
+    elif config.rope_scaling == 'llama3':
+        turns = config.rope_original * f / (2 * math.pi)
+        stay = ((turns - low) / (high - low)).clamp(0, 1)
+        f = f * stay + f / config.rope_factor * (1 - stay)
+    elif config.rope_scaling == 'yarn':
+        first, last = (dim * math.log(config.rope_original / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+                       for n in (high, low))  # the pairs that make so many turns
+        first, last = max(math.floor(first), 0), min(math.ceil(last), dim - 1)
+        stretch = ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
+        f = f * (1 - stretch) + f / config.rope_factor * stretch
+        sharpen = 0.1 * math.log(config.rope_factor) + 1
+    a = torch.arange(config.block_size).float()[:, None] * f
+    cos, sin = a.cos() * sharpen, a.sin() * sharpen
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def apply_rope(x, cos, sin):
@@ -123,7 +166,8 @@ class Attention(nn.Module):
         self.scale = config.attn_scale or 1 / math.sqrt(config.head_dim)
         self.dropout, self.causal = config.dropout, config.causal
         # queries, keys and values of all heads in one matrix: rows are q heads, then k heads, then v heads
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim,
+                             bias=config.bias or config.qkv_bias)
         self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
@@ -429,9 +473,8 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
         if config.pos == 'rope':  # a table, not weights: made anew at loading
-            a = angles(torch.arange(config.block_size), config.head_dim, config.rope_theta)
-            self.register_buffer('rope_cos', torch.cat((a.cos(), a.cos()), -1), persistent=False)
-            self.register_buffer('rope_sin', torch.cat((-a.sin(), a.sin()), -1), persistent=False)
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config), strict=True):
+                self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
     @torch.no_grad()

@@ -96,8 +96,8 @@ def copy_hf(ours, theirs, fused):
             parts = {'norm1': 'input_layernorm', 'norm2': 'post_attention_layernorm', 'proj': 'self_attn.o_proj',
                      'up': 'mlp.up_proj', 'gate': 'mlp.gate_proj', 'down': 'mlp.down_proj',
                      'q_norm': 'self_attn.q_norm', 'k_norm': 'self_attn.k_norm'}
-            if name.endswith('qkv.weight'):
-                new[name] = torch.cat([state[f'model.layers{layer}self_attn.{x}_proj.weight'] for x in 'qkv'])
+            if '.qkv.' in name:
+                new[name] = torch.cat([state[f'model.layers{layer}self_attn.{x}_proj.{kind}'] for x in 'qkv'])
             elif layer:
                 new[name] = state[f'model.layers{layer}{parts[name.split(".")[-2]]}.{kind}']
             else:
@@ -114,15 +114,22 @@ def hf_pair(family):
             vocab_size=61, n_positions=48, n_embd=32, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0))
         ours = GPT(GPTConfig(vocab_size=61, block_size=48, n_embd=32, n_layer=3, n_head=4, mlp='gelu_tanh'))
     else:
-        cls = {'llama': transformers.LlamaConfig, 'qwen3': transformers.Qwen3Config}[family]
+        rope = {'rope_type': 'default', 'rope_theta': 5000.0}
+        scaling = {}
+        if family in ('linear', 'llama3', 'yarn'):
+            rope |= {'rope_type': family, 'factor': 4.0, 'original_max_position_embeddings': 12}
+            rope |= {'low_freq_factor': 1.0, 'high_freq_factor': 4.0} if family == 'llama3' else {}
+            scaling = dict(rope_scaling=family, rope_factor=4.0)
+        cls = {'qwen2': transformers.Qwen2Config, 'qwen3': transformers.Qwen3Config}.get(
+            family, transformers.LlamaConfig)
         config = cls(vocab_size=61, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=12, max_position_embeddings=48, rms_norm_eps=1e-6,
-                     tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-                     rope_parameters={'rope_type': 'default', 'rope_theta': 5000.0})
+                     tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0, rope_parameters=rope)
         theirs = transformers.AutoModelForCausalLM.from_config(config)
         ours = GPT(GPTConfig(vocab_size=61, block_size=48, n_embd=32, n_layer=3, n_head=4, n_kv_head=2, head_dim=12,
                              mlp_dim=80, mlp='swiglu', norm='rmsnorm', norm_eps=1e-6, pos='rope', rope_theta=5000.0,
-                             bias=False, tie_weights=False, qk_norm=family == 'qwen3'))
+                             bias=False, tie_weights=False, qk_norm=family == 'qwen3', qkv_bias=family == 'qwen2',
+                             **scaling))
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -130,7 +137,7 @@ def hf_pair(family):
     return ours.eval(), theirs.eval()
 
 
-@pytest.mark.parametrize('family', ['gpt2', 'llama', 'qwen3'])
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'qwen2', 'qwen3', 'linear', 'llama3', 'yarn'])
 def test_logits_and_greedy_text_equal_transformers(family):
     ours, theirs = hf_pair(family)
     x = ids(3, 48)
