@@ -629,7 +629,7 @@ class Run:
                     raise UserError('tensorboard_log=True needs TensorBoard: pip install tensorboard') from None
             try:
                 self._lock()
-                if step is None and any((self.out_dir / name).exists() for name in ('ckpt.pt', 'best.pt')):
+                if step is None and any(self.out_dir.glob('*.pt')):
                     n = next(n for n in range(1, 10 ** 6) if not Path(f'{self.out_dir}.{n}').exists())
                     shutil.move(self.out_dir, f'{self.out_dir}.{n}')
                     self.say(f'moved the earlier run in {self.out_dir} to {self.out_dir}.{n}')
