@@ -193,22 +193,29 @@ def read_config(path, namespace=None):
 
 def cli(main):
     """Runs a stage's main(): a UserError becomes one line on standard error and exit status 2."""
+    status = 0
     try:
         main()
     except UserError as error:
-        rank = int(os.environ.get('RANK', 0))
+        rank, status = int(os.environ.get('RANK', 0)), 2
         text = f'error: {error}' if rank == 0 else f'rank {rank}: error: {error}'
         print(f'\n{text}' if sys.stdout.isatty() else text, file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+    except SystemExit as end:
+        status = end.code or 0
     except KeyboardInterrupt:
         print()
-        raise SystemExit(130) from None
+        status = 130
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
-    finally:
-        if dist.is_available() and dist.is_initialized():
+        status = 128 + signal.SIGPIPE
+    if dist.is_initialized():
+        if status != 2:  # after a mistake others may wait in a collective for this process
             dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # the interpreter's own end, while threads of gloo go on, aborts one process in forty
+    if status:
+        raise SystemExit(status)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
