@@ -369,7 +369,7 @@ def bench_sample(knobs, model_args):
     else:
         with runtime.user_errors():
             model = GPT(GPTConfig(**model_args))
-    model = model.to(device, runtime.pick_dtype(knobs.dtype, device)[1]).eval()
+    model = model.to(device, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]).eval()
     config, bandwidth, rows = model.config, read_bandwidth(device), []
     size = model.head.weight.itemsize
     weight_bytes = sum(p.nbytes for n, p in model.named_parameters() if config.tie_weights or n != 'tok_emb.weight')

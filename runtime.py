@@ -351,8 +351,12 @@ def pick_device(name):
     return name
 
 
-def pick_dtype(name, device):
-    """'auto' -> 16 bits where the device multiplies them faster, else float32. Returns (name, torch dtype)."""
+def pick_dtype(name, device, weights=None):
+    """'auto' -> 16 bits where the device multiplies them faster, else float32. Returns (name, torch dtype).
+
+    weights: for generation, how many the model has. It reads all of them for each token, so few that stay in a CPU's
+    cache are faster as float32, whose products take less preparation.
+    """
     dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
     if name == 'auto':
         name = 'float32'
@@ -360,7 +364,8 @@ def pick_dtype(name, device):
             name = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
         elif device == 'cpu' and hasattr(torch.cpu, 'get_capabilities'):
             found = torch.cpu.get_capabilities()
-            name = 'bfloat16' if found.get('avx512_bf16') or found.get('amx_bf16') else 'float32'
+            few = weights is not None and weights < 1 << 22
+            name = 'bfloat16' if (found.get('avx512_bf16') or found.get('amx_bf16')) and not few else 'float32'
     if name not in dtypes:
         raise UserError(f'dtype={name!r} is not one of auto, {", ".join(dtypes)}')
     return name, dtypes[name]

@@ -57,7 +57,7 @@ def load(path, device):
         model = GPT.from_state(state)
         if tokenizer.n_vocab > model.config.vocab_size:
             raise ValueError(f'its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}')
-    return model.to(device, runtime.pick_dtype(dtype, device)[1]).eval(), tokenizer
+    return model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval(), tokenizer
 
 
 def continuations(model, tokenizer, ids, out):
