@@ -579,6 +579,8 @@ def main():
         raise UserError('repeats, steps, max_new_tokens, batches and contexts start at 1')
     knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})
     model_args = {k: v for k, v in given.items() if k in MODEL_FIELDS}
+    with runtime.user_errors():
+        GPTConfig(**model_args)  # a mistake is found before any data is fetched
     nanogpt = (Path(against) / 'configurator.py').is_file()
     if against and not nanogpt and not (Path(against) / 'runtime.py').is_file():
         raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')

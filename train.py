@@ -109,10 +109,11 @@ def main():
     state, origin, resumed = run.begin()
 
     # data and model
+    model_args = (state['model_args'] if state else {}) | given
+    with runtime.user_errors():
+        block_size = GPTConfig(**model_args).block_size  # a mistake is found before anything is fetched
     run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     folder = find_dataset(dataset)
-    model_args = (state['model_args'] if state else {}) | given
-    block_size = model_args.get('block_size', GPTConfig.block_size)
     train_data, val_data = (TokenData(folder, split, block_size, seed) for split in ('train', 'val'))
     tokenizer = train_data.tokenizer
     model_args.setdefault('vocab_size', tokenizer.n_vocab)
