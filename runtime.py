@@ -394,6 +394,19 @@ def keep_freed_memory():
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
+def join_processes(backend):
+    """torchrun's process group, on keys of its own for every restart.
+
+    torchrun keeps one store through all restarts, so a process could read the address that a dead one left there and
+    wait for it for half an hour. Only the agent of a single node counts restarts as its processes see them; for
+    several nodes README tells torchrun to take a new store.
+    """
+    store, rank, world_size = next(dist.rendezvous('env://'))
+    if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
+        store = dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
 class Run:
     """One run of a stage: its place among the processes, its precision, its directory and what it tells the world.
 
@@ -421,7 +434,7 @@ class Run:
                 device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
                 torch.cuda.set_device(device)
             if not dist.is_initialized():
-                dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+                join_processes('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
         self.device, self.device_type = device, device.split(':')[0]
         self.dtype, self._torch_dtype = pick_dtype(config['dtype'], self.device)
         if self.fsdp and self.dtype == 'float16':
