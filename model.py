@@ -1,22 +1,28 @@
 """
-Every architecture of this project in one file that imports only torch: a GPT-2, a Llama-like decoder or a bidirectional
-encoder is a choice of GPTConfig's values, and what a value switches is an `if` where it happens.
+Every architecture of this project in one file that imports only torch: a GPT-2, a Llama-like decoder, a mixture of
+experts, the Transformer's encoder and decoder are choices of GPTConfig's values, and what a value switches is an `if` where
+it happens.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=65, block_size=64))
     logits = model(idx)                          # (B, T) ids -> (B, T, V)
     loss = model(idx, targets)                   # mean over the targets that are not -100
     new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=20)
+    loss = model(idx, targets, source=source)    # n_encoder_layer > 0: (B, S) ids that the decoder attends to
 
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
-Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Muon (arXiv:2502.16982).
+Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Muon (arXiv:2502.16982),
+Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066), balancing without a loss
+(arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
 """
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -51,6 +57,20 @@ class GPTConfig:
     causal: bool = True  # False: every token sees all others (encoder)
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs
     logit_softcap: float = 0.0  # logits -> cap * tanh(logits / cap); 0 = off
+    window: int = 0  # sliding window: a query sees this many tokens, itself included; 0 = all before it
+    window_pattern: str = 'L'  # layers in turn, again and again: L = local, with the window, G = global
+    n_sink: int = 0  # first tokens of a text that a window never leaves behind
+    n_expert: int = 0  # experts in place of the MLP, none with a bias; 0 = a dense MLP
+    n_expert_active: int = 2  # experts that a token is sent to
+    n_expert_shared: int = 0  # further experts that every token is sent to
+    expert_dim: int = 0  # hidden width of an expert; 0 = mlp_dim
+    dense_layers: int = 0  # the first so many layers keep a dense MLP
+    expert_every: int = 1  # of the others every so-manieth layer has experts
+    router_renorm: bool = True  # the weights of a token's active experts add up to 1
+    router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
+    router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
+    router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
+    n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
     init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in), and 1 for embeddings
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
 
@@ -64,7 +84,8 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
-                     'rope_original', 'rope_low', 'rope_high'):
+                     'rope_original', 'rope_low', 'rope_high', 'window', 'n_sink', 'n_expert', 'n_expert_shared',
+                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
         if not 0 <= self.dropout < 1:
@@ -77,6 +98,18 @@ class GPTConfig:
         self.mlp_dim = self.mlp_dim or default_mlp
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
+        self.expert_dim = self.expert_dim or self.mlp_dim
+        if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
+            raise ValueError(f'n_expert_active={self.n_expert_active} must be between 1 and n_expert={self.n_expert}')
+        if self.expert_every < 1:
+            raise ValueError(f'expert_every={self.expert_every} must be at least 1')
+        if not self.window_pattern or set(self.window_pattern) - set('LG'):
+            raise ValueError(f'window_pattern={self.window_pattern!r} must be made of the letters L and G')
+        if (self.window or self.n_encoder_layer) and not self.causal:
+            name = 'window' if self.window else 'n_encoder_layer'
+            raise ValueError(f'{name}={getattr(self, name)} needs causal=True')
+        if self.n_sink and not self.window:
+            raise ValueError(f'n_sink={self.n_sink} needs a window')
         if self.pos == 'rope' and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even with pos='rope'")
         if self.pos == 'sinusoidal' and self.n_embd % 2:
@@ -89,6 +122,14 @@ class GPTConfig:
             self.rope_high = self.rope_high or (4.0 if self.rope_scaling == 'llama3' else 32.0)
             if self.rope_high <= self.rope_low:
                 raise ValueError(f'rope_high={self.rope_high} must be above rope_low={self.rope_low}')
+
+    def is_local(self, layer):
+        """Whether this layer's attention has the window."""
+        return self.window > 0 and self.window_pattern[layer % len(self.window_pattern)] == 'L'
+
+    def is_sparse(self, layer):
+        """Whether this layer has experts."""
+        return self.n_expert > 0 and layer >= self.dense_layers and (layer + 1) % self.expert_every == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +164,7 @@ def sinusoidal(positions, dim):
 
 
 def rope_tables(config):
-    """cos and sin (block_size, head_dim) of `apply_rope`, with the wavelengths stretched as rope_scaling says.
+    """cos and sin (positions, head_dim) of `apply_rope`, with the wavelengths stretched as rope_scaling says.
 
     'linear' (arXiv:2306.15595) stretches all of them by rope_factor; the others keep those that turn often within the
     original context: 'llama3' (arXiv:2407.21783) blends by the number of turns, 'yarn' (arXiv:2309.00071) by the index
@@ -144,27 +185,58 @@ def rope_tables(config):
         stretch = ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
         f = f * (1 - stretch) + f / config.rope_factor * stretch
         sharpen = 0.1 * math.log(config.rope_factor) + 1
-    a = torch.arange(config.block_size).float()[:, None] * f
+    # a stream's positions stay within a window, but it is read a block at a time
+    n = config.block_size + (config.n_sink + config.window if config.window else 0)
+    a = torch.arange(n).float()[:, None] * f
     cos, sin = a.cos() * sharpen, a.sin() * sharpen
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + D/2]) of x (B, T, H, D), the half-split convention of Llama (arXiv:2104.09864).
+    """Rotates the pairs (x[i], x[i + D/2]) of x (…, D), the half-split convention of Llama (arXiv:2104.09864).
 
-    cos and sin (…, T, 1, D) hold each pair's value twice, the sine negative in the first half.
+    cos and sin (…, D), broadcast over heads, hold each pair's value twice, the sine negative in the first half.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def windowed(queries, keys, config):
+    """Which keys lie in the window of a query, or are sinks: positions (…, T) and (…, S) -> bool (…, T, S)."""
+    return (queries[..., :, None] - keys[..., None, :] < config.window) | (keys < config.n_sink)[..., None, :]
+
+
+def far_sinks(q, q_far, k, v, is_sink):
+    """Attention in which sinks stand at another distance than the rest -> q, k of twice the width, and v as wide.
+
+    Of a query's two rotations one meets the sinks, the other all else: where a key does not belong its half is zero.
+    """
+    k = torch.cat((k.masked_fill(is_sink, 0), k.masked_fill(~is_sink, 0)), -1)
+    return torch.cat((q, q_far), -1), k, F.pad(v, (0, v.shape[-1]))  # kernels want one width
+
+
+def attend(q, k, v, mask, causal, scale, dropout=0.0):
+    """softmax(q k^T scale) v over q (B, H, T, D) and k, v (B, Hkv, S, D); mask: bool (…, T, S), a BlockMask or None."""
+    gqa = q.shape[1] != k.shape[1]
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+        return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and q.shape[2] > 1,
+                                          scale=scale, dropout_p=dropout, enable_gqa=gqa)
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(flex_attention)  # only so does it leave out the blocks that nobody sees
 
 
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention with rotary positions, QK-norm and a KV cache by flag."""
 
-    def __init__(self, config):
+    def __init__(self, config, causal=True, local=False):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.scale = config.attn_scale or 1 / math.sqrt(config.head_dim)
-        self.dropout, self.causal = config.dropout, config.causal
+        self.dropout, self.causal, self.local = config.dropout, causal, local
         # queries, keys and values of all heads in one matrix: rows are q heads, then k heads, then v heads
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim,
                              bias=config.bias or config.qkv_bias)
@@ -173,6 +245,8 @@ class Attention(nn.Module):
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
 
     def forward(self, x, rope=None, mask=None, cache=None):
+        """rope: cos, sin (…, T, 1, D) or None; where sinks are further away than a window, as local layers see them,
+        also cos and sin of the queries that meet them, and which keys are sinks (…, 1, S, 1)."""
         B, T, _ = x.shape
         heads = (self.n_head, self.n_kv_head)
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
@@ -182,60 +256,165 @@ class Attention(nn.Module):
         elif self.q_norm is not None:
             q, k = qk.split(heads, dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        q_far = None
         if rope is not None:
-            qk = apply_rope(qk, *(table.type_as(qk) for table in rope))
+            cos, sin, *far = [t if t.dtype == torch.bool else t.type_as(qk) for t in rope]
+            if far and self.local:
+                q_far = apply_rope(qk[:, :, :self.n_head], *far[:2]).transpose(1, 2)
+            if cache is not None and cache.rolling:  # it rotates its keys anew at every step
+                qk = torch.cat((apply_rope(qk[:, :, :self.n_head], cos, sin), qk[:, :, self.n_head:]), dim=2)
+            else:
+                qk = apply_rope(qk, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (*qk.split(heads, dim=2), v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None and T > 1, scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
+        if q_far is not None:
+            q, k, v = far_sinks(q, q_far, k, v, far[2])
+        y = attend(q, k, v, mask, self.causal, self.scale, self.dropout if self.training else 0.0)
+        return self.proj(y[..., :self.head_dim].transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+
+
+class CrossAttention(nn.Module):
+    """Queries of the decoder, keys and values of the encoder's last layer (arXiv:1706.03762, 3.2.3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.scale, self.dropout = config.attn_scale or 1 / math.sqrt(config.head_dim), config.dropout
+        bias = config.bias or config.qkv_bias
+        self.q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
+        self.kv = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=bias)
+        self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x, memory, mask=None, cache=None):
+        """x (B, T, C), memory (B, S, C), mask (B, 1, 1, S) True where a token of the source is real, or None."""
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
+        kv = cache.source.get(self) if cache is not None else None
+        if kv is None:
+            kv = self.kv(memory).view(B, -1, 2, self.n_kv_head, self.head_dim).permute(2, 0, 3, 1, 4)
+            if cache is not None:
+                cache.source[self] = kv  # the source does not change: once per text
+        y = attend(q, *kv, mask, False, self.scale, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 
+def activate(kind, up, gate=None):
+    """What stands between the matrices of an MLP: GELU, SwiGLU (arXiv:2002.05202) or squared ReLU (arXiv:2109.08668)."""
+    if kind == 'swiglu':
+        return F.silu(gate) * up
+    if kind == 'relu2':
+        return F.relu(up).square()
+    return F.gelu(up, approximate='tanh' if kind == 'gelu_tanh' else 'none')
+
+
 class MLP(nn.Module):
-    """The feed-forward half of a block: GELU, SwiGLU (arXiv:2002.05202) or squared ReLU (arXiv:2109.08668)."""
+    """The feed-forward half of a block."""
+
+    def __init__(self, config, dim):
+        super().__init__()
+        self.kind = config.mlp
+        self.gate = nn.Linear(config.n_embd, dim, bias=config.bias) if self.kind == 'swiglu' else None
+        self.up = nn.Linear(config.n_embd, dim, bias=config.bias)
+        self.down = nn.Linear(dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.down(activate(self.kind, self.up(x), self.gate(x) if self.gate is not None else None))
+
+
+class MoE(nn.Module):
+    """A mixture of experts: a router sends each token to the n_expert_active of n_expert MLPs that it gives most weight.
+
+    No expert has a capacity, so no token is dropped: tokens are sorted by expert, and each expert's are one slice of a
+    grouped matrix product. After a forward in training, `load` (E,) holds the tokens of each expert, `entropy` that of
+    the router's distribution, in nats, and `aux` the weighted sum of the load-balancing loss (arXiv:2101.03961, eq. 4)
+    and the router's z-loss (arXiv:2202.08906, eq. 5).
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.kind = config.mlp
-        self.gate = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias) if self.kind == 'swiglu' else None
-        self.up = nn.Linear(config.n_embd, config.mlp_dim, bias=config.bias)
-        self.down = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
+        E, M, C = config.n_expert, config.expert_dim, config.n_embd
+        self.kind, self.n_active, self.renorm = config.mlp, config.n_expert_active, config.router_renorm
+        self.aux_coef, self.z_coef, self.bias_rate = config.router_aux, config.router_z, config.router_bias_rate
+        self.router = nn.Linear(C, E, bias=False)
+        self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind == 'swiglu' else None
+        self.up = nn.Parameter(torch.empty(E, M, C))
+        self.down = nn.Parameter(torch.empty(E, C, M))
+        self.shared = MLP(config, config.n_expert_shared * M) if config.n_expert_shared else None
+        if self.bias_rate:  # added where experts are chosen, not to their weights (arXiv:2408.15664)
+            self.register_buffer('choice_bias', torch.zeros(E))
+        self.load = self.entropy = self.aux = None
 
     def forward(self, x):
-        if self.kind == 'swiglu':
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        if self.kind == 'relu2':
-            return self.down(F.relu(self.up(x)).square())
-        return self.down(F.gelu(self.up(x), approximate='tanh' if self.kind == 'gelu_tanh' else 'none'))
+        flat, kind = x.flatten(0, -2), x.device.type
+        N, E, K = len(flat), len(self.up), self.n_active
+        with torch.autocast(kind, enabled=False):  # a choice between near equals wants all digits
+            logits = F.linear(flat.float(), self.router.weight.float())
+        probs = logits.softmax(-1)
+        if self.bias_rate:
+            chosen = (probs + self.choice_bias).topk(K).indices
+            weights = probs.gather(1, chosen)
+        else:
+            weights, chosen = probs.topk(K)
+        if self.renorm:
+            weights = weights / weights.sum(-1, keepdim=True)
+        load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), weights.new_ones(N * K))
+        if self.training:
+            logprobs = logits.log_softmax(-1)
+            balance = E * (load / (N * K) * probs.mean(0)).sum()
+            self.aux = self.aux_coef * balance + self.z_coef * logits.logsumexp(-1).square().mean()
+            self.load, self.entropy = load, -(probs * logprobs).sum(-1).mean().detach()
+
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        order = chosen.flatten().argsort(stable=True)  # by expert
+        token, ends = order // K, load.cumsum(0).int()
+
+        def product(a, w):  # slice e of a (N K, in) times w[e] (out, in)
+            return F.grouped_mm(a, w.to(dtype).transpose(1, 2), offs=ends)
+        rows = flat.to(dtype).index_select(0, token)
+        gate = product(rows, self.gate) if self.gate is not None else None
+        rows = product(activate(self.kind, product(rows, self.up), gate), self.down)
+        rows = rows * weights.flatten().index_select(0, order)[:, None].to(dtype)
+        y = torch.zeros(N, x.shape[-1], dtype=dtype, device=x.device).index_add(0, token, rows).view(x.shape)
+        return y if self.shared is None else y + self.shared(x)
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each with its residual; the norm stands before the sublayer or after the addition."""
+    """Attention, then MLP, each with its residual; the norm stands before the sublayer or after the addition.
 
-    def __init__(self, config):
+    A decoder's block of a model with an encoder attends to that in between.
+    """
+
+    def __init__(self, config, layer, encoder=False):
         super().__init__()
         self.post = config.norm_place == 'post'
         self.norm1 = Norm(config.n_embd, config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, config.causal and not encoder, not encoder and config.is_local(layer))
+        crossing = config.n_encoder_layer and not encoder
+        self.norm_cross = Norm(config.n_embd, config) if crossing else None
+        self.cross = CrossAttention(config) if crossing else None
         self.norm2 = Norm(config.n_embd, config)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.is_sparse(layer) and not encoder else MLP(config, config.mlp_dim)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.recompute = False  # activation checkpointing (arXiv:1604.06174): the backward pass computes it all again
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(self, x, rope=None, masks=(None, None), cache=None, memory=None, memory_mask=None):
+        args = x, rope, masks[self.attn.local], cache, memory, memory_mask
         if cache is not None:  # never compiled, should `sublayers` be: a cache grows at every step
-            return Block.sublayers(self, x, rope, mask, cache)
+            return Block.sublayers(self, *args)
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self.sublayers, x, rope, mask, use_reentrant=False)
-        return self.sublayers(x, rope, mask)
+            return checkpoint(self.sublayers, *args, use_reentrant=False)
+        return self.sublayers(*args)
 
-    def sublayers(self, x, rope=None, mask=None, cache=None):
+    def sublayers(self, x, rope, mask, cache, memory, memory_mask):
         if self.post:
             x = self.norm1(x + self.drop(self.attn(x, rope, mask, cache)))
+            if self.cross is not None:
+                x = self.norm_cross(x + self.drop(self.cross(x, memory, memory_mask, cache)))
             return self.norm2(x + self.drop(self.mlp(x)))
         x = x + self.drop(self.attn(self.norm1(x), rope, mask, cache))
+        if self.cross is not None:
+            x = x + self.drop(self.cross(self.norm_cross(x), memory, memory_mask, cache))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -311,7 +490,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (arXiv:2502.16982), which takes matrices one by one, for many of them, shards and bad gradients.
 
-    Matrices of one shape are orthogonalised together. Of a matrix that is sharded over processes (a DTensor) each
+    Matrices of one shape are orthogonalised together, and so are the experts in a stack (E, rows, columns). Of a matrix that is sharded over processes (a DTensor) each
     orthogonalises the whole, so that sharding changes nothing. found_inf: as in the fused AdamW, None or a number on
     the device; where it is 1 the step changes nothing, and the host need not know.
     """
@@ -344,9 +523,9 @@ class Muon(torch.optim.Muon):
             momenta = torch._foreach_lerp(grads, momenta, group['momentum'])
         sharded = hasattr(momenta[0], 'full_tensor')
         stack = torch.stack([m.full_tensor() for m in momenta] if sharded else momenta)
-        rate = group['lr'] * math.sqrt(max(1, stack.shape[1] / stack.shape[2]))
-        stack = orthogonalize(stack, group['ns_coefficients'], group['ns_steps'], group['eps'])
-        updates = (stack.float() * (rate * keep)).unbind()
+        rate = group['lr'] * math.sqrt(max(1, stack.shape[-2] / stack.shape[-1]))
+        flat = orthogonalize(stack.flatten(0, -3), group['ns_coefficients'], group['ns_steps'], group['eps'])
+        updates = (flat.view(stack.shape).float() * (rate * keep)).unbind()
         if sharded:
             from torch.distributed.tensor import distribute_tensor
             updates = [distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
@@ -402,25 +581,42 @@ class KVCache:
     """Keys and values of every layer, preallocated: kv (n_layer, 2, B, n_kv_head, capacity, head_dim).
 
     `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the other rows do,
-    so ragged rows need no left padding and positions are simply 0, 1, 2, … in each.
+    so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source` holds the keys and values
+    of an encoder's output by CrossAttention.
     """
+    rolling = False
 
     def __init__(self, config, batch, capacity, device, dtype):
+        self.config, self.source = config, {}
         self.kv = torch.zeros(config.n_layer, 2, batch, config.n_kv_head, capacity, config.head_dim,
                               device=device, dtype=dtype)
         self.lengths = [0] * batch
 
-    def begin(self, T):
-        """Before a forward over T new tokens per row: their (positions, mask), None where the default is right."""
-        self.layer, self.T, self.end = 0, T, max(self.lengths) + T
-        self.uniform = min(self.lengths) == max(self.lengths)
-        if self.end == T:
-            return None, None  # an empty cache: positions 0 … T-1 and the plain causal pattern
-        device = self.kv.device
-        self.positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)
-        if self.uniform and T == 1:
-            return self.positions, None  # one new token per row, and it sees everything
-        return self.positions, (torch.arange(self.end, device=device) <= self.positions[..., None])[:, None]
+    def begin(self, T, counts=None):
+        """Before a forward over T new tokens per row -> (positions, masks of global and local layers, far, is_sink).
+
+        None where the default is right. counts: how many of the T are no padding, per row. far: positions of the
+        queries as sinks see them, and is_sink (S,), where some sink is further away than the window.
+        """
+        config, before = self.config, self.lengths
+        self.layer, self.T, self.end = 0, T, max(before) + T
+        self.uniform = min(before) == max(before)
+        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
+        device, far, is_sink = self.kv.device, None, None
+        slides = config.window and self.end > config.window
+        if self.end == T and not slides:
+            return None, (None, None), None, None  # an empty cache: positions 0 … T-1 and the plain causal pattern
+        self.positions = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
+        keys = torch.arange(self.end, device=device)
+        mask = local = None  # one new token per row sees everything
+        if T > 1 or not self.uniform:
+            mask = local = (keys <= self.positions[..., None])[:, None]
+        if slides:
+            local = windowed(self.positions, keys, config)[:, None]
+            local = local if mask is None else local & mask
+        if config.n_sink and self.end > config.n_sink + config.window:
+            far, is_sink = self.positions.clamp(max=config.n_sink + config.window - 1), keys < config.n_sink
+        return self.positions, (mask, local), far, is_sink
 
     def update(self, k, v):
         """Stores k and v (B, H, T, D) of the next layer; returns all keys and values (B, H, S, D) stored so far."""
@@ -436,7 +632,72 @@ class KVCache:
     def select(self, rows):
         """Keeps these rows (indices; one may be named several times, to share a prompt among samples)."""
         self.kv = self.kv[:, :, rows]
+        self.source = {layer: kv[:, rows] for layer, kv in self.source.items()}
         self.lengths = [self.lengths[r] for r in rows]
+
+
+class RollingCache(KVCache):
+    """A ring of the last `window` tokens after the n_sink first, for a text without end in constant memory and time.
+
+    Only for models whose layers are all local. Slot t holds token t up to n_sink; token t behind that stands in slot
+    n_sink + (t - n_sink) % window. Keys are stored before their rotation: at every step they are rotated to where they
+    stand within the cache, so positions stay small however long the text (arXiv:2309.17453, 3.2).
+    """
+    rolling = True
+    rope = None  # cos and sin (rows, 1, slots, D) at `key_positions`, of a model that has them
+
+    def __init__(self, config, batch, device, dtype):
+        super().__init__(config, batch, config.n_sink + config.window, device, dtype)
+
+    def tokens(self, lengths):
+        """Which token each slot holds after so many: (rows, 1) -> (rows, slots), -1 for none."""
+        slots, sinks = torch.arange(self.kv.shape[4], device=lengths.device), self.config.n_sink
+        last = lengths - 1 - (lengths - 1 - slots) % self.config.window
+        held = torch.where(slots < sinks, slots, last)
+        return torch.where((held < lengths) & ((held >= sinks) | (slots < sinks)), held, -1)
+
+    def begin(self, T, counts=None):
+        config, device, before = self.config, self.kv.device, self.lengths
+        self.layer, self.T = 0, T
+        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
+        same = min(before) == max(before) and min(self.lengths) == max(self.lengths)
+        old, new = (torch.tensor(n[:1] if same else n, device=device)[:, None] for n in (before, self.lengths))
+        queries = old + torch.arange(T, device=device)
+        held, after, size = self.tokens(old), self.tokens(new), self.kv.shape[4]
+        # where the content of each slot comes from: itself, or new token number i, which follows the slots
+        self.origin = torch.where(after == held, torch.arange(size, device=device), size + after - old)
+        self.slot = (after == old).int().argmax(1) if T == 1 else None  # where a single new token goes
+        keys = after if T == 1 else torch.cat((held, queries), dim=1)
+        mask = ((keys[:, None] <= queries[..., None]) & (keys >= 0)[:, None]
+                & ((queries[..., None] - keys[:, None] < config.window) | (keys < config.n_sink)[:, None]))[:, None]
+        # positions count from a token before which nothing but sinks is visible any more
+        farthest = config.n_sink + config.window - 1
+        base = (old - farthest).clamp(min=0)
+        self.key_positions = torch.where(keys < config.n_sink, keys, keys - base).clamp(min=0)
+        far = is_sink = None
+        if config.n_sink and T > 1 and max(before) + T > farthest + 1:
+            far, is_sink = queries.clamp(max=farthest), keys < config.n_sink
+        positions = queries if config.pos == 'sinusoidal' else queries - base
+        return positions, (None, mask), far, is_sink
+
+    def update(self, k, v):
+        kv = self.kv[self.layer]
+        if self.T == 1 and len(self.slot) == 1:
+            kv[0, :, :, self.slot[0]], kv[1, :, :, self.slot[0]] = k[:, :, 0], v[:, :, 0]
+            k, v = kv
+        elif self.T == 1:
+            rows = torch.arange(len(k), device=k.device)
+            kv[0, rows, :, self.slot], kv[1, rows, :, self.slot] = k[:, :, 0], v[:, :, 0]
+            k, v = kv
+        else:
+            both = torch.cat((kv, torch.stack((k, v))), dim=3)
+            index = self.origin[:, None, :, None].expand(k.shape[0], k.shape[1], -1, k.shape[3])
+            self.kv[self.layer] = both.gather(3, index.expand(2, *index.shape))
+            k, v = both
+        self.layer += 1
+        if self.rope is not None:
+            k = apply_rope(k, *(t.type_as(k) for t in self.rope))
+        return k, v
 
 
 def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
@@ -467,7 +728,11 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else None
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.encoder = self.encoder_norm = None
+        if config.n_encoder_layer:
+            self.encoder = nn.ModuleList(Block(config, i, encoder=True) for i in range(config.n_encoder_layer))
+            self.encoder_norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -475,6 +740,8 @@ class GPT(nn.Module):
         if config.pos == 'rope':  # a table, not weights: made anew at loading
             for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config), strict=True):
                 self.register_buffer(name, table, persistent=False)
+        self.sparse = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        self.router_stats, self.block_masks = None, {}
         self.init_weights()
 
     @torch.no_grad()
@@ -482,60 +749,138 @@ class GPT(nn.Module):
         """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero."""
         config = self.config
         for name, p in self.named_parameters():
-            into_residual = name.endswith(('proj.weight', 'down.weight'))
+            into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))
             if p.ndim < 2:
                 p.fill_(1.0 if name.endswith('weight') else 0.0)
             elif config.zero_init and (into_residual or name == 'head.weight'):
                 p.zero_()
             else:
-                std = config.init_std or (1.0 if name.endswith('emb.weight') else p.shape[1] ** -0.5)
+                std = config.init_std or (1.0 if name.endswith('emb.weight') else p.shape[-1] ** -0.5)
                 p.normal_(0.0, std / math.sqrt(2 * config.n_layer) if into_residual else std)
 
-    def hidden(self, idx, positions=None, mask=None, cache=None):
-        """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm.
-
-        positions (B, T) or (T,): where each token stands, by default 0 … T-1 (after what the cache holds).
-        mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
-        causality. cache: a KVCache that is read and extended.
-        """
+    def embed(self, idx, positions=None):
+        """Ids (B, T) -> (B, T, C) with positions added, those of 'rope' apart; positions: (T,) or (B, T), None = 0 …"""
         config, T = self.config, idx.shape[1]
-        if cache is not None:
-            positions, mask = cache.begin(T)
-        elif mask is not None and config.causal:
-            mask = mask & torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-        if T > config.block_size:
-            raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
         x = self.tok_emb(idx)
-        rope = None
         if config.pos == 'learned':
             x = x + (self.pos_emb.weight[:T] if positions is None else self.pos_emb(positions))
         elif config.pos == 'sinusoidal':
             at = torch.arange(T, device=idx.device) if positions is None else positions
             x = x * math.sqrt(config.n_embd) + sinusoidal(at, config.n_embd).type_as(x)
-        elif config.pos == 'rope':
-            if positions is None:
-                rope = self.rope_cos[:T], self.rope_sin[:T]
-            else:
-                rope = self.rope_cos[positions], self.rope_sin[positions]
-            rope = [table.unsqueeze(-2) for table in rope]  # the same for every head
-        x = self.drop(x)
+        return self.drop(x)
+
+    def rope(self, positions):
+        """cos and sin at positions (…, T), for every head the same: (…, T, 1, D) each."""
+        return [table[positions].unsqueeze(-2) for table in (self.rope_cos, self.rope_sin)]
+
+    def encode(self, source, source_mask=None):
+        """The encoder: ids (B, S), bool (B, S) True where a token is real -> (B, S, C)."""
+        if source.shape[1] > self.config.block_size:
+            raise ValueError(f'{source.shape[1]} tokens do not fit into block_size={self.config.block_size}')
+        x, mask = self.embed(source), None if source_mask is None else source_mask[:, None, None]
+        rope = self.rope(slice(source.shape[1])) if self.config.pos == 'rope' else None
+        for block in self.encoder:
+            x = block(x, rope, (mask, mask))
+        return self.encoder_norm(x) if self.encoder_norm is not None else x
+
+    def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None):
+        """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm.
+
+        positions (B, T) or (T,): where each token stands, by default 0 … T-1 (after what the cache holds).
+        mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
+        causality and the window. cache: a KVCache that is read and extended, by counts (a list) of the T tokens of
+        each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real.
+        """
+        config, T = self.config, idx.shape[1]
+        if T > config.block_size:
+            raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
+        far = is_sink = None
+        if cache is not None:
+            positions, masks, far, is_sink = cache.begin(T, counts)
+        else:
+            masks, far, is_sink = self.masks(T, positions, mask, idx.device)
+        rope = None
+        if config.pos == 'rope':
+            rope = self.rope(slice(T) if positions is None else positions)
+            if far is not None:
+                rope += [*self.rope(far), is_sink[..., None, :, None]]
+            if cache is not None and cache.rolling:
+                cache.rope = [table[cache.key_positions][:, None] for table in (self.rope_cos, self.rope_sin)]
+        x = self.embed(idx, positions)
+        memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = block(x, rope, masks, cache, memory, memory_mask)
         return self.norm(x) if self.norm is not None else x
+
+    def masks(self, T, positions, mask, device):
+        """Without a cache -> (masks of global and local layers, far, is_sink), as `KVCache.begin` gives them."""
+        config, far, is_sink = self.config, None, None
+        if mask is not None and config.causal:
+            mask = mask & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        if not config.window or T <= config.window and positions is None:
+            return (mask, mask), None, None
+        at = torch.arange(T, device=device) if positions is None else positions
+        farthest = config.n_sink + config.window - 1
+        if config.n_sink and (T > farthest + 1 or positions is not None):
+            far, is_sink = at.clamp(max=farthest), at < config.n_sink
+        if mask is None and positions is None and device.type == 'cuda' and not (config.dropout and self.training):
+            return (None, self.block_mask(T, device)), far, is_sink
+        local = windowed(at, at, config) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        local = local[:, None] if local.ndim == 3 else local
+        return (mask, local if mask is None else local & mask), far, is_sink
+
+    def block_mask(self, T, device):
+        """The window's pattern for flex_attention, which skips what nobody sees instead of masking it."""
+        if T not in self.block_masks:
+            window, n_sink = self.config.window, self.config.n_sink
+            self.block_masks[T] = create_block_mask(
+                lambda b, h, q, k: (q >= k) & ((q - k < window) | (k < n_sink)), None, None, T, T, device=device)
+        return self.block_masks[T]
+
+    def pool(self, idx, mask=None, how='mean'):
+        """One vector per text: ids (B, T), bool (B, T) True where a token is real -> (B, C).
+
+        how: 'mean' over the real tokens, or 'last', the last real one's. What an encoder (causal=False) is asked for;
+        a decoder's last token knows all others too.
+        """
+        if how not in ('mean', 'last'):
+            raise ValueError(f"how={how!r} is not one of 'mean', 'last'")
+        x = self.hidden(idx, mask=None if mask is None else mask[:, None, None].expand(-1, 1, idx.shape[1], -1))
+        real = torch.ones_like(idx, dtype=torch.bool) if mask is None else mask
+        if how == 'last':
+            last = (real * torch.arange(idx.shape[1], device=idx.device)).argmax(1)
+            return x[torch.arange(len(x), device=x.device), last]
+        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
     def logits(self, hidden):
         """Hidden states (…, C) -> float32 logits (…, V)."""
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
-    def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean'):
+    def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats.
 
         Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', or 'none' for (B, T).
+        source (B, S), source_mask (B, S): see `encode`. In training the gradient of 'mean' is also that of the routers'
+        losses; the value is not.
         """
-        hidden = self.hidden(idx, positions, mask)
+        if (source is None) != (self.encoder is None):
+            raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
+        memory = self.encode(source, source_mask) if source is not None else None
+        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask)
         if targets is None:
             return self.logits(hidden)
-        h, w, flat, device_type = hidden.flatten(0, 1), self.head.weight, targets.flatten(), idx.device.type
+        losses = self.cross_entropy(hidden, targets, reduction)
+        if self.sparse and self.training:
+            stats = torch.stack([torch.cat((moe.load, moe.entropy[None])) for moe in self.sparse])
+            self.router_stats = stats if self.router_stats is None else self.router_stats + stats
+            if reduction == 'mean':
+                aux = sum(moe.aux for moe in self.sparse)
+                losses = losses + (aux - aux.detach())
+        return losses
+
+    def cross_entropy(self, hidden, targets, reduction='mean'):
+        """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`."""
+        h, w, flat, device_type = hidden.flatten(0, 1), self.head.weight, targets.flatten(), hidden.device.type
         if len(h) <= chunk_rows(len(w), device_type):  # a single chunk
             losses = F.cross_entropy(self.logits(h), flat, ignore_index=-100, reduction=reduction)
             return losses.view_as(targets) if reduction == 'none' else losses
@@ -546,6 +891,18 @@ class GPT(nn.Module):
         if reduction == 'mean':
             return losses / (flat != -100).sum()
         return losses.view_as(targets) if reduction == 'none' else losses
+
+    def routed(self):
+        """What routers did since the last call: tokens per expert (n_sparse, E), and their entropies' sum (n_sparse,)."""
+        stats, self.router_stats = self.router_stats, None
+        return stats[:, :-1], stats[:, -1]
+
+    @torch.no_grad()
+    def balance(self, load):
+        """After a step: experts with less than their share of the load (n_sparse, E) of all processes are chosen more
+        often from now on, by router_bias_rate (arXiv:2408.15664, algorithm 1)."""
+        for moe, counts in zip(self.sparse, load, strict=True):
+            moe.choice_bias += moe.bias_rate * (counts.mean() - counts).sign()
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -579,7 +936,8 @@ class GPT(nn.Module):
         if optimizer not in ('adamw', 'muon'):
             raise ValueError(f"optimizer={optimizer!r} is not one of 'adamw', 'muon'")
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        hidden = [p for n, p in params.items() if n.startswith('blocks.') and p.ndim == 2 and optimizer == 'muon']
+        hidden = [p for n, p in params.items() if n.startswith(('blocks.', 'encoder.')) and p.ndim >= 2
+                  and 'router' not in n and optimizer == 'muon']
         taken = {id(p) for p in hidden}
         groups = []
         for is_embedding in (True, False):
@@ -592,7 +950,11 @@ class GPT(nn.Module):
         fused = self.tok_emb.weight.device.type in ('cuda', 'cpu')
         optimizers = [torch.optim.AdamW(groups, betas=betas, fused=fused)]
         if hidden:
-            optimizers.append(Muon(hidden, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
+            matrices, stacks = ([p for p in hidden if p.ndim == n] for n in (2, 3))
+            muon = Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay)
+            if stacks:
+                muon.add_param_group({'params': stacks})
+            optimizers.append(muon)
         optimizers = Optimizers(optimizers)
         for group in optimizers.param_groups:
             group['peak_lr'] = group['lr']
@@ -605,61 +967,92 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Multiply-adds x 2, forward and backward, per token at context T: 6 N + 12 L H D T (arXiv:2204.02311, B)."""
         c = self.config
-        matmul = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + self.head.weight.numel()
+        share = c.n_expert_active / max(1, c.n_expert)  # of the experts, a token meets
+        matmul = sum(p.numel() * (share if p.ndim == 3 else 1) for p in self.blocks.parameters() if p.ndim > 1)
+        matmul += self.head.weight.numel()
         return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * T
 
     @torch.inference_mode()
-    def next_logits(self, contexts, cache=None):
-        """Ragged contexts (lists of ids) -> float32 logits (B, V) of the token after each; fills an empty cache."""
-        lengths = [len(c) for c in contexts]
+    def next_logits(self, contexts, cache=None, memory=None, memory_mask=None):
+        """Ragged contexts (lists of ids) -> float32 logits (B, V) of the token after each; fills an empty cache.
+
+        A context longer than block_size needs a RollingCache: it is read a block at a time.
+        """
+        lengths, block = [len(c) for c in contexts], self.config.block_size
         idx = torch.zeros(len(contexts), max(lengths), dtype=torch.long)
         for row, context in zip(idx, contexts, strict=True):
             row[:len(context)] = torch.tensor(context)
-        device = self.tok_emb.weight.device
-        x = self.hidden(idx.to(device), cache=cache)  # right padding: causality already hides it
-        if cache is not None:
-            cache.lengths = lengths
-        return self.logits(x[torch.arange(len(contexts), device=device), torch.tensor(lengths, device=device) - 1])
+        device, hidden = self.tok_emb.weight.device, None
+        for part in idx.to(device).split(block if cache is not None and cache.rolling else max(lengths), dim=1):
+            counts = [min(n, part.shape[1]) for n in lengths]
+            lengths = [n - c for n, c in zip(lengths, counts, strict=True)]
+            # right padding: causality already hides it
+            x = self.hidden(part, cache=cache, counts=counts, memory=memory, memory_mask=memory_mask)
+            here = torch.tensor(counts, device=device)
+            last = x[torch.arange(len(x), device=device), (here - 1).clamp(min=0)]
+            hidden = last if hidden is None else torch.where(here[:, None] > 0, last, hidden)
+        return self.logits(hidden)
 
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-               stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True):
+               stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None):
         """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
-        check_prompts(prompts, self.config)
+        check_prompts(prompts, self.config, sources)
         if num_samples < 1 or max_new_tokens < 0:
             raise ValueError('num_samples starts at 1 and max_new_tokens at 0')
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
             raise ValueError('sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1 and '
                              'repetition_penalty > 0')
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        if self.config.window and self.config.pos == 'learned' and longest > self.config.block_size:
+            raise ValueError(f"{longest} tokens of prompt and answer: with window={self.config.window} and pos='learned' "
+                             f'a text ends at block_size={self.config.block_size}')
         was_training = self.training
         self.eval()  # dropout must not reach a sample
         try:
             yield from self._stream([list(p) for p in prompts for _ in range(num_samples)], num_samples, max_new_tokens,
-                                    set(stop_ids), seed, vocab_limit, use_cache,
+                                    set(stop_ids), seed, vocab_limit, use_cache, sources,
                                     (temperature, top_k, top_p, min_p, repetition_penalty))
         finally:
             self.train(was_training)
 
-    def _stream(self, texts, shared, max_new_tokens, stop_ids, seed, vocab_limit, use_cache, sampling):
+    def _stream(self, texts, shared, max_new_tokens, stop_ids, seed, vocab_limit, use_cache, sources, sampling):
         """The loop of `stream` over texts (lists of ids, which grow); `shared` neighbours have the same prompt."""
-        config, device = self.config, self.tok_emb.weight.device
+        config, device, dtype = self.config, self.tok_emb.weight.device, self.tok_emb.weight.dtype
         block, n_rows = config.block_size, len(texts)
         generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
-        start = [max(0, len(t) - block) for t in texts]  # where each row's visible context begins
+        longest = max(map(len, texts), default=0) + max_new_tokens
+        rolls = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
+                 and longest > config.n_sink + config.window)
+        memory = memory_mask = None
+        if sources is not None:
+            lengths = torch.tensor([len(source) for source in sources])
+            memory_mask = (torch.arange(lengths.max()) < lengths[:, None]).to(device)
+            ids = torch.zeros(memory_mask.shape, dtype=torch.long)
+            for row, source in zip(ids, sources, strict=True):
+                row[:len(source)] = torch.tensor(source)
+            memory = self.encode(ids.to(device), memory_mask)
+
+        def seen(rows, again):  # of the sources
+            of = torch.tensor([r // shared for r in rows], device=device)
+            return {'memory': memory[of] if again else None, 'memory_mask': memory_mask[of]}
+        start = [0 if rolls else max(0, len(t) - block) for t in texts]  # where each row's visible context begins
         rows, cache = list(range(n_rows)), None
         for step in range(max_new_tokens):
-            if cache is None or max(cache.lengths) == block:
+            if cache is None or not rolls and max(cache.lengths) == block:
                 # Beginning, or the context is full: keep its last three quarters and read them afresh, as in training,
                 # where every window begins at position 0. One pass over 3/4 T buys T/4 tokens.
                 for r in rows:
-                    if len(texts[r]) - start[r] > block:
+                    if not rolls and len(texts[r]) - start[r] > block:
                         start[r] = len(texts[r]) - max(1, block * 3 // 4)
                 repeat = shared if step == 0 else 1  # at first the samples of a prompt share one pass over it
                 contexts = [texts[r][start[r]:] for r in rows[::repeat]]
-                if use_cache:
+                if rolls:
+                    cache = RollingCache(config, len(contexts), device, dtype)
+                elif use_cache:
                     capacity = min(block, max(map(len, contexts)) + max_new_tokens - step)
-                    cache = KVCache(config, len(contexts), capacity, device, self.tok_emb.weight.dtype)
-                logits = self.next_logits(contexts, cache)
+                    cache = KVCache(config, len(contexts), capacity, device, dtype)
+                logits = self.next_logits(contexts, cache, **(seen(rows[::repeat], True) if sources else {}))
                 if repeat > 1:
                     copies = [i for i in range(len(contexts)) for _ in range(repeat)]
                     logits = logits[copies]
@@ -667,8 +1060,8 @@ class GPT(nn.Module):
                         cache.select(copies)
             else:
                 last = torch.tensor([[texts[r][-1]] for r in rows], device=device)
-                logits = self.logits(self.hidden(last, cache=cache)[:, -1])
-                cache.lengths = [n + 1 for n in cache.lengths]
+                x = self.hidden(last, cache=cache, **(seen(rows, False) if sources else {}))
+                logits = self.logits(x[:, -1])
             if vocab_limit:
                 logits = logits[:, :vocab_limit]
             # one uniform number per original row and step: a row's sample does not depend on when others finish
@@ -693,8 +1086,9 @@ class GPT(nn.Module):
         stop_ids, which is its last id. num_samples continuations per prompt share one pass over it. seed makes it
         repeatable, row by row. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
         return_logprobs also the log-probability of each new id under softmax(logits / temperature), before any filter
-        or penalty. A text longer than block_size is continued from its last part (a prompt longer than a table of
-        learned positions raises ValueError, as do an empty prompt and ids outside the vocabulary).
+        or penalty. sources: for each prompt the ids that an encoder reads. A text longer than block_size is continued
+        from its last part, without end if all layers have a window (a prompt longer than a table of learned positions
+        raises ValueError, as do an empty prompt and ids outside the vocabulary).
         """
         out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
         logs = [[] for _ in out]
@@ -705,19 +1099,23 @@ class GPT(nn.Module):
         return (out, logs) if return_logprobs else out
 
 
-def check_prompts(prompts, config):
-    """Raises ValueError with one sentence for prompts that this model cannot continue."""
+def check_prompts(prompts, config, sources=None):
+    """Raises ValueError with one sentence for prompts, and sources for an encoder, that this model cannot continue."""
     if not config.causal:
         raise ValueError('a model with causal=False is an encoder: it cannot generate')
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f'prompt {i} is empty: give at least one token')
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
-            raise ValueError(f'prompt {i}: token id {bad} is outside the vocabulary of {config.vocab_size}')
-        if config.pos == 'learned' and len(prompt) > config.block_size:
-            raise ValueError(f'prompt {i} has {len(prompt)} tokens and the learned positions end at '
-                             f'block_size={config.block_size}: shorten it')
+    if (sources is None) == (config.n_encoder_layer > 0) or sources is not None and len(sources) != len(prompts):
+        raise ValueError('a model with n_encoder_layer needs a source for each prompt, any other none')
+    for what, texts in (('prompt', prompts), ('source', sources or ())):
+        for i, text in enumerate(texts):
+            if not len(text):
+                raise ValueError(f'{what} {i} is empty: give at least one token')
+            if min(text) < 0 or max(text) >= config.vocab_size:
+                bad = next(t for t in text if not 0 <= t < config.vocab_size)
+                raise ValueError(f'{what} {i}: token id {bad} is outside the vocabulary of {config.vocab_size}')
+            if len(text) > config.block_size and (config.pos == 'learned' or what == 'source'):
+                limit = 'the learned positions end' if config.pos == 'learned' else 'a source ends'
+                raise ValueError(f'{what} {i} has {len(text)} tokens and {limit} at block_size={config.block_size}: '
+                                 'shorten it')
 
 
 def sample(logits, texts, u, temperature, top_k, top_p, min_p, repetition_penalty):

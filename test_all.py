@@ -223,12 +223,11 @@ def test_cached_logits_equal_full_forward(options):
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
             step = torch.stack([x[b, n:n + 1] for b, n in enumerate(cache.lengths)])
             logits = model.logits(model.hidden(step, cache=cache)[:, -1])
-            cache.lengths = [n + 1 for n in cache.lengths]
         cache.select([2, 0])  # rows leave, three tokens arrive at once
-        rest = torch.stack([x[b, n:n + 1] for b, n in zip((2, 0), cache.lengths, strict=True)])
+        stored = cache.lengths
+        rest = torch.stack([x[b, n:n + 1] for b, n in zip((2, 0), stored, strict=True)])
         got = model.logits(model.hidden(rest, cache=cache))
-        for i, b in enumerate((2, 0)):
-            n = cache.lengths[i]
+        for i, (b, n) in enumerate(zip((2, 0), stored, strict=True)):
             torch.testing.assert_close(got[i], full[b, n:n + 1], atol=1e-4, rtol=1e-4)
 
 
