@@ -893,15 +893,15 @@ class GPT(nn.Module):
         return losses.view_as(targets) if reduction == 'none' else losses
 
     def routed(self):
-        """What routers did since the last call: tokens per expert (n_sparse, E), and their entropies' sum (n_sparse,)."""
+        """What routers did since the last call: tokens per expert, and the sum of their entropies: (n_sparse, E + 1)."""
         stats, self.router_stats = self.router_stats, None
-        return stats[:, :-1], stats[:, -1]
+        return stats
 
     @torch.no_grad()
     def balance(self, load):
         """After a step: experts with less than their share of the load (n_sparse, E) of all processes are chosen more
         often from now on, by router_bias_rate (arXiv:2408.15664, algorithm 1)."""
-        for moe, counts in zip(self.sparse, load, strict=True):
+        for moe, counts in zip(self.sparse, load, strict=True) if self.config.router_bias_rate else ():
             moe.choice_bias += moe.bias_rate * (counts.mean() - counts).sign()
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -585,6 +585,12 @@ class Run:
             dist.all_reduce(total)
         return total.tolist()
 
+    def total(self, tensor):
+        """The sum of a tensor over all processes, without waiting for it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def on_main(self, work):
         """Calls work() in rank 0 while the others wait; all of them return its result or raise its UserError."""
         box = [None, None]
@@ -735,7 +741,7 @@ class Run:
             self._wandb.log(metrics, step=metrics['iter'])
         if self._tensorboard:
             for key, value in metrics.items():
-                if key != 'iter':
+                if key != 'iter' and not isinstance(value, list):
                     self._tensorboard.add_scalar(key, value, metrics['iter'])
 
     def progress(self, line):

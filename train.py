@@ -95,6 +95,17 @@ def evaluate(model, data, windows, run, token_bytes):
     return nats / tokens, nats / math.log(2) / max(1, n_bytes)
 
 
+def router_metrics(load, entropy, tokens):
+    """Tokens per expert (n_sparse, E), entropies (n_sparse,) and the number of tokens that were due -> metrics.
+
+    router/max_load: the fullest expert's load over the mean, of the worst layer; router/load: each expert's share, a
+    row per layer; router/entropy: nats of a token's distribution over experts; router/dropped: tokens nobody computed.
+    """
+    share = load / load.sum(1, keepdim=True)
+    return {'router/max_load': share.max().item() * load.shape[1], 'router/entropy': entropy.mean().item(),
+            'router/dropped': tokens - int(load.sum()), 'router/load': [[round(x, 4) for x in r] for r in share.tolist()]}
+
+
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     if lr_schedule not in ('cosine', 'linear', 'wsd', 'constant'):
@@ -210,6 +221,7 @@ def main():
     if not resumed:
         look(metrics)
     run.settle(net, lambda: micro_loss(run.rank))
+    model.router_stats = routed = None
     clock.resume()
     logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
     while step < max_iters and not (stop := run.stopping()):
@@ -225,6 +237,10 @@ def main():
                 run.backward(loss)
             total += loss.detach()
         grad_norm = run.update(model, optimizers, grad_clip)
+        if model.sparse:
+            stats = run.total(model.routed())
+            model.balance(stats[:, :-1])
+            routed = stats.double() if routed is None else routed + stats
         step += 1
         tokens_seen += tokens_per_step
 
@@ -237,6 +253,11 @@ def main():
                        'grad_norm': grad_norm.item(), 'tok_per_sec': rate, 'seconds': seconds}
             if skipped:
                 metrics['skipped'] = skipped
+            if routed is not None:
+                steps = step - logged_step
+                metrics |= router_metrics(routed[:, :-1], routed[:, -1] / (steps * gradient_accumulation_steps),
+                                          steps * tokens_per_step * model.config.n_expert_active * len(model.sparse))
+                routed = None
             if peak:
                 metrics['mfu'] = rate * flops / peak / run.world_size
             run.log(metrics)
