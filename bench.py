@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 import runtime
 from dataset import TokenData, find_dataset
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_prompts
 from tokenizer import UserError, train_bpe
 
 against = ''  # checkout of nanoGPT or of this project to compare with
@@ -101,6 +101,9 @@ def training(knobs, model_args):
     run.on_main(lambda: find_dataset(knobs.dataset))
     block_size = model_args.get('block_size', GPTConfig.block_size)
     data = TokenData(find_dataset(knobs.dataset), 'train', block_size, knobs.seed)
+    if model_args.get('vocab_size', data.tokenizer.n_vocab) < data.tokenizer.n_vocab:
+        raise UserError(f'vocab_size={model_args["vocab_size"]} is smaller than the {data.tokenizer.n_vocab} tokens of '
+                        f'{knobs.dataset}')
     with runtime.user_errors():
         model = GPT(GPTConfig(**{'vocab_size': data.tokenizer.n_vocab} | model_args))
         net = run.wrap(model)
@@ -196,7 +199,7 @@ def bench_train(knobs, model_args):
 def peak_memories(knobs, config):
     """Peak MB of a step, and of one whose (B, T, V) logits are a float32 tensor, beyond what the process had before."""
     largest = 4 * knobs.batch_size * config.block_size * config.vocab_size
-    if largest > 4e9 and not knobs.device.startswith('cuda'):
+    if largest > 4e9 and not runtime.pick_device(knobs.device).startswith('cuda'):
         print(f'(memory: all logits in float32 would take {largest / 1e9:.0f} GB several times over: left out)')
         return {}
     found = []
@@ -231,14 +234,20 @@ def command(args, **options):
     return done.stdout
 
 
+def absolute(args):
+    """Arguments whose paths mean the same in any folder."""
+    parts = [arg.rpartition('=') for arg in args]
+    return [f'{key}{equals}{Path(value).absolute() if Path(value).exists() and value else value}'
+            for key, equals, value in parts]
+
+
 def project_run(folder, seed, iters):
     """A checkout's own train.py with the arguments given -> {'seconds', 'ms' per step, 'val' loss}."""
-    args = [a for a in sys.argv[2:] if a.partition('=')[0][2:] not in OWN_KNOBS]
+    args = [a for a in absolute(sys.argv[2:]) if a.partition('=')[0][2:] not in OWN_KNOBS]
     print(f'{folder}, seed {seed} …', end=' ', flush=True)
-    run = Path(results).absolute() / 'run'
+    run = Path(results).absolute() / 'run-to-compare'
     shutil.rmtree(run, ignore_errors=True)
     iters = [f'--max_iters={iters}', f'--eval_interval={iters}', '--eval_iters=1'] if iters else ['--eval_iters=0']
-    args = [Path(a).absolute() if Path(a).is_file() else a for a in args]
     command([Path(folder).absolute() / 'train.py', *args, *iters, f'--out_dir={run}', f'--seed={seed}',
              '--sample_tokens=0'], cwd=folder)
     rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
@@ -338,7 +347,7 @@ def compare_training(mode, knobs, model_args):
 
 def compare_modes(mode):
     """Any other mode against another checkout of this project: its bench.py and ours, and the ratio of each speed."""
-    args = [a for a in sys.argv[2:] if not a.startswith('--against=')]
+    args = [a for a in absolute(sys.argv[2:]) if not a.startswith('--against=')]
 
     def run(folder):
         out = command([Path(folder).absolute() / 'bench.py', mode, *args], cwd=folder)
@@ -371,6 +380,8 @@ def bench_sample(knobs, model_args):
             model = GPT(GPTConfig(**model_args))
     model = model.to(device, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]).eval()
     config, bandwidth, rows = model.config, read_bandwidth(device), []
+    with runtime.user_errors():
+        check_prompts([[0]], config)
     size = model.head.weight.itemsize
     weight_bytes = sum(p.nbytes for n, p in model.named_parameters() if config.tie_weights or n != 'tok_emb.weight')
     generator = torch.Generator().manual_seed(1)
@@ -579,6 +590,14 @@ def main():
         raise UserError('repeats, steps, max_new_tokens, batches and contexts start at 1')
     knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})
     model_args = {k: v for k, v in given.items() if k in MODEL_FIELDS}
+    if min(knobs.batch_size, knobs.gradient_accumulation_steps) < 1 or not 0 <= knobs.seed < 2 ** 63:
+        raise UserError('batch_size and gradient_accumulation_steps start at 1, seed at 0')
+    if mode == 'memory' and given:
+        raise UserError(f'mode memory takes no knobs: drop {sorted(given)[0]}')
+    if mode not in ('train', 'step') and 'RANK' in os.environ:
+        raise UserError(f'mode {mode} is for one process: python bench.py {mode}')
+    if Path(results).exists() and not Path(results).is_dir():
+        raise UserError(f'results={results}: not a directory')
     with runtime.user_errors():
         GPTConfig(**model_args)  # a mistake is found before any data is fetched
     nanogpt = (Path(against) / 'configurator.py').is_file()

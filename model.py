@@ -1,7 +1,7 @@
 """
 Every architecture of this project in one file that imports only torch: a GPT-2, a Llama-like decoder, a mixture of
-experts, the Transformer's encoder and decoder are choices of GPTConfig's values, and what a value switches is an `if` where
-it happens.
+experts, the Transformer's encoder and decoder are choices of GPTConfig's values, and what a value switches is an `if`
+where it happens.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=65, block_size=64))
     logits = model(idx)                          # (B, T) ids -> (B, T, V)
@@ -12,8 +12,8 @@ it happens.
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
 Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Muon (arXiv:2502.16982),
-Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066), balancing without a loss
-(arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
+Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066), balancing without a
+loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
 """
 import functools
 import math
@@ -114,10 +114,12 @@ class GPTConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even with pos='rope'")
         if self.pos == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f"n_embd={self.n_embd} must be even with pos='sinusoidal'")
+        if self.rope_theta <= 1:
+            raise ValueError(f'rope_theta={self.rope_theta} must be above 1')
         if self.rope_scaling != 'none':
             if self.pos != 'rope' or self.rope_factor <= 1:
                 raise ValueError(f"rope_scaling={self.rope_scaling!r} needs pos='rope' and a rope_factor above 1")
-            self.rope_original = self.rope_original or int(self.block_size / self.rope_factor)
+            self.rope_original = self.rope_original or max(1, int(self.block_size / self.rope_factor))
             self.rope_low = self.rope_low or 1.0
             self.rope_high = self.rope_high or (4.0 if self.rope_scaling == 'llama3' else 32.0)
             if self.rope_high <= self.rope_low:
@@ -300,7 +302,7 @@ class CrossAttention(nn.Module):
 
 
 def activate(kind, up, gate=None):
-    """What stands between the matrices of an MLP: GELU, SwiGLU (arXiv:2002.05202) or squared ReLU (arXiv:2109.08668)."""
+    """What stands between an MLP's matrices: GELU, SwiGLU (arXiv:2002.05202) or squared ReLU (arXiv:2109.08668)."""
     if kind == 'swiglu':
         return F.silu(gate) * up
     if kind == 'relu2':
@@ -323,7 +325,7 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts: a router sends each token to the n_expert_active of n_expert MLPs that it gives most weight.
+    """A mixture of experts: a router sends each token to the n_expert_active of n_expert MLPs that it weighs most.
 
     No expert has a capacity, so no token is dropped: tokens are sorted by expert, and each expert's are one slice of a
     grouped matrix product. After a forward in training, `load` (E,) holds the tokens of each expert, `entropy` that of
@@ -490,9 +492,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (arXiv:2502.16982), which takes matrices one by one, for many of them, shards and bad gradients.
 
-    Matrices of one shape are orthogonalised together, and so are the experts in a stack (E, rows, columns). Of a matrix that is sharded over processes (a DTensor) each
-    orthogonalises the whole, so that sharding changes nothing. found_inf: as in the fused AdamW, None or a number on
-    the device; where it is 1 the step changes nothing, and the host need not know.
+    Matrices of one shape are orthogonalised together, and so are the experts in a stack (E, rows, columns). Of a matrix
+    that is sharded over processes (a DTensor) each orthogonalises the whole, so that sharding changes nothing.
+    found_inf: as in the fused AdamW, None or a number on the device; where it is 1 the step changes nothing, and the
+    host need not know.
     """
     found_inf = None
 
@@ -893,7 +896,7 @@ class GPT(nn.Module):
         return losses.view_as(targets) if reduction == 'none' else losses
 
     def routed(self):
-        """What routers did since the last call: tokens per expert, and the sum of their entropies: (n_sparse, E + 1)."""
+        """What routers did since the last call: tokens per expert, and the sum of entropies, (n_sparse, E + 1)."""
         stats, self.router_stats = self.router_stats, None
         return stats
 
@@ -1005,8 +1008,8 @@ class GPT(nn.Module):
                              'repetition_penalty > 0')
         longest = max(map(len, prompts), default=0) + max_new_tokens
         if self.config.window and self.config.pos == 'learned' and longest > self.config.block_size:
-            raise ValueError(f"{longest} tokens of prompt and answer: with window={self.config.window} and pos='learned' "
-                             f'a text ends at block_size={self.config.block_size}')
+            raise ValueError(f'{longest} tokens of prompt and answer: with window={self.config.window} and '
+                             f"pos='learned' a text ends at block_size={self.config.block_size}")
         was_training = self.training
         self.eval()  # dropout must not reach a sample
         try:

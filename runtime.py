@@ -19,6 +19,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -185,7 +186,7 @@ def read_config(path, namespace=None):
         try:
             (target,), value = node.targets, _evaluate(node.value, names)
             key = target.id
-        except (AttributeError, ValueError, TypeError, ZeroDivisionError):
+        except (AttributeError, ValueError, TypeError, ArithmeticError, RecursionError):
             raise UserError(f'{where}: a config file holds plain assignments only (key = value)') from None
         names[key] = value
         yield key, value, where
@@ -194,20 +195,27 @@ def read_config(path, namespace=None):
 def cli(main):
     """Runs a stage's main(): a UserError becomes one line on standard error and exit status 2."""
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')  # a terminal that does not know a letter
     try:
         main()
-    except UserError as error:
-        rank, status = int(os.environ.get('RANK', 0)), 2
-        text = f'error: {error}' if rank == 0 else f'rank {rank}: error: {error}'
-        print(f'\n{text}' if sys.stdout.isatty() else text, file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + signal.SIGPIPE
+        elif isinstance(error, OSError) and not error.filename:
+            raise
+        else:  # a file that cannot be reached is the user's to mend, whoever stumbled on it
+            rank, status = int(os.environ.get('RANK', 0)), 2
+            text = error if isinstance(error, UserError) else f'{error.filename}: {error.strerror}'
+            text = f'error: {text}' if rank == 0 else f'rank {rank}: error: {text}'
+            sys.stderr.write(f'\n{text}\n' if sys.stdout.isatty() else f'{text}\n')
     except SystemExit as end:
         status = end.code or 0
     except KeyboardInterrupt:
         print()
         status = 130
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
     if dist.is_initialized():
         if status != 2:  # after a mistake others may wait in a collective for this process
             dist.destroy_process_group()
@@ -273,6 +281,10 @@ def save_checkpoint(path, state, keep=1):
         raise
 
 
+class Damaged(UserError):
+    """A checkpoint that is not whole: what `auto` passes over."""
+
+
 def load_checkpoint(path, map_location='cpu', mmap=False):
     """Reads a checkpoint file, or the best (else the latest) checkpoint of a run's directory, without running code.
 
@@ -293,14 +305,16 @@ def load_checkpoint(path, map_location='cpu', mmap=False):
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f'{path}: no such checkpoint; give the directory of a run (--init_from=out/NAME)') from None
+    except (OSError, MemoryError) as error:
+        raise UserError(f'{path}: cannot be read ({getattr(error, "strerror", None) or "not enough memory"})') from None
     except Exception as error:  # a damaged zip or pickle can raise nearly anything; none of it is ours
         reason = str(error).strip().split('\n')[0] or type(error).__name__
-        raise UserError(f'{path}: not a whole checkpoint, or not safe to load ({reason[:120]})') from None
+        raise Damaged(f'{path}: not a whole checkpoint, or not safe to load ({reason[:120]})') from None
     missing = [k for k in ('model', 'model_args', 'tokenizer', 'iter') if not isinstance(state, dict) or k not in state]
     if missing:
-        raise UserError(f'{path}: not a checkpoint of this project (no {missing[0]!r} in it)')
+        raise Damaged(f'{path}: not a checkpoint of this project (no {missing[0]!r} in it)')
     if not (isinstance(state['model'], dict) and isinstance(state['model_args'], dict)):
-        raise UserError(f"{path}: not a checkpoint of this project ('model' and 'model_args' must be dicts)")
+        raise Damaged(f"{path}: not a checkpoint of this project ('model' and 'model_args' must be dicts)")
     return state
 
 
@@ -345,7 +359,7 @@ def pick_device(name):
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise UserError(f'device={name!r} is not available here; --device=auto takes the best there is') from None
     return name
@@ -621,21 +635,24 @@ class Run:
         found = [path for path in (latest, *past) if path.exists()]
         if init_from == 'scratch' or init_from == 'auto' and not found:
             return None, 'scratch', False
-        errors = []
-        for path in found or [latest]:
-            try:
-                state = load_checkpoint(path, mmap=self.fsdp)
-            except UserError as error:
-                if init_from == 'resume':
-                    hint = f'; --init_from=auto goes on from {found[1]} if that one is whole' if found[1:] else ''
-                    raise UserError(f'{error}{hint}') from None
-                errors.append(str(error))
-            else:
-                self._damaged = found[:len(errors)]
-                for error in errors:
-                    self.say(f'{error}: going on from {path}, step {state["iter"]}')
-                return state, path, True
-        raise UserError(errors[0])
+
+        def choose():
+            errors = []
+            for path in found or [latest]:
+                try:
+                    step = load_checkpoint(path, mmap=True)['iter']
+                except Damaged as error:
+                    if init_from == 'resume':
+                        hint = f'; --init_from=auto goes on from {found[1]} if that one is whole' if found[1:] else ''
+                        raise UserError(f'{error}{hint}') from None
+                    errors.append(str(error))
+                else:
+                    for error in errors:
+                        self.say(f'{error}: going on from {path}, step {step}')
+                    return path, found[:len(errors)]
+            raise UserError(errors[0])
+        path, self._damaged = self.on_main(choose)  # all processes go on from the same one, or none does
+        return load_checkpoint(path, mmap=self.fsdp), path, True
 
     def open(self, step=None):
         """Makes the run's directory ready and starts the loggers.
@@ -645,7 +662,10 @@ class Run:
         """
         def work():
             if self.config['wandb_log']:
-                import wandb
+                try:
+                    import wandb
+                except ImportError:
+                    raise UserError('wandb_log=True needs wandb: pip install wandb') from None
                 known = self.out_dir / 'wandb_id'  # a run that goes on goes on there too
                 id = known.read_text() if step is not None and known.exists() else None
                 try:
@@ -661,9 +681,14 @@ class Run:
             try:
                 self._lock()
                 if step is None and any(self.out_dir.glob('*.pt')):
-                    n = next(n for n in range(1, 10 ** 6) if not Path(f'{self.out_dir}.{n}').exists())
-                    shutil.move(self.out_dir, f'{self.out_dir}.{n}')
-                    self.say(f'moved the earlier run in {self.out_dir} to {self.out_dir}.{n}')
+                    place = self.out_dir.resolve()  # a link to another disk stays
+                    n = next(n for n in range(1, 10 ** 6) if not Path(f'{place}.{n}').exists())
+                    try:
+                        place.rename(f'{place}.{n}')
+                    except OSError as error:  # a mounted disk; nothing is copied, nothing deleted
+                        raise UserError(f'out_dir={self.out_dir}: the earlier run there cannot be moved aside '
+                                        f'({error.strerror}): give another --out_dir') from None
+                    self.say(f'moved the earlier run in {self.out_dir} to {place}.{n}')
                     self._lock()
                 write_atomic(self.out_dir / '.writable', lambda file: None)
                 (self.out_dir / '.writable').unlink()
@@ -702,9 +727,9 @@ class Run:
         if path.exists():
             keep = []
             for row in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
-                with contextlib.suppress(ValueError):  # the last line may be cut short
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be cut short
                     if json.loads(row)['iter'] <= step:
-                        keep.append(row)
+                        keep.append(row.rstrip('\n') + '\n')
                         self.last |= json.loads(row)
             write_atomic(path, lambda file: file.write(''.join(keep).encode()))
         path = self.out_dir / 'samples.txt'
@@ -718,7 +743,7 @@ class Run:
         path = self.out_dir / name
         try:
             with open(path, 'ab', buffering=0) as file:
-                end, data = file.tell(), text.encode()
+                end, data = file.tell(), text.encode(errors='replace')
                 if file.write(data) < len(data):
                     file.truncate(end)  # no half line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -740,9 +765,13 @@ class Run:
         if self._wandb:
             self._wandb.log(metrics, step=metrics['iter'])
         if self._tensorboard:
-            for key, value in metrics.items():
-                if key != 'iter' and not isinstance(value, list):
-                    self._tensorboard.add_scalar(key, value, metrics['iter'])
+            try:
+                for key, value in metrics.items():
+                    if key != 'iter' and not isinstance(value, list):
+                        self._tensorboard.add_scalar(key, value, metrics['iter'])
+            except OSError as error:
+                self.say(f'{self.out_dir}/tensorboard: not written ({error.strerror}); training goes on without it')
+                self._tensorboard = None
 
     def progress(self, line):
         """Redraws the progress line on a terminal; prints it as a line of its own elsewhere."""
@@ -769,10 +798,18 @@ class Run:
         self._append('samples.txt', f'--- step {step}\n{text}\n')
 
     def catch_signals(self):
-        """Ctrl-C and SIGTERM set `stop`, so that the loop ends after its step; a second one ends at once."""
+        """Ctrl-C and SIGTERM set `stop`, so that the loop ends after its step; a later Ctrl-C ends at once.
+
+        What comes within seconds is the same request: a terminal and a scheduler signal every process of a job, and
+        then torchrun passes on to its processes what it got itself.
+        """
         def handle(number, _frame):
-            self.stop = number
-            signal.signal(number, signal.SIG_DFL)
+            now = time.monotonic()
+            if not self.stop:
+                self.stop, self._asked = number, now
+            elif number == signal.SIGINT and now - self._asked > 5:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handle)
 
@@ -829,8 +866,9 @@ class Run:
             if self._tensorboard:
                 self._tensorboard.close()
         if stop:
-            again = ' '.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
-            self.say(f'stopped at step {step}; go on with: python {again}')
+            again = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
+            program = f'torchrun --nproc_per_node={self.world_size}' if self.world_size > 1 else 'python'
+            self.say(f'stopped at step {step}; go on with: {program} {again}')
         for error in self.unsaved.values():
             if self.main:
                 print(f'error: the last save failed: {error}', file=sys.stderr, flush=True)

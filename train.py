@@ -102,20 +102,23 @@ def router_metrics(load, entropy, tokens):
     row per layer; router/entropy: nats of a token's distribution over experts; router/dropped: tokens nobody computed.
     """
     share = load / load.sum(1, keepdim=True)
+    rows = [[round(x, 4) for x in row] for row in share.tolist()]
     return {'router/max_load': share.max().item() * load.shape[1], 'router/entropy': entropy.mean().item(),
-            'router/dropped': tokens - int(load.sum()), 'router/load': [[round(x, 4) for x in r] for r in share.tolist()]}
+            'router/dropped': tokens - int(load.sum()), 'router/load': rows}
 
 
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     if lr_schedule not in ('cosine', 'linear', 'wsd', 'constant'):
         raise UserError(f"lr_schedule={lr_schedule!r} is not one of 'cosine', 'linear', 'wsd', 'constant'")
-    if min(batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval) < 1:
-        raise UserError('batch_size, gradient_accumulation_steps, max_iters, eval_interval and log_interval start at 1')
-    if learning_rate <= 0 or min(embed_lr, muon_lr, min_lr, eval_iters, warmup_iters, lr_decay_iters, grad_clip) < 0:
-        raise UserError('learning_rate must be positive, and no rate, number of steps or limit negative')
-    if seed < 0:
-        raise UserError(f'seed={seed} must not be negative')
+    if min(batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval, max_bad_steps) < 1:
+        raise UserError('batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval and '
+                        'max_bad_steps start at 1')
+    if learning_rate <= 0 or min(embed_lr, muon_lr, min_lr, eval_iters, warmup_iters, lr_decay_iters, grad_clip,
+                                 sample_tokens) < 0:
+        raise UserError('learning_rate must be positive, and no rate, number of steps, tokens or limit negative')
+    if not 0 <= seed < 2 ** 63:
+        raise UserError(f'seed={seed} must be from 0 to 2^63 - 1')
     run = runtime.Run(config)
     state, origin, resumed = run.begin()
 
@@ -211,10 +214,11 @@ def main():
         run.save('ckpt.pt', state | {'optimizers': optimizers.state_dict(), 'scaler': run.scaler.state_dict(),
                                      'best': best, 'skipped': int(run.skipped), 'total_seconds': run.total_seconds()})
 
-    def micro_loss(index):
-        """The mean loss on the micro-batch of this number in the whole run."""
-        x, y = run.to_device(*train_data.batch(index * batch_size, batch_size))
-        run.seed(index)
+    def micro_loss(number):
+        """The mean loss on a micro-batch of the step: of those of all processes, the one of this number."""
+        window = tokens_seen // block_size + number * batch_size  # counts all windows of the run, whatever its batches
+        x, y = run.to_device(*train_data.batch(window, batch_size))
+        run.seed(window)
         with run.autocast(block_size):
             return net(x, y)
 
@@ -233,7 +237,7 @@ def main():
         total = 0.0
         for micro_step in range(run.micro_steps):
             with run.accumulating(net, last=micro_step == run.micro_steps - 1):
-                loss = micro_loss((step * run.world_size + run.rank) * run.micro_steps + micro_step) / run.micro_steps
+                loss = micro_loss(run.rank * run.micro_steps + micro_step) / run.micro_steps
                 run.backward(loss)
             total += loss.detach()
         grad_norm = run.update(model, optimizers, grad_clip)
@@ -243,6 +247,8 @@ def main():
             routed = stats.double() if routed is None else routed + stats
         step += 1
         tokens_seen += tokens_per_step
+        if step % max_bad_steps == 0:
+            run.check_updates(step)
 
         if step % log_interval == 0 or step == max_iters:
             skipped = run.check_updates(step)

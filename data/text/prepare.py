@@ -100,7 +100,7 @@ def find_boundary(path, place):
     with open(path, 'rb') as f:
         f.seek(min(max(place, 0), path.stat().st_size))
         data = f.read(PIECE) if place > 0 else b''
-        match = LINE_END.search(data)
+        match = re.search(rb'\n(?=[^\n])', data)
         return f.tell() - len(data) + (match.end() if match else re.search(rb'[^\x80-\xbf]|$', data).start())
 
 
