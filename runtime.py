@@ -685,6 +685,7 @@ class Run:
                     n = next(n for n in range(1, 10 ** 6) if not Path(f'{place}.{n}').exists())
                     try:
                         place.rename(f'{place}.{n}')
+                        place.mkdir()
                     except OSError as error:  # a mounted disk; nothing is copied, nothing deleted
                         raise UserError(f'out_dir={self.out_dir}: the earlier run there cannot be moved aside '
                                         f'({error.strerror}): give another --out_dir') from None

@@ -1644,6 +1644,50 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run_stage, text_
     assert status == 2 and 'run/ckpt.pt' in err and contents(Path('run')) == before  # never from scratch over a run
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run_stage, text_data, monkeypatch):
+    args = [f'--dataset={text_data}', *DURABLE, '--eval_interval=2', '--out_dir=run']
+    run_stage('train', *args)
+    before = contents(Path('run'))
+
+    def refuse(path, *_):
+        raise PermissionError(13, 'Permission denied', str(path))
+    monkeypatch.setattr(runtime.zipfile, 'ZipFile', refuse)
+    status, out, err = run_stage('train', *args, '--max_iters=12')
+    assert (status, err) == (2, 'error: run/ckpt.pt: cannot be read (Permission denied)\n')
+    assert contents(Path('run')) == before and 'going on' not in out
+
+
+def test_an_earlier_run_behind_a_link_is_moved_there(run_stage, text_data, monkeypatch):
+    Path('disk').mkdir()
+    Path('disk/big').mkdir()
+    Path('link').symlink_to('disk/big')
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=link']
+    assert run_stage('train', *args)[0] == 0 and run_stage('train', *args)[0] == 0
+    assert Path('link').is_symlink() and not Path('link.1').exists()
+    assert Path('disk/big/ckpt.pt').exists() and Path('disk/big.1/ckpt.pt').exists()
+    before = contents(Path('disk/big'))
+
+    def busy(*_):  # a mounted disk
+        raise OSError(16, 'Device or resource busy')
+    monkeypatch.setattr(Path, 'rename', busy)
+    status, _, err = run_stage('train', *args)
+    assert status == 2 and err.count('\n') == 1 and 'Device or resource busy' in err and '--out_dir' in err
+    assert contents(Path('disk/big')) == before
+
+
+def test_another_batch_size_goes_on_in_the_data(run_stage, text_data, monkeypatch):
+    batch, asked = dataset.TokenData.batch, []
+
+    def record(self, first, n):
+        asked.append((first, n))
+        return batch(self, first, n)
+    monkeypatch.setattr(dataset.TokenData, 'batch', record)
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--eval_interval=100']
+    run_stage('train', *args, '--batch_size=4', '--max_iters=3')
+    run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=3', '--max_iters=5', '--init_from=resume')
+    assert [w for first, n in asked for w in range(first, first + n)] == list(range(3 * 4 + 2 * 6))
+
+
 def test_as_many_checkpoints_stay_as_asked(run_stage, text_data):
     for keep in (1, 2, 4):
         run_stage('train', f'--dataset={text_data}', *DURABLE, '--eval_interval=2', f'--keep_checkpoints={keep}',
@@ -1816,12 +1860,15 @@ def test_a_rank_that_dies_costs_nothing(text_data, tmp_path, rank):
     assert logged(tmp_path / 'run', 'train/loss') == logged(tmp_path / 'whole', 'train/loss')
 
 
-@pytest.mark.parametrize('options', [[], ['--fsdp=True']], ids=str)
-def test_sigterm_to_torchrun_saves(text_data, tmp_path, options):
+@pytest.mark.parametrize('options, everyone', [([], False), (['--fsdp=True'], False), ([], True)], ids=str)
+def test_sigterm_to_torchrun_saves(text_data, tmp_path, options, everyone):
     args = [f'--dataset={text_data}', *DURABLE, '--max_iters=100000', '--eval_interval=100000', '--eval_iters=1',
             '--lr_schedule=constant', *options]
     process = launch(2, *args, '--out_dir=run', cwd=tmp_path)
     next(line for line in process.stdout if line.startswith('step 10/'))
+    if everyone:  # as Slurm does; torchrun then passes its own signal on
+        for pid in workers(process, 'run').values():
+            os.kill(pid, signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode and 'stopped at step' in out
