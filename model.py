@@ -680,7 +680,7 @@ class RollingCache(KVCache):
         far = is_sink = None
         if config.n_sink and T > 1 and max(before) + T > farthest + 1:
             far, is_sink = queries.clamp(max=farthest), keys < config.n_sink
-        positions = queries if config.pos == 'sinusoidal' else queries - base
+        positions = queries - base if config.pos == 'rope' else queries
         return positions, (None, mask), far, is_sink
 
     def update(self, k, v):

@@ -39,7 +39,7 @@ import runtime
 import tokenizer as tok
 import train
 from dataset import TokenData, fetch_url, find_shards, write_dataset
-from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, filter_logits
+from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, RollingCache, filter_logits
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent
@@ -318,6 +318,203 @@ def test_rotary_prompt_longer_than_the_block_goes_on():
     model = tiny(pos='rope')
     prompt = ids(60).tolist()
     assert model.generate([prompt], 5, temperature=0) == model.generate([prompt[-24:]], 5, temperature=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# experts and windows
+
+MOE = dict(n_expert=5, n_expert_active=2, expert_dim=24, mlp='swiglu', norm='rmsnorm', pos='rope', bias=False)
+
+
+def by_hand(moe, x):
+    """What a mixture of experts computes, token by token and expert by expert, in float64."""
+    moe, x = copy.deepcopy(moe).double(), x.double()
+    out = torch.zeros_like(x)
+    for n, token in enumerate(x):
+        probs = (moe.router.weight @ token).softmax(0)
+        chosen = (probs + (moe.choice_bias if moe.bias_rate else 0)).argsort(descending=True)[:moe.n_active]
+        weights = probs[chosen] / (probs[chosen].sum() if moe.renorm else 1)
+        for e, weight in zip(chosen, weights, strict=True):
+            hidden = moe.up[e] @ token
+            if moe.kind == 'swiglu':
+                hidden = F.silu(moe.gate[e] @ token) * hidden
+            else:
+                hidden = hidden.relu() ** 2 if moe.kind == 'relu2' else F.gelu(hidden)
+            out[n] += weight * (moe.down[e] @ hidden)
+    return (out + moe.shared(x) if moe.shared is not None else out).float()
+
+
+@pytest.mark.parametrize('options', [{}, {'router_renorm': False}, {'n_expert_shared': 2, 'mlp': 'gelu'},
+                                     {'router_bias_rate': 0.1, 'mlp': 'relu2'}, {'n_expert_active': 5}], ids=str)
+def test_experts_equal_a_loop_over_tokens(options):
+    moe = tiny(**MOE | options).blocks[1].mlp
+    if moe.bias_rate:
+        moe.choice_bias += torch.linspace(-0.3, 0.3, 5)
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), by_hand(moe, x.flatten(0, 1)).view_as(x), atol=1e-5, rtol=1e-5)
+        few = x[:1, :1]  # experts without a single token
+        torch.testing.assert_close(moe(few), by_hand(moe, few[0]).view_as(few), atol=1e-5, rtol=1e-5)
+
+
+def test_where_experts_are():
+    config = GPTConfig(n_layer=6, n_expert=4, dense_layers=1, expert_every=2)
+    assert [config.is_sparse(i) for i in range(6)] == [False, True, False, True, False, True]
+    model = tiny(**MOE | dict(n_layer=3, dense_layers=1))
+    assert [type(block.mlp).__name__ for block in model.blocks] == ['MLP', 'MoE', 'MoE'] and len(model.sparse) == 2
+    dense = sum(p.numel() for n, p in model.named_parameters() if 'mlp' not in n and p.ndim == 2)
+    swiglu = 3 * 32 * (model.config.mlp_dim + 2 * 2 * 24) + 2 * 5 * 32  # a dense one, two of five experts, two routers
+    assert model.flops_per_token(0) == 6 * (dense + swiglu)
+
+
+def test_router_losses():
+    """Against transformers' load-balancing loss (of all experts chosen, so k times ours) and a z-loss by hand."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3, n_layer=1)).train()
+    seen = []
+    model.blocks[0].mlp.register_forward_hook(lambda moe, args, out: seen.append(args[0]))
+    x, moe = ids(4, 24), model.blocks[0].mlp
+    loss = model(x, x)
+    logits = seen[0].flatten(0, 1) @ moe.router.weight.T
+    balance = load_balancing_loss_func((logits,), 5, 2) / 2
+    z = logits.logsumexp(1).square().mean()
+    torch.testing.assert_close(moe.aux, 0.7 * balance + 0.3 * z)
+    assert moe.load.sum() == 4 * 24 * 2
+    torch.testing.assert_close(moe.entropy, torch.distributions.Categorical(logits=logits).entropy().mean())
+    grads = torch.autograd.grad(loss, moe.router.weight, retain_graph=True)[0]
+    model.eval()
+    assert model(x, x).item() == pytest.approx(loss.item(), abs=1e-6)  # the value is the cross-entropy alone
+    plain = torch.autograd.grad(model(x, x), moe.router.weight)[0]
+    torch.testing.assert_close(grads - plain, torch.autograd.grad(moe.aux, moe.router.weight)[0], atol=1e-6, rtol=1e-4)
+
+
+def test_choice_bias_moves_towards_idle_experts():
+    model = tiny(**MOE | dict(router_bias_rate=0.01))
+    model.balance(torch.tensor([[10., 0, 4, 6, 5], [5, 5, 5, 5, 5]]))
+    assert model.sparse[0].choice_bias.tolist() == pytest.approx([-0.01, 0.01, 0.01, -0.01, 0])
+    assert not model.sparse[1].choice_bias.any() and 'blocks.0.mlp.choice_bias' in model.state_dict()
+
+
+def test_muon_takes_each_expert_of_a_stack_for_a_matrix():
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(3, 8, 12))
+    matrices = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
+    ours = model_file.Muon([torch.nn.Parameter(torch.randn(2, 2))], lr=0.1)
+    ours.add_param_group({'params': [stack]})
+    theirs = torch.optim.Muon(matrices, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        stack.grad = torch.randn(3, 8, 12)
+        for m, g in zip(matrices, stack.grad, strict=True):
+            m.grad = g
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in matrices]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize('options', [[], ['--fsdp=True', '--activation_checkpointing=True']], ids=str)
+def test_experts_train_alike_in_one_process_and_two(run_stage, text_data, tmp_path, options):
+    args = [f'--dataset={text_data}', *SMALL, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
+            '--router_aux=0.01', '--log_interval=1', '--gradient_accumulation_steps=2', '--dtype=float32']
+    assert run_stage('train', *args, '--out_dir=one')[0] == 0
+    torchrun(2, *args, *options, f'--out_dir={tmp_path}/two', cwd=tmp_path)
+    one, two = weights('one'), weights('two')
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=1e-3)
+    assert torch.equal(one['blocks.0.mlp.choice_bias'], two['blocks.0.mlp.choice_bias'])
+    assert one['blocks.0.mlp.choice_bias'].any()
+    assert logged('one', 'router/load') == logged('two', 'router/load') and set(logged('one', 'router/dropped')) == {0}
+    assert all(max(map(max, load)) * 4 == pytest.approx(worst, abs=1e-3)
+               for load, worst in zip(logged('one', 'router/load'), logged('one', 'router/max_load'), strict=True))
+
+
+def test_experts_resume_exactly(run_stage, text_data):
+    args = [f'--dataset={text_data}', *DURABLE, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    run_stage('train', *args, '--out_dir=run', '--max_iters=3', '--lr_decay_iters=8')
+    assert run_stage('train', *args, '--out_dir=run', '--lr_decay_iters=8')[0] == 0
+    assert digest('run') == digest('whole')
+
+
+def test_experts_and_windows_compile_without_a_break():
+    model = tiny(**MOE | dict(router_aux=0.1, router_bias_rate=0.1, window=6, n_sink=2)).train()
+    x = ids(2, 24)
+    with torch.autocast('cpu', torch.bfloat16):  # compiled, grouped products exist in 16 bits only
+        loss = torch.compile(model, backend='aot_eager', fullgraph=True)(x, x)
+        torch.testing.assert_close(loss, model(x, x))
+    grads = torch.autograd.grad(loss, model.blocks[0].mlp.up)[0]
+    assert grads.abs().sum() > 0 and model.routed().shape == (2, 6)
+
+
+WINDOWS = [dict(pos='rope', window=5), dict(pos='rope', window=5, n_sink=3, n_kv_head=2),
+           dict(pos='none', window=4, n_sink=2, qk_norm=True), dict(pos='sinusoidal', window=5, n_sink=2),
+           dict(pos='rope', window=5, n_sink=2, window_pattern='LLG', n_layer=3), dict(pos='rope', window=30, n_sink=1),
+           dict(pos='rope', window=5, n_sink=3, rope_scaling='yarn', rope_factor=4.0), dict(pos='learned', window=5)]
+
+
+@pytest.mark.parametrize('options', WINDOWS, ids=str)
+def test_a_window_hides_what_is_behind_it(options):
+    """In one layer: a query sees its window and the sinks, and no other key."""
+    model, x = tiny(**options | dict(n_layer=1)), ids(1, 24)
+    window, sinks = options['window'], options.get('n_sink', 0)
+    with torch.no_grad():
+        full = model(x)
+        for j in range(24):
+            other = x.clone()
+            other[0, j] = (x[0, j] + 1) % 61
+            moved = ((model(other) - full).abs().amax((0, 2)) > 1e-6).nonzero()[:, 0].tolist()
+            assert moved == [i for i in range(j, 24) if i - j < window or j < sinks]
+
+
+@pytest.mark.parametrize('options', WINDOWS, ids=str)
+def test_caches_of_a_window_equal_the_full_forward(options):
+    model, x = tiny(**options), ids(3, 24)
+    caches = [lambda: KVCache(model.config, 3, 24, 'cpu', torch.float32)]
+    if 'G' not in model.config.window_pattern:
+        caches.append(lambda: RollingCache(model.config, 3, 'cpu', torch.float32))
+    with torch.no_grad():
+        full = model(x)
+        for cache_of, pieces in itertools.product(caches, ([1] * 24, [10] + [1] * 14, [4, 9, 11], [13, 1, 1, 9])):
+            cache = cache_of()
+            got = torch.cat([model.logits(model.hidden(part, cache=cache)) for part in x.split(pieces, dim=1)], dim=1)
+            torch.testing.assert_close(got, full, atol=1e-4, rtol=1e-4)
+        for cache_of in caches:  # ragged rows, some of them beyond the window
+            cache = cache_of()
+            logits = model.next_logits([row[:n].tolist() for row, n in zip(x, (3, 8, 14), strict=True)], cache)
+            for _ in range(9):
+                expected = torch.stack([full[b, n - 1] for b, n in enumerate(cache.lengths)])
+                torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+                step = torch.stack([x[b, n:n + 1] for b, n in enumerate(cache.lengths)])
+                logits = model.logits(model.hidden(step, cache=cache)[:, -1])
+
+
+def test_a_stream_goes_on_past_the_block():
+    """Five blocks long, in a ring of constant size; the same whether its prompt is read in one piece or in many."""
+    options = dict(pos='rope', window=6, n_sink=2)
+    model = tiny(**options)
+    prompts = [ids(100)[:n].tolist() for n in (3, 24, 100)]
+    whole, logs = model.generate(prompts, 120, temperature=0, return_logprobs=True)
+    assert [len(row) for row in whole] == [120] * 3
+    for prompt, new, log in zip(prompts, whole, logs, strict=True):
+        again, logs_again = model.generate([prompt + new[:50]], 70, temperature=0, return_logprobs=True)
+        assert again[0] == new[50:] and logs_again[0] == pytest.approx(log[50:], abs=1e-3)
+    long = GPT(GPTConfig(**vars(model.config) | dict(block_size=256))).eval()
+    long.load_state_dict(model.state_dict())  # a model that sees all of it at once gives the same
+    with torch.no_grad():
+        full = long(torch.tensor([prompts[2] + whole[2]])).log_softmax(-1)[0, 99:-1]
+    assert full.gather(1, torch.tensor(whole[2])[:, None])[:, 0].tolist() == pytest.approx(logs[2], abs=1e-3)
+    with pytest.raises(ValueError, match="window=6 and pos='learned'"):
+        tiny(pos='learned', window=6).generate([[1, 2]], 23)
+    assert len(tiny(pos='learned', window=6).generate([[1, 2]], 22)[0]) == 22
+
+
+def test_flex_attention_sees_the_same():
+    from torch.nn.attention.flex_attention import flex_attention
+    model = tiny(pos='rope', window=5, n_sink=3)
+    q, k, v = torch.randn(3, 2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
+    (_, mask), *_ = model.masks(24, None, None, torch.device('cpu'))
+    expected = model_file.attend(q, k, v, mask, True, 0.3)
+    got = flex_attention(q, k, v, block_mask=model.block_mask(24, 'cpu'), scale=0.3)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1684,7 +1881,8 @@ def test_another_batch_size_goes_on_in_the_data(run_stage, text_data, monkeypatc
     monkeypatch.setattr(dataset.TokenData, 'batch', record)
     args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--eval_interval=100']
     run_stage('train', *args, '--batch_size=4', '--max_iters=3')
-    run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=3', '--max_iters=5', '--init_from=resume')
+    args += ['--init_from=resume', '--max_iters=5']
+    run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=3')
     assert [w for first, n in asked for w in range(first, first + n)] == list(range(3 * 4 + 2 * 6))
 
 

@@ -120,6 +120,8 @@ def main():
     if not 0 <= seed < 2 ** 63:
         raise UserError(f'seed={seed} must be from 0 to 2^63 - 1')
     run = runtime.Run(config)
+    if compile and given.get('n_expert') and run.dtype == 'float32':
+        raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
     state, origin, resumed = run.begin()
 
     # data and model
