@@ -97,6 +97,9 @@ def read_bandwidth(device):
 
 def training(knobs, model_args):
     """Everything that a step of train.py needs -> (run, data, model, step); step(lap) makes one and returns nothing."""
+    if model_args.get('n_encoder_layer'):
+        raise UserError(f'n_encoder_layer={model_args["n_encoder_layer"]}: language models on running text are '
+                        'measured here; only with --against do encoder-decoders run')
     run = runtime.Run(vars(knobs))
     run.on_main(lambda: find_dataset(knobs.dataset))
     block_size = model_args.get('block_size', GPTConfig.block_size)
@@ -378,6 +381,8 @@ def bench_sample(knobs, model_args):
     else:
         with runtime.user_errors():
             model = GPT(GPTConfig(**model_args))
+    if model.config.n_encoder_layer:
+        raise UserError('mode sample measures language models, and this one has an encoder')
     model = model.to(device, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]).eval()
     config, bandwidth, rows = model.config, read_bandwidth(device), []
     with runtime.user_errors():

@@ -3,7 +3,7 @@ Models in and out: Hugging Face directories (config.json and safetensors) both w
 
     python convert.py out/tiny exported          a run of ours -> a directory that transformers, vLLM, … read
     python convert.py hf_directory out/name      a Hugging Face directory, a .gguf file or a name -> a run of ours
-    model, tokenizer = load('smollm2')           any of these, as the stages do
+    model, tokenizer = load_model('smollm2')     any of these, as the stages do
 
 A family's tensors are a table from our names to theirs; both directions walk it. The keys and defaults of config.json
 are those of transformers (models/*/configuration_*.py), in its spelling of today (`rope_parameters`, `dtype`) and of
@@ -694,7 +694,7 @@ def fetch_smollm2():
     return target
 
 
-def load(init_from, **overrides):
+def load_model(init_from, **overrides):
     """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
 
     The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in float32 unless a
@@ -727,7 +727,7 @@ def main():
         raise SystemExit(0 if {'-h', '--help'} & set(sys.argv) else 2)
     source, target = sys.argv[1], Path(sys.argv[2])
     _vacant(target)
-    model, tokenizer = load(source)
+    model, tokenizer = load_model(source)
     if Path(source).exists() and Path(source).suffix != '.gguf' and not (Path(source) / 'config.json').is_file():
         to_hf(model, target, tokenizer)
     else:

@@ -1,10 +1,13 @@
 """
-What `data/` holds -> batches: writing token shards, drawing windows from them, fetching the sources.
+What `data/` holds -> batches: writing token shards and pairs, drawing windows or pairs, fetching the sources.
 
 A folder of tokens holds `{train,val}.bin` (or several shards: `train_000.bin` ...), raw little-endian uint16 or uint32,
 with `meta.json` and `tokenizer.json` beside them. Without `meta.json` the shards are those of llm.c and modded-nanogpt:
 256 int32 (magic 20240520, version 1, number of tokens), then so many uint16 tokens, GPT-2's unless a `tokenizer.json`
 says otherwise.
+
+A folder of pairs, which an encoder-decoder learns from, holds `{train,val}.jsonl`, rows {"source": "…", "target": "…"},
+and the same two files beside them.
 """
 import contextlib
 import difflib
@@ -45,10 +48,7 @@ def write_dataset(folder, tokenizer, splits, source, eot=True):
     dtype = 'uint16' if tokenizer.n_vocab <= 1 << 16 else 'uint32'
     meta = {'tokenizer': 'tokenizer.json', 'dtype': dtype, 'splits': {}, 'source': source}
     digest = hashlib.sha256()  # of the text of all splits, whatever the tokenizer
-    names = [f'{split}.bin' for split in splits] + ['tokenizer.json', 'meta.json']
-    renames = {folder / f'{name}.tmp': folder / name for name in names}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _all_or_nothing(folder, [f'{split}.bin' for split in splits]):
         for split, documents in splits.items():
             counts = meta['splits'][split] = {'tokens': 0, 'bytes': 0, 'documents': 0}
             with open(folder / f'{split}.bin.tmp', 'wb') as f:
@@ -69,6 +69,46 @@ def write_dataset(folder, tokenizer, splits, source, eot=True):
         meta['sha256'] = digest.hexdigest()
         tokenizer.save(folder / 'tokenizer.json.tmp')
         (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
+    for split, n in meta['splits'].items():
+        print(f'{folder / split}.bin: {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["documents"]:,} documents')
+    return meta
+
+
+def write_pairs(folder, tokenizer, splits, source):
+    """Writes {split}.jsonl, tokenizer.json and meta.json into folder, whole as `write_dataset` does; returns the last.
+
+    splits: {'train': pairs, 'val': pairs}; pairs is an iterable of (source, target), two str.
+    """
+    folder = Path(folder)
+    meta = {'tokenizer': 'tokenizer.json', 'splits': {}, 'source': source}
+    digest = hashlib.sha256()
+    with _all_or_nothing(folder, [f'{split}.jsonl' for split in splits]):
+        for split, pairs in splits.items():
+            counts = meta['splits'][split] = {'pairs': 0, 'bytes': 0}
+            with open(folder / f'{split}.jsonl.tmp', 'wb') as f:
+                for text, target in pairs:
+                    line = json.dumps({'source': text, 'target': target}, ensure_ascii=False).encode() + b'\n'
+                    digest.update(line)
+                    counts['pairs'] += 1
+                    counts['bytes'] += len(target.encode())
+                    f.write(line)
+            if not counts['pairs']:
+                raise UserError(f'{folder}: nothing for the {split} split: give more pairs')
+        meta['sha256'] = digest.hexdigest()
+        tokenizer.save(folder / 'tokenizer.json.tmp')
+        (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
+    for split, n in meta['splits'].items():
+        print(f'{folder / split}.jsonl: {n["pairs"]:,} pairs, {n["bytes"]:,} bytes of targets')
+    return meta
+
+
+@contextlib.contextmanager
+def _all_or_nothing(folder, names):
+    """Inside, NAME.tmp is written for each of names, tokenizer.json and meta.json; then all take their places."""
+    renames = {folder / f'{name}.tmp': folder / name for name in [*names, 'tokenizer.json', 'meta.json']}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
         for temporary in renames:
             with open(temporary, 'rb+') as f:
                 os.fsync(f.fileno())
@@ -81,9 +121,6 @@ def write_dataset(folder, tokenizer, splits, source, eot=True):
         for temporary in renames:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-    for split, n in meta['splits'].items():
-        print(f'{folder / split}.bin: {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["documents"]:,} documents')
-    return meta
 
 
 def _batches(documents, size=1 << 20):
@@ -155,6 +192,8 @@ class TokenData:
         if not folder.is_dir():
             raise UserError(f'{folder}: no such folder: prepare the dataset with data/NAME/prepare.py')
         self.files = find_shards(folder, split)
+        if not self.files and (folder / f'{split}.jsonl').exists():
+            raise UserError(f'{folder}: {split}.jsonl holds rows, not tokens of running text')
         if not self.files:
             raise UserError(f'{folder}: no {split}.bin and no {split}_*.bin: {again}')
         meta, tokenizer = folder / 'meta.json', folder / 'tokenizer.json'
@@ -175,7 +214,7 @@ class TokenData:
         known = meta.exists() or tokenizer.exists()
         self.tokenizer = Tokenizer.load(tokenizer) if known else get_tokenizer('gpt2')
         self.vocab_size = vocab_size or self.tokenizer.n_vocab
-        self.block_size = block_size
+        self.block_size = self.row_tokens = block_size
         self.lengths = np.array([len(shard) for shard in shards])
         self.begins = np.cumsum(self.lengths) - self.lengths  # of the shards, in the whole split
         self.n_tokens = int(self.lengths.sum())
@@ -199,6 +238,10 @@ class TokenData:
         offset = _mix(key ^ shard.astype(np.uint64)) % spare[shard].astype(np.uint64)
         return self.read(self.begins[shard] + offset.astype(np.int64) + i * self.block_size)
 
+    def n_targets(self, first, count):
+        """How many targets `batch` has."""
+        return count * self.block_size
+
     def fixed(self, count):
         """Starts of count windows, evenly spaced side by side, always the same; as many as fit if fewer do or for 0."""
         n = int(self.fit.sum())
@@ -221,6 +264,104 @@ class TokenData:
             raise UserError(f'{self.files[shard[row]]}: token {local[row] + column} is {rows[row, column]}, outside '
                             f"the vocabulary of {self.vocab_size}: prepare the data with the model's tokenizer")
         return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+
+
+class PairData:
+    """One split of a prepared folder of pairs, tokenised, as rows for an encoder-decoder (arXiv:1706.03762).
+
+    A batch is (idx, targets, source, source_mask): the decoder reads <|endoftext|> and the target, and is to say the
+    target and <|endoftext|>; the encoder reads the source, whose mask is True where a token is real. Rows are padded to
+    the longest of their batch, targets with -100. Each epoch has every row once, in an order computed from (seed,
+    epoch) as those of TokenData. row_tokens: targets per row, in the mean. UserError names the file and the line.
+    """
+
+    def __init__(self, folder, split, block_size, seed=1337):
+        folder = Path(folder)
+        path, meta, again = folder / f'{split}.jsonl', folder / 'meta.json', f'run data/{folder.name}/prepare.py again'
+        try:
+            content = json.loads(meta.read_text())
+            expected, tokenizer = int(content['splits'][split]['pairs']), folder / content['tokenizer']
+        except FileNotFoundError:
+            raise UserError(f'{folder}: no meta.json: {again}') from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f'{meta}: malformed ({type(e).__name__}: {e}): {again}') from e
+        self.tokenizer, self.block_size = Tokenizer.load(tokenizer), block_size
+        texts = ([], [])
+        try:
+            with open(path, 'rb') as f:
+                for number, line in enumerate(f, 1):
+                    for key, column in zip(('source', 'target'), texts, strict=True):
+                        column.append(_text_of(line, key, f'{path}, line {number}'))
+        except OSError as e:
+            raise UserError(f'{path}: {e.strerror}: {again}') from e
+        if len(texts[0]) != expected or not expected:
+            raise UserError(f'{path}: {len(texts[0]):,} pairs, but meta.json says {expected:,}: {again}')
+        columns = [self.tokenizer.encode_batch(column) for column in texts]
+        for number, (source, target) in enumerate(zip(*columns, strict=True), 1):
+            for what, n in ((f'source has {len(source)} tokens', len(source)),
+                            (f'target has {len(target)} tokens and <|endoftext|>', len(target) + 1)):
+                if n > block_size:
+                    raise UserError(f'{path}, line {number}: its {what}, more than block_size={block_size}: raise that '
+                                    'or shorten the row')
+        # one array each for all sources and targets, and where each begins and ends
+        self.ids = [np.fromiter((i for row in rows for i in row), np.int32) for rows in columns]
+        self.ends = [np.cumsum([0, *map(len, rows)]) for rows in columns]
+        self.n_rows = expected
+        self.n_tokens = len(self.ids[1]) + self.n_rows
+        self.row_tokens = self.n_tokens / self.n_rows
+        self.key = _mix(np.array([seed % (1 << 64)], np.uint64))
+
+    def batch(self, first, count):
+        """Rows first ... first+count-1 of the endless sequence, see `read`."""
+        return self.read(self.rows(first, count))
+
+    def rows(self, first, count):
+        """The numbers of those rows in the file."""
+        epoch, i = np.divmod(np.arange(first, first + count), self.n_rows)
+        return _shuffle(i, self.n_rows, _mix(self.key + epoch.astype(np.uint64)))
+
+    def fixed(self, count):
+        """The numbers of count rows, evenly spaced, always the same; all of them if there are fewer or for 0."""
+        count = min(count, self.n_rows) or self.n_rows
+        return np.arange(count) * self.n_rows // count
+
+    def n_targets(self, first, count):
+        """How many targets `batch` has."""
+        return int(np.diff(self.ends[1])[self.rows(first, count)].sum()) + count
+
+    def pair(self, row):
+        """The ids of a row's source and target, two lists."""
+        return [ids[ends[row]:ends[row + 1]].tolist() for ids, ends in zip(self.ids, self.ends, strict=True)]
+
+    def read(self, rows):
+        """Rows of these numbers -> idx and targets, int64 (B, T), source, int64 (B, S), and its mask, bool (B, S)."""
+        pairs, eot = [self.pair(row) for row in rows], self.tokenizer.eot
+        S, T = (max(len(pair[i]) for pair in pairs) for i in (0, 1))
+        idx, targets = np.full((len(pairs), T + 1), eot), np.full((len(pairs), T + 1), -100)
+        sources, mask = np.full((len(pairs), S), eot), np.zeros((len(pairs), S), bool)
+        for i, (source, target) in enumerate(pairs):
+            idx[i, 1:len(target) + 1] = targets[i, :len(target)] = target
+            targets[i, len(target)] = eot
+            sources[i, :len(source)], mask[i, :len(source)] = source, True
+        return idx, targets, sources, mask
+
+
+def _text_of(line, key, where):
+    """The text under a key of a JSONL row; UserError where there is none."""
+    try:
+        text = json.loads(line)[key]
+        text.encode()
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{where}: not a JSON object with a text as "source" and one as "target" '
+                        f'({type(e).__name__}: {e})') from e
+    if not text:
+        raise UserError(f'{where}: its {key} is empty: leave the row out')
+    return text
+
+
+def holds_pairs(folder):
+    """Whether a prepared folder is one of pairs rather than of tokens."""
+    return (Path(folder) / 'train.jsonl').exists() and not find_shards(folder, 'train')
 
 
 def find_shards(folder, split):

