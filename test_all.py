@@ -2735,8 +2735,10 @@ def test_chat(run_stage, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('args, words', [
     (['--quant=int8'], 'bfloat16'), (['--quant=int3', '--dtype=bfloat16'], "quant='int3'"),
-    (['--window=9', '--start=abc', '--max_new_tokens=200'], "pos='learned'"), (['--chat=True', '--source=a'], '--chat'),
-    (['--interactive=True', '--num_samples=2'], 'num_samples'), (['--n_layer=3'], 'blocks.2'), (['--windw=3'], 'window')])
+    (['--window=9', '--start=abc', '--max_new_tokens=200'], "pos='learned'"),
+    (['--chat=True', '--source=a'], '--chat'),
+    (['--interactive=True', '--num_samples=2'], 'num_samples'), (['--n_layer=3'], 'blocks.2'),
+    (['--windw=3'], 'window')])
 def test_mistakes_in_generation_are_one_line(run_stage, tmp_path, args, words):
     run = talker(tmp_path / 'run')
     status, _, err = run_stage('sample', f'--init_from={run}', '--start=a', *args)
