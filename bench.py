@@ -3,6 +3,8 @@ Measure: speed as a share of what the machine can do, or beside another program 
 
     python bench.py train config/gpt2.py [--key=value …]    tokens/s, where a step's time goes, MFU, memory
     python bench.py sample --init_from=out/tiny             prefill and decode tokens/s against the memory's bandwidth
+    python bench.py sample --init_from=smollm2 --against=transformers    the same generation by transformers, in turn
+    python bench.py stream --init_from=smollm2              loss per token of a stream ten contexts long, in a window
     python bench.py data config/tiny.py                     the loader's tokens/s, beside what training takes
     python bench.py tokenizer                               BPE training and encoding, MB/s
     python bench.py memory                                  bytes per GPU of three models by the sharding used
@@ -38,11 +40,12 @@ import torch
 import torch.nn.functional as F
 
 import runtime
+from convert import load_model, to_hf
 from dataset import TokenData, find_dataset
-from model import GPT, GPTConfig, check_prompts
+from model import GPT, GPTConfig, RollingCache, check_prompts
 from tokenizer import UserError, train_bpe
 
-against = ''  # checkout of nanoGPT or of this project to compare with
+against = ''  # checkout of nanoGPT or of this project to compare with; mode sample: also 'transformers'
 repeats = 3  # runs of each side, in turn; mode loss: each with a seed of its own
 steps = 20  # mode train: steps to time, after warming up; mode data: times 50 batches
 profile = False  # mode train: write a torch.profiler trace (Chrome, Perfetto) and print the operators that take longest
@@ -50,7 +53,8 @@ memory = True  # mode train: the peak memory of a step beside one with all logit
 batches = [1, 8]  # mode sample: texts at a time
 contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones; those that fit into block_size
 max_new_tokens = 64  # mode sample: tokens to add to each text
-input = ''  # mode tokenizer: text file; default: the works of data/shakespeare
+quant = ''  # mode sample: 'int8', weights in 8 bits
+input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
 results = 'out/bench'  # where the results and the runs go
 
 TRAIN = Path(__file__).parent / 'train.py'
@@ -375,20 +379,25 @@ def bench_sample(knobs, model_args):
     """Prefill and decode at several batch sizes and contexts, cached and re-reading, against the bandwidth floor."""
     device = runtime.pick_device(knobs.device)
     if knobs.init_from != 'scratch':
-        state = runtime.load_checkpoint(knobs.init_from)
-        with runtime.user_errors(knobs.init_from):
-            model = GPT.from_state(state)
+        model, tokenizer = load_model(knobs.init_from, **model_args)
     else:
         with runtime.user_errors():
-            model = GPT(GPTConfig(**model_args))
+            model, tokenizer = GPT(GPTConfig(**model_args)), None
     if model.config.n_encoder_layer:
         raise UserError('mode sample measures language models, and this one has an encoder')
     model = model.to(device, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]).eval()
+    if against:
+        return against_transformers(model, tokenizer, device)
+    weight_bytes = sum(p.nbytes for n, p in model.named_parameters()
+                       if model.config.tie_weights or n != 'tok_emb.weight')
+    size = model.tok_emb.weight.itemsize
+    with runtime.user_errors():
+        model.pack(quant)
+    if quant:
+        weight_bytes //= size
     config, bandwidth, rows = model.config, read_bandwidth(device), []
     with runtime.user_errors():
         check_prompts([[0]], config)
-    size = model.head.weight.itemsize
-    weight_bytes = sum(p.nbytes for n, p in model.named_parameters() if config.tie_weights or n != 'tok_emb.weight')
     generator = torch.Generator().manual_seed(1)
     for context in [c for c in contexts if c + max_new_tokens <= config.block_size]:
         for batch in batches:
@@ -417,18 +426,105 @@ def bench_sample(knobs, model_args):
     return rows, {'bandwidth GB/s': bandwidth / 1e9, 'weights MB': weight_bytes / 1e6}
 
 
+def against_transformers(model, tokenizer, device):
+    """Greedy generation after random prompts of contexts[0] tokens, here and by transformers' generate with its cache.
+
+    In turn; tokens/s include the prompt's reading.
+    """
+    import transformers
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        to_hf(model, Path(folder) / 'model', tokenizer)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / 'model',
+                                                                   dtype=model.tok_emb.weight.dtype)
+    theirs = theirs.to(device).eval()
+    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
+    with runtime.user_errors():
+        model.pack(quant)
+    rows, generator = [], torch.Generator().manual_seed(1)
+    for batch in batches:
+        ids = torch.randint(model.config.vocab_size, (batch, contexts[0]), generator=generator)
+
+        def ours(ids=ids):
+            return model.generate(ids.tolist(), max_new_tokens, temperature=0)
+
+        def hf(ids=ids):
+            with torch.inference_mode():
+                return theirs.generate(ids.to(device), attention_mask=torch.ones_like(ids).to(device), do_sample=False,
+                                       min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)
+        times = [(seconds_of(ours, device, 1), seconds_of(hf, device, 1)) for _ in range(repeats)]
+        same = sum(a == b for a, b in zip(sum(ours(), []), hf()[:, contexts[0]:].flatten().tolist(), strict=True))
+        ratios = [b / a for a, b in times]
+        rows.append({'batch': batch, 'context': contexts[0], 'new': max_new_tokens,
+                     'ours tokens/s': batch * max_new_tokens / statistics.median(a for a, _ in times),
+                     'transformers tokens/s': batch * max_new_tokens / statistics.median(b for _, b in times),
+                     'ratio': statistics.median(ratios), 'least': min(ratios), 'most': max(ratios),
+                     'same tokens %': 100 * same / (batch * max_new_tokens)})
+    return rows, {'dtype': str(model.tok_emb.weight.dtype), 'quant': quant}
+
+
+def resident_mb():
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGESIZE') / 1e6
+
+
+def bench_stream(knobs, model_args):
+    """Nats per token along a text ten contexts long, through a ring of the window, with attention sinks and without."""
+    device, runs, summary = runtime.pick_device(knobs.device), [], {}
+    n_sink = model_args.pop('n_sink', 4)
+    for sinks in (n_sink, 0):
+        window = model_args.pop('window', 0) or 1024
+        model, tokenizer = load_model(knobs.init_from, **model_args, window=window, n_sink=sinks, window_pattern='L')
+        model_args['window'] = window
+        config, dtype = model.config, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]
+        with runtime.user_errors():
+            check_prompts([[0]], config)
+            if config.pos == 'learned':
+                raise UserError(f"{knobs.init_from} has pos='learned': it cannot stream past block_size="
+                                f'{config.block_size}')
+        model = model.to(device, dtype).eval().pack()
+        text = ''.join(texts_of(input))
+        ids = tokenizer.encode(text[:60 * config.block_size])[:10 * config.block_size + 1]
+        if len(ids) <= 10 * config.block_size:
+            raise UserError(f'{input or "the works"}: {len(ids):,} tokens are fewer than ten contexts of '
+                            f'{config.block_size}: give a longer text (--input=PATH)')
+        cache, losses, resident = RollingCache(config, 1, device, dtype), [], []
+        ids, began = torch.tensor(ids, device=device)[None], time.perf_counter()
+        with torch.inference_mode():
+            piece = min(128, config.block_size)
+            for x, y in zip(ids[:, :-1].split(piece, dim=1), ids[:, 1:].split(piece, dim=1), strict=True):
+                losses.append(model.cross_entropy(model.hidden(x, cache=cache), y, 'none')[0])
+                resident.append(resident_mb())
+        seconds = time.perf_counter() - began
+        losses = torch.cat(losses)
+        # the first segment ends where the window does; then tenths of the stream
+        edges = [0, window, *(i * config.block_size for i in range(1, 11))]
+        runs.append([losses[a:b].mean().item() for a, b in zip(edges, edges[1:], strict=False) if a < b])
+        quarter = len(resident) // 4
+        summary |= {f'{sinks} sinks, tokens/s': len(losses) / seconds,
+                    f'{sinks} sinks, resident MB after a quarter': resident[quarter],
+                    f'{sinks} sinks, resident MB at the end': resident[-1]}
+    edges = [b for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    rows = [{'up to token': edge, f'nats, {n_sink} sinks': a, 'nats, no sinks': b}
+            for edge, a, b in zip(edges, *runs, strict=True)]
+    return rows, summary | {'window': window, 'block_size': config.block_size}
+
+
+def texts_of(path):
+    """A text file, or the works of data/shakespeare, a text each."""
+    if path:
+        try:
+            return [Path(path).read_text(encoding='utf-8')]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--input={path}: not a text file ({error})') from None
+    splits = [TokenData(find_dataset('shakespeare'), split, 1) for split in ('train', 'val')]
+    text = ''.join(s.tokenizer.decode(s.read(np.arange(s.n_tokens - 1))[0][:, 0]) for s in splits)
+    return text.split('<|endoftext|>')
+
+
 def bench_tokenizer(knobs, model_args):
     """BPE training and encoding, beside Hugging Face's library where it is installed."""
     vocab_size = model_args.get('vocab_size', 4096)
-    if input:
-        try:
-            texts = [Path(input).read_text(encoding='utf-8')]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'--input={input}: not a text file ({error})') from None
-    else:
-        splits = [TokenData(find_dataset('shakespeare'), split, 1) for split in ('train', 'val')]
-        text = ''.join(s.tokenizer.decode(s.read(np.arange(s.n_tokens - 1))[0][:, 0]) for s in splits)
-        texts = text.split('<|endoftext|>')  # a work each: tokenizers shares them among the cores
+    texts = texts_of(input)  # the works one by one: tokenizers shares them among the cores
     megabytes, rows = sum(len(text.encode()) for text in texts) / 1e6, []
     theirs = importlib.util.find_spec('tokenizers') is not None
     if not theirs:
@@ -580,7 +676,7 @@ def report(mode, rows, result):
 
 
 MODES = {'train': bench_train, 'sample': bench_sample, 'tokenizer': bench_tokenizer, 'data': bench_data,
-         'memory': bench_memory, 'loss': None, 'step': one_step}
+         'memory': bench_memory, 'stream': bench_stream, 'loss': None, 'step': one_step}
 
 
 def main():
@@ -606,7 +702,10 @@ def main():
     with runtime.user_errors():
         GPTConfig(**model_args)  # a mistake is found before any data is fetched
     nanogpt = (Path(against) / 'configurator.py').is_file()
-    if against and not nanogpt and not (Path(against) / 'runtime.py').is_file():
+    if against == 'transformers' and mode == 'sample':
+        if importlib.util.find_spec('transformers') is None or knobs.init_from == 'scratch':
+            raise UserError('--against=transformers needs --init_from=MODEL and pip install transformers')
+    elif against and not nanogpt and not (Path(against) / 'runtime.py').is_file():
         raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')
     if mode == 'loss' and not against:
         raise UserError('mode loss needs --against=DIR, a checkout to compare with')
@@ -614,7 +713,7 @@ def main():
         raise UserError(f'--against={against}: mode {mode} has nothing to run there')
     if against and mode in ('train', 'loss'):
         found = compare_training(mode, knobs, model_args)
-    elif against:
+    elif against and against != 'transformers':
         found = compare_modes(mode)
     else:
         found = MODES[mode](knobs, model_args)

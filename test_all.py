@@ -3845,6 +3845,37 @@ def test_bench_mistakes_are_one_line(run_stage, args, words):
     assert status == 2 and err.count('\n') == 1 and words in err and not Path('out').exists()
 
 
+def test_bench_sample_against_transformers(run_stage, tmp_path):
+    """What is generated is the same, so the times are of the same work."""
+    run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
+    status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=1',
+
+                                 '--batches=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1', '--dtype=float32', '--device=cpu')
+    assert (status, err) == (0, ''), err
+    rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
+    assert [row['batch'] for row in rows] == [1, 3] and all(row['same tokens %'] == 100 for row in rows)
+    for row in rows:
+        assert row['ratio'] == pytest.approx(row['ours tokens/s'] / row['transformers tokens/s'], rel=1e-3)
+
+
+def test_bench_stream(run_stage, tmp_path):
+    run = talker(tmp_path / 'run', pos='rope', block_size=64)
+    (tmp_path / 'text.txt').write_text(ENGLISH[:4000])
+    args = ['stream', f'--init_from={run}', '--window=16', '--input=text.txt', '--dtype=float32', '--device=cpu']
+    assert run_stage('bench', *args)[::2] == (0, '')
+    found = json.loads(Path('out/bench/stream.json').read_text())
+    model, tokenizer = convert.load_model(str(run), window=16, n_sink=4, block_size=1024)
+    text = torch.tensor(tokenizer.encode(ENGLISH[:4000])[:641])[None]
+    with torch.no_grad():
+        losses = model.eval()(text[:, :-1], text[:, 1:], reduction='none')[0]
+    assert [row['up to token'] for row in found['rows']] == [16, 64, *range(128, 641, 64)]
+    for a, row in zip([0, 16, *range(64, 640, 64)], found['rows'], strict=True):
+        assert row['nats, 4 sinks'] == pytest.approx(losses[a:row['up to token']].mean().item(), abs=1e-3)
+    (tmp_path / 'text.txt').write_text(ENGLISH[:400])
+    status, _, err = run_stage('bench', *args)
+    assert status == 2 and 'text.txt' in err and err.count('\n') == 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # knobs
 
