@@ -3849,8 +3849,8 @@ def test_bench_sample_against_transformers(run_stage, tmp_path):
     """What is generated is the same, so the times are of the same work."""
     run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
     status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=1',
-
-                                 '--batches=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1', '--dtype=float32', '--device=cpu')
+                                 '--batches=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1', '--dtype=float32',
+                                 '--device=cpu')
     assert (status, err) == (0, ''), err
     rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
     assert [row['batch'] for row in rows] == [1, 3] and all(row['same tokens %'] == 100 for row in rows)
