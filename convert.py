@@ -721,24 +721,37 @@ def load_model(init_from, **overrides):
     return model, _fits(tokenizer, model, path)
 
 
+def _is_run(source):
+    path = Path(source)
+    return path.exists() and path.suffix != '.gguf' and not (path / 'config.json').is_file()
+
+
+def load_state(init_from):
+    """As `load_model`, but the dict that a checkpoint holds: 'model', 'model_args', 'tokenizer' and more."""
+    if _is_run(init_from):
+        return runtime.load_checkpoint(init_from)
+    model, tokenizer = load_model(init_from)
+    return {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter': 0,
+            'tokenizer': tokenizer.to_dict()}
+
+
 def main():
     if len(sys.argv) != 3 or sys.argv[1].startswith('-'):
         print(__doc__.strip())
         raise SystemExit(0 if {'-h', '--help'} & set(sys.argv) else 2)
     source, target = sys.argv[1], Path(sys.argv[2])
     _vacant(target)
-    model, tokenizer = load_model(source)
-    if Path(source).exists() and Path(source).suffix != '.gguf' and not (Path(source) / 'config.json').is_file():
+    if _is_run(source):
+        model, tokenizer = load_model(source)
         to_hf(model, target, tokenizer)
     else:
-        target.mkdir(parents=True, exist_ok=True)
-        state = {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config),
-                 'tokenizer': tokenizer.to_dict(), 'iter': 0, 'tokens': 0, 'seconds': 0.0, 'config': {}}
+        state = load_state(source)
         try:
+            target.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(target / 'ckpt.pt', state)
         except OSError as error:
             raise UserError(f'{target}: not written ({error.strerror})') from None
-    print(f'{source} -> {target}: {model.num_params():,} parameters')
+    print(f'{source} -> {target}')
 
 
 if __name__ == '__main__':

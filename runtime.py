@@ -622,15 +622,17 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # the directory: checkpoints, metrics, samples
 
-    def begin(self):
+    def begin(self, load):
         """The checkpoint that init_from asks for -> (state, its path, whether this run goes on from it).
+
+        load: reads what is neither this run's own nor one of the words below.
 
         'scratch', or 'auto' without a checkpoint: (None, 'scratch', False). 'auto' passes over a damaged checkpoint and
         takes the one before it, 'resume' says so and raises UserError, as for any other that is missing or damaged.
         """
         init_from, latest = self.config['init_from'], self.out_dir / 'ckpt.pt'
         if init_from not in ('scratch', 'resume', 'auto'):
-            return load_checkpoint(init_from, mmap=self.fsdp), init_from, False
+            return load(init_from), init_from, False
         past = sorted(self.out_dir.glob('ckpt.*.pt'), key=lambda path: (len(path.name), path.name))
         found = [path for path in (latest, *past) if path.exists()]
         if init_from == 'scratch' or init_from == 'auto' and not found:

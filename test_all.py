@@ -2711,6 +2711,24 @@ def talker(folder, **options):
     return folder
 
 
+def test_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
+    convert.to_hf(tiny(vocab_size=260, block_size=32, mlp='gelu_tanh'), tmp_path / 'hf', bytes_tokenizer())
+    tokenizer = get_tokenizer(str(tmp_path / 'hf'))
+    write_dataset(tmp_path / 'text', tokenizer, {'train': [ENGLISH[:9000]], 'val': [ENGLISH[9000:12000]]}, 'a test')
+    args = [f'--dataset={tmp_path}/text', f'--init_from={tmp_path}/hf', '--eval_iters=0', '--max_iters=2',
+            '--device=cpu', '--batch_size=4', '--dtype=float32', '--eval_interval=2', '--sample_tokens=0', '--out_dir=run']
+    assert run_stage('train', *args)[0] == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
+    data = TokenData(tmp_path / 'text', 'val', 32)
+    x, y = (torch.from_numpy(a) for a in data.read(data.fixed(0)))
+    with torch.no_grad():
+        expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    assert logged('run', 'val/loss')[0] == pytest.approx(expected, abs=1e-4) and len(logged('run', 'val/loss')) == 2
+    (tmp_path / 'hf/model.safetensors').write_bytes(b'0')
+    status, _, err = run_stage('train', *args)
+    assert status == 2 and 'model.safetensors' in err and err.count('\n') == 1
+
+
 def test_chat(run_stage, tmp_path, monkeypatch):
     run = talker(tmp_path / 'run', pos='rope')
     seen, stream = [], GPT.stream

@@ -492,12 +492,16 @@ def learn_merges(words, n_tokens):
 
 
 def get_tokenizer(name, texts=None, vocab_size=None):
-    """'bytes', 'chars', 'bpe' (these two learn from `texts`, an iterable of str) or the name of a tiktoken encoding.
+    """'bytes', 'chars', 'bpe' (these two learn from `texts`, an iterable of str), the name of a tiktoken encoding, or a
+    folder with a tokenizer.json, ours or Hugging Face's.
 
     A tiktoken encoding keeps its own special tokens; those of SPECIALS that it lacks come after its vocabulary.
     """
     if name == 'bytes':
         return bytes_tokenizer()
+    if os.path.isdir(name):
+        path = os.path.join(name, 'tokenizer.json')
+        return Tokenizer.load(path) if 'kind' in _read_json(path) else hf_tokenizer(name)
     if name in ('chars', 'bpe') and texts is None:
         raise UserError(f"tokenizer '{name}' learns from text and was given none")
     if name == 'chars':

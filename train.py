@@ -17,13 +17,14 @@ from dataclasses import asdict
 import torch
 
 import runtime
+from convert import load_state
 from dataset import PairData, TokenData, find_dataset, holds_pairs
 from model import GPT, GPTConfig, check_prompts
 from tokenizer import UserError
 
 # where and what
 out_dir = 'out/train'  # directory of the run: checkpoints, metrics, samples
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint), or a run to take weights from
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a run), or a model to go on from: sample.py
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), or a path to a prepared folder
 seed = 1337  # decides initial weights, order of the data, dropout and samples
 # batches
@@ -146,7 +147,7 @@ def main():
     run = runtime.Run(config)
     if compile and given.get('n_expert') and run.dtype == 'float32':
         raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
-    state, origin, resumed = run.begin()
+    state, origin, resumed = run.begin(load_state)
 
     # data and model
     model_args = (state['model_args'] if state else {}) | given

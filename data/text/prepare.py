@@ -23,7 +23,7 @@ from tokenizer import UserError, get_tokenizer
 
 input = []  # text files, folders of them, .jsonl files; may be given several times
 name = ''  # the dataset is written to data/NAME/
-tokenizer = 'bpe'  # bytes, chars, bpe (trained on the training part) or the name of a tiktoken encoding
+tokenizer = 'bpe'  # bytes, chars, bpe (trained on the training part), a tiktoken encoding, or a model's folder
 vocab_size = 4096  # of bpe, special tokens included
 val_fraction = 0.1  # share of the documents, or of the bytes, for validation
 
