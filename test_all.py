@@ -2714,9 +2714,11 @@ def talker(folder, **options):
 def test_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
     convert.to_hf(tiny(vocab_size=260, block_size=32, mlp='gelu_tanh'), tmp_path / 'hf', bytes_tokenizer())
     tokenizer = get_tokenizer(str(tmp_path / 'hf'))
-    write_dataset(tmp_path / 'text', tokenizer, {'train': [ENGLISH[:9000]], 'val': [ENGLISH[9000:12000]]}, 'a test')
+    splits = {'train': [ENGLISH[:9000]], 'val': [ENGLISH[9000:12000]]}
+    write_dataset(tmp_path / 'text', tokenizer, splits, 'a test')
     args = [f'--dataset={tmp_path}/text', f'--init_from={tmp_path}/hf', '--eval_iters=0', '--max_iters=2',
-            '--device=cpu', '--batch_size=4', '--dtype=float32', '--eval_interval=2', '--sample_tokens=0', '--out_dir=run']
+            '--device=cpu', '--batch_size=4', '--dtype=float32', '--eval_interval=2', '--sample_tokens=0',
+            '--out_dir=run']
     assert run_stage('train', *args)[0] == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
     data = TokenData(tmp_path / 'text', 'val', 32)
