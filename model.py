@@ -373,13 +373,23 @@ class MoE(nn.Module):
 
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         order = chosen.flatten().argsort(stable=True)  # by expert
-        token, ends = order // K, load.cumsum(0).int()
+        token, rows = order // K, flat.to(dtype)
+        # A CPU's kernels are made anew for every number of rows, so slices there are padded to multiples of 32.
+        step = 32 if kind == 'cpu' and N * K >= 64 * E else 1
+        ends = (-(-load // step) * step).cumsum(0).int()
+        if step > 1:
+            sizes = torch.cat((ends[:1], ends.diff()))
+            place = torch.arange(N * K) + ((ends - sizes) - (load.cumsum(0) - load)).long()[chosen.flatten()[order]]
+            ends[-1] = size = -(-(N * K + (step - 1) * E) // step) * step
+            rows = rows.new_zeros(size, rows.shape[1]).index_copy(0, place, rows.index_select(0, token))
+        else:
+            rows = rows.index_select(0, token)
 
-        def product(a, w):  # slice e of a (N K, in) times w[e] (out, in)
+        def product(a, w):  # slice e of a (rows, in) times w[e] (out, in)
             return F.grouped_mm(a, w.to(dtype).transpose(1, 2), offs=ends)
-        rows = flat.to(dtype).index_select(0, token)
         gate = product(rows, self.gate) if self.gate is not None else None
         rows = product(activate(self.kind, product(rows, self.up), gate), self.down)
+        rows = rows.index_select(0, place) if step > 1 else rows
         rows = rows * weights.flatten().index_select(0, order)[:, None].to(dtype)
         y = torch.zeros(N, x.shape[-1], dtype=dtype, device=x.device).index_add(0, token, rows).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
@@ -1090,7 +1100,7 @@ class GPT(nn.Module):
         generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
         longest = max(map(len, texts), default=0) + max_new_tokens
         rolls = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
-                 and longest > config.n_sink + config.window)
+                 and block >= config.n_sink + config.window < longest)
         memory = memory_mask = None
         if sources is not None:
             lengths = torch.tensor([len(source) for source in sources])
