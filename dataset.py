@@ -48,7 +48,7 @@ def write_dataset(folder, tokenizer, splits, source, eot=True):
     dtype = 'uint16' if tokenizer.n_vocab <= 1 << 16 else 'uint32'
     meta = {'tokenizer': 'tokenizer.json', 'dtype': dtype, 'splits': {}, 'source': source}
     digest = hashlib.sha256()  # of the text of all splits, whatever the tokenizer
-    with _all_or_nothing(folder, [f'{split}.bin' for split in splits]):
+    with _all_or_nothing(folder, [f'{split}.bin' for split in splits], tokenizer, meta):
         for split, documents in splits.items():
             counts = meta['splits'][split] = {'tokens': 0, 'bytes': 0, 'documents': 0}
             with open(folder / f'{split}.bin.tmp', 'wb') as f:
@@ -67,8 +67,6 @@ def write_dataset(folder, tokenizer, splits, source, eot=True):
             if not counts['bytes']:
                 raise UserError(f'{folder}: nothing for the {split} split: give more text')
         meta['sha256'] = digest.hexdigest()
-        tokenizer.save(folder / 'tokenizer.json.tmp')
-        (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
     for split, n in meta['splits'].items():
         print(f'{folder / split}.bin: {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["documents"]:,} documents')
     return meta
@@ -82,7 +80,7 @@ def write_pairs(folder, tokenizer, splits, source):
     folder = Path(folder)
     meta = {'tokenizer': 'tokenizer.json', 'splits': {}, 'source': source}
     digest = hashlib.sha256()
-    with _all_or_nothing(folder, [f'{split}.jsonl' for split in splits]):
+    with _all_or_nothing(folder, [f'{split}.jsonl' for split in splits], tokenizer, meta):
         for split, pairs in splits.items():
             counts = meta['splits'][split] = {'pairs': 0, 'bytes': 0}
             with open(folder / f'{split}.jsonl.tmp', 'wb') as f:
@@ -95,20 +93,20 @@ def write_pairs(folder, tokenizer, splits, source):
             if not counts['pairs']:
                 raise UserError(f'{folder}: nothing for the {split} split: give more pairs')
         meta['sha256'] = digest.hexdigest()
-        tokenizer.save(folder / 'tokenizer.json.tmp')
-        (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
     for split, n in meta['splits'].items():
         print(f'{folder / split}.jsonl: {n["pairs"]:,} pairs, {n["bytes"]:,} bytes of targets')
     return meta
 
 
 @contextlib.contextmanager
-def _all_or_nothing(folder, names):
-    """Inside, NAME.tmp is written for each of names, tokenizer.json and meta.json; then all take their places."""
+def _all_or_nothing(folder, names, tokenizer, meta):
+    """Inside, NAME.tmp is written for each of names; then these, tokenizer.json and meta.json take their places."""
     renames = {folder / f'{name}.tmp': folder / name for name in [*names, 'tokenizer.json', 'meta.json']}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
+        tokenizer.save(folder / 'tokenizer.json.tmp')
+        (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
         for temporary in renames:
             with open(temporary, 'rb+') as f:
                 os.fsync(f.fileno())
