@@ -225,9 +225,9 @@ def attend(q, k, v, mask, causal, scale, dropout=0.0):
     shape = q.shape
     if gqa and shape[2] == 1 and q.dtype != torch.float32:
         # the heads that share keys and values become queries of one head: these are read once (CPU: 4 x faster)
-        q, gqa = q.view(shape[0], k.shape[1], -1, shape[3]), False
+        q, gqa = q.reshape(shape[0], k.shape[1], -1, shape[3]), False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and shape[2] > 1,
-                                          scale=scale, dropout_p=dropout, enable_gqa=gqa).view(shape)
+                                          scale=scale, dropout_p=dropout, enable_gqa=gqa).reshape(shape)
 
 
 @functools.cache
