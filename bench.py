@@ -378,6 +378,8 @@ def compare_modes(mode):
 def bench_sample(knobs, model_args):
     """Prefill and decode at several batch sizes and contexts, cached and re-reading, against the bandwidth floor."""
     device = runtime.pick_device(knobs.device)
+    if device == 'cpu':
+        runtime.keep_freed_memory()
     if knobs.init_from != 'scratch':
         model, tokenizer = load_model(knobs.init_from, **model_args)
     else:
@@ -470,6 +472,8 @@ def resident_mb():
 def bench_stream(knobs, model_args):
     """Nats per token along a text ten contexts long, through a ring of the window, with attention sinks and without."""
     device, runs, summary = runtime.pick_device(knobs.device), [], {}
+    if device == 'cpu':
+        runtime.keep_freed_memory()
     n_sink = model_args.pop('n_sink', 4)
     for sinks in (n_sink, 0):
         window = model_args.pop('window', 0) or 1024

@@ -59,6 +59,8 @@ def read_text(key, text):
 
 def load(path, device, **overrides):
     """A model ready for generation, with fields of its config overridden, and its tokenizer."""
+    if device == 'cpu':
+        runtime.keep_freed_memory()  # or a stream's buffers, of one size after the other, would scatter over the heap
     model, tokenizer = load_model(path, **overrides)
     with runtime.user_errors(path):
         model = model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval().pack(quant)
