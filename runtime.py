@@ -348,6 +348,37 @@ def user_errors(where=''):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# what all loops have in common
+
+def check_loop(config):
+    """UserError for shared knobs that make no sense, before anything is read or written."""
+    if config['lr_schedule'] not in ('cosine', 'linear', 'wsd', 'constant'):
+        raise UserError(f"lr_schedule={config['lr_schedule']!r} is not one of 'cosine', 'linear', 'wsd', 'constant'")
+    for key, value in config.items():
+        counts = key in ('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval',
+                         'max_bad_steps', 'keep_checkpoints')
+        if counts and value < 1:
+            raise UserError(f'{key}={value}: it starts at 1')
+        if key == 'learning_rate' and value <= 0:
+            raise UserError(f'learning_rate={value} must be positive')
+        if key == 'seed' and not 0 <= value < 2 ** 63:
+            raise UserError(f'seed={value} must be from 0 to 2^63 - 1')
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f'{key}={value} must not be negative')
+
+
+def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
+    """The learning rate at a step as a share of its peak; warmup and decay in steps; floor = end / peak."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == 'constant':
+        return 1.0
+    begin = decay * (1 - decay_frac) if schedule == 'wsd' else warmup
+    t = min(1.0, max(0.0, (step - begin) / max(1, decay - begin)))  # 0 at the beginning of the decay, 1 at its end
+    return floor + (1 - floor) * ((1 + math.cos(math.pi * t)) / 2 if schedule == 'cosine' else 1 - t)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # the run
 
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'B200': 2250e12, 'L40S': 362e12, 'RTX 4090': 165e12,
@@ -427,7 +458,8 @@ class Run:
 
     rank, world_size, main (rank 0); micro_steps: this process's share of gradient_accumulation_steps, which counts
     those of all processes; device, device_type, dtype; fsdp; stop: the signal that asks for an end, or 0; skipped,
-    skipped_in_row: updates left out because a gradient was not finite (tensors on the device).
+    skipped_in_row: updates left out because a gradient was not finite (tensors on the device); best: the lowest score
+    of a checkpoint; lr: the learning rate of the last step.
     """
 
     def __init__(self, config):
@@ -439,8 +471,6 @@ class Run:
             raise UserError(f'gradient_accumulation_steps={accumulation} counts the micro-batches of all processes '
                             f'together: make it a multiple of {self.world_size}')
         self.micro_steps = accumulation // self.world_size
-        if min(config.get('keep_checkpoints', 1), config.get('max_bad_steps', 1)) < 1:
-            raise UserError('keep_checkpoints and max_bad_steps start at 1')
         if self.fsdp and 'RANK' not in os.environ:
             raise UserError('fsdp=True shards a model over processes: start it with torchrun (README shows how)')
         device = pick_device(device)
@@ -462,6 +492,7 @@ class Run:
         self.skipped = self.skipped_in_row = torch.zeros((), device=self.device)
         self.stop, self.last, self._wandb, self._tensorboard, self._line = 0, {}, None, None, False
         self.unsaved, self._damaged, self._mute = {}, [], set()
+        self.best, self.lr = math.inf, 0.0
         self.began = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -536,6 +567,26 @@ class Run:
         optimizers.zero_grad()
         return norm
 
+    def step(self, net, model, optimizers, micro_loss, step):
+        """Optimizer step number `step` (from 0), over this process's micro-batches -> (loss, norm of the gradient).
+
+        micro_loss(number): the mean loss on the micro-batch of this number, of those of all processes. Both results are
+        on the device; the loss is the mean over this process.
+        """
+        config, total = self.config, 0.0
+        factor = lr_factor(step, config['lr_schedule'], config['warmup_iters'],
+                           config['lr_decay_iters'] or config['max_iters'], config['min_lr'] / config['learning_rate'],
+                           config['decay_frac'])
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * factor
+        self.lr = config['learning_rate'] * factor
+        for micro_step in range(self.micro_steps):
+            with self.accumulating(net, last=micro_step == self.micro_steps - 1):
+                loss = micro_loss(self.rank * self.micro_steps + micro_step) / self.micro_steps
+                self.backward(loss)
+            total += loss.detach()
+        return total, self.update(model, optimizers, config['grad_clip'])
+
     def check_updates(self, step):
         """Raises UserError after max_bad_steps updates in a row that were skipped; returns how many were in all."""
         in_row, limit = int(self.skipped_in_row), self.config.get('max_bad_steps', 10)
@@ -545,15 +596,30 @@ class Run:
                             'learning_rate, set grad_clip or look at the data')
         return int(self.skipped)
 
-    def load_moments(self, optimizers, saved):
-        """Gives optimizers the moments of a checkpoint, each process its shard of them."""
+    def restore(self, state, origin, optimizers):
+        """Takes from a checkpoint of this run the moments, each process its shard of them, and what has been counted;
+        tells which knobs have changed since. UserError where it holds no moments of today's optimizer."""
+        before, optimizer, saved = state.get('config', {}), self.config['optimizer'], state.get('optimizers')
+        if before.get('optimizer') != optimizer or saved is None:
+            raise UserError(f'{origin} holds no moments of optimizer={optimizer!r} but {before.get("optimizer")!r}: '
+                            f'resume with that, or take its weights only: --init_from={self.out_dir} and a new '
+                            '--out_dir')
         if self.fsdp:
-            for optimizer, old in zip(optimizers, saved, strict=True):
-                params = [p for group in optimizer.param_groups for p in group['params']]
+            for part, old in zip(optimizers, saved, strict=True):
+                params = [p for group in part.param_groups for p in group['params']]
                 old['state'] = {i: {k: distribute_tensor(v.to(self.device), params[i].device_mesh, params[i].placements,
                                                          src_data_rank=None) if v.ndim else v
                                     for k, v in moments.items()} for i, moments in old['state'].items()}
         optimizers.load_moments(saved)
+        if state['scaler'] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state['scaler'])
+        self.best = state['best']
+        self.began -= state['total_seconds']
+        self.skipped = self.skipped + state.get('skipped', 0)
+        changed = [f'{k} {before[k]} -> {v}' for k, v in self.config.items()
+                   if before.get(k, v) != v and k != 'init_from']
+        if changed:
+            self.say(f'changed since the checkpoint: {", ".join(changed)}')
 
     @contextlib.contextmanager
     def gathered(self, model):
@@ -605,6 +671,14 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def collect(self, items):
+        """{key: value} of each process -> that of all of them, in every process."""
+        parts = [items]
+        if self.world_size > 1:
+            parts = [None] * self.world_size
+            dist.all_gather_object(parts, items)
+        return {key: value for part in parts for key, value in part.items()}
 
     def on_main(self, work):
         """Calls work() in rank 0 while the others wait; all of them return its result or raise its UserError."""
@@ -777,6 +851,20 @@ class Run:
                 self.say(f'{self.out_dir}/tensorboard: not written ({error.strerror}); training goes on without it')
                 self._tensorboard = None
 
+    def report(self, metrics, seconds_left):
+        """Logs the metrics of a step of training and draws its line of progress."""
+        peak, skipped, step = self.peak_flops(), int(self.skipped), metrics['iter']
+        metrics |= {'skipped': skipped} if skipped else {}
+        if peak and 'flops' in metrics:
+            metrics['mfu'] = metrics['flops'] / peak / self.world_size
+        metrics.pop('flops', None)
+        self.log(metrics)
+        past, left = elapsed(metrics['seconds']), elapsed(seconds_left)
+        self.progress(f'step {step}/{self.config["max_iters"]} | {past} elapsed, {left} left | '
+                      f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {metrics["tok_per_sec"]:,.0f} tok/s'
+                      + (f' | mfu {metrics["mfu"]:.1%}' if 'mfu' in metrics else '')
+                      + (f' | {skipped} updates skipped' if skipped else ''))
+
     def progress(self, line):
         """Redraws the progress line on a terminal; prints it as a line of its own elsewhere."""
         if self.main and sys.stdout.isatty():
@@ -852,6 +940,16 @@ class Run:
         else:
             self.unsaved.pop(name, None)
         return not error
+
+    def checkpoint(self, state, optimizers, score=math.inf):
+        """Writes ckpt.pt, and best.pt first where score is the lowest so far: a run that is killed between the two
+        writes best.pt again. state: what both hold; what only this run needs, to go on, is added to ckpt.pt."""
+        state = state | {'config': self.config}
+        if score < self.best and self.save('best.pt', state):
+            self.best = score
+        self.save('ckpt.pt', state | {'optimizers': optimizers.state_dict(), 'scaler': self.scaler.state_dict(),
+                                      'best': self.best, 'skipped': int(self.skipped),
+                                      'total_seconds': self.total_seconds()})
 
     def finish(self, step, stop=0, **final):
         """Writes summary.json: the last value of every metric and the totals given; closes the loggers.

@@ -6,12 +6,14 @@ Talk to a checkpoint: continue a text, as tokens come, keep a context in an inte
     printf "To be, or not" | python sample.py --init_from=out/tiny --start=-
     python sample.py --init_from=out/tiny --interactive=True
     python sample.py --init_from=smollm2 --chat=True [--start="What is the capital of France?"]
+    python sample.py --init_from=out/sft --chat=True --system="Answer in one sentence."
     python sample.py --init_from=out/reverse --source="stressed"     of an encoder-decoder
 
 Any field of GPTConfig may be set too: --window=512 --n_sink=4 streams without end (arXiv:2309.17453).
 
 Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858).
 """
+import json
 import sys
 from pathlib import Path
 
@@ -24,7 +26,8 @@ init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face direct
 start = '\n'  # text to continue; FILE:PATH reads it from a file, - from standard input
 source = ''  # what the encoder of an encoder-decoder reads, text, FILE:PATH or -; it answers from <|endoftext|> on
 interactive = False  # read text line by line and keep the context; /reset forgets it, /quit ends
-chat = False  # take turns, as an instruct model expects; one answer to --start, else a session; /reset, /quit
+chat = False  # take turns, as an instruct model expects; an answer to --start, or a session with /reset, /save, /quit
+system = ''  # of a chat: what the system says first, text, FILE:PATH or -; empty: what the model's template says
 num_samples = 1  # continuations of the same text; the first is shown as its tokens come
 max_new_tokens = 500  # tokens to add, unless end-of-text comes first
 temperature = 0.8  # 0 = always the likeliest token, 1 = as the model has it
@@ -67,44 +70,64 @@ def load(path, device, **overrides):
     return model, tokenizer
 
 
+def stops(tokenizer):
+    """The ids that end an answer, of which nothing is shown."""
+    return tokenizer.turn_ids if chat else tokenizer.stop_ids
+
+
 def continuations(model, tokenizer, ids, out, sources=None):
     """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
     decoder = tokenizer.stream()
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=tokenizer.stop_ids,
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=stops(tokenizer),
                    repetition_penalty=repetition_penalty, num_samples=num_samples, vocab_limit=tokenizer.n_vocab,
                    seed=None if seed < 0 else seed, sources=sources)
     with runtime.user_errors():
         for rows, tokens, _ in model.stream([ids], max_new_tokens, **options):
             for row, token in zip(rows, tokens, strict=True):
                 out[row].append(token)
-                if row == 0 and token not in tokenizer.stop_ids:
+                if row == 0 and token not in stops(tokenizer):
                     print(decoder.push(token), end='', flush=True)
     print(decoder.flush())
 
 
 def plain(tokenizer, ids):
     """The text of ids without what ends it."""
-    return tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
+    return tokenizer.decode([i for i in ids if i not in stops(tokenizer)])
 
 
 def turn(model, tokenizer, messages):
-    """The ids of a chat up to the assistant's answer; its oldest turns are forgotten where it grows too long."""
+    """The ids of a chat up to the assistant's answer, without its oldest turns where it is too long for the model."""
+    first = messages[0]['role'] == 'system'  # stays
+    seen = list(messages)
     while True:
-        ids, _ = tokenizer.chat_ids(messages, generate=True)
+        ids, _ = tokenizer.chat_ids(seen, generate=True)
         if len(ids) < model.config.block_size or model.config.window:
             return ids
-        if len(messages) < 3:
+        if len(seen) < 3 + first:
             raise UserError(f'a message of {len(ids)} tokens does not fit into block_size={model.config.block_size}: '
                             'shorten it')
-        del messages[:2]  # a question and its answer
+        del seen[first:first + 2]  # a question and its answer
+
+
+def save_chat(path, messages):
+    """Writes a chat as a row that sft.py learns from; says where, or why not."""
+    try:
+        with open(path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps({'messages': messages}, ensure_ascii=False) + '\n')
+    except OSError as error:
+        print(f'{path}: {error.strerror}')
+    else:
+        print(f'(added to {path})')
 
 
 def session(model, tokenizer):
     """Lines from the keyboard join the context, the model goes on from there; Ctrl-C ends a continuation."""
     global seed
     what = 'Say something' if chat else 'Type a text to continue'
-    print(f'{model.num_params():,} parameters. {what}; /reset forgets the context, /quit ends.')
-    context, messages = [], []
+    keep = ', /save FILE adds the chat to a file' if chat else ''
+    print(f'{model.num_params():,} parameters. {what}; /reset forgets the context{keep}, /quit ends.')
+    opening = [{'role': 'system', 'content': system}] if system else []
+    context, messages = [], list(opening)
     while True:
         try:
             line = input('> ')
@@ -113,11 +136,22 @@ def session(model, tokenizer):
         if line == '/quit':
             break
         if line == '/reset':
-            context, messages = [], []
+            context, messages = [], list(opening)
+            continue
+        if chat and line.split(' ')[0] == '/save':
+            if len(messages) < 2 + len(opening):
+                print('(nothing to save yet)')
+            else:
+                save_chat(line[5:].strip() or 'chat.jsonl', messages)
             continue
         if chat:
             messages.append({'role': 'user', 'content': line})
-            ids = turn(model, tokenizer, messages)
+            try:
+                ids = turn(model, tokenizer, messages)
+            except UserError as error:  # a line too long to read costs that line, not the session
+                print(f'({error})')
+                messages.pop()
+                continue
         else:
             # the model sees the end of the context; learned positions have room for a block, no more
             ids = (context + tokenizer.encode(line + '\n'))[-model.config.block_size:]
@@ -132,7 +166,12 @@ def session(model, tokenizer):
 
 
 def main():
+    global system
     _, given = runtime.configure(globals(), GPTConfig)
+    given.pop('quant', None)  # of this file: how generation packs the weights
+    if system and not chat:
+        raise UserError('--system opens a chat: add --chat=True')
+    system = read_text('system', system) if system else ''
     if num_samples < 1 or max_new_tokens < 1:
         raise UserError('num_samples and max_new_tokens start at 1')
     if source and (interactive or chat or start != '\n'):
@@ -151,7 +190,8 @@ def main():
         return session(model, tokenizer)
     ids, sources = tokenizer.encode(text), None
     if chat:
-        ids, text = turn(model, tokenizer, [{'role': 'user', 'content': text.rstrip('\n')}]), ''
+        opening = [{'role': 'system', 'content': system}] if system else []
+        ids, text = turn(model, tokenizer, [*opening, {'role': 'user', 'content': text.rstrip('\n')}]), ''
     elif tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]
     if source:

@@ -2605,7 +2605,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, nu
 
 
 def test_learning_rate_schedules_by_hand():
-    factor = train.lr_factor
+    factor = runtime.lr_factor
     assert [factor(s, 'constant', 3, 10, 0) for s in (0, 1, 2, 3, 99)] == [0.25, 0.5, 0.75, 1, 1]
     assert factor(10, 'cosine', 10, 110, 0.1) == 1 and factor(110, 'cosine', 10, 110, 0.1) == pytest.approx(0.1)
     assert factor(60, 'cosine', 10, 110, 0.1) == pytest.approx(0.55)  # half way

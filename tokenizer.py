@@ -157,6 +157,11 @@ class Tokenizer:
             return [*map(self._ids, self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()))]
         return [self.encode(t) for t in texts]
 
+    @property
+    def turn_ids(self):
+        """The ids that end an assistant's turn: of a chat, or a text."""
+        return [*dict.fromkeys([*self.stop_ids, self.special.get('<|im_end|>', self.eot)])]
+
     def _has_chat(self):
         return self.chat and {'<|im_start|>', '<|im_end|>'} <= self.special.keys()
 

@@ -68,17 +68,6 @@ activation_checkpointing = False  # compute each block again in the backward pas
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
 
-def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
-    """The learning rate at a step as a share of its peak; warmup and decay in steps; floor = end / peak."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if schedule == 'constant':
-        return 1.0
-    begin = decay * (1 - decay_frac) if schedule == 'wsd' else warmup
-    t = min(1.0, max(0.0, (step - begin) / max(1, decay - begin)))  # 0 at the beginning of the decay, 1 at its end
-    return floor + (1 - floor) * ((1 + math.cos(math.pi * t)) / 2 if schedule == 'cosine' else 1 - t)
-
-
 def loss_on(model, run, arrays, **options):
     """The model's loss on a batch of NumPy arrays: (idx, targets), of pairs also (source, source_mask)."""
     names = ('idx', 'targets', 'source', 'source_mask')[:len(arrays)]
@@ -134,16 +123,7 @@ def exact_match(model, data, count, run):
 
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
-    if lr_schedule not in ('cosine', 'linear', 'wsd', 'constant'):
-        raise UserError(f"lr_schedule={lr_schedule!r} is not one of 'cosine', 'linear', 'wsd', 'constant'")
-    if min(batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval, max_bad_steps) < 1:
-        raise UserError('batch_size, gradient_accumulation_steps, max_iters, eval_interval, log_interval and '
-                        'max_bad_steps start at 1')
-    if learning_rate <= 0 or min(embed_lr, muon_lr, min_lr, eval_iters, eval_pairs, warmup_iters, lr_decay_iters,
-                                 grad_clip, sample_tokens) < 0:
-        raise UserError('learning_rate must be positive, and no rate, number of steps, tokens or limit negative')
-    if not 0 <= seed < 2 ** 63:
-        raise UserError(f'seed={seed} must be from 0 to 2^63 - 1')
+    runtime.check_loop(config)
     run = runtime.Run(config)
     if compile and given.get('n_expert') and run.dtype == 'float32':
         raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
@@ -189,22 +169,11 @@ def main():
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    step, best, tokens_seen, rows_seen, clock = 0, math.inf, 0, 0, runtime.Clock()
+    step, tokens_seen, rows_seen, clock = 0, 0, 0, runtime.Clock()
     if resumed:
-        before = state.get('config', {})
-        if before.get('optimizer') != optimizer or 'optimizers' not in state:
-            raise UserError(f'{origin} holds no moments of optimizer={optimizer!r} but {before.get("optimizer")!r}: '
-                            f'resume with that, or take its weights only: --init_from={out_dir} and a new --out_dir')
-        changed = [f'{k} {before[k]} -> {v}' for k, v in config.items() if before.get(k, v) != v and k != 'init_from']
-        run.load_moments(optimizers, state['optimizers'])
-        if state['scaler'] and run.scaler.is_enabled():
-            run.scaler.load_state_dict(state['scaler'])
-        step, best, tokens_seen, clock = state['iter'], state['best'], state['tokens'], runtime.Clock(state['seconds'])
+        run.restore(state, origin, optimizers)
+        step, tokens_seen, clock = state['iter'], state['tokens'], runtime.Clock(state['seconds'])
         rows_seen = state.get('rows', tokens_seen // block_size)
-        run.began -= state['total_seconds']
-        run.skipped = run.skipped + state.get('skipped', 0)
-        if changed:
-            run.say(f'changed since the checkpoint: {", ".join(changed)}')
     origin = f'{origin}, step {state["iter"]:,}' if state else 'scratch'
     state = None
 
@@ -212,7 +181,7 @@ def main():
     rows_per_step, tokens_read = gradient_accumulation_steps * batch_size, 0
     tokens_per_step = round(rows_per_step * train_data.row_tokens)
     token_bytes = tokenizer.token_bytes()
-    peak, flops = run.peak_flops(), model.flops_per_token(round(train_data.row_tokens))
+    flops = model.flops_per_token(round(train_data.row_tokens))
 
     def measure():
         """Losses of today's weights on the fixed windows of both splits."""
@@ -247,14 +216,9 @@ def main():
         save(metrics['val/loss'])
 
     def save(val_loss=math.inf):
-        """Writes ckpt.pt, and best.pt first: a run that is killed between the two writes best.pt again."""
-        nonlocal best
-        state = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
-                 'iter': step, 'tokens': tokens_seen, 'rows': rows_seen, 'seconds': clock.read(), 'config': config}
-        if val_loss < best and run.save('best.pt', state):
-            best = val_loss
-        run.save('ckpt.pt', state | {'optimizers': optimizers.state_dict(), 'scaler': run.scaler.state_dict(),
-                                     'best': best, 'skipped': int(run.skipped), 'total_seconds': run.total_seconds()})
+        run.checkpoint({'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
+                        'iter': step, 'tokens': tokens_seen, 'rows': rows_seen, 'seconds': clock.read()},
+                       optimizers, val_loss)
 
     def micro_loss(number):
         """Of the step's micro-batches, of all processes, that of this number: its mean loss.
@@ -277,18 +241,7 @@ def main():
     clock.resume()
     logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
     while step < max_iters and not (stop := run.stopping()):
-        factor = lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters, min_lr / learning_rate,
-                           decay_frac)
-        for group in optimizers.param_groups:
-            group['lr'] = group['peak_lr'] * factor
-
-        total = 0.0
-        for micro_step in range(run.micro_steps):
-            with run.accumulating(net, last=micro_step == run.micro_steps - 1):
-                loss = micro_loss(run.rank * run.micro_steps + micro_step) / run.micro_steps
-                run.backward(loss)
-            total += loss.detach()
-        grad_norm = run.update(model, optimizers, grad_clip)
+        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         if model.sparse:
             stats = run.total(model.routed())
             model.balance(stats[:, :-1])
@@ -299,24 +252,15 @@ def main():
             run.check_updates(step)
 
         if step % log_interval == 0 or step == max_iters:
-            skipped = run.check_updates(step)
+            run.check_updates(step)
             loss, fed = run.sum(total.item(), tokens_read)  # here the host waits for the device
             seconds = clock.read()
             rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
-            metrics = {'iter': step, 'train/loss': loss / run.world_size, 'lr': learning_rate * factor,
-                       'grad_norm': grad_norm.item(), 'tok_per_sec': rate, 'seconds': seconds}
-            if skipped:
-                metrics['skipped'] = skipped
+            metrics = {'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
+                       'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops}
             if routed is not None:
                 metrics |= router_metrics(routed, int(fed) * model.config.n_expert_active * len(model.sparse))
-            if peak:
-                metrics['mfu'] = rate * flops / peak / run.world_size
-            run.log(metrics)
-            past, left = runtime.elapsed(seconds), runtime.elapsed((max_iters - step) * tokens_per_step / rate)
-            run.progress(f'step {step}/{max_iters} | {past} elapsed, {left} left | '
-                         f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {rate:,.0f} tok/s'
-                         + (f' | mfu {metrics["mfu"]:.1%}' if peak else '')
-                         + (f' | {skipped} updates skipped' if skipped else ''))
+            run.report(metrics, (max_iters - step) * tokens_per_step / rate)
             logged_step, logged_seconds, routed, tokens_read = step, seconds, None, 0
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
@@ -328,7 +272,7 @@ def main():
         clock.pause()
         save()
     run.finish(step, stop, parameters=model.num_params(), tokens=tokens_seen)
-    run.say(f'done: best validation loss {best:.4f}; read what it writes: python sample.py --init_from={out_dir}'
+    run.say(f'done: best validation loss {run.best:.4f}; read what it writes: python sample.py --init_from={out_dir}'
             + ' --source=TEXT' * pairs)
 
 
