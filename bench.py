@@ -7,6 +7,7 @@ Measure: speed as a share of what the machine can do, or beside another program 
     python bench.py stream --init_from=smollm2              loss per token of a stream ten contexts long, in a window
     python bench.py data config/tiny.py                     the loader's tokens/s, beside what training takes
     python bench.py tokenizer                               BPE training and encoding, MB/s
+    python bench.py curves --runs='out/try_*' --metric=val/loss    learning curves of runs, drawn; needs matplotlib
     python bench.py memory                                  bytes per GPU of three models by the sharding used
     python bench.py train config/nanogpt.py --against=DIR   side by side, in turn: DIR is a checkout of nanoGPT, or
     python bench.py loss --against=NANOGPT                  (every mode but memory) another checkout of this project
@@ -19,6 +20,7 @@ Communication is the time in which a collective of gloo or nccl was under way (f
 the backward pass. The bandwidth floor of decoding is the time to read all weights and the cache once per step; a model
 that fits into the processor's cache can be faster.
 """
+import glob
 import importlib.util
 import json
 import os
@@ -54,12 +56,15 @@ batches = [1, 8]  # mode sample: texts at a time
 contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones; those that fit into block_size
 max_new_tokens = 64  # mode sample: tokens to add to each text
 quant = ''  # mode sample: 'int8', weights in 8 bits
+runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'; names that differ in a number are one
+metric = 'val/loss'  # mode curves: what to draw of them
+axis = 'seconds'  # mode curves: along 'seconds' of training or 'iter'
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
 results = 'out/bench'  # where the results and the runs go
 
 TRAIN = Path(__file__).parent / 'train.py'
 TRAIN_DEFAULTS = {key: default for key, (default, _) in runtime.knobs_of_file(TRAIN).items()}
-MODEL_FIELDS = [field.name for field in fields(GPTConfig)]
+MODEL_FIELDS = [field.name for field in fields(GPTConfig) if field.name != 'quant']  # here that is generation's
 OWN_KNOBS = runtime.knobs_of_file(__file__)
 
 
@@ -657,6 +662,49 @@ def bench_memory(knobs, model_args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# curves of runs that are done
+
+# 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal distribution's will do
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def bench_curves(*_):
+    """A metric of several runs, seeds together: a table of where they end and results/curves.svg."""
+    groups = {}
+    for path in sorted({path for pattern in runs for path in glob.glob(pattern)}):
+        rows = Path(path) / 'metrics.jsonl'
+        if not rows.is_file():
+            raise UserError(f'{path}: no metrics.jsonl in it: --runs takes directories of runs')
+        curve = [(row[axis], row[metric]) for row in map(json.loads, rows.read_text().splitlines())
+                 if row.get(metric) is not None and axis in row]
+        if not curve:
+            raise UserError(f'{rows}: no row has {metric!r} and {axis!r}')
+        groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name), []).append(curve)
+    if not groups:
+        raise UserError(f'runs={runs}: no such directory; name runs, as --runs=out/tiny')
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('mode curves needs matplotlib: pip install matplotlib') from None
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes, table = figure.subplots(), []
+    for color, (name, curves) in enumerate(groups.items()):
+        ends = [curve[-1][1] for curve in curves]
+        spread = statistics.stdev(ends) / len(ends) ** 0.5 * ([*STUDENT, 1.96][min(len(ends), 11) - 2]) \
+            if len(ends) > 1 else 0.0
+        mean = statistics.mean(ends)
+        table.append({'runs': name, 'count': len(ends), f'{metric} at the end': mean, 'low': mean - spread,
+                      'high': mean + spread, f'{axis} at the end': statistics.mean(c[-1][0] for c in curves)})
+        for i, curve in enumerate(curves):
+            axes.plot(*zip(*curve, strict=True), color=f'C{color}', alpha=0.6, linewidth=1, label=None if i else name)
+    axes.set(xlabel=axis, ylabel=metric)
+    axes.legend(frameon=False)
+    Path(results).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(results) / 'curves.svg')
+    return table, {'drawn to': str(Path(results) / 'curves.svg')}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 def report(mode, rows, result):
     """Prints rows as a table (a single one as lines) and the result, and writes both to results/MODE.json."""
@@ -680,7 +728,7 @@ def report(mode, rows, result):
 
 
 MODES = {'train': bench_train, 'sample': bench_sample, 'tokenizer': bench_tokenizer, 'data': bench_data,
-         'memory': bench_memory, 'stream': bench_stream, 'loss': None, 'step': one_step}
+         'memory': bench_memory, 'curves': bench_curves, 'stream': bench_stream, 'loss': None, 'step': one_step}
 
 
 def main():
@@ -713,7 +761,7 @@ def main():
         raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')
     if mode == 'loss' and not against:
         raise UserError('mode loss needs --against=DIR, a checkout to compare with')
-    if against and (mode in ('memory', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ):
+    if against and (mode in ('memory', 'curves', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ):
         raise UserError(f'--against={against}: mode {mode} has nothing to run there')
     if against and mode in ('train', 'loss'):
         found = compare_training(mode, knobs, model_args)

@@ -3541,10 +3541,10 @@ def test_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # several processes
 
-def launch(n, *args, cwd, options=(), **popen):
+def launch(n, *args, cwd, options=(), stage='train.py', **popen):
     env = os.environ | {'OMP_NUM_THREADS': '1'}
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-                             *options, ROOT / 'train.py', *map(str, args)], cwd=cwd, env=env, text=True,
+                             *options, ROOT / stage, *map(str, args)], cwd=cwd, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
 
