@@ -761,7 +761,8 @@ def main():
         raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')
     if mode == 'loss' and not against:
         raise UserError('mode loss needs --against=DIR, a checkout to compare with')
-    if against and (mode in ('memory', 'curves', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ):
+    alone = mode in ('memory', 'curves', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ
+    if against and alone:
         raise UserError(f'--against={against}: mode {mode} has nothing to run there')
     if against and mode in ('train', 'loss'):
         found = compare_training(mode, knobs, model_args)
