@@ -1,5 +1,6 @@
 """
-What `data/` holds -> batches: writing token shards and pairs, drawing windows or pairs, fetching the sources.
+What `data/` holds -> batches: writing token shards and rows, drawing windows, pairs or chats, grading answers, fetching
+the sources.
 
 A folder of tokens holds `{train,val}.bin` (or several shards: `train_000.bin` ...), raw little-endian uint16 or uint32,
 with `meta.json` and `tokenizer.json` beside them. Without `meta.json` the shards are those of llm.c and modded-nanogpt:
@@ -8,7 +9,11 @@ says otherwise.
 
 A folder of pairs, which an encoder-decoder learns from, holds `{train,val}.jsonl`, rows {"source": "…", "target": "…"},
 and the same two files beside them.
+
+A folder of chats, which a model learns to answer from, holds `{train,val,test}.jsonl`, rows {"messages": [{"role": "…",
+"content": "…"} …]} or another shape that `read_chats` knows; a meta.json may be beside them.
 """
+import bisect
 import contextlib
 import difflib
 import hashlib
@@ -19,17 +24,22 @@ import mmap
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from tokenizer import Tokenizer, UserError, get_tokenizer
+from tokenizer import ROLES, Tokenizer, UserError, get_tokenizer
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
+SPLITS = ('train', 'val', 'test')
+CHUNK_ROWS = 1024  # chats that are packed together
 
 # ----------------------------------------------------------------------------------------------------------------------
 # writing a dataset
@@ -151,17 +161,21 @@ def _mark_last(pieces):
 def find_dataset(name):
     """The folder of a prepared dataset: a path, or data/NAME, which its prepare.py fills now if nobody has yet.
 
+    Rows that somebody put into a folder without a prepare.py need no meta.json: where there is one, it says that all
+    of them are there.
     UserError where there is no such dataset, or in the words of the prepare.py that fails.
     """
     datasets = Path(__file__).parent / 'data'
     with contextlib.suppress(ValueError):
         datasets = datasets.relative_to(Path.cwd())
     for folder in (Path(name), datasets / name):
-        if (folder / 'meta.json').exists() or find_shards(folder, 'train'):
+        by_hand = splits_of(folder) and not (folder / 'prepare.py').exists()
+        if (folder / 'meta.json').exists() or find_shards(folder, 'train') or by_hand:
             return folder
     script = datasets / name / 'prepare.py'
     if not script.exists():
-        names = sorted(path.parent.name for path in datasets.glob('*/*') if path.name in ('prepare.py', 'meta.json'))
+        names = sorted({path.parent.name for path in datasets.glob('*/*')
+                        if path.name in ('prepare.py', 'meta.json', 'train.jsonl')})
         near = difflib.get_close_matches(name, names, 1)
         hint = f'did you mean {near[0]}?' if near else f'give a prepared folder or one of {", ".join(names)}'
         raise UserError(f'dataset={name!r}: no such dataset; {hint}')
@@ -357,9 +371,20 @@ def _text_of(line, key, where):
     return text
 
 
-def holds_pairs(folder):
-    """Whether a prepared folder is one of pairs rather than of tokens."""
-    return (Path(folder) / 'train.jsonl').exists() and not find_shards(folder, 'train')
+def kind_of(folder):
+    """What a prepared folder holds: 'tokens', 'pairs' (rows with a tokenizer of their own) or 'chats'."""
+    meta = Path(folder) / 'meta.json'
+    if find_shards(folder, 'train') or not splits_of(folder):
+        return 'tokens'
+    try:
+        return 'pairs' if meta.exists() and 'tokenizer' in json.loads(meta.read_text()) else 'chats'
+    except (ValueError, TypeError) as e:
+        raise UserError(f'{meta}: malformed ({type(e).__name__}: {e}): prepare the dataset again') from e
+
+
+def splits_of(folder):
+    """Of which splits a folder has rows."""
+    return [split for split in SPLITS if (Path(folder) / f'{split}.jsonl').exists()]
 
 
 def find_shards(folder, split):
@@ -421,6 +446,370 @@ def _mix(x):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chats
+
+
+def read_chats(path, strict=True):
+    """Chats of a .json file (a list of rows) or a .jsonl file (a row a line) -> (rows, skipped).
+
+    A row of a file is one of
+        {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+        {"instruction": "…", "input": "…", "output": "…"}, Alpaca's; input may be empty or missing
+        {"prompt": …, "completion": …}, each a text or a list of messages
+    and becomes {'messages': …}, whose last one is the assistant's, what else it has of 'answer', 'grader', 'steps' and
+    'kind', and 'where' it is from. Blank lines are passed over. A row that is none raises UserError with file, line and
+    reason or, unless strict, is left out; skipped lists those reasons. UserError for a file without a row that is one.
+    """
+    path, rows, skipped = Path(path), [], []
+    listed = path.suffix == '.json'
+    try:
+        data = path.read_bytes()
+        items = json.loads(data.decode('utf-8-sig')) if listed else data.split(b'\n')
+        if not isinstance(items, list):
+            raise ValueError(f'but {type(items).__name__}')
+    except OSError as e:
+        raise UserError(f'{path}: {e.strerror}') from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{path}: not a JSON list ({e}); name a file with a JSON object on every line .jsonl') from e
+    for number, item in enumerate(items, 1):
+        where = f'{path}, {"row" if listed else "line"} {number}'
+        try:
+            if listed or item.strip():
+                rows.append(_chat(item if listed else _row(item)) | {'where': where})
+        except UserError as e:
+            if strict:
+                raise UserError(f'{where}: {e}') from e
+            skipped.append(f'{where}: {e}')
+    if not rows:
+        raise UserError(f'{path}: ' + (f'none of its {len(skipped):,} rows is a chat; {skipped[0]}' if skipped
+                                       else 'no rows: put chats there, see read_chats in dataset.py'))
+    return rows, skipped
+
+
+def _row(line):
+    """A line of a JSONL file -> what it holds."""
+    try:
+        return json.loads(line.decode('utf-8-sig'))
+    except UnicodeDecodeError as e:
+        raise UserError(f'not valid UTF-8 (byte {e.start + 1} is 0x{line[e.start]:02x})') from e
+    except json.JSONDecodeError as e:
+        raise UserError(f'not JSON ({e.msg}, column {e.colno})') from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'not JSON ({e})') from e
+
+
+def _chat(row):
+    """A row of a file -> what `read_chats` makes of it."""
+    def text(value, what):
+        try:
+            value.encode()
+        except AttributeError:
+            raise UserError(f'{what} must be a text, not {value!r:.40}') from None
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+            raise UserError(f'{what} has half a surrogate pair, which is no character') from None
+        return value
+
+    def part(key, role):
+        return row[key] if isinstance(row[key], list) else [{'role': role, 'content': text(row[key], f'"{key}"')}]
+
+    if not isinstance(row, dict):
+        raise UserError(f'not a JSON object but {row!r:.40}')
+    if 'messages' in row:
+        messages = row['messages']
+    elif {'instruction', 'output'} <= row.keys():
+        prompt, more = text(row['instruction'], '"instruction"'), text(row.get('input') or '', '"input"')
+        messages = [{'role': 'user', 'content': prompt + (more and f'\n\n{more}')}, *part('output', 'assistant')]
+    elif {'prompt', 'completion'} <= row.keys():
+        messages = part('prompt', 'user') + part('completion', 'assistant')
+    else:
+        raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"')
+    if not isinstance(messages, list) or not messages:
+        raise UserError('"messages" must be a list of at least one {"role": "…", "content": "…"}')
+    chat = {'messages': []}
+    for number, m in enumerate(messages, 1):
+        if not isinstance(m, dict) or m.get('role') not in ROLES:
+            found = repr(m.get('role') if isinstance(m, dict) else m)
+            raise UserError(f'message {number} must have a "role" ({", ".join(ROLES)}), not {found:.40}')
+        content = text(m.get('content'), f'the "content" of message {number}')
+        if m['role'] == 'assistant' and not content.strip():
+            raise UserError(f"message {number}, the assistant's, is empty")
+        chat['messages'].append({'role': m['role'], 'content': content})
+    if chat['messages'][-1]['role'] != 'assistant':
+        raise UserError(f"its last message is the {chat['messages'][-1]['role']}'s: it must be the assistant's")
+    for key, types in (('answer', (str, int, float)), ('grader', str), ('steps', (int, float)), ('kind', str)):
+        if (value := row.get(key)) is not None:  # a table that has the column for other rows has null here
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise UserError(f'"{key}" is {value!r:.40}, which it cannot be')
+            chat[key] = text(value, f'"{key}"') if isinstance(value, str) else value
+    if chat.get('grader', 'number') not in GRADERS:
+        raise UserError(f'"grader" is {chat["grader"]!r:.40}, not one of {", ".join(GRADERS)}')
+    return chat
+
+
+def load_chats(dataset, split, strict=True, val_fraction=0.1):
+    """A split of a dataset -> (rows, skipped), see `read_chats`.
+
+    dataset: what `find_dataset` finds, a folder with {split}.jsonl; or a path to one .json or .jsonl file. Of a file
+    'val' is the val_fraction of its prompts (all before the last message) that have the lowest hashes, one at least,
+    and 'train' the others: no prompt is in both. UserError names a split that is not there.
+    """
+    path = Path(dataset)
+    if path.suffix in ('.json', '.jsonl') and not path.is_dir():
+        if split not in ('train', 'val'):
+            raise UserError(f'{path}: a single file has only train and val: make a folder with {split}.jsonl')
+        rows, skipped = read_chats(path, strict)
+        hashes = [hashlib.sha256(json.dumps(row['messages'][:-1]).encode()).digest() for row in rows]
+        ordered = sorted(set(hashes))
+        if len(ordered) < 2:
+            raise UserError(f'{path}: all rows have one prompt, so none can be held out: add others')
+        first = ordered[min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)]  # of those to learn from
+        return [row for row, h in zip(rows, hashes, strict=True) if (h < first) == (split == 'val')], skipped
+    folder = find_dataset(dataset)
+    if (kind := kind_of(folder)) != 'chats':
+        what = {'tokens': 'running text', 'pairs': 'pairs of source and target'}[kind]
+        raise UserError(f'{folder} holds {what}, which train.py learns from, not chats')
+    if split not in splits_of(folder):
+        raise UserError(f'{folder}: no {split}.jsonl, only {" and ".join(splits_of(folder))}: add it or take of these')
+    return read_chats(folder / f'{split}.jsonl', strict)
+
+
+class ChatData:
+    """One split of chats, tokenised, as rows in which only the assistant's tokens count (arXiv:2203.02155).
+
+    rows: those of `load_chats`. A row of tokens t_0 … t_n has the inputs t_0 … t_n-1 and the targets t_1 … t_n, which
+    are -100 where the assistant did not say them, unless train_on_prompt. too_long: rows with more than block_size
+    inputs are left out ('drop'), or lose tokens at their beginning ('left') or end ('right').
+
+    pack: an item of `batch` is a block, several rows side by side in block_size inputs (arXiv:2404.10830), else a row.
+    Each epoch has every row once, in an order computed from (seed, epoch) as those of TokenData, unless `pace` says
+    otherwise. For blocks this sequence of rows is cut into chunks, each is packed on its own, and its blocks come in an
+    order computed from (seed, chunk). A resumed run goes on with the item that it would have drawn.
+
+    rows_kept: the rows that are in, by number; dropped: how many are not ('too_long', 'nothing_to_learn': no target is
+    left) and how many of those in are cut ('truncated'); lengths: inputs of each row, int64 (n_rows,); n_tokens: the
+    targets that count, of all rows; row_tokens: of a row, in the mean. UserError where no row is left.
+    """
+
+    def __init__(self, rows, tokenizer, block_size, seed=1337, too_long='drop', train_on_prompt=False, pack=False):
+        self.tokenizer, self.block_size, self.pack = tokenizer, block_size, pack
+        self.rows_kept, self.dropped = [], {'too_long': 0, 'truncated': 0, 'nothing_to_learn': 0}
+        ids, counts = [], []
+        for row in rows:
+            tokens, mask = tokenizer.chat_ids(row['messages'])
+            cut = len(tokens) > block_size + 1
+            if cut and too_long == 'drop':
+                self.dropped['too_long'] += 1
+                continue
+            kept = slice(-block_size - 1, None) if too_long == 'left' else slice(block_size + 1)
+            tokens, mask = np.array(tokens[kept], np.int32), np.array(mask[kept], bool) | train_on_prompt
+            if not mask[1:].any():
+                self.dropped['nothing_to_learn'] += 1
+                continue
+            self.dropped['truncated'] += cut
+            self.rows_kept.append(row)
+            ids.append(tokens)
+            counts.append(mask)
+        self.n_rows = len(ids)
+        if not ids:
+            raise UserError(f'{rows[0]["where"] if rows else "no rows"} …: none of {len(rows):,} rows has an answer '
+                            f'within {block_size} tokens: allow longer ones or give shorter ones')
+        # one array each for the tokens of all rows and whether they count, and where each row begins and ends
+        self.ids, self.counts = np.concatenate(ids), np.concatenate(counts)
+        self.ends = np.cumsum([0, *map(len, ids)])
+        self.lengths = np.diff(self.ends) - 1
+        self.targets_in = np.array([int(mask[1:].sum()) for mask in counts])
+        self.n_tokens = int(self.targets_in.sum())
+        self.row_tokens = self.n_tokens / self.n_rows
+        self.key, self.pace_key, self.chunk_key = _mix(np.array([[seed % (1 << 64)]], np.uint64)
+                                                       ^ np.array([[0], [1 << 62], [1 << 63]], np.uint64))
+        self.pace(np.zeros(self.n_rows), 0)
+
+    def pace(self, difficulty, count, start=0.2):
+        """From now on the first count rows of the sequence are drawn from easy ones, more and more of them: a
+        competence-based curriculum (arXiv:1903.09848). Ordinary epochs follow.
+
+        Row i comes from the easiest min(1, sqrt(i (1 - start^2) / count + start^2)) of all, one as likely as another.
+        difficulty: of each row, float (n_rows,); of two that are as hard, the one with the lower number is easier.
+        """
+        self.easiest, self.count, self.start = np.argsort(difficulty, kind='stable'), count, start
+        self.chunk_rows = min(CHUNK_ROWS, self.n_rows)
+        self.block_ends, self.chunks = [0], {}  # how many blocks the chunks have up to each; the blocks of the last few
+
+    def batch(self, first, count):
+        """Items first ... first+count-1 of the endless sequence, see `read` and, of blocks, `read_packed`."""
+        return self.read_packed(self.blocks(first, count)) if self.pack else self.read(self.rows(first, count))
+
+    def rows(self, first, count):
+        """The numbers of rows first ... first+count-1 of the endless sequence, int64 (count,)."""
+        i = np.arange(first, first + count)
+        epoch, place = np.divmod(np.maximum(i - self.count, 0), self.n_rows)
+        rows = _shuffle(place, self.n_rows, _mix(self.key + epoch.astype(np.uint64)))
+        paced = i[i < self.count]
+        if len(paced):
+            share = np.minimum(1, np.sqrt(paced * ((1 - self.start ** 2) / self.count) + self.start ** 2))
+            easy = np.maximum(1, share * self.n_rows).astype(np.uint64)
+            rows[:len(paced)] = self.easiest[_mix(self.pace_key + paced.astype(np.uint64)) % easy]
+        return rows
+
+    def blocks(self, first, count):
+        """The numbers of rows in blocks first ... first+count-1 of the endless sequence, a list for each."""
+        while self.block_ends[-1] < first + count:
+            self.block_ends.append(self.block_ends[-1] + len(self._chunk(len(self.block_ends) - 1)))
+        chunks = [bisect.bisect_right(self.block_ends, number) - 1 for number in range(first, first + count)]
+        return [self._chunk(chunk)[number - self.block_ends[chunk]] for number, chunk in enumerate(chunks, first)]
+
+    def _chunk(self, chunk):
+        """The blocks that a chunk of the sequence of rows is packed into, in their order."""
+        if chunk not in self.chunks:
+            rows = self.rows(chunk * self.chunk_rows, self.chunk_rows)
+            blocks = [rows[block].tolist() for block in best_fit(self.lengths[rows], self.block_size)]
+            key = _mix(np.repeat(self.chunk_key + np.uint64(chunk), len(blocks)))
+            order = _shuffle(np.arange(len(blocks)), len(blocks), key)
+            self.chunks = dict([*self.chunks.items()][-7:]) | {chunk: [blocks[i] for i in order]}
+        return self.chunks[chunk]
+
+    def n_targets(self, first, count):
+        """How many targets that count `batch` has."""
+        rows = sum(self.blocks(first, count), []) if self.pack else self.rows(first, count)
+        return int(self.targets_in[rows].sum())
+
+    def fixed(self, count):
+        """The numbers of count rows, evenly spaced, always the same; all of them if there are fewer or for 0."""
+        count = min(count, self.n_rows) or self.n_rows
+        return np.arange(count) * self.n_rows // count
+
+    def read(self, rows):
+        """Rows of these numbers -> idx and targets, int64 (B, T), padded to the longest with <|endoftext|> and -100."""
+        return self.read_packed([[row] for row in rows])[:2]
+
+    def read_packed(self, blocks):
+        """Blocks, lists of row numbers -> idx, targets, positions, segments, int64 (B, T), padded to the longest.
+
+        positions count from 0 in each conversation; segments number those of a block 1, 2, …, and are 0 on padding.
+        """
+        T = max(int(self.lengths[block].sum()) for block in blocks)
+        idx, targets = np.full((len(blocks), T), self.tokenizer.eot), np.full((len(blocks), T), -100)
+        positions, segments = np.zeros((len(blocks), T), np.int64), np.zeros((len(blocks), T), np.int64)
+        for b, block in enumerate(blocks):
+            end = 0
+            for number, row in enumerate(block, 1):
+                tokens, counts = (x[self.ends[row]:self.ends[row + 1]] for x in (self.ids, self.counts))
+                begin, end = end, end + len(tokens) - 1
+                idx[b, begin:end] = tokens[:-1]
+                targets[b, begin:end] = np.where(counts[1:], tokens[1:], -100)
+                positions[b, begin:end] = np.arange(end - begin)
+                segments[b, begin:end] = number
+        return idx, targets, positions, segments
+
+    def prompt(self, row):
+        """The ids of a row up to its last message, and the header of that: what an answer is generated from."""
+        return self.tokenizer.chat_ids(self.rows_kept[row]['messages'][:-1], generate=True)[0]
+
+
+def best_fit(lengths, size):
+    """Lists of numbers of lengths that add up to at most size each, few lists: best-fit decreasing (arXiv:2404.10830).
+
+    The longest comes first and goes where it leaves the least room, into a new list where it fits nowhere.
+    """
+    blocks, rooms = [], []  # rooms: (what is left, number of the block), in order
+    for i in np.argsort(-lengths, kind='stable').tolist():
+        length = int(lengths[i])
+        place = bisect.bisect_left(rooms, (length,))
+        room, block = rooms.pop(place) if place < len(rooms) else (size, len(blocks))
+        if block == len(blocks):
+            blocks.append([])
+        blocks[block].append(i)
+        bisect.insort(rooms, (room - length, block))
+    return blocks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# grading
+
+# A minus after a word, a number or a bracket takes away from that; commas that set off no thousands separate numbers.
+UNSIGNED = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+'
+NUMBER = re.compile(rf'((?<![\w)\]}}])[-−])?\$?({UNSIGNED})(?:/({UNSIGNED}))?')
+GRADERS = {
+    'number': lambda text, gold: (due := last_number(gold)) is not None and last_number(text) == due,
+    'exact': lambda text, gold: normalise(text) == normalise(gold),
+}
+
+
+def grade(text, gold, grader):
+    """Whether an answer is right: 'number', its last number is that of gold; 'exact', both are the same, normalised.
+
+    What the text thinks (`visible`) does not count. UserError for another grader.
+    """
+    if grader not in GRADERS:
+        raise UserError(f'"grader" is {grader!r}, not one of {", ".join(GRADERS)}: mend it in the rows')
+    return GRADERS[grader](visible(text), str(gold))
+
+
+def visible(text):
+    """Text without <think> … </think>, stripped; of one that is not closed, nothing that follows is left."""
+    return re.sub(r'<think>.*?(</think>|\Z)', '', text, flags=re.S).strip()
+
+
+def last_number(text):
+    """The last number in a text, exact: '-3', '1,234.50', '$5.' or '1/2' -> Fraction; None where there is none."""
+    found = [*NUMBER.finditer(text)]
+    if not found or len(found[-1].group()) > 1000:  # Python refuses to read thousands of digits
+        return None
+    above, below = (Fraction((part or '1').replace(',', '')) for part in found[-1].groups()[1:])
+    return (-above if found[-1][1] else above) / below if below else below  # in '1/0' the last is 0
+
+
+def normalise(text):
+    """Lower case, without punctuation and the articles, blanks joined: what SQuAD compares (arXiv:1606.05250)."""
+    text = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
+    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+def token_f1(text, gold):
+    """F1 of the words that a text and gold have in common, both normalised (arXiv:1606.05250); 1 if neither has any."""
+    said, due = normalise(text).split(), normalise(gold).split()
+    common = sum((Counter(said) & Counter(due)).values())
+    return 2 * common / (len(said) + len(due)) if said or due else 1.0
+
+
+def rouge_l(text, gold):
+    """ROUGE-L: F1 of the longest common subsequence of words, [a-z0-9]+ in lower case (Lin 2004); 0 where one has none.
+
+    Its length comes row by row of the table, a bit for each word of gold, which is 0 where the row goes up (Hyyrö,
+    "Bit-parallel LCS-length computation revisited", 2004).
+    """
+    said, due = (re.findall('[a-z0-9]+', t.lower()) for t in (text, gold))
+    where, row, full = {}, (1 << len(due)) - 1, (1 << len(due)) - 1
+    for i, word in enumerate(due):
+        where[word] = where.get(word, 0) | 1 << i
+    for word in said:
+        hits = row & where.get(word, 0)
+        row = (row + hits | row - hits) & full
+    common = len(due) - row.bit_count()
+    return 2 * common / (len(said) + len(due)) if common else 0.0
+
+
+def interval(values):
+    """Where the mean of values lies at 95 % -> (low, high).
+
+    Wilson's interval (1927) where all are 0 or 1, else the normal approximation; of one value that value.
+    """
+    n, z, mean = len(values), 1.959964, sum(values) / len(values)
+    if set(values) <= {0, 1}:
+        middle, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
+        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+    half = z * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
+    return mean - half, mean + half
+
+
+def pass_at_k(n, c, k):
+    """The chance that of k answers at least one is right, from n of which c are: unbiased (arXiv:2107.03374)."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise UserError(f'pass@{k} of {n} answers, {c} of them right: take k from 1 to {n}')
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ import runtime
 import sample
 import tokenizer as tok
 import train
-from dataset import PairData, TokenData, fetch_url, find_dataset, find_shards, holds_pairs, write_dataset, write_pairs
+from dataset import PairData, TokenData, fetch_url, find_dataset, find_shards, kind_of, write_dataset, write_pairs
 from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, RollingCache, filter_logits, sinusoidal
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
@@ -3039,8 +3039,8 @@ def test_validation_pairs_are_evenly_spaced_and_cover_the_split(tmp_path):
 
 def test_a_folder_of_pairs_is_found_and_told_from_tokens(tmp_path, text_data):
     write_words(tmp_path / 'words')
-    assert find_dataset(str(tmp_path / 'words')) == tmp_path / 'words' and holds_pairs(tmp_path / 'words')
-    assert not holds_pairs(text_data)
+    assert find_dataset(str(tmp_path / 'words')) == tmp_path / 'words' and kind_of(tmp_path / 'words') == 'pairs'
+    assert kind_of(text_data) == 'tokens'
     with pytest.raises(UserError, match='train.jsonl holds rows'):
         dataset.TokenData(tmp_path / 'words', 'train', 8)
     before = {f.name: f.read_bytes() for f in (tmp_path / 'words').iterdir()}

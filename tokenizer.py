@@ -169,18 +169,18 @@ class Tokenizer:
         """A chat, a list of {'role': …, 'content': …} -> (ids, mask) in ChatML; content is ordinary text throughout.
 
         mask is 1 on the tokens that the assistant has to produce, its content and its <|im_end|>, and 0 elsewhere.
-        generate: end with the header of the assistant's next message.
+        generate: end with the header of the assistant's next message, which may be the first.
         """
         if not self._has_chat():
             raise UserError(f'tokenizer {self.name} has no chats in ChatML (<|im_start|> … <|im_end|>): '
                             'take that of an instruct model that has')
-        if not isinstance(messages, list) or not messages:
+        if not isinstance(messages, list) or not (messages or generate):
             raise UserError("a chat must be a list of at least one {'role': …, 'content': …}")
         for i, m in enumerate(messages):
             if not isinstance(m, dict) or not isinstance(m.get('content'), str) or m.get('role') not in ROLES:
                 raise UserError(f"message {i} of the chat must have a 'role' ({', '.join(ROLES)}) and a 'content' that "
                                 f'is a string')
-        if self.system is not None and messages[0]['role'] != 'system':
+        if self.system is not None and [m['role'] for m in messages[:1]] != ['system']:
             messages = [{'role': 'system', 'content': self.system}, *messages]
         start, end, newline = self.special['<|im_start|>'], self.special['<|im_end|>'], self.encode('\n')
         header, ids, mask = [start, *self.encode('assistant\n')], [], []

@@ -18,7 +18,7 @@ import torch
 
 import runtime
 from convert import load_state
-from dataset import PairData, TokenData, find_dataset, holds_pairs
+from dataset import PairData, TokenData, find_dataset, kind_of
 from model import GPT, GPTConfig, check_prompts
 from tokenizer import UserError
 
@@ -136,7 +136,10 @@ def main():
     block_size, n_encoder_layer = model_config.block_size, model_config.n_encoder_layer
     run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     folder, pairs = find_dataset(dataset), n_encoder_layer > 0
-    if pairs != holds_pairs(folder):
+    kind = kind_of(folder)
+    if kind == 'chats':
+        raise UserError(f'{folder} holds chats, which are for sft.py: train.py learns from running text or from pairs')
+    if pairs != (kind == 'pairs'):
         raise UserError(f'n_encoder_layer={n_encoder_layer} ' + (
             f'needs pairs of source and target, and {folder} holds running text: --dataset=reverse has some' if pairs
             else f'leaves nothing to read the sources of {folder}, which holds pairs: set it to 1 or more'))
