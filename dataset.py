@@ -517,11 +517,13 @@ def _chat(row):
 
     if not isinstance(row, dict):
         raise UserError(f'not a JSON object but {row!r:.40}')
+    row = {key: value for key, value in row.items() if value is not None}  # columns that a table has for other rows
     if 'messages' in row:
         messages = row['messages']
     elif {'instruction', 'output'} <= row.keys():
-        prompt, more = text(row['instruction'], '"instruction"'), text(row.get('input') or '', '"input"')
-        messages = [{'role': 'user', 'content': prompt + (more and f'\n\n{more}')}, *part('output', 'assistant')]
+        prompt, more = text(row['instruction'], '"instruction"'), text(row.get('input', ''), '"input"')
+        messages = [{'role': 'user', 'content': prompt + (more and f'\n\n{more}')},
+                    {'role': 'assistant', 'content': text(row['output'], '"output"')}]
     elif {'prompt', 'completion'} <= row.keys():
         messages = part('prompt', 'user') + part('completion', 'assistant')
     else:
@@ -540,7 +542,8 @@ def _chat(row):
     if chat['messages'][-1]['role'] != 'assistant':
         raise UserError(f"its last message is the {chat['messages'][-1]['role']}'s: it must be the assistant's")
     for key, types in (('answer', (str, int, float)), ('grader', str), ('steps', (int, float)), ('kind', str)):
-        if (value := row.get(key)) is not None:  # a table that has the column for other rows has null here
+        if key in row:
+            value = row[key]
             if isinstance(value, bool) or not isinstance(value, types):
                 raise UserError(f'"{key}" is {value!r:.40}, which it cannot be')
             chat[key] = text(value, f'"{key}"') if isinstance(value, str) else value

@@ -277,7 +277,8 @@ def lines(path, rows):
 def test_three_shapes_of_rows_are_one(tmp_path):
     system = turn('system', 'Be')
     rows = [GOOD, {'instruction': 'Add', 'input': '1 2', 'output': '3', 'id': 7}, {'instruction': 'Hi', 'output': 'Yo'},
-            {'instruction': 'Hi', 'input': '', 'output': 'Yo'}, {'instruction': 'Hi', 'input': None, 'output': 'Yo'},
+            {'instruction': 'Hi', 'input': '', 'output': 'Yo'},
+            {'instruction': 'Hi', 'input': None, 'output': 'Yo', 'messages': None},
             {'prompt': 'Hi', 'completion': 'Yo'},
             {'prompt': [system, turn('user', 'Hi')], 'completion': [turn('assistant', 'Yo')]},
             {'messages': [{'role': 'user', 'content': 'é', 'name': 'x'}, turn('assistant', '4')], 'answer': 4,
@@ -312,7 +313,8 @@ def test_three_shapes_of_rows_are_one(tmp_path):
     ({'messages': [turn('user', '\ud800'), turn('assistant', 'y')]}, 'half a surrogate'),
     ({'instruction': 'x', 'output': ''}, 'is empty'), ({'instruction': 5, 'output': 'x'}, '"instruction" must be a'),
     ({'instruction': 'x', 'input': ['y'], 'output': 'x'}, '"input" must be a text'),
-    ({'instruction': 'x', 'output': {}}, '"output" must be a text'),
+    ({'instruction': 'x', 'output': {}}, '"output" must be a text'), ({'messages': None}, 'it needs "messages"'),
+    ({'instruction': 'x', 'output': GOOD['messages']}, '"output" must be a text'),
     ({'prompt': 'x', 'completion': 3}, '"completion" must be a text'),
     ({'prompt': [], 'completion': []}, '"messages" must be a list'),
     ({**GOOD, 'answer': [4]}, '"answer" is [4], which it cannot be'), ({**GOOD, 'steps': '2'}, '"steps" is'),
