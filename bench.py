@@ -64,7 +64,7 @@ results = 'out/bench'  # where the results and the runs go
 
 TRAIN = Path(__file__).parent / 'train.py'
 TRAIN_DEFAULTS = {key: default for key, (default, _) in runtime.knobs_of_file(TRAIN).items()}
-MODEL_FIELDS = [field.name for field in fields(GPTConfig) if field.name != 'quant']  # here that is generation's
+MODEL_FIELDS = [field.name for field in fields(GPTConfig)]
 OWN_KNOBS = runtime.knobs_of_file(__file__)
 
 
@@ -739,6 +739,7 @@ def main():
     if mode not in MODES and mode not in ('--help', '-h'):
         raise UserError(f'the first argument is a mode: {", ".join(list(MODES)[:-1])}')
     _, given = runtime.configure(globals(), TRAIN, GPTConfig, argv=sys.argv[2 if mode in MODES else 1:])
+    given.pop('quant', None)  # this file's: the model's is for training
     if min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'):
         raise UserError('repeats, steps, max_new_tokens, batches and contexts start at 1')
     knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})

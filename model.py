@@ -8,22 +8,26 @@ where it happens.
     loss = model(idx, targets)                   # mean over the targets that are not -100
     new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=20)
     loss = model(idx, targets, source=source)    # n_encoder_layer > 0: (B, S) ids that the decoder attends to
+    model = GPT.from_state(state, lora_rank=8, quant='nf4').freeze()    # a few new weights beside a frozen model
 
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
 Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Muon (arXiv:2502.16982),
 Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066), balancing without a
-loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
+loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453), adapters
+(arXiv:1902.00751), LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), QLoRA (arXiv:2305.14314).
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+LORA_TARGETS = ('q', 'k', 'v', 'proj', 'gate', 'up', 'down')
 
 
 @dataclass
@@ -71,13 +75,20 @@ class GPTConfig:
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
     n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
+    lora_rank: int = 0  # rank of the updates that LoRA learns beside the blocks' frozen matrices; 0 = none
+    lora_alpha: float = 16.0  # the updates are multiplied by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # on what the updates read
+    lora_targets: str = 'q,k,v,proj,gate,up,down'  # the matrices that have an update, those of them that the model has
+    lora_rs: bool = False  # lora_alpha / sqrt(lora_rank) instead (rsLoRA)
+    adapter_dim: int = 0  # width of the bottleneck that adapters learn behind each frozen sublayer; 0 = none
+    quant: str = ''  # 'nf4': the blocks' frozen matrices in 4 bits, embeddings and head in bfloat16 (QLoRA)
     init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in), and 1 for embeddings
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
 
     def __post_init__(self):
         for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
                               ('norm_place', ('pre', 'post')), ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
-                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn'))):
+                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')), ('quant', ('', 'nf4'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -85,11 +96,13 @@ class GPTConfig:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
                      'rope_original', 'rope_low', 'rope_high', 'window', 'n_sink', 'n_expert', 'n_expert_shared',
-                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer'):
+                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer',
+                     'lora_rank', 'lora_alpha', 'adapter_dim'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout} must be in [0, 1)')
+        for name in ('dropout', 'lora_dropout'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1)')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head} (or set head_dim)')
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -124,6 +137,23 @@ class GPTConfig:
             self.rope_high = self.rope_high or (4.0 if self.rope_scaling == 'llama3' else 32.0)
             if self.rope_high <= self.rope_low:
                 raise ValueError(f'rope_high={self.rope_high} must be above rope_low={self.rope_low}')
+
+        targets = self.lora_parts()
+        if unknown := sorted(targets - set(LORA_TARGETS)):
+            raise ValueError(f'lora_targets={self.lora_targets!r}: {unknown[0]!r} is not one of '
+                             f'{", ".join(LORA_TARGETS)}')
+        dense = self.n_expert_shared or self.n_encoder_layer or not all(map(self.is_sparse, range(self.n_layer)))
+        there = {'q', 'k', 'v', 'proj', *(('up', 'down') if dense else ()),
+                 *(('gate',) if dense and self.mlp == 'swiglu' else ())}
+        if self.lora_rank and not targets & there:
+            raise ValueError(f'lora_targets={self.lora_targets!r}: this model has none of them')
+        if self.quant and not (self.lora_rank or self.adapter_dim):
+            raise ValueError(f'quant={self.quant!r} freezes the matrices: without lora_rank or adapter_dim nothing '
+                             'could be trained')
+
+    def lora_parts(self):
+        """The names in lora_targets, a set."""
+        return {name.strip() for name in self.lora_targets.split(',')} - {''}
 
     def is_local(self, layer):
         """Whether this layer's attention has the window."""
@@ -235,6 +265,194 @@ def compiled_flex():
     return torch.compile(flex_attention)  # only so does it leave out the blocks that nobody sees
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# few weights that learn beside many that are frozen
+
+# the quantiles of a normal distribution of appendix E of arXiv:2305.14314, with a zero and the ends at -1 and 1
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+
+
+def nf4_quantize(w):
+    """Numbers of any shape -> codes (n / 2,) uint8, two each, the first high; scales (blocks,) float32.
+
+    A number is the nearest of 16 levels times the scale of its block of 64, the largest magnitude there
+    (arXiv:2305.14314, section 3). The last block is filled up with zeros.
+    """
+    blocks = F.pad(w.float().flatten(), (0, -w.numel() % 64)).view(-1, 64)
+    scales = blocks.abs().amax(1)
+    levels = torch.tensor(NF4, device=w.device)
+    codes = torch.bucketize(blocks / scales.clamp(min=1e-30)[:, None], (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    high, low = codes.to(torch.uint8).view(-1, 2).unbind(1)
+    return high << 4 | low, scales
+
+
+def pack_scales(scales):
+    """Double quantisation (arXiv:2305.14314, section 3): scales (blocks,) -> (packed uint8, steps, mean).
+
+    packed holds 8-bit floats, bytes so that no conversion of a model's dtype touches them, which times the step of
+    their 256 and plus the mean of all are the scales; it is padded to a multiple of 256.
+    """
+    mean = scales.mean()
+    groups = F.pad(scales - mean, (0, -len(scales) % 256)).view(-1, 256)
+    steps = groups.abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
+    packed = (groups / steps.clamp(min=1e-30)[:, None]).to(torch.float8_e4m3fn)
+    return packed.flatten().view(torch.uint8), steps, mean
+
+
+def unpack_scales(packed, steps, mean):
+    """What `pack_scales` gave -> scales float32, padded to a multiple of 256."""
+    return (packed.view(torch.float8_e4m3fn).float().view(-1, 256) * steps[:, None] + mean).flatten()
+
+
+@functools.cache
+def nf4_table(dtype, device):
+    """The four levels of any two bytes of codes, as one wide number: (65536,). One look-up instead of four."""
+    with torch.inference_mode(False):
+        levels = torch.tensor(NF4, dtype=dtype, device=device)
+        pairs = torch.arange(1 << 16, device=device).to(torch.uint16).view(torch.uint8).long()
+        quads = levels[torch.stack((pairs >> 4, pairs & 15), -1).flatten()]
+        return quads.view(torch.complex128 if dtype == torch.float32 else torch.float64)
+
+
+def nf4_dequantize(codes, scales, shape, dtype):
+    """Codes and scales of `nf4_quantize` -> the numbers, of this shape; in 16 bits levels and scales are rounded."""
+    if torch.compiler.is_compiling():  # into one kernel with what follows
+        nibbles = torch.stack((codes >> 4, codes & 15), -1).int()
+        blocks = torch.tensor(NF4, dtype=dtype, device=codes.device)[nibbles].view(-1, 64)
+    else:
+        pairs = codes.view(torch.uint16).int()
+        blocks = nf4_table(dtype, codes.device).index_select(0, pairs).view(dtype).view(-1, 64)
+    return blocks.mul_(scales[:len(blocks), None].to(dtype)).flatten()[:math.prod(shape)].view(shape)
+
+
+class NF4Product(torch.autograd.Function):
+    """x (…, in) @ W.T of a frozen W (out, in) in 4 bits, which is whole during the products of both passes only."""
+
+    @staticmethod
+    def forward(ctx, x, shape, codes, *packed):
+        ctx.save_for_backward(codes, *packed)
+        ctx.shape = shape
+        return F.linear(x, nf4_dequantize(codes, unpack_scales(*packed), shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        codes, *packed = ctx.saved_tensors
+        return g @ nf4_dequantize(codes, unpack_scales(*packed), ctx.shape, g.dtype), None, None, None, None, None
+
+
+def product_dtype(x):
+    """The dtype of matrix products with x: autocast's, which does not reach inside custom functions, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class LoRALinear(nn.Linear):
+    """A frozen nn.Linear with what learns beside it: W x + b + scale B A dropout(x) (LoRA, arXiv:2106.09685).
+
+    Where W is several matrices in one, each has an A and a B of its own: lora_a (targets, r, in), lora_b (rows of the
+    targets, r). `parts` counts the rows of each by name, (rows, has an update). With quant='nf4' (QLoRA,
+    arXiv:2305.14314) there is no `weight` but buffers of 4 bits, which are filled from a state's `weight` as it comes.
+    """
+
+    def __init__(self, config, n_in, bias, rows):
+        super().__init__(n_in, sum(rows.values()), bias)
+        targets = config.lora_parts() if config.lora_rank else set()
+        self.parts = {name: (n, name in targets) for name, n in rows.items()}
+        self.quant, self.dropout, rank = config.quant, config.lora_dropout, config.lora_rank
+        self.lora_a = self.lora_b = None
+        if targets & set(rows):
+            learned = [n for n, learns in self.parts.values() if learns]
+            self.scale = config.lora_alpha / (math.sqrt(rank) if config.lora_rs else rank)
+            self.lora_a = nn.Parameter(torch.empty(len(learned), rank, n_in))
+            self.lora_b = nn.Parameter(torch.empty(sum(learned), rank))
+        if self.quant:
+            self.weight, blocks = None, -(-n_in * self.out_features // 64)
+            groups = -(-blocks // 256)
+            for name, size, dtype in (('codes', blocks * 32, torch.uint8), ('scales', groups * 256, torch.uint8),
+                                      ('steps', groups, torch.float32), ('mean', (), torch.float32)):
+                self.register_buffer(name, torch.zeros(size, dtype=dtype), persistent=False)
+
+    @torch.no_grad()
+    def quantize(self, weight):
+        """Takes a matrix (out, in) into the 4 bits."""
+        codes, scales = nf4_quantize(weight)
+        for mine, given in zip((self.codes, self.scales, self.steps, self.mean), (codes, *pack_scales(scales)),
+                               strict=True):
+            mine.copy_(given)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        if self.quant and prefix + 'weight' in state:
+            self.quantize(state.pop(prefix + 'weight'))
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def frozen(self):
+        """W (out, in), dequantised to float32 where it has 4 bits."""
+        if not self.quant:
+            return self.weight
+        scales = unpack_scales(self.scales, self.steps, self.mean)
+        return nf4_dequantize(self.codes, scales, (self.out_features, self.in_features), torch.float32)
+
+    def expand(self):
+        """B of all parts side by side, zero where one would meet another's A: (out, targets * r)."""
+        if all(learns for _, learns in self.parts.values()) and len(self.parts) == 1:
+            return self.lora_b
+        learned = iter(self.lora_b.split([n for n, learns in self.parts.values() if learns]))
+        return torch.block_diag(*(next(learned) if learns else self.lora_b.new_zeros(n, 0)
+                                  for n, learns in self.parts.values()))
+
+    def merged(self):
+        """W + scale B A (out, in), float32."""
+        w = self.frozen().float()
+        if self.lora_a is None:
+            return w
+        return torch.addmm(w, self.expand().float(), self.lora_a.flatten(0, 1).float(), alpha=self.scale)
+
+    def forward(self, x):
+        if self.quant:
+            dtype, shape = product_dtype(x), (self.out_features, self.in_features)
+            y = NF4Product.apply(x.to(dtype), shape, self.codes, self.scales, self.steps, self.mean)
+            y = y if self.bias is None else y + self.bias.to(dtype)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if self.lora_a is None:
+            return y
+        inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.flatten(0, 1))
+        return y + F.linear(inner, self.expand() * self.scale)
+
+
+def linear(config, n_in, bias, **rows):
+    """An nn.Linear of a block that stacks matrices of so many rows by name, ready for what the config adds to it.
+
+    A MoE's router and stacked experts are none: they have no LoRA and keep their bits, and `GPT.freeze` freezes them.
+    """
+    if config.quant or config.lora_rank and config.lora_parts() & set(rows):
+        return LoRALinear(config, n_in, bias, rows)
+    return nn.Linear(n_in, sum(rows.values()), bias=bias)
+
+
+class Adapter(nn.Module):
+    """A bottleneck with a residual of its own behind a frozen sublayer (arXiv:1902.00751); `up` starts at zero."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(config.adapter_dim, config.n_embd))
+        self.down_bias = nn.Parameter(torch.empty(config.adapter_dim))
+        self.up = nn.Parameter(torch.empty(config.n_embd, config.adapter_dim))
+        self.up_bias = nn.Parameter(torch.empty(config.n_embd))
+
+    def forward(self, x):
+        return x + F.linear(F.gelu(F.linear(x, self.down, self.down_bias)), self.up, self.up_bias)
+
+
+def is_small(name):
+    """Whether a parameter of this name belongs to LoRA or an adapter."""
+    return '.lora_' in name or '.adapter' in name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention with rotary positions, QK-norm and a KV cache by flag."""
 
@@ -244,9 +462,9 @@ class Attention(nn.Module):
         self.scale = config.attn_scale or 1 / math.sqrt(config.head_dim)
         self.dropout, self.causal, self.local = config.dropout, causal, local
         # queries, keys and values of all heads in one matrix: rows are q heads, then k heads, then v heads
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim,
-                             bias=config.bias or config.qkv_bias)
-        self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        self.qkv = linear(config, config.n_embd, config.bias or config.qkv_bias, q=q, k=kv, v=kv)
+        self.proj = linear(config, q, config.bias, proj=config.n_embd)
         self.q_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
 
@@ -287,10 +505,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.scale, self.dropout = config.attn_scale or 1 / math.sqrt(config.head_dim), config.dropout
-        bias = config.bias or config.qkv_bias
-        self.q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=bias)
-        self.kv = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias=bias)
-        self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        q, kv, bias = self.n_head * self.head_dim, self.n_kv_head * self.head_dim, config.bias or config.qkv_bias
+        self.q = linear(config, config.n_embd, bias, q=q)
+        self.kv = linear(config, config.n_embd, bias, k=kv, v=kv)
+        self.proj = linear(config, q, config.bias, proj=config.n_embd)
 
     def forward(self, x, memory, mask=None, cache=None):
         """x (B, T, C), memory (B, S, C), mask (B, 1, 1, S) True where a token of the source is real, or None."""
@@ -320,9 +538,9 @@ class MLP(nn.Module):
     def __init__(self, config, dim):
         super().__init__()
         self.kind = config.mlp
-        self.gate = nn.Linear(config.n_embd, dim, bias=config.bias) if self.kind == 'swiglu' else None
-        self.up = nn.Linear(config.n_embd, dim, bias=config.bias)
-        self.down = nn.Linear(dim, config.n_embd, bias=config.bias)
+        self.gate = linear(config, config.n_embd, config.bias, gate=dim) if self.kind == 'swiglu' else None
+        self.up = linear(config, config.n_embd, config.bias, up=dim)
+        self.down = linear(config, dim, config.bias, down=config.n_embd)
 
     def forward(self, x):
         return self.down(activate(self.kind, self.up(x), self.gate(x) if self.gate is not None else None))
@@ -371,7 +589,7 @@ class MoE(nn.Module):
             self.aux = self.aux_coef * balance + self.z_coef * logits.logsumexp(-1).square().mean()
             self.load, self.entropy = load, -(probs * logprobs).sum(-1).mean().detach()
 
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x)
         order = chosen.flatten().argsort(stable=True)  # by expert
         token, rows = order // K, flat.to(dtype)
         # A CPU's kernels are made anew for every number of rows, so slices there are padded to multiples of 32.
@@ -412,6 +630,7 @@ class Block(nn.Module):
         self.norm2 = Norm(config.n_embd, config)
         self.mlp = MoE(config) if config.is_sparse(layer) and not encoder else MLP(config, config.mlp_dim)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.adapter1, self.adapter2 = (Adapter(config) if config.adapter_dim else nn.Identity() for _ in range(2))
         self.recompute = False  # activation checkpointing (arXiv:1604.06174): the backward pass computes it all again
 
     def forward(self, x, rope=None, masks=(None, None), cache=None, memory=None, memory_mask=None):
@@ -424,14 +643,14 @@ class Block(nn.Module):
 
     def sublayers(self, x, rope, mask, cache, memory, memory_mask):
         if self.post:
-            x = self.norm1(x + self.drop(self.attn(x, rope, mask, cache)))
+            x = self.norm1(x + self.adapter1(self.drop(self.attn(x, rope, mask, cache))))
             if self.cross is not None:
                 x = self.norm_cross(x + self.drop(self.cross(x, memory, memory_mask, cache)))
-            return self.norm2(x + self.drop(self.mlp(x)))
-        x = x + self.drop(self.attn(self.norm1(x), rope, mask, cache))
+            return self.norm2(x + self.adapter2(self.drop(self.mlp(x))))
+        x = x + self.adapter1(self.drop(self.attn(self.norm1(x), rope, mask, cache)))
         if self.cross is not None:
             x = x + self.drop(self.cross(self.norm_cross(x), memory, memory_mask, cache))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        return x + self.adapter2(self.drop(self.mlp(self.norm2(x))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -462,7 +681,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(len(h), dtype=torch.float32, device=h.device)
         ones = losses.new_ones(len(h))
         grads_now = learning and not per_token
-        dh, dw = LinearCrossEntropy.walk(h, w, targets, cap, ones if grads_now else None, losses)
+        dh, dw = LinearCrossEntropy.walk(h, w, targets, cap, ones if grads_now else None, losses,
+                                         ctx.needs_input_grad[1])
         ctx.cap, ctx.per_token = cap, per_token
         ctx.save_for_backward(*((h, w, targets) if per_token else (dh, dw)))
         return losses if per_token else losses.sum()
@@ -471,16 +691,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         if ctx.per_token:
             h, w, targets = ctx.saved_tensors
-            dh, dw = LinearCrossEntropy.walk(h, w, targets, ctx.cap, g, None)
+            dh, dw = LinearCrossEntropy.walk(h, w, targets, ctx.cap, g, None, ctx.needs_input_grad[1])
         else:
             dh, dw = ctx.saved_tensors
-            dh, dw = dh * g, dw * g
-        return dh, dw.to(dh.dtype), None, None, None, None
+            dh, dw = dh * g, dw if dw is None else dw * g
+        return dh, dw if dw is None else dw.to(dh.dtype), None, None, None, None
 
     @staticmethod
-    def walk(h, w, targets, cap, g, losses):
-        """Fills losses (N,) where given; returns gradients of sum(g * loss) for h and w where g (N,) is given."""
-        dh, dw = (torch.empty_like(h), torch.zeros_like(w, dtype=torch.float32)) if g is not None else (None, None)
+    def walk(h, w, targets, cap, g, losses, learns):
+        """Fills losses (N,) where given; returns gradients of sum(g * loss) for h, and w if it learns, where g (N,) is.
+        """
+        dh = torch.empty_like(h) if g is not None else None
+        dw = torch.zeros_like(w, dtype=torch.float32) if g is not None and learns else None
+        w = w.to(h.dtype)
         rows = chunk_rows(len(w), h.device.type)
         for i in range(0, len(h), rows):
             hc, tc = h[i:i + rows], targets[i:i + rows]
@@ -496,7 +719,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d *= (g[i:i + rows] * valid)[:, None]
                 d = (d * slope if cap else d).to(h.dtype)
                 dh[i:i + rows] = d @ w
-                dw += d.T @ hc
+                if learns:
+                    dw += d.T @ hc
         return dh, dw
 
 
@@ -770,8 +994,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else None
+        dtype = torch.bfloat16 if config.quant else None
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd, dtype=dtype)
+        self.pos_emb = nn.Embedding(config.block_size, config.n_embd, dtype=dtype) if config.pos == 'learned' else None
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.encoder = self.encoder_norm = None
         if config.n_encoder_layer:
@@ -779,7 +1004,7 @@ class GPT(nn.Module):
             self.encoder_norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
         if config.pos == 'rope':  # a table, not weights: made anew at loading
@@ -791,9 +1016,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero."""
+        """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero.
+
+        The rest is drawn as if there were no LoRA and no adapters, and these afterwards, so that they change nothing.
+        """
         config = self.config
-        for name, p in self.named_parameters():
+
+        def fill(name, p):
             into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))
             if p.ndim < 2:
                 p.fill_(1.0 if name.endswith('weight') else 0.0)
@@ -803,10 +1032,27 @@ class GPT(nn.Module):
                 std = config.init_std or (1.0 if name.endswith('emb.weight') else p.shape[-1] ** -0.5)
                 p.normal_(0.0, std / math.sqrt(2 * config.n_layer) if into_residual else std)
 
+        for name, p in self.named_parameters():
+            if not is_small(name):
+                fill(name, p)
+        for name, module in self.named_modules():
+            if isinstance(module, LoRALinear) and module.quant:
+                w = torch.empty(module.out_features, module.in_features, device=module.codes.device)
+                fill(f'{name}.weight', w)
+                module.quantize(w)
+        for name, p in self.named_parameters():
+            if name.endswith('lora_a'):
+                p.uniform_(-p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)  # as PEFT draws it
+            elif is_small(name) and name.endswith('.down'):
+                fill(name, p)
+            elif is_small(name):
+                p.zero_()
+
     def embed(self, idx, positions=None):
         """Ids (B, T) -> (B, T, C) with positions added, those of 'rope' apart; positions: (T,) or (B, T), None = 0 …"""
         config, T = self.config, idx.shape[1]
         x = self.tok_emb(idx)
+        x = x.float() if config.quant else x  # the residual stream has all digits
         if config.pos == 'learned':
             x = x + (self.pos_emb.weight[:T] if positions is None else self.pos_emb(positions))
         elif config.pos == 'sinusoidal':
@@ -901,17 +1147,27 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (…, C) -> float32 logits (…, V)."""
+        if self.config.quant:
+            dtype = product_dtype(hidden)
+            return _softcap(F.linear(hidden.to(dtype), self.head.weight.to(dtype)).float(), self.config.logit_softcap)
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
-    def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None):
+    def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None,
+                segments=None):
         """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats.
 
         Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', or 'none' for (B, T).
-        source (B, S), source_mask (B, S): see `encode`. In training the gradient of 'mean' is also that of the routers'
-        losses; the value is not.
+        source (B, S), source_mask (B, S): see `encode`. segments (B, T) of integers: a token sees those of its own
+        only, so that several texts share a row, each with positions of its own. In training the gradient of 'mean' is
+        also that of the routers' losses; the value is not.
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
+        if segments is not None:
+            if source is not None:
+                raise ValueError('segments of a row cannot share a source: give each text a row')
+            same = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
+            mask = same if mask is None else mask & same
         memory = self.encode(source, source_mask) if source is not None else None
         hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask)
         if targets is None:
@@ -931,9 +1187,8 @@ class GPT(nn.Module):
         if len(h) <= chunk_rows(self.config.vocab_size, device_type) or isinstance(self.head, PackedLinear):
             losses = F.cross_entropy(self.logits(h), flat, ignore_index=-100, reduction=reduction)
             return losses.view_as(targets) if reduction == 'none' else losses
-        w = self.head.weight
-        if torch.is_autocast_enabled(device_type):  # autocast does not reach inside a custom function
-            h, w = (t.to(torch.get_autocast_dtype(device_type)) for t in (h, w))
+        w, dtype = self.head.weight, product_dtype(h)
+        h, w = h.to(dtype), w if self.config.quant else w.to(dtype)
         learning = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
         losses = LinearCrossEntropy.apply(h, w, flat, self.config.logit_softcap, reduction == 'none', learning)
         if reduction == 'mean':
@@ -958,34 +1213,78 @@ class GPT(nn.Module):
     def from_state(cls, state, **overrides):
         """A model from a checkpoint's dict: 'model_args' (fields of GPTConfig, overridden where given) and 'model'.
 
-        Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor.
+        Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor; but LoRA
+        and adapters that the state's own fields do not have start afresh. With quant='nf4' the state has the matrices
+        whole, and the model takes each into its 4 bits as it comes.
         """
         unknown = set(state['model_args']) - set(GPTConfig.__dataclass_fields__)
         if unknown:
             raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
-        model = cls(GPTConfig(**state['model_args'] | overrides))
+        model, args = cls(GPTConfig(**state['model_args'] | overrides)), state['model_args']
         own, given = model.state_dict(), state['model']
+        for name, module in model.named_modules():
+            if isinstance(module, LoRALinear) and module.quant:
+                own[f'{name}.weight'] = torch.empty(module.out_features, module.in_features, device='meta')
         for name in [*own, *given]:
-            if name not in own or name not in given:
+            fresh = is_small(name) and not args.get('lora_rank' if '.lora_' in name else 'adapter_dim')
+            if name not in own or name not in given and not fresh:
                 raise ValueError(f'tensor {name} is {"missing" if name in own else "not part of this model"}')
-            if own[name].shape != given[name].shape:
+            if name in given and own[name].shape != given[name].shape:
                 raise ValueError(f'tensor {name} has shape {tuple(given[name].shape)} where this model has '
                                  f'{tuple(own[name].shape)}')
-        model.load_state_dict(given)
+        model.load_state_dict(given, strict=False)
         return model
+
+    def freeze(self):
+        """Where the config has LoRA or adapters, nothing but these learns from now on; returns the model."""
+        for name, p in self.named_parameters() if self.config.lora_rank or self.config.adapter_dim else ():
+            p.requires_grad_(is_small(name))
+        return self
+
+    def small_state(self):
+        """The tensors of LoRA and adapters by name: all that a run keeps which froze the rest."""
+        return {name: tensor for name, tensor in self.state_dict().items() if is_small(name)}
+
+    @torch.no_grad()
+    def merged(self, dtype=torch.float32):
+        """A new GPT without LoRA and 4 bits that computes the same: W + scale B A in dtype. Adapters stay as they are.
+
+        Computed in float32, one matrix at a time.
+        """
+        plain = {f.name: f.default for f in fields(GPTConfig) if f.name == 'quant' or f.name.startswith('lora_')}
+        with torch.device('meta'):
+            model = GPT(replace(self.config, **plain))
+        own, weights = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers()), {}
+        for name in model.state_dict():
+            module = self.get_submodule(name.rpartition('.')[0])
+            folds = isinstance(module, LoRALinear) and name.endswith('.weight')
+            if name != 'head.weight' or not self.config.tie_weights:
+                weights[name] = (module.merged() if folds else own[name]).detach().to(dtype, copy=not folds)
+        model.load_state_dict(weights, strict=False, assign=True)
+        if self.config.tie_weights:
+            model.head.weight = model.tok_emb.weight
+        for name in ('rope_cos', 'rope_sin') if self.config.pos == 'rope' else ():
+            model.register_buffer(name, own[name].clone(), persistent=False)
+        return model.train(self.training)
+
+    def memory(self):
+        """Bytes of the weights as they are kept; a head tied to the embedding counts once."""
+        kept = [b for name, b in self.named_buffers() if not name.startswith('rope_')]
+        return sum(t.nbytes for t in (*self.parameters(), *kept))
 
     def configure_optimizers(self, optimizer='adamw', learning_rate=6e-4, weight_decay=0.1, betas=(0.9, 0.95),
                              embed_lr=0.0, muon_lr=0.02, muon_momentum=0.95):
         """Torch optimizers that step as one; each of their groups carries its `peak_lr`, which a schedule scales.
 
         'adamw': weight decay on matrices only. 'muon': the matrices of the blocks by Muon (arXiv:2502.16982), the rest
-        by AdamW. embed_lr: peak for the token embedding, 0 = learning_rate. ValueError for another name.
+        by AdamW, LoRA and adapters too. What is frozen is in neither.
+        embed_lr: peak for the token embedding, 0 = learning_rate. ValueError for another name.
         """
         if optimizer not in ('adamw', 'muon'):
             raise ValueError(f"optimizer={optimizer!r} is not one of 'adamw', 'muon'")
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         hidden = [p for n, p in params.items() if n.startswith(('blocks.', 'encoder.')) and p.ndim >= 2
-                  and 'router' not in n and optimizer == 'muon']
+                  and 'router' not in n and not is_small(n) and optimizer == 'muon']
         taken = {id(p) for p in hidden}
         groups = []
         for is_embedding in (True, False):
@@ -1016,6 +1315,9 @@ class GPT(nn.Module):
         bfloat16 on a CPU. ValueError where that cannot be.
         """
         weight = self.tok_emb.weight
+        if self.config.lora_rank or self.config.quant:
+            name = 'lora_rank' if self.config.lora_rank else 'quant'
+            raise ValueError(f'{name}={getattr(self.config, name)!r}: fold it in first, with model.merged()')
         if quant not in ('', 'int8'):
             raise ValueError(f"quant={quant!r} is not one of '', 'int8'")
         if quant and (weight.device.type != 'cpu' or weight.dtype != torch.bfloat16):
@@ -1030,24 +1332,32 @@ class GPT(nn.Module):
                     setattr(module, name, PackedLinear(child, quant))
         return self.requires_grad_(False)
 
-    def num_params(self):
-        """Number of parameters; a head tied to the embedding counts once."""
+    def num_params(self, learning=False):
+        """Number of parameters, or of those that learn; a head tied to the embedding counts once."""
         if isinstance(self.head, PackedLinear):
             return self.n_params
-        return sum(p.numel() for p in self.parameters())
+        if learning:
+            return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.parameters()) + self._in_4_bits()
+
+    def _in_4_bits(self):
+        """How many numbers have 4 bits."""
+        return sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, LoRALinear) and m.quant)
 
     def flops_per_token(self, T):
         """Multiply-adds x 2, forward and backward, per token at context T: 6 N + 12 L H D T (arXiv:2204.02311, B).
 
-        With an encoder: per token of a target beside a source as long.
+        A frozen matrix has no gradient of its own: 4 instead of 6. With an encoder: per token of a target beside a
+        source as long.
         """
         c = self.config
         share = c.n_expert_active / max(1, c.n_expert)  # of the experts, a token meets
-        matmul = sum(p.numel() * (share if p.ndim == 3 else 1) for n, p in self.named_parameters()
-                     if n.startswith(('blocks.', 'encoder.')) and p.ndim > 1)
-        matmul += self.head.weight.numel()
+        matrices = [(p, p.numel() * (share if p.ndim == 3 and not is_small(n) else 1))
+                    for n, p in self.named_parameters() if n.startswith(('blocks.', 'encoder.')) and p.ndim > 1]
+        matrices.append((self.head.weight, self.head.weight.numel()))
+        matmul = sum(n * (6 if p.requires_grad else 4) for p, n in matrices) + 4 * self._in_4_bits()
         layers = c.n_layer + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
-        return 6 * matmul + 12 * layers * c.n_head * c.head_dim * T
+        return matmul + 12 * layers * c.n_head * c.head_dim * T
 
     @torch.inference_mode()
     def next_logits(self, contexts, cache=None, memory=None, memory_mask=None):
@@ -1095,7 +1405,8 @@ class GPT(nn.Module):
 
     def _stream(self, texts, shared, max_new_tokens, stop_ids, seed, vocab_limit, use_cache, sources, sampling):
         """The loop of `stream` over texts (lists of ids, which grow); `shared` neighbours have the same prompt."""
-        config, device, dtype = self.config, self.tok_emb.weight.device, self.tok_emb.weight.dtype
+        config, device = self.config, self.tok_emb.weight.device
+        dtype = torch.float32 if config.quant else self.tok_emb.weight.dtype
         block, n_rows = config.block_size, len(texts)
         generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
         longest = max(map(len, texts), default=0) + max_new_tokens

@@ -168,7 +168,7 @@ def session(model, tokenizer):
 def main():
     global system
     _, given = runtime.configure(globals(), GPTConfig)
-    given.pop('quant', None)  # of this file: how generation packs the weights
+    given.pop('quant', None)  # this file's: the model's is for training
     if system and not chat:
         raise UserError('--system opens a chat: add --chat=True')
     system = read_text('system', system) if system else ''
