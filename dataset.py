@@ -87,35 +87,60 @@ def write_pairs(folder, tokenizer, splits, source):
 
     splits: {'train': pairs, 'val': pairs}; pairs is an iterable of (source, target), two str.
     """
-    folder = Path(folder)
+    rows = {split: ({'source': text, 'target': target} for text, target in pairs) for split, pairs in splits.items()}
     meta = {'tokenizer': 'tokenizer.json', 'splits': {}, 'source': source}
+    return _write_jsonl(folder, rows, 'pairs', tokenizer, meta)
+
+
+def write_rows(folder, splits, source):
+    """Writes {split}.jsonl and meta.json into folder, whole as `write_dataset` does; returns the content of the last.
+
+    splits: {'train': rows, 'val': rows, …}; rows is an iterable of dicts, JSON objects such as {"messages": […]}. There
+    is no tokenizer: chats are tokenised when they are read, with the model's.
+    """
+    return _write_jsonl(folder, splits, 'rows', None, {'splits': {}, 'source': source})
+
+
+def _write_jsonl(folder, splits, unit, tokenizer, meta):
+    """Writes the rows of each split; meta counts them as unit, and their bytes, of pairs those of the targets."""
+    folder = Path(folder)
     digest = hashlib.sha256()
     with _all_or_nothing(folder, [f'{split}.jsonl' for split in splits], tokenizer, meta):
-        for split, pairs in splits.items():
-            counts = meta['splits'][split] = {'pairs': 0, 'bytes': 0}
+        for split, rows in splits.items():
+            counts = meta['splits'][split] = {unit: 0, 'bytes': 0}
             with open(folder / f'{split}.jsonl.tmp', 'wb') as f:
-                for text, target in pairs:
-                    line = json.dumps({'source': text, 'target': target}, ensure_ascii=False).encode() + b'\n'
+                for row in rows:
+                    line = json.dumps(row, ensure_ascii=False).encode() + b'\n'
                     digest.update(line)
-                    counts['pairs'] += 1
-                    counts['bytes'] += len(target.encode())
+                    counts[unit] += 1
+                    counts['bytes'] += len(row['target'].encode() if unit == 'pairs' else line)
                     f.write(line)
-            if not counts['pairs']:
-                raise UserError(f'{folder}: nothing for the {split} split: give more pairs')
+            if not counts[unit]:
+                raise UserError(f'{folder}: nothing for the {split} split: give more {unit}')
         meta['sha256'] = digest.hexdigest()
     for split, n in meta['splits'].items():
-        print(f'{folder / split}.jsonl: {n["pairs"]:,} pairs, {n["bytes"]:,} bytes of targets')
+        print(f'{folder / split}.jsonl: {n[unit]:,} {unit}, {n["bytes"]:,} bytes' + ' of targets' * (unit == 'pairs'))
     return meta
+
+
+def fraction_of(text):
+    """A number from 0 to 1 that the text alone decides: a split by it is the same in whatever order rows come."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / (1 << 48)
 
 
 @contextlib.contextmanager
 def _all_or_nothing(folder, names, tokenizer, meta):
-    """Inside, NAME.tmp is written for each of names; then these, tokenizer.json and meta.json take their places."""
-    renames = {folder / f'{name}.tmp': folder / name for name in [*names, 'tokenizer.json', 'meta.json']}
+    """Inside, NAME.tmp is written for each of names; then these, tokenizer.json and meta.json take their places.
+
+    tokenizer: None where the folder has none.
+    """
+    names = [*names, *['tokenizer.json'] * bool(tokenizer), 'meta.json']
+    renames = {folder / f'{name}.tmp': folder / name for name in names}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-        tokenizer.save(folder / 'tokenizer.json.tmp')
+        if tokenizer:
+            tokenizer.save(folder / 'tokenizer.json.tmp')
         (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
         for temporary in renames:
             with open(temporary, 'rb+') as f:
