@@ -1,0 +1,101 @@
+"""
+Instructions as in Alpaca -> ../NAME/train.jsonl, val.jsonl and, if asked for, test.jsonl.
+
+The input is a JSON list or JSONL of {"instruction": …, "input": …, "output": …}; "input" may be empty or missing, other
+keys are left out. The user says the instruction and, after a blank line, the input; the assistant answers the output.
+A prompt lies in one split, whatever its order and however often it comes; a row that is there twice is taken once.
+
+    python data/alpaca/prepare.py
+    python data/alpaca/prepare.py --input=instructions.json --name=mine --test_fraction=0.1
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import runtime
+from dataset import fetch_url, fraction_of, write_rows
+from tokenizer import UserError
+
+input = ''  # a .json or .jsonl file; empty: fetch Stanford's 52,002 rows to alpaca_data.json here
+name = 'alpaca'  # the dataset is written to data/NAME/
+val_fraction = 0.1  # share of the prompts for validation
+test_fraction = 0.0  # share of the prompts for a test split
+strict = True  # stop at a malformed row of the input; False: leave such rows out, as those of the fetched file are
+seed = 1337  # decides the splits
+
+URL = 'https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json'
+ROWS = 52_002  # in that file
+
+
+def read_items(path):
+    """[(where, text of a JSON object or what was one)] of a file; UserError if it is neither a JSON list nor JSONL."""
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path}: byte {e.start} is not UTF-8: convert the file to UTF-8') from None
+    if not text.lstrip().startswith('['):
+        return [(f'{path}, line {i}', line) for i, line in enumerate(text.split('\n'), 1) if line.strip()]
+    try:
+        return [(f'{path}, row {i}', json.dumps(item)) for i, item in enumerate(json.loads(text), 1)]
+    except ValueError as e:
+        raise UserError(f'{path}: not a list in JSON ({e})') from e
+
+
+def to_row(text):
+    """A JSON object as a chat; ValueError says what is wrong with it."""
+    item = json.loads(text)
+    if not isinstance(item, dict):
+        raise ValueError('not a JSON object')
+    parts = []
+    for key in ('instruction', 'input', 'output'):
+        part = item.get(key, '' if key == 'input' else None)
+        if not isinstance(part, str) or not part.strip() and key != 'input':
+            raise ValueError(f'"{key}" must be a text' + ' that is not empty' * (key != 'input'))
+        part.encode()
+        parts.append(part.strip())
+    prompt = '\n\n'.join(part for part in parts[:2] if part)
+    return {'messages': [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': parts[2]}]}
+
+
+def main():
+    runtime.configure(globals())
+    home, folder = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1] / name
+    if not re.fullmatch(r'\w[\w.-]*', name) or folder != home and (folder / 'prepare.py').exists():
+        raise UserError(f'name={name!r}: give --name=NAME, a folder to be written in data/ that has no prepare.py')
+    if val_fraction <= 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
+        raise UserError(f'val_fraction={val_fraction}, test_fraction={test_fraction}: give shares that leave some rows '
+                        'for training, and some for validation')
+    path = Path(input) if input else home / 'alpaca_data.json'
+    if not input and not path.exists():
+        fetch_url(URL, path)
+    if not path.is_file():
+        raise UserError(f'{path}: no such file: give {URL} or a file like it, or no --input')
+    items, rows, skipped = read_items(path), {}, 0
+    if not input and len(items) != ROWS:
+        raise UserError(f'{path}: {len(items):,} rows, not {ROWS:,}: it is another file or damaged; fetch it again')
+    for where, text in items:
+        try:
+            row = to_row(text)
+            rows[json.dumps(row)] = row
+        except ValueError as e:
+            if strict and input:
+                raise UserError(f'{where}: {e}: mend it or leave such rows out with --strict=False') from e
+            skipped += 1
+    splits = {'train': [], 'val': []} | ({'test': []} if test_fraction else {})
+    for row in rows.values():
+        place = fraction_of(f'{seed} {row["messages"][0]["content"]}')
+        split = 'val' if place < val_fraction else 'test' if place < val_fraction + test_fraction else 'train'
+        splits[split].append(row)
+    shares = f'val_fraction={val_fraction}, test_fraction={test_fraction}, seed={seed}'
+    write_rows(folder, splits, f'{input or URL}, {shares}')
+    if skipped:
+        print(f'{path}: {skipped:,} malformed rows were left out')
+    if len(rows) + skipped < len(items):
+        print(f'{path}: {len(items) - len(rows) - skipped:,} rows were there before and left out')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)

@@ -1,0 +1,69 @@
+"""
+GSM8K, 8,792 word problems of grade school with worked solutions (arXiv:2110.14168) -> {train,val,test}.jsonl here.
+
+Rows are those of data/wordproblems: the solution without its calculator marks, inside <think> and </think>, then "The
+answer is 42."; `answer` is the gold number. Test is the published one; val is 5 % of the published training rows, by a
+hash of the question.
+
+    python data/gsm8k/prepare.py
+    python data/gsm8k/prepare.py --input=FOLDER_WITH_TRAIN_AND_TEST_JSONL
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import runtime
+from dataset import check_sha256, fetch_url, fraction_of, write_rows
+from tokenizer import UserError
+
+input = ''  # a folder with train.jsonl and test.jsonl; empty: fetch them to source_{train,test}.jsonl here
+
+URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data'
+SHA256 = {'train': '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',
+          'test': '3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14'}
+VAL_FRACTION = 0.05
+
+
+def read_rows(path):
+    """Yields a row for every line of a published file; UserError names the line that is none."""
+    with open(path, 'rb') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+                question, solution = row['question'].strip(), row['answer']
+                steps, gold = re.fullmatch(r'(.+)\n#### (-?[\d,]*\d)\s*', solution, re.S).groups()
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise UserError(f'{path}, line {number}: not a JSON object with a "question" and an "answer" that ends '
+                                f'in "#### NUMBER" ({type(e).__name__}: {e})') from e
+            steps = [line for line in re.sub('<<.*?>>', '', steps).splitlines() if line.strip()]
+            gold = gold.replace(',', '')
+            content = '<think>' + '\n'.join(steps) + f'</think>\nThe answer is {gold}.'
+            yield {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': content}],
+                   'answer': gold, 'grader': 'number', 'steps': len(steps)}
+
+
+def find_source(split):
+    """The published file of a split, fetched if need be and checked."""
+    path = Path(input) / f'{split}.jsonl' if input else Path(__file__).parent / f'source_{split}.jsonl'
+    if not input and not path.exists():
+        fetch_url(f'{URL}/{split}.jsonl', path, sha256=SHA256[split])
+    if not path.is_file():
+        raise UserError(f'{path}: no such file: give the folder of train.jsonl and test.jsonl from {URL} or no --input')
+    check_sha256(path, SHA256[split])
+    return path
+
+
+def main():
+    runtime.configure(globals())
+    train, test = (list(read_rows(find_source(split))) for split in ('train', 'test'))
+    val = [row for row in train if fraction_of(row['messages'][0]['content']) < VAL_FRACTION]
+    train = [row for row in train if fraction_of(row['messages'][0]['content']) >= VAL_FRACTION]
+    write_rows(Path(__file__).parent, {'train': train, 'val': val, 'test': test},
+               f'{URL}/{{train,test}}.jsonl (sha256 {SHA256["train"]}, {SHA256["test"]})')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
