@@ -38,7 +38,7 @@ def read_rows(path):
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise UserError(f'{path}, line {number}: not a JSON object with a "question" and an "answer" that ends '
                                 f'in "#### NUMBER" ({type(e).__name__}: {e})') from e
-            steps = [line for line in re.sub('<<.*?>>', '', steps).splitlines() if line.strip()]
+            steps = [line for line in re.sub('<<.*?>>', '', steps).split('\n') if line.strip()]
             gold = gold.replace(',', '')
             content = '<think>' + '\n'.join(steps) + f'</think>\nThe answer is {gold}.'
             yield {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': content}],

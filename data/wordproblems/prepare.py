@@ -97,8 +97,8 @@ people [are still|stay] on the {vehicle}?
 There are {a person} on a {vehicle}. At the [next|first] stop {b person} get off[, and| and] {c} get on. How many people
 are on the {vehicle} [now|after that]?
 = s = a - b person; t = s + c person => There {t:is/are} {t person} on the {vehicle}.
-{A} bakes {a treat} in the morning and {b} [later that day|in the afternoon]. [{his} family eats|{he}
-sells|{he} gives away] {c} of [them|these {treats}]. How many {treats} are left?
+{A} bakes {a treat} in the morning and {b} [later that day|in the afternoon]. [{his} family eats|{he} sells|{he} gives
+away] {c} of [them|these {treats}]. How many {treats} are left?
 = s = a + b treat; t = s - c treat => There {t:is/are} {t treat} left.
 {A} plants {a bloom} and {b bloom2} [in the garden|in front of the house|behind the school]. How many flowers does {he}
 plant {altogether}?
@@ -112,7 +112,7 @@ friends have {altogether}?
 [In a game|In a quiz] {A} scores {a point} in the first round and {b point} in the second. In the third round {he} loses
 {c point}, and in the last one {he} wins {d}. How many points does {he} have at the end?
 = s = a + b point; t = s - c point; u = t + d point => {A} has {u point} at the end.
-There are {a child} in the {club}. {b} of them are [girls|beginners|wearing glasses|left-handed]. How many [of the|]
+There are {a child} in the {club}. {b} of them are [girls|beginners|wearing glasses|left-handed]. How many of the
 children are not?
 = s = a - b child => {s child} {s:is/are} not.
 *{A} had {a toy}. {B} gave {him} some more, and [now|today] {he} has {b}. How many {toys} did {A} get from {B}?
@@ -252,8 +252,8 @@ One {toy} costs {a cent}. {A} [buys|wants|needs] {b} of [them|these {toys}]. How
 {A} buys {an ware} for {a dollar} and {an ware2} for {b dollar}. {he} [pays with|gives the seller] {c dollar}. How many
 dollars does {he} get back?
 = s = a + b dollar; t = c - s dollar => {A} gets {t dollar} back.
-{A} works as {an job} and earns {a dollar} [an hour|per hour]. {he} works for {b hour} and [then|later] spends {c
-dollar} on {an ware}. How many dollars are left?
+{A} works as {an job} and earns {a dollar} [an hour|per hour]. {he} works for {b hour} and [then|later] spends
+{c dollar} on {an ware}. How many dollars are left?
 = s = a * b dollar; t = s - c dollar => There {t:is/are} {t dollar} left.
 {A} wants {an ware} that costs {a dollar}. {he} has {b dollar} and saves {c dollar} [a|every|each] week. How many weeks
 does it take until {he} can buy it?
@@ -271,19 +271,18 @@ How many dollars does {he} get back?
 = a 4..30; s = a - b dollar; t = s * c dollar; u = d - t dollar => {A} gets {u dollar} back.
 *{A} [pays {a dollar} for|spends {a dollar} on] {b ware}, all at the same price. How many dollars does one {ware} cost?
 = s = a / b dollar => One {ware} costs {s dollar}.
-*One {toy} costs {a cent} and one {toy2} costs {b cent}. {A} buys [one of each|both] and [gives|hands] the seller {c
-cent}. How many cents of change does {he} get?
+*One {toy} costs {a cent} and one {toy2} costs {b cent}. {A} buys [one of each|both] and [gives|hands] the seller
+{c cent}. How many cents of change does {he} get?
 = s = a + b cent; t = c - s cent => {A} gets {t cent} of change.
-*A ticket for the [zoo|circus|museum] costs {a dollar} for adults and {b dollar} for children. {A} buys tickets for {c
-adult} and {d child}. How many dollars does {he} pay?
+*A ticket for the [zoo|circus|museum] costs {a dollar} for adults and {b dollar} for children. {A} buys tickets for
+{c adult} and {d child}. How many dollars does {he} pay?
 = s = c * a dollar; t = d * b dollar; u = s + t dollar => {A} pays {u dollar}.
 ''',
     'time': '''
 [Every day|On Sundays|At home] {A} spends {a minute} {activity} and {b minute} {activity2}. How many minutes is that
 {altogether}?
 = s = a + b minute => That is {s minute} {altogether}.
-{an event} starts at {a} o'clock and ends at {b} o'clock the same day. How many hours does it
-[last|take]?
+{an event} starts at {a} o'clock and ends at {b} o'clock the same day. How many hours does it [last|take]?
 = a 1..10; b 2..12; s = b - a hour => It lasts {s hour}.
 {A} goes to {an event} that starts at {a} o'clock. It lasts {b hour}. At what time does it end?
 = a 1..8; b 1..4; s = a + b => It ends at {s} o'clock.
@@ -306,16 +305,16 @@ The way to the {place} takes {A} {a minute}. The way back takes {b minute} longe
 {A} needs {a minute} to [clean the room|wash the car|feed the cats|set the table]. {B} needs {b minute} less. How many
 minutes does {B} need?
 = s = a - b minute => {B} needs {s minute}.
-A hiker walks {a kilometer} [an hour|per hour|each hour]. How many hours does the hiker need for [a path of|a way of] {b
-kilometer}?
+A hiker walks {a kilometer} [an hour|per hour|each hour]. How many hours does the hiker need for a [path|trail] of
+{b kilometer}?
 = a 2..6; s = b / a hour => The hiker needs {s hour}.
-{A} works {a hour} a day for {b day} and then {c hour} a day for {d day}. [{his} contract asks for|{he} has promised] {e
-hour}. How many hours of work are left?
+{A} works {a hour} a day for {b day} and then {c hour} a day for {d day}. [{his} contract asks for|{he} has promised]
+{e hour}. How many hours of work are left?
 = a 2..9; c 2..9; e 20..60; s = a * b hour; t = c * d hour; u = s + t hour; v = e - u hour => {v hour} {v:is/are} left.
 *{A} sleeps {a hour} every night. How many hours does {he} sleep in {b night}?
 = a 5..10; s = a * b hour => {A} sleeps {s hour}.
-*{A} [starts|begins] {activity} at {a} o'clock. {he} goes on for {b hour} and then rests for {c hour}. What time is
-it then?
+*{A} [starts|begins] {activity} at {a} o'clock. {he} goes on for {b hour} and then rests for {c hour}. What time is it
+then?
 = a 1..6; b 1..4; c 1..2; s = a + b; t = s + c => It is {t} o'clock.
 *{A} waits {a minute} for the {vehicle}, rides for {b minute} and walks for {c minute}. {B} needs {d minute} for the
 whole way. How many minutes longer does {A} need?
@@ -325,8 +324,8 @@ whole way. How many minutes longer does {A} need?
 {A} picks {a container} of {b fruit} each, and {B} picks {c container} of {d} each. [They eat|They give away|They sell]
 {e} of the {fruits}. How many {fruits} are left?
 = s = a * b fruit; t = c * d fruit; u = s + t fruit; v = u - e fruit => There {v:is/are} {v fruit} left.
-{A} has {a container} with {b thing} each and gets {c} more. {he} loses {d} of them and shares the rest equally among {e
-friend}. How many {things} does each friend get?
+{A} has {a container} with {b thing} each and gets {c} more. {he} loses {d} of them and shares the rest equally among
+{e friend}. How many {things} does each friend get?
 = s = a * b thing; t = s + c thing; u = t - d thing; v = u / e thing => Each friend gets {v thing}.
 {A} sells {a treat} for {b dollar} each. {he} pays {c dollar} for flour, and {B} gives {him} {d dollar} for {his} help.
 How many dollars does {he} have then?
