@@ -1,6 +1,7 @@
 """Every promise of README, one short test each; the truth comes from transformers, torch's modules, hand arithmetic."""
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import http.server
 import importlib.util
@@ -22,6 +23,7 @@ import types
 import unicodedata
 import zipfile
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -46,7 +48,29 @@ import runtime
 import sample
 import tokenizer as tok
 import train
-from dataset import PairData, TokenData, fetch_url, find_dataset, find_shards, kind_of, write_dataset, write_pairs
+from dataset import (
+    ChatData,
+    PairData,
+    TokenData,
+    fetch_url,
+    find_dataset,
+    find_shards,
+    fraction_of,
+    grade,
+    interval,
+    kind_of,
+    last_number,
+    load_chats,
+    normalise,
+    pass_at_k,
+    read_chats,
+    rouge_l,
+    token_f1,
+    visible,
+    write_dataset,
+    write_pairs,
+    write_rows,
+)
 from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, RollingCache, filter_logits, sinusoidal
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
@@ -4111,3 +4135,1016 @@ def test_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
     assert last < first - 0.1
     assert json.loads(Path('run/summary.json').read_text())['parameters'] == parameters
     shutil.rmtree('run')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chats
+
+START, END, EOT = 257, 258, 256  # of the tokenizer of bytes
+
+
+def turn(role, content):
+    return {'role': role, 'content': content}
+
+
+def chat(prompt='Hi', answer='Yes.', **more):
+    return {'messages': [turn('user', prompt), turn('assistant', answer)], 'where': 'x', **more}
+
+
+def random_chats(n, seed=0, longest=40):
+    """n different chats of one to three answers, one in three with a system's message."""
+    draw, rows = random.Random(seed), []
+    for i in range(n):
+        messages = [turn('system', f's{i}')] * (i % 3 == 0)
+        for _ in range(draw.randint(1, 3)):
+            messages += [turn('user', f'{i}:' + 'q' * draw.randint(0, longest)),
+                         turn('assistant', f'{i}=' + 'a' * draw.randint(0, longest))]
+        rows.append({'messages': messages, 'where': f'x, line {i}'})
+    return rows
+
+
+def conversations(arrays):
+    """What a batch holds, padded or packed: (inputs, targets) of each conversation, in order."""
+    idx, targets, positions, segments = arrays if len(arrays) == 4 else (*arrays, None, None)
+    found = []
+    for b in range(len(idx)):
+        if segments is None:  # a row ends with its last token, <|im_end|> here
+            n = len(idx[b]) - int((idx[b][::-1] == EOT).cumprod().sum())
+            assert (targets[b, n:] == -100).all()
+            found.append((*idx[b, :n].tolist(), *targets[b, :n].tolist()))
+            continue
+        last = segments[b].max()
+        padded = segments[b] == 0
+        assert (idx[b][padded] == EOT).all() and (targets[b][padded] == -100).all() and not positions[b][padded].any()
+        assert [k for k, _ in itertools.groupby(segments[b])] == [*range(1, last + 1), 0][:last + padded.any()]
+        for k in range(1, last + 1):
+            here = segments[b] == k
+            assert positions[b][here].tolist() == list(range(here.sum()))
+            found.append((*idx[b][here].tolist(), *targets[b][here].tolist()))
+    return found
+
+
+def test_only_what_the_assistant_says_is_learned():
+    rows = [{'messages': [turn('system', 'Be'), turn('user', 'Hi'), turn('assistant', 'Yo'), turn('user', '?'),
+                          turn('assistant', 'No')], 'where': 'x'}, chat('a', 'b')]
+    prompt = [START, *b'system\nBe', END, 10, START, *b'user\nHi', END, 10, START, *b'assistant\n']
+    between = [10, START, *b'user\n?', END, 10, START, *b'assistant\n']
+    whole = [*prompt, *b'Yo', END, *between, *b'No', END, 10]
+    expected = [-100] * (len(prompt) - 1) + [*b'Yo', END] + [-100] * len(between) + [*b'No', END, -100]
+    data = ChatData(rows, bytes_tokenizer(), 128)
+    idx, targets = data.read([0])
+    assert idx.tolist() == [whole[:-1]] and targets.tolist() == [expected]
+    assert idx.dtype == targets.dtype == data.lengths.dtype == np.int64
+    short = [START, *b'user\na', END, 10, START, *b'assistant\nb', END]
+    idx, targets = data.read([0, 1])
+    assert idx.shape == (2, len(whole) - 1) and idx[1].tolist() == short + [EOT] * (len(whole) - 1 - len(short))
+    assert targets[1].tolist() == [-100] * 19 + [ord('b'), END] + [-100] * (len(whole) - 22)
+    assert (data.n_rows, data.n_tokens, data.row_tokens) == (2, 8, 4) and data.lengths.tolist() == [len(whole) - 1, 22]
+    assert data.prompt(0) == prompt + whole[len(prompt):len(prompt) + 3] + between and data.rows_kept == rows
+    everything = ChatData(rows, bytes_tokenizer(), 128, train_on_prompt=True)
+    assert everything.read([0])[1].tolist() == [whole[1:]] and everything.n_tokens == len(whole) - 1 + 22
+    alone = ChatData([{'messages': [turn('assistant', 'b')], 'where': 'x'}], bytes_tokenizer(), 128)
+    assert alone.prompt(0) == [START, *b'assistant\n'] and alone.n_tokens == 2
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'bpe'])
+def test_rows_equal_the_template_and_mask_of_transformers(kind, tmp_path):
+    ours = bytes_tokenizer() if kind == 'bytes' else train_bpe('What is it? It is 4, and that is it.\n' * 20, 300)
+    ours.to_hf(tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+                "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+                "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}")
+    chats = [[turn('user', 'What is it?'), turn('assistant', 'It is 4.')],
+             [turn('system', 'That is it.'), turn('user', 'What?'), turn('assistant', 'It, é.'), turn('user', 'And?'),
+              turn('tool', '4'), turn('assistant', 'That is 4.')]]
+    data = ChatData([{'messages': messages, 'where': 'x'} for messages in chats], ours, 512)
+    for row, messages in enumerate(chats):
+        theirs = auto.apply_chat_template(messages, chat_template=template, return_dict=True,
+                                          return_assistant_tokens_mask=True)
+        ids, mask = theirs['input_ids'], theirs['assistant_masks']
+        assert sum(mask) > 3
+        idx, targets = data.read([row])
+        assert idx[0].tolist() == ids[:-1]
+        assert targets[0].tolist() == [i if m else -100 for i, m in zip(ids[1:], mask[1:], strict=True)]
+        last = len(mask) - 1 - mask[::-1].index(1)
+        while mask[last - 1]:
+            last -= 1
+        assert data.prompt(row) == ids[:last]
+
+
+def test_rows_that_are_too_long_are_left_out_or_cut_and_counted():
+    # 'a' makes 22 inputs with 'b', of which 21 and 22 have targets; every more letter of the prompt or answer one more
+    rows = [chat('a', 'b'), chat('aaaaaa', 'b'), chat('a', 'bcdefg'), chat('a' * 30, 'b')]
+    tokenizer = bytes_tokenizer()
+    data = ChatData(rows, tokenizer, 22)
+    assert data.dropped == {'too_long': 3, 'truncated': 0, 'nothing_to_learn': 0} and data.rows_kept == rows[:1]
+    exact = ChatData(rows, tokenizer, 27)
+    assert exact.dropped == {'too_long': 1, 'truncated': 0, 'nothing_to_learn': 0} and exact.n_rows == 3
+    left = ChatData(rows, tokenizer, 22, too_long='left')
+    assert left.dropped == {'too_long': 0, 'truncated': 3, 'nothing_to_learn': 0}
+    assert left.lengths.tolist() == [22] * 4 and left.read([1])[0][0].tolist() == [
+        *b'\naaaaaa', END, 10, START, *b'assistant\nb', END][-22:]
+    assert left.read([2])[1][0].tolist() == [-100] * 14 + [*b'bcdefg', END, -100]
+    right = ChatData(rows, tokenizer, 22, too_long='right')
+    assert right.dropped == {'too_long': 0, 'truncated': 1, 'nothing_to_learn': 2} and right.rows_kept == rows[::2]
+    assert right.read([1])[1][0].tolist() == [-100] * 19 + [*b'bcd']
+    for how in ('drop', 'right'):
+        with pytest.raises(UserError, match='none of 4 rows has an answer within 9 tokens'):
+            ChatData(rows, tokenizer, 9, too_long=how)
+
+
+def test_packed_rows_are_the_rows_themselves():
+    rows = random_chats(60)
+    for n, size in ((60, 300), (60, 1000), (1, 300)):
+        plain, packed = (ChatData(rows[:n], bytes_tokenizer(), size, pack=pack) for pack in (False, True))
+        assert plain.n_rows == packed.n_rows and plain.n_tokens == packed.n_tokens
+        n_blocks = len(packed._chunk(0))
+        one, two = conversations(plain.read(np.arange(plain.n_rows))), conversations(packed.batch(0, n_blocks))
+        assert sorted(one) == sorted(two) == sorted(conversations(packed.read_packed([range(packed.n_rows)])))
+        assert len({*one}) == plain.n_rows and len(packed.read([0])) == 2
+        arrays = packed.batch(0, 3)
+        assert all(a.dtype == np.int64 and a.shape == arrays[0].shape for a in arrays) and len(arrays) == 4
+        assert arrays[0].shape[1] <= size and (arrays[3] > 0).any(0).all()
+        for data in (plain, packed):
+            for first, count in ((0, 5), (7, 11)):
+                assert data.n_targets(first, count) == (data.batch(first, count)[1] != -100).sum()
+
+
+def test_every_epoch_has_every_row_once_packed_or_not():
+    plain, packed = (ChatData(random_chats(37), bytes_tokenizer(), 400, pack=pack) for pack in (False, True))
+    everything = sorted(conversations(plain.read(np.arange(plain.n_rows))))
+    orders, block = [], 0
+    for epoch in range(3):
+        rows = plain.rows(epoch * plain.n_rows, plain.n_rows).tolist()
+        orders.append(rows)
+        assert sorted(conversations(plain.batch(epoch * plain.n_rows, plain.n_rows))) == everything
+        found = []
+        while len(found) < len(everything):
+            found += conversations(packed.batch(block, 1))
+            block += 1
+        assert sorted(found) == everything
+    assert orders[0] != orders[1] != orders[2] != orders[0] and orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize('pack', [False, True])
+@pytest.mark.parametrize('curriculum', [False, True])
+def test_an_item_depends_on_seed_and_number_only(pack, curriculum, monkeypatch):
+    monkeypatch.setattr(dataset, 'CHUNK_ROWS', 16)  # many chunks, which cross epochs
+
+    def fresh(seed=5):
+        data = ChatData(random_chats(50), bytes_tokenizer(), 400, seed, pack=pack)
+        if curriculum:
+            data.pace(np.arange(data.n_rows)[::-1], 120)
+        return data
+    n = 260 if not pack else 90
+    stream = sum([conversations([a[[i]] for a in arrays]) for arrays in [fresh().batch(0, n)] for i in range(n)], [])
+    straight = fresh()
+    items = [conversations(straight.batch(i, 1)) for i in range(n)]
+    assert sum(items, []) == stream
+    for first, count in ((n - 3, 3), (7, 30), (0, 1), (n // 2, 5)):
+        resumed = fresh()
+        assert resumed.n_targets(first, count) == sum(sum(t != -100 for t in c[len(c) // 2:])
+                                                      for c in sum(items[first:first + count], []))
+        assert conversations(resumed.batch(first, count)) == sum(items[first:first + count], [])
+    assert conversations(fresh(6).batch(0, n)) != stream
+    if pack:  # the same rows as unpacked ones, chunk by chunk
+        rows = straight.rows(0, 16 * 5).tolist()
+        assert sorted(sum(sum((straight._chunk(c) for c in range(5)), []), [])) == sorted(rows)
+
+
+def test_blocks_are_full_and_come_in_an_order_of_their_own():
+    draw = random.Random(0)
+    rows = [chat('q' * draw.randint(20, 150), f'{i}') for i in range(3000)]
+    data = ChatData(rows, bytes_tokenizer(), 512, pack=True)
+    blocks = data.blocks(0, 300)
+    lengths = [int(data.lengths[block].sum()) for block in blocks]
+    assert max(lengths) <= 512 and sum(lengths) / (512 * 300) > 0.95
+    ends = data.block_ends
+    assert ends[:2] == [0, len(data._chunk(0))] and len(ends) >= 2
+    longest = [max(data.lengths[block]) for block in data._chunk(0)]
+    assert longest != sorted(longest, reverse=True)
+    assert conversations(data.batch(0, 1)) != conversations(data.batch(ends[1], 1))
+
+
+def test_best_fit_puts_each_where_it_leaves_least_room():
+    # by hand: 7 | 6 | 5 -> new | 4 beside 6 (7 leaves 3) | 3 beside 7 | 3 beside 5 | 2 beside 5 and 3 | 2 -> new
+    lengths = np.array([4, 7, 2, 3, 6, 5, 3, 2])
+    assert dataset.best_fit(lengths, 10) == [[1, 3], [4, 0], [5, 6, 2], [7]]
+    assert dataset.best_fit(np.array([10, 10]), 10) == [[0], [1]] and dataset.best_fit(np.array([1]), 9) == [[0]]
+
+
+def test_a_curriculum_starts_with_easy_rows_and_ends_with_all():
+    n, count, start = 80, 1000, 0.5
+    data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3)
+    before = data.rows(0, 3 * n).tolist()
+    difficulty = np.random.RandomState(0).permutation(n) // 2  # each twice: the lower number is the easier
+    data.pace(difficulty, count, start)
+    order = sorted(range(n), key=lambda row: (difficulty[row], row))
+    rank = {row: place for place, row in enumerate(order)}
+    ranks = np.array([rank[row] for row in data.rows(0, count + 2 * n).tolist()])
+    # by hand: 80 · 0.5 = 40; sqrt(0.75 / 4 + 0.25) = 0.6614; sqrt(0.75 / 2 + 0.25) = 0.7906; sqrt(0.8125) = 0.9014
+    for i, easy in ((0, 40), (250, 52.92), (500, 63.25), (750, 72.12), (999, 79.97)):
+        assert ranks[:i + 1].max() < easy
+    for i in (250, 500, 750, 900):  # what is allowed is used, one row as much as another
+        near = ranks[i - 50:i + 50]
+        assert near.max() > 0.9 * n * np.sqrt(0.75 * (i - 50) / count + 0.25)
+        assert abs(near.mean() - n * np.sqrt(0.75 * i / count + 0.25) / 2) < 9
+    assert sorted(ranks[count:count + n]) == sorted(ranks[count + n:]) == list(range(n))
+    draws = np.array([data.rows(0, 1)[0] for data.pace_key in (data.pace_key + np.uint64(k) for k in range(2000))])
+    assert set(draws) == set(order[:40]) and max(Counter(draws.tolist()).values()) < 80  # 50 in the mean
+    data.pace(difficulty, 0)
+    assert data.rows(0, 3 * n).tolist() == before
+    data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3, pack=True)
+    data.blocks(0, 5)
+    data.pace(difficulty, count, start)  # forgets the blocks of before
+    # the first chunk has all 80 rows that come first: 80 · sqrt(0.75 · 0.08 + 0.25) = 44.5
+    assert max(rank[row] for block in data.blocks(0, 10) for row in block) < 44.5
+
+
+def test_held_out_rows_are_evenly_spaced():
+    data = ChatData([chat(f'{i}') for i in range(40)], bytes_tokenizer(), 64)
+    assert data.fixed(8).tolist() == list(range(0, 40, 5))
+    assert data.fixed(0).tolist() == data.fixed(99).tolist() == list(range(40))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+GOOD_CHAT = {'messages': [turn('user', 'Hi'), turn('assistant', 'Yes.')]}
+
+
+def lines(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b''.join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b'\n' for r in rows))
+    return path
+
+
+def test_three_shapes_of_rows_are_one(tmp_path):
+    system = turn('system', 'Be')
+    rows = [GOOD_CHAT, {'instruction': 'Add', 'input': '1 2', 'output': '3', 'id': 7}, {'instruction': 'Hi', 'output': 'Yo'},
+            {'instruction': 'Hi', 'input': '', 'output': 'Yo'},
+            {'instruction': 'Hi', 'input': None, 'output': 'Yo', 'messages': None},
+            {'prompt': 'Hi', 'completion': 'Yo'},
+            {'prompt': [system, turn('user', 'Hi')], 'completion': [turn('assistant', 'Yo')]},
+            {'messages': [{'role': 'user', 'content': 'é', 'name': 'x'}, turn('assistant', '4')], 'answer': 4,
+             'grader': 'number', 'steps': 2, 'kind': 'sum', 'other': []}, {**GOOD_CHAT, 'answer': None, 'steps': None}]
+    hi = [turn('user', 'Hi'), turn('assistant', 'Yo')]
+    expected = [GOOD_CHAT, {'messages': [turn('user', 'Add\n\n1 2'), turn('assistant', '3')]}, *[{'messages': hi}] * 4,
+                {'messages': [system, *hi]}, {'messages': [turn('user', 'é'), turn('assistant', '4')], 'answer': 4,
+                                              'grader': 'number', 'steps': 2, 'kind': 'sum'}, GOOD_CHAT]
+    path = lines(tmp_path / 'x.jsonl', rows)
+    assert read_chats(path) == ([r | {'where': f'{path}, line {i}'} for i, r in enumerate(expected, 1)], [])
+    (tmp_path / 'x.json').write_text('\ufeff' + json.dumps(rows, indent=1))
+    assert read_chats(tmp_path / 'x.json')[0] == [
+        r | {'where': f'{tmp_path / "x.json"}, row {i}'} for i, r in enumerate(expected, 1)]
+    path.write_bytes('\ufeff'.encode() + json.dumps(GOOD_CHAT).encode() + b'\r\n\r\n' + json.dumps(GOOD_CHAT).encode())
+    assert [row['where'][-6:] for row in read_chats(path)[0]] == ['line 1', 'line 3']
+
+
+@pytest.mark.parametrize('row, words', [
+    (b'{"messages": [', 'not JSON (Expecting value, column 15)'), (b'\xff{}', 'not valid UTF-8 (byte 1 is 0xff)'),
+    (b'[' * 200_000, 'not JSON'), (b'1' * 5000, 'not JSON'), ([1], 'not a JSON object but [1]'),
+    ({'text': 'x'}, 'it needs "messages"'), ({'prompt': 'x'}, 'it needs "messages"'),
+    ({'messages': 'hi'}, '"messages" must be a list'), ({'messages': []}, '"messages" must be a list'),
+    ({'messages': ['hi']}, "message 1 must have a \"role\" (system, user, assistant, tool), not 'hi'"),
+    ({'messages': [{'content': 'x'}]}, 'message 1 must have a "role"'),
+    ({'messages': [turn('human', 'x'), turn('gpt', 'y')]}, "not 'human'"),
+    ({'messages': [turn(['user'], 'x')]}, "not ['user']"),
+    ({'messages': [turn('user', 'x'), turn('assistant', None)]}, 'the "content" of message 2 must be a text, not None'),
+    ({'messages': [turn('user', [{'type': 'text'}])]}, 'the "content" of message 1 must be a text'),
+    ({'messages': [turn('user', 'x'), turn('assistant', ' \n')]}, "message 2, the assistant's, is empty"),
+    ({'messages': [turn('user', 'x'), turn('assistant', ''), turn('user', 'x'), turn('assistant', 'y')]}, 'is empty'),
+    ({'messages': [turn('user', 'x')]}, "its last message is the user's"),
+    ({'messages': [turn('user', '\ud800'), turn('assistant', 'y')]}, 'half a surrogate'),
+    ({'instruction': 'x', 'output': ''}, 'is empty'), ({'instruction': 5, 'output': 'x'}, '"instruction" must be a'),
+    ({'instruction': 'x', 'input': ['y'], 'output': 'x'}, '"input" must be a text'),
+    ({'instruction': 'x', 'output': {}}, '"output" must be a text'), ({'messages': None}, 'it needs "messages"'),
+    ({'instruction': 'x', 'output': GOOD_CHAT['messages']}, '"output" must be a text'),
+    ({'prompt': 'x', 'completion': 3}, '"completion" must be a text'),
+    ({'prompt': [], 'completion': []}, '"messages" must be a list'),
+    ({**GOOD_CHAT, 'answer': [4]}, '"answer" is [4], which it cannot be'), ({**GOOD_CHAT, 'steps': '2'}, '"steps" is'),
+    ({**GOOD_CHAT, 'steps': True}, '"steps" is True'), ({**GOOD_CHAT, 'grader': 'judge'}, "\"grader\" is 'judge', not one"),
+    ({**GOOD_CHAT, 'answer': '\udfff'}, 'half a surrogate')], ids=lambda x: str(x)[:30])
+def test_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
+    path = lines(tmp_path / 'x.jsonl', [GOOD_CHAT, row, GOOD_CHAT])
+    with pytest.raises(UserError, match=re.escape(f'{path}, line 2: ') + '.*' + re.escape(words)) as error:
+        read_chats(path)
+    assert '\n' not in str(error.value) and len(str(error.value)) < len(str(path)) + 200
+    rows, skipped = read_chats(path, strict=False)
+    assert [r['where'][-6:] for r in rows] == ['line 1', 'line 3'] and skipped == [str(error.value)]
+    alone = lines(tmp_path / 'y.jsonl', [row])
+    with pytest.raises(UserError, match='none of its 1 rows is a chat; .*y.jsonl, line 1: '):
+        read_chats(alone, strict=False)
+    if not isinstance(row, bytes):
+        (tmp_path / 'x.json').write_text(json.dumps([GOOD_CHAT, row]))
+        with pytest.raises(UserError, match=re.escape('x.json, row 2: ') + '.*' + re.escape(words)):
+            read_chats(tmp_path / 'x.json')
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('x.jsonl', b'', 'no rows'), ('x.jsonl', b'\n\n', 'no rows'), ('x.json', b'[]', 'no rows'),
+    ('x.json', b'', 'not a JSON list'), ('x.json', b'{}', 'not a JSON list (but dict)'),
+    ('x.json', b'{"a": 1}\n{"a": 2}', 'line .jsonl'), ('x.json', b'["\xff"]', 'not a JSON list'),
+    ('x.jsonl', None, 'No such file')], ids=str)
+def test_a_file_without_chats_is_named(name, content, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    for strict in (True, False):
+        with pytest.raises(UserError, match=re.escape(f'{tmp_path / name}: ') + '.*' + re.escape(words)) as error:
+            read_chats(tmp_path / name, strict)
+        assert '\n' not in str(error.value)
+
+
+def test_a_single_file_is_split_by_prompts(tmp_path):
+    rows = [chat(f'{i % 50}', f'{i}') for i in range(200)]
+    path = str(lines(tmp_path / 'x.jsonl', rows))
+    train, val = (load_chats(path, split)[0] for split in ('train', 'val'))
+
+    def prompts(rows):
+        return {row['messages'][0]['content'] for row in rows}
+    assert len(prompts(val)) == 5 and len(prompts(train)) == 45 and not prompts(train) & prompts(val)
+    assert sorted(int(r['messages'][1]['content']) for r in train + val) == list(range(200))
+    assert prompts(val) != {str(i) for i in range(5)}
+    reversed_path = lines(tmp_path / 'y.jsonl', rows[::-1])  # where a row stands does not matter
+    assert prompts(load_chats(reversed_path, 'val')[0]) == prompts(val)
+    assert len(prompts(load_chats(path, 'val', val_fraction=0.5)[0])) == 25
+    few = lines(tmp_path / 'z.jsonl', rows[:3])
+    assert [len(load_chats(few, split)[0]) for split in ('train', 'val')] == [2, 1]
+    with pytest.raises(UserError, match='x.jsonl: a single file has only train and val'):
+        load_chats(path, 'test')
+    with pytest.raises(UserError, match='one prompt'):
+        load_chats(lines(tmp_path / 'w.jsonl', [chat('a', 'b'), chat('a', 'c')]), 'val')
+    lines(tmp_path / 'v.jsonl', [*rows, {'no': 1}])
+    assert load_chats(tmp_path / 'v.jsonl', 'val', strict=False)[1] == [
+        f'{tmp_path / "v.jsonl"}, line 201: it needs "messages", or "instruction" and "output", or "prompt" and '
+        f'"completion"']
+
+
+def test_a_folder_of_chats_is_found_and_told_from_tokens_and_pairs(tmp_path, text_data, monkeypatch):
+    folder = tmp_path / 'mine'
+    lines(folder / 'train.jsonl', [chat('a'), chat('b')])
+    assert find_dataset(str(folder)) == folder and kind_of(folder) == 'chats' and kind_of(text_data) == 'tokens'
+    assert [r['where'] for r in load_chats(str(folder), 'train')[0]] == [
+        f'{folder / "train.jsonl"}, line {i}' for i in (1, 2)]
+    with pytest.raises(UserError, match=r'mine: no val.jsonl, only train'):
+        load_chats(folder, 'val')
+    lines(folder / 'test.jsonl', [chat('c')])
+    with pytest.raises(UserError, match=r'mine: no val.jsonl, only train and test'):
+        load_chats(folder, 'val')
+    assert len(load_chats(folder, 'test')[0]) == 1
+    (folder / 'meta.json').write_text('{"splits": {}, "source": "me"}')
+    assert kind_of(folder) == 'chats'
+    (folder / 'meta.json').write_text('{')
+    with pytest.raises(UserError, match=r'meta.json: malformed'):
+        kind_of(folder)
+    write_pairs(tmp_path / 'pairs', get_tokenizer('chars', ['ab']), {'train': [('a', 'b')], 'val': [('b', 'a')]}, 'x')
+    assert kind_of(tmp_path / 'pairs') == 'pairs'
+    for other, what in ((tmp_path / 'pairs', 'pairs'), (text_data, 'running text')):
+        with pytest.raises(UserError, match=f'holds {what}.* not chats'):
+            load_chats(other, 'train')
+    with pytest.raises(UserError, match='no such dataset'):
+        load_chats(str(tmp_path / 'none'), 'train')
+    # one that a prepare.py was writing when it died is not whole
+    monkeypatch.setattr(dataset, '__file__', str(tmp_path / 'dataset.py'))
+    lines(tmp_path / 'data' / 'train.jsonl', [chat()])  # makes data/
+    script = ('import pathlib, json; here = pathlib.Path(__file__).parent; (here / "train.jsonl").write_text('
+              'json.dumps({"prompt": "a", "completion": "whole"})); (here / "meta.json").write_text("{}")')
+    lines(tmp_path / 'data/made/train.jsonl', [chat('half')])
+    (tmp_path / 'data/made/prepare.py').write_text(script)
+    assert load_chats('made', 'train')[0][0]['messages'][1]['content'] == 'whole'
+    lines(tmp_path / 'data/own/train.jsonl', [chat()])
+    assert find_dataset('own') == Path(tmp_path / 'data/own')
+    with pytest.raises(UserError, match='did you mean own'):
+        find_dataset('ownn')
+
+
+def test_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path):
+    lines(tmp_path / 'mine' / 'train.jsonl', [chat()])
+    for options in (SMALL, PAIRS):
+        status, _, err = run_stage('train', f'--dataset={tmp_path / "mine"}', *options, '--out_dir=run')
+        assert status == 2 and 'mine holds chats, which are for sft.py' in err and err.count('\n') == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# grading
+
+
+@pytest.mark.parametrize('text, number', [
+    ('', None), ('none', None), ('7', 7), ('-3', -3), ('−3', -3), ('1,234.50', Fraction(2469, 2)), ('so $5.', 5),
+    ('$1,000,000!', 1000000), ('-$5', -5), ('50%', 50), ('1/2', Fraction(1, 2)), ('-3/4 cup', Fraction(-3, 4)),
+    ('1/0', 0), ('10 - 3 = 7', 7), ('10-3', 3), ('x-3', 3), ('(2)-3', 3), ('1, 2, 3', 3), ('1,2,3', 3), ('1,23', 23),
+    ('0.1', Fraction(1, 10)), ('.5', Fraction(1, 2)), ('No.5', 5), ('x2', 2), ('**12**', 12), ('\\boxed{-12}', -12),
+    ('3\n4 apples.', 4), ('12,345,6', 6), ('1234,567', 567), ('1,2345', 2345), ('007', 7), ('a - 3', 3), ('= -3', -3),
+    ('1.50', Fraction(3, 2)), ('9' * 5000, None), ('1' * 400, (10 ** 400 - 1) // 9), ('٣', None), ('5, or so', 5),
+    ('2020-01-05', 5)], ids=lambda x: str(x)[:20])
+def test_the_last_number_by_hand(text, number):
+    assert last_number(text) == number
+
+
+def test_thoughts_do_not_count():
+    assert visible(' a <think>b\nc</think> d <think></think>e ') == 'a  d e'
+    assert visible('a<think>b') == 'a' and visible('<think>a</think>b<think>c</think') == 'b' and visible('') == ''
+    assert grade('<think>5</think>4', '4', 'number') and not grade('4 <think>5', '5', 'number')
+
+
+def test_answers_are_graded():
+    for text, gold, grader, right in (
+            ('It is 1,200.', '1200', 'number', True), ('It is 1200.0', 1200, 'number', True),
+            ('0.5', '1/2', 'number', True), ('12', '1200', 'number', False), ('none', '3', 'number', False),
+            ('none', 'none', 'number', False),
+            ('0.1', 0.1, 'number', True), ('first 3, then 4', '3', 'number', False),
+            ('The cat.', 'cat', 'exact', True), ('a cat sat', 'cat', 'exact', False), ('5', 5, 'exact', True)):
+        assert grade(text, gold, grader) is right
+    with pytest.raises(UserError, match="\"grader\" is 'judge', not one of number, exact"):
+        grade('a', 'b', 'judge')
+
+
+def test_normalised_text_is_squads():
+    assert normalise(' The  "Cat", an animal\tof A-Z!') == 'cat animal of az'
+    assert normalise('Theatre another AN') == 'theatre another' and normalise("it's") == 'its'
+    assert normalise('The.') == ''
+
+
+def test_f1_of_words_by_hand():
+    # 'cat sat on mat' has 3 of 4 words of 'cat on mat', which all are in it: 2 · 3/4 · 1 / (7/4) = 6/7
+    assert token_f1('The cat sat on the mat.', 'a cat on a mat') == pytest.approx(6 / 7)
+    assert token_f1('a b b c', 'b c c') == pytest.approx(2 * 2 / (3 + 3))  # 'a' is an article; b and c once each
+    assert token_f1('x', 'y') == token_f1('', 'y') == token_f1('x', 'the') == 0 and token_f1('the', '') == 1
+    assert token_f1('Denver Broncos!', 'denver broncos') == 1
+
+
+def test_rouge_l_by_hand():
+    # Lin 2004, section 3.1: of 'police killed the gunman', 'police kill the gunman' has 3/4, the other 2/4
+    assert rouge_l('police kill the gunman', 'police killed the gunman') == pytest.approx(3 / 4)
+    assert rouge_l('the gunman kill police', 'Police killed the gunman.') == pytest.approx(2 / 4)
+    assert rouge_l('a b c d e f', 'a x c f') == pytest.approx(2 * 3 / 10) and rouge_l("don't", 'don t') == 1
+    assert rouge_l('', 'a') == rouge_l('a', '') == rouge_l('', '') == rouge_l('é', 'é') == rouge_l('a', 'b') == 0
+
+    def subsequences(words):
+        return {s for n in range(len(words) + 1) for s in itertools.combinations(words, n)}
+    draw = random.Random(0)
+    for _ in range(100):
+        a, b = (draw.choices('abc', k=draw.randint(1, 8)) for _ in 'ab')
+        common = max(map(len, subsequences(a) & subsequences(b)))
+        assert rouge_l(' '.join(a), ' '.join(b)) == pytest.approx(2 * common / (len(a) + len(b)))
+
+
+def test_intervals_are_those_published():
+    # 8 of 10, as in every table of Wilson's; 0 of 10 has 0 to z^2 / (n + z^2) = 3.8415 / 13.8415
+    assert interval([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+    assert interval([0.0] * 10) == pytest.approx((0, 0.27753), abs=5e-5) and interval([0])[0] == 0
+    assert interval([True] * 10) == pytest.approx((0.72247, 1), abs=5e-5) and interval([1] * 10)[1] <= 1
+    # 1, 2, 3, 4, 5 / 5: mean 0.6, variance 0.1, half = 1.96 sqrt(0.1 / 5)
+    assert interval([0.2, 0.4, 0.6, 0.8, 1.0]) == pytest.approx((0.6 - 0.27718, 0.6 + 0.27718), abs=5e-5)
+    assert interval([0.3]) == (0.3, 0.3)
+
+
+def test_pass_at_k_counts_subsets():
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            picks = [*itertools.combinations([1] * c + [0] * (n - c), k)]
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, picks)) / len(picks))
+    for n, c, k in ((3, 1, 4), (3, 4, 1), (3, 1, 0)):
+        with pytest.raises(UserError, match='take k from 1 to 3'):
+            pass_at_k(n, c, k)
+
+
+NO_NETWORK = {'https_proxy': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
+
+
+def read_rows(folder, *splits):
+    """The rows of the splits of a folder, all of one list."""
+    return [json.loads(line) for split in splits or ('train', 'val', 'test')
+            for line in open(folder / f'{split}.jsonl', encoding='utf-8')]
+
+
+def question(row):
+    return row['messages'][0]['content']
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing rows
+
+def test_rows_are_lines_of_json_counted_and_without_a_tokenizer(tmp_path):
+    rows = [{'messages': [{'role': 'user', 'content': 'ü?\n'}], 'n': 1}, {'messages': []}]
+    lines = [b'{"messages": [{"role": "user", "content": "\xc3\xbc?\\n"}], "n": 1}\n', b'{"messages": []}\n']
+    meta = write_rows(tmp_path, {'train': iter(rows), 'val': rows[1:], 'test': rows[:1]}, 'by hand')
+    assert {f.name for f in tmp_path.iterdir()} == {'train.jsonl', 'val.jsonl', 'test.jsonl', 'meta.json'}
+    for split, expected in (('train', lines), ('val', lines[1:]), ('test', lines[:1])):
+        assert (tmp_path / f'{split}.jsonl').read_bytes() == b''.join(expected)
+        assert meta['splits'][split] == {'rows': len(expected), 'bytes': len(b''.join(expected))}
+    digest = hashlib.sha256(b''.join(lines + lines[1:] + lines[:1])).hexdigest()
+    assert meta == json.loads((tmp_path / 'meta.json').read_text())
+    assert set(meta) == {'splits', 'source', 'sha256'} and (meta['source'], meta['sha256']) == ('by hand', digest)
+
+
+def test_rows_that_cannot_all_be_written_leave_what_was_there(tmp_path):
+    def breaks():
+        yield {'a': 2}
+        raise KeyboardInterrupt
+
+    write_rows(tmp_path, {'train': [{'a': 1}], 'val': [{'a': 1}]}, '')
+    before = contents(tmp_path)
+    for rows, error in ((breaks(), KeyboardInterrupt), ([], UserError)):
+        with pytest.raises(error):
+            write_rows(tmp_path, {'train': [{'a': 2}], 'val': rows}, '')
+        assert contents(tmp_path) == before
+
+
+def test_a_text_alone_decides_its_fraction():
+    places = [fraction_of(f'text {i}') for i in range(4000)]
+    assert places == [fraction_of(f'text {i}') for i in range(4000)] and 0 <= min(places) <= max(places) < 1
+    assert all(abs(sum(place < share for place in places) - share * 4000) < 110 for share in (0.05, 0.1, 0.5, 0.9))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# word problems
+
+@pytest.fixture(scope='module')
+def problems(tmp_path_factory):
+    """(the script, {split: rows}) of 8,000, 1,500 and 1,000 word problems, with the template of each row."""
+    script, rows = load_script('wordproblems'), {}
+    templates = script.read_templates()
+    for split, count in (('train', 8000), ('val', 1500), ('test', 1000)):
+        rows[split] = list(script.draw_rows(split, count, templates))
+    return script, rows
+
+
+def all_rows(problems):
+    return [row for rows in problems[1].values() for row in rows]
+
+
+def equations(row):
+    """[(x, op, y, result, remainder or None)] of the lines of the solution, all of them equations."""
+    think, visible = re.fullmatch(r'<think>(.*)</think>\n(.+)', row['messages'][1]['content'], re.S).groups()
+    found = [re.fullmatch(r'(\d+) ([-+*/]) (\d+) = (\d+)(?: remainder (\d+)|(?: [a-z][a-z ]*)?)', line)
+             for line in think.split('\n')]
+    assert all(found), think
+    return [(int(x), op, int(y), int(result), rest and int(rest)) for x, op, y, result, rest in
+            (m.groups() for m in found)], visible
+
+
+def test_every_equation_is_true_and_the_last_gives_the_answer(problems):
+    for row in all_rows(problems):
+        steps, visible = equations(row)
+        for x, op, y, result, rest in steps:
+            if rest is not None:
+                assert op == '/' and x == y * result + rest and 0 < rest < y, row
+            else:
+                assert {'+': x + y, '-': x - y, '*': x * y, '/': x / y}[op] == result > 0, row
+        assert re.findall(r'\d+', visible)[-1] == row['answer'], row
+        *_, result, rest = steps[-1]
+        assert int(row['answer']) in ((result,) if rest is None else (result, rest)), row
+        assert row['steps'] == len(steps) and row['grader'] == 'number' and list(row)[0] == 'messages'
+        assert [m['role'] for m in row['messages']] == ['user', 'assistant']
+
+
+def test_a_remainder_answers_what_is_left_and_a_quotient_what_each_gets(problems):
+    seen = Counter()
+    for row in all_rows(problems):
+        (*_, (*_, quotient, rest)), _ = equations(row)
+        if rest is not None:
+            left = re.search('left|without|last group', question(row)) is not None
+            assert int(row['answer']) == (rest if left else quotient), row
+            seen[left] += 1
+    assert min(seen[False], seen[True]) > 50
+
+
+WORDS = {'half as many': 2, 'equally with': 2, 'The three share': 3}
+
+
+def test_the_equations_use_the_numbers_of_the_question(problems):
+    """Each number of the question comes in, and what comes in is of the question, an earlier result or in words."""
+    for row in all_rows(problems):
+        given, used = Counter(map(int, re.findall(r'\d+', question(row)))), Counter()
+        results, steps = set(), equations(row)[0]
+        words = {number for words, number in WORDS.items() if words in question(row)} | {
+            1 for x, op, *_ in steps if op == '+' and any(rest for *_, rest in steps)}  # one more for those who remain
+        for x, _, y, result, rest in steps:
+            assert all(z in given or z in results or z in words for z in (x, y)), row
+            used.update((x, y))
+            results |= {result, rest}
+        unused = set(given) - set(used)
+        assert unused <= ({2} if 'weekend' in question(row) else set()), row
+
+
+def test_numbers_stay_small(problems):
+    for row in all_rows(problems):
+        for x, op, y, result, _ in equations(row)[0]:
+            assert max(x, y, result) <= 180 and (op != '/' or result <= 20), row
+
+
+def test_a_problem_solved_by_hand_is_solved_so_by_its_plan(problems):
+    solve, templates = problems[0].solve, problems[0].read_templates()
+    for words, numbers, answer in (
+            ('half as many', dict(a=12), {'s': 6, 't': 18}), ('4 legs. How many legs do', dict(a=7), {'s': 28}),
+            ('A tent has room', dict(a=23, b=5), {'q': 4, 'r': 3, 's': 5}), ('A tent has room', dict(a=20, b=5), None),
+            ('still have]?', dict(a=9, b=9), None), ('Each friend gets', dict(a=23, b=5), {'q': 4, 'r': 3}),
+            ('until {he} can buy', dict(a=50, b=20, c=6), {'s': 30, 't': 5}),
+            ('until {he} can buy', dict(a=50, b=20, c=7), None),
+            ('{a class}', dict(a=2, b=10, c=3, d=11), {'s': 20, 't': 23, 'q': 2, 'r': 1, 'u': 3})):
+        plan = next(t['plan'] for t in templates if words in t['question'])
+        values = solve(plan, numbers)
+        assert (values and {k: v for k, v in values.items() if k and k not in numbers}) == answer, words
+
+
+def test_splits_of_word_problems_share_no_question_no_name_and_no_template(problems):
+    script, rows = problems
+    questions = {split: {question(row) for row in rows[split]} for split in rows}
+    assert {split: len(found) for split, found in questions.items()} == {'train': 8000, 'val': 1500, 'test': 1000}
+    names = {split: {word for text in questions[split] for word in re.findall(r'\b[A-Z][a-z]+', text)} &
+             set(script.PERSONS) for split in rows}
+    assert not names['train'] & (names['val'] | names['test']) and len(names['train']) > 90 and len(names['val']) > 15
+    for one, other in itertools.combinations(rows, 2):
+        assert not questions[one] & questions[other]
+    # A question without its names, and with train's numbers, is never one of val: nothing but the names would be new.
+    bare = {split: {re.sub('|'.join(script.PERSONS), 'N', text) for text in questions[split]} for split in rows}
+    assert not bare['train'] & bare['val']
+    # What is left without names, numbers and what comes in them is shared by train and val, never with test.
+    def ending(text):
+        return re.sub(r'\d+', '0', text)
+    shapes = {split: {ending(text) for text in bare[split]} for split in rows}
+    assert not shapes['test'] & (shapes['train'] | shapes['val']) and shapes['train'] & shapes['val']
+
+
+def test_the_same_numbers_of_a_template_are_never_in_both_train_and_val(problems):
+    books = {split: {tuple(re.findall(r'\d+', question(row))) for row in problems[1][split]
+                     if 'is reading a book' in question(row)} for split in ('train', 'val')}
+    assert len(books['train']) > 50 and len(books['val']) > 10 and not books['train'] & books['val']
+
+
+def test_word_problems_have_many_templates_kinds_and_words(problems):
+    script, rows = problems
+    templates = script.read_templates()
+    kinds = {'addition', 'multiplication', 'sharing', 'comparison', 'money', 'time', 'mixed'}
+    tests = Counter(t['kind'] for t in templates if t['test'])
+    assert len(templates) - tests.total() >= 60 and tests.keys() == kinds and min(tests.values()) >= 2
+    for split in rows:
+        assert {row['kind'] for row in rows[split]} == kinds
+        share = Counter(row['steps'] for row in rows[split])
+        assert all(abs(share[n] / len(rows[split]) - expected) < 0.05 for n, expected in
+                   ((1, 0.35), (2, 0.35), (3, 0.2), (4, 0.1))), share
+    assert len(script.PERSONS) >= 100 and sum(len(who.split()) for who in script.NAMES.values()) == len(script.PERSONS)
+    objects = [word for pool in ('toy', 'fruit', 'treat', 'ware', 'bloom') for word in script.POOLS[pool]]
+    assert len(set(objects)) == len(objects) >= 80
+
+
+def test_word_problems_are_clean_english(problems):
+    texts = [text for row in all_rows(problems) for text in (question(row), row['messages'][1]['content'])]
+    for text in texts:
+        assert not re.search(r'[{}\[\]|;]|  | [.,?]|[.,?]{2}|\b(\w+) \1\b(?! =)|[.?][A-Za-z]', text), text
+        assert not re.search(r'(?:^|[.?] )[a-z]', text), text
+        assert not re.search(r'\b[aA]n (?!hour)[^aeiou]|\b[aA] [aeiou]', text), text
+        assert not re.search(r'\b1 (?!o\'clock|remainder|and)(?:[a-z]+ )?[a-z]+s\b(?! (left|each|long|$))', text) or \
+            re.search(r'\b1 (bus|[a-z]+ (is|has|costs|more))\b', text), text
+    for row in all_rows(problems):
+        assert 15 <= len(question(row).split()) <= 45 and question(row).endswith('?'), row
+        for count, _ in re.findall(r'(\d+) (child|person|apple|box|day|hour|cherry|dollar)\b', str(row)):
+            assert count == '1', row
+        for count, _ in re.findall(r'(\d+) (children|people|apples|boxes|days|hours|cherries|dollars)\b', str(row)):
+            assert count != '1', row
+        assert not re.search(r'\b1 [a-z]+ are\b|\b(?!1\b)\d+ [a-z]+ is\b', row['messages'][1]['content']), row
+
+
+@pytest.mark.parametrize('one, many', [
+    ('apple', 'apples'), ('box', 'boxes'), ('cherry', 'cherries'), ('day', 'days'), ('person', 'people'),
+    ('toy car', 'toy cars'), ('peach', 'peaches'), ('radish', 'radishes'), ('sheep', 'sheep'), ('goose', 'geese'),
+    ('potato', 'potatoes'), ('bus', 'buses'), ('class', 'classes'), ('granola bar', 'granola bars')])
+def test_a_count_goes_with_its_noun(problems, one, many):
+    assert problems[0].plural(one) == many
+    assert problems[0].phrase('a toy', {'a': 1, 'toy': one}, None) == f'1 {one}'
+    assert problems[0].phrase('a toy', {'a': 7, 'toy': one}, None) == f'7 {many}'
+
+
+def test_pronouns_are_those_of_the_person(problems):
+    script = problems[0]
+    for row in all_rows(problems):
+        found = re.findall(r'\b(she|her|he|him|his)\b', question(row), re.I)
+        assert len({word.lower() in ('she', 'her') for word in found}) <= 1, row
+    people = {name: who for who, names in script.NAMES.items() for name in names.split()}
+    assert people['Mia'] == 'she' and people['Ben'] == 'he'
+    for row in all_rows(problems):
+        begins = re.match(r'(\w+) has .*? (She|He|she|he) ', question(row))
+        if begins and begins[1] in people and len(set(people) & set(re.findall(r'\w+', question(row)))) == 1:
+            assert people[begins[1]] == begins[2].lower(), row
+
+
+def test_word_problems_are_prepared(house):
+    folder, small = house.root / 'data/wordproblems', 'wordproblems --train_rows=300 --val_rows=60 --test_rows=70'
+    assert house(small)[0][::2] == (0, '')
+    assert [len(read_rows(folder, split)) for split in ('train', 'val', 'test')] == [300, 60, 70]
+    before, digest = contents(folder), json.loads((folder / 'meta.json').read_text())['sha256']
+    assert house(small)[0][0] == 0 and contents(folder) == before
+    assert house(f'{small} --train_rows=301')[0][0] == 0  # the held-out rows are the same
+    assert (folder / 'val.jsonl').read_bytes() == before[str(folder / 'val.jsonl')]
+    assert house(f'{small} --seed=2')[0][0] == 0
+    assert json.loads((folder / 'meta.json').read_text())['sha256'] != digest
+    assert house(f'{small} --max_steps=2 --max_number=20')[0][0] == 0
+    rows = read_rows(folder)
+    assert {row['steps'] for row in rows} == {1, 2}
+    assert all(max(x, y) <= 20 for row in rows if row['kind'] == 'addition' and row['steps'] == 1
+               for x, _, y, _, _ in equations(row)[0])
+    refuses(house, [(['train_rows'], 'wordproblems --train_rows=0'), (['test_rows'], 'wordproblems --test_rows=0'),
+                    (['max_number at 20'], 'wordproblems --max_number=19'),
+                    (['max_steps is 1 to 4'], 'wordproblems --max_steps=5'),
+                    (['max_steps is 1 to 4'], 'wordproblems --max_steps=0'),
+                    (["'kinds'"], 'wordproblems --kinds=money')])
+
+
+def test_more_questions_than_there_are_is_refused(problems, monkeypatch):
+    script = problems[0]
+    template = dict(kind='k', test=False, question='{a}?', ranges={'a': (2, 9)}, plan=[('s', '', 'a', '+', 'a', '')],
+                    result='{s}')
+    monkeypatch.setattr(script, 'max_steps', 1)
+    rows = script.draw_rows('train', 50, [template])
+    with pytest.raises(UserError, match='train_rows=50: so many different questions are not to be had'):
+        list(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GSM8K and Alpaca
+
+def test_gsm8k_becomes_rows_without_calculator_marks(house):
+    source = SHARED / 'gsm8k'
+    if not source.exists():
+        pytest.skip(f'{source} is not here')
+    folder = house.root / 'data/gsm8k'
+    assert house(f'gsm8k --input={source}')[0][0] == 0
+    rows = {split: read_rows(folder, split) for split in ('train', 'val', 'test')}
+    assert len(rows['train']) + len(rows['val']) == 7473 and len(rows['test']) == 1319 and 320 < len(rows['val']) < 430
+    assert rows['train'][0] == {
+        'messages': [{'role': 'user', 'content': 'Natalia sold clips to 48 of her friends in April, and then she sold '
+                      'half as many clips in May. How many clips did Natalia sell altogether in April and May?'},
+                     {'role': 'assistant', 'content': '<think>Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 '
+                      '= 72 clips altogether in April and May.</think>\nThe answer is 72.'}],
+        'answer': '72', 'grader': 'number', 'steps': 2}
+    published = {json.loads(line)['question'].strip(): json.loads(line)['answer'].split()[-1].replace(',', '')
+                 for split in ('train', 'test') for line in open(source / f'{split}.jsonl')}
+    for row in itertools.chain(*rows.values()):
+        think, visible = row['messages'][1]['content'].split('</think>\n')
+        assert not re.search('<<|>>|####', think) and think.startswith('<think>')
+        assert row['answer'] == published[question(row)] and visible == f'The answer is {row["answer"]}.'
+        assert row['steps'] == think.count('\n') + 1
+    assert len({question(row) for row in itertools.chain(*rows.values())}) == 7473 + 1319
+
+
+def test_a_wrong_gsm8k_is_refused(house, tmp_path):
+    (house.root / 'wrong').mkdir()
+    for split in ('train', 'test'):
+        (house.root / 'wrong' / f'{split}.jsonl').write_text('{"question": "a", "answer": "b\\n#### 3"}\n')
+    refuses(house, [(['wrong/train.jsonl', 'sha256', 'another file'], 'gsm8k --input=wrong'),
+                    (['absent/train.jsonl', 'no such file', 'https://raw'], 'gsm8k --input=absent'),
+                    (['cannot download https://raw', 'train.jsonl', '--input'], 'gsm8k')], **NO_NETWORK)
+    script, path = load_script('gsm8k'), tmp_path / 'f.jsonl'
+    good = '{"question": "a", "answer": "1+1=<<1+1=2>>2\\n\\nso 1,002\\n#### 1,002"}\n'
+    path.write_text(good)
+    row, = script.read_rows(path)
+    assert row['messages'][1]['content'] == '<think>1+1=2\nso 1,002</think>\nThe answer is 1002.' and row['steps'] == 2
+    for bad in ('', '[]', '{"question": "a"}', '{"question": 3, "answer": "b\\n#### 3"}',
+                '{"question": "a", "answer": "b"}', '{"question": "a", "answer": "b\\n#### three"}'):
+        path.write_text(good + bad + '\n' + good)
+        with pytest.raises(UserError, match='f.jsonl, line 2: not a JSON object with a "question"') as error:
+            list(script.read_rows(path))
+        assert '\n' not in str(error.value)
+
+
+def item(instruction, output='Yes.', **more):
+    return {'instruction': instruction, 'output': output} | more
+
+
+def alpaca_chat(prompt, answer='Yes.'):
+    return {'messages': [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]}
+
+
+def test_instructions_become_chats(house):
+    items = [item(f'Is {i} a number?', input='', chosen='x', rejected='y') for i in range(400)]
+    items += [item('Spell it.', 'ê', input='e\n'), item('Spell it.', 'e', input='e\n'), item('Say.', input='')]
+    items += items[:7]
+    (house.root / 'a.json').write_text(json.dumps(items, indent=2))
+    (house.root / 'b.jsonl').write_text('\n'.join(json.dumps(i, ensure_ascii=False) for i in items[::-1]) + '\n\n')
+    shares = '--val_fraction=0.2 --test_fraction=0.1'
+    results = house(f'alpaca --input=a.json --name=a {shares}', f'alpaca --input=b.jsonl --name=b {shares}',
+                    f'alpaca --input=a.json {shares} --seed=2', 'alpaca --input=a.json --name=c')
+    assert [r[0] for r in results] == [0] * 4, results
+    assert all('7 rows were there before' in r[1] for r in results), results
+    data = house.root / 'data'
+    rows = {split: read_rows(data / 'a', split) for split in ('train', 'val', 'test')}
+    every = [row for split in rows.values() for row in split]
+    assert len(every) == 403 and 50 < len(rows['val']) < 110 and 20 < len(rows['test']) < 62
+    expected = [alpaca_chat(f'Is {i} a number?') for i in range(400)]
+    expected += [alpaca_chat('Spell it.\n\ne', 'ê'), alpaca_chat('Spell it.\n\ne', 'e'), alpaca_chat('Say.')]
+    assert sorted(map(json.dumps, every)) == sorted(map(json.dumps, expected))
+    prompts = [{question(row) for row in split} for split in rows.values()]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)) == 402  # a prompt lies in one split
+    for split in rows:  # the order of the rows changes nothing but their order
+        assert Counter(map(json.dumps, rows[split])) == Counter(map(json.dumps, read_rows(data / 'b', split)))
+    assert Counter(map(question, rows['val'])) != Counter(map(question, read_rows(data / 'alpaca', 'val')))
+    assert not (data / 'c' / 'test.jsonl').exists() and not list(data.glob('*/tokenizer.json'))
+
+
+BAD_ITEMS = [(3, 'not a JSON object'), ({'output': 'a'}, '"instruction" must be a text'),
+             (item('a', ''), '"output" must be a text that is not empty'), (item('a', None), '"output" must be a text'),
+             (item('a', ['b']), '"output"'), (item(' '), '"instruction"'),
+             (item('a', input=3), '"input" must be a text'), (item('a', input=None), '"input"'),
+             (item('\ud800'), 'surrogates not allowed')]
+
+
+def test_malformed_instructions_are_named_or_counted(house):
+    good, cases = [item(f'Is {i} a number?') for i in range(60)], []
+    for i, (bad, words) in enumerate(BAD_ITEMS):
+        (house.root / f'{i}.json').write_text(json.dumps([*good, bad]))
+        (house.root / f'{i}.jsonl').write_text('\n'.join(map(json.dumps, [*good, bad])))
+        cases += [([f'{i}.json, row 61: ', words, '--strict=False'], f'alpaca --input={i}.json'),
+                  ([f'{i}.jsonl, line 61: ', words], f'alpaca --input={i}.jsonl')]
+    (house.root / 'cut.jsonl').write_text(json.dumps(good[0]) + '\n{"instruction": "a"')
+    (house.root / 'cut.json').write_text('[{"instruction": "a"')
+    (house.root / 'latin.json').write_bytes(b'[\xe9]')
+    refuses(house, [*cases, (['cut.jsonl, line 2: '], 'alpaca --input=cut.jsonl'),
+                    (['cut.json: not a list in JSON'], 'alpaca --input=cut.json'),
+                    (['latin.json: byte 1 is not UTF-8'], 'alpaca --input=latin.json'),
+                    (['absent', 'no such file', 'https://raw'], 'alpaca --input=absent'),
+                    (['name=', '--name=NAME'], 'alpaca --input=0.json --name=a/b'),
+                    (["name='shakespeare'", 'no prepare.py'], 'alpaca --input=0.json --name=shakespeare'),
+                    (['val_fraction=0.0'], 'alpaca --input=0.json --val_fraction=0'),
+                    (['test_fraction=0.9'], 'alpaca --input=0.json --test_fraction=0.9'),
+                    (['cannot download https://raw', 'alpaca_data.json', '--input'], 'alpaca')], **NO_NETWORK)
+    (house.root / 'all.json').write_text(json.dumps(good + [bad for bad, _ in BAD_ITEMS]))
+    (status, out, err), = house('alpaca --input=all.json --strict=False --name=some')
+    assert status == 0 and f'{len(BAD_ITEMS)} malformed rows were left out' in out, err
+    assert len(read_rows(house.root / 'data/some', 'train', 'val')) == 60
+
+
+def test_a_published_file_of_another_length_is_refused(house):
+    (house.root / 'data/alpaca/alpaca_data.json').write_text(json.dumps([item('a')]))
+    refuses(house, [(['alpaca_data.json: 1 rows, not 52,002'], 'alpaca')])
+
+
+def test_real_instructions_become_chats(house):
+    source = SHARED / 'instruction-data.json'
+    if not source.exists():
+        pytest.skip(f'{source} is not here')
+    assert house(f'alpaca --input={source}')[0][0] == 0
+    rows = read_rows(house.root / 'data/alpaca', 'train', 'val')
+    assert len(rows) == 1100 and len({question(row) for row in rows}) == 1075
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# supervised fine-tuning
+
+def chats(count, seed):
+    """Sums of two digits: {'messages', 'answer', 'grader', 'steps'}."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        a, b = draw.randint(0, 9), draw.randint(0, 9)
+        said = f'<think>{a} + {b} = {a + b}</think>\nIt is {a + b}.'
+        asked = f'What is {a} and {b}?' + ' Please.' * draw.randint(0, 5)
+        rows.append({'messages': [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': said}],
+                     'answer': str(a + b), 'grader': 'number', 'steps': 1 + (a + b > 9)})
+    return rows
+
+
+@pytest.fixture(scope='module')
+def chat_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'sums'
+    dataset.write_rows(folder, {'train': chats(300, 1), 'val': chats(40, 2)}, 'sums')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def base_run(tmp_path_factory):
+    """A checkpoint of a small random model with rotary positions."""
+    folder = tmp_path_factory.mktemp('base')
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=192, vocab_size=260, n_layer=2, n_head=2, n_embd=64, pos='rope', norm='rmsnorm',
+                          mlp='swiglu', bias=False))
+    runtime.save_checkpoint(folder / 'ckpt.pt', {
+        'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter': 7,
+        'tokenizer': bytes_tokenizer().to_dict()})
+    return folder
+
+
+@pytest.fixture
+def tune(run_stage, base_run, chat_data):
+    """tune('--key=value', …) -> (exit status, stdout, stderr) of a short run of sft.py."""
+    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+             '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+    return lambda *args: run_stage('sft', f'--init_from={base_run}', f'--dataset={chat_data}', *small, *args)
+
+
+def test_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_stage, base_run):
+    status, out, err = tune('--max_iters=150', '--eval_interval=150', '--batch_size=8', '--learning_rate=3e-3',
+                           '--out_dir=run', '--eval_rows=0', '--max_new_tokens=48')
+    assert (status, err) == (0, '')
+    first, last = [row for row in rows_of('run') if 'val/loss' in row]
+    assert abs(first['val/loss'] - math.log(260)) < 0.3 and last['val/loss'] < 0.4 * first['val/loss']
+    assert first['val/correct'] == 0 and last['val/rouge_l'] > 0.5 > first['val/rouge_l']
+    assert last['val/f1_low'] <= last['val/f1'] <= last['val/f1_high']
+    assert 'gold' in Path('run/samples.txt').read_text() and 'correct by steps: 1: ' in out
+    status, out, err = run_stage('sample', '--init_from=run', '--chat=True', '--start=What is 2 and 3?', '--device=cpu',
+                                 '--max_new_tokens=60', '--temperature=0')
+    assert (status, err) == (0, '') and '<think>' in out and 'It is' in out
+    status, again, err = run_stage('sft', '--init_from=run', '--dataset=../nowhere', '--eval_only=True')
+    assert status == 2 and "'../nowhere'" in err
+
+
+def test_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_run):
+    before = (base_run / 'ckpt.pt').read_bytes()
+    for name, flags in {'lora': ['--lora_rank=4'], 'qlora': ['--lora_rank=4', '--quant=nf4'],
+                        'adapters': ['--adapter_dim=8']}.items():
+        status, out, err = tune('--max_iters=30', '--eval_interval=30', '--learning_rate=1e-2', f'--out_dir={name}',
+                               *flags)
+        assert (status, err) == (0, ''), err
+        first, last = [row['val/loss'] for row in rows_of(name) if 'val/loss' in row]
+        assert last < first - 0.5
+        state = torch.load(f'{name}/best.pt', weights_only=True)
+        assert all('lora' in key or 'adapter' in key for key in state['model'])
+        assert Path(name, 'best.pt').stat().st_size < len(before) / 3
+        merged, _ = convert.load_model(name)
+        assert merged.config.lora_rank == 0 and merged.config.quant == ''
+        status, out, err = run_stage('sft', f'--init_from={name}', f'--dataset={base_run.parent}/none.json',
+                                     '--eval_only=True')
+        assert status == 2 and 'none.json' in err
+    assert (base_run / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.parametrize('flags', [['--pack=False', '--curriculum=length', '--curriculum_iters=4'],
+                                   ['--lora_rank=2', '--lora_dropout=0.1'],
+                                   ['--lora_rank=2', '--quant=nf4', '--curriculum=loss', '--curriculum_iters=4']])
+def test_fine_tuning_resumes_bit_for_bit(tune, flags):
+    assert tune('--out_dir=whole', *flags)[0] == 0
+    assert tune('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
+    status, out, err = tune('--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, '')
+    a, b = (torch.load(f'{run}/ckpt.pt', weights_only=True) for run in ('whole', 'parts'))
+    assert a['model'].keys() == b['model'].keys()
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+
+
+def test_auto_starts_from_base_and_then_goes_on(tune, base_run):
+    for steps in (3, 6):
+        status, out, err = tune('--init_from=auto', f'--base={base_run}', '--out_dir=auto', f'--max_iters={steps}')
+        assert (status, err) == (0, '')
+    assert [row['iter'] for row in rows_of('auto') if 'val/loss' in row] == [0, 3, 6]
+    assert not Path('auto.1').exists()
+
+
+def test_packing_changes_no_loss(base_run, chat_data):
+    model, tokenizer = convert.load_model(base_run)
+    rows, _ = dataset.load_chats(chat_data, 'train')
+    packed = dataset.ChatData(rows, tokenizer, 192, pack=True)
+    padded = dataset.ChatData(rows, tokenizer, 192)
+    count = packed.n_tokens
+    arrays = [torch.from_numpy(a) for a in padded.read(padded.fixed(0))]
+    with torch.no_grad():
+        whole = model(*arrays, reduction='sum')
+        nats = targets = first = 0
+        while targets < count:  # one epoch of blocks
+            idx, y, positions, segments = map(torch.from_numpy, packed.batch(first, 1))
+            nats += model(idx, y, positions=positions, segments=segments, reduction='sum')
+            targets, first = targets + int((y != -100).sum()), first + 1
+    assert targets == count and nats.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat_data, tmp_path):
+    status, out, err = tune('--eval_only=True', '--eval_split=val', '--eval_samples=3', '--eval_file=answers.jsonl',
+                           '--out_dir=nothing')
+    assert (status, err) == (0, '') and not Path('nothing').exists()
+    assert re.search(r'pass@1: .*\npass@2: .*\npass@3: ', out) and 'exact' in out and 'ROUGE-L' in out
+    rows = [json.loads(line) for line in Path('answers.jsonl').read_text().splitlines()]
+    assert len(rows) == 8 * 3 and all({'text', 'correct', 'f1', 'exact', 'rouge_l'} <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize(('words', 'args'), [
+    (["curriculum='hard'", 'length'], ['--curriculum=hard']), (['too_long'], ['--too_long=middle']),
+    (['scratch'], ['--init_from=scratch']), (['max_length=500', 'block_size=192'], ['--max_length=500']),
+    (['lora_rank'], ['--lora_rnk=3']), (['n_layer'], ['--n_layer=3']), (['quant'], ['--quant=nf4']),
+    (['eval_split'], ['--eval_only=True', '--eval_split=dev']), (['test'], ['--eval_only=True', '--eval_split=test']),
+    (['lora_targets'], ['--lora_rank=2', '--lora_targets=key']), (['no such run'], ['--init_from=out/none']),
+    (['max_length=20'], ['--max_length=20']), (['max_iters=0'], ['--max_iters=0'])])
+def test_mistakes_of_fine_tuning_get_one_line(tune, words, args):
+    status, out, err = tune('--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
+    assert all(word in err for word in words), err
+
+
+def test_malformed_rows_stop_a_run_or_are_counted(tune, tmp_path):
+    rows = chats(60, 3)
+    del rows[4]['messages'][1]['content']
+    Path('mine.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    status, out, err = tune('--dataset=mine.jsonl', '--out_dir=run')
+    assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line 5' in err
+    status, out, err = tune('--dataset=mine.jsonl', '--out_dir=run', '--strict=False')
+    assert (status, err) == (0, '') and '1 malformed' in out
+
+
+def test_fine_tuning_with_two_processes_is_fine_tuning_with_one(tune, base_run, chat_data, tmp_path):
+    flags = ['--gradient_accumulation_steps=2', '--lora_rank=2', '--max_iters=3', '--eval_interval=3']
+    assert tune('--out_dir=one', *flags)[0] == 0
+    args = [f'--init_from={base_run}', f'--dataset={chat_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+            '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', *flags]
+    for name, options in (('ddp', []), ('fsdp', ['--fsdp=True'])):
+        torchrun(2, *args, *options, f'--out_dir={tmp_path}/{name}', cwd=tmp_path, stage='sft.py')
+        for a, b in zip(rows_of('one'), rows_of(name), strict=True):
+            for key in a.keys() & {'train/loss', 'val/loss', 'val/f1', 'grad_norm'}:
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (name, key)

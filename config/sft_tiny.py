@@ -1,0 +1,20 @@
+"""Word problems in five minutes on two cores: the model of config/tiny.py learns to calculate step by step."""
+out_dir = 'out/sft'
+init_from = 'out/tiny'
+dataset = 'wordproblems'
+
+batch_size = 8
+max_iters = 1800
+optimizer = 'muon'
+muon_lr = 0.02
+learning_rate = 3e-3
+embed_lr = 9e-3
+weight_decay = 0.0
+beta2 = 0.99
+grad_clip = 0.0
+lr_schedule = 'wsd'
+warmup_iters = 20
+
+eval_interval = 450
+eval_rows = 500
+max_new_tokens = 96

@@ -1,0 +1,403 @@
+"""
+Supervised fine-tuning: a model that continues text learns to answer, from chats in which only the answers count.
+
+    python sft.py config/sft_tiny.py                             word problems, from the model of config/tiny.py
+    python sft.py config/sft_smollm2.py --dataset=data/mine      SmolLM2-135M learns your chats with LoRA
+    python sft.py config/sft_smollm2.py --quant=nf4              the same with its own weights in 4 bits: QLoRA
+    python sft.py --init_from=out/sft --dataset=wordproblems --eval_only=True --eval_split=test --eval_samples=4
+    torchrun --standalone --nproc_per_node=2 sft.py config/sft_tiny.py --gradient_accumulation_steps=2
+
+Without lora_rank or adapter_dim all weights learn; with them those small ones alone do and are saved, to be loaded over
+the model that they belong to.
+
+Papers: InstructGPT (arXiv:2203.02155), LoRA (arXiv:2106.09685), QLoRA (arXiv:2305.14314), adapters (arXiv:1902.00751),
+competence-based curricula (arXiv:1903.09848), pass@k (arXiv:2107.03374).
+"""
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+import runtime
+from convert import base_of, complete, load_state
+from dataset import ChatData, grade, interval, load_chats, normalise, pass_at_k, rouge_l, token_f1, visible
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, UserError
+
+# where and what
+out_dir = 'out/sft'  # directory of the run: checkpoints, metrics, samples
+init_from = 'out/tiny'  # the model to start from: sample.py's; or 'resume', or 'auto' (resume where there is a run)
+base = 'out/tiny'  # the model that 'auto' starts from where there is no run yet
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
+val_fraction = 0.1  # of a single file: the share of its prompts that is held out
+seed = 1337  # decides the order of the data, dropout, fresh small weights and samples
+# rows
+max_length = 0  # tokens of the longest row; 0 = the model's block_size
+too_long = 'drop'  # rows that are longer: 'drop' them, or cut tokens at their 'left' or 'right' end
+strict = True  # a malformed row ends the run; False: it is left out and counted
+train_on_prompt = False  # learn what the user says, too
+pack = True  # several conversations in a row of max_length, none of which sees another; False: a row each, padded
+curriculum = 'none'  # easy rows first, by their 'length', 'steps', or the 'loss' of the model that training starts from
+curriculum_iters = 0  # the steps over which the harder rows come in; 0 = half of max_iters
+curriculum_start = 0.2  # the share of rows, the easiest, that it begins with
+# batches
+batch_size = 8  # rows (packed: of max_length) per micro-batch
+gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
+max_iters = 500  # steps
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
+learning_rate = 3e-4  # peak of AdamW's
+embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak of Muon's
+muon_momentum = 0.95  # Nesterov momentum of Muon
+weight_decay = 0.0  # on matrices only
+beta1 = 0.9  # AdamW's decay of the mean
+beta2 = 0.99  # AdamW's decay of the variance
+grad_clip = 1.0  # largest norm of the gradient; 0 = off
+# schedule
+lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
+warmup_iters = 20  # steps of linear warmup
+lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate, in proportion for every group
+decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+# looking at it
+eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
+eval_rows = 256  # held-out rows whose loss is taken, and whose prompts are answered, the same every time; 0 = all
+eval_only = False  # measure init_from and train nothing
+eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
+eval_samples = 0  # of eval_only: so many answers per prompt at eval_temperature, for pass@1 … pass@k; 0 = one, greedy
+eval_temperature = 0.8  # of those
+eval_file = ''  # of eval_only: a file for every prompt, answer and grade, as JSON lines
+max_new_tokens = 128  # longest answer
+show_answers = 3  # answers shown at an evaluation
+log_interval = 10  # steps between lines of progress
+keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
+max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
+tensorboard_log = False  # write out_dir/tensorboard
+wandb_log = False  # report to Weights & Biases
+wandb_project = 'flatgpt'  # its project
+wandb_run_name = 'sft'  # its name for this run
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+compile = False  # torch.compile: slow to start, then faster
+activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+
+def loss_on(model, run, arrays, **options):
+    """The model's loss on a batch of NumPy arrays: (idx, targets), of packed rows also (positions, segments)."""
+    names = ('idx', 'targets', 'positions', 'segments')[:len(arrays)]
+    with run.autocast(arrays[0].shape[1]):
+        return model(**dict(zip(names, run.to_device(*arrays), strict=True)), **options)
+
+
+def real_tokens(arrays):
+    """How many tokens of a batch are not padding."""
+    if len(arrays) > 2:
+        return int((arrays[3] > 0).sum())
+    counts = arrays[1] != -100  # a row ends with its last target
+    return int((counts.shape[1] - counts[:, ::-1].argmax(1)).sum())
+
+
+@torch.no_grad()
+def losses_of(model, data, rows, run):
+    """The summed loss of each of these rows, in nats, and how many targets it has: two float64 arrays.
+
+    Rows of about one length go together, and the processes share them.
+    """
+    nats, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    order = np.argsort(data.lengths[rows], kind='stable')
+    parts = np.array_split(order, max(run.world_size, -(-len(order) // 16)))
+    rounds = -(-len(parts) // run.world_size)
+    model.eval()
+    for i in range(rounds):  # shards are gathered by all processes together, so each makes as many passes
+        mine = i * run.world_size + run.rank
+        part = parts[mine if mine < len(parts) else 0]
+        arrays = data.read(np.asarray(rows)[part] if len(part) else np.asarray(rows)[:1])
+        losses = loss_on(model, run, arrays, reduction='none').sum(1).double().cpu().numpy()
+        if mine < len(parts) and len(part):
+            nats[part], counts[part] = losses, (arrays[1] != -100).sum(1)
+    model.train()
+    total = np.array(run.sum(*nats, *counts))
+    return total[:len(rows)], total[len(rows):]
+
+
+def answers_to(model, data, rows, run, samples=0):
+    """Answers to the prompts of these rows: a list of texts for each; greedy, or `samples` at eval_temperature.
+
+    A copy of the model that can do nothing else writes them, the fastest there is. The processes share the rows.
+    """
+    tokenizer = data.tokenizer
+    with run.gathered(model):
+        writer = model.merged(runtime.pick_dtype(dtype, run.device, model.num_params())[1]).to(run.device).eval().pack()
+    mine = sorted(range(run.rank, len(rows), run.world_size), key=lambda i: data.lengths[rows[i]])
+    texts = {}
+    for part in (mine[i:i + 32] for i in range(0, len(mine), 32)):
+        prompts = [data.prompt(rows[i]) for i in part]
+        ids = writer.generate(prompts, max_new_tokens, temperature=eval_temperature if samples else 0, seed=seed,
+                              stop_ids=tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=tokenizer.n_vocab)
+        answers = [tokenizer.decode([t for t in answer if t not in tokenizer.turn_ids]) for answer in ids]
+        for k, i in enumerate(part):
+            texts[i] = answers[k * (samples or 1):(k + 1) * (samples or 1)]
+    texts = run.collect(texts)
+    return [texts[i] for i in range(len(rows))]
+
+
+def grades(row, answer):
+    """What an answer to a row is worth: {'exact', 'f1', 'rouge_l'} against the row's own answer, and 'correct'.
+
+    'correct' is what the row's grader says of its `answer`, of rows that have one.
+    """
+    gold, said = visible(row['messages'][-1]['content']), visible(answer)
+    marks = {'exact': float(normalise(said) == normalise(gold)), 'f1': token_f1(said, gold),
+             'rouge_l': rouge_l(said, gold)}
+    if 'answer' in row:
+        marks['correct'] = float(grade(answer, row['answer'], row.get('grader', 'number')))
+    return marks
+
+
+def summarise(rows, answers):
+    """Means over rows of the grades of their first answers -> ({name: mean}, {name: (low, high)} at 95 %)."""
+    marks = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
+    means, ranges = {}, {}
+    for name in ('exact', 'correct', 'f1', 'rouge_l'):
+        values = [m[name] for m in marks if name in m]
+        if values:
+            means[name], ranges[name] = sum(values) / len(values), interval(values)
+    return means, ranges
+
+
+def table(rows, answers, key):
+    """Of rows that have this key, the share of correct answers for each of its values, in words."""
+    shares = {}
+    for row, texts in zip(rows, answers, strict=True):
+        if key in row and 'answer' in row:
+            shares.setdefault(row[key], []).append(grades(row, texts[0])['correct'])
+    return ', '.join(f'{k}: {sum(v) / len(v):.0%} of {len(v)}' for k, v in sorted(shares.items(), key=str))
+
+
+def in_words(means, ranges):
+    names = {'exact': 'exact', 'correct': 'correct', 'f1': 'F1', 'rouge_l': 'ROUGE-L'}
+    return ', '.join(f'{means[k]:.1%} {names[k]} ({ranges[k][0]:.1%} to {ranges[k][1]:.1%})' for k in means)
+
+
+def shown(row, answer):
+    """A prompt's last message, the answer to it and the one it should have been, for a reader."""
+    marks = grades(row, answer)
+    verdict = ('right' if marks['correct'] else 'wrong') if 'correct' in marks else f'F1 {marks["f1"]:.2f}'
+    return (f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
+            f'  gold ({verdict}): {visible(row["messages"][-1]["content"])}')
+
+
+def rows_of(split, tokenizer, length, run, packed=False):
+    """A split of the dataset as ChatData; tells what was left out."""
+    rows, skipped = load_chats(dataset, split, strict, val_fraction)
+    data = ChatData(rows, tokenizer, length, seed, too_long, train_on_prompt, packed)
+    lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [f'{n:,} {what.replace("_", " ")}'
+                                                              for what, n in data.dropped.items() if n]
+    if lost:
+        run.say(f'{dataset}, {split}: {data.n_rows:,} rows; of the others {", ".join(lost)}'
+                + (f' (the first: {skipped[0]})' if skipped else ''))
+    return data
+
+
+def evaluate_only(model, net, tokenizer, length, run):
+    """What eval_only prints of a model and writes to eval_file."""
+    data = rows_of(eval_split, tokenizer, length, run)
+    chosen = data.fixed(eval_rows)
+    nats, counts = losses_of(net, data, chosen, run)
+    answers, rows = answers_to(model, data, chosen, run, eval_samples), [data.rows_kept[i] for i in chosen]
+    means, ranges = summarise(rows, answers)
+    run.say(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {nats.sum() / counts.sum():.4f}, '
+            + in_words(means, ranges))
+    for key in ('steps', 'kind'):
+        if words := table(rows, answers, key):
+            run.say(f'correct by {key}: {words}')
+    if eval_samples and 'correct' in means:
+        right = [sum(grades(row, text)['correct'] for text in texts) for row, texts in zip(rows, answers, strict=True)
+                 if 'answer' in row]
+        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < eval_samples] + [eval_samples]
+        for k in ks:
+            values = [pass_at_k(eval_samples, int(c), k) for c in right]
+            low, high = interval(values)
+            run.say(f'pass@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
+    for row, texts in list(zip(rows, answers, strict=True))[:show_answers]:
+        run.say(shown(row, texts[0]))
+    if eval_file and run.main:
+        lines = [json.dumps({'messages': row['messages'], 'answer': row.get('answer'), 'text': text,
+                             **grades(row, text)}, ensure_ascii=False)
+                 for row, texts in zip(rows, answers, strict=True) for text in texts]
+        runtime.write_atomic(eval_file, lambda file: file.write('\n'.join([*lines, '']).encode()))
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_loop(config)
+    for name, value, allowed in (('too_long', too_long, ('drop', 'left', 'right')),
+                                 ('curriculum', curriculum, ('none', 'length', 'steps', 'loss')),
+                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
+        if value not in allowed:
+            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    if not 0 < val_fraction < 1 or not 0 < curriculum_start <= 1:
+        raise UserError('val_fraction and curriculum_start lie between 0 and 1')
+    if max_new_tokens < 1:
+        raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
+    if init_from == 'scratch':
+        raise UserError("init_from='scratch': fine-tuning starts from a model: give a run, a directory or a name")
+    run = runtime.Run(config)
+    state, origin, resumed = run.begin(load_state)
+    if state is None:
+        state, origin = load_state(base), base
+    own = state
+    if resumed:
+        state = complete(state, origin)
+
+    # model and data
+    model_args = state['model_args'] | given
+    with runtime.user_errors():
+        model_config = GPTConfig(**model_args)
+    with runtime.user_errors(origin):
+        tokenizer = Tokenizer.from_dict(state['tokenizer'])
+    if model_config.n_encoder_layer or not model_config.causal:
+        raise UserError(f'{origin} is no causal decoder alone: it cannot chat')
+    if resumed:
+        for key, value in asdict(model_config).items():
+            if state['model_args'].get(key) != value and 'dropout' not in key:
+                raise UserError(f'{origin} was trained with {key}={state["model_args"].get(key)}, not {value}: drop '
+                                f'--{key}, or start a new run')
+    length = max_length or model_config.block_size
+    if length > model_config.block_size:
+        raise UserError(f'max_length={length} is more than the block_size={model_config.block_size} of {origin}')
+    run.on_main(lambda: load_chats(dataset, eval_split if eval_only else 'val', strict, val_fraction))
+    torch.manual_seed(seed)  # fresh small weights, whatever was drawn while the model was read
+    with runtime.user_errors(origin):
+        model = GPT.from_state(state, **given).freeze()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    small = trainable < model.num_params()
+    if eval_only:
+        return evaluate_only(model, run.wrap(model), tokenizer, length, run)
+    train_data, val_data = (rows_of(split, tokenizer, length, run, pack and split == 'train')
+                            for split in ('train', 'val'))
+    belongs_to = own.get('base') if resumed else base_of(origin, state) if small else None
+    model_args = asdict(model.config)
+    net = run.wrap(model)
+    with runtime.user_errors():
+        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
+                                                muon_lr, muon_momentum)
+    step, items_seen, clock, difficulty = 0, 0, runtime.Clock(), None
+    if resumed:
+        run.restore(own, origin, optimizers)
+        step, items_seen, clock = own['iter'], own['rows'], runtime.Clock(own['seconds'])
+        difficulty = own['difficulty']
+    origin = f'{origin}, step {state["iter"]:,}'
+    state = own = None
+
+    # the order of the rows
+    items_per_step, tokens_read = gradient_accumulation_steps * batch_size, 0
+    per_item = length / train_data.lengths.mean() if pack else 1  # rows
+    if curriculum != 'none':
+        if difficulty is None and curriculum == 'steps':
+            missing = next((row['where'] for row in train_data.rows_kept if 'steps' not in row), None)
+            if missing:
+                raise UserError(f"{missing}: curriculum='steps' needs a number of 'steps' in every row")
+            difficulty = torch.tensor([float(row['steps']) for row in train_data.rows_kept])
+        elif difficulty is None and curriculum == 'loss':
+            nats, counts = losses_of(net, train_data, np.arange(train_data.n_rows), run)
+            difficulty = torch.from_numpy(nats / counts)
+        elif difficulty is None:
+            difficulty = torch.from_numpy(train_data.lengths.astype(float))
+        paced = (curriculum_iters or max_iters // 2) * items_per_step
+        train_data.pace(difficulty.numpy(), int(paced * per_item), curriculum_start)
+    flops = model.flops_per_token(length)
+
+    def measure():
+        """The loss on held-out rows of today's weights, and what their answers are worth."""
+        chosen = val_data.fixed(eval_rows)
+        nats, counts = losses_of(net, val_data, chosen, run)
+        answers, rows = answers_to(model, val_data, chosen, run), [val_data.rows_kept[i] for i in chosen]
+        means, ranges = summarise(rows, answers)
+        loss = nats.sum() / counts.sum()
+        metrics = {'iter': step, 'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'seconds': clock.read()}
+        for name, mean in means.items():
+            metrics |= {f'val/{name}': mean, f'val/{name}_low': ranges[name][0], f'val/{name}_high': ranges[name][1]}
+        words = [f'step {step}: val loss {loss:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of training']
+        words += [f'correct by steps: {by}' for by in [table(rows, answers, 'steps')] if by]
+        return metrics, '\n'.join(words), [shown(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
+
+    clock.pause()
+    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
+    run.open(step if resumed else None)
+    run.catch_signals()
+    epochs = max_iters * items_per_step * per_item / train_data.n_rows
+    packed = f' of {length} tokens, packed' if pack else ''
+    run.say(f'{dataset}: {train_data.n_rows:,} rows to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+            f'{model.num_params():,} parameters from {origin}, {trainable:,} trainable, on {run.world_size} x '
+            f'{run.device}, {run.dtype}\n'
+            f'memory in MB: weights {model.memory() / 1e6:,.1f}, gradients {trainable * 4 / 1e6:,.1f}, moments '
+            f'{trainable * 8 / 1e6:,.1f}\n'
+            f'{max_iters:,} steps of {items_per_step} rows{packed}: {epochs:.2f} epochs')
+
+    def look(metrics, words, samples):
+        """Logs what was measured after `step` steps, shows answers and saves the state."""
+        run.log(metrics)
+        run.say(words)
+        run.sample(step, '\n'.join(samples[:show_answers]))
+        save(metrics['val/loss'])
+
+    def save(val_loss=math.inf):
+        state = {'model': model.small_state() if small else model.state_dict(), 'model_args': model_args,
+                 'tokenizer': tokenizer.to_dict(), 'iter': step, 'rows': items_seen, 'seconds': clock.read(),
+                 'difficulty': difficulty}
+        run.checkpoint(state | ({'base': belongs_to} if small else {}), optimizers, val_loss)
+
+    def micro_loss(number):
+        """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
+        over the step is that over its targets."""
+        nonlocal tokens_read
+        first = items_seen + number * batch_size
+        arrays = train_data.batch(first, batch_size)
+        tokens_read += real_tokens(arrays)
+        of_step = train_data.n_targets(items_seen, items_per_step) / gradient_accumulation_steps
+        run.seed(first)
+        return loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)
+
+    if not resumed:
+        look(*measured)
+    run.settle(net, lambda: micro_loss(run.rank))
+    tokens_read = 0
+    clock.resume()
+    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    while step < max_iters and not (stop := run.stopping()):
+        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
+        step, items_seen = step + 1, items_seen + items_per_step
+        if step % max_bad_steps == 0:
+            run.check_updates(step)
+
+        if step % log_interval == 0 or step == max_iters:
+            run.check_updates(step)
+            loss, fed = run.sum(total.item(), tokens_read)  # here the host waits for the device
+            seconds = clock.read()
+            rate = fed / (seconds - logged_seconds)
+            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
+                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
+                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
+            logged_step, logged_seconds, tokens_read = step, seconds, 0
+        if step % eval_interval == 0 or step == max_iters:
+            clock.pause()
+            look(*measure())
+            clock.resume()
+            looked, logged_step, logged_seconds, tokens_read = step, step, clock.read(), 0
+
+    if stop and looked != step:
+        clock.pause()
+        save()
+    run.finish(step, stop, parameters=model.num_params(), trainable=trainable)
+    run.say(f'done: best validation loss {run.best:.4f}; talk to it: '
+            f'python sample.py --init_from={out_dir} --chat=True')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
