@@ -4371,7 +4371,7 @@ def test_held_out_rows_are_evenly_spaced():
 # ----------------------------------------------------------------------------------------------------------------------
 # files
 
-GOOD_CHAT = {'messages': [turn('user', 'Hi'), turn('assistant', 'Yes.')]}
+GOOD_ROW = {'messages': [turn('user', 'Hi'), turn('assistant', 'Yes.')]}
 
 
 def lines(path, rows):
@@ -4382,23 +4382,24 @@ def lines(path, rows):
 
 def test_three_shapes_of_rows_are_one(tmp_path):
     system = turn('system', 'Be')
-    rows = [GOOD_CHAT, {'instruction': 'Add', 'input': '1 2', 'output': '3', 'id': 7}, {'instruction': 'Hi', 'output': 'Yo'},
+    rows = [GOOD_ROW, {'instruction': 'Add', 'input': '1 2', 'output': '3', 'id': 7},
+            {'instruction': 'Hi', 'output': 'Yo'},
             {'instruction': 'Hi', 'input': '', 'output': 'Yo'},
             {'instruction': 'Hi', 'input': None, 'output': 'Yo', 'messages': None},
             {'prompt': 'Hi', 'completion': 'Yo'},
             {'prompt': [system, turn('user', 'Hi')], 'completion': [turn('assistant', 'Yo')]},
             {'messages': [{'role': 'user', 'content': 'é', 'name': 'x'}, turn('assistant', '4')], 'answer': 4,
-             'grader': 'number', 'steps': 2, 'kind': 'sum', 'other': []}, {**GOOD_CHAT, 'answer': None, 'steps': None}]
+             'grader': 'number', 'steps': 2, 'kind': 'sum', 'other': []}, {**GOOD_ROW, 'answer': None, 'steps': None}]
     hi = [turn('user', 'Hi'), turn('assistant', 'Yo')]
-    expected = [GOOD_CHAT, {'messages': [turn('user', 'Add\n\n1 2'), turn('assistant', '3')]}, *[{'messages': hi}] * 4,
+    expected = [GOOD_ROW, {'messages': [turn('user', 'Add\n\n1 2'), turn('assistant', '3')]}, *[{'messages': hi}] * 4,
                 {'messages': [system, *hi]}, {'messages': [turn('user', 'é'), turn('assistant', '4')], 'answer': 4,
-                                              'grader': 'number', 'steps': 2, 'kind': 'sum'}, GOOD_CHAT]
+                                              'grader': 'number', 'steps': 2, 'kind': 'sum'}, GOOD_ROW]
     path = lines(tmp_path / 'x.jsonl', rows)
     assert read_chats(path) == ([r | {'where': f'{path}, line {i}'} for i, r in enumerate(expected, 1)], [])
     (tmp_path / 'x.json').write_text('\ufeff' + json.dumps(rows, indent=1))
     assert read_chats(tmp_path / 'x.json')[0] == [
         r | {'where': f'{tmp_path / "x.json"}, row {i}'} for i, r in enumerate(expected, 1)]
-    path.write_bytes('\ufeff'.encode() + json.dumps(GOOD_CHAT).encode() + b'\r\n\r\n' + json.dumps(GOOD_CHAT).encode())
+    path.write_bytes('\ufeff'.encode() + json.dumps(GOOD_ROW).encode() + b'\r\n\r\n' + json.dumps(GOOD_ROW).encode())
     assert [row['where'][-6:] for row in read_chats(path)[0]] == ['line 1', 'line 3']
 
 
@@ -4420,14 +4421,15 @@ def test_three_shapes_of_rows_are_one(tmp_path):
     ({'instruction': 'x', 'output': ''}, 'is empty'), ({'instruction': 5, 'output': 'x'}, '"instruction" must be a'),
     ({'instruction': 'x', 'input': ['y'], 'output': 'x'}, '"input" must be a text'),
     ({'instruction': 'x', 'output': {}}, '"output" must be a text'), ({'messages': None}, 'it needs "messages"'),
-    ({'instruction': 'x', 'output': GOOD_CHAT['messages']}, '"output" must be a text'),
+    ({'instruction': 'x', 'output': GOOD_ROW['messages']}, '"output" must be a text'),
     ({'prompt': 'x', 'completion': 3}, '"completion" must be a text'),
     ({'prompt': [], 'completion': []}, '"messages" must be a list'),
-    ({**GOOD_CHAT, 'answer': [4]}, '"answer" is [4], which it cannot be'), ({**GOOD_CHAT, 'steps': '2'}, '"steps" is'),
-    ({**GOOD_CHAT, 'steps': True}, '"steps" is True'), ({**GOOD_CHAT, 'grader': 'judge'}, "\"grader\" is 'judge', not one"),
-    ({**GOOD_CHAT, 'answer': '\udfff'}, 'half a surrogate')], ids=lambda x: str(x)[:30])
+    ({**GOOD_ROW, 'answer': [4]}, '"answer" is [4], which it cannot be'), ({**GOOD_ROW, 'steps': '2'}, '"steps" is'),
+    ({**GOOD_ROW, 'steps': True}, '"steps" is True'),
+    ({**GOOD_ROW, 'grader': 'judge'}, "\"grader\" is 'judge', not one"),
+    ({**GOOD_ROW, 'answer': '\udfff'}, 'half a surrogate')], ids=lambda x: str(x)[:30])
 def test_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
-    path = lines(tmp_path / 'x.jsonl', [GOOD_CHAT, row, GOOD_CHAT])
+    path = lines(tmp_path / 'x.jsonl', [GOOD_ROW, row, GOOD_ROW])
     with pytest.raises(UserError, match=re.escape(f'{path}, line 2: ') + '.*' + re.escape(words)) as error:
         read_chats(path)
     assert '\n' not in str(error.value) and len(str(error.value)) < len(str(path)) + 200
@@ -4437,7 +4439,7 @@ def test_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
     with pytest.raises(UserError, match='none of its 1 rows is a chat; .*y.jsonl, line 1: '):
         read_chats(alone, strict=False)
     if not isinstance(row, bytes):
-        (tmp_path / 'x.json').write_text(json.dumps([GOOD_CHAT, row]))
+        (tmp_path / 'x.json').write_text(json.dumps([GOOD_ROW, row]))
         with pytest.raises(UserError, match=re.escape('x.json, row 2: ') + '.*' + re.escape(words)):
             read_chats(tmp_path / 'x.json')
 
