@@ -3,12 +3,14 @@ Models in and out: Hugging Face directories (config.json and safetensors) both w
 
     python convert.py out/tiny exported          a run of ours -> a directory that transformers, vLLM, … read
     python convert.py hf_directory out/name      a Hugging Face directory, a .gguf file or a name -> a run of ours
+    python convert.py out/lora exported --peft   the LoRA of a run, without its base -> a directory that PEFT reads
     model, tokenizer = load_model('smollm2')     any of these, as the stages do
 
 A family's tensors are a table from our names to theirs; both directions walk it. The keys and defaults of config.json
 are those of transformers (models/*/configuration_*.py), in its spelling of today (`rope_parameters`, `dtype`) and of
 before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do is refused by its key, not dropped.
-Nothing here unpickles a stranger's file.
+Nothing here unpickles a stranger's file. A run that trained LoRA or adapters holds these and names its base; whoever
+loads it here gets the whole model, LoRA folded in.
 
 Formats: https://huggingface.co/docs/safetensors, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -34,7 +36,7 @@ from safetensors.torch import save_file
 
 import runtime
 import tokenizer as tokenizers
-from model import GPT, GPTConfig, rope_tables
+from model import GPT, LORA_TARGETS, GPTConfig, LoRALinear, rope_tables
 from tokenizer import Tokenizer, UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,8 +141,13 @@ def build(args, overrides, family, sources, dtype, where):
     return model
 
 
+SMALL = ('lora_rank', 'adapter_dim', 'quant')  # what is learned beside a loaded model, and how that is kept
+
+
 def _known(overrides):
     for key in overrides:
+        if key in SMALL and overrides[key]:
+            raise UserError(f'{key}={overrides[key]!r} is for training on top of a model: drop --{key}')
         if key not in GPTConfig.__dataclass_fields__:
             near = difflib.get_close_matches(key, GPTConfig.__dataclass_fields__, 1, 0)[0]
             raise UserError(f'{key!r} is no field of a model; did you mean {near}?')
@@ -360,9 +367,9 @@ def window_args(config, family, n_layer):
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face directories
 
-def safetensors_of(folder):
+def safetensors_of(folder, name='model.safetensors'):
     """{name: (file, shape, read)} of the tensors of a directory, sharded or not; UserError for a damaged one."""
-    single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+    single, index = folder / name, folder / f'{name}.index.json'
     if single.is_file():
         of, files = None, [single]
     elif index.is_file():
@@ -375,7 +382,7 @@ def safetensors_of(folder):
         raise UserError(f'{folder}: only a pickle (pytorch_model.bin), which could run code; write safetensors with '
                         'transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)')
     else:
-        raise UserError(f'{folder}: no model.safetensors in this directory')
+        raise UserError(f'{folder}: no {single.name} in this directory')
     tensors = {}
     for file in files:
         try:
@@ -544,16 +551,28 @@ def to_hf(model, directory, tokenizer=None):
             tensor = state[name] if name in state else torch.ones(like.shape, dtype=dtype)
             for theirs, part in parts(name, tensor, config, family):
                 tensors[theirs] = part.detach().cpu().contiguous()
+
+    def write(folder):
+        save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+        if tokenizer:
+            tokenizer.to_hf(folder)
+        _write_json(folder / 'config.json', values)
+    _write_directory(directory, write)
+
+
+def _write_json(path, values):
+    text = json.dumps(values, indent=2) + '\n'
+    runtime.write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def _write_directory(directory, write):
+    """Calls write(folder) for a new folder, flushes its files and gives it the directory's name; UserError if not."""
     temporary = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', suffix='.tmp', dir=directory.parent))
-        save_file(tensors, temporary / 'model.safetensors', metadata={'format': 'pt'})
-        if tokenizer:
-            tokenizer.to_hf(temporary)
-        text = json.dumps(values, indent=2) + '\n'
-        runtime.write_atomic(temporary / 'config.json', lambda file: file.write(text.encode()))
-        mode = (temporary / 'config.json').stat().st_mode & 0o666  # as the umask has it, not for the user alone
+        write(temporary)
+        mode = next(temporary.glob('*config.json')).stat().st_mode & 0o666  # as the umask has it
         for path in temporary.iterdir():
             path.chmod(mode)
             with open(path, 'rb+') as file:
@@ -714,7 +733,7 @@ def load_model(init_from, **overrides):
         raise UserError(f'{init_from}: no such run, Hugging Face directory or .gguf file, and not a name '
                         f'({", ".join(("smollm2", *GPT2))})')
     _known(overrides)
-    state = runtime.load_checkpoint(path)
+    state = load_state(path)
     with runtime.user_errors(path):
         tokenizer = Tokenizer.from_dict(state['tokenizer'])
         model = GPT.from_state(state, **overrides)
@@ -723,25 +742,244 @@ def load_model(init_from, **overrides):
 
 def _is_run(source):
     path = Path(source)
-    return path.exists() and path.suffix != '.gguf' and not (path / 'config.json').is_file()
+    return path.exists() and path.suffix != '.gguf' and not any(
+        (path / name).is_file() for name in ('config.json', 'adapter_config.json'))
 
 
 def load_state(init_from):
-    """As `load_model`, but the dict that a checkpoint holds: 'model', 'model_args', 'tokenizer' and more."""
-    if _is_run(init_from):
-        return runtime.load_checkpoint(init_from)
-    model, tokenizer = load_model(init_from)
-    return {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter': 0,
-            'tokenizer': tokenizer.to_dict()}
+    """As `load_model`, but the dict that a checkpoint holds: 'model', 'model_args', 'tokenizer' and more.
+
+    Of a run with LoRA, or a PEFT directory, the whole model, LoRA folded in; adapters stay beside it. Such a state also
+    has 'sha256', the fingerprint of what it is made of.
+    """
+    if (Path(init_from) / 'adapter_config.json').is_file():
+        state = _from_peft_directory(init_from)
+    elif _is_run(init_from):
+        state = complete(runtime.load_checkpoint(init_from), init_from)
+    else:
+        model, tokenizer = load_model(init_from)
+        return {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter': 0,
+                'tokenizer': tokenizer.to_dict()}
+    args = state['model_args']
+    if args.get('lora_rank') or args.get('quant'):
+        with runtime.user_errors(init_from):
+            model = GPT.from_state(state).merged()
+        state |= {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)}
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA and adapters, kept without their base
+
+HUB = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'} | {name: f'openai-community/{name}' for name in GPT2}
+
+
+def fingerprint(tensors, start=''):
+    """sha256 over start and the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def base_of(init_from, state):
+    """What a checkpoint of LoRA or adapters holds as 'base': {'init_from', 'sha256'} of the state that `load_state`
+    read from there. A base that has LoRA itself counts by its pieces: sums may round otherwise on another machine."""
+    return {'init_from': str(init_from), 'sha256': state.get('sha256') or fingerprint(state['model'])}
+
+
+def _find(init_from, directory):
+    """A base's path as it is written, else below one of the folders that hold the directory; else what is written."""
+    places = [Path(init_from), *(parent / init_from for parent in directory.resolve().parents)]
+    return str(next((path for path in places if path.exists()), init_from))
+
+
+def _load_base(init_from, where):
+    """The state of a base that `where` names; UserError says what is missing and what to do."""
+    path, where = _find(init_from, Path(where)), Path(where)
+    if Path(path).exists() and Path(path).resolve() in (where.resolve(), where.resolve().parent):
+        raise UserError(f'{where}: its base {init_from} is this very directory: put the base back elsewhere')
+    try:
+        return load_state(path)
+    except RecursionError:
+        raise UserError(f'{where}: its base {init_from} has {where} for a base itself') from None
+    except UserError as error:
+        raise UserError(f'{where} needs its base {init_from}: {error}; put it back there or beside the run') from None
+
+
+def complete(state, where):
+    """A checkpoint of LoRA or adapters -> the same with base and small tensors in 'model'; any other as it is.
+
+    where: the run, for messages and to find a base that is not at its path: it may lie below any folder above the run.
+    Raises UserError where the base is missing or not the one that the run began with.
+    """
+    if 'base' not in state:
+        return state
+    base = state['base']
+    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in ('init_from', 'sha256')):
+        raise UserError(f"{where}: its 'base' must hold 'init_from' and 'sha256'")
+    found = _load_base(base['init_from'], where)
+    if base_of(base['init_from'], found)['sha256'] != base['sha256']:
+        raise UserError(f"{where}: its base {base['init_from']} holds other weights than the run was trained on "
+                        f"(sha256 {base['sha256'][:12]}…): put those back")
+    return {k: v for k, v in state.items() if k != 'base'} | {
+        'model': found['model'] | state['model'], 'sha256': fingerprint(state['model'], base['sha256'])}
+
+
+class PeftModule:
+    """A module of ours with LoRA: name, module (on 'meta'), and theirs: {part: the name of the module it is in there}.
+
+    fused: theirs holds all parts in one matrix, as GPT-2's c_attn does, and so has one A for all.
+    """
+
+    def __init__(self, name, module, config, family):
+        matrix = torch.empty(module.out_features, module.in_features, device='meta')
+        theirs = [theirs.removesuffix('.weight') for theirs, _ in parts(f'{name}.weight', matrix, config, family)]
+        self.name, self.module, self.fused = name, module, len(theirs) < len(module.parts)
+        theirs = theirs * len(module.parts) if self.fused else theirs
+        self.theirs = {part: t for (part, (_, learns)), t in zip(module.parts.items(), theirs, strict=True) if learns}
+
+
+def _peft_modules(config, tensors):
+    """The PeftModules of a GPTConfig with LoRA, its small tensors in place where given; UserError where no family fits.
+    """
+    plain = {f.name: f.default for f in dataclasses.fields(config) if f.name == 'quant' or f.name.startswith('lora_')}
+    family = hf_family(dataclasses.replace(config, **plain))
+    with torch.device('meta'):
+        model = GPT(dataclasses.replace(config, quant=''))
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return [PeftModule(name, module, config, family) for name, module in model.named_modules()
+            if isinstance(module, LoRALinear) and module.lora_a is not None], family
+
+
+def _as_state(model_or_state):
+    if not isinstance(model_or_state, GPT):
+        return model_or_state
+    return {'model': model_or_state.state_dict(), 'model_args': dataclasses.asdict(model_or_state.config)}
+
+
+def to_peft(model_or_state, directory, base_name):
+    """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads onto base_name. All or nothing.
+
+    model_or_state: a GPT with LoRA, or a state of one, which need not hold the base. GPT-2 has queries, keys and values
+    in one matrix: their updates become one of all their ranks together, with zeros where one would meet another's A.
+    Raises UserError for a model that no family there has, and as `to_hf`.
+    """
+    directory, state = Path(directory), _as_state(model_or_state)
+    _vacant(directory)
+    with runtime.user_errors(directory):
+        config = GPTConfig(**state['model_args'])
+    if not config.lora_rank:
+        raise UserError(f'{directory}: lora_rank=0: the model has no LoRA that could be exported')
+    modules, family = _peft_modules(config, {k: v for k, v in state['model'].items() if '.lora_' in k})
+    rank, alpha, tensors, ranks, alphas = config.lora_rank, config.lora_alpha, {}, {}, {}
+    for m in modules:
+        pairs = zip(m.theirs.values(), m.module.lora_a, m.module.lora_b.split(m.module.learned), strict=True)
+        if m.fused:
+            theirs, n = next(iter(m.theirs.values())), len(m.theirs)
+            pairs = [(theirs, m.module.lora_a.flatten(0, 1), m.module.expand())]
+            ranks[theirs.rpartition('.')[2]] = n * rank
+            alphas[theirs.rpartition('.')[2]] = alpha * (math.sqrt(n) if config.lora_rs else n)
+        for theirs, a, b in pairs:
+            tensors[f'{PEFT}{theirs}.lora_A.weight'], tensors[f'{PEFT}{theirs}.lora_B.weight'] = a, b
+    names = sorted({t for m in modules for t in m.theirs.values()})
+    if not config.n_expert:  # where experts are, some names are theirs too
+        names = sorted({re.split(r'\.\d+\.', name)[-1] for name in names})
+    values = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': HUB.get(base_name, base_name),
+              'r': rank, 'lora_alpha': alpha, 'lora_dropout': config.lora_dropout, 'use_rslora': config.lora_rs,
+              'target_modules': names, 'rank_pattern': ranks, 'alpha_pattern': alphas, 'bias': 'none',
+              'fan_in_fan_out': family == 'gpt2', 'inference_mode': True}
+
+    def write(folder):
+        save_file({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+                  folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+        _write_json(folder / 'adapter_config.json', values)
+    _write_directory(directory, write)
+
+
+PEFT = 'base_model.model.'  # before every name in its files
+PEFT_READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'bias', 'init_lora_weights',
+             'base_model_name_or_path'}
+PEFT_IDLE = {'task_type', 'target_modules', 'exclude_modules', 'fan_in_fan_out', 'inference_mode', 'peft_version',
+             'revision', 'auto_mapping', 'megatron_core', 'qalora_group_size', 'library_name'}  # change no number here
+
+
+def from_peft(directory, base):
+    """The LoRA of a PEFT directory on a base, a GPT or a state of one -> a state with both, and model_args to match.
+
+    Raises UserError with one line for what is missing or damaged, and by its key for what would be computed otherwise:
+    ranks by a pattern, biases, DoRA, whole modules …
+    """
+    directory, base = Path(directory), _as_state(base)
+    config = read_json(directory / 'adapter_config.json')
+    if config.get('peft_type') != 'LORA':
+        config.refuse('peft_type', "is not 'LORA'")
+    if config.get('bias', 'none') != 'none':
+        config.refuse('bias')
+    if config.get('init_lora_weights', True) not in (True, False, None, 'gaussian', 'eva', 'orthogonal'):
+        config.refuse('init_lora_weights', 'has changed the base too')
+    for key, value in config.values.items():
+        if value and key not in PEFT_READ | PEFT_IDLE:
+            config.refuse(key)
+    where = directory / 'adapter_model.safetensors'
+    sources = safetensors_of(directory, where.name)
+    args = base['model_args'] | {
+        'lora_rank': config.number('r', 8), 'lora_alpha': config.number('lora_alpha', 8.0),
+        'lora_dropout': float(config.get('lora_dropout') or 0), 'lora_rs': config.number('use_rslora', False)}
+    with runtime.user_errors(directory):
+        modules, _ = _peft_modules(GPTConfig(**args), {})
+        targets = {part for m in modules for part, t in m.theirs.items() if f'{PEFT}{t}.lora_A.weight' in sources}
+        args['lora_targets'] = ','.join(part for part in LORA_TARGETS if part in targets)
+        modules, _ = _peft_modules(GPTConfig(**args), {})
+    tensors, left = {}, set(sources)
+
+    def read(theirs, kind, shape):
+        name = f'{PEFT}{theirs}.lora_{kind}.weight'
+        if name not in sources:
+            raise UserError(f'{where}: tensor {name} is missing')
+        if tuple(sources[name][1]) != shape:
+            raise UserError(f'{where}: tensor {name} has shape {tuple(sources[name][1])}, not {shape}')
+        left.discard(name)
+        return _read(sources, name).float()
+    for m in modules:
+        _, rank, n_in = m.module.lora_a.shape
+        theirs, rows = list(m.theirs.values()), m.module.learned
+        tensors[f'{m.name}.lora_a'] = torch.stack([read(t, 'A', (rank, n_in)) for t in theirs])
+        theirs, rows = (theirs[:1], [sum(rows)]) if m.fused else (theirs, rows)
+        tensors[f'{m.name}.lora_b'] = torch.cat([read(t, 'B', (n, rank)) for t, n in zip(theirs, rows, strict=True)])
+    if left:
+        raise UserError(f'{where}: tensor {sorted(left)[0]} is not part of LoRA on this model')
+    return base | {'model': base['model'] | tensors, 'model_args': args}
+
+
+def _from_peft_directory(directory):
+    """The state of a PEFT directory and the base that it names."""
+    config = read_json(Path(directory) / 'adapter_config.json')
+    name = config.get('base_model_name_or_path')
+    if not isinstance(name, str) or not name:
+        config.refuse('base_model_name_or_path', 'names no base')
+    base = _load_base(next((ours for ours, hub in HUB.items() if hub == name), name), directory)
+    state, sha256 = from_peft(directory, base), base_of(name, base)['sha256']
+    small = {k: v for k, v in state['model'].items() if '.lora_' in k}
+    return state | {'sha256': fingerprint(small, sha256)}
 
 
 def main():
-    if len(sys.argv) != 3 or sys.argv[1].startswith('-'):
+    args = [arg for arg in sys.argv[1:] if arg != '--peft']
+    if len(args) != 2 or args[0].startswith('-'):
         print(__doc__.strip())
-        raise SystemExit(0 if {'-h', '--help'} & set(sys.argv) else 2)
-    source, target = sys.argv[1], Path(sys.argv[2])
+        raise SystemExit(0 if {'-h', '--help'} & set(args) else 2)
+    source, target = args[0], Path(args[1])
     _vacant(target)
-    if _is_run(source):
+    if '--peft' in sys.argv:
+        state = runtime.load_checkpoint(source)
+        base = state['base']['init_from'] if 'base' in state else source
+        to_peft(state, target, base)
+        if _is_run(base):
+            print(f"its base {base} is a run: export that too, and name it in adapter_config.json's "
+                  'base_model_name_or_path')
+    elif _is_run(source):
         model, tokenizer = load_model(source)
         to_hf(model, target, tokenizer)
     else:

@@ -352,7 +352,7 @@ class LoRALinear(nn.Linear):
     """A frozen nn.Linear with what learns beside it: W x + b + scale B A dropout(x) (LoRA, arXiv:2106.09685).
 
     Where W is several matrices in one, each has an A and a B of its own: lora_a (targets, r, in), lora_b (rows of the
-    targets, r). `parts` counts the rows of each by name, (rows, has an update). With quant='nf4' (QLoRA,
+    targets, r); parts {name: (rows, whether it has them)}. With quant='nf4' (QLoRA,
     arXiv:2305.14314) there is no `weight` but buffers of 4 bits, which are filled from a state's `weight` as it comes.
     """
 
@@ -361,12 +361,12 @@ class LoRALinear(nn.Linear):
         targets = config.lora_parts() if config.lora_rank else set()
         self.parts = {name: (n, name in targets) for name, n in rows.items()}
         self.quant, self.dropout, rank = config.quant, config.lora_dropout, config.lora_rank
+        self.learned = [n for n, learns in self.parts.values() if learns]
         self.lora_a = self.lora_b = None
-        if targets & set(rows):
-            learned = [n for n, learns in self.parts.values() if learns]
+        if self.learned:
             self.scale = config.lora_alpha / (math.sqrt(rank) if config.lora_rs else rank)
-            self.lora_a = nn.Parameter(torch.empty(len(learned), rank, n_in))
-            self.lora_b = nn.Parameter(torch.empty(sum(learned), rank))
+            self.lora_a = nn.Parameter(torch.empty(len(self.learned), rank, n_in))
+            self.lora_b = nn.Parameter(torch.empty(sum(self.learned), rank))
         if self.quant:
             self.weight, blocks = None, -(-n_in * self.out_features // 64)
             groups = -(-blocks // 256)
@@ -396,9 +396,9 @@ class LoRALinear(nn.Linear):
 
     def expand(self):
         """B of all parts side by side, zero where one would meet another's A: (out, targets * r)."""
-        if all(learns for _, learns in self.parts.values()) and len(self.parts) == 1:
+        if len(self.parts) == 1:
             return self.lora_b
-        learned = iter(self.lora_b.split([n for n, learns in self.parts.values() if learns]))
+        learned = iter(self.lora_b.split(self.learned))
         return torch.block_diag(*(next(learned) if learns else self.lora_b.new_zeros(n, 0)
                                   for n, learns in self.parts.values()))
 

@@ -124,6 +124,9 @@ def exact_match(model, data, count, run):
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
+    for key in ('lora_rank', 'quant'):
+        if given.get(key):
+            raise UserError(f'{key}={given[key]!r} freezes the model, and pretraining trains all of it: drop --{key}')
     run = runtime.Run(config)
     if compile and given.get('n_expert') and run.dtype == 'float32':
         raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
