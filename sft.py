@@ -86,6 +86,9 @@ compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
+# what fine-tuning may change in a model, beside its lora_, rope_ and router_ knobs
+CHANGEABLE = ('adapter_dim', 'quant', 'dropout', 'block_size', 'window', 'window_pattern', 'n_sink')
+
 
 def loss_on(model, run, arrays, **options):
     """The model's loss on a batch of NumPy arrays: (idx, targets), of packed rows also (positions, segments)."""
@@ -261,6 +264,11 @@ def main():
         model_config = GPTConfig(**model_args)
     with runtime.user_errors(origin):
         tokenizer = Tokenizer.from_dict(state['tokenizer'])
+    for key, value in given.items():
+        changes = key in CHANGEABLE or key.startswith(('lora_', 'rope_', 'router_'))
+        if not changes and value != state['model_args'].get(key, value):
+            raise UserError(f'{key}={value}: {origin} has {key}={state["model_args"][key]}, which fine-tuning does not '
+                            f'change: drop --{key}')
     if model_config.n_encoder_layer or not model_config.causal:
         raise UserError(f'{origin} is no causal decoder alone: it cannot chat')
     if resumed:
@@ -319,7 +327,7 @@ def main():
         nats, counts = losses_of(net, val_data, chosen, run)
         answers, rows = answers_to(model, val_data, chosen, run), [val_data.rows_kept[i] for i in chosen]
         means, ranges = summarise(rows, answers)
-        loss = nats.sum() / counts.sum()
+        loss = float(nats.sum() / counts.sum())
         metrics = {'iter': step, 'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'seconds': clock.read()}
         for name, mean in means.items():
             metrics |= {f'val/{name}': mean, f'val/{name}_low': ranges[name][0], f'val/{name}_high': ranges[name][1]}

