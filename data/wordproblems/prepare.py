@@ -196,8 +196,8 @@ shares the others equally among {d neighbor}. How many {fruits} does each neighb
 {A} has {a toy} and buys {b} more. {he} puts them all into {containers} of {c} until there are too few for another
 {container}. How many {toys} are left over?
 = s = a + b toy; q r = s / c => There {r:is/are} {r toy} left over.
-*{a person} wait for a [boat trip|cable car|tour]. Each [boat|car|guide] takes {b person}, and the last one takes those
-who remain. How many people are in the last group?
+*{a person} wait for a [boat trip. Each boat|cable car. Each car|tour. Each guide] takes {b person}, and the last one
+takes those who remain. How many people are in the last group?
 = q r = a / b => There {r:is/are} {r person} in the last group.
 *A [baker|shop] packs {a treat} into bags of {b}. Every full bag is sold[ the same day|]. The {treats} that do not fill
 a bag go to {A}, who already has {c}. How many {treats} does {A} have then?
@@ -347,7 +347,7 @@ every day. How many pages a day is that?
 [On a farm there are|{A} has] {a bird} and {b animal}. <Each {bird} has 2 legs.;Each {animal} has 4 legs.> How many legs
 is that {altogether}?
 = s = a * 2 leg; t = b * 4 leg; u = s + t leg => That is {u leg} {altogether}.
-{a hen} lay {b egg} each. {A} eats {c} of the eggs, packs the rest into boxes of {d} and sells each box for {e dollar}.
+{a hen} lay {b egg} each. {A} keeps {c} of the eggs, packs the rest into boxes of {d} and sells each box for {e dollar}.
 How many dollars does {he} get?
 = s = a * b egg; t = s - c egg; u = t / d box; v = u * e dollar => {A} gets {v dollar}.
 {A} and {B} paint a fence of {a board}. {A} paints {b board} an hour and {B} paints {c}. How many hours do they need
