@@ -1019,6 +1019,7 @@ class GPT(nn.Module):
         """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero.
 
         The rest is drawn as if there were no LoRA and no adapters, and these afterwards, so that they change nothing.
+        Matrices in 4 bits stay zero: they come with a state.
         """
         config = self.config
 
@@ -1035,11 +1036,6 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if not is_small(name):
                 fill(name, p)
-        for name, module in self.named_modules():
-            if isinstance(module, LoRALinear) and module.quant:
-                w = torch.empty(module.out_features, module.in_features, device=module.codes.device)
-                fill(f'{name}.weight', w)
-                module.quantize(w)
         for name, p in self.named_parameters():
             if name.endswith('lora_a'):
                 p.uniform_(-p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)  # as PEFT draws it

@@ -642,8 +642,9 @@ class Run:
         stack = contextlib.ExitStack()
         if self.dtype != 'float32':
             stack.enter_context(torch.autocast(self.device_type, self._torch_dtype))
-            if self.device_type == 'cpu' and T <= 128:
-                # the fused attention kernel is made for long rows: up to here plain products in 16 bits are faster
+            if self.device_type == 'cpu' and T <= 128 and not self.config.get('activation_checkpointing'):
+                # the fused attention kernel is made for long rows: up to here plain products in 16 bits are faster; but
+                # what is computed again in a backward pass would not know of this choice
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
 

@@ -9,10 +9,12 @@ lora_rank = 8
 lora_alpha = 16.0
 
 batch_size = 2
-max_iters = 120
+gradient_accumulation_steps = 4
+max_iters = 37
 learning_rate = 1e-3
-warmup_iters = 10
+warmup_iters = 4
 
-eval_interval = 60
-eval_rows = 100
+eval_interval = 37
+eval_rows = 0
+log_interval = 5
 max_new_tokens = 64

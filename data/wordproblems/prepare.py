@@ -23,7 +23,7 @@ import runtime
 from dataset import fraction_of, write_rows
 from tokenizer import UserError
 
-train_rows = 40_000  # to learn from
+train_rows = 60_000  # to learn from
 val_rows = 2_000  # with names and numbers held out
 test_rows = 1_000  # with templates held out
 max_number = 60  # largest number to add or subtract; factors go to 12, quotients to 20, results to three times this
