@@ -342,8 +342,8 @@ def main():
     epochs = max_iters * items_per_step * per_item / train_data.n_rows
     packed = f' of {length} tokens, packed' if pack else ''
     run.say(f'{dataset}: {train_data.n_rows:,} rows to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
-            f'{model.num_params():,} parameters from {origin}, {trainable:,} trainable, on {run.world_size} x '
-            f'{run.device}, {run.dtype}\n'
+            f'{model.num_params():,} parameters from {origin}: {trainable:,} learn, {model.num_params() - trainable:,} '
+            f'are frozen; on {run.world_size} x {run.device}, {run.dtype}\n'
             f'memory in MB: weights {model.memory() / 1e6:,.1f}, gradients {trainable * 4 / 1e6:,.1f}, moments '
             f'{trainable * 8 / 1e6:,.1f}\n'
             f'{max_iters:,} steps of {items_per_step} rows{packed}: {epochs:.2f} epochs')

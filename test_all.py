@@ -2783,6 +2783,29 @@ def test_chat(run_stage, tmp_path, monkeypatch):
     assert run_stage('sample', f'--init_from={run}', *long, '--window=16', '--n_sink=2', '--max_new_tokens=300')[0] == 0
 
 
+def test_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, monkeypatch):
+    run = talker(tmp_path / 'run', pos='rope')
+    seen, stream = [], GPT.stream
+    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(bytes_tokenizer().decode(prompts[0]))
+                        or stream(self, prompts, *a, **o))
+    Path('system.txt').write_text('Be kind.')
+    lines = ['/save', 'Hi', '/save a.jsonl', 'x' * 300, 'on ' * 15, '/save none/b.jsonl', '/reset', 'So?',
+             '/save a.jsonl']
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
+    status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--system=FILE:system.txt',
+                                 '--max_new_tokens=3')
+    assert (status, err) == (0, '') and 'nothing to save' in out and 'none/b.jsonl: No such file' in out
+    assert 'a message of' in out and len(seen) == 3  # a line too long is refused, the session goes on
+    system = '<|im_start|>system\nBe kind.<|im_end|>\n'
+    assert [text.startswith(system) for text in seen] == [True] * 3
+    assert 'Hi' not in seen[1] and seen[2] == f'{system}<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n'
+    rows = [json.loads(line)['messages'] for line in Path('a.jsonl').read_text().splitlines()]
+    assert [[m['role'] for m in row] for row in rows] == [['system', 'user', 'assistant']] * 2
+    assert [row[1]['content'] for row in rows] == ['Hi', 'So?']
+    status, out, err = run_stage('sample', f'--init_from={run}', '--system=Hi')
+    assert status == 2 and '--chat=True' in err and err.count('\n') == 1
+
+
 @pytest.mark.parametrize('args, words', [
     (['--quant=int8'], 'bfloat16'), (['--quant=int3', '--dtype=bfloat16'], "quant='int3'"),
     (['--window=9', '--start=abc', '--max_new_tokens=200'], "pos='learned'"),
