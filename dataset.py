@@ -710,15 +710,19 @@ class ChatData:
         return np.arange(count) * self.n_rows // count
 
     def read(self, rows):
-        """Rows of these numbers -> idx and targets, int64 (B, T), padded to the longest with <|endoftext|> and -100."""
+        """Rows of these numbers -> idx and targets, int64 (B, T), padded with <|endoftext|> and -100.
+
+        T is that of the longest or a little more, a multiple of 32 where block_size allows.
+        """
         return self.read_packed([[row] for row in rows])[:2]
 
     def read_packed(self, blocks):
-        """Blocks, lists of row numbers -> idx, targets, positions, segments, int64 (B, T), padded to the longest.
+        """Blocks, lists of row numbers -> idx, targets, positions, segments, int64 (B, T), padded as in `read`.
 
         positions count from 0 in each conversation; segments number those of a block 1, 2, …, and are 0 on padding.
         """
-        T = max(int(self.lengths[block].sum()) for block in blocks)
+        longest = max(int(self.lengths[block].sum()) for block in blocks)
+        T = min(-(-longest // 32) * 32, max(longest, self.block_size))  # few shapes: kernels are made for each
         idx, targets = np.full((len(blocks), T), self.tokenizer.eot), np.full((len(blocks), T), -100)
         positions, segments = np.zeros((len(blocks), T), np.int64), np.zeros((len(blocks), T), np.int64)
         for b, block in enumerate(blocks):

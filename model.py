@@ -1180,16 +1180,29 @@ class GPT(nn.Module):
     def cross_entropy(self, hidden, targets, reduction='mean'):
         """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`."""
         h, flat, device_type = hidden.flatten(0, 1), targets.flatten(), hidden.device.type
+        if device_type == 'cpu' and not torch.compiler.is_compiling():  # a GPU would have to wait for the number
+            kept = (flat != -100).nonzero()[:, 0]
+            # a multiple of 64: kernels are made anew for every number of rows
+            padded = F.pad(kept, (0, -len(kept) % 64))
+            if 0 < len(padded) < len(flat):
+                chosen = flat[padded].index_fill(0, torch.arange(len(kept), len(padded)), -100)
+                losses = self.cross_entropy_of(h[padded], chosen, reduction)
+                if reduction == 'none':
+                    losses = losses.new_zeros(len(flat)).index_copy(0, kept, losses[:len(kept)]).view_as(targets)
+                return losses
+        losses = self.cross_entropy_of(h, flat, reduction)
+        return losses.view_as(targets) if reduction == 'none' else losses
+
+    def cross_entropy_of(self, h, targets, reduction):
+        """`cross_entropy` over rows: hidden states (N, C) and targets (N,) -> the loss, or losses (N,)."""
+        device_type = h.device.type
         if len(h) <= chunk_rows(self.config.vocab_size, device_type) or isinstance(self.head, PackedLinear):
-            losses = F.cross_entropy(self.logits(h), flat, ignore_index=-100, reduction=reduction)
-            return losses.view_as(targets) if reduction == 'none' else losses
+            return F.cross_entropy(self.logits(h), targets, ignore_index=-100, reduction=reduction)
         w, dtype = self.head.weight, product_dtype(h)
         h, w = h.to(dtype), w if self.config.quant else w.to(dtype)
         learning = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
-        losses = LinearCrossEntropy.apply(h, w, flat, self.config.logit_softcap, reduction == 'none', learning)
-        if reduction == 'mean':
-            return losses / (flat != -100).sum()
-        return losses.view_as(targets) if reduction == 'none' else losses
+        losses = LinearCrossEntropy.apply(h, w, targets, self.config.logit_softcap, reduction == 'none', learning)
+        return losses / (targets != -100).sum() if reduction == 'mean' else losses
 
     def routed(self):
         """What routers did since the last call: tokens per expert, and entropies times tokens: (n_sparse, E + 1)."""
