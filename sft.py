@@ -139,7 +139,8 @@ def answers_to(model, data, rows, run, samples=0):
     mine = sorted(range(run.rank, len(rows), run.world_size), key=lambda i: data.lengths[rows[i]])
     texts = {}
     for part in (mine[i:i + 32] for i in range(0, len(mine), 32)):
-        prompts = [data.prompt(rows[i]) for i in part]
+        # of a row that was cut the prompt may be longer than the model reads
+        prompts = [data.prompt(rows[i])[-model.config.block_size:] for i in part]
         ids = writer.generate(prompts, max_new_tokens, temperature=eval_temperature if samples else 0, seed=seed,
                               stop_ids=tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=tokenizer.n_vocab)
         answers = [tokenizer.decode([t for t in answer if t not in tokenizer.turn_ids]) for answer in ids]

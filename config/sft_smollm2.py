@@ -10,11 +10,11 @@ lora_alpha = 16.0
 
 batch_size = 2
 gradient_accumulation_steps = 4
-max_iters = 37
+max_iters = 30
 learning_rate = 1e-3
 warmup_iters = 4
 
-eval_interval = 37
+eval_interval = 30
 eval_rows = 0
 log_interval = 5
 max_new_tokens = 64

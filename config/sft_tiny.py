@@ -4,7 +4,7 @@ init_from = 'out/tiny'
 dataset = 'wordproblems'
 
 batch_size = 8
-max_iters = 2700
+max_iters = 2500
 optimizer = 'muon'
 muon_lr = 0.02
 learning_rate = 3e-3
@@ -15,6 +15,6 @@ grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 20
 
-eval_interval = 1350
+eval_interval = 1250
 eval_rows = 500
 max_new_tokens = 96
