@@ -26,7 +26,7 @@ from tokenizer import UserError
 train_rows = 60_000  # to learn from
 val_rows = 2_000  # with names and numbers held out
 test_rows = 1_000  # with templates held out
-max_number = 40  # largest number to add or subtract; factors go to 12, quotients to 20, results to three times this
+max_number = 30  # largest number to add or subtract; factors go to 12, quotients to 20, results to three times this
 max_steps = 4  # equations of the longest solutions, 1 to 4
 seed = 1337  # decides the problems
 
