@@ -2789,7 +2789,7 @@ def test_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, m
     monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(bytes_tokenizer().decode(prompts[0]))
                         or stream(self, prompts, *a, **o))
     Path('system.txt').write_text('Be kind.')
-    lines = ['/save', 'Hi', '/save a.jsonl', 'x' * 300, 'on ' * 15, '/save none/b.jsonl', '/reset', 'So?',
+    lines = ['/save', 'Hi', '/save a.jsonl', 'x' * 300, 'on ' * 25, '/save none/b.jsonl', '/reset', 'So?',
              '/save a.jsonl']
     monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
     status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--system=FILE:system.txt',
