@@ -4140,7 +4140,7 @@ def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch
 def test_small_configs_run_shortened(run_stage, text_data):
     """config/*.py name only knobs that exist, with values that go together."""
     for config in sorted((ROOT / 'config').glob('*.py')):
-        if not config.name.startswith(('gpt2', 'reverse')):
+        if not config.name.startswith(('gpt2', 'reverse', 'sft')):
             status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
                                        '--batch_size=2', '--eval_iters=1', '--block_size=64', '--sample_tokens=4',
                                        '--device=cpu')
@@ -4220,16 +4220,18 @@ def test_only_what_the_assistant_says_is_learned():
     expected = [-100] * (len(prompt) - 1) + [*b'Yo', END] + [-100] * len(between) + [*b'No', END, -100]
     data = ChatData(rows, bytes_tokenizer(), 128)
     idx, targets = data.read([0])
-    assert idx.tolist() == [whole[:-1]] and targets.tolist() == [expected]
+    more = 64 - len(expected)  # of padding: to a multiple of 32
+    assert idx.tolist() == [whole[:-1] + [EOT] * more] and targets.tolist() == [expected + [-100] * more]
     assert idx.dtype == targets.dtype == data.lengths.dtype == np.int64
     short = [START, *b'user\na', END, 10, START, *b'assistant\nb', END]
     idx, targets = data.read([0, 1])
-    assert idx.shape == (2, len(whole) - 1) and idx[1].tolist() == short + [EOT] * (len(whole) - 1 - len(short))
-    assert targets[1].tolist() == [-100] * 19 + [ord('b'), END] + [-100] * (len(whole) - 22)
+    assert idx.shape == (2, 64) and idx[1].tolist() == short + [EOT] * (64 - len(short))
+    assert targets[1].tolist() == [-100] * 19 + [ord('b'), END] + [-100] * (64 - 21)
     assert (data.n_rows, data.n_tokens, data.row_tokens) == (2, 8, 4) and data.lengths.tolist() == [len(whole) - 1, 22]
     assert data.prompt(0) == prompt + whole[len(prompt):len(prompt) + 3] + between and data.rows_kept == rows
     everything = ChatData(rows, bytes_tokenizer(), 128, train_on_prompt=True)
-    assert everything.read([0])[1].tolist() == [whole[1:]] and everything.n_tokens == len(whole) - 1 + 22
+    assert everything.read([0])[1].tolist() == [whole[1:] + [-100] * more]
+    assert everything.n_tokens == len(whole) - 1 + 22
     alone = ChatData([{'messages': [turn('assistant', 'b')], 'where': 'x'}], bytes_tokenizer(), 128)
     assert alone.prompt(0) == [START, *b'assistant\n'] and alone.n_tokens == 2
 
@@ -4252,8 +4254,9 @@ def test_rows_equal_the_template_and_mask_of_transformers(kind, tmp_path):
         ids, mask = theirs['input_ids'], theirs['assistant_masks']
         assert sum(mask) > 3
         idx, targets = data.read([row])
-        assert idx[0].tolist() == ids[:-1]
-        assert targets[0].tolist() == [i if m else -100 for i, m in zip(ids[1:], mask[1:], strict=True)]
+        n = len(ids) - 1
+        assert idx[0, :n].tolist() == ids[:-1] and (targets[0, n:] == -100).all()
+        assert targets[0, :n].tolist() == [i if m else -100 for i, m in zip(ids[1:], mask[1:], strict=True)]
         last = len(mask) - 1 - mask[::-1].index(1)
         while mask[last - 1]:
             last -= 1
@@ -4292,7 +4295,7 @@ def test_packed_rows_are_the_rows_themselves():
         assert len({*one}) == plain.n_rows and len(packed.read([0])) == 2
         arrays = packed.batch(0, 3)
         assert all(a.dtype == np.int64 and a.shape == arrays[0].shape for a in arrays) and len(arrays) == 4
-        assert arrays[0].shape[1] <= size and (arrays[3] > 0).any(0).all()
+        assert arrays[0].shape[1] <= size and (arrays[3] == 0).all(0).sum() < 32
         for data in (plain, packed):
             for first, count in ((0, 5), (7, 11)):
                 assert data.n_targets(first, count) == (data.batch(first, count)[1] != -100).sum()
@@ -5173,6 +5176,14 @@ def test_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat
     assert re.search(r'pass@1: .*\npass@2: .*\npass@3: ', out) and 'exact' in out and 'ROUGE-L' in out
     rows = [json.loads(line) for line in Path('answers.jsonl').read_text().splitlines()]
     assert len(rows) == 8 * 3 and all({'text', 'correct', 'f1', 'exact', 'rouge_l'} <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize('config', ['sft_tiny', 'sft_smollm2'])
+def test_configs_of_fine_tuning_run_shortened(run_stage, base_run, chat_data, config):
+    status, out, err = run_stage('sft', ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
+                                 f'--dataset={chat_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
+                                 '--max_new_tokens=4', '--device=cpu')
+    assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1
 
 
 @pytest.mark.parametrize(('words', 'args'), [
