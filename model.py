@@ -246,78 +246,8 @@ def far_sinks(q, q_far, k, v, is_sink):
     return torch.cat((q, q_far), -1), k, F.pad(v, (0, v.shape[-1]))  # kernels want one width
 
 
-class Regroup(torch.autograd.Function):
-    """Rows of x (N, …) in another place: x[there], where each of x's is found again at back; the rest is padding."""
-
-    @staticmethod
-    def forward(ctx, x, there, back, real):
-        ctx.save_for_backward(there, back, real)
-        return x.index_select(0, there)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.index_select(0, ctx.saved_tensors[1]), None, None, None
-
-
-class Regather(torch.autograd.Function):
-    """The inverse of `Regroup`: rows of x in their first places, x[back]. Nobody has seen the padding."""
-
-    @staticmethod
-    def forward(ctx, x, there, back, real):
-        ctx.save_for_backward(there, back, real)
-        return x.index_select(0, back)
-
-    @staticmethod
-    def backward(ctx, g):
-        there, _, real = ctx.saved_tensors
-        return g.index_select(0, there) * real.type_as(g).view(-1, *[1] * (g.ndim - 1)), None, None, None
-
-
-class Apart:
-    """Takes texts that share rows apart for attention, each into a row of its own: none sees another without a mask.
-
-    That leaves out what a mask only hides. segments (B, T), where equal neighbours are a text; `pays` where it is less
-    work than a mask and where no text is interrupted by another.
-    """
-
-    def __init__(self, segments):
-        B, T = segments.shape
-        starts = torch.ones_like(segments, dtype=torch.bool)
-        starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        begins = starts.flatten().nonzero()[:, 0]
-        lengths = torch.diff(begins, append=begins.new_tensor([B * T]))
-        L = -(-int(lengths.max()) // 32) * 32  # kernels are made for each length
-        texts = torch.stack((begins // T, segments.flatten()[begins]), 1)
-        self.shape = B, T, len(begins), L
-        self.pays = len(begins) * L * L < 1.5 * B * T * T and len(texts.unique(dim=0)) == len(texts)
-        place = torch.arange(L)
-        real = place < lengths[:, None]
-        there = torch.where(real, begins[:, None] + place, 0).flatten()
-        text = starts.flatten().cumsum(0) - 1
-        back = text * L + torch.arange(B * T) - begins[text]
-        self.ways = there, back, real.flatten()
-
-    def apart(self, x):
-        """(B, H, T, D) -> (texts, H, L, D)"""
-        B, T, S, L = self.shape
-        x = Regroup.apply(x.transpose(1, 2).reshape(B * T, *x.shape[1::2]), *self.ways)
-        return x.view(S, L, *x.shape[1:]).transpose(1, 2)
-
-    def together(self, x):
-        """The inverse."""
-        B, T, S, L = self.shape
-        x = Regather.apply(x.transpose(1, 2).reshape(S * L, *x.shape[1::2]), *self.ways)
-        return x.view(B, T, *x.shape[1:]).transpose(1, 2)
-
-
 def attend(q, k, v, mask, causal, scale, dropout=0.0):
-    """softmax(q k^T scale) v over q (B, H, T, D) and k, v (B, Hkv, S, D).
-
-    mask: bool (…, T, S), a BlockMask, the `Apart` of packed texts, or None.
-    """
-    if isinstance(mask, Apart):
-        q, k, v = (mask.apart(t) for t in (q, k, v))
-        return mask.together(attend(q, k, v, None, causal, scale, dropout))
+    """softmax(q k^T scale) v over q (B, H, T, D) and k, v (B, Hkv, S, D); mask: bool (…, T, S), a BlockMask or None."""
     gqa = q.shape[1] != k.shape[1]
     if mask is not None and not isinstance(mask, torch.Tensor):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
@@ -1172,8 +1102,6 @@ class GPT(nn.Module):
     def masks(self, T, positions, mask, device):
         """Without a cache -> (masks of global and local layers, far, is_sink), as `KVCache.begin` gives them."""
         config, far, is_sink = self.config, None, None
-        if isinstance(mask, Apart):
-            return (mask, mask), None, None
         if mask is not None and config.causal:
             mask = mask & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         if not config.window or T <= config.window and positions is None:
@@ -1234,14 +1162,8 @@ class GPT(nn.Module):
         if segments is not None:
             if source is not None:
                 raise ValueError('segments of a row cannot share a source: give each text a row')
-            alone = mask is None and self.config.causal and not self.config.window
-            alone = alone and idx.device.type == 'cpu' and not torch.compiler.is_compiling()
-            apart = Apart(segments) if alone else None
-            if alone and apart.pays:
-                mask = apart
-            else:
-                same = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
-                mask = same if mask is None else mask & same
+            same = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
+            mask = same if mask is None else mask & same
         memory = self.encode(source, source_mask) if source is not None else None
         hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask)
         if targets is None:

@@ -5126,7 +5126,6 @@ def test_auto_starts_from_base_and_then_goes_on(tune, base_run):
 @pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2, norm='rmsnorm', mlp='swiglu'),
                                      dict(pos='rope', window=50), dict(norm_place='post', lora_rank=2)], ids=str)
 def test_texts_that_share_a_row_learn_as_each_alone(options):
-    """Long rows, whose texts are taken apart for attention; short ones, and windows, have a mask."""
     model = tiny(block_size=128, **options).train()
     lengths, idx = [[40, 33, 50, 5], [60, 61, 7], [64, 60]], ids(3, 128)
     segments, positions, targets = torch.zeros(3, 128).long(), torch.zeros(3, 128).long(), torch.full((3, 128), -100)
@@ -5138,10 +5137,6 @@ def test_texts_that_share_a_row_learn_as_each_alone(options):
             segments[row, at], positions[row, at] = number, torch.arange(n)
             targets[row, at] = idx[row, at].flip(0)
             total = total + model(idx[row:row + 1, at], targets[row:row + 1, at].clone(), reduction='sum')
-    assert model_file.Apart(segments).pays and not model_file.Apart(segments[:, :20]).pays
-    mixed = segments.clone()
-    mixed[0, 70] = 1  # a text in two parts is none that could be taken out
-    assert not model_file.Apart(mixed).pays
     total.backward()
     alone = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
