@@ -589,7 +589,7 @@ def load_chats(dataset, split, strict=True, val_fraction=0.1):
         if split not in ('train', 'val'):
             raise UserError(f'{path}: a single file has only train and val: make a folder with {split}.jsonl')
         rows, skipped = read_chats(path, strict)
-        hashes = [hashlib.sha256(json.dumps(row['messages'][:-1]).encode()).digest() for row in rows]
+        hashes = [fraction_of(json.dumps(row['messages'][:-1])) for row in rows]
         ordered = sorted(set(hashes))
         if len(ordered) < 2:
             raise UserError(f'{path}: all rows have one prompt, so none can be held out: add others')

@@ -16,13 +16,25 @@ competence-based curricula (arXiv:1903.09848), pass@k (arXiv:2107.03374).
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import runtime
 from convert import base_of, complete, load_state
-from dataset import ChatData, grade, interval, load_chats, normalise, pass_at_k, rouge_l, token_f1, visible
+from dataset import (
+    ChatData,
+    find_dataset,
+    grade,
+    interval,
+    load_chats,
+    normalise,
+    pass_at_k,
+    rouge_l,
+    token_f1,
+    visible,
+)
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, UserError
 
@@ -163,9 +175,17 @@ def grades(row, answer):
     return marks
 
 
-def summarise(rows, answers):
-    """Means over rows of the grades of their first answers -> ({name: mean}, {name: (low, high)} at 95 %)."""
+def examine(net, model, data, run, samples=0):
+    """Loss on eval_rows of a split, and answers to them -> (nats per target, rows, answers, grades of the first)."""
+    chosen = data.fixed(eval_rows)
+    nats, counts = losses_of(net, data, chosen, run)
+    answers, rows = answers_to(model, data, chosen, run, samples), [data.rows_kept[i] for i in chosen]
     marks = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
+    return float(nats.sum() / counts.sum()), rows, answers, marks
+
+
+def summarise(marks):
+    """Grades of many answers -> ({name: mean}, {name: (low, high)} at 95 %)."""
     means, ranges = {}, {}
     for name in ('exact', 'correct', 'f1', 'rouge_l'):
         values = [m[name] for m in marks if name in m]
@@ -174,12 +194,12 @@ def summarise(rows, answers):
     return means, ranges
 
 
-def table(rows, answers, key):
+def table(rows, marks, key):
     """Of rows that have this key, the share of correct answers for each of its values, in words."""
     shares = {}
-    for row, texts in zip(rows, answers, strict=True):
-        if key in row and 'answer' in row:
-            shares.setdefault(row[key], []).append(grades(row, texts[0])['correct'])
+    for row, mark in zip(rows, marks, strict=True):
+        if key in row and 'correct' in mark:
+            shares.setdefault(row[key], []).append(mark['correct'])
     return ', '.join(f'{k}: {sum(v) / len(v):.0%} of {len(v)}' for k, v in sorted(shares.items(), key=str))
 
 
@@ -188,9 +208,8 @@ def in_words(means, ranges):
     return ', '.join(f'{means[k]:.1%} {names[k]} ({ranges[k][0]:.1%} to {ranges[k][1]:.1%})' for k in means)
 
 
-def shown(row, answer):
-    """A prompt's last message, the answer to it and the one it should have been, for a reader."""
-    marks = grades(row, answer)
+def shown(row, answer, marks):
+    """A prompt's last message, the answer to it with its grades and the one it should have been, for a reader."""
     verdict = ('right' if marks['correct'] else 'wrong') if 'correct' in marks else f'F1 {marks["f1"]:.2f}'
     return (f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
             f'  gold ({verdict}): {visible(row["messages"][-1]["content"])}')
@@ -211,14 +230,12 @@ def rows_of(split, tokenizer, length, run, packed=False):
 def evaluate_only(model, net, tokenizer, length, run):
     """What eval_only prints of a model and writes to eval_file."""
     data = rows_of(eval_split, tokenizer, length, run)
-    chosen = data.fixed(eval_rows)
-    nats, counts = losses_of(net, data, chosen, run)
-    answers, rows = answers_to(model, data, chosen, run, eval_samples), [data.rows_kept[i] for i in chosen]
-    means, ranges = summarise(rows, answers)
-    run.say(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {nats.sum() / counts.sum():.4f}, '
+    loss, rows, answers, marks = examine(net, model, data, run, eval_samples)
+    means, ranges = summarise(marks)
+    run.say(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
             + in_words(means, ranges))
     for key in ('steps', 'kind'):
-        if words := table(rows, answers, key):
+        if words := table(rows, marks, key):
             run.say(f'correct by {key}: {words}')
     if eval_samples and 'correct' in means:
         right = [sum(grades(row, text)['correct'] for text in texts) for row, texts in zip(rows, answers, strict=True)
@@ -228,8 +245,8 @@ def evaluate_only(model, net, tokenizer, length, run):
             values = [pass_at_k(eval_samples, int(c), k) for c in right]
             low, high = interval(values)
             run.say(f'pass@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
-    for row, texts in list(zip(rows, answers, strict=True))[:show_answers]:
-        run.say(shown(row, texts[0]))
+    for row, texts, mark in list(zip(rows, answers, marks, strict=True))[:show_answers]:
+        run.say(shown(row, texts[0], mark))
     if eval_file and run.main:
         lines = [json.dumps({'messages': row['messages'], 'answer': row.get('answer'), 'text': text,
                              **grades(row, text)}, ensure_ascii=False)
@@ -280,11 +297,12 @@ def main():
     length = max_length or model_config.block_size
     if length > model_config.block_size:
         raise UserError(f'max_length={length} is more than the block_size={model_config.block_size} of {origin}')
-    run.on_main(lambda: load_chats(dataset, eval_split if eval_only else 'val', strict, val_fraction))
+    if Path(dataset).suffix not in ('.json', '.jsonl'):
+        run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     torch.manual_seed(seed)  # fresh small weights, whatever was drawn while the model was read
     with runtime.user_errors(origin):
         model = GPT.from_state(state, **given).freeze()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = model.num_params(learning=True)
     small = trainable < model.num_params()
     if eval_only:
         return evaluate_only(model, run.wrap(model), tokenizer, length, run)
@@ -324,17 +342,15 @@ def main():
 
     def measure():
         """The loss on held-out rows of today's weights, and what their answers are worth."""
-        chosen = val_data.fixed(eval_rows)
-        nats, counts = losses_of(net, val_data, chosen, run)
-        answers, rows = answers_to(model, val_data, chosen, run), [val_data.rows_kept[i] for i in chosen]
-        means, ranges = summarise(rows, answers)
-        loss = float(nats.sum() / counts.sum())
+        loss, rows, answers, marks = examine(net, model, val_data, run)
+        means, ranges = summarise(marks)
         metrics = {'iter': step, 'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'seconds': clock.read()}
         for name, mean in means.items():
             metrics |= {f'val/{name}': mean, f'val/{name}_low': ranges[name][0], f'val/{name}_high': ranges[name][1]}
         words = [f'step {step}: val loss {loss:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of training']
-        words += [f'correct by steps: {by}' for by in [table(rows, answers, 'steps')] if by]
-        return metrics, '\n'.join(words), [shown(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
+        words += [f'correct by steps: {by}' for by in [table(rows, marks, 'steps')] if by]
+        samples = [shown(*of) for of in zip(rows[:show_answers], [texts[0] for texts in answers], marks, strict=False)]
+        return metrics, '\n'.join(words), samples
 
     clock.pause()
     measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
@@ -353,7 +369,7 @@ def main():
         """Logs what was measured after `step` steps, shows answers and saves the state."""
         run.log(metrics)
         run.say(words)
-        run.sample(step, '\n'.join(samples[:show_answers]))
+        run.sample(step, '\n'.join(samples))
         save(metrics['val/loss'])
 
     def save(val_loss=math.inf):

@@ -1106,7 +1106,7 @@ def test_real_smollm2_gguf(smollm2):
 
 
 def test_real_gpt2_vocabulary(tmp_path, monkeypatch):
-    cache = Path(os.environ.get('TIKTOKEN_CACHE_DIR', '/work/shared/data/tiktoken'))
+    cache = Path(os.environ.get('TIKTOKEN_CACHE_DIR', SHARED / 'tiktoken'))
     if not (cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
         pytest.skip('needs the gpt2 encoding of tiktoken in TIKTOKEN_CACHE_DIR')
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
