@@ -827,6 +827,89 @@ def complete(state, where):
         'model': found['model'] | state['model'], 'sha256': fingerprint(state['model'], base['sha256'])}
 
 
+# what stages after pretraining may change in a model, beside its lora_, rope_ and router_ knobs
+CHANGEABLE = ('adapter_dim', 'quant', 'dropout', 'block_size', 'window', 'window_pattern', 'n_sink')
+
+
+@dataclasses.dataclass
+class Start:
+    """What a stage after pretraining begins with, or goes on from.
+
+    origin: where the model is from, and step, how many it had there; own: of a run that goes on, what its checkpoint
+    holds beside the model, else None; base: 'init_from' and 'sha256' of the model that the run began with.
+    """
+    model: GPT
+    tokenizer: Tokenizer
+    origin: str
+    step: int
+    own: dict | None
+    base: dict
+
+    def state(self):
+        """What every checkpoint of the run holds of its model, only LoRA and adapters where these alone learn."""
+        small = self.model.num_params(learning=True) < self.model.num_params()
+        state = {'model': self.model.small_state() if small else self.model.state_dict(),
+                 'model_args': dataclasses.asdict(self.model.config), 'tokenizer': self.tokenizer.to_dict()}
+        return state | ({'base': self.base} if small else {'began_with': self.base})
+
+    def row_length(self, max_length):
+        """max_length, or the model's block_size for 0; UserError where it is more than that."""
+        block_size = self.model.config.block_size
+        if max_length > block_size:
+            raise UserError(f'max_length={max_length} is more than the block_size={block_size} of {self.origin}')
+        return max_length or block_size
+
+    def words(self):
+        """Two lines on the model: what learns, and the memory it takes."""
+        n, learn = self.model.num_params(), self.model.num_params(learning=True)
+        return (f'{n:,} parameters from {self.origin}, step {self.step:,}: {learn:,} learn, {n - learn:,} are frozen\n'
+                f'memory in MB: weights {self.model.memory() / 1e6:,.1f}, gradients {learn * 4 / 1e6:,.1f}, moments '
+                f'{learn * 8 / 1e6:,.1f}')
+
+
+def start(run, base, given, changeable=CHANGEABLE, scores=False):
+    """The model that a runtime.Run's init_from names, `base` where 'auto' finds no run yet, frozen where it has LoRA or
+    adapters -> Start.
+
+    given: fields of GPTConfig; those in changeable may differ from the model's, but not when a run goes on. scores:
+    whether the stage has a reward model; it may begin with any, and from 'scratch', new weights of base's shape but for
+    what is given. Others begin with a causal decoder. UserError says in one line what cannot be.
+    """
+    fresh = run.config['init_from'] == 'scratch'
+    if fresh and not scores:
+        raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
+    state, origin, resumed = run.begin(load_state)
+    if state is None:
+        state, origin = load_state(base), base
+    own = {k: v for k, v in state.items() if k != 'model'} if resumed else None
+    source = state.get('base') or state.get('began_with') if resumed else None
+    if resumed:
+        state = complete(state, origin)
+    args = state['model_args']
+    if args.get('score_head') and not scores:
+        raise UserError(f'{origin} is a reward model: it scores answers and writes none: give a model that does')
+    with runtime.user_errors():
+        config = GPTConfig(**args | given)
+    if config.n_encoder_layer or not config.causal and not scores:
+        raise UserError(f'{origin} is no causal decoder alone: it cannot chat')
+    with runtime.user_errors(origin):
+        tokenizer = Tokenizer.from_dict(state['tokenizer'])
+    for key, value in {} if fresh else given.items():
+        changes = key in changeable or key.startswith(('lora_', 'rope_', 'router_'))
+        if not changes and value != args.get(key, value):
+            raise UserError(f'{key}={value}: {origin} has {key}={args[key]}, which this stage does not change: drop '
+                            f'--{key}')
+    if resumed:
+        for key, value in dataclasses.asdict(config).items():
+            if args.get(key) != value and 'dropout' not in key:
+                raise UserError(f'{origin} was trained with {key}={args.get(key)}, not {value}: drop --{key}, or '
+                                'start a new run')
+    torch.manual_seed(run.config['seed'])  # fresh weights, whatever was drawn while the model was read
+    with runtime.user_errors(origin):
+        model = GPT(config) if fresh else GPT.from_state(state, **given)
+    return Start(model.freeze(), tokenizer, str(origin), state['iter'], own, source or base_of(origin, state))
+
+
 class PeftModule:
     """A module of ours with LoRA: name, module (on 'meta'), and theirs: {part: the name of the module it is in there}.
 

@@ -740,6 +740,17 @@ class ChatData:
         """The ids of a row up to its last message, and the header of that: what an answer is generated from."""
         return self.tokenizer.chat_ids(self.rows_kept[row]['messages'][:-1], generate=True)[0]
 
+    def text(self, ids):
+        """The text of an answer's ids, without what ends it."""
+        return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.turn_ids])
+
+    def left_out(self, skipped=()):
+        """In words, how many rows of a file are not in, or cut, and why; '' if none; skipped: see `read_chats`."""
+        lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [f'{n:,} {what.replace("_", " ")}'
+                                                                  for what, n in self.dropped.items() if n]
+        first = f' (the first: {skipped[0]})' if skipped else ''
+        return f'{self.n_rows:,} rows; of the others {", ".join(lost)}{first}' if lost else ''
+
 
 def best_fit(lengths, size):
     """Lists of numbers of lengths that add up to at most size each, few lists: best-fit decreasing (arXiv:2404.10830).
@@ -822,6 +833,50 @@ def rouge_l(text, gold):
         row = (row + hits | row - hits) & full
     common = len(due) - row.bit_count()
     return 2 * common / (len(said) + len(due)) if common else 0.0
+
+
+def grades(row, answer):
+    """What an answer to a row is worth: {'exact', 'f1', 'rouge_l'} against the row's own answer, and 'correct'.
+
+    'correct' is what the row's grader says of its `answer`, of rows that have one.
+    """
+    gold, said = visible(row['messages'][-1]['content']), visible(answer)
+    marks = {'exact': float(normalise(said) == normalise(gold))}
+    if 'answer' in row:
+        marks['correct'] = float(grade(answer, row['answer'], row.get('grader', 'number')))
+    return marks | {'f1': token_f1(said, gold), 'rouge_l': rouge_l(said, gold)}
+
+
+def summarise(marks):
+    """Grades of many answers -> ({name: mean}, {name: (low, high)} at 95 %); a name that some lack is over the others.
+    """
+    means, ranges = {}, {}
+    for name in {name: None for m in marks for name in m}:
+        values = [m[name] for m in marks if name in m]
+        means[name], ranges[name] = sum(values) / len(values), interval(values)
+    return means, ranges
+
+
+def by_value(rows, marks, key, name='correct'):
+    """Of rows that have this key, the mean grade of this name for each of its values, in words."""
+    shares = {}
+    for row, mark in zip(rows, marks, strict=True):
+        if key in row and name in mark:
+            shares.setdefault(row[key], []).append(mark[name])
+    return ', '.join(f'{k}: {sum(v) / len(v):.0%} of {len(v)}' for k, v in sorted(shares.items(), key=str))
+
+
+def in_words(means, ranges):
+    """What `summarise` gives, in words."""
+    names = {'f1': 'F1', 'rouge_l': 'ROUGE-L'}
+    return ', '.join(f'{means[k]:.1%} {names.get(k, k)} ({ranges[k][0]:.1%} to {ranges[k][1]:.1%})' for k in means)
+
+
+def shown(row, answer, marks):
+    """A prompt's last message, the answer to it with its grades and the one it should have been, for a reader."""
+    verdict = ('right' if marks['correct'] else 'wrong') if 'correct' in marks else f'F1 {marks["f1"]:.2f}'
+    return (f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
+            f'  gold ({verdict}): {visible(row["messages"][-1]["content"])}')
 
 
 def interval(values):

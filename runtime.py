@@ -681,6 +681,43 @@ class Run:
             dist.all_gather_object(parts, items)
         return {key: value for part in parts for key, value in part.items()}
 
+    def spread(self, lengths, work, size=16):
+        """Work on items 0 … n-1 that are shared by the processes, those of about one length together -> what it gives.
+
+        work(numbers) of at most about size items gives (len(numbers), k); the result is a float64 array (n, k).
+        """
+        order = np.argsort(lengths, kind='stable')
+        parts = np.array_split(order, max(self.world_size, -(-len(order) // size)))
+        found = {}
+        for i in range(-(-len(parts) // self.world_size)):
+            # shards are gathered by all processes together, so each makes as many passes
+            mine = i * self.world_size + self.rank
+            part = parts[mine] if mine < len(parts) else parts[0]
+            values = work(part if len(part) else order[:1])
+            if mine < len(parts) and len(part):
+                found |= dict(zip(part.tolist(), np.asarray(values, np.float64), strict=True))
+        found = self.collect(found)
+        return np.stack([found[i] for i in range(len(order))])
+
+    def answers(self, model, prompts, max_new_tokens, num_samples=1, **options):
+        """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids; options of `GPT.generate`.
+
+        A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts.
+        Of a prompt that is longer than the model reads the end counts.
+        """
+        with self.gathered(model):
+            dtype = pick_dtype(self.config['dtype'], self.device, model.num_params())[1]
+            writer = model.merged(dtype).to(self.device).eval().pack()
+        mine = sorted(range(self.rank, len(prompts), self.world_size), key=lambda i: len(prompts[i]))
+        found = {}
+        for part in (mine[i:i + 32] for i in range(0, len(mine), 32)):
+            ids = writer.generate([prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
+                                  num_samples=num_samples, **options)
+            for k, i in enumerate(part):
+                found[i] = ids[k * num_samples:(k + 1) * num_samples]
+        found = self.collect(found)
+        return [found[i] for i in range(len(prompts))]
+
     def on_main(self, work):
         """Calls work() in rank 0 while the others wait; all of them return its result or raise its UserError."""
         box = [None, None]

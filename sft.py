@@ -15,28 +15,27 @@ competence-based curricula (arXiv:1903.09848), pass@k (arXiv:2107.03374).
 """
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import runtime
-from convert import base_of, complete, load_state
+from convert import start
 from dataset import (
     ChatData,
+    by_value,
     find_dataset,
-    grade,
+    grades,
+    in_words,
     interval,
     load_chats,
-    normalise,
     pass_at_k,
-    rouge_l,
-    token_f1,
-    visible,
+    shown,
+    summarise,
 )
-from model import GPT, GPTConfig
-from tokenizer import Tokenizer, UserError
+from model import GPTConfig
+from tokenizer import UserError
 
 # where and what
 out_dir = 'out/sft'  # directory of the run: checkpoints, metrics, samples
@@ -98,9 +97,6 @@ compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
-# what fine-tuning may change in a model, beside its lora_, rope_ and router_ knobs
-CHANGEABLE = ('adapter_dim', 'quant', 'dropout', 'block_size', 'window', 'window_pattern', 'n_sink')
-
 
 def loss_on(model, run, arrays, **options):
     """The model's loss on a batch of NumPy arrays: (idx, targets), of packed rows also (positions, segments)."""
@@ -119,111 +115,35 @@ def real_tokens(arrays):
 
 @torch.no_grad()
 def losses_of(model, data, rows, run):
-    """The summed loss of each of these rows, in nats, and how many targets it has: two float64 arrays.
-
-    Rows of about one length go together, and the processes share them.
-    """
-    nats, counts = np.zeros(len(rows)), np.zeros(len(rows))
-    order = np.argsort(data.lengths[rows], kind='stable')
-    parts = np.array_split(order, max(run.world_size, -(-len(order) // 16)))
-    rounds = -(-len(parts) // run.world_size)
-    model.eval()
-    for i in range(rounds):  # shards are gathered by all processes together, so each makes as many passes
-        mine = i * run.world_size + run.rank
-        part = parts[mine if mine < len(parts) else 0]
-        arrays = data.read(np.asarray(rows)[part] if len(part) else np.asarray(rows)[:1])
+    """The summed loss of each of these rows, in nats, and how many targets it has: two float64 arrays."""
+    def work(part):
+        arrays = data.read(np.asarray(rows)[part])
         losses = loss_on(model, run, arrays, reduction='none').sum(1).double().cpu().numpy()
-        if mine < len(parts) and len(part):
-            nats[part], counts[part] = losses, (arrays[1] != -100).sum(1)
+        return np.stack((losses, (arrays[1] != -100).sum(1)), 1)
+    model.eval()
+    nats, counts = run.spread(data.lengths[rows], work).T
     model.train()
-    total = np.array(run.sum(*nats, *counts))
-    return total[:len(rows)], total[len(rows):]
-
-
-def answers_to(model, data, rows, run, samples=0):
-    """Answers to the prompts of these rows: a list of texts for each; greedy, or `samples` at eval_temperature.
-
-    A copy of the model that can do nothing else writes them, the fastest there is. The processes share the rows.
-    """
-    tokenizer = data.tokenizer
-    with run.gathered(model):
-        writer = model.merged(runtime.pick_dtype(dtype, run.device, model.num_params())[1]).to(run.device).eval().pack()
-    mine = sorted(range(run.rank, len(rows), run.world_size), key=lambda i: data.lengths[rows[i]])
-    texts = {}
-    for part in (mine[i:i + 32] for i in range(0, len(mine), 32)):
-        # of a row that was cut the prompt may be longer than the model reads
-        prompts = [data.prompt(rows[i])[-model.config.block_size:] for i in part]
-        ids = writer.generate(prompts, max_new_tokens, temperature=eval_temperature if samples else 0, seed=seed,
-                              stop_ids=tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=tokenizer.n_vocab)
-        answers = [tokenizer.decode([t for t in answer if t not in tokenizer.turn_ids]) for answer in ids]
-        for k, i in enumerate(part):
-            texts[i] = answers[k * (samples or 1):(k + 1) * (samples or 1)]
-    texts = run.collect(texts)
-    return [texts[i] for i in range(len(rows))]
-
-
-def grades(row, answer):
-    """What an answer to a row is worth: {'exact', 'f1', 'rouge_l'} against the row's own answer, and 'correct'.
-
-    'correct' is what the row's grader says of its `answer`, of rows that have one.
-    """
-    gold, said = visible(row['messages'][-1]['content']), visible(answer)
-    marks = {'exact': float(normalise(said) == normalise(gold)), 'f1': token_f1(said, gold),
-             'rouge_l': rouge_l(said, gold)}
-    if 'answer' in row:
-        marks['correct'] = float(grade(answer, row['answer'], row.get('grader', 'number')))
-    return marks
+    return nats, counts
 
 
 def examine(net, model, data, run, samples=0):
     """Loss on eval_rows of a split, and answers to them -> (nats per target, rows, answers, grades of the first)."""
     chosen = data.fixed(eval_rows)
     nats, counts = losses_of(net, data, chosen, run)
-    answers, rows = answers_to(model, data, chosen, run, samples), [data.rows_kept[i] for i in chosen]
+    rows, prompts = [data.rows_kept[i] for i in chosen], [data.prompt(i) for i in chosen]
+    ids = run.answers(model, prompts, max_new_tokens, temperature=eval_temperature if samples else 0, seed=seed,
+                      stop_ids=data.tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=data.tokenizer.n_vocab)
+    answers = [[data.text(answer) for answer in of] for of in ids]
     marks = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
     return float(nats.sum() / counts.sum()), rows, answers, marks
-
-
-def summarise(marks):
-    """Grades of many answers -> ({name: mean}, {name: (low, high)} at 95 %)."""
-    means, ranges = {}, {}
-    for name in ('exact', 'correct', 'f1', 'rouge_l'):
-        values = [m[name] for m in marks if name in m]
-        if values:
-            means[name], ranges[name] = sum(values) / len(values), interval(values)
-    return means, ranges
-
-
-def table(rows, marks, key):
-    """Of rows that have this key, the share of correct answers for each of its values, in words."""
-    shares = {}
-    for row, mark in zip(rows, marks, strict=True):
-        if key in row and 'correct' in mark:
-            shares.setdefault(row[key], []).append(mark['correct'])
-    return ', '.join(f'{k}: {sum(v) / len(v):.0%} of {len(v)}' for k, v in sorted(shares.items(), key=str))
-
-
-def in_words(means, ranges):
-    names = {'exact': 'exact', 'correct': 'correct', 'f1': 'F1', 'rouge_l': 'ROUGE-L'}
-    return ', '.join(f'{means[k]:.1%} {names[k]} ({ranges[k][0]:.1%} to {ranges[k][1]:.1%})' for k in means)
-
-
-def shown(row, answer, marks):
-    """A prompt's last message, the answer to it with its grades and the one it should have been, for a reader."""
-    verdict = ('right' if marks['correct'] else 'wrong') if 'correct' in marks else f'F1 {marks["f1"]:.2f}'
-    return (f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
-            f'  gold ({verdict}): {visible(row["messages"][-1]["content"])}')
 
 
 def rows_of(split, tokenizer, length, run, packed=False):
     """A split of the dataset as ChatData; tells what was left out."""
     rows, skipped = load_chats(dataset, split, strict, val_fraction)
     data = ChatData(rows, tokenizer, length, seed, too_long, train_on_prompt, packed)
-    lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [f'{n:,} {what.replace("_", " ")}'
-                                                              for what, n in data.dropped.items() if n]
-    if lost:
-        run.say(f'{dataset}, {split}: {data.n_rows:,} rows; of the others {", ".join(lost)}'
-                + (f' (the first: {skipped[0]})' if skipped else ''))
+    if lost := data.left_out(skipped):
+        run.say(f'{dataset}, {split}: {lost}')
     return data
 
 
@@ -235,7 +155,7 @@ def evaluate_only(model, net, tokenizer, length, run):
     run.say(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
             + in_words(means, ranges))
     for key in ('steps', 'kind'):
-        if words := table(rows, marks, key):
+        if words := by_value(rows, marks, key):
             run.say(f'correct by {key}: {words}')
     if eval_samples and 'correct' in means:
         right = [sum(grades(row, text)['correct'] for text in texts) for row, texts in zip(rows, answers, strict=True)
@@ -266,61 +186,26 @@ def main():
         raise UserError('val_fraction and curriculum_start lie between 0 and 1')
     if max_new_tokens < 1:
         raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
-    if init_from == 'scratch':
-        raise UserError("init_from='scratch': fine-tuning starts from a model: give a run, a directory or a name")
     run = runtime.Run(config)
-    state, origin, resumed = run.begin(load_state)
-    if state is None:
-        state, origin = load_state(base), base
-    own = state
-    if resumed:
-        state = complete(state, origin)
-
-    # model and data
-    model_args = state['model_args'] | given
-    with runtime.user_errors():
-        model_config = GPTConfig(**model_args)
-    with runtime.user_errors(origin):
-        tokenizer = Tokenizer.from_dict(state['tokenizer'])
-    for key, value in given.items():
-        changes = key in CHANGEABLE or key.startswith(('lora_', 'rope_', 'router_'))
-        if not changes and value != state['model_args'].get(key, value):
-            raise UserError(f'{key}={value}: {origin} has {key}={state["model_args"][key]}, which fine-tuning does not '
-                            f'change: drop --{key}')
-    if model_config.n_encoder_layer or not model_config.causal:
-        raise UserError(f'{origin} is no causal decoder alone: it cannot chat')
-    if resumed:
-        for key, value in asdict(model_config).items():
-            if state['model_args'].get(key) != value and 'dropout' not in key:
-                raise UserError(f'{origin} was trained with {key}={state["model_args"].get(key)}, not {value}: drop '
-                                f'--{key}, or start a new run')
-    length = max_length or model_config.block_size
-    if length > model_config.block_size:
-        raise UserError(f'max_length={length} is more than the block_size={model_config.block_size} of {origin}')
+    began = start(run, base, given)
+    model, tokenizer, origin = began.model, began.tokenizer, began.origin
+    length = began.row_length(max_length)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-    torch.manual_seed(seed)  # fresh small weights, whatever was drawn while the model was read
-    with runtime.user_errors(origin):
-        model = GPT.from_state(state, **given).freeze()
     trainable = model.num_params(learning=True)
-    small = trainable < model.num_params()
     if eval_only:
         return evaluate_only(model, run.wrap(model), tokenizer, length, run)
     train_data, val_data = (rows_of(split, tokenizer, length, run, pack and split == 'train')
                             for split in ('train', 'val'))
-    belongs_to = own.get('base') if resumed else base_of(origin, state) if small else None
-    model_args = asdict(model.config)
     net = run.wrap(model)
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    step, items_seen, clock, difficulty = 0, 0, runtime.Clock(), None
+    step, items_seen, clock, difficulty, resumed = 0, 0, runtime.Clock(), None, began.own is not None
     if resumed:
-        run.restore(own, origin, optimizers)
-        step, items_seen, clock = own['iter'], own['rows'], runtime.Clock(own['seconds'])
-        difficulty = own['difficulty']
-    origin = f'{origin}, step {state["iter"]:,}'
-    state = own = None
+        run.restore(began.own, origin, optimizers)
+        step, items_seen, clock = began.own['iter'], began.own['rows'], runtime.Clock(began.own['seconds'])
+        difficulty, began.own = began.own['difficulty'], None
 
     # the order of the rows
     items_per_step, tokens_read = gradient_accumulation_steps * batch_size, 0
@@ -348,7 +233,7 @@ def main():
         for name, mean in means.items():
             metrics |= {f'val/{name}': mean, f'val/{name}_low': ranges[name][0], f'val/{name}_high': ranges[name][1]}
         words = [f'step {step}: val loss {loss:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of training']
-        words += [f'correct by steps: {by}' for by in [table(rows, marks, 'steps')] if by]
+        words += [f'correct by steps: {by}' for by in [by_value(rows, marks, 'steps')] if by]
         samples = [shown(*of) for of in zip(rows[:show_answers], [texts[0] for texts in answers], marks, strict=False)]
         return metrics, '\n'.join(words), samples
 
@@ -359,10 +244,7 @@ def main():
     epochs = max_iters * items_per_step * per_item / train_data.n_rows
     packed = f' of {length} tokens, packed' if pack else ''
     run.say(f'{dataset}: {train_data.n_rows:,} rows to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
-            f'{model.num_params():,} parameters from {origin}: {trainable:,} learn, {model.num_params() - trainable:,} '
-            f'are frozen; on {run.world_size} x {run.device}, {run.dtype}\n'
-            f'memory in MB: weights {model.memory() / 1e6:,.1f}, gradients {trainable * 4 / 1e6:,.1f}, moments '
-            f'{trainable * 8 / 1e6:,.1f}\n'
+            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
             f'{max_iters:,} steps of {items_per_step} rows{packed}: {epochs:.2f} epochs')
 
     def look(metrics, words, samples):
@@ -373,10 +255,8 @@ def main():
         save(metrics['val/loss'])
 
     def save(val_loss=math.inf):
-        state = {'model': model.small_state() if small else model.state_dict(), 'model_args': model_args,
-                 'tokenizer': tokenizer.to_dict(), 'iter': step, 'rows': items_seen, 'seconds': clock.read(),
-                 'difficulty': difficulty}
-        run.checkpoint(state | ({'base': belongs_to} if small else {}), optimizers, val_loss)
+        run.checkpoint(began.state() | {'iter': step, 'rows': items_seen, 'seconds': clock.read(),
+                                        'difficulty': difficulty}, optimizers, val_loss)
 
     def micro_loss(number):
         """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
