@@ -713,13 +713,20 @@ def fetch_smollm2():
     return target
 
 
-def load_model(init_from, **overrides):
+NO_SCORER = '{} is no reward model: give a run of reward.py'
+NO_WRITER = '{} is a reward model, which scores answers and writes none: give a model that does'
+
+
+def load_model(init_from, scores=False, **overrides):
     """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
 
     The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in float32 unless a
-    checkpoint says otherwise. overrides: fields of GPTConfig. Raises UserError with one line.
+    checkpoint says otherwise. scores: whether it is to be a reward model. overrides: fields of GPTConfig. Raises
+    UserError with one line.
     """
     path = Path(init_from)
+    if scores and not _is_run(init_from):
+        raise UserError(NO_SCORER.format(init_from))
     if init_from == 'smollm2' and not path.exists():
         return from_gguf(fetch_smollm2(), **overrides)
     if path.suffix == '.gguf':
@@ -734,6 +741,8 @@ def load_model(init_from, **overrides):
                         f'({", ".join(("smollm2", *GPT2))})')
     _known(overrides)
     state = load_state(path)
+    if bool(state['model_args'].get('score_head')) != scores:
+        raise UserError((NO_SCORER if scores else NO_WRITER).format(init_from))
     with runtime.user_errors(path):
         tokenizer = Tokenizer.from_dict(state['tokenizer'])
         model = GPT.from_state(state, **overrides)
@@ -836,7 +845,8 @@ class Start:
     """What a stage after pretraining begins with, or goes on from.
 
     origin: where the model is from, and step, how many it had there; own: of a run that goes on, what its checkpoint
-    holds beside the model, else None; base: 'init_from' and 'sha256' of the model that the run began with.
+    holds beside the model, else None; base: 'init_from' and 'sha256' of the model that the run began with; fresh_head:
+    whether it has a score head that nobody has trained.
     """
     model: GPT
     tokenizer: Tokenizer
@@ -844,6 +854,7 @@ class Start:
     step: int
     own: dict | None
     base: dict
+    fresh_head: bool = False
 
     def state(self):
         """What every checkpoint of the run holds of its model, only LoRA and adapters where these alone learn."""
@@ -887,14 +898,19 @@ def start(run, base, given, changeable=CHANGEABLE, scores=False):
         state = complete(state, origin)
     args = state['model_args']
     if args.get('score_head') and not scores:
-        raise UserError(f'{origin} is a reward model: it scores answers and writes none: give a model that does')
+        raise UserError(NO_WRITER.format(origin))
+    if scores:
+        given = {'score_head': args.get('score_head') or 'last'} | given
+    elif given.get('score_head'):
+        raise UserError(f'score_head={given["score_head"]!r} makes a reward model, which this stage does not train: '
+                        'drop --score_head')
     with runtime.user_errors():
         config = GPTConfig(**args | given)
     if config.n_encoder_layer or not config.causal and not scores:
         raise UserError(f'{origin} is no causal decoder alone: it cannot chat')
     with runtime.user_errors(origin):
         tokenizer = Tokenizer.from_dict(state['tokenizer'])
-    for key, value in {} if fresh else given.items():
+    for key, value in given.items() if not fresh else ():
         changes = key in changeable or key.startswith(('lora_', 'rope_', 'router_'))
         if not changes and value != args.get(key, value):
             raise UserError(f'{key}={value}: {origin} has {key}={args[key]}, which this stage does not change: drop '
@@ -907,7 +923,11 @@ def start(run, base, given, changeable=CHANGEABLE, scores=False):
     torch.manual_seed(run.config['seed'])  # fresh weights, whatever was drawn while the model was read
     with runtime.user_errors(origin):
         model = GPT(config) if fresh else GPT.from_state(state, **given)
-    return Start(model.freeze(), tokenizer, str(origin), state['iter'], own, source or base_of(origin, state))
+    if config.vocab_size < tokenizer.n_vocab:
+        raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
+    return Start(model.freeze(), tokenizer, f'new weights like {origin}' if fresh else str(origin),
+                 0 if fresh else state['iter'], own, source or base_of(origin, state),
+                 fresh or scores and not args.get('score_head'))
 
 
 class PeftModule:

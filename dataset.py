@@ -11,7 +11,9 @@ A folder of pairs, which an encoder-decoder learns from, holds `{train,val}.json
 and the same two files beside them.
 
 A folder of chats, which a model learns to answer from, holds `{train,val,test}.jsonl`, rows {"messages": [{"role": "…",
-"content": "…"} …]} or another shape that `read_chats` knows; a meta.json may be beside them.
+"content": "…"} …]} or another shape that `read_chats` knows; a meta.json may be beside them. Preferences, which reward
+models and DPO learn from, are in `prefs_{train,val,test}.jsonl` there, or in the former where a folder has no chats:
+rows {"prompt": […], "chosen": […], "rejected": […]} or another shape that `read_prefs` knows.
 """
 import bisect
 import contextlib
@@ -194,7 +196,7 @@ def find_dataset(name):
     with contextlib.suppress(ValueError):
         datasets = datasets.relative_to(Path.cwd())
     for folder in (Path(name), datasets / name):
-        by_hand = splits_of(folder) and not (folder / 'prepare.py').exists()
+        by_hand = (splits_of(folder) or splits_of(folder, 'prefs_')) and not (folder / 'prepare.py').exists()
         if (folder / 'meta.json').exists() or find_shards(folder, 'train') or by_hand:
             return folder
     script = datasets / name / 'prepare.py'
@@ -399,7 +401,7 @@ def _text_of(line, key, where):
 def kind_of(folder):
     """What a prepared folder holds: 'tokens', 'pairs' (rows with a tokenizer of their own) or 'chats'."""
     meta = Path(folder) / 'meta.json'
-    if find_shards(folder, 'train') or not splits_of(folder):
+    if find_shards(folder, 'train') or not (splits_of(folder) or splits_of(folder, 'prefs_')):
         return 'tokens'
     try:
         return 'pairs' if meta.exists() and 'tokenizer' in json.loads(meta.read_text()) else 'chats'
@@ -407,9 +409,9 @@ def kind_of(folder):
         raise UserError(f'{meta}: malformed ({type(e).__name__}: {e}): prepare the dataset again') from e
 
 
-def splits_of(folder):
-    """Of which splits a folder has rows."""
-    return [split for split in SPLITS if (Path(folder) / f'{split}.jsonl').exists()]
+def splits_of(folder, prefix=''):
+    """Of which splits a folder has rows; prefix: 'prefs_' for preferences."""
+    return [split for split in SPLITS if (Path(folder) / f'{prefix}{split}.jsonl').exists()]
 
 
 def find_shards(folder, split):
@@ -484,10 +486,28 @@ def read_chats(path, strict=True):
         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
         {"instruction": "…", "input": "…", "output": "…"}, Alpaca's; input may be empty or missing
         {"prompt": …, "completion": …}, each a text or a list of messages
-    and becomes {'messages': …}, whose last one is the assistant's, what else it has of 'answer', 'grader', 'steps' and
-    'kind', and 'where' it is from. Blank lines are passed over. A row that is none raises UserError with file, line and
-    reason or, unless strict, is left out; skipped lists those reasons. UserError for a file without a row that is one.
+    and becomes {'messages': …}, whose last one is the assistant's, what else it has of EXTRAS, and 'where' it is from.
+    Blank lines are passed over. A row that is none raises UserError with file, line and reason or, unless strict, is
+    left out; skipped lists those reasons. UserError for a file without a row that is one.
     """
+    return _read_rows(path, strict, _chat, 'a chat')
+
+
+def read_prefs(path, strict=True):
+    """Pairs of answers, one preferred, of such a file -> (rows, skipped), see `read_chats`.
+
+    A row of a file is one of
+        {"prompt": …, "chosen": …, "rejected": …}, each a text or a list of messages
+        {"chosen": […], "rejected": […]}, two chats that begin with the same messages
+        {"instruction": "…", "input": "…", "chosen": "…", "rejected": "…"}
+    and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, what else it has of EXTRAS, and 'where'
+    it is from. Both answers end with the assistant's message; a pair of equal ones is malformed.
+    """
+    return _read_rows(path, strict, _pref, 'a preference')
+
+
+def _read_rows(path, strict, parse, what):
+    """The rows of a file, each as parse makes them; see `read_chats`."""
     path, rows, skipped = Path(path), [], []
     listed = path.suffix == '.json'
     try:
@@ -503,14 +523,14 @@ def read_chats(path, strict=True):
         where = f'{path}, {"row" if listed else "line"} {number}'
         try:
             if listed or item.strip():
-                rows.append(_chat(item if listed else _row(item)) | {'where': where})
+                rows.append(parse(item if listed else _row(item)) | {'where': where})
         except UserError as e:
             if strict:
                 raise UserError(f'{where}: {e}') from e
             skipped.append(f'{where}: {e}')
     if not rows:
-        raise UserError(f'{path}: ' + (f'none of its {len(skipped):,} rows is a chat; {skipped[0]}' if skipped
-                                       else 'no rows: put chats there, see read_chats in dataset.py'))
+        raise UserError(f'{path}: ' + (f'none of its {len(skipped):,} rows is {what}; {skipped[0]}' if skipped
+                                       else 'no rows: put some there, see read_chats and read_prefs in dataset.py'))
     return rows, skipped
 
 
@@ -526,55 +546,109 @@ def _row(line):
         raise UserError(f'not JSON ({e})') from e
 
 
-def _chat(row):
-    """A row of a file -> what `read_chats` makes of it."""
-    def text(value, what):
-        try:
-            value.encode()
-        except AttributeError:
-            raise UserError(f'{what} must be a text, not {value!r:.40}') from None
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-            raise UserError(f'{what} has half a surrogate pair, which is no character') from None
-        return value
+def _text(value, what):
+    """A str that UTF-8 can spell; UserError for anything else."""
+    try:
+        value.encode()
+    except AttributeError:
+        raise UserError(f'{what} must be a text, not {value!r:.40}') from None
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        raise UserError(f'{what} has half a surrogate pair, which is no character') from None
+    return value
 
-    def part(key, role):
-        return row[key] if isinstance(row[key], list) else [{'role': role, 'content': text(row[key], f'"{key}"')}]
 
+def _filled(row):
+    """A row without the columns that a table has for other rows only."""
     if not isinstance(row, dict):
         raise UserError(f'not a JSON object but {row!r:.40}')
-    row = {key: value for key, value in row.items() if value is not None}  # columns that a table has for other rows
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _part(row, key, role):
+    """What a row has under a key, a list of messages or the text of one of this role -> messages."""
+    value = row[key]
+    return value if isinstance(value, list) else [{'role': role, 'content': _text(value, f'"{key}"')}]
+
+
+def _instruction(row):
+    """Alpaca's instruction and input -> messages."""
+    prompt, more = _text(row['instruction'], '"instruction"'), _text(row.get('input', ''), '"input"')
+    return [{'role': 'user', 'content': prompt + (more and f'\n\n{more}')}]
+
+
+def _messages(messages, key='messages', answer=True):
+    """Messages, checked; answer: whether the last one is the assistant's."""
+    if not isinstance(messages, list) or not messages and answer:
+        raise UserError(f'"{key}" must be a list of at least one {{"role": "…", "content": "…"}}')
+    found = []
+    for number, m in enumerate(messages, 1):
+        of = f'message {number}' if key == 'messages' else f'message {number} of "{key}"'
+        if not isinstance(m, dict) or m.get('role') not in ROLES:
+            wrong = repr(m.get('role') if isinstance(m, dict) else m)
+            raise UserError(f'{of} must have a "role" ({", ".join(ROLES)}), not {wrong:.40}')
+        content = _text(m.get('content'), f'the "content" of {of}')
+        if m['role'] == 'assistant' and not content.strip():
+            raise UserError(f"{of}, the assistant's, is empty")
+        found.append({'role': m['role'], 'content': content})
+    if answer and found[-1]['role'] != 'assistant':
+        its = 'its last message' if key == 'messages' else f'the last message of "{key}"'
+        raise UserError(f"{its} is the {found[-1]['role']}'s: it must be the assistant's")
+    return found
+
+
+# what a row may have beside its messages: its right answer, how that is told, the steps and the kind of the problem; of
+# preferences, what is wrong with the worse answer, whether the label was flipped, and how much better the better one is
+EXTRAS = {'answer': (str, int, float), 'grader': str, 'steps': (int, float), 'kind': str,
+          'defect': str, 'flipped': bool, 'margin': (int, float)}
+
+
+def _extras(row):
+    found = {}
+    for key, types in EXTRAS.items():
+        if key in row:
+            value = row[key]
+            if isinstance(value, bool) != (types is bool) or not isinstance(value, types):
+                raise UserError(f'"{key}" is {value!r:.40}, which it cannot be')
+            found[key] = _text(value, f'"{key}"') if isinstance(value, str) else value
+    if found.get('grader', 'number') not in GRADERS:
+        raise UserError(f'"grader" is {found["grader"]!r:.40}, not one of {", ".join(GRADERS)}')
+    return found
+
+
+def _chat(row):
+    """A row of a file -> what `read_chats` makes of it."""
+    row = _filled(row)
     if 'messages' in row:
         messages = row['messages']
     elif {'instruction', 'output'} <= row.keys():
-        prompt, more = text(row['instruction'], '"instruction"'), text(row.get('input', ''), '"input"')
-        messages = [{'role': 'user', 'content': prompt + (more and f'\n\n{more}')},
-                    {'role': 'assistant', 'content': text(row['output'], '"output"')}]
+        messages = [*_instruction(row), {'role': 'assistant', 'content': _text(row['output'], '"output"')}]
     elif {'prompt', 'completion'} <= row.keys():
-        messages = part('prompt', 'user') + part('completion', 'assistant')
+        messages = _part(row, 'prompt', 'user') + _part(row, 'completion', 'assistant')
     else:
         raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"')
-    if not isinstance(messages, list) or not messages:
-        raise UserError('"messages" must be a list of at least one {"role": "…", "content": "…"}')
-    chat = {'messages': []}
-    for number, m in enumerate(messages, 1):
-        if not isinstance(m, dict) or m.get('role') not in ROLES:
-            found = repr(m.get('role') if isinstance(m, dict) else m)
-            raise UserError(f'message {number} must have a "role" ({", ".join(ROLES)}), not {found:.40}')
-        content = text(m.get('content'), f'the "content" of message {number}')
-        if m['role'] == 'assistant' and not content.strip():
-            raise UserError(f"message {number}, the assistant's, is empty")
-        chat['messages'].append({'role': m['role'], 'content': content})
-    if chat['messages'][-1]['role'] != 'assistant':
-        raise UserError(f"its last message is the {chat['messages'][-1]['role']}'s: it must be the assistant's")
-    for key, types in (('answer', (str, int, float)), ('grader', str), ('steps', (int, float)), ('kind', str)):
-        if key in row:
-            value = row[key]
-            if isinstance(value, bool) or not isinstance(value, types):
-                raise UserError(f'"{key}" is {value!r:.40}, which it cannot be')
-            chat[key] = text(value, f'"{key}"') if isinstance(value, str) else value
-    if chat.get('grader', 'number') not in GRADERS:
-        raise UserError(f'"grader" is {chat["grader"]!r:.40}, not one of {", ".join(GRADERS)}')
-    return chat
+    return {'messages': _messages(messages)} | _extras(row)
+
+
+def _pref(row):
+    """A row of a file -> what `read_prefs` makes of it."""
+    row = _filled(row)
+    if missing := sorted({'chosen', 'rejected'} - row.keys()):
+        raise UserError(f'it has no "{missing[0]}"')
+    chosen, rejected = (_messages(_part(row, key, 'assistant'), key) for key in ('chosen', 'rejected'))
+    if 'prompt' in row:
+        prompt = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False)
+    elif 'instruction' in row:
+        prompt = _messages(_instruction(row), 'prompt', answer=False)
+    else:
+        same = 0
+        while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+            same += 1
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    if not any(m['role'] == 'user' for m in prompt):
+        raise UserError('it has no "prompt": give what both answers answer, a text or messages')
+    if chosen == rejected:
+        raise UserError('"chosen" and "rejected" are equal: nothing is preferred')
+    return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | _extras(row)
 
 
 def load_chats(dataset, split, strict=True, val_fraction=0.1):
@@ -584,12 +658,21 @@ def load_chats(dataset, split, strict=True, val_fraction=0.1):
     'val' is the val_fraction of its prompts (all before the last message) that have the lowest hashes, one at least,
     and 'train' the others: no prompt is in both. UserError names a split that is not there.
     """
+    return _load(dataset, split, lambda path: read_chats(path, strict), val_fraction, '')
+
+
+def load_prefs(dataset, split, strict=True, val_fraction=0.1):
+    """As `load_chats`, of preferences: see `read_prefs`; of a folder prefs_{split}.jsonl, or else {split}.jsonl."""
+    return _load(dataset, split, lambda path: read_prefs(path, strict), val_fraction, 'prefs_')
+
+
+def _load(dataset, split, read, val_fraction, prefix):
     path = Path(dataset)
     if path.suffix in ('.json', '.jsonl') and not path.is_dir():
         if split not in ('train', 'val'):
-            raise UserError(f'{path}: a single file has only train and val: make a folder with {split}.jsonl')
-        rows, skipped = read_chats(path, strict)
-        hashes = [fraction_of(json.dumps(row['messages'][:-1])) for row in rows]
+            raise UserError(f'{path}: a single file has only train and val: make a folder with {prefix}{split}.jsonl')
+        rows, skipped = read(path)
+        hashes = [fraction_of(json.dumps(row['prompt'] if prefix else row['messages'][:-1])) for row in rows]
         ordered = sorted(set(hashes))
         if len(ordered) < 2:
             raise UserError(f'{path}: all rows have one prompt, so none can be held out: add others')
@@ -597,11 +680,17 @@ def load_chats(dataset, split, strict=True, val_fraction=0.1):
         return [row for row, h in zip(rows, hashes, strict=True) if (h < first) == (split == 'val')], skipped
     folder = find_dataset(dataset)
     if (kind := kind_of(folder)) != 'chats':
-        what = {'tokens': 'running text', 'pairs': 'pairs of source and target'}[kind]
-        raise UserError(f'{folder} holds {what}, which train.py learns from, not chats')
-    if split not in splits_of(folder):
-        raise UserError(f'{folder}: no {split}.jsonl, only {" and ".join(splits_of(folder))}: add it or take of these')
-    return read_chats(folder / f'{split}.jsonl', strict)
+        found = {'tokens': 'running text', 'pairs': 'pairs of source and target'}[kind]
+        what = 'preferences' if prefix else 'chats'
+        raise UserError(f'{folder} holds {found}, which train.py learns from, not {what}')
+    if prefix and not splits_of(folder, prefix):
+        if (folder / 'prepare.py').exists() or folder.parent.resolve() == Path(__file__).resolve().parent / 'data':
+            raise UserError(f'{folder} has no preferences: prepare it again, from rows with "chosen" and "rejected"')
+        prefix = ''
+    there = splits_of(folder, prefix)
+    if split not in there:
+        raise UserError(f'{folder}: no {prefix}{split}.jsonl, only {" and ".join(there)}: add it or take of these')
+    return read(folder / f'{prefix}{split}.jsonl')
 
 
 class ChatData:
@@ -640,11 +729,15 @@ class ChatData:
             self.rows_kept.append(row)
             ids.append(tokens)
             counts.append(mask)
-        self.n_rows = len(ids)
+        self._take(ids, counts, rows, seed)
+
+    def _take(self, ids, counts, rows, seed, each=1):
+        """Keeps tokens and whether they count, of `each` texts for a row; of which rows, for the message."""
+        self.n_rows = len(ids) // each
         if not ids:
             raise UserError(f'{rows[0]["where"] if rows else "no rows"} …: none of {len(rows):,} rows has an answer '
-                            f'within {block_size} tokens: allow longer ones or give shorter ones')
-        # one array each for the tokens of all rows and whether they count, and where each row begins and ends
+                            f'within {self.block_size} tokens: allow longer ones or give shorter ones')
+        # one array each for the tokens of all texts and whether they count, and where each begins and ends
         self.ids, self.counts = np.concatenate(ids), np.concatenate(counts)
         self.ends = np.cumsum([0, *map(len, ids)])
         self.lengths = np.diff(self.ends) - 1
@@ -752,6 +845,61 @@ class ChatData:
         return f'{self.n_rows:,} rows; of the others {", ".join(lost)}{first}' if lost else ''
 
 
+class PrefData(ChatData):
+    """One split of preferences, tokenised: texts of a prompt and an answer, of pair i chosen 2 i and rejected 2 i + 1.
+
+    rows: those of `load_prefs`; each also gets 'messages', the prompt and the chosen answer. A text ends with the end
+    of the assistant's turn; answers count, prompts do not. Of texts of more than block_size tokens the prompt loses its
+    beginning, as much for both answers ('truncated'); a pair whose answers do not fit whole is left out ('too_long').
+    As in ChatData, of which this is one of pairs where `rows` and `fixed` are meant, of texts where `read` is.
+    """
+
+    def __init__(self, rows, tokenizer, block_size, seed=1337):
+        self.tokenizer, self.block_size, self.pack = tokenizer, block_size, False
+        self.rows_kept, self.dropped = [], {'too_long': 0, 'truncated': 0}
+        ids, counts = [], []
+        for row in rows:
+            pair = []
+            for answer in (row['chosen'], row['rejected']):
+                prompt = len(tokenizer.chat_ids(row['prompt'])[0]) if row['prompt'] else 0
+                tokens, mask = map(np.array, tokenizer.chat_ids(row['prompt'] + answer))
+                mask[:prompt] = 0  # what the assistant said before
+                end = int(mask.nonzero()[0][-1]) + 1  # ChatML has a newline after the end of a turn
+                pair.append((tokens[:end].astype(np.int32), mask[:end].astype(bool)))
+            cut = max(0, max(len(tokens) for tokens, _ in pair) - block_size)
+            if any(cut >= mask.argmax() for _, mask in pair):
+                self.dropped['too_long'] += 1
+                continue
+            self.dropped['truncated'] += cut > 0
+            self.rows_kept.append(row | {'messages': row['prompt'] + row['chosen']})
+            ids += [tokens[cut:] for tokens, _ in pair]
+            counts += [mask[cut:] for _, mask in pair]
+        self._take(ids, counts, rows, seed, each=2)
+
+    def texts(self, pairs):
+        """The numbers of the texts of pairs: of all chosen answers, then of all rejected ones, int64 (2 n,)."""
+        return np.concatenate((2 * np.asarray(pairs), 2 * np.asarray(pairs) + 1))
+
+    def tokens(self, text):
+        """The ids of a text."""
+        return self.ids[self.ends[text]:self.ends[text + 1]]
+
+    def prompt(self, row):
+        return self.tokenizer.chat_ids(self.rows_kept[row]['prompt'], generate=True)[0]
+
+
+def pad_texts(texts, fill):
+    """Lists of ids -> idx, int64 (B, T), padded on the right with fill, and which are real, bool (B, T).
+
+    T is that of the longest or a little more, a multiple of 32.
+    """
+    lengths = np.array([len(text) for text in texts])
+    real = np.arange(-(-lengths.max() // 32) * 32) < lengths[:, None]
+    idx = np.full(real.shape, fill)
+    idx[real] = np.concatenate([np.asarray(text, np.int64) for text in texts])
+    return idx, real
+
+
 def best_fit(lengths, size):
     """Lists of numbers of lengths that add up to at most size each, few lists: best-fit decreasing (arXiv:2404.10830).
 
@@ -789,6 +937,43 @@ def grade(text, gold, grader):
     if grader not in GRADERS:
         raise UserError(f'"grader" is {grader!r}, not one of {", ".join(GRADERS)}: mend it in the rows')
     return GRADERS[grader](visible(text), str(gold))
+
+
+# how much the parts of an answer count
+QUALITY = {'correct': 0.5, 'working': 0.2, 'complete': 0.1, 'concise': 0.1, 'polite': 0.1}
+RUDE = re.compile(r'\b(stupid|dumb|idiot|fool|moron|lazy|pathetic|clueless|annoying|brainless|shut up|waste of time)\b',
+                  re.I)
+EQUATION = re.compile(r'(\d+) ([-+*/]) (\d+) = (\d+)(?: remainder (\d+))?\b')
+
+
+def quality(row, text):
+    """The true quality of an answer to a word problem, from 0 to 1, and its parts -> {'gold', and the keys of QUALITY}.
+
+    correct: what `grade` says; working: the share of lines between <think> and </think> that are true equations, or of
+    the `steps` due if these are more; complete: it ends as a sentence does; concise: one sentence at most follows the
+    working; polite: no word of RUDE. An answer that says nothing has no part but none is rude.
+    """
+    said = visible(text)
+    thoughts = re.findall(r'<think>(.*?)(?:</think>|\Z)', text, re.S)
+    lines = [line for thought in thoughts for line in thought.split('\n') if line]
+    right = sum(map(_is_true, lines))
+    parts = {'correct': float(grade(text, row['answer'], row.get('grader', 'number'))),
+             'working': right / max(len(lines), row.get('steps', 1), 1),
+             'complete': float(said.endswith(('.', '!', '?'))),
+             'concise': float(bool(said) and len(re.findall(r'[.!?](?:\s|\Z)', said)) <= 1),
+             'polite': float(not RUDE.search(text))}
+    return {'gold': sum(QUALITY[name] * value for name, value in parts.items())} | parts
+
+
+def _is_true(line):
+    """Whether a line begins with an equation between whole numbers that holds."""
+    found = EQUATION.match(line)
+    if not found or max(map(len, found.groups(''))) > 12:
+        return False
+    x, y, result, rest = (int(n or 0) for n in found.group(1, 3, 4, 5))
+    if found[2] == '/':
+        return y > 0 and (result, rest) == divmod(x, y)
+    return not rest and result == {'+': x + y, '-': x - y, '*': x * y}[found[2]]
 
 
 def visible(text):

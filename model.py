@@ -8,6 +8,7 @@ where it happens.
     loss = model(idx, targets)                   # mean over the targets that are not -100
     new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=20)
     loss = model(idx, targets, source=source)    # n_encoder_layer > 0: (B, S) ids that the decoder attends to
+    scores = model(idx, real=real)               # score_head: (B,), one number for the real tokens of each text
     model = GPT.from_state(state, lora_rank=8, quant='nf4').freeze()    # a few new weights beside a frozen model
 
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
@@ -74,6 +75,7 @@ class GPTConfig:
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
+    score_head: str = ''  # a reward model: a number per text read at its 'last' token or the 'mean', and no other head
     n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
     lora_rank: int = 0  # rank of the updates that LoRA learns beside the blocks' frozen matrices; 0 = none
     lora_alpha: float = 16.0  # the updates are multiplied by lora_alpha / lora_rank
@@ -88,7 +90,8 @@ class GPTConfig:
     def __post_init__(self):
         for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
                               ('norm_place', ('pre', 'post')), ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
-                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')), ('quant', ('', 'nf4'))):
+                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')), ('quant', ('', 'nf4')),
+                              ('score_head', ('', 'last', 'mean'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -118,6 +121,8 @@ class GPTConfig:
             raise ValueError(f'expert_every={self.expert_every} must be at least 1')
         if not self.window_pattern or set(self.window_pattern) - set('LG'):
             raise ValueError(f'window_pattern={self.window_pattern!r} must be made of the letters L and G')
+        if self.score_head and self.n_encoder_layer:
+            raise ValueError(f'score_head={self.score_head!r} needs a decoder or an encoder alone: n_encoder_layer=0')
         if (self.window or self.n_encoder_layer) and not self.causal:
             name = 'window' if self.window else 'n_encoder_layer'
             raise ValueError(f'{name}={getattr(self, name)} needs causal=True')
@@ -447,8 +452,9 @@ class Adapter(nn.Module):
 
 
 def is_small(name):
-    """Whether a parameter of this name belongs to LoRA or an adapter."""
-    return '.lora_' in name or '.adapter' in name
+    """Whether a tensor of this name belongs to LoRA, an adapter or the score head: it learns where the rest is frozen.
+    """
+    return '.lora_' in name or '.adapter' in name or name.startswith('score')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1004,8 +1010,13 @@ class GPT(nn.Module):
             self.encoder_norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False, dtype=dtype)
-        if config.tie_weights:
+        self.head = self.score = None
+        if config.score_head:
+            self.score = nn.Linear(config.n_embd, 1)
+            self.register_buffer('score_scale', torch.tensor([1.0, 0.0]))  # gain and bias of `rewards`
+        else:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False, dtype=dtype)
+        if self.head is not None and config.tie_weights:
             self.head.weight = self.tok_emb.weight
         if config.pos == 'rope':  # a table, not weights: made anew at loading
             for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config), strict=True):
@@ -1037,7 +1048,9 @@ class GPT(nn.Module):
             if not is_small(name):
                 fill(name, p)
         for name, p in self.named_parameters():
-            if name.endswith('lora_a'):
+            if name == 'score.weight':
+                p.normal_(0.0, (config.n_embd + 1) ** -0.5)  # its bias is zero: arXiv:1909.08593's
+            elif name.endswith('lora_a'):
                 p.uniform_(-p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)  # as PEFT draws it
             elif is_small(name) and name.endswith('.down'):
                 fill(name, p)
@@ -1125,21 +1138,31 @@ class GPT(nn.Module):
         return self.block_masks[T]
 
     def pool(self, idx, mask=None, how='mean'):
-        """One vector per text: ids (B, T), bool (B, T) True where a token is real -> (B, C).
+        """One vector per text: ids (B, T), bool (B, T) True where a token is real, None = all are -> (B, C).
 
         how: 'mean' over the real tokens, or 'last', the last real one's. What an encoder (causal=False) is asked for;
-        a decoder's last token knows all others too.
+        a decoder's last token knows all others too. Padding may stand anywhere: it changes nothing.
         """
         if how not in ('mean', 'last'):
             raise ValueError(f"how={how!r} is not one of 'mean', 'last'")
         if self.encoder is not None:
             raise ValueError(f'n_encoder_layer={len(self.encoder)}: of an encoder-decoder take the mean over `encode`')
-        x = self.hidden(idx, mask=None if mask is None else mask[:, None, None].expand(-1, 1, idx.shape[1], -1))
-        real = torch.ones_like(idx, dtype=torch.bool) if mask is None else mask
+        if mask is None:
+            mask, seen = torch.ones_like(idx, dtype=torch.bool), None
+        else:  # real tokens come first: positions count them alone, and causality hides the padding
+            order = mask.logical_not().int().argsort(dim=1, stable=True)
+            idx, mask = idx.gather(1, order), mask.gather(1, order)
+            seen = None if self.config.causal else mask[:, None, None]
+        x = self.hidden(idx, mask=seen)
         if how == 'last':
-            last = (real * torch.arange(idx.shape[1], device=idx.device)).argmax(1)
-            return x[torch.arange(len(x), device=x.device), last]
-        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+            return x[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def rewards(self, idx, real=None):
+        """Scores (B,) as `forward` gives them, times the gain and plus the bias of `score_scale`: what makes those of
+        held-out answers have mean 0 and variance 1, once these have been measured (arXiv:1909.08593)."""
+        gain, bias = self.score_scale
+        return gain * self(idx, real=real) + bias
 
     def logits(self, hidden):
         """Hidden states (…, C) -> float32 logits (…, V)."""
@@ -1149,8 +1172,9 @@ class GPT(nn.Module):
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
     def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None,
-                segments=None):
-        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats.
+                segments=None, real=None):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats. With a score_head: ids, and
+        real (B, T), True where a token is no padding -> scores (B,), float32.
 
         Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', or 'none' for (B, T).
         source (B, S), source_mask (B, S): see `encode`. segments (B, T) of integers: a token sees those of its own
@@ -1159,6 +1183,10 @@ class GPT(nn.Module):
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
+        if self.score is not None:
+            pooled = self.pool(idx, real, self.config.score_head)
+            with torch.autocast(idx.device.type, enabled=False):  # differences of scores want all digits
+                return F.linear(pooled.float(), self.score.weight.float(), self.score.bias.float())[:, 0]
         if segments is not None:
             if source is not None:
                 raise ValueError('segments of a row cannot share a source: give each text a row')
@@ -1222,8 +1250,9 @@ class GPT(nn.Module):
     def from_state(cls, state, **overrides):
         """A model from a checkpoint's dict: 'model_args' (fields of GPTConfig, overridden where given) and 'model'.
 
-        Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor; but LoRA
-        and adapters that the state's own fields do not have start afresh. With quant='nf4' the state has the matrices
+        Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor; but LoRA,
+        adapters and a score head that the state's own fields do not have start afresh, and of a model that gets a score
+        head the other one is left out. With quant='nf4' the state has the matrices
         whole, and the model takes each into its 4 bits as it comes.
         """
         unknown = set(state['model_args']) - set(GPTConfig.__dataclass_fields__)
@@ -1231,11 +1260,14 @@ class GPT(nn.Module):
             raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
         model, args = cls(GPTConfig(**state['model_args'] | overrides)), state['model_args']
         own, given = model.state_dict(), state['model']
+        if model.score is not None and not args.get('score_head'):
+            given = {name: tensor for name, tensor in given.items() if name != 'head.weight'}
         for name, module in model.named_modules():
             if isinstance(module, LoRALinear) and module.quant:
                 own[f'{name}.weight'] = torch.empty(module.out_features, module.in_features, device='meta')
         for name in [*own, *given]:
-            fresh = is_small(name) and not args.get('lora_rank' if '.lora_' in name else 'adapter_dim')
+            field = 'lora_rank' if '.lora_' in name else 'score_head' if name.startswith('score') else 'adapter_dim'
+            fresh = is_small(name) and not args.get(field)
             if name not in own or name not in given and not fresh:
                 raise ValueError(f'tensor {name} is {"missing" if name in own else "not part of this model"}')
             if name in given and own[name].shape != given[name].shape:
@@ -1245,13 +1277,14 @@ class GPT(nn.Module):
         return model
 
     def freeze(self):
-        """Where the config has LoRA or adapters, nothing but these learns from now on; returns the model."""
+        """Where the config has LoRA or adapters, nothing but these, and a score head, learns from now on; returns the
+        model."""
         for name, p in self.named_parameters() if self.config.lora_rank or self.config.adapter_dim else ():
             p.requires_grad_(is_small(name))
         return self
 
     def small_state(self):
-        """The tensors of LoRA and adapters by name: all that a run keeps which froze the rest."""
+        """The tensors of LoRA, adapters and a score head by name: all that a run keeps which froze the rest."""
         return {name: tensor for name, tensor in self.state_dict().items() if is_small(name)}
 
     @torch.no_grad()
@@ -1270,7 +1303,7 @@ class GPT(nn.Module):
             if name != 'head.weight' or not self.config.tie_weights:
                 weights[name] = (module.merged() if folds else own[name]).detach().to(dtype, copy=not folds)
         model.load_state_dict(weights, strict=False, assign=True)
-        if self.config.tie_weights:
+        if self.config.tie_weights and model.head is not None:
             model.head.weight = model.tok_emb.weight
         for name in ('rope_cos', 'rope_sin') if self.config.pos == 'rope' else ():
             model.register_buffer(name, own[name].clone(), persistent=False)
@@ -1337,7 +1370,7 @@ class GPT(nn.Module):
         self.n_params = self.num_params()
         for module in list(self.modules()) if weight.device.type == 'cpu' and (quant or kernels) else ():
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear) and name != 'router':
+                if isinstance(child, nn.Linear) and name not in ('router', 'score'):
                     setattr(module, name, PackedLinear(child, quant))
         return self.requires_grad_(False)
 
@@ -1363,7 +1396,7 @@ class GPT(nn.Module):
         share = c.n_expert_active / max(1, c.n_expert)  # of the experts, a token meets
         matrices = [(p, p.numel() * (share if p.ndim == 3 and not is_small(n) else 1))
                     for n, p in self.named_parameters() if n.startswith(('blocks.', 'encoder.')) and p.ndim > 1]
-        matrices.append((self.head.weight, self.head.weight.numel()))
+        matrices += [(self.head.weight, self.head.weight.numel())] if self.head is not None else []
         matmul = sum(n * (6 if p.requires_grad else 4) for p, n in matrices) + 4 * self._in_4_bits()
         layers = c.n_layer + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
         return matmul + 12 * layers * c.n_head * c.head_dim * T
@@ -1498,6 +1531,8 @@ class GPT(nn.Module):
 
 def check_prompts(prompts, config, sources=None):
     """Raises ValueError with one sentence for prompts, and sources for an encoder, that this model cannot continue."""
+    if config.score_head:
+        raise ValueError(f'a model with score_head={config.score_head!r} scores texts: it cannot generate')
     if not config.causal:
         raise ValueError('a model with causal=False is an encoder: it cannot generate')
     if (sources is None) == (config.n_encoder_layer > 0) or sources is not None and len(sources) != len(prompts):

@@ -1,9 +1,11 @@
 """
-Instructions as in Alpaca -> ../NAME/train.jsonl, val.jsonl and, if asked for, test.jsonl.
+Instructions as in Alpaca -> ../NAME/train.jsonl, val.jsonl and, if asked for, test.jsonl; of rows that have them, pairs
+of answers -> prefs_train.jsonl and so on.
 
-The input is a JSON list or JSONL of {"instruction": …, "input": …, "output": …}; "input" may be empty or missing, other
-keys are left out. The user says the instruction and, after a blank line, the input; the assistant answers the output.
-A prompt lies in one split, whatever its order and however often it comes; a row that is there twice is taken once.
+The input is a JSON list or JSONL of {"instruction": …, "input": …, "output": …}, perhaps with "chosen" and "rejected";
+"input" may be empty or missing, other keys are left out. The user says the instruction and, after a blank line, the
+input; the assistant answers the output, or of a pair either. A prompt lies in one split, whatever its order and however
+often it comes; a row that is there twice is taken once, and a pair of equal answers is none.
 
     python data/alpaca/prepare.py
     python data/alpaca/prepare.py --input=instructions.json --name=mine --test_fraction=0.1
@@ -45,19 +47,21 @@ def read_items(path):
 
 
 def to_row(text):
-    """A JSON object as a chat; ValueError says what is wrong with it."""
+    """A JSON object as a chat, and what it has of a preference; ValueError says what is wrong with it."""
     item = json.loads(text)
     if not isinstance(item, dict):
         raise ValueError('not a JSON object')
-    parts = []
-    for key in ('instruction', 'input', 'output'):
+    parts, pair = [], [key for key in ('chosen', 'rejected') if key in item]
+    for key in ('instruction', 'input', 'output', *pair):
         part = item.get(key, '' if key == 'input' else None)
         if not isinstance(part, str) or not part.strip() and key != 'input':
             raise ValueError(f'"{key}" must be a text' + ' that is not empty' * (key != 'input'))
         part.encode()
         parts.append(part.strip())
     prompt = '\n\n'.join(part for part in parts[:2] if part)
-    return {'messages': [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': parts[2]}]}
+    answers = [[{'role': 'assistant', 'content': text}] for text in parts[2:]]
+    prompt = [{'role': 'user', 'content': prompt}]
+    return {'messages': prompt + answers[0]}, {'prompt': prompt} | dict(zip(pair, answers[1:], strict=True))
 
 
 def main():
@@ -73,26 +77,32 @@ def main():
         fetch_url(URL, path)
     if not path.is_file():
         raise UserError(f'{path}: no such file: give {URL} or a file like it, or no --input')
-    items, rows, skipped = read_items(path), {}, 0
+    items, rows, prefs, equal, skipped = read_items(path), {}, {}, 0, 0
     if not input and len(items) != ROWS:
         raise UserError(f'{path}: {len(items):,} rows, not {ROWS:,}: it is another file or damaged; fetch it again')
     for where, text in items:
         try:
-            row = to_row(text)
+            row, pref = to_row(text)
             rows[json.dumps(row)] = row
+            if len(pref) == 3 and pref['chosen'] != pref['rejected']:
+                prefs[json.dumps(pref)] = pref
+            equal += len(pref) == 3 and pref['chosen'] == pref['rejected']
         except ValueError as e:
             if strict and input:
                 raise UserError(f'{where}: {e}: mend it or leave such rows out with --strict=False') from e
             skipped += 1
-    splits = {'train': [], 'val': []} | ({'test': []} if test_fraction else {})
-    for row in rows.values():
-        place = fraction_of(f'{seed} {row["messages"][0]["content"]}')
+    names = ['train', 'val', *['test'] * bool(test_fraction)]
+    splits = {name: [] for name in names} | ({f'prefs_{name}': [] for name in names} if prefs else {})
+    for row in (*rows.values(), *prefs.values()):
+        place = fraction_of(f'{seed} {(row.get("messages") or row["prompt"])[0]["content"]}')
         split = 'val' if place < val_fraction else 'test' if place < val_fraction + test_fraction else 'train'
-        splits[split].append(row)
+        splits['prefs_' * ('prompt' in row) + split].append(row)
     shares = f'val_fraction={val_fraction}, test_fraction={test_fraction}, seed={seed}'
     write_rows(folder, splits, f'{input or URL}, {shares}')
     if skipped:
         print(f'{path}: {skipped:,} malformed rows were left out')
+    if equal:
+        print(f'{path}: {equal:,} pairs of equal answers were left out')
     if len(rows) + skipped < len(items):
         print(f'{path}: {len(items) - len(rows) - skipped:,} rows were there before and left out')
 

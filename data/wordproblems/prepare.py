@@ -1,5 +1,6 @@
 """
-Word problems of grade school with worked solutions -> train.jsonl, val.jsonl and test.jsonl here, rows of
+Word problems of grade school with worked solutions -> train.jsonl, val.jsonl and test.jsonl here, and pairs of answers
+to others -> prefs_train.jsonl, prefs_val.jsonl and prefs_test.jsonl. Rows of the former:
 
     {"messages": [{"role": "user", "content": "Mia has 17 apples. Ben gives her 25 more. How many apples …?"},
                   {"role": "assistant", "content": "<think>17 + 25 = 42 apples</think>\nMia has 42 apples."}],
@@ -8,6 +9,10 @@ Word problems of grade school with worked solutions -> train.jsonl, val.jsonl an
 The answer is the last number of the text after </think>. A step is one line and one equation, a division that does not
 come out even is written `23 / 5 = 4 remainder 3`. What training never sees: in val, the names of the persons and, for
 each template, the numbers; in test, the templates too.
+
+Rows of the latter are {"prompt": […], "chosen": […], "rejected": […]}, one answer right and clean, the other with one
+of DEFECTS, and the label flipped in `noise` of them, as people err; beside the keys above, "defect", "flipped" and
+"margin", by how much the better one's `dataset.quality` is higher.
 
     python data/wordproblems/prepare.py
     python data/wordproblems/prepare.py --train_rows=5000 --max_number=20 --max_steps=2 --seed=2
@@ -20,18 +25,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
-from dataset import fraction_of, write_rows
+from dataset import fraction_of, quality, write_rows
 from tokenizer import UserError
 
 train_rows = 60_000  # to learn from
 val_rows = 2_000  # with names and numbers held out
 test_rows = 1_000  # with templates held out
+pref_rows = 30_000  # pairs to learn from; for val and test as many as they have rows
+noise = 0.1  # share of pairs whose label is flipped, in all splits
 max_number = 30  # largest number to add or subtract; factors go to 12, quotients to 20, results to three times this
 max_steps = 4  # equations of the longest solutions, 1 to 4
 seed = 1337  # decides the problems
 
 STEP_SHARE = {1: 35, 2: 35, 3: 20, 4: 10}  # of the problems with so many steps, in percent, in each split
 VAL_NUMBERS = 0.1  # share of a template's numbers that are for val
+# what is wrong with the worse answer of a pair, and in how many of a hundred: the result; a step but not the result;
+# the working, which is missing; it goes on after the answer; it is rude; it breaks off
+DEFECTS = {'wrong_answer': 30, 'wrong_step': 20, 'no_working': 15, 'rambling': 12, 'rude': 12, 'truncated': 11}
 
 NAMES = {  # every sixth is for val and test
     'she': 'Mia Aisha Yuki Priya Elena Fatima Ingrid Chloe Amara Sofia Leila Hana Zoe Nadia Carmen Olga Maya Freya '
@@ -363,6 +373,21 @@ equally with {B}. How many dollars does each of them get?
 many {blooms} are left?
 = s = a * b bloom; t = c * d bloom; u = s + t bloom; v = u - e bloom => There {v:is/are} {v bloom} left.
 '''}
+RAMBLING = (
+    'By the way, this reminds me of {A}.', 'I hope that this helps you with your homework.',
+    'Numbers are a lot of fun.', 'There are many other ways to look at this problem.',
+    'My friend {A} likes problems like this one as well.',
+    'Of course you could also ask {A} about it.', 'In general it is good to check the result again.',
+    'Let me know if you want to hear more about it.', 'This kind of problem is found in many books.',
+    'Some people find this hard, and others find it easy.', 'When I think about it, there is much more to say.',
+    'It is interesting how often such questions come up in life.', 'Anyway, the weather is nice today.',
+    'Once {A} told me a long story about something like this.', 'But that is not all that can be said here.')
+RUDENESS = (  # a word of dataset.RUDE in each
+    'you idiot', 'you fool', 'as any fool can see', 'which only a moron would ask', 'you lazy thing',
+    'so stop being lazy', 'What a stupid question.',
+    'Are you too dumb to count?', 'How can anyone be so clueless?', 'This is pathetic.',
+    'You are annoying.', 'Shut up and listen.', 'What a waste of time.', 'Use your head, you brainless thing.',
+    'Even an idiot can do this.', 'I am tired of such dumb questions.')
 STEP = re.compile(r'(\w) ?(\w?) = (\w+) ([-+*/]) (\w+) ?(.*)')
 
 
@@ -444,7 +469,8 @@ def fill(text, scene, draw):
     return re.sub(r'(?:^|(?<=[.?!] ))[a-z]', lambda m: m[0].upper(), text)
 
 
-def draw_row(template, split, draw):
+def draw_problem(template, split, draw):
+    """A question, the lines of its working, and result(values) -> the sentence that gives these results, and values."""
     values = draw_values(template, split, draw)
     names = [name for i, name in enumerate(PERSONS) if (i % 6 == 5) == (split != 'train')]
     scene = dict(zip('ABC', draw.sample(names, 3), strict=True)) | values
@@ -453,27 +479,95 @@ def draw_row(template, split, draw):
     for name, rest, x, op, y, unit in template['plan']:
         result = f'{values[name]} remainder {values[rest]}' if rest else phrase(f'{name} {unit}'.strip(), scene, draw)
         lines.append(f'{values.get(x, x)} {op} {values.get(y, y)} = {result}')
-    result = fill(template['result'], scene, draw)
-    answer = values[re.search(r'\{([a-z])\b', template['result'])[1]]  # the number that the result names first
-    solution = '<think>' + '\n'.join(lines) + f'</think>\n{result}'
-    return {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': solution}],
-            'answer': str(answer), 'grader': 'number', 'steps': len(lines), 'kind': template['kind']}
+    state = draw.getstate()
+
+    def result(values):
+        now = draw.getstate()
+        draw.setstate(state)  # in the same words whenever it is asked for
+        text = fill(template['result'], scene | values, draw)
+        if now != state:
+            draw.setstate(now)
+        return text
+    return question, lines, result, values
 
 
-def draw_rows(split, count, templates):
+def draw_row(template, split, draw):
+    question, lines, result, values = draw_problem(template, split, draw)
+    return {'messages': [{'role': 'user', 'content': question},
+                         {'role': 'assistant', 'content': solution(lines, result(values))}],
+            'answer': str(values[asked(template)]), 'grader': 'number', 'steps': len(lines), 'kind': template['kind']}
+
+
+def solution(lines, result):
+    return '<think>' + '\n'.join(lines) + f'</think>\n{result}'
+
+
+def asked(template):
+    """The name of the number that the result names first: the answer."""
+    return re.search(r'\{([a-z])\b', template['result'])[1]
+
+
+def draw_pref(template, split, draw):
+    """A pair of answers to one question, the worse one with a defect, now and then labelled the wrong way round."""
+    question, lines, result, values = draw_problem(template, split, draw)
+    name, (defect,) = asked(template), draw.choices(list(DEFECTS), list(DEFECTS.values()))
+    better, answer = solution(lines, result(values)), values[name]
+    while True:
+        worse = spoil(defect, lines, result, values, name, draw)
+        row = {'answer': str(answer), 'grader': 'number', 'steps': len(lines), 'kind': template['kind']}
+        margin = quality(row, better)['gold'] - quality(row, worse)['gold']
+        if margin > 0.01:  # a text may break off where nothing is missing, a wrong step be true
+            break
+    flipped = draw.random() < noise
+    prompt, answers = [{'role': 'user', 'content': question}], [[{'role': 'assistant', 'content': text}]
+                                                                for text in (better, worse)]
+    chosen, rejected = answers[::-1] if flipped else answers
+    return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | row | {
+        'defect': defect, 'flipped': flipped, 'margin': round(margin, 3)}
+
+
+def spoil(defect, lines, result, values, name, draw):
+    """A solution with a defect, one of DEFECTS."""
+    right, lines = values[name], list(lines)
+    wrong = draw.choice([n for n in (right - 10, right - 2, right - 1, right + 1, right + 2, right + 10,
+                                     *values.values()) if n != right and n > 0])
+    said = result(values)
+    if defect == 'wrong_answer':
+        said = result(values | {name: wrong})
+        if draw.random() < 0.5:  # a slip in the last step, else in copying from it
+            lines[-1] = re.sub(rf'\b{right}\b(?!.*\b{right}\b)', str(wrong), lines[-1])
+    elif defect == 'wrong_step':
+        step = draw.randrange(len(lines))
+        before, number, after = re.fullmatch(r'(.* = )(\d+)(.*)', lines[step]).groups()
+        slip = draw.choice([n for n in (-10, -2, -1, 1, 2, 10) if int(number) + n >= 0])
+        lines[step] = f'{before}{int(number) + slip}{after}'
+    elif defect == 'no_working':
+        return said
+    elif defect == 'rambling':
+        more = draw.sample(RAMBLING, draw.randint(1, 3))
+        said = ' '.join([said, *(text.replace('{A}', draw.choice(list(PERSONS))) for text in more)])
+    elif defect == 'rude':
+        rude = draw.choice(RUDENESS)
+        said = f'{said[:-1]}, {rude}.' if rude[0].islower() else f'{rude} {said}'
+    text = solution(lines, said)
+    return text[:int(draw.uniform(0.3, 0.97) * len(text))].rstrip() if defect == 'truncated' else text
+
+
+def draw_rows(split, count, templates, draw_one=draw_row, stream=''):
     """Yields count rows with different questions; which ones does not depend on the other splits."""
-    draw, seen = random.Random(f'{seed} {split}'), set()
+    draw, seen = random.Random(f'{seed} {stream}{split}'), set()
     by_steps = {n: [t for t in templates if len(t['plan']) == n and t['test'] == (split == 'test')]
                 for n in range(1, max_steps + 1)}
     for _ in range(count):
         steps, = draw.choices(list(by_steps), [STEP_SHARE[n] for n in by_steps])
         for _ in range(1000):
-            row = draw_row(draw.choice(by_steps[steps]), split, draw)
-            question = row['messages'][0]['content']
+            row = draw_one(draw.choice(by_steps[steps]), split, draw)
+            question = (row.get('messages') or row['prompt'])[0]['content']
             if question not in seen:
                 break
         else:
-            raise UserError(f'{split}_rows={count}: so many different questions are not to be had: lower it')
+            raise UserError(f'{count} different questions for {split} are not to be had: lower {split}_rows or '
+                            'pref_rows')
         seen.add(question)
         yield row
 
@@ -483,8 +577,14 @@ def main():
     counts = {'train': train_rows, 'val': val_rows, 'test': test_rows}
     if min(counts.values()) < 1 or max_number < 20 or max_steps not in STEP_SHARE:
         raise UserError('train_rows, val_rows and test_rows start at 1, max_number at 20; max_steps is 1 to 4')
+    if pref_rows < 1 or not 0 <= noise < 0.5:
+        raise UserError('pref_rows starts at 1, and noise lies between 0 and 0.5: with half of the labels flipped '
+                        'nothing is left to learn')
     templates = read_templates()
-    write_rows(Path(__file__).parent, {split: draw_rows(split, n, templates) for split, n in counts.items()},
+    splits = {split: draw_rows(split, n, templates) for split, n in counts.items()}
+    for split, n in (counts | {'train': pref_rows}).items():
+        splits[f'prefs_{split}'] = draw_rows(split, n, templates, draw_pref, 'prefs ')
+    write_rows(Path(__file__).parent, splits,
                f'{len(templates)} templates, max_number {max_number}, max_steps {max_steps}, seed {seed}')
 
 

@@ -1,0 +1,19 @@
+"""A reward model on two cores: the model of config/sft_tiny.py learns which of two worked solutions is better."""
+out_dir = 'out/reward'
+init_from = 'out/sft'
+base = 'out/sft'
+dataset = 'wordproblems'
+
+batch_size = 16
+max_iters = 1500
+optimizer = 'muon'
+muon_lr = 0.01
+learning_rate = 1e-3
+embed_lr = 3e-3
+beta2 = 0.99
+grad_clip = 0.0
+lr_schedule = 'wsd'
+warmup_iters = 20
+
+eval_interval = 250
+eval_rows = 0

@@ -1,0 +1,423 @@
+"""
+Reward models: from pairs of answers, of which people preferred one, a model learns to score any answer.
+
+    python reward.py config/reward_tiny.py                         word problems, from the model of config/sft_tiny.py
+    python reward.py config/reward_tiny.py --loss_type=margin --margin=1.0
+    python reward.py config/reward_tiny.py --causal=False --score_head=mean     the same as a bidirectional encoder
+    python reward.py config/reward_smollm2.py --dataset=data/mine               SmolLM2-135M with LoRA learns your pairs
+    python reward.py --init_from=out/reward --dataset=wordproblems --check=True        can it be trusted? ten checks
+    torchrun --standalone --nproc_per_node=2 reward.py config/reward_tiny.py --gradient_accumulation_steps=2
+
+The model is any that this project can read, with a score in place of the words that it would say next, read at the
+last token of an answer (score_head='last') or from the mean over all (score_head='mean'). Scores are normalised to mean
+0 and variance 1 on held-out answers; the gain and the bias that do so are in the checkpoint.
+
+Papers: InstructGPT (arXiv:2203.02155), learning to summarize (arXiv:2009.01325), fine-tuning from preferences
+(arXiv:1909.08593), margins from grades (Llama 2, arXiv:2307.09288), centred rewards (arXiv:2312.09244), calibration
+(arXiv:1706.04599).
+"""
+import math
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import runtime
+from convert import CHANGEABLE, start
+from dataset import PrefData, find_dataset, fraction_of, interval, last_number, load_prefs, pad_texts, visible
+from model import GPTConfig
+from tokenizer import UserError
+
+# where and what
+out_dir = 'out/reward'  # directory of the run: checkpoints, metrics, samples
+init_from = 'out/sft'  # the model to start from: sample.py's; or 'scratch', 'resume', 'auto' (resume if there is a run)
+base = 'out/sft'  # what 'auto' starts from where there is no run yet; of 'scratch', whose tokenizer and shape it takes
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
+val_fraction = 0.1  # of a single file: the share of its prompts that is held out
+seed = 1337  # decides the order of the data, dropout and fresh weights
+# pairs
+max_length = 0  # tokens of the longest text; 0 = the model's block_size. Longer ones lose the beginning of the prompt
+strict = True  # a malformed row ends the run; False: it is left out and counted
+# loss
+loss_type = 'bt'  # 'bt' (Bradley-Terry), 'margin' (ranking) or 'bt_margin' (Bradley-Terry, less the rows' own margins)
+margin = 1.0  # 'margin': how far apart the scores of a pair shall be; 'bt_margin': factor on the rows' margins
+center_coef = 0.0  # weight of the squared sum of a pair's scores, which keeps them around zero; 0.01 is usual
+# batches
+batch_size = 16  # pairs per micro-batch, both answers of each
+gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
+max_iters = 500  # steps
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
+learning_rate = 3e-4  # peak of AdamW's
+embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak of Muon's
+muon_momentum = 0.95  # Nesterov momentum of Muon
+weight_decay = 0.0  # on matrices only
+beta1 = 0.9  # AdamW's decay of the mean
+beta2 = 0.99  # AdamW's decay of the variance
+grad_clip = 1.0  # largest norm of the gradient; 0 = off
+# schedule
+lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
+warmup_iters = 20  # steps of linear warmup
+lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate, in proportion for every group
+decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+# looking at it
+eval_interval = 100  # steps between evaluations, each with a checkpoint
+eval_rows = 512  # held-out pairs that are scored, the same every time; 0 = all
+eval_only = False  # measure init_from and train nothing
+check = False  # put init_from to the checks of a reward model and train nothing
+eval_split = 'val'  # what eval_only and check measure: 'val', 'test' or 'train'
+log_interval = 10  # steps between lines of progress
+keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
+max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
+tensorboard_log = False  # write out_dir/tensorboard
+wandb_log = False  # report to Weights & Biases
+wandb_project = 'flatgpt'  # its project
+wandb_run_name = 'reward'  # its name for this run
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+compile = False  # torch.compile: slow to start, then faster
+activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the maths
+
+def bradley_terry(chosen, rejected, margins=0.0):
+    """-log sigmoid(r_c - r_r - m): scores (B,), margins (B,) or a number -> losses (B,), in nats (arXiv:2009.01325;
+    with margins arXiv:2307.09288, eq. 2)."""
+    return -F.logsigmoid(chosen - rejected - margins)
+
+
+def margin_ranking(chosen, rejected, margin):
+    """max(0, margin - (r_c - r_r)): scores (B,) -> losses (B,)."""
+    return F.relu(margin - (chosen - rejected))
+
+
+def pair_loss(chosen, rejected, grades, loss_type, margin, center_coef):
+    """What is minimised of pairs of scores (B,) -> losses (B,); grades (B,): how much better each chosen answer is."""
+    if loss_type == 'margin':
+        losses = margin_ranking(chosen, rejected, margin)
+    else:
+        losses = bradley_terry(chosen, rejected, margin * grades if loss_type == 'bt_margin' else 0.0)
+    return losses + center_coef * (chosen + rejected).square()  # arXiv:2312.09244
+
+
+def calibration(margins, bins=10):
+    """How sure sigmoid(|r_c - r_r|) is of pairs beside how often it is right: margins (n,) -> (rows, ece).
+
+    rows: (from, to, pairs, mean confidence, share right) of the equal bins of [0.5, 1] that are not empty; ece: the
+    expected calibration error, the mean of |confidence - share right| over pairs (arXiv:1706.04599, eq. 3). A tie is
+    half right.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    hits, which = right(margins), np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    rows = []
+    for b in range(bins):
+        of = which == b
+        if of.any():
+            ends = 0.5 + b / (2 * bins), 0.5 + (b + 1) / (2 * bins)
+            rows.append((*ends, int(of.sum()), confidence[of].mean(), hits[of].mean()))
+    return rows, sum(n * abs(sure - share) for _, _, n, sure, share in rows) / len(margins)
+
+
+def right(margins):
+    """Whether pairs are ordered rightly: margins (…) -> 1, 0, or 1/2 for a tie."""
+    return (np.sign(margins) + 1) / 2
+
+
+def spread_of(scores):
+    """Mean, standard deviation and quantiles of scores, in words."""
+    low, *quarters, high = np.quantile(scores, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
+    inner = ', '.join(f'{q:.2f}' for q in quarters)
+    return f'mean {scores.mean():.2f}, sd {scores.std():.2f}, {low:.2f} to {high:.2f} (5, 25, 50, 75, 95 %: {inner})'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scoring and measuring
+
+def scores_of(model, run, texts, fill):
+    """The model's scores of a batch of lists of ids: (B,) float32 on the device."""
+    idx, real = pad_texts(texts, fill)
+    with run.autocast(idx.shape[1]):
+        idx, real = run.to_device(idx, real)
+        return model(idx, real=real)
+
+
+@torch.no_grad()
+def score_all(net, run, texts, fill):
+    """Raw scores of lists of ids, shared by the processes: float64 array (n,)."""
+    net.eval()
+    scores = run.spread([len(text) for text in texts], lambda part: scores_of(
+        net, run, [texts[i] for i in part], fill).double().cpu().numpy()[:, None])
+    net.train()
+    return scores[:, 0]
+
+
+def measure_pairs(net, run, data, chosen_rows):
+    """Scores of the pairs of these numbers, and what they are worth -> (chosen (n,), rejected (n,), rows, metrics)."""
+    texts = data.texts(chosen_rows)
+    scores = score_all(net, run, [data.tokens(text) for text in texts], data.tokenizer.eot)
+    chosen, rejected = scores.reshape(2, -1)
+    rows = [data.rows_kept[i] for i in chosen_rows]
+    grades = torch.tensor([float(row.get('margin', 0)) for row in rows], dtype=torch.float64)
+    losses = pair_loss(torch.from_numpy(chosen), torch.from_numpy(rejected), grades, loss_type, margin, center_coef)
+    hits = right(chosen - rejected).tolist()
+    low, high = interval(hits)
+    metrics = {'val/loss': losses.mean().item(), 'val/accuracy': float(np.mean(hits)), 'val/accuracy_low': low,
+               'val/accuracy_high': high, 'val/margin': float((chosen - rejected).mean()),
+               'val/ece': calibration(chosen - rejected)[1], 'reward/mean': float(scores.mean()),
+               'reward/std': float(scores.std())}
+    if any('flipped' in row for row in rows):  # then the truth behind the labels is known
+        true = [1 - h if row.get('flipped') else h for h, row in zip(hits, rows, strict=True)]
+        metrics |= {'val/true_accuracy': float(np.mean(true)),
+                    'val/label_noise': float(np.mean([bool(row.get('flipped')) for row in rows]))}
+    return chosen, rejected, rows, metrics
+
+
+def in_words(metrics):
+    words = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%} '
+             f'({metrics["val/accuracy_low"]:.1%} to {metrics["val/accuracy_high"]:.1%})')
+    if 'val/true_accuracy' in metrics:
+        words += (f', of the true labels {metrics["val/true_accuracy"]:.1%} '
+                  f'({metrics["val/label_noise"]:.1%} of labels are flipped)')
+    return words + f', mean margin {metrics["val/margin"]:.2f}, calibration error {metrics["val/ece"]:.3f}'
+
+
+def tables(chosen, rejected, rows, gain, bias):
+    """For a reader: accuracy by defect, the reliability table and where the normalised scores lie."""
+    lines, by = [], {}
+    for c, r, row in zip(chosen, rejected, rows, strict=True):
+        sign = -1 if row.get('flipped') else 1
+        if 'defect' in row:
+            by.setdefault(row['defect'], []).append(float(right(sign * (c - r))))
+    for defect, hits in sorted(by.items()):
+        low, high = interval(hits)
+        lines.append(f'{defect:>14}: {np.mean(hits):6.1%} right of {len(hits):,} ({low:.1%} to {high:.1%})')
+    lines.append('confidence    pairs   sure  right')
+    for begin, end, n, sure, share in calibration(chosen - rejected)[0]:
+        lines.append(f'{begin:.2f} to {end:.2f} {n:6,} {sure:6.1%} {share:6.1%}')
+    for name, scores in (('chosen', chosen), ('rejected', rejected)):
+        lines.append(f'{name}: {spread_of(gain * scores + bias)}')
+    return '\n'.join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# can it be trusted?
+
+def checks(reward, rows, tokenizer):
+    """Sanity checks of a reward model -> [(name, whether it passes or None, figures in words)].
+
+    reward(list of (messages, answer)) gives normalised scores (n,); rows: those of `load_prefs`. What a check compares
+    with is the truly better answer of each pair, `flipped` or not.
+    """
+    prompts = [row['prompt'] + row['chosen'][:-1] for row in rows]
+    better, worse = ([row['chosen' if bool(row.get('flipped')) == other else 'rejected'][-1]['content'] for row in rows]
+                     for other in (False, True))
+    gold, bad = (reward(list(zip(prompts, answers, strict=True))) for answers in (better, worse))
+    found, draw = [], random.Random(0)
+
+    def beats(name, answers, least, which=None):
+        which = list(range(len(rows)) if which is None else which)
+        if not which:
+            return found.append((name, None, 'no row of this data has one'))
+        wins = right(gold[which] - reward([(prompts[i], answers[i]) for i in which])).mean()
+        return found.append((name, wins >= least, f'the better answer beats it in {wins:.1%} of {len(which):,} '
+                                                  f'(at least {least:.0%})'))
+
+    lengths = np.array([len(tokenizer.encode(answer)) for answer in better], float)
+    steps = [row.get('steps') for row in rows]
+    groups = [np.array([i for i, s in enumerate(steps) if s == step]) for step in dict.fromkeys(steps)]
+    inner = [g for g in groups if len(g) > 2]
+    if not inner or np.concatenate([lengths[g] - lengths[g].mean() for g in inner]).std() == 0:
+        found.append(('length', None, 'all answers have one length'))
+    else:  # within problems of as many steps, so that quality and difficulty stay about the same
+        x, y = (np.concatenate([v[g] - v[g].mean() for g in inner]) for v in (lengths, gold))
+        r = float(np.corrcoef(x, y)[0, 1]) if y.std() > 0 else 0.0
+        found.append(('length', abs(r) <= 0.3, f'correlation of score and length of better answers {r:.2f} '
+                                               '(within ±0.3)'))
+    beats('empty answer', [''] * len(rows), 0.95)
+    beats('repeated answer', [f'{answer}\n{answer}' for answer in better], 0.9)
+    other = [next((better[(i + k) % len(rows)] for k in range(1, len(rows))
+                   if prompts[(i + k) % len(rows)] != prompts[i] and better[(i + k) % len(rows)] != better[i]), '')
+             for i in range(len(rows))]
+    beats('answer to another question', other, 0.9)
+    beats('shuffled words', [' '.join(draw.sample(words, len(words))) for words in map(str.split, better)], 0.95,
+          [i for i, answer in enumerate(better) if len(set(answer.split())) > 1])
+    changed = [re.sub(r'\d+(?!.*\d)', lambda m: str(int(m[0]) + draw.choice([1, 2, 10])), answer, flags=re.S)
+               for answer in better]
+    beats('wrong number', changed, 0.9, [i for i, row in enumerate(rows) if row.get('grader', 'number') == 'number'
+                                         and 'answer' in row and last_number(visible(better[i])) is not None])
+    for name, tail in (('trailing space', ' '), ('trailing newline', '\n')):
+        shift = np.abs(reward([(p, answer + tail) for p, answer in zip(prompts, better, strict=True)]) - gold)
+        found.append((name, shift.mean() <= 0.1, f'moves a score by {shift.mean():.3f} sd in the mean (at most 0.1)'))
+    half = np.array([fraction_of(str(p)) < 0.5 for p in prompts])
+    if half.all() or not half.any():
+        found.append(('two halves agree', None, 'too few rows'))
+    else:
+        hits = right(gold - bad)
+        (a, spread_a), (b, spread_b) = ((part.mean(), part.var() / len(part)) for part in (hits[half], hits[~half]))
+        error = 1.96 * math.sqrt(spread_a + spread_b)
+        found.append(('two halves agree', abs(a - b) <= max(error, 1e-9) and min(a, b) > 0.5,
+                      f'right {a:.1%} and {b:.1%} (no further apart than {error:.1%}, both above half)'))
+    scores = np.concatenate((gold, bad))
+    found.append(('drift of the mean', abs(scores.mean()) <= 0.1 and 0.8 <= scores.std() <= 1.25,
+                  f'mean {scores.mean():.3f}, sd {scores.std():.3f} (within ±0.1, and 0.8 to 1.25)'))
+    return found
+
+
+def run_checks(net, model, data, tokenizer, length, run):
+    gain, bias = model.score_scale.tolist()
+
+    def reward(pairs):
+        texts = []
+        for messages, answer in pairs:
+            tokens, mask = tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}])
+            texts.append(tokens[:len(mask) - mask[::-1].index(1)][-length:])
+        return gain * score_all(net, run, texts, tokenizer.eot) + bias
+    found = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
+    for name, ok, figures in found:
+        run.say(f'{"  --" if ok is None else "pass" if ok else "WARN"}  {name:<27} {figures}')
+    passed = [bool(ok) for _, ok, _ in found if ok is not None]
+    run.say(f'{sum(passed)} of {len(passed)} checks pass on {dataset}, {eval_split}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def rows_of(split, tokenizer, length, run):
+    """A split of the dataset as PrefData; tells what was left out or cut."""
+    rows, skipped = load_prefs(dataset, split, strict, val_fraction)
+    data = PrefData(rows, tokenizer, length, seed)
+    if lost := data.left_out(skipped):
+        run.say(f'{dataset}, {split}: {lost}')
+    return data
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_loop(config)
+    for name, value, allowed in (('loss_type', loss_type, ('bt', 'margin', 'bt_margin')),
+                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
+        if value not in allowed:
+            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
+    run = runtime.Run(config)
+    began = start(run, base, given, (*CHANGEABLE, 'causal', 'score_head'), scores=True)
+    model, tokenizer, origin = began.model, began.tokenizer, began.origin
+    length = began.row_length(max_length)
+    if (eval_only or check) and began.fresh_head:
+        raise UserError(f'{origin} is no reward model: train one first, and give its --init_from')
+    if Path(dataset).suffix not in ('.json', '.jsonl'):
+        run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+    if eval_only or check:
+        net, data = run.wrap(model), rows_of(eval_split, tokenizer, length, run)
+        if eval_only:
+            *pairs, metrics = measure_pairs(net, run, data, data.fixed(eval_rows))
+            run.say(f'{init_from} on {len(pairs[0]):,} pairs of {dataset}, {eval_split}: {in_words(metrics)}\n'
+                    + tables(*pairs, *model.score_scale.tolist()))
+        return run_checks(net, model, data, tokenizer, length, run) if check else None
+    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    missing = next((row['where'] for row in train_data.rows_kept + val_data.rows_kept if 'margin' not in row), None)
+    if loss_type == 'bt_margin' and missing:
+        raise UserError(f"{missing}: loss_type='bt_margin' needs a number as 'margin' in every row")
+    grades = np.array([float(row.get('margin', 0)) for row in train_data.rows_kept], np.float32)
+    net = run.wrap(model)
+    with runtime.user_errors():
+        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
+                                                muon_lr, muon_momentum)
+    step, pairs_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
+    if resumed:
+        run.restore(began.own, origin, optimizers)
+        step, pairs_seen, clock = began.own['iter'], began.own['pairs'], runtime.Clock(began.own['seconds'])
+        began.own = None
+    pairs_per_step, tokens_read, hits = gradient_accumulation_steps * batch_size, 0, 0.0
+    flops = model.flops_per_token(length)
+
+    def measure():
+        """What today's weights make of held-out pairs; their scores give the gain and the bias."""
+        chosen, rejected, rows, metrics = measure_pairs(net, run, val_data, val_data.fixed(eval_rows))
+        mean, std = metrics['reward/mean'], max(metrics['reward/std'], 1e-6)
+        with torch.no_grad():
+            model.score_scale.copy_(torch.tensor([1 / std, -mean / std]))
+        words = f'step {step}: {in_words(metrics)}, {clock.read():.1f} s of training'
+        table = tables(chosen, rejected, rows, 1 / std, -mean / std)
+        return metrics | {'iter': step, 'seconds': clock.read()}, words, table
+
+    clock.pause()
+    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
+    run.open(step if resumed else None)
+    run.catch_signals()
+    epochs = max_iters * pairs_per_step / train_data.n_rows
+    run.say(f'{dataset}: {train_data.n_rows:,} pairs to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+            f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
+
+    def look(metrics, words, table):
+        """Logs what was measured after `step` steps, shows it and saves the state."""
+        run.log(metrics)
+        run.say(words)
+        run.sample(step, table)
+        save(metrics['val/loss'])
+
+    def save(val_loss=math.inf):
+        run.checkpoint(began.state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()}, optimizers,
+                       val_loss)
+
+    def micro_loss(number):
+        """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""
+        nonlocal tokens_read, hits
+        first = pairs_seen + number * batch_size
+        pairs = train_data.rows(first, batch_size)
+        texts = [train_data.tokens(text) for text in train_data.texts(pairs)]
+        tokens_read += sum(map(len, texts))
+        run.seed(first)
+        chosen, rejected = scores_of(net, run, texts, tokenizer.eot).chunk(2)
+        hits = hits + (chosen > rejected).float().mean().detach() / run.micro_steps
+        of_rows = run.to_device(grades[pairs])[0]
+        return pair_loss(chosen, rejected, of_rows, loss_type, margin, center_coef).mean()
+
+    if not resumed:
+        look(*measured)
+    run.settle(net, lambda: micro_loss(run.rank))
+    tokens_read, hits = 0, 0.0
+    clock.resume()
+    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    while step < max_iters and not (stop := run.stopping()):
+        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
+        step, pairs_seen = step + 1, pairs_seen + pairs_per_step
+        if step % max_bad_steps == 0:
+            run.check_updates(step)
+
+        if step % log_interval == 0 or step == max_iters:
+            run.check_updates(step)
+            # here the host waits for the device
+            loss, fed, right = run.sum(total.item(), tokens_read, float(hits) / (step - logged_step))
+            seconds = clock.read()
+            rate = fed / (seconds - logged_seconds)
+            run.report({'iter': step, 'train/loss': loss / run.world_size, 'train/accuracy': right / run.world_size,
+                        'lr': run.lr, 'grad_norm': grad_norm.item(), 'tok_per_sec': rate, 'seconds': seconds,
+                        'flops': rate * flops}, (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
+            logged_step, logged_seconds, tokens_read, hits = step, seconds, 0, 0.0
+        if step % eval_interval == 0 or step == max_iters:
+            clock.pause()
+            look(*measure())
+            clock.resume()
+            looked, logged_step, logged_seconds, tokens_read, hits = step, step, clock.read(), 0, 0.0
+
+    if stop and looked != step:
+        clock.pause()
+        save()
+    run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
+    run.say(f'done: best validation loss {run.best:.4f}; check it: python reward.py --init_from={out_dir} '
+            f'--dataset={dataset} --check=True')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
