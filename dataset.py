@@ -884,6 +884,10 @@ class PrefData(ChatData):
         """The ids of a text."""
         return self.ids[self.ends[text]:self.ends[text + 1]]
 
+    def counted(self, text):
+        """Which of a text's ids are the answer's."""
+        return self.counts[self.ends[text]:self.ends[text + 1]]
+
     def prompt(self, row):
         return self.tokenizer.chat_ids(self.rows_kept[row]['prompt'], generate=True)[0]
 

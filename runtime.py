@@ -607,9 +607,8 @@ class Run:
         if self.fsdp:
             for part, old in zip(optimizers, saved, strict=True):
                 params = [p for group in part.param_groups for p in group['params']]
-                old['state'] = {i: {k: distribute_tensor(v.to(self.device), params[i].device_mesh, params[i].placements,
-                                                         src_data_rank=None) if v.ndim else v
-                                    for k, v in moments.items()} for i, moments in old['state'].items()}
+                old['state'] = {i: {k: self.like(params[i], v) if v.ndim else v for k, v in moments.items()}
+                                for i, moments in old['state'].items()}
         optimizers.load_moments(saved)
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
@@ -620,6 +619,12 @@ class Run:
                    if before.get(k, v) != v and k != 'init_from']
         if changed:
             self.say(f'changed since the checkpoint: {", ".join(changed)}')
+
+    def like(self, tensor, whole):
+        """A whole tensor of a checkpoint, placed as this one is: on the device, and of a sharded one a shard."""
+        whole = whole.to(self.device)
+        return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None) if hasattr(
+            tensor, 'full_tensor') else whole
 
     @contextlib.contextmanager
     def gathered(self, model):
@@ -979,15 +984,16 @@ class Run:
             self.unsaved.pop(name, None)
         return not error
 
-    def checkpoint(self, state, optimizers, score=math.inf):
+    def checkpoint(self, state, optimizers, score=math.inf, more=None):
         """Writes ckpt.pt, and best.pt first where score is the lowest so far: a run that is killed between the two
-        writes best.pt again. state: what both hold; what only this run needs, to go on, is added to ckpt.pt."""
+        writes best.pt again. state: what both hold; what only this run needs to go on, and more, is added to ckpt.pt.
+        """
         state = state | {'config': self.config}
         if score < self.best and self.save('best.pt', state):
             self.best = score
-        self.save('ckpt.pt', state | {'optimizers': optimizers.state_dict(), 'scaler': self.scaler.state_dict(),
-                                      'best': self.best, 'skipped': int(self.skipped),
-                                      'total_seconds': self.total_seconds()})
+        self.save('ckpt.pt', state | (more or {}) | {
+            'optimizers': optimizers.state_dict(), 'scaler': self.scaler.state_dict(), 'best': self.best,
+            'skipped': int(self.skipped), 'total_seconds': self.total_seconds()})
 
     def finish(self, step, stop=0, **final):
         """Writes summary.json: the last value of every metric and the totals given; closes the loggers.

@@ -1,0 +1,15 @@
+"""DPO on two cores: the model of config/sft_tiny.py learns which of two worked solutions to give."""
+out_dir = 'out/dpo'
+init_from = 'out/sft'
+base = 'out/sft'
+dataset = 'wordproblems'
+
+batch_size = 16
+max_iters = 300
+learning_rate = 1e-4
+beta = 0.1
+lr_schedule = 'linear'
+
+eval_interval = 100
+eval_rows = 500
+max_new_tokens = 96

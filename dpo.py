@@ -1,0 +1,448 @@
+"""
+Direct preference optimisation: a model learns from pairs of answers which to give, without a reward model between.
+
+    python dpo.py config/dpo_tiny.py                               word problems, from the model of config/sft_tiny.py
+    python dpo.py config/dpo_tiny.py --beta=0.5 --loss_type=ipo
+    python dpo.py config/dpo_tiny.py --judge=out/reward            … whose answers a model of reward.py scores, too
+    python dpo.py config/dpo_smollm2.py --dataset=data/mine        SmolLM2-135M learns your pairs with LoRA
+    torchrun --standalone --nproc_per_node=2 dpo.py config/dpo_tiny.py --gradient_accumulation_steps=2
+
+The reference is the model that the run begins with. Of the pairs that training will draw its log-probabilities are
+taken once and kept in the checkpoint. Held-out prompts are answered greedily, to be graded, and by sampling at
+temperature 1, to measure how far the policy has moved: the KL divergence to the reference on its own samples.
+
+Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305.10425), KTO (arXiv:2402.01306), SimPO
+(arXiv:2405.14734), ORPO (arXiv:2403.07691), the SFT term (arXiv:2404.19733), cDPO's label smoothing (Mitchell 2023).
+"""
+import contextlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import runtime
+from convert import load_model, start
+from dataset import (
+    PrefData,
+    by_value,
+    find_dataset,
+    grades,
+    in_words,
+    interval,
+    load_prefs,
+    pad_texts,
+    quality,
+    shown,
+    summarise,
+)
+from model import GPTConfig
+from tokenizer import UserError
+
+# where and what
+out_dir = 'out/dpo'  # directory of the run: checkpoints, metrics, samples
+init_from = 'out/sft'  # the model to start from: sample.py's; or 'resume', or 'auto' (resume where there is a run)
+base = 'out/sft'  # the model that 'auto' starts from where there is no run yet
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
+val_fraction = 0.1  # of a single file: the share of its prompts that is held out
+seed = 1337  # decides the order of the data, dropout, fresh small weights and samples
+# pairs
+max_length = 0  # tokens of the longest text; 0 = the model's block_size. Longer ones lose the beginning of the prompt
+strict = True  # a malformed row ends the run; False: it is left out and counted
+# loss
+loss_type = 'sigmoid'  # 'sigmoid' (DPO), 'ipo', 'hinge', 'kto_pair'; without a reference: 'simpo', 'orpo'
+beta = 0.1  # how hard it is held to the reference; of 'simpo' a factor on its margins, of 'orpo' on its odds ratio
+label_smoothing = 0.0  # 'sigmoid', 'simpo': the share of labels that is taken to be flipped (cDPO)
+length_normalise = False  # divide log-probabilities by the number of tokens; 'simpo' and 'orpo' always do
+gamma = 0.5  # 'simpo': the margin to reach
+sft_coef = 0.0  # weight of the cross-entropy of the chosen answers, per token
+# batches
+batch_size = 16  # pairs per micro-batch, both answers of each
+gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
+max_iters = 500  # steps
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
+learning_rate = 3e-4  # peak of AdamW's
+embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak of Muon's
+muon_momentum = 0.95  # Nesterov momentum of Muon
+weight_decay = 0.0  # on matrices only
+beta1 = 0.9  # AdamW's decay of the mean
+beta2 = 0.99  # AdamW's decay of the variance
+grad_clip = 1.0  # largest norm of the gradient; 0 = off
+# schedule
+lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
+warmup_iters = 20  # steps of linear warmup
+lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate, in proportion for every group
+decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+# looking at it
+eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
+eval_rows = 256  # held-out pairs that are measured, and whose prompts are answered, the same every time; 0 = all
+eval_only = False  # measure init_from and train nothing
+eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
+judge = ''  # a run of reward.py, which scores the greedy answers
+max_new_tokens = 128  # longest answer
+show_answers = 3  # answers shown at an evaluation
+log_interval = 10  # steps between lines of progress
+keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
+max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
+tensorboard_log = False  # write out_dir/tensorboard
+wandb_log = False  # report to Weights & Biases
+wandb_project = 'flatgpt'  # its project
+wandb_run_name = 'dpo'  # its name for this run
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+compile = False  # torch.compile: slow to start, then faster
+activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+
+LOSSES = ('sigmoid', 'ipo', 'hinge', 'kto_pair', 'simpo', 'orpo')
+FREE = ('simpo', 'orpo')  # of these, those that need no reference
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the maths
+
+def preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type='sigmoid', beta=0.1,
+                    label_smoothing=0.0, length_normalise=False, gamma=0.5):
+    """Losses of pairs -> (losses (B,), implicit rewards of the chosen answers (B,), of the rejected (B,)).
+
+    chosen, rejected, ref_chosen, ref_rejected: log-probabilities of whole answers under the policy and the reference,
+    in nats, (B,); n_chosen, n_rejected: their tokens, (B,). An implicit reward is beta times an answer's log-ratio of
+    the two models. With h the difference of the two answers' log-ratios:
+    'sigmoid' -log s(beta h), of which label_smoothing eps takes (1 - eps) and eps of -log s(-beta h) (cDPO);
+    'ipo' (h - 1 / (2 beta))^2; 'hinge' max(0, 1 - beta h); 'kto_pair' 1 - s of each answer's log-ratio times beta
+    against the other answers' mean, at least 0, averaged over the two (arXiv:2402.01306 as DPO trainers have it).
+    With log-probabilities per token and no reference: 'simpo' -log s(beta d - gamma), d their difference; 'orpo'
+    the chosen answer's cross-entropy per token less beta log s(log odds ratio).
+    """
+    if length_normalise or loss_type in FREE:
+        chosen, ref_chosen, rejected, ref_rejected = (chosen / n_chosen, ref_chosen / n_chosen, rejected / n_rejected,
+                                                      ref_rejected / n_rejected)
+    if loss_type in FREE:
+        ref_chosen = ref_rejected = torch.zeros_like(chosen)
+    up, down = chosen - ref_chosen, rejected - ref_rejected
+    h = up - down
+    if loss_type in ('sigmoid', 'simpo'):
+        x = beta * h - (gamma if loss_type == 'simpo' else 0.0)
+        losses = -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
+    elif loss_type == 'ipo':
+        losses = (h - 1 / (2 * beta)).square()
+    elif loss_type == 'hinge':
+        losses = F.relu(1 - beta * h)
+    elif loss_type == 'kto_pair':
+        kl_up, kl_down = up.mean().clamp(min=0).detach(), down.mean().clamp(min=0).detach()
+        losses = (2 - torch.sigmoid(beta * (up - kl_down)) - torch.sigmoid(beta * (kl_up - down))) / 2
+    else:
+        odds = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
+        losses = -chosen - beta * F.logsigmoid(odds)
+    return losses, beta * up.detach(), beta * down.detach()
+
+
+def log1mexp(x):
+    """log(1 - e^x) of x < 0, with all its digits (Mächler 2012)."""
+    x = x.clamp(max=-1e-6)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# log-probabilities
+
+def logps_of(model, run, texts, fill):
+    """Log-probabilities of the tokens that count, summed over each of a batch of (ids, counts): (B,) on the device."""
+    idx, real = pad_texts([ids[:-1] for ids, _ in texts], fill)
+    targets = np.full(idx.shape, -100)
+    targets[real] = np.concatenate([np.where(counts[1:], ids[1:], -100) for ids, counts in texts])
+    with run.autocast(idx.shape[1]):
+        return -model(*run.to_device(idx, targets), reduction='none').sum(1)
+
+
+@torch.no_grad()
+def logps(net, run, texts, fill):
+    """Of many (ids, counts), shared by the processes: float64 array (n,)."""
+    net.eval()
+    found = run.spread([len(ids) for ids, _ in texts], lambda part: logps_of(
+        net, run, [texts[i] for i in part], fill).double().cpu().numpy()[:, None])
+    net.train()
+    return found[:, 0]
+
+
+@contextlib.contextmanager
+def switched(model, reference):
+    """Inside, what learns has the values of the reference {name: tensor}: with LoRA, which begins as zero, that is the
+    base alone. They change places, so that no second model is ever in memory."""
+    def swap():
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in reference:
+                    now = p.detach().clone()
+                    p.copy_(reference[name])
+                    reference[name].copy_(now)
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# measuring
+
+def pair_metrics(policy, reference, n_tokens):
+    """Of held-out pairs, log-probabilities (2, n) under both models, chosen then rejected -> metrics."""
+    tensors = [torch.from_numpy(x) for x in (*policy, *reference, *n_tokens)]
+    losses, up, down = preference_loss(*tensors, loss_type, beta, label_smoothing, length_normalise, gamma)
+    losses = losses - sft_coef * tensors[0] / tensors[4]
+    hits = ((torch.sign(up - down) + 1) / 2).tolist()
+    low, high = interval(hits)
+    return {'val/loss': losses.mean().item(), 'val/accuracy': float(np.mean(hits)), 'val/accuracy_low': low,
+            'val/accuracy_high': high, 'val/margin': (up - down).mean().item(),
+            'val/logp_chosen': float(policy[0].mean()), 'val/logp_rejected': float(policy[1].mean())}
+
+
+def answers_of(model, data, chosen, run, temperature):
+    """An answer to the prompt of each of these pairs -> lists of ids."""
+    options = dict(temperature=temperature, seed=seed, stop_ids=data.tokenizer.turn_ids,
+                   vocab_limit=data.tokenizer.n_vocab)
+    return [ids for ids, in run.answers(model, [data.prompt(i) for i in chosen], max_new_tokens, **options)]
+
+
+def grade_answers(data, chosen, answers, judged):
+    """Grades of answers, lists of ids, to these pairs' prompts -> (rows, texts, marks); judged: scores (n,) or None."""
+    rows, texts = [data.rows_kept[i] for i in chosen], [data.text(ids) for ids in answers]
+    marks = []
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        marks.append(quality(row, text) | grades(row, text) if 'answer' in row else grades(row, text))
+        marks[-1] |= {} if judged is None else {'judge': float(judged[i]), 'judge_share': float(judged[i] > 0)}
+    return rows, texts, marks
+
+
+def load_judge(path, run):
+    """A reward model -> what gives its normalised scores of (messages, answer): float64 array (n,)."""
+    judge_model, tokenizer = load_model(path, scores=True)
+    judge_model = judge_model.to(run.device).eval()
+    length = judge_model.config.block_size
+
+    @torch.no_grad()
+    def judge_of(pairs):
+        texts = []
+        for messages, answer in pairs:
+            tokens, mask = tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}])
+            texts.append(tokens[:len(mask) - mask[::-1].index(1)][-length:])
+
+        def work(part):
+            idx, real = pad_texts([texts[i] for i in part], tokenizer.eot)
+            with run.autocast(idx.shape[1]):
+                return judge_model.rewards(*run.to_device(idx, real)).double().cpu().numpy()[:, None]
+        return run.spread([len(text) for text in texts], work)[:, 0]
+    return judge_of
+
+
+def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
+    """Everything that is measured of a policy on held-out pairs -> (metrics, words, samples).
+
+    reference: what learns, as it was in the beginning; ref_logps: a list that keeps the log-probabilities of the pairs
+    under it, from the first call on.
+    """
+    chosen = data.fixed(eval_rows)
+    pairs = data.texts(chosen)
+    texts = [(data.tokens(text), data.counted(text)) for text in pairs]
+    fill, n_tokens = data.tokenizer.eot, data.targets_in[pairs].reshape(2, -1).astype(float)
+    policy = logps(net, run, texts, fill).reshape(2, -1)
+    sampled = answers_of(model, data, chosen, run, 1.0)
+    own = []
+    for i, ids in zip(chosen, sampled, strict=True):
+        prompt = data.prompt(i)[-(model.config.block_size + 1 - len(ids)):]
+        own.append((np.array(prompt + ids), np.repeat([False, True], [len(prompt), len(ids)])))
+    moved = logps(net, run, own, fill)
+    with switched(model, reference):
+        if not ref_logps:
+            ref_logps.append(logps(net, run, texts, fill).reshape(2, -1))
+        moved = moved - logps(net, run, own, fill)
+    greedy = answers_of(model, data, chosen, run, 0)
+    judged = None
+    if judge_of is not None:
+        prompts = [data.rows_kept[i]['messages'][:-1] for i in chosen]
+        judged = judge_of(list(zip(prompts, map(data.text, greedy), strict=True)))
+    rows, texts, marks = grade_answers(data, chosen, greedy, judged)
+    means, ranges = summarise(marks)
+    low, high = interval(moved.tolist())
+    metrics = pair_metrics(policy, ref_logps[0], n_tokens) | {
+        'kl': float(moved.mean()), 'kl_low': low, 'kl_high': high,
+        'response_len': float(np.mean([len(ids) for ids in greedy]))}
+    if 'gold' in means:
+        metrics['reward/gold_sampled'] = float(np.mean([quality(data.rows_kept[i], data.text(ids))['gold']
+                                                        for i, ids in zip(chosen, sampled, strict=True)]))
+    for name, mean in means.items():
+        key = f'reward/{name}' if name in ('gold', 'judge', 'judge_share') else f'val/{name}'
+        metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
+    words = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%}, margin '
+             f'{metrics["val/margin"]:.2f}, log-probabilities {metrics["val/logp_chosen"]:.1f} and '
+             f'{metrics["val/logp_rejected"]:.1f}, KL {metrics["kl"]:.2f} ({low:.2f} to {high:.2f})\n')
+    told = {k: v for k, v in means.items() if k in ('gold', 'correct', 'f1', 'judge_share')}
+    words += f'greedy answers: {in_words(told, ranges)}'
+    words += f', judged {means["judge"]:.2f}' if judged is not None else ''
+    by_steps = by_value(rows, marks, 'steps')
+    words += f'; correct by steps: {by_steps}' if by_steps else ''
+    return metrics, words, [shown(*of) for of in zip(rows[:show_answers], texts, marks, strict=False)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def rows_of(split, tokenizer, length, run):
+    """A split of the dataset as PrefData; tells what was left out or cut."""
+    rows, skipped = load_prefs(dataset, split, strict, val_fraction)
+    data = PrefData(rows, tokenizer, length, seed)
+    if lost := data.left_out(skipped):
+        run.say(f'{dataset}, {split}: {lost}')
+    return data
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_loop(config)
+    for name, value, allowed in (('loss_type', loss_type, LOSSES),
+                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
+        if value not in allowed:
+            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
+    if beta <= 0 or not 0 <= label_smoothing < 0.5:
+        raise UserError(f'beta={beta}, label_smoothing={label_smoothing}: beta must be positive, label_smoothing from '
+                        '0 to below 0.5')
+    if label_smoothing and loss_type not in ('sigmoid', 'simpo'):
+        raise UserError(f"label_smoothing={label_smoothing} goes with loss_type='sigmoid' or 'simpo', not "
+                        f'{loss_type!r}')
+    if max_new_tokens < 1:
+        raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
+    run = runtime.Run(config)
+    began = start(run, base, given)
+    model, tokenizer, origin = began.model, began.tokenizer, began.origin
+    length = began.row_length(max_length)
+    judge_of = load_judge(judge, run) if judge else None
+    if Path(dataset).suffix not in ('.json', '.jsonl'):
+        run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+    if eval_only:
+        net, data = run.wrap(model), rows_of(eval_split, tokenizer, length, run)
+        _, words, samples = measure_policy(model, net, {}, [], data, run, judge_of)
+        run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {words}')
+        return run.say('\n'.join(samples))
+    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    net = run.wrap(model)
+    with runtime.user_errors():
+        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
+                                                muon_lr, muon_momentum)
+    reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    # of the training texts, under the reference; nan where it is not known yet
+    known = torch.full((2 * train_data.n_rows,), math.nan, dtype=torch.float64)
+    step, pairs_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
+    if resumed:
+        run.restore(began.own, origin, optimizers)
+        step, pairs_seen, clock = began.own['iter'], began.own['pairs'], runtime.Clock(began.own['seconds'])
+        for name, tensor in reference.items():
+            tensor.copy_(run.like(tensor, began.own['reference'][name]))
+        if len(began.own['ref_logps']) == len(known):
+            known = began.own['ref_logps']
+        began.own = None
+    pairs_per_step, tokens_read, sums = gradient_accumulation_steps * batch_size, 0, 0.0
+    flops = model.flops_per_token(length)
+
+    def texts_of(numbers):
+        return [(train_data.tokens(text), train_data.counted(text)) for text in numbers]
+
+    def measure():
+        metrics, words, samples = measure_policy(model, net, reference, val_reference, val_data, run, judge_of)
+        words = f'step {step}, {clock.read():.1f} s of training: {words}'
+        return metrics | {'iter': step, 'seconds': clock.read()}, words, samples
+
+    clock.pause()
+    val_reference = []
+    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
+    run.open(step if resumed else None)
+    run.catch_signals()
+    epochs = max_iters * pairs_per_step / train_data.n_rows
+    run.say(f'{dataset}: {train_data.n_rows:,} pairs to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+            f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
+    clock.resume()
+    due = np.unique(train_data.rows(0, max_iters * pairs_per_step))
+    due = train_data.texts(due)
+    due = due[torch.isnan(known[due]).numpy()]
+    if len(due) and loss_type not in FREE:
+        with switched(model, reference):
+            known[due] = torch.from_numpy(logps(net, run, texts_of(due), tokenizer.eot))
+        run.say(f'log-probabilities of {len(due):,} answers under the reference, {clock.read():.1f} s')
+    clock.pause()
+
+    def look(metrics, words, samples):
+        """Logs what was measured after `step` steps, shows answers and saves the state."""
+        run.log(metrics)
+        run.say(words)
+        run.sample(step, '\n'.join(samples))
+        save(metrics['val/loss'])
+
+    def save(val_loss=math.inf):
+        run.checkpoint(began.state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()}, optimizers,
+                       val_loss, {'reference': reference, 'ref_logps': known})
+
+    def micro_loss(number):
+        """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""
+        nonlocal tokens_read, sums
+        first = pairs_seen + number * batch_size
+        texts = train_data.texts(train_data.rows(first, batch_size))
+        arrays = texts_of(texts)
+        tokens_read += sum(len(ids) for ids, _ in arrays)
+        run.seed(first)
+        chosen, rejected = logps_of(net, run, arrays, tokenizer.eot).chunk(2)
+        n_chosen, n_rejected = run.to_device(train_data.targets_in[texts].astype(np.float32))[0].chunk(2)
+        ref_chosen, ref_rejected = run.to_device(known[texts].float().numpy())[0].chunk(2)
+        losses, up, down = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type,
+                                           beta, label_smoothing, length_normalise, gamma)
+        told = torch.stack(((up > down).float().mean(), (up - down).mean(), chosen.mean(), rejected.mean()))
+        sums = sums + told.detach() / run.micro_steps
+        return (losses - sft_coef * chosen / n_chosen).mean()
+
+    if not resumed:
+        look(*measured)
+    run.settle(net, lambda: micro_loss(run.rank))
+    tokens_read, sums = 0, 0.0
+    clock.resume()
+    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    while step < max_iters and not (stop := run.stopping()):
+        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
+        step, pairs_seen = step + 1, pairs_seen + pairs_per_step
+        if step % max_bad_steps == 0:
+            run.check_updates(step)
+
+        if step % log_interval == 0 or step == max_iters:
+            run.check_updates(step)
+            # here the host waits for the device
+            loss, fed, *told = run.sum(total.item(), tokens_read, *(sums / (step - logged_step)).tolist())
+            seconds = clock.read()
+            rate = fed / (seconds - logged_seconds)
+            names = ('train/accuracy', 'train/margin', 'train/logp_chosen', 'train/logp_rejected')
+            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
+                        **{name: value / run.world_size for name, value in zip(names, told, strict=True)},
+                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
+                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
+            logged_step, logged_seconds, tokens_read, sums = step, seconds, 0, 0.0
+        if step % eval_interval == 0 or step == max_iters:
+            clock.pause()
+            look(*measure())
+            clock.resume()
+            looked, logged_step, logged_seconds, tokens_read, sums = step, step, clock.read(), 0, 0.0
+
+    if stop and looked != step:
+        clock.pause()
+        save()
+    run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
+    run.say(f'done: best validation loss {run.best:.4f}; talk to it: '
+            f'python sample.py --init_from={out_dir} --chat=True')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
