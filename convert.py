@@ -725,7 +725,7 @@ def load_model(init_from, scores=False, **overrides):
     UserError with one line.
     """
     path = Path(init_from)
-    if scores and not _is_run(init_from):
+    if scores and path.exists() and not _is_run(init_from):
         raise UserError(NO_SCORER.format(init_from))
     if init_from == 'smollm2' and not path.exists():
         return from_gguf(fetch_smollm2(), **overrides)

@@ -14,7 +14,6 @@ temperature 1, to measure how far the policy has moved: the KL divergence to the
 Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305.10425), KTO (arXiv:2402.01306), SimPO
 (arXiv:2405.14734), ORPO (arXiv:2403.07691), the SFT term (arXiv:2404.19733), cDPO's label smoothing (Mitchell 2023).
 """
-import contextlib
 import math
 from pathlib import Path
 
@@ -171,24 +170,6 @@ def logps(net, run, texts, fill):
     return found[:, 0]
 
 
-@contextlib.contextmanager
-def switched(model, reference):
-    """Inside, what learns has the values of the reference {name: tensor}: with LoRA, which begins as zero, that is the
-    base alone. They change places, so that no second model is ever in memory."""
-    def swap():
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name in reference:
-                    now = p.detach().clone()
-                    p.copy_(reference[name])
-                    reference[name].copy_(now)
-    swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # measuring
 
@@ -206,8 +187,7 @@ def pair_metrics(policy, reference, n_tokens):
 
 def answers_of(model, data, chosen, run, temperature):
     """An answer to the prompt of each of these pairs -> lists of ids."""
-    options = dict(temperature=temperature, seed=seed, stop_ids=data.tokenizer.turn_ids,
-                   vocab_limit=data.tokenizer.n_vocab)
+    options = dict(temperature=temperature, stop_ids=data.tokenizer.turn_ids, vocab_limit=data.tokenizer.n_vocab)
     return [ids for ids, in run.answers(model, [data.prompt(i) for i in chosen], max_new_tokens, **options)]
 
 
@@ -245,8 +225,8 @@ def load_judge(path, run):
 def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     """Everything that is measured of a policy on held-out pairs -> (metrics, words, samples).
 
-    reference: what learns, as it was in the beginning; ref_logps: a list that keeps the log-probabilities of the pairs
-    under it, from the first call on.
+    reference: what learns, as it was in the beginning, which with LoRA is the base alone; ref_logps: a list that keeps
+    the log-probabilities of the pairs under it, from the first call on.
     """
     chosen = data.fixed(eval_rows)
     pairs = data.texts(chosen)
@@ -259,7 +239,7 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
         prompt = data.prompt(i)[-(model.config.block_size + 1 - len(ids)):]
         own.append((np.array(prompt + ids), np.repeat([False, True], [len(prompt), len(ids)])))
     moved = logps(net, run, own, fill)
-    with switched(model, reference):
+    with run.switched(model, reference):
         if not ref_logps:
             ref_logps.append(logps(net, run, texts, fill).reshape(2, -1))
         moved = moved - logps(net, run, own, fill)
@@ -373,7 +353,7 @@ def main():
     due = train_data.texts(due)
     due = due[torch.isnan(known[due]).numpy()]
     if len(due) and loss_type not in FREE:
-        with switched(model, reference):
+        with run.switched(model, reference):
             known[due] = torch.from_numpy(logps(net, run, texts_of(due), tokenizer.eot))
         run.say(f'log-probabilities of {len(due):,} answers under the reference, {clock.read():.1f} s')
     clock.pause()

@@ -1260,7 +1260,7 @@ class GPT(nn.Module):
             raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
         model, args = cls(GPTConfig(**state['model_args'] | overrides)), state['model_args']
         own, given = model.state_dict(), state['model']
-        if model.score is not None and not args.get('score_head'):
+        if model.score is not None:
             given = {name: tensor for name, tensor in given.items() if name != 'head.weight'}
         for name, module in model.named_modules():
             if isinstance(module, LoRALinear) and module.quant:

@@ -627,6 +627,26 @@ class Run:
             tensor, 'full_tensor') else whole
 
     @contextlib.contextmanager
+    def switched(self, model, values):
+        """Inside, these parameters {name: tensor, placed as the model's} have changed places with the model's own, so
+        that two models take the memory of what they differ in."""
+        def swap():
+            for m in model.modules():
+                if isinstance(m, FSDPModule):
+                    m.reshard()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if name in values:
+                        now = p.detach().clone()
+                        p.copy_(values[name])
+                        values[name].copy_(now)
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+    @contextlib.contextmanager
     def gathered(self, model):
         """Inside, a sharded model is whole in every process, which may call any of its methods, alone or not."""
         shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -707,17 +727,19 @@ class Run:
     def answers(self, model, prompts, max_new_tokens, num_samples=1, **options):
         """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids; options of `GPT.generate`.
 
-        A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts.
-        Of a prompt that is longer than the model reads the end counts.
+        A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts,
+        32 at a time; what is sampled does not depend on how many they are. Of a prompt that is longer than the model
+        reads the end counts.
         """
         with self.gathered(model):
             dtype = pick_dtype(self.config['dtype'], self.device, model.num_params())[1]
             writer = model.merged(dtype).to(self.device).eval().pack()
-        mine = sorted(range(self.rank, len(prompts), self.world_size), key=lambda i: len(prompts[i]))
-        found = {}
-        for part in (mine[i:i + 32] for i in range(0, len(mine), 32)):
+        order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+        parts = [order[i:i + 32] for i in range(0, len(order), 32)]
+        for number in range(self.rank, len(parts), self.world_size):
+            part = parts[number]
             ids = writer.generate([prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
-                                  num_samples=num_samples, **options)
+                                  num_samples=num_samples, seed=self.config['seed'] + number, **options)
             for k, i in enumerate(part):
                 found[i] = ids[k * num_samples:(k + 1) * num_samples]
         found = self.collect(found)

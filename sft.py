@@ -131,7 +131,7 @@ def examine(net, model, data, run, samples=0):
     chosen = data.fixed(eval_rows)
     nats, counts = losses_of(net, data, chosen, run)
     rows, prompts = [data.rows_kept[i] for i in chosen], [data.prompt(i) for i in chosen]
-    ids = run.answers(model, prompts, max_new_tokens, temperature=eval_temperature if samples else 0, seed=seed,
+    ids = run.answers(model, prompts, max_new_tokens, temperature=eval_temperature if samples else 0,
                       stop_ids=data.tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=data.tokenizer.n_vocab)
     answers = [[data.text(answer) for answer in of] for of in ids]
     marks = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]

@@ -44,7 +44,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import convert
 import dataset
+import dpo
 import model as model_file
+import reward
 import runtime
 import sample
 import tokenizer as tok
@@ -5748,3 +5750,571 @@ def test_we_compute_the_same_with_lora_of_peft(family, rs, tmp_path):
     x = ids(2, 20)
     torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.merged()(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# preferences
+
+def said(text):
+    return [{'role': 'assistant', 'content': text}]
+
+
+def asked(text):
+    return [{'role': 'user', 'content': text}]
+
+
+def test_shapes_of_preferences_are_one(tmp_path):
+    rows = [{'prompt': asked('Hi'), 'chosen': said('Yo'), 'rejected': said('No')},
+            {'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'No', 'score': 7},
+            {'instruction': 'Hi', 'input': '', 'output': 'Yes', 'chosen': 'Yo', 'rejected': 'No'},
+            {'chosen': asked('Hi') + said('Yo'), 'rejected': asked('Hi') + said('No')}]
+    found, skipped = dataset.read_prefs(lines(tmp_path / 'mine.jsonl', rows))
+    assert not skipped and all({k: v for k, v in row.items() if k != 'where'} == rows[0] for row in found)
+    more = {'answer': '4', 'steps': 2, 'kind': 'sum', 'defect': 'rude', 'flipped': True, 'margin': 0.5}
+    row, = dataset.read_prefs(lines(tmp_path / 'more.jsonl', [rows[0] | more]))[0]
+    assert row.items() >= more.items()
+    (tmp_path / 'mine.json').write_text(json.dumps(rows))
+    assert [row['prompt'] for row in dataset.read_prefs(tmp_path / 'mine.json')[0]] == [asked('Hi')] * 4
+
+
+@pytest.mark.parametrize(('row', 'words'), [
+    ({'prompt': 'Hi', 'chosen': 'Yo'}, 'it has no "rejected"'), ({'prompt': 'Hi', 'rejected': 'Yo'}, 'no "chosen"'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': None}, 'it has no "rejected"'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'Yo'}, 'are equal: nothing is preferred'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': ' '}, 'message 1 of "rejected", the assistant\'s, is empty'),
+    ({'prompt': 'Hi', 'chosen': 3, 'rejected': 'a'}, '"chosen" must be a text, not 3'),
+    ({'prompt': 'Hi', 'chosen': asked('a'), 'rejected': 'a'}, 'the last message of "chosen" is the user\'s'),
+    ({'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
+    ({'prompt': [], 'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'flipped': 1}, '"flipped" is 1, which it cannot be'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': True}, '"margin" is True'), (7, 'not a JSON object')])
+def test_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_path):
+    path = lines(tmp_path / 'p.jsonl', [{'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b'}, row])
+    with pytest.raises(UserError, match=f'p.jsonl, line 2: .*{re.escape(words)}'):
+        dataset.read_prefs(path)
+    rows, skipped = dataset.read_prefs(path, strict=False)
+    assert len(rows) == 1 and len(skipped) == 1 and words in skipped[0]
+
+
+def test_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
+    pair = {'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b'}
+    lines(tmp_path / 'alone' / 'train.jsonl', [pair])
+    lines(tmp_path / 'both' / 'train.jsonl', [GOOD_ROW])
+    lines(tmp_path / 'both' / 'prefs_train.jsonl', [pair, pair])
+    lines(tmp_path / 'prefs' / 'prefs_train.jsonl', [pair])
+    assert [len(dataset.load_prefs(tmp_path / name, 'train')[0]) for name in ('alone', 'both', 'prefs')] == [1, 2, 1]
+    assert 'messages' in dataset.load_chats(tmp_path / 'both', 'train')[0][0]
+    with pytest.raises(UserError, match='no prefs_val.jsonl, only train'):
+        dataset.load_prefs(tmp_path / 'both', 'val')
+    with pytest.raises(UserError, match='train.jsonl, line 1: it has no "chosen"'):
+        dataset.load_prefs(chat_data, 'train')
+    path = lines(tmp_path / 'one.jsonl', [pair | {'prompt': f'{i % 20}'} for i in range(60)])
+    train_rows, val_rows = (dataset.load_prefs(path, split, val_fraction=0.1)[0] for split in ('train', 'val'))
+    prompts = [{row['prompt'][0]['content'] for row in rows} for rows in (train_rows, val_rows)]
+    assert len(prompts[1]) == 2 and not prompts[0] & prompts[1] and len(train_rows) + len(val_rows) == 60
+
+
+def test_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
+    tokenizer = bytes_tokenizer()
+    rows = [{'prompt': asked(f'{"x" * 200}END'), 'chosen': said('a' * 20), 'rejected': said('b' * 30), 'where': 'w'},
+            {'prompt': asked('short'), 'chosen': said('a' * 20), 'rejected': said('b' * 90), 'where': 'w'},
+            {'prompt': asked('q'), 'chosen': said('yes'), 'rejected': said('no'), 'where': 'w'}]
+    data = dataset.PrefData(rows, tokenizer, 80)
+    assert (data.n_rows, data.dropped) == (2, {'too_long': 1, 'truncated': 1})
+    chosen, rejected, *_ = (tokenizer.decode(data.tokens(i).tolist()) for i in range(4))
+    assert rejected.endswith('xEND<|im_end|>\n<|im_start|>assistant\n' + 'b' * 30 + '<|im_end|>')
+    assert len(data.tokens(1)) == 80 and chosen.split('END')[0] == rejected.split('END')[0]  # cut alike
+    for i in range(4):
+        counted = tokenizer.decode(data.tokens(i)[data.counted(i)].tolist())
+        assert counted == ['a' * 20, 'b' * 30, 'yes', 'no'][i] + '<|im_end|>'
+    assert data.texts([1, 0]).tolist() == [2, 0, 3, 1] and data.left_out(['bad']).startswith('2 rows; of the others 1')
+
+
+def test_every_epoch_has_every_pair_once():
+    rows = [{'prompt': asked(str(i)), 'chosen': said('yes'), 'rejected': said('no'), 'where': 'w'} for i in range(37)]
+    data = dataset.PrefData(rows, bytes_tokenizer(), 80, seed=5)
+    for epoch in range(3):
+        assert sorted(data.rows(epoch * 37, 37).tolist()) == list(range(37))
+    assert data.rows(10, 5).tolist() == data.rows(0, 37).tolist()[10:15]
+
+
+def test_quality_is_what_a_reader_sees():
+    row = {'answer': '42', 'grader': 'number', 'steps': 2}
+    good = '<think>12 + 9 = 21 dolls\n21 * 2 = 42 dolls</think>\nMia has 42 dolls.'
+    for text, parts in (
+            (good, (1, 1, 1, 1, 1)), (good[:-6], (1, 1, 0, 1, 1)), ('Mia has 42 dolls.', (1, 0, 1, 1, 1)),
+            ('', (0, 0, 0, 0, 1)),
+            (good.replace('has 42', 'has 43'), (0, 1, 1, 1, 1)), (good.replace('= 21', '= 22'), (1, 0.5, 1, 1, 1)),
+            (good + ' I like dolls.', (1, 1, 1, 0, 1)), (good[:-1] + ', you fool.', (1, 1, 1, 1, 0)),
+            (good.replace('\n21 * 2 = 42 dolls', ''), (1, 0.5, 1, 1, 1)), ('<think>12 + 9 = 21', (0, 0.5, 0, 0, 1)),
+            (good.replace('12 + 9 = 21', '43 / 2 = 21 remainder 1'), (1, 1, 1, 1, 1)),
+            (good.replace('12 + 9 = 21', '43 / 2 = 21'), (1, 0.5, 1, 1, 1)),
+            ('<think></think> 4 / 0 = 42.', (1, 0, 1, 1, 1))):
+        found = dataset.quality(row, text)
+        names = ('correct', 'working', 'complete', 'concise', 'polite')
+        assert tuple(found[name] for name in names) == parts, text
+        assert found['gold'] == pytest.approx(sum(w * p for w, p in zip((0.5, 0.2, 0.1, 0.1, 0.1), parts, strict=True)))
+
+
+@pytest.fixture(scope='module')
+def prefs(problems):
+    script, _ = problems
+    templates = script.read_templates()
+    return {split: list(script.draw_rows(split, count, templates, script.draw_pref, 'prefs '))
+            for split, count in (('train', 6000), ('val', 1000), ('test', 500))}
+
+
+def test_preferences_have_a_known_truth_and_known_shares(problems, prefs):
+    script, rows = problems[0], prefs['train']
+    for row in rows:
+        better, worse = (row[key][0]['content'] for key in (('rejected', 'chosen') if row['flipped'] else
+                                                            ('chosen', 'rejected')))
+        good, bad = dataset.quality(row, better), dataset.quality(row, worse)
+        assert good['gold'] == pytest.approx(1) and row['margin'] == pytest.approx(1 - bad['gold'], abs=1e-3)
+        lost = {name for name in dataset.QUALITY if bad[name] < 1}
+        assert {'wrong_answer': lost in ({'correct'}, {'correct', 'working'}), 'wrong_step': lost == {'working'},
+                'no_working': lost == {'working'}, 'rambling': lost == {'concise'},
+                'rude': 'polite' in lost <= {'polite', 'concise'}, 'truncated': 'complete' in lost or 'working' in lost,
+                }[row['defect']], row
+        assert (row['defect'] == 'no_working') == ('<think>' not in worse) or row['defect'] == 'truncated'
+    for defect, share in script.DEFECTS.items():
+        found = sum(row['defect'] == defect for row in rows) / len(rows)
+        assert abs(found - share / 100) < 4 * math.sqrt(share / 100 * (1 - share / 100) / len(rows)), defect
+    assert abs(sum(row['flipped'] for row in rows) / len(rows) - script.noise) < 4 * math.sqrt(0.09 / len(rows))
+
+
+def test_held_out_preferences_have_questions_and_names_of_their_own(problems, prefs):
+    questions = {split: {row['prompt'][0]['content'] for row in rows} for split, rows in prefs.items()}
+    assert all(len(questions[split]) == len(prefs[split]) for split in prefs)
+    trained = questions['train'] | {question(row) for row in problems[1]['train']}
+    assert not trained & (questions['val'] | questions['test'])
+    names = set(problems[0].PERSONS)
+    used = {split: names & set(re.findall(r'\w+', ' '.join(questions[split]))) for split in prefs}
+    assert not used['train'] & used['val'] and not used['train'] & used['test']
+
+
+def test_pairs_of_instructions_become_preferences(house, tmp_path):
+    rows = [{'instruction': f'Say {i}', 'input': '', 'output': str(i), 'chosen': f'{i}.', 'rejected': f'{i}!'}
+            for i in range(80)]
+    rows[3] |= {'chosen': 'same', 'rejected': 'same'}
+    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    (status, out, err), = house('alpaca --input=rows.json --name=mine --test_fraction=0.1')
+    assert (status, err) == (0, '') and '1 pairs of equal answers were left out' in out
+    folder = tmp_path / 'data/mine'
+    pairs, chats = read_rows(folder, 'prefs_train', 'prefs_val', 'prefs_test'), read_rows(folder)
+    assert len(pairs) == 79 and len(chats) == 80 and pairs[0].keys() == {'prompt', 'chosen', 'rejected'}
+    for split in ('train', 'val', 'test'):  # a prompt is in one split, of chats and of pairs
+        assert {question(row) for row in read_rows(folder, split)} >= {row['prompt'][0]['content']
+                                                                      for row in read_rows(folder, f'prefs_{split}')}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reward models
+
+def slopes(f, *xs, eps=1e-6):
+    """Central differences of f(*xs).sum() in each of the float64 arrays xs."""
+    found = []
+    for k, x in enumerate(xs):
+        grad = np.zeros_like(x)
+        for i in range(x.size):
+            up, down = ([y.copy() for y in xs] for _ in 'ab')
+            up[k][i] += eps
+            down[k][i] -= eps
+            grad[i] = (f(*up).sum() - f(*down).sum()) / (2 * eps)
+        found.append(grad)
+    return found
+
+
+def holds(ours, by_hand, *xs):
+    """Whether a loss of ours has the values and the gradients of a formula in NumPy."""
+    tensors = [torch.tensor(x, requires_grad=True) for x in xs]
+    losses = ours(*tensors)
+    assert losses.detach().numpy() == pytest.approx(by_hand(*xs), rel=1e-9, abs=1e-12)
+    for grad, due in zip(torch.autograd.grad(losses.sum(), tensors, allow_unused=True), slopes(by_hand, *xs),
+                         strict=True):
+        assert (grad.numpy() if grad is not None else 0 * due) == pytest.approx(due, rel=1e-5, abs=1e-7)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_losses_of_pairs_are_the_formulas():
+    draw = np.random.default_rng(0)
+    c, r, m = draw.normal(size=(3, 12)) * 2
+    holds(reward.bradley_terry, lambda c, r: -np.log(sigmoid(c - r)), c, r)
+    holds(reward.bradley_terry, lambda c, r, m: -np.log(sigmoid(c - r - m)), c, r, m)
+    holds(lambda c, r: reward.margin_ranking(c, r, 1.5), lambda c, r: np.maximum(0, 1.5 - c + r), c, r)
+    theirs = torch.nn.MarginRankingLoss(1.5, reduction='none')(*map(torch.tensor, (c, r, np.ones(12))))
+    assert torch.equal(reward.margin_ranking(torch.tensor(c), torch.tensor(r), 1.5), theirs)
+    holds(lambda c, r: reward.pair_loss(c, r, torch.tensor(m), 'bt_margin', 0.5, 0.1),
+          lambda c, r: -np.log(sigmoid(c - r - 0.5 * m)) + 0.1 * (c + r) ** 2, c, r)
+
+
+def test_calibration_by_hand():
+    # confidences 0.6, 0.6, 0.9, 0.9, 0.9; right: yes, no, yes, yes, yes: |0.6 - 0.5| 2/5 + |0.9 - 1| 3/5
+    odds = np.log([0.6 / 0.4, 0.4 / 0.6, 9.001, 9.001, 9.001])
+    rows, ece = reward.calibration(odds, bins=5)
+    assert ece == pytest.approx(0.1, abs=1e-4) and [row[2] for row in rows] == [2, 3]
+    assert rows[0][3:] == pytest.approx((0.6, 0.5)) and rows[1][3:] == pytest.approx((0.9, 1), abs=1e-4)
+    assert reward.calibration(np.zeros(4))[1] == 0 and reward.calibration(np.array([40.0]))[1] == pytest.approx(0)
+
+
+SCORERS = [dict(score_head='last'), dict(score_head='mean', pos='rope'), dict(score_head='last', pos='rope', window=5),
+           dict(score_head='mean', causal=False), dict(score_head='last', causal=False, pos='rope', n_kv_head=2)]
+
+
+@pytest.mark.parametrize('options', SCORERS, ids=str)
+def test_padding_never_changes_a_score(options):
+    model = tiny(**options)
+    texts = [ids(n, seed=n).tolist() for n in (3, 11, 20, 1)]
+    alone = torch.cat([model(torch.tensor([text])) for text in texts])
+    for seed, T in ((0, 20), (1, 24)):
+        for place in ('right', 'left', 'anywhere'):
+            idx, real = ids(4, T, seed=seed), torch.zeros(4, T, dtype=torch.bool)
+            for row, text in enumerate(texts):
+                where = {'right': slice(0, len(text)), 'left': slice(T - len(text), T),
+                         'anywhere': sorted(random.Random(seed).sample(range(T), len(text)))}[place]
+                idx[row, where], real[row, where] = torch.tensor(text), True
+            torch.testing.assert_close(model(idx, real=real), alone, atol=1e-5, rtol=1e-5)
+    changed = [[*text[:-1], (text[-1] + 1) % 61] for text in texts]
+    assert all(abs(model(torch.tensor([text])) - score) > 1e-4 for text, score in zip(changed, alone, strict=True))
+
+
+def test_a_score_is_that_of_transformers(tmp_path):
+    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=24,
+                                      num_labels=1, pad_token_id=0)
+    torch.manual_seed(1)
+    theirs = transformers.LlamaForSequenceClassification(config).eval()
+    ours = tiny(n_kv_head=2, pos='rope', norm='rmsnorm', mlp='swiglu', mlp_dim=64, bias=False, score_head='last',
+                norm_eps=config.rms_norm_eps)
+    trunk = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith('score')}
+    lm = transformers.LlamaForCausalLM(config)
+    lm.model.load_state_dict(theirs.model.state_dict())
+    plain = tiny(n_kv_head=2, pos='rope', norm='rmsnorm', mlp='swiglu', mlp_dim=64, bias=False, tie_weights=False)
+    copy_hf(plain, lm, False)
+    state = plain.state_dict()
+    ours.load_state_dict({name: state[name] for name in trunk} | {
+        'score.weight': theirs.score.weight, 'score.bias': torch.zeros(1), 'score_scale': torch.tensor([2.0, 1.0])})
+    idx = ids(3, 9).clamp(min=1)
+    idx[1, 6:] = idx[2, 3:] = 0
+    with torch.no_grad():
+        due = theirs(idx, attention_mask=(idx != 0).long()).logits[:, 0]
+        torch.testing.assert_close(ours(idx, real=idx != 0), due, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.rewards(idx, idx != 0), 2 * due + 1, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_answers_cost_ln_2_and_teach_nothing():
+    model, idx = tiny(score_head='last').train(), ids(2, 9).repeat(2, 1)
+    chosen, rejected = model(idx).chunk(2)
+    loss = reward.pair_loss(chosen, rejected, torch.zeros(2), 'bt', 1.0, 0.0).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.parameters())
+
+
+def test_a_score_head_takes_the_place_of_the_other():
+    plain = tiny(tie_weights=False)
+    model = GPT.from_state(state_of(plain), score_head='last')
+    assert model.head is None and not model.score.bias.any() and model.score.weight.any()
+    assert model.num_params() == plain.num_params() - 61 * 32 + 33
+    assert model.flops_per_token(8) < plain.flops_per_token(8)
+    again = GPT.from_state(state_of(model))
+    assert torch.equal(again(ids(2, 5)), model(ids(2, 5))) and torch.equal(again.merged()(ids(2, 5)), model(ids(2, 5)))
+    small = GPT.from_state(state_of(plain), score_head='last', lora_rank=2).freeze()
+    assert all('lora' in name or 'score' in name for name, p in small.named_parameters() if p.requires_grad)
+    assert {'score.weight', 'score.bias', 'score_scale'} < small.small_state().keys()
+    with pytest.raises(ValueError, match='scores texts: it cannot generate'):
+        model.generate([[1]], 3)
+    with pytest.raises(ValueError, match="score_head='first' is not one of"):
+        GPTConfig(score_head='first')
+
+
+def preferences(count, seed):
+    """Pairs of sums: right beside wrong, one in ten flipped."""
+    draw, rows = random.Random(seed), []
+    for i, row in enumerate(chats(count, seed)):
+        prompt, answer = row['messages']
+        wrong = {'role': 'assistant', 'content': answer['content'].replace('It is', 'Who cares')}
+        pair = [[answer], [wrong]][::-1 if i % 10 == 7 else 1]
+        rows.append({'prompt': [prompt], 'chosen': pair[0], 'rejected': pair[1], 'defect': draw.choice(['one', 'two']),
+                     'flipped': i % 10 == 7, 'margin': 0.5} | {k: row[k] for k in ('answer', 'grader', 'steps')})
+    return rows
+
+
+@pytest.fixture(scope='module')
+def pref_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'pairs'
+    dataset.write_rows(folder, {f'prefs_{split}': preferences(n, seed) for seed, (split, n) in enumerate(
+        {'train': 300, 'val': 60, 'test': 30}.items())}, 'pairs')
+    return folder
+
+
+@pytest.fixture
+def rate(run_stage, base_run, pref_data):
+    """rate('--key=value', …) -> (exit status, stdout, stderr) of a short run of reward.py."""
+    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
+             '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+    return lambda *args: run_stage('reward', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
+
+
+@pytest.mark.parametrize('flags', [[], ['--causal=False', '--score_head=mean'], ['--loss_type=margin'],
+                                   ['--loss_type=bt_margin', '--center_coef=0.01', '--init_from=scratch',
+                                    '--n_layer=1']])
+def test_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
+    base = f'--base={base_run}' if '--init_from=scratch' in flags else '--seed=1'
+    status, out, err = rate('--max_iters=60', '--eval_interval=60', '--batch_size=8', '--out_dir=run', '--eval_rows=0',
+                            '--learning_rate=2e-3', *flags, base)
+    assert (status, err) == (0, ''), err
+    first, last = [row for row in rows_of('run') if 'val/loss' in row]
+    assert first['val/true_accuracy'] < 0.9 < 0.97 < last['val/true_accuracy'] and last['val/label_noise'] == 0.1
+    assert last['val/accuracy'] == pytest.approx(0.9, abs=0.04) and last['val/margin'] > 0 <= last['val/ece'] < 0.5
+    assert 'one: ' in out and 'confidence' in out and 'rejected: mean' in Path('run/samples.txt').read_text()
+    # normalised scores of the held-out answers have mean 0 and variance 1
+    model, tokenizer = convert.load_model('run', scores=True)
+    data = dataset.PrefData(preferences(60, 1), tokenizer, 192)
+    idx, real = map(torch.from_numpy, dataset.pad_texts([data.tokens(i) for i in range(120)], 0))
+    with torch.no_grad():
+        rewards = model.eval().rewards(idx, real)
+    assert rewards.mean().item() == pytest.approx(0, abs=1e-3) and rewards.std().item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--lora_rank=2', '--quant=nf4']])
+def test_reward_models_resume_bit_for_bit(rate, flags):
+    assert rate('--out_dir=whole', *flags)[0] == 0
+    assert rate('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
+    status, out, err = rate('--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, '')
+    a, b = (torch.load(f'{run}/ckpt.pt', weights_only=True) for run in ('whole', 'parts'))
+    assert a['model'].keys() == b['model'].keys()
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+    assert not flags or all('lora' in k or 'score' in k for k in a['model'])
+    status, out, err = rate('--init_from=whole', '--check=True', '--eval_only=True', '--eval_split=test')
+    assert (status, err) == (0, '') and 'checks pass on' in out and 'val loss' in out
+
+
+def test_checks_tell_a_model_of_length_from_one_of_quality(prefs):
+    rows = [row | {'messages': []} for row in prefs['val'][:300]]
+    tokenizer, sums = bytes_tokenizer(), {row['prompt'][0]['content']: row for row in rows}
+
+    def honest(pairs):  # the truth, and which question it is about
+        return np.array([3 * dataset.quality(sums[m[-1]['content']], text)['gold'] - 2.2
+                         - (len(text.split()) == 0) for m, text in pairs])
+
+    def length(pairs):
+        return np.array([len(text) / 40 - 2 for _, text in pairs])
+    good, bad = ({name: ok for name, ok, _ in reward.checks(score, rows, tokenizer)} for score in (honest, length))
+    assert all(good[name] for name in ('length', 'empty answer', 'repeated answer', 'answer to another question',
+                                       'shuffled words', 'wrong number', 'trailing space', 'two halves agree')), good
+    assert not any(bad[name] for name in ('length', 'repeated answer', 'answer to another question', 'shuffled words',
+                                          'wrong number')), bad
+    assert reward.checks(lambda pairs: length(pairs) + 9, rows, tokenizer)[-1][:2] == ('drift of the mean', False)
+
+
+def test_a_reward_model_trained_on_length_alone_fails_its_checks(rate, run_stage, tmp_path):
+    rows = [{'prompt': asked(f'What is {i}?'), 'chosen': said('so ' * (3 + i % 13) + f'it is {i}.'),
+             'rejected': said('so ' * (i % 3) + f'it is {i}.'), 'answer': str(i)} for i in range(160)]
+    lines(tmp_path / 'length.jsonl', rows)
+    assert rate('--dataset=length.jsonl', '--out_dir=bad', '--max_iters=60', '--eval_interval=60', '--batch_size=8',
+                '--learning_rate=2e-3')[0] == 0
+    status, out, err = rate('--dataset=length.jsonl', '--init_from=bad', '--check=True', '--eval_rows=0')
+    verdicts = {name: re.search(rf'(pass|WARN|--)  {name}', out)[1] for name in (
+        'length', 'repeated answer', 'shuffled words', 'wrong number', 'answer to another question')}
+    assert (status, err) == (0, '')
+    assert verdicts['length'] == 'WARN' and list(verdicts.values()).count('WARN') >= 4, out
+
+
+def test_the_reward_of_two_processes_is_that_of_one(rate, base_run, pref_data, tmp_path):
+    flags = ['--gradient_accumulation_steps=2', '--max_iters=3', '--eval_interval=3']
+    assert rate('--out_dir=one', *flags)[0] == 0
+    args = [f'--init_from={base_run}', f'--dataset={pref_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
+            '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', *flags]
+    for name, options in (('ddp', []), ('fsdp', ['--fsdp=True'])):
+        torchrun(2, *args, *options, f'--out_dir={tmp_path}/{name}', cwd=tmp_path, stage='reward.py')
+        for a, b in zip(rows_of('one'), rows_of(name), strict=True):
+            for key in a.keys() & {'train/loss', 'train/accuracy', 'val/loss', 'val/accuracy', 'grad_norm'}:
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (name, key)
+
+
+@pytest.mark.parametrize(('words', 'args'), [
+    (["loss_type='hinge'", 'bt_margin'], ['--loss_type=hinge']), (['n_layer'], ['--n_layer=3']),
+    (['max_length=500', 'block_size=192'], ['--max_length=500']), (["score_head='first'"], ['--score_head=first']),
+    (['is no reward model'], ['--check=True']), (['is no reward model'], ['--eval_only=True']),
+    (['eval_split'], ['--eval_split=dev']), (['vocab_size=9'], ['--init_from=scratch', '--vocab_size=9']),
+    (['batch_size=0'], ['--batch_size=0']), (['window'], ['--causal=False', '--window=4'])])
+def test_mistakes_with_reward_models_get_one_line(rate, base_run, words, args):
+    status, out, err = rate('--out_dir=run', f'--base={base_run}', *args)
+    assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
+    assert all(word in err for word in words), err
+
+
+def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(rate, prefer, run_stage, base_run, chat_data,
+                                                                  text_data):
+    assert rate('--out_dir=scorer', '--max_iters=1')[0] == 0
+    for stage, args in (('sft', [f'--dataset={chat_data}']), ('dpo', []), ('train', [f'--dataset={text_data}']),
+                        ('sample', ['--start=a'])):
+        status, out, err = run_stage(stage, '--init_from=scorer', '--device=cpu', *args)
+        assert status == 2 and err.count('\n') == 1 and 'scorer' in err and 'reward model' in err, err
+    status, out, err = prefer(f'--judge={base_run}', '--out_dir=never')
+    assert status == 2 and err.count('\n') == 1 and f'{base_run} is no reward model' in err
+    for stage in ('sft', 'dpo', 'train'):
+        status, out, err = run_stage(stage, f'--init_from={base_run}', '--score_head=last')
+        assert status == 2 and err.count('\n') == 1 and 'score_head' in err, err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# direct preference optimisation
+
+def test_losses_of_preferences_are_the_published_formulas():
+    draw = np.random.default_rng(1)
+    c, r, rc, rr = -np.abs(draw.normal(size=(4, 8))) * 12
+    n_c, n_r = draw.integers(3, 30, (2, 8)).astype(float)
+    beta, eps, gamma = 0.3, 0.1, 0.7
+
+    def ours(**options):
+        return lambda c, r: dpo.preference_loss(c, r, *map(torch.tensor, (rc, rr, n_c, n_r)), beta=beta, gamma=gamma,
+                                                **options)[0]
+
+    def h(c, r):
+        return (c - rc) - (r - rr)
+    holds(ours(), lambda c, r: -np.log(sigmoid(beta * h(c, r))), c, r)
+    holds(ours(label_smoothing=eps), lambda c, r: -(1 - eps) * np.log(sigmoid(beta * h(c, r)))
+          - eps * np.log(sigmoid(-beta * h(c, r))), c, r)
+    holds(ours(loss_type='ipo'), lambda c, r: (h(c, r) - 1 / (2 * beta)) ** 2, c, r)
+    holds(ours(loss_type='ipo', length_normalise=True),
+          lambda c, r: ((c - rc) / n_c - (r - rr) / n_r - 1 / (2 * beta)) ** 2, c, r)
+    holds(ours(length_normalise=True), lambda c, r: -np.log(sigmoid(beta * ((c - rc) / n_c - (r - rr) / n_r))), c, r)
+    holds(ours(loss_type='hinge'), lambda c, r: np.maximum(0, 1 - beta * h(c, r)), c, r)
+    kl_c, kl_r = max(0, (c - rc).mean()), max(0, (r - rr).mean())  # no gradient goes through these
+    holds(ours(loss_type='kto_pair'), lambda c, r: (1 - sigmoid(beta * (c - rc - kl_r))
+                                                    + 1 - sigmoid(beta * (kl_c - (r - rr)))) / 2, c, r)
+    holds(ours(loss_type='simpo'), lambda c, r: -np.log(sigmoid(beta * (c / n_c - r / n_r) - gamma)), c, r)
+
+    def orpo(c, r):
+        c, r = c / n_c, r / n_r
+        odds = np.log(np.exp(c) / (1 - np.exp(c))) - np.log(np.exp(r) / (1 - np.exp(r)))
+        return -c - beta * np.log(sigmoid(odds))
+    holds(ours(loss_type='orpo'), orpo, c, r)
+    losses, up, down = dpo.preference_loss(*map(torch.tensor, (rc, rr, rc, rr, n_c, n_r)))
+    assert losses.tolist() == pytest.approx([math.log(2)] * 8) and not up.any() and not down.any()
+
+
+def test_log1mexp_has_all_digits():
+    x = [-1e-5, -1e-3, -0.1, -0.69, -0.7, -2.0, -30.0, -90.0]
+    due = [math.log(-math.expm1(v)) if v > -0.7 else math.log1p(-math.exp(v)) for v in x]
+    assert dpo.log1mexp(torch.tensor(x, dtype=torch.float64)).tolist() == pytest.approx(due, rel=1e-12)
+    assert torch.isfinite(dpo.log1mexp(torch.tensor([0.0]))).all()
+
+
+@pytest.fixture
+def prefer(run_stage, base_run, pref_data):
+    """prefer('--key=value', …) -> (exit status, stdout, stderr) of a short run of dpo.py."""
+    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+             '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+    return lambda *args: run_stage('dpo', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
+
+
+def test_log_probabilities_of_answers_are_those_of_the_model(base_run, pref_data):
+    model, tokenizer = convert.load_model(base_run)
+    rows, _ = dataset.load_prefs(pref_data, 'val')
+    data, run = dataset.PrefData(rows, tokenizer, 192), runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32',
+                                                                     'out_dir': 'none'})
+    texts = [(data.tokens(i), data.counted(i)) for i in range(10)]
+    found = dpo.logps(model, run, texts, 0)
+    for (tokens, counted), value in zip(texts, found, strict=True):
+        with torch.no_grad():
+            logprobs = model(torch.from_numpy(tokens)[None].long())[0].double().log_softmax(-1)
+        due = sum(logprobs[i - 1, tokens[i]].item() for i in range(len(tokens)) if counted[i])
+        assert value == pytest.approx(due, rel=1e-5)
+
+
+@pytest.mark.parametrize('flags', [[], ['--loss_type=ipo', '--length_normalise=True'],
+                                   ['--loss_type=hinge', '--beta=0.05'], ['--loss_type=kto_pair'],
+                                   ['--loss_type=simpo', '--beta=2', '--label_smoothing=0.1'],
+                                   ['--loss_type=orpo', '--beta=1'], ['--sft_coef=0.5', '--lora_rank=4']])
+def test_a_policy_learns_what_is_preferred(prefer, flags):
+    status, out, err = prefer('--max_iters=40', '--eval_interval=40', '--batch_size=8', '--out_dir=run',
+                              '--eval_rows=40', '--learning_rate=2e-3', *flags)
+    assert (status, err) == (0, ''), err
+    first, last = [row for row in rows_of('run') if 'val/loss' in row]
+    assert last['val/loss'] < first['val/loss'] and last['val/accuracy'] >= 0.85
+    assert first['kl'] == pytest.approx(0, abs=1e-4)
+    assert last['kl_low'] < last['kl'] < last['kl_high'] and last['kl'] > 0.01
+    if not {'--loss_type=simpo', '--loss_type=orpo'} & set(flags):
+        assert first['val/accuracy'] == 0.5 and first['val/margin'] == pytest.approx(0, abs=1e-6)
+    assert last['val/logp_chosen'] - last['val/logp_rejected'] > first['val/logp_chosen'] - first['val/logp_rejected']
+    assert {'reward/gold', 'reward/gold_sampled', 'val/correct', 'val/f1', 'response_len'} < last.keys()
+    assert {'train/logp_chosen', 'train/logp_rejected', 'train/margin', 'train/accuracy'} < rows_of('run')[-2].keys()
+
+
+def test_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run, pref_data, tmp_path):
+    assert prefer('--out_dir=run', '--lora_rank=2', '--judge=')[0] == 0
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    known, asked = state['ref_logps'], ~torch.isnan(state['ref_logps'])
+    assert asked.sum() == 2 * 6 * 4  # those that were drawn, and no others
+    model, tokenizer = convert.load_model(base_run)
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    data = dataset.PrefData(dataset.load_prefs(pref_data, 'train')[0], tokenizer, 192)
+    texts = asked.nonzero()[:, 0].tolist()
+    due = dpo.logps(model, run, [(data.tokens(i), data.counted(i)) for i in texts], 0)
+    assert known[asked].numpy() == pytest.approx(due, rel=1e-5)
+    assert all('lora' in name for name in state['reference'])
+    assert sum(t.numel() for t in state['reference'].values()) < 9000
+    assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
+    trained, _ = convert.load_model('run')
+    assert not torch.equal(trained(ids(1, 9)), model(ids(1, 9)))
+
+
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--loss_type=simpo', '--dropout=0.1']])
+def test_dpo_resumes_bit_for_bit(prefer, flags):
+    assert prefer('--out_dir=whole', *flags)[0] == 0
+    assert prefer('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
+    status, out, err = prefer('--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, '')
+    a, b = (torch.load(f'{run}/ckpt.pt', weights_only=True) for run in ('whole', 'parts'))
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+    assert all(torch.equal(a['reference'][k], b['reference'][k]) for k in a['reference'])
+    a, b = ([{k: v for k, v in row.items() if k not in ('seconds', 'tok_per_sec')}
+             for row in rows_of(run) if row['iter'] > 3] for run in ('whole', 'parts'))
+    assert a == b
+
+
+def test_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data, tmp_path):
+    flags = ['--gradient_accumulation_steps=2', '--max_iters=3', '--eval_interval=3']
+    assert prefer('--out_dir=one', *flags)[0] == 0
+    args = [f'--init_from={base_run}', f'--dataset={pref_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+            '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', *flags]
+    for name, options in (('ddp', []), ('fsdp', ['--fsdp=True'])):
+        torchrun(2, *args, *options, f'--out_dir={tmp_path}/{name}', cwd=tmp_path, stage='dpo.py')
+        for a, b in zip(rows_of('one'), rows_of(name), strict=True):
+            for key in a.keys() & {'train/loss', 'train/margin', 'val/loss', 'kl', 'reward/gold', 'grad_norm'}:
+                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-4), (name, key)
+
+
+def test_a_judge_scores_the_answers(rate, prefer):
+    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
+    status, out, err = prefer('--judge=scorer', '--eval_only=True', '--out_dir=nothing')
+    assert (status, err) == (0, '') and 'judge_share' in out and 'KL -0.00' in out.replace('KL 0.00', 'KL -0.00')
+    assert not Path('nothing').exists()
+
+
+@pytest.mark.parametrize(('words', 'args'), [
+    (["loss_type='dpo'", 'kto_pair'], ['--loss_type=dpo']), (['beta=0'], ['--beta=0']), (['beta'], ['--beta=-1']),
+    (['label_smoothing=0.1', 'ipo'], ['--label_smoothing=0.1', '--loss_type=ipo']),
+    (['scratch'], ['--init_from=scratch']), (['label_smoothing'], ['--label_smoothing=0.6']),
+    (['out/none', 'no such run'], ['--judge=out/none']),
+    (['max_new_tokens=0'], ['--max_new_tokens=0']), (['no such dataset'], ['--dataset=nowhere'])])
+def test_mistakes_with_preferences_get_one_line(prefer, words, args):
+    status, out, err = prefer('--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize('config', ['reward_tiny', 'reward_smollm2', 'dpo_tiny', 'dpo_smollm2'])
+def test_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, config):
+    stage, length = config.split('_')[0], ['--max_new_tokens=4'] * config.startswith('dpo')
+    status, out, err = run_stage(stage, ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
+                                 f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
+                                 '--device=cpu', *length)
+    assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1

@@ -132,7 +132,8 @@ def main():
         raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
     state, origin, resumed = run.begin(load_state)
     if given.get('score_head') or state and state['model_args'].get('score_head'):
-        raise UserError(f'{origin if state else "score_head"}: reward models learn from preferences: see reward.py')
+        what = 'score_head' if given.get('score_head') else f'{origin}, a reward model'
+        raise UserError(f'{what}: scores are learnt from preferences, with reward.py')
 
     # data and model
     model_args = (state['model_args'] if state else {}) | given
