@@ -58,7 +58,7 @@ max_new_tokens = 64  # mode sample: tokens to add to each text
 quant = ''  # mode sample: 'int8', weights in 8 bits
 runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'; names that differ in a number are one
 metric = 'val/loss'  # mode curves: what to draw of them
-axis = 'seconds'  # mode curves: along 'seconds' of training or 'iter'
+axis = 'seconds'  # mode curves: along 'seconds' of training, 'iter' or another metric, as 'kl'
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
 results = 'out/bench'  # where the results and the runs go
 

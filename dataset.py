@@ -892,6 +892,13 @@ class PrefData(ChatData):
         return self.tokenizer.chat_ids(self.rows_kept[row]['prompt'], generate=True)[0]
 
 
+def answered(tokenizer, messages, answer, block_size):
+    """The ids of a prompt and an assistant's answer, to the end of its turn, as PrefData has them; without the beginning
+    of the prompt where they are more than block_size."""
+    tokens, mask = tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}])
+    return tokens[:len(mask) - mask[::-1].index(1)][-block_size:]
+
+
 def pad_texts(texts, fill):
     """Lists of ids -> idx, int64 (B, T), padded on the right with fill, and which are real, bool (B, T).
 

@@ -25,6 +25,7 @@ import runtime
 from convert import load_model, start
 from dataset import (
     PrefData,
+    answered,
     by_value,
     find_dataset,
     grades,
@@ -209,10 +210,7 @@ def load_judge(path, run):
 
     @torch.no_grad()
     def judge_of(pairs):
-        texts = []
-        for messages, answer in pairs:
-            tokens, mask = tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}])
-            texts.append(tokens[:len(mask) - mask[::-1].index(1)][-length:])
+        texts = [answered(tokenizer, messages, answer, length) for messages, answer in pairs]
 
         def work(part):
             idx, real = pad_texts([texts[i] for i in part], tokenizer.eot)

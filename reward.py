@@ -27,7 +27,17 @@ import torch.nn.functional as F
 
 import runtime
 from convert import CHANGEABLE, start
-from dataset import PrefData, find_dataset, fraction_of, interval, last_number, load_prefs, pad_texts, visible
+from dataset import (
+    PrefData,
+    answered,
+    find_dataset,
+    fraction_of,
+    interval,
+    last_number,
+    load_prefs,
+    pad_texts,
+    visible,
+)
 from model import GPTConfig
 from tokenizer import UserError
 
@@ -276,10 +286,7 @@ def run_checks(net, model, data, tokenizer, length, run):
     gain, bias = model.score_scale.tolist()
 
     def reward(pairs):
-        texts = []
-        for messages, answer in pairs:
-            tokens, mask = tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}])
-            texts.append(tokens[:len(mask) - mask[::-1].index(1)][-length:])
+        texts = [answered(tokenizer, messages, answer, length) for messages, answer in pairs]
         return gain * score_all(net, run, texts, tokenizer.eot) + bias
     found = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
     for name, ok, figures in found:
