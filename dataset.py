@@ -893,7 +893,7 @@ class PrefData(ChatData):
 
 
 def answered(tokenizer, messages, answer, block_size):
-    """The ids of a prompt and an assistant's answer, to the end of its turn, as PrefData has them; without the beginning
+    """The ids of a prompt and an answer to it, to the end of the turn, as PrefData has them; without the beginning
     of the prompt where they are more than block_size."""
     tokens, mask = tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}])
     return tokens[:len(mask) - mask[::-1].index(1)][-block_size:]
