@@ -725,7 +725,7 @@ def load_model(init_from, scores=False, **overrides):
     UserError with one line.
     """
     path = Path(init_from)
-    if scores and path.exists() and not _is_run(init_from):
+    if scores and (path.exists() or init_from in HUB) and not _is_run(init_from):
         raise UserError(NO_SCORER.format(init_from))
     if init_from == 'smollm2' and not path.exists():
         return from_gguf(fetch_smollm2(), **overrides)
@@ -833,7 +833,8 @@ def complete(state, where):
         raise UserError(f"{where}: its base {base['init_from']} holds other weights than the run was trained on "
                         f"(sha256 {base['sha256'][:12]}…): put those back")
     return {k: v for k, v in state.items() if k != 'base'} | {
-        'model': found['model'] | state['model'], 'sha256': fingerprint(state['model'], base['sha256'])}
+        'began_with': base, 'model': found['model'] | state['model'],
+        'sha256': fingerprint(state['model'], base['sha256'])}
 
 
 # what stages after pretraining may change in a model, beside its lora_, rope_ and router_ knobs
@@ -845,23 +846,36 @@ class Start:
     """What a stage after pretraining begins with, or goes on from.
 
     origin: where the model is from, and step, how many it had there; own: of a run that goes on, what its checkpoint
-    holds beside the model, else None; base: 'init_from' and 'sha256' of the model that the run began with; fresh_head:
-    whether it has a score head that nobody has trained.
+    holds beside the model, else None; stage: the name of this one; base: 'init_from' and 'sha256' of the model that the
+    run began with; past: the same, and its stage, of the run that the model is from, or {}; fresh_head: whether it has
+    a score head that nobody has trained.
     """
     model: GPT
     tokenizer: Tokenizer
     origin: str
     step: int
     own: dict | None
+    stage: str
     base: dict
+    past: dict
     fresh_head: bool = False
 
     def state(self):
-        """What every checkpoint of the run holds of its model, only LoRA and adapters where these alone learn."""
+        """What every checkpoint of the run holds of its model, only the small tensors where these alone learn."""
         small = self.model.num_params(learning=True) < self.model.num_params()
         state = {'model': self.model.small_state() if small else self.model.state_dict(),
-                 'model_args': dataclasses.asdict(self.model.config), 'tokenizer': self.tokenizer.to_dict()}
+                 'model_args': dataclasses.asdict(self.model.config), 'tokenizer': self.tokenizer.to_dict(),
+                 'stage': self.stage}
         return state | ({'base': self.base} if small else {'began_with': self.base})
+
+    def before(self):
+        """{name: tensor} of what learns as it was when the run of this stage began that the model is from; {} where it
+        is from no such run. UserError where that model is not there any more."""
+        if self.past.get('stage') != self.stage or self.own is not None:
+            return {}
+        then = _load_base(self.past['init_from'], self.origin)['model']
+        return {name: then[name].to(p) if name in then else torch.zeros_like(p)  # adapters that are zero change nothing
+                for name, p in self.model.named_parameters() if p.requires_grad}
 
     def row_length(self, max_length):
         """max_length, or the model's block_size for 0; UserError where it is more than that."""
@@ -878,13 +892,14 @@ class Start:
                 f'{learn * 8 / 1e6:,.1f}')
 
 
-def start(run, base, given, changeable=CHANGEABLE, scores=False):
+def start(run, stage, base, given, changeable=CHANGEABLE, scores=False):
     """The model that a runtime.Run's init_from names, `base` where 'auto' finds no run yet, frozen where it has LoRA or
     adapters -> Start.
 
-    given: fields of GPTConfig; those in changeable may differ from the model's, but not when a run goes on. scores:
-    whether the stage has a reward model; it may begin with any, and from 'scratch', new weights of base's shape but for
-    what is given. Others begin with a causal decoder. UserError says in one line what cannot be.
+    stage: its name, 'sft'; only a run of the same one can go on. given: fields of GPTConfig; those in changeable may
+    differ from the model's, but not when a run goes on. scores: whether the stage has a reward model; it may begin with
+    any, and from 'scratch', new weights of base's shape but for what is given. Others begin with a causal decoder.
+    UserError says in one line what cannot be.
     """
     fresh = run.config['init_from'] == 'scratch'
     if fresh and not scores:
@@ -893,6 +908,10 @@ def start(run, base, given, changeable=CHANGEABLE, scores=False):
     if state is None:
         state, origin = load_state(base), base
     own = {k: v for k, v in state.items() if k != 'model'} if resumed else None
+    its = state.get('stage') or ('sft' if 'difficulty' in state else 'train')
+    if resumed and its != stage:
+        raise UserError(f'{origin} is of a run of {its}.py, which {stage}.py cannot go on with: give another '
+                        f'--out_dir, and --init_from={run.config["out_dir"]} for its weights')
     source = state.get('base') or state.get('began_with') if resumed else None
     if resumed:
         state = complete(state, origin)
@@ -901,6 +920,10 @@ def start(run, base, given, changeable=CHANGEABLE, scores=False):
         raise UserError(NO_WRITER.format(origin))
     if scores:
         given = {'score_head': args.get('score_head') or 'last'} | given
+        if not given['score_head']:
+            raise UserError("score_head='': a reward model has one: 'last' or 'mean'")
+        if fresh and (given.get('lora_rank') or given.get('adapter_dim')):
+            raise UserError("init_from='scratch' with lora_rank or adapter_dim: all weights are new, so all must learn")
     elif given.get('score_head'):
         raise UserError(f'score_head={given["score_head"]!r} makes a reward model, which this stage does not train: '
                         'drop --score_head')
@@ -916,8 +939,9 @@ def start(run, base, given, changeable=CHANGEABLE, scores=False):
             raise UserError(f'{key}={value}: {origin} has {key}={args[key]}, which this stage does not change: drop '
                             f'--{key}')
     if resumed:
-        for key, value in dataclasses.asdict(config).items():
-            if args.get(key) != value and 'dropout' not in key:
+        for field in dataclasses.fields(config):
+            key, value = field.name, getattr(config, field.name)
+            if args.get(key, field.default) != value and 'dropout' not in key:
                 raise UserError(f'{origin} was trained with {key}={args.get(key)}, not {value}: drop --{key}, or '
                                 'start a new run')
     torch.manual_seed(run.config['seed'])  # fresh weights, whatever was drawn while the model was read
@@ -926,7 +950,8 @@ def start(run, base, given, changeable=CHANGEABLE, scores=False):
     if config.vocab_size < tokenizer.n_vocab:
         raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
     return Start(model.freeze(), tokenizer, f'new weights like {origin}' if fresh else str(origin),
-                 0 if fresh else state['iter'], own, source or base_of(origin, state),
+                 0 if fresh else state['iter'], own, stage, source or base_of(origin, state),
+                 {} if fresh else (state.get('began_with') or {}) | {'stage': its},
                  fresh or scores and not args.get('score_head'))
 
 

@@ -497,7 +497,7 @@ def read_prefs(path, strict=True):
     """Pairs of answers, one preferred, of such a file -> (rows, skipped), see `read_chats`.
 
     A row of a file is one of
-        {"prompt": …, "chosen": …, "rejected": …}, each a text or a list of messages
+        {"prompt": …, "chosen": …, "rejected": …}, each a text or a list of messages; both answers may repeat the prompt
         {"chosen": […], "rejected": […]}, two chats that begin with the same messages
         {"instruction": "…", "input": "…", "chosen": "…", "rejected": "…"}
     and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, what else it has of EXTRAS, and 'where'
@@ -607,7 +607,8 @@ def _extras(row):
     for key, types in EXTRAS.items():
         if key in row:
             value = row[key]
-            if isinstance(value, bool) != (types is bool) or not isinstance(value, types):
+            if (isinstance(value, bool) != (types is bool) or not isinstance(value, types)
+                    or isinstance(value, (int, float)) and not abs(value) < 1e300):
                 raise UserError(f'"{key}" is {value!r:.40}, which it cannot be')
             found[key] = _text(value, f'"{key}"') if isinstance(value, str) else value
     if found.get('grader', 'number') not in GRADERS:
@@ -637,6 +638,10 @@ def _pref(row):
     chosen, rejected = (_messages(_part(row, key, 'assistant'), key) for key in ('chosen', 'rejected'))
     if 'prompt' in row:
         prompt = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False)
+        for n in range(len(prompt), 0, -1):  # answers that are whole chats, from the prompt or its last messages on
+            if chosen[:n] == rejected[:n] == prompt[-n:]:
+                chosen, rejected = chosen[n:], rejected[n:]
+                break
     elif 'instruction' in row:
         prompt = _messages(_instruction(row), 'prompt', answer=False)
     else:
@@ -688,6 +693,8 @@ def _load(dataset, split, read, val_fraction, prefix):
             raise UserError(f'{folder} has no preferences: prepare it again, from rows with "chosen" and "rejected"')
         prefix = ''
     there = splits_of(folder, prefix)
+    if not there:
+        raise UserError(f'{folder} holds preferences, which reward.py and dpo.py learn from, not chats')
     if split not in there:
         raise UserError(f'{folder}: no {prefix}{split}.jsonl, only {" and ".join(there)}: add it or take of these')
     return read(folder / f'{prefix}{split}.jsonl')
@@ -815,7 +822,7 @@ class ChatData:
         positions count from 0 in each conversation; segments number those of a block 1, 2, …, and are 0 on padding.
         """
         longest = max(int(self.lengths[block].sum()) for block in blocks)
-        T = min(-(-longest // 32) * 32, max(longest, self.block_size))  # few shapes: kernels are made for each
+        T = _width(longest, self.block_size)
         idx, targets = np.full((len(blocks), T), self.tokenizer.eot), np.full((len(blocks), T), -100)
         positions, segments = np.zeros((len(blocks), T), np.int64), np.zeros((len(blocks), T), np.int64)
         for b, block in enumerate(blocks):
@@ -839,19 +846,21 @@ class ChatData:
 
     def left_out(self, skipped=()):
         """In words, how many rows of a file are not in, or cut, and why; '' if none; skipped: see `read_chats`."""
-        lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [f'{n:,} {what.replace("_", " ")}'
-                                                                  for what, n in self.dropped.items() if n]
-        first = f' (the first: {skipped[0]})' if skipped else ''
-        return f'{self.n_rows:,} rows; of the others {", ".join(lost)}{first}' if lost else ''
+        lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [
+            f'{n:,} {what.replace("_", " ")}' for what, n in self.dropped.items() if n and what != 'truncated']
+        words = [f'left out: {", ".join(lost)}'] * bool(lost)
+        words += [f'truncated: {self.dropped["truncated"]:,}'] * bool(self.dropped['truncated'])
+        words += [f'the first malformed one: {reason}' for reason in skipped[:1]]
+        return '; '.join([f'{self.n_rows:,} rows', *words]) if words else ''
 
 
 class PrefData(ChatData):
     """One split of preferences, tokenised: texts of a prompt and an answer, of pair i chosen 2 i and rejected 2 i + 1.
 
-    rows: those of `load_prefs`; each also gets 'messages', the prompt and the chosen answer. A text ends with the end
-    of the assistant's turn; answers count, prompts do not. Of texts of more than block_size tokens the prompt loses its
-    beginning, as much for both answers ('truncated'); a pair whose answers do not fit whole is left out ('too_long').
-    As in ChatData, of which this is one of pairs where `rows` and `fixed` are meant, of texts where `read` is.
+    rows: those of `load_prefs`; each also gets 'messages', the prompt and the chosen answer to it. A text ends with the
+    end of the assistant's turn; answers count, prompts do not. Of texts of more than block_size tokens the prompt loses
+    its beginning, as much for both answers ('truncated'); a pair whose answers do not fit whole is left out
+    ('too_long'). Otherwise as ChatData: `rows` and `fixed` give pairs, `read` takes texts.
     """
 
     def __init__(self, rows, tokenizer, block_size, seed=1337):
@@ -861,7 +870,7 @@ class PrefData(ChatData):
         for row in rows:
             pair = []
             for answer in (row['chosen'], row['rejected']):
-                prompt = len(tokenizer.chat_ids(row['prompt'])[0]) if row['prompt'] else 0
+                prompt = len(tokenizer.chat_ids(row['prompt'])[0])
                 tokens, mask = map(np.array, tokenizer.chat_ids(row['prompt'] + answer))
                 mask[:prompt] = 0  # what the assistant said before
                 end = int(mask.nonzero()[0][-1]) + 1  # ChatML has a newline after the end of a turn
@@ -871,44 +880,55 @@ class PrefData(ChatData):
                 self.dropped['too_long'] += 1
                 continue
             self.dropped['truncated'] += cut > 0
-            self.rows_kept.append(row | {'messages': row['prompt'] + row['chosen']})
+            first = next(i for i, m in enumerate(row['chosen'], 1) if m['role'] == 'assistant')
+            self.rows_kept.append(row | {'messages': row['prompt'] + row['chosen'][:first]})
             ids += [tokens[cut:] for tokens, _ in pair]
             counts += [mask[cut:] for _, mask in pair]
         self._take(ids, counts, rows, seed, each=2)
+
+    def fingerprint(self):
+        """sha256 of all texts, and of what counts in them."""
+        return hashlib.sha256(b''.join(x.tobytes() for x in (self.ids, self.ends, self.counts))).hexdigest()
 
     def texts(self, pairs):
         """The numbers of the texts of pairs: of all chosen answers, then of all rejected ones, int64 (2 n,)."""
         return np.concatenate((2 * np.asarray(pairs), 2 * np.asarray(pairs) + 1))
 
-    def tokens(self, text):
-        """The ids of a text."""
-        return self.ids[self.ends[text]:self.ends[text + 1]]
-
-    def counted(self, text):
-        """Which of a text's ids are the answer's."""
-        return self.counts[self.ends[text]:self.ends[text + 1]]
+    def example(self, text):
+        """The ids of a text, and which of them are the answer's: two arrays."""
+        where = slice(self.ends[text], self.ends[text + 1])
+        return self.ids[where], self.counts[where]
 
     def prompt(self, row):
         return self.tokenizer.chat_ids(self.rows_kept[row]['prompt'], generate=True)[0]
 
 
+def _width(longest, block_size):
+    """The width of a batch: few shapes, since a CPU's kernels are made anew for each."""
+    return min(-(-longest // 32) * 32, max(longest, block_size))
+
+
 def answered(tokenizer, messages, answer, block_size):
-    """The ids of a prompt and an answer to it, to the end of the turn, as PrefData has them; without the beginning
-    of the prompt where they are more than block_size."""
-    tokens, mask = tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}])
-    return tokens[:len(mask) - mask[::-1].index(1)][-block_size:]
+    """A prompt and an answer to it, to the end of the turn -> ids, and which of them are the answer's, as PrefData has
+    them; without the beginning of the prompt where they are more than block_size."""
+    before = len(tokenizer.chat_ids(messages)[0]) if messages else 0
+    tokens, mask = map(np.array, tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}]))
+    mask[:before] = 0  # what the assistant said before
+    end = int(mask.nonzero()[0][-1]) + 1  # ChatML has a newline after the end of a turn
+    return tokens[:end][-block_size:], mask[:end][-block_size:].astype(bool)
 
 
-def pad_texts(texts, fill):
-    """Lists of ids -> idx, int64 (B, T), padded on the right with fill, and which are real, bool (B, T).
+def pad_texts(texts, block_size):
+    """[(ids, which of them count)] -> idx, int64 (B, T), padded with zeros on the right, which are real, and which
+    count, bool (B, T) both.
 
-    T is that of the longest or a little more, a multiple of 32.
+    T is that of the longest or a little more, a multiple of 32 where block_size allows.
     """
-    lengths = np.array([len(text) for text in texts])
-    real = np.arange(-(-lengths.max() // 32) * 32) < lengths[:, None]
-    idx = np.full(real.shape, fill)
-    idx[real] = np.concatenate([np.asarray(text, np.int64) for text in texts])
-    return idx, real
+    lengths = np.array([len(ids) for ids, _ in texts])
+    real = np.arange(_width(int(lengths.max()), block_size)) < lengths[:, None]
+    idx, counts = np.zeros(real.shape, np.int64), np.zeros(real.shape, bool)
+    idx[real], counts[real] = (np.concatenate(parts) for parts in zip(*texts, strict=True))
+    return idx, real, counts
 
 
 def best_fit(lengths, size):

@@ -152,21 +152,21 @@ def log1mexp(x):
 # ----------------------------------------------------------------------------------------------------------------------
 # log-probabilities
 
-def logps_of(model, run, texts, fill):
+def logps_of(model, run, texts, block_size):
     """Log-probabilities of the tokens that count, summed over each of a batch of (ids, counts): (B,) on the device."""
-    idx, real = pad_texts([ids[:-1] for ids, _ in texts], fill)
+    idx, _, counts = pad_texts(texts, block_size)
     targets = np.full(idx.shape, -100)
-    targets[real] = np.concatenate([np.where(counts[1:], ids[1:], -100) for ids, counts in texts])
+    targets[:, :-1][counts[:, 1:]] = idx[:, 1:][counts[:, 1:]]
     with run.autocast(idx.shape[1]):
         return -model(*run.to_device(idx, targets), reduction='none').sum(1)
 
 
 @torch.no_grad()
-def logps(net, run, texts, fill):
+def logps(net, run, texts, block_size):
     """Of many (ids, counts), shared by the processes: float64 array (n,)."""
     net.eval()
     found = run.spread([len(ids) for ids, _ in texts], lambda part: logps_of(
-        net, run, [texts[i] for i in part], fill).double().cpu().numpy()[:, None])
+        net, run, [texts[i] for i in part], block_size).double().cpu().numpy()[:, None])
     net.train()
     return found[:, 0]
 
@@ -189,7 +189,12 @@ def pair_metrics(policy, reference, n_tokens):
 def answers_of(model, data, chosen, run, temperature):
     """An answer to the prompt of each of these pairs -> lists of ids."""
     options = dict(temperature=temperature, stop_ids=data.tokenizer.turn_ids, vocab_limit=data.tokenizer.n_vocab)
-    return [ids for ids, in run.answers(model, [data.prompt(i) for i in chosen], max_new_tokens, **options)]
+    return [ids for ids, in run.answers(model, [prompt_of(data, i, model) for i in chosen], max_new_tokens, **options)]
+
+
+def prompt_of(data, pair, model):
+    """The end of a pair's prompt that leaves room for an answer."""
+    return data.prompt(pair)[-(model.config.block_size - max_new_tokens):]
 
 
 def grade_answers(data, chosen, answers, judged):
@@ -213,10 +218,10 @@ def load_judge(path, run):
         texts = [answered(tokenizer, messages, answer, length) for messages, answer in pairs]
 
         def work(part):
-            idx, real = pad_texts([texts[i] for i in part], tokenizer.eot)
-            with run.autocast(idx.shape[1]):
-                return judge_model.rewards(*run.to_device(idx, real)).double().cpu().numpy()[:, None]
-        return run.spread([len(text) for text in texts], work)[:, 0]
+            arrays = pad_texts([texts[i] for i in part], length)
+            with run.autocast(arrays[0].shape[1]):
+                return judge_model.rewards(*run.to_device(*arrays)).double().cpu().numpy()[:, None]
+        return run.spread([len(ids) for ids, _ in texts], work)[:, 0]
     return judge_of
 
 
@@ -228,33 +233,34 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     """
     chosen = data.fixed(eval_rows)
     pairs = data.texts(chosen)
-    texts = [(data.tokens(text), data.counted(text)) for text in pairs]
-    fill, n_tokens = data.tokenizer.eot, data.targets_in[pairs].reshape(2, -1).astype(float)
-    policy = logps(net, run, texts, fill).reshape(2, -1)
+    texts = [data.example(text) for text in pairs]
+    n_tokens, block_size = data.targets_in[pairs].reshape(2, -1).astype(float), model.config.block_size
+    policy = logps(net, run, texts, block_size).reshape(2, -1)
     sampled = answers_of(model, data, chosen, run, 1.0)
     own = []
     for i, ids in zip(chosen, sampled, strict=True):
-        prompt = data.prompt(i)[-(model.config.block_size + 1 - len(ids)):]
+        prompt = prompt_of(data, i, model)
         own.append((np.array(prompt + ids), np.repeat([False, True], [len(prompt), len(ids)])))
-    moved = logps(net, run, own, fill)
+    moved = logps(net, run, own, block_size)
     with run.switched(model, reference):
         if not ref_logps:
-            ref_logps.append(logps(net, run, texts, fill).reshape(2, -1))
-        moved = moved - logps(net, run, own, fill)
+            ref_logps.append(logps(net, run, texts, block_size).reshape(2, -1))
+        moved = moved - logps(net, run, own, block_size)
     greedy = answers_of(model, data, chosen, run, 0)
     judged = None
     if judge_of is not None:
-        prompts = [data.rows_kept[i]['messages'][:-1] for i in chosen]
+        prompts = [data.rows_kept[i]['prompt'] for i in chosen]
         judged = judge_of(list(zip(prompts, map(data.text, greedy), strict=True)))
     rows, texts, marks = grade_answers(data, chosen, greedy, judged)
     means, ranges = summarise(marks)
-    low, high = interval(moved.tolist())
+    half = 1.96 * moved.std() / math.sqrt(max(1, len(moved) - 1))
+    low, high = moved.mean() - half, moved.mean() + half
     metrics = pair_metrics(policy, ref_logps[0], n_tokens) | {
-        'kl': float(moved.mean()), 'kl_low': low, 'kl_high': high,
+        'kl': float(moved.mean()), 'kl_low': float(low), 'kl_high': float(high),
         'response_len': float(np.mean([len(ids) for ids in greedy]))}
     if 'gold' in means:
-        metrics['reward/gold_sampled'] = float(np.mean([quality(data.rows_kept[i], data.text(ids))['gold']
-                                                        for i, ids in zip(chosen, sampled, strict=True)]))
+        metrics['reward/gold_sampled'] = float(np.mean([quality(row, data.text(ids))['gold'] for row, ids in
+                                                        zip(rows, sampled, strict=True) if 'answer' in row]))
     for name, mean in means.items():
         key = f'reward/{name}' if name in ('gold', 'judge', 'judge_share') else f'val/{name}'
         metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
@@ -298,15 +304,19 @@ def main():
     if max_new_tokens < 1:
         raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
     run = runtime.Run(config)
-    began = start(run, base, given)
+    began = start(run, 'dpo', base, given)
     model, tokenizer, origin = began.model, began.tokenizer, began.origin
     length = began.row_length(max_length)
+    if max_new_tokens >= model.config.block_size:
+        raise UserError(f'max_new_tokens={max_new_tokens} leaves no room for a prompt in block_size='
+                        f'{model.config.block_size}: lower it')
     judge_of = load_judge(judge, run) if judge else None
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
-        net, data = run.wrap(model), rows_of(eval_split, tokenizer, length, run)
-        _, words, samples = measure_policy(model, net, {}, [], data, run, judge_of)
+        before, net, data = began.before(), run.wrap(model), rows_of(eval_split, tokenizer, length, run)
+        before = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before}
+        _, words, samples = measure_policy(model, net, before, [], data, run, judge_of)
         run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {words}')
         return run.say('\n'.join(samples))
     train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
@@ -323,14 +333,11 @@ def main():
         step, pairs_seen, clock = began.own['iter'], began.own['pairs'], runtime.Clock(began.own['seconds'])
         for name, tensor in reference.items():
             tensor.copy_(run.like(tensor, began.own['reference'][name]))
-        if len(began.own['ref_logps']) == len(known):
+        if began.own['ref_texts'] == train_data.fingerprint():
             known = began.own['ref_logps']
         began.own = None
     pairs_per_step, tokens_read, sums = gradient_accumulation_steps * batch_size, 0, 0.0
     flops = model.flops_per_token(length)
-
-    def texts_of(numbers):
-        return [(train_data.tokens(text), train_data.counted(text)) for text in numbers]
 
     def measure():
         metrics, words, samples = measure_policy(model, net, reference, val_reference, val_data, run, judge_of)
@@ -352,7 +359,7 @@ def main():
     due = due[torch.isnan(known[due]).numpy()]
     if len(due) and loss_type not in FREE:
         with run.switched(model, reference):
-            known[due] = torch.from_numpy(logps(net, run, texts_of(due), tokenizer.eot))
+            known[due] = torch.from_numpy(logps(net, run, [train_data.example(text) for text in due], length))
         run.say(f'log-probabilities of {len(due):,} answers under the reference, {clock.read():.1f} s')
     clock.pause()
 
@@ -365,22 +372,23 @@ def main():
 
     def save(val_loss=math.inf):
         run.checkpoint(began.state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()}, optimizers,
-                       val_loss, {'reference': reference, 'ref_logps': known})
+                       val_loss, {'reference': reference, 'ref_logps': known,
+                                  'ref_texts': train_data.fingerprint()})
 
     def micro_loss(number):
         """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""
         nonlocal tokens_read, sums
         first = pairs_seen + number * batch_size
         texts = train_data.texts(train_data.rows(first, batch_size))
-        arrays = texts_of(texts)
+        arrays = [train_data.example(text) for text in texts]
         tokens_read += sum(len(ids) for ids, _ in arrays)
         run.seed(first)
-        chosen, rejected = logps_of(net, run, arrays, tokenizer.eot).chunk(2)
+        chosen, rejected = logps_of(net, run, arrays, length).chunk(2)
         n_chosen, n_rejected = run.to_device(train_data.targets_in[texts].astype(np.float32))[0].chunk(2)
         ref_chosen, ref_rejected = run.to_device(known[texts].float().numpy())[0].chunk(2)
         losses, up, down = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type,
                                            beta, label_smoothing, length_normalise, gamma)
-        told = torch.stack(((up > down).float().mean(), (up - down).mean(), chosen.mean(), rejected.mean()))
+        told = torch.stack(((torch.sign(up - down).mean() + 1) / 2, (up - down).mean(), chosen.mean(), rejected.mean()))
         sums = sums + told.detach() / run.micro_steps
         return (losses - sft_coef * chosen / n_chosen).mean()
 

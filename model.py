@@ -76,6 +76,7 @@ class GPTConfig:
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
     score_head: str = ''  # a reward model: a number per text read at its 'last' token or the 'mean', and no other head
+    score_likelihood: bool = False  # the score also counts the answer's log-probability, by the other head, which stays
     n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
     lora_rank: int = 0  # rank of the updates that LoRA learns beside the blocks' frozen matrices; 0 = none
     lora_alpha: float = 16.0  # the updates are multiplied by lora_alpha / lora_rank
@@ -123,6 +124,8 @@ class GPTConfig:
             raise ValueError(f'window_pattern={self.window_pattern!r} must be made of the letters L and G')
         if self.score_head and self.n_encoder_layer:
             raise ValueError(f'score_head={self.score_head!r} needs a decoder or an encoder alone: n_encoder_layer=0')
+        if self.score_likelihood and not (self.score_head and self.causal):
+            raise ValueError('score_likelihood=True needs a score_head and causal=True')
         if (self.window or self.n_encoder_layer) and not self.causal:
             name = 'window' if self.window else 'n_encoder_layer'
             raise ValueError(f'{name}={getattr(self, name)} needs causal=True')
@@ -730,6 +733,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dh, dw
 
 
+def real_first(idx, mask, *others):
+    """Moves the real tokens of each row to its front, in their order: ids and bool (B, T), None = all are real.
+
+    Positions then count real tokens alone, and causality hides the padding. others (B, T) move alike.
+    """
+    if mask is None:
+        return idx, torch.ones_like(idx, dtype=torch.bool), *others
+    order = mask.logical_not().int().argsort(dim=1, stable=True)
+    return tuple(x.gather(1, order) for x in (idx, mask, *others))
+
+
+def pooled(x, mask, how):
+    """Hidden states (B, T, C) -> (B, C): the 'mean' over those that mask (B, T) has, or the 'last' of them."""
+    if how not in ('mean', 'last'):
+        raise ValueError(f"how={how!r} is not one of 'mean', 'last'")
+    if how == 'last':
+        last = (mask * torch.arange(x.shape[1], device=x.device)).argmax(1)
+        return x[torch.arange(len(x), device=x.device), last]
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # optimizers
 
@@ -1010,11 +1034,12 @@ class GPT(nn.Module):
             self.encoder_norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
-        self.head = self.score = None
+        self.head = self.score = self.score_gain = None
         if config.score_head:
             self.score = nn.Linear(config.n_embd, 1)
+            self.score_gain = nn.Parameter(torch.empty(1)) if config.score_likelihood else None
             self.register_buffer('score_scale', torch.tensor([1.0, 0.0]))  # gain and bias of `rewards`
-        else:
+        if not config.score_head or config.score_likelihood:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False, dtype=dtype)
         if self.head is not None and config.tie_weights:
             self.head.weight = self.tok_emb.weight
@@ -1050,6 +1075,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name == 'score.weight':
                 p.normal_(0.0, (config.n_embd + 1) ** -0.5)  # its bias is zero: arXiv:1909.08593's
+            elif name == 'score_gain':
+                p.fill_(0.1)  # DPO's usual beta
             elif name.endswith('lora_a'):
                 p.uniform_(-p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)  # as PEFT draws it
             elif is_small(name) and name.endswith('.down'):
@@ -1143,26 +1170,35 @@ class GPT(nn.Module):
         how: 'mean' over the real tokens, or 'last', the last real one's. What an encoder (causal=False) is asked for;
         a decoder's last token knows all others too. Padding may stand anywhere: it changes nothing.
         """
-        if how not in ('mean', 'last'):
-            raise ValueError(f"how={how!r} is not one of 'mean', 'last'")
         if self.encoder is not None:
             raise ValueError(f'n_encoder_layer={len(self.encoder)}: of an encoder-decoder take the mean over `encode`')
-        if mask is None:
-            mask, seen = torch.ones_like(idx, dtype=torch.bool), None
-        else:  # real tokens come first: positions count them alone, and causality hides the padding
-            order = mask.logical_not().int().argsort(dim=1, stable=True)
-            idx, mask = idx.gather(1, order), mask.gather(1, order)
-            seen = None if self.config.causal else mask[:, None, None]
-        x = self.hidden(idx, mask=seen)
-        if how == 'last':
-            return x[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
-        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        idx, mask = real_first(idx, mask)
+        return pooled(self.hidden(idx, mask=None if self.config.causal else mask[:, None, None]), mask, how)
 
-    def rewards(self, idx, real=None):
-        """Scores (B,) as `forward` gives them, times the gain and plus the bias of `score_scale`: what makes those of
+    def scores(self, idx, real=None, answer=None):
+        """What a reward model makes of texts: ids (B, T), bool (B, T) True where a token is real, None = all are, and
+        bool (B, T) True on the tokens of the answer, None = all -> (B,) float32. Padding may stand anywhere.
+
+        A linear function of one vector per text, see `pool`. With score_likelihood plus the answer's log-probability
+        times a gain that is learnt: what DPO takes for a reward (arXiv:2305.18290), its reference being part of the
+        rest. A small model knows by its likelihood that a number is wrong long before a score has learnt it.
+        """
+        idx, real, answer = real_first(idx, real, answer if answer is not None else torch.ones_like(idx).bool())
+        x = self.hidden(idx, mask=None if self.config.causal else real[:, None, None])
+        with torch.autocast(idx.device.type, enabled=False):  # differences of scores want all digits
+            vector = pooled(x, real, self.config.score_head).float()
+            scores = F.linear(vector, self.score.weight.float(), self.score.bias.float())[:, 0]
+        if self.score_gain is None:
+            return scores
+        targets = idx.roll(-1, 1).masked_fill(~(answer & real).roll(-1, 1), -100)
+        targets[:, -1] = -100
+        return scores - self.score_gain.float() * self.cross_entropy(x, targets, 'none').sum(1)
+
+    def rewards(self, idx, real=None, answer=None):
+        """Scores (B,) as `scores` gives them, times the gain and plus the bias of `score_scale`: what makes those of
         held-out answers have mean 0 and variance 1, once these have been measured (arXiv:1909.08593)."""
         gain, bias = self.score_scale
-        return gain * self(idx, real=real) + bias
+        return gain * self(idx, real=real, answer=answer) + bias
 
     def logits(self, hidden):
         """Hidden states (…, C) -> float32 logits (…, V)."""
@@ -1172,9 +1208,8 @@ class GPT(nn.Module):
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
     def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None,
-                segments=None, real=None):
-        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats. With a score_head: ids, and
-        real (B, T), True where a token is no padding -> scores (B,), float32.
+                segments=None, real=None, answer=None):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats. With a score_head: `scores`.
 
         Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', or 'none' for (B, T).
         source (B, S), source_mask (B, S): see `encode`. segments (B, T) of integers: a token sees those of its own
@@ -1184,9 +1219,7 @@ class GPT(nn.Module):
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
         if self.score is not None:
-            pooled = self.pool(idx, real, self.config.score_head)
-            with torch.autocast(idx.device.type, enabled=False):  # differences of scores want all digits
-                return F.linear(pooled.float(), self.score.weight.float(), self.score.bias.float())[:, 0]
+            return self.scores(idx, real, answer)
         if segments is not None:
             if source is not None:
                 raise ValueError('segments of a row cannot share a source: give each text a row')
@@ -1260,13 +1293,14 @@ class GPT(nn.Module):
             raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
         model, args = cls(GPTConfig(**state['model_args'] | overrides)), state['model_args']
         own, given = model.state_dict(), state['model']
-        if model.score is not None:
+        if model.head is None:
             given = {name: tensor for name, tensor in given.items() if name != 'head.weight'}
         for name, module in model.named_modules():
             if isinstance(module, LoRALinear) and module.quant:
                 own[f'{name}.weight'] = torch.empty(module.out_features, module.in_features, device='meta')
         for name in [*own, *given]:
-            field = 'lora_rank' if '.lora_' in name else 'score_head' if name.startswith('score') else 'adapter_dim'
+            field = ('lora_rank' if '.lora_' in name else 'score_likelihood' if name == 'score_gain' else
+                     'score_head' if name.startswith('score') else 'adapter_dim')
             fresh = is_small(name) and not args.get(field)
             if name not in own or name not in given and not fresh:
                 raise ValueError(f'tensor {name} is {"missing" if name in own else "not part of this model"}')

@@ -152,20 +152,19 @@ def spread_of(scores):
 # ----------------------------------------------------------------------------------------------------------------------
 # scoring and measuring
 
-def scores_of(model, run, texts, fill):
-    """The model's scores of a batch of lists of ids: (B,) float32 on the device."""
-    idx, real = pad_texts(texts, fill)
+def scores_of(model, run, texts, block_size):
+    """The model's scores of a batch of (ids, which are the answer's): (B,) float32 on the device."""
+    idx, real, answer = run.to_device(*pad_texts(texts, block_size))
     with run.autocast(idx.shape[1]):
-        idx, real = run.to_device(idx, real)
-        return model(idx, real=real)
+        return model(idx, real=real, answer=answer)
 
 
 @torch.no_grad()
-def score_all(net, run, texts, fill):
-    """Raw scores of lists of ids, shared by the processes: float64 array (n,)."""
+def score_all(net, run, texts, block_size):
+    """Raw scores of many such texts, shared by the processes: float64 array (n,)."""
     net.eval()
-    scores = run.spread([len(text) for text in texts], lambda part: scores_of(
-        net, run, [texts[i] for i in part], fill).double().cpu().numpy()[:, None])
+    scores = run.spread([len(ids) for ids, _ in texts], lambda part: scores_of(
+        net, run, [texts[i] for i in part], block_size).double().cpu().numpy()[:, None])
     net.train()
     return scores[:, 0]
 
@@ -173,7 +172,7 @@ def score_all(net, run, texts, fill):
 def measure_pairs(net, run, data, chosen_rows):
     """Scores of the pairs of these numbers, and what they are worth -> (chosen (n,), rejected (n,), rows, metrics)."""
     texts = data.texts(chosen_rows)
-    scores = score_all(net, run, [data.tokens(text) for text in texts], data.tokenizer.eot)
+    scores = score_all(net, run, [data.example(text) for text in texts], data.block_size)
     chosen, rejected = scores.reshape(2, -1)
     rows = [data.rows_kept[i] for i in chosen_rows]
     grades = torch.tensor([float(row.get('margin', 0)) for row in rows], dtype=torch.float64)
@@ -227,10 +226,10 @@ def checks(reward, rows, tokenizer):
     reward(list of (messages, answer)) gives normalised scores (n,); rows: those of `load_prefs`. What a check compares
     with is the truly better answer of each pair, `flipped` or not.
     """
-    prompts = [row['prompt'] + row['chosen'][:-1] for row in rows]
-    better, worse = ([row['chosen' if bool(row.get('flipped')) == other else 'rejected'][-1]['content'] for row in rows]
-                     for other in (False, True))
-    gold, bad = (reward(list(zip(prompts, answers, strict=True))) for answers in (better, worse))
+    pairs = [[(row['prompt'] + row[key][:-1], row[key][-1]['content'])
+              for key in ('chosen', 'rejected')[::-1 if row.get('flipped') else 1]] for row in rows]
+    gold, bad = (reward([pair[k] for pair in pairs]) for k in (0, 1))
+    prompts, better = zip(*(pair[0] for pair in pairs), strict=True)
     found, draw = [], random.Random(0)
 
     def beats(name, answers, least, which=None):
@@ -287,7 +286,7 @@ def run_checks(net, model, data, tokenizer, length, run):
 
     def reward(pairs):
         texts = [answered(tokenizer, messages, answer, length) for messages, answer in pairs]
-        return gain * score_all(net, run, texts, tokenizer.eot) + bias
+        return gain * score_all(net, run, texts, length) + bias
     found = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
     for name, ok, figures in found:
         run.say(f'{"  --" if ok is None else "pass" if ok else "WARN"}  {name:<27} {figures}')
@@ -316,7 +315,7 @@ def main():
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
     run = runtime.Run(config)
-    began = start(run, base, given, (*CHANGEABLE, 'causal', 'score_head'), scores=True)
+    began = start(run, 'reward', base, given, (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood'), scores=True)
     model, tokenizer, origin = began.model, began.tokenizer, began.origin
     length = began.row_length(max_length)
     if (eval_only or check) and began.fresh_head:
@@ -382,11 +381,11 @@ def main():
         nonlocal tokens_read, hits
         first = pairs_seen + number * batch_size
         pairs = train_data.rows(first, batch_size)
-        texts = [train_data.tokens(text) for text in train_data.texts(pairs)]
-        tokens_read += sum(map(len, texts))
+        texts = [train_data.example(text) for text in train_data.texts(pairs)]
+        tokens_read += sum(len(ids) for ids, _ in texts)
         run.seed(first)
-        chosen, rejected = scores_of(net, run, texts, tokenizer.eot).chunk(2)
-        hits = hits + (chosen > rejected).float().mean().detach() / run.micro_steps
+        chosen, rejected = scores_of(net, run, texts, length).chunk(2)
+        hits = hits + (torch.sign(chosen - rejected).mean().detach() + 1) / 2 / run.micro_steps
         of_rows = run.to_device(grades[pairs])[0]
         return pair_loss(chosen, rejected, of_rows, loss_type, margin, center_coef).mean()
 
@@ -420,7 +419,7 @@ def main():
 
     if stop and looked != step:
         clock.pause()
-        save()
+        look(*measure())  # the gain and the bias belong to the weights
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
     run.say(f'done: best validation loss {run.best:.4f}; check it: python reward.py --init_from={out_dir} '
             f'--dataset={dataset} --check=True')

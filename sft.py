@@ -187,7 +187,7 @@ def main():
     if max_new_tokens < 1:
         raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
     run = runtime.Run(config)
-    began = start(run, base, given)
+    began = start(run, 'sft', base, given)
     model, tokenizer, origin = began.model, began.tokenizer, began.origin
     length = began.row_length(max_length)
     if Path(dataset).suffix not in ('.json', '.jsonl'):

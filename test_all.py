@@ -5767,14 +5767,15 @@ def test_shapes_of_preferences_are_one(tmp_path):
     rows = [{'prompt': asked('Hi'), 'chosen': said('Yo'), 'rejected': said('No')},
             {'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'No', 'score': 7},
             {'instruction': 'Hi', 'input': '', 'output': 'Yes', 'chosen': 'Yo', 'rejected': 'No'},
-            {'chosen': asked('Hi') + said('Yo'), 'rejected': asked('Hi') + said('No')}]
+            {'chosen': asked('Hi') + said('Yo'), 'rejected': asked('Hi') + said('No')},
+            {'prompt': 'Hi', 'chosen': asked('Hi') + said('Yo'), 'rejected': asked('Hi') + said('No')}]
     found, skipped = dataset.read_prefs(lines(tmp_path / 'mine.jsonl', rows))
     assert not skipped and all({k: v for k, v in row.items() if k != 'where'} == rows[0] for row in found)
     more = {'answer': '4', 'steps': 2, 'kind': 'sum', 'defect': 'rude', 'flipped': True, 'margin': 0.5}
     row, = dataset.read_prefs(lines(tmp_path / 'more.jsonl', [rows[0] | more]))[0]
     assert row.items() >= more.items()
     (tmp_path / 'mine.json').write_text(json.dumps(rows))
-    assert [row['prompt'] for row in dataset.read_prefs(tmp_path / 'mine.json')[0]] == [asked('Hi')] * 4
+    assert [row['prompt'] for row in dataset.read_prefs(tmp_path / 'mine.json')[0]] == [asked('Hi')] * 5
 
 
 @pytest.mark.parametrize(('row', 'words'), [
@@ -5787,7 +5788,10 @@ def test_shapes_of_preferences_are_one(tmp_path):
     ({'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
     ({'prompt': [], 'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'flipped': 1}, '"flipped" is 1, which it cannot be'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': True}, '"margin" is True'), (7, 'not a JSON object')])
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': True}, '"margin" is True'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': 10 ** 400}, '"margin" is 1000'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': math.nan}, '"margin" is nan'),
+    (7, 'not a JSON object')])
 def test_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_path):
     path = lines(tmp_path / 'p.jsonl', [{'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b'}, row])
     with pytest.raises(UserError, match=f'p.jsonl, line 2: .*{re.escape(words)}'):
@@ -5804,6 +5808,8 @@ def test_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
     lines(tmp_path / 'prefs' / 'prefs_train.jsonl', [pair])
     assert [len(dataset.load_prefs(tmp_path / name, 'train')[0]) for name in ('alone', 'both', 'prefs')] == [1, 2, 1]
     assert 'messages' in dataset.load_chats(tmp_path / 'both', 'train')[0][0]
+    with pytest.raises(UserError, match='prefs holds preferences, which reward.py and dpo.py learn from, not chats'):
+        dataset.load_chats(tmp_path / 'prefs', 'train')
     with pytest.raises(UserError, match='no prefs_val.jsonl, only train'):
         dataset.load_prefs(tmp_path / 'both', 'val')
     with pytest.raises(UserError, match='train.jsonl, line 1: it has no "chosen"'):
@@ -5821,13 +5827,14 @@ def test_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
             {'prompt': asked('q'), 'chosen': said('yes'), 'rejected': said('no'), 'where': 'w'}]
     data = dataset.PrefData(rows, tokenizer, 80)
     assert (data.n_rows, data.dropped) == (2, {'too_long': 1, 'truncated': 1})
-    chosen, rejected, *_ = (tokenizer.decode(data.tokens(i).tolist()) for i in range(4))
+    chosen, rejected, *_ = (tokenizer.decode(data.example(i)[0].tolist()) for i in range(4))
     assert rejected.endswith('xEND<|im_end|>\n<|im_start|>assistant\n' + 'b' * 30 + '<|im_end|>')
-    assert len(data.tokens(1)) == 80 and chosen.split('END')[0] == rejected.split('END')[0]  # cut alike
+    assert len(data.example(1)[0]) == 80 and chosen.split('END')[0] == rejected.split('END')[0]  # cut alike
     for i in range(4):
-        counted = tokenizer.decode(data.tokens(i)[data.counted(i)].tolist())
-        assert counted == ['a' * 20, 'b' * 30, 'yes', 'no'][i] + '<|im_end|>'
-    assert data.texts([1, 0]).tolist() == [2, 0, 3, 1] and data.left_out(['bad']).startswith('2 rows; of the others 1')
+        ids_, counted = data.example(i)
+        assert tokenizer.decode(ids_[counted].tolist()) == ['a' * 20, 'b' * 30, 'yes', 'no'][i] + '<|im_end|>'
+    assert data.texts([1, 0]).tolist() == [2, 0, 3, 1] and data.left_out(['bad']) == (
+        '2 rows; left out: 1 malformed, 1 too long; truncated: 1; the first malformed one: bad')
 
 
 def test_every_epoch_has_every_pair_once():
@@ -5960,7 +5967,8 @@ def test_calibration_by_hand():
     assert reward.calibration(np.zeros(4))[1] == 0 and reward.calibration(np.array([40.0]))[1] == pytest.approx(0)
 
 
-SCORERS = [dict(score_head='last'), dict(score_head='mean', pos='rope'), dict(score_head='last', pos='rope', window=5),
+SCORERS = [dict(score_head='last'), dict(score_head='last', score_likelihood=True, pos='rope'),
+           dict(score_head='mean', pos='rope'), dict(score_head='last', pos='rope', window=5),
            dict(score_head='mean', causal=False), dict(score_head='last', causal=False, pos='rope', n_kv_head=2)]
 
 
@@ -6060,6 +6068,7 @@ def rate(run_stage, base_run, pref_data):
 
 
 @pytest.mark.parametrize('flags', [[], ['--causal=False', '--score_head=mean'], ['--loss_type=margin'],
+                                   ['--score_likelihood=True'],
                                    ['--loss_type=bt_margin', '--center_coef=0.01', '--init_from=scratch',
                                     '--n_layer=1']])
 def test_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
@@ -6074,9 +6083,9 @@ def test_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
     # normalised scores of the held-out answers have mean 0 and variance 1
     model, tokenizer = convert.load_model('run', scores=True)
     data = dataset.PrefData(preferences(60, 1), tokenizer, 192)
-    idx, real = map(torch.from_numpy, dataset.pad_texts([data.tokens(i) for i in range(120)], 0))
+    idx, real, answer = map(torch.from_numpy, dataset.pad_texts([data.example(i) for i in range(120)], 192))
     with torch.no_grad():
-        rewards = model.eval().rewards(idx, real)
+        rewards = model.eval().rewards(idx, real, answer)
     assert rewards.mean().item() == pytest.approx(0, abs=1e-3) and rewards.std().item() == pytest.approx(1, abs=0.01)
 
 
@@ -6138,9 +6147,10 @@ def test_the_reward_of_two_processes_is_that_of_one(rate, base_run, pref_data, t
 
 
 @pytest.mark.parametrize(('words', 'args'), [
-    (["loss_type='hinge'", 'bt_margin'], ['--loss_type=hinge']), (['n_layer'], ['--n_layer=3']),
+    (["loss_type='hinge'", 'bt_margin'], ['--loss_type=hinge']), (['n_head'], ['--n_head=4']),
     (['max_length=500', 'block_size=192'], ['--max_length=500']), (["score_head='first'"], ['--score_head=first']),
     (['is no reward model'], ['--check=True']), (['is no reward model'], ['--eval_only=True']),
+    (["score_head=''"], ['--score_head=']), (['all must learn'], ['--init_from=scratch', '--lora_rank=2']),
     (['eval_split'], ['--eval_split=dev']), (['vocab_size=9'], ['--init_from=scratch', '--vocab_size=9']),
     (['batch_size=0'], ['--batch_size=0']), (['window'], ['--causal=False', '--window=4'])])
 def test_mistakes_with_reward_models_get_one_line(rate, base_run, words, args):
@@ -6220,8 +6230,8 @@ def test_log_probabilities_of_answers_are_those_of_the_model(base_run, pref_data
     rows, _ = dataset.load_prefs(pref_data, 'val')
     data, run = dataset.PrefData(rows, tokenizer, 192), runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32',
                                                                      'out_dir': 'none'})
-    texts = [(data.tokens(i), data.counted(i)) for i in range(10)]
-    found = dpo.logps(model, run, texts, 0)
+    texts = [data.example(i) for i in range(10)]
+    found = dpo.logps(model, run, texts, 192)
     for (tokens, counted), value in zip(texts, found, strict=True):
         with torch.no_grad():
             logprobs = model(torch.from_numpy(tokens)[None].long())[0].double().log_softmax(-1)
@@ -6257,7 +6267,7 @@ def test_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run,
     run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
     data = dataset.PrefData(dataset.load_prefs(pref_data, 'train')[0], tokenizer, 192)
     texts = asked.nonzero()[:, 0].tolist()
-    due = dpo.logps(model, run, [(data.tokens(i), data.counted(i)) for i in texts], 0)
+    due = dpo.logps(model, run, [data.example(i) for i in texts], 192)
     assert known[asked].numpy() == pytest.approx(due, rel=1e-5)
     assert all('lora' in name for name in state['reference'])
     assert sum(t.numel() for t in state['reference'].values()) < 9000
@@ -6304,11 +6314,99 @@ def test_a_judge_scores_the_answers(rate, prefer):
     (['label_smoothing=0.1', 'ipo'], ['--label_smoothing=0.1', '--loss_type=ipo']),
     (['scratch'], ['--init_from=scratch']), (['label_smoothing'], ['--label_smoothing=0.6']),
     (['out/none', 'no such run'], ['--judge=out/none']),
+    (['smollm2 is no reward model'], ['--judge=smollm2']),
+    (['max_new_tokens=192', 'room'], ['--max_new_tokens=192']),
     (['max_new_tokens=0'], ['--max_new_tokens=0']), (['no such dataset'], ['--dataset=nowhere'])])
 def test_mistakes_with_preferences_get_one_line(prefer, words, args):
     status, out, err = prefer('--out_dir=run', *args)
     assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
     assert all(word in err for word in words), err
+
+
+def test_the_reference_of_other_texts_is_asked_anew(prefer, base_run, tmp_path):
+    assert prefer('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
+    dataset.write_rows(tmp_path / 'other', {f'prefs_{split}': preferences(n, seed) for seed, (split, n) in enumerate(
+        {'train': 300, 'val': 60}.items(), 5)}, 'pairs')
+    assert prefer('--out_dir=run', '--init_from=resume', f'--dataset={tmp_path}/other')[0] == 0
+    known = torch.load('run/ckpt.pt', weights_only=True)['ref_logps']
+    model, tokenizer = convert.load_model(base_run)
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    data = dataset.PrefData(dataset.load_prefs(tmp_path / 'other', 'train')[0], tokenizer, 192)
+    texts = (~torch.isnan(known)).nonzero()[:, 0].tolist()
+    assert known[texts].numpy() == pytest.approx(
+        dpo.logps(model, run, [data.example(i) for i in texts], 192), rel=1e-5)
+
+
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2'], ['--adapter_dim=4']])
+def test_a_policy_is_measured_against_the_model_it_began_with(prefer, flags):
+    assert prefer('--out_dir=run', *flags)[0] == 0
+    last = rows_of('run')[-1]
+    status, out, err = prefer('--init_from=run/ckpt.pt', '--eval_only=True')
+    assert (status, err) == (0, '')
+    found = re.search(r'val loss ([0-9.]+), accuracy ([0-9.]+)%.* KL (-?[0-9.]+) ', out).groups()
+    assert [float(x) for x in found] == pytest.approx(
+        [last['val/loss'], 100 * last['val/accuracy'], last['kl']], abs=0.06)
+
+
+def test_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data, tmp_path):
+    rows = read_rows(pref_data, 'prefs_train')
+    for row in rows[::2]:
+        del row['answer']
+    lines(tmp_path / 'mixed.jsonl', rows)
+    for stage in (rate, prefer):
+        status, out, err = stage('--dataset=mixed.jsonl', '--block_size=170', '--max_iters=2', '--out_dir=run')
+        assert (status, err) == (0, ''), err
+
+
+def test_a_stage_goes_on_with_its_own_runs_only(rate, prefer, tune):
+    for name, stage in (('reward', rate), ('dpo', prefer), ('sft', tune)):
+        assert stage(f'--out_dir={name}', '--max_iters=1')[0] == 0
+    for name, stage in (('reward', prefer), ('dpo', rate), ('sft', prefer), ('dpo', tune)):
+        status, out, err = stage(f'--out_dir={name}', '--init_from=resume')
+        assert status == 2 and err.count('\n') == 1 and f'is of a run of {name}.py' in err, err
+
+
+def test_a_run_of_before_a_field_existed_goes_on(tune):
+    assert tune('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    del state['model_args']['score_head'], state['stage'], state['began_with']
+    runtime.save_checkpoint(Path('run/ckpt.pt'), state)
+    status, out, err = tune('--out_dir=run', '--init_from=resume')
+    assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 6
+
+
+def test_answers_of_several_turns_are_seen_in_their_own_context():
+    chosen = said('A') + asked('sure?') + said('Yes')
+    row = {'prompt': asked('Q'), 'chosen': chosen, 'rejected': said('B'), 'where': 'w'}
+    data, seen = dataset.PrefData([row], bytes_tokenizer(), 192), []
+    assert data.rows_kept[0]['messages'] == asked('Q') + said('A')
+    text = data.example(0)[0][data.example(0)[1]]
+    assert bytes_tokenizer().decode(text.tolist()) == 'A<|im_end|>Yes<|im_end|>'
+
+    def score(pairs):
+        seen.extend(pairs)
+        return np.zeros(len(pairs))
+    reward.checks(score, [row], bytes_tokenizer())
+    assert seen[:2] == [(asked('Q') + said('A') + asked('sure?'), 'Yes'), (asked('Q'), 'B')]
+
+
+def test_a_score_with_likelihood_adds_the_log_probability_of_the_answer():
+    plain, idx = tiny(tie_weights=False), ids(3, 12)
+    model = GPT.from_state(state_of(plain), score_head='last', score_likelihood=True).eval()
+    assert model.score_gain.item() == pytest.approx(0.1) and torch.equal(model.head.weight, plain.head.weight)
+    answer = torch.zeros(3, 12, dtype=torch.bool)
+    answer[0, 8:], answer[1, 3:9], answer[2, 1:] = True, True, True
+    real = torch.arange(12) < torch.tensor([12, 9, 12])[:, None]
+    with torch.no_grad():
+        logprobs = plain(idx).double().log_softmax(-1)
+        last = plain.hidden(idx)[torch.arange(3), torch.tensor([11, 8, 11])].double()
+        due = last @ model.score.weight[0].double() + 0.1 * torch.tensor([
+            sum(logprobs[b, t - 1, idx[b, t]].item() for t in range(12) if answer[b, t]) for b in range(3)])
+        torch.testing.assert_close(model(idx, real=real, answer=answer).double(), due, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match='needs a score_head and causal=True'):
+        GPTConfig(score_likelihood=True)
+    with pytest.raises(ValueError, match='scores texts: it cannot generate'):
+        model.generate([[1]], 3)
 
 
 @pytest.mark.parametrize('config', ['reward_tiny', 'reward_smollm2', 'dpo_tiny', 'dpo_smollm2'])
