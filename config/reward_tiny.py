@@ -3,17 +3,17 @@ out_dir = 'out/reward'
 init_from = 'out/sft'
 base = 'out/sft'
 dataset = 'wordproblems'
+score_likelihood = True
 
 batch_size = 16
-max_iters = 1500
+max_iters = 700
 optimizer = 'muon'
-muon_lr = 0.01
+muon_lr = 0.005
 learning_rate = 1e-3
-embed_lr = 3e-3
 beta2 = 0.99
 grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 20
 
-eval_interval = 250
+eval_interval = 350
 eval_rows = 0
