@@ -5,11 +5,12 @@ base = 'out/sft'
 dataset = 'wordproblems'
 
 batch_size = 16
-max_iters = 300
+max_iters = 150
 learning_rate = 1e-4
 beta = 0.1
+label_smoothing = 0.1
 lr_schedule = 'linear'
 
-eval_interval = 100
-eval_rows = 500
+eval_interval = 75
+eval_rows = 300
 max_new_tokens = 96

@@ -10,10 +10,10 @@ lora_alpha = 16.0
 
 batch_size = 4
 gradient_accumulation_steps = 2
-max_iters = 60
-learning_rate = 5e-4
+max_iters = 120
+learning_rate = 1e-3
 warmup_iters = 4
 
-eval_interval = 30
+eval_interval = 60
 eval_rows = 0
 log_interval = 5

@@ -6,7 +6,7 @@ dataset = 'wordproblems'
 score_likelihood = True
 
 batch_size = 16
-max_iters = 700
+max_iters = 500
 optimizer = 'muon'
 muon_lr = 0.005
 learning_rate = 1e-3
@@ -15,5 +15,5 @@ grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 20
 
-eval_interval = 350
+eval_interval = 250
 eval_rows = 0
