@@ -7,7 +7,7 @@ dataset = 'wordproblems'
 batch_size = 16
 max_iters = 150
 learning_rate = 1e-4
-beta = 0.1
+beta = 1.0
 label_smoothing = 0.1
 lr_schedule = 'linear'
 
