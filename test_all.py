@@ -4142,7 +4142,7 @@ def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch
 def test_small_configs_run_shortened(run_stage, text_data):
     """config/*.py name only knobs that exist, with values that go together."""
     for config in sorted((ROOT / 'config').glob('*.py')):
-        if not config.name.startswith(('gpt2', 'reverse', 'sft')):
+        if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo')):
             status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
                                        '--batch_size=2', '--eval_iters=1', '--block_size=64', '--sample_tokens=4',
                                        '--device=cpu')
@@ -6077,7 +6077,9 @@ def test_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
                             '--learning_rate=2e-3', *flags, base)
     assert (status, err) == (0, ''), err
     first, last = [row for row in rows_of('run') if 'val/loss' in row]
-    assert first['val/true_accuracy'] < 0.9 < 0.97 < last['val/true_accuracy'] and last['val/label_noise'] == 0.1
+    assert 0.97 < last['val/true_accuracy'] and last['val/label_noise'] == 0.1
+    if '--score_likelihood=True' not in flags:  # a random model's tells these two lengths of answers apart
+        assert first['val/true_accuracy'] < 0.9 and last['val/loss'] < first['val/loss']
     assert last['val/accuracy'] == pytest.approx(0.9, abs=0.04) and last['val/margin'] > 0 <= last['val/ece'] < 0.5
     assert 'one: ' in out and 'confidence' in out and 'rejected: mean' in Path('run/samples.txt').read_text()
     # normalised scores of the held-out answers have mean 0 and variance 1

@@ -566,8 +566,8 @@ def draw_rows(split, count, templates, draw_one=draw_row, stream=''):
             if question not in seen:
                 break
         else:
-            raise UserError(f'{count} different questions for {split} are not to be had: lower {split}_rows or '
-                            'pref_rows')
+            knob = 'pref_rows' if stream and split == 'train' else f'{split}_rows'
+            raise UserError(f'{knob}={count}: so many different questions are not to be had: lower it')
         seen.add(question)
         yield row
 
