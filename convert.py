@@ -847,8 +847,8 @@ class Start:
 
     origin: where the model is from, and step, how many it had there; own: of a run that goes on, what its checkpoint
     holds beside the model, else None; stage: the name of this one; base: 'init_from' and 'sha256' of the model that the
-    run began with; past: the same, and its stage, of the run that the model is from, or {}; fresh_head: whether it has
-    a score head that nobody has trained.
+    run began with; past: the same, and its stage, of the run that the model is from, or {}; fresh_head: whether
+    there is a part of its score that nobody has trained.
     """
     model: GPT
     tokenizer: Tokenizer
@@ -949,10 +949,11 @@ def start(run, stage, base, given, changeable=CHANGEABLE, scores=False):
         model = GPT(config) if fresh else GPT.from_state(state, **given)
     if config.vocab_size < tokenizer.n_vocab:
         raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
+    untrained = [name for name in ('score_head', 'score_likelihood') if getattr(config, name) and not args.get(name)]
     return Start(model.freeze(), tokenizer, f'new weights like {origin}' if fresh else str(origin),
                  0 if fresh else state['iter'], own, stage, source or base_of(origin, state),
                  {} if fresh else (state.get('began_with') or {}) | {'stage': its},
-                 fresh or scores and not args.get('score_head'))
+                 fresh or bool(untrained))
 
 
 class PeftModule:

@@ -868,13 +868,7 @@ class PrefData(ChatData):
         self.rows_kept, self.dropped = [], {'too_long': 0, 'truncated': 0}
         ids, counts = [], []
         for row in rows:
-            pair = []
-            for answer in (row['chosen'], row['rejected']):
-                prompt = len(tokenizer.chat_ids(row['prompt'])[0])
-                tokens, mask = map(np.array, tokenizer.chat_ids(row['prompt'] + answer))
-                mask[:prompt] = 0  # what the assistant said before
-                end = int(mask.nonzero()[0][-1]) + 1  # ChatML has a newline after the end of a turn
-                pair.append((tokens[:end].astype(np.int32), mask[:end].astype(bool)))
+            pair = [answered(tokenizer, row['prompt'], row[key]) for key in ('chosen', 'rejected')]
             cut = max(0, max(len(tokens) for tokens, _ in pair) - block_size)
             if any(cut >= mask.argmax() for _, mask in pair):
                 self.dropped['too_long'] += 1
@@ -899,23 +893,23 @@ class PrefData(ChatData):
         where = slice(self.ends[text], self.ends[text + 1])
         return self.ids[where], self.counts[where]
 
-    def prompt(self, row):
-        return self.tokenizer.chat_ids(self.rows_kept[row]['prompt'], generate=True)[0]
-
 
 def _width(longest, block_size):
     """The width of a batch: few shapes, since a CPU's kernels are made anew for each."""
     return min(-(-longest // 32) * 32, max(longest, block_size))
 
 
-def answered(tokenizer, messages, answer, block_size):
-    """A prompt and an answer to it, to the end of the turn -> ids, and which of them are the answer's, as PrefData has
-    them; without the beginning of the prompt where they are more than block_size."""
-    before = len(tokenizer.chat_ids(messages)[0]) if messages else 0
-    tokens, mask = map(np.array, tokenizer.chat_ids([*messages, {'role': 'assistant', 'content': answer}]))
-    mask[:before] = 0  # what the assistant said before
+def answered(tokenizer, prompt, answer, block_size=0):
+    """A prompt, messages, and an answer to it, messages or the assistant's text, to the end of its turn -> ids, int32
+    (n,), and which of them are the answer's, bool (n,); the last block_size of them, 0 = all."""
+    answer = [{'role': 'assistant', 'content': answer}] if isinstance(answer, str) else answer
+    before = len(tokenizer.chat_ids(prompt)[0]) if any(m['role'] == 'assistant' for m in prompt) else 0
+    tokens, mask = tokenizer.chat_ids([*prompt, *answer])
+    kept = slice(-block_size or None, None)
+    tokens, mask = np.array(tokens, np.int32), np.array(mask, bool)
+    mask[:before] = False  # what the assistant said before
     end = int(mask.nonzero()[0][-1]) + 1  # ChatML has a newline after the end of a turn
-    return tokens[:end][-block_size:], mask[:end][-block_size:].astype(bool)
+    return tokens[:end][kept], mask[:end][kept]
 
 
 def pad_texts(texts, block_size):

@@ -249,7 +249,7 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     greedy = answers_of(model, data, chosen, run, 0)
     judged = None
     if judge_of is not None:
-        prompts = [data.rows_kept[i]['prompt'] for i in chosen]
+        prompts = [data.rows_kept[i]['messages'][:-1] for i in chosen]
         judged = judge_of(list(zip(prompts, map(data.text, greedy), strict=True)))
     rows, texts, marks = grade_answers(data, chosen, greedy, judged)
     means, ranges = summarise(marks)
@@ -327,13 +327,14 @@ def main():
     reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     # of the training texts, under the reference; nan where it is not known yet
     known = torch.full((2 * train_data.n_rows,), math.nan, dtype=torch.float64)
+    ref_texts = train_data.fingerprint()
     step, pairs_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
     if resumed:
         run.restore(began.own, origin, optimizers)
         step, pairs_seen, clock = began.own['iter'], began.own['pairs'], runtime.Clock(began.own['seconds'])
         for name, tensor in reference.items():
             tensor.copy_(run.like(tensor, began.own['reference'][name]))
-        if began.own['ref_texts'] == train_data.fingerprint():
+        if began.own['ref_texts'] == ref_texts:
             known = began.own['ref_logps']
         began.own = None
     pairs_per_step, tokens_read, sums = gradient_accumulation_steps * batch_size, 0, 0.0
@@ -372,8 +373,7 @@ def main():
 
     def save(val_loss=math.inf):
         run.checkpoint(began.state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()}, optimizers,
-                       val_loss, {'reference': reference, 'ref_logps': known,
-                                  'ref_texts': train_data.fingerprint()})
+                       val_loss, {'reference': reference, 'ref_logps': known, 'ref_texts': ref_texts})
 
     def micro_loss(number):
         """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""

@@ -75,7 +75,7 @@ class GPTConfig:
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
-    score_head: str = ''  # a reward model: a number per text read at its 'last' token or the 'mean', and no other head
+    score_head: str = ''  # a reward model: a number per text, read at its 'last' token or from the 'mean' of all
     score_likelihood: bool = False  # the score also counts the answer's log-probability, by the other head, which stays
     n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
     lora_rank: int = 0  # rank of the updates that LoRA learns beside the blocks' frozen matrices; 0 = none
@@ -1284,9 +1284,9 @@ class GPT(nn.Module):
         """A model from a checkpoint's dict: 'model_args' (fields of GPTConfig, overridden where given) and 'model'.
 
         Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor; but LoRA,
-        adapters and a score head that the state's own fields do not have start afresh, and of a model that gets a score
-        head the other one is left out. With quant='nf4' the state has the matrices
-        whole, and the model takes each into its 4 bits as it comes.
+        adapters and a score head that the state's own fields do not have start afresh, and a model that has no other
+        head leaves that out. With quant='nf4' the state has the matrices whole, and the model takes each into its 4
+        bits as it comes.
         """
         unknown = set(state['model_args']) - set(GPTConfig.__dataclass_fields__)
         if unknown:

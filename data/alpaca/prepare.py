@@ -84,9 +84,10 @@ def main():
         try:
             row, pref = to_row(text)
             rows[json.dumps(row)] = row
-            if len(pref) == 3 and pref['chosen'] != pref['rejected']:
+            if len(pref) == 3 and pref['chosen'] == pref['rejected']:
+                equal += 1
+            elif len(pref) == 3:
                 prefs[json.dumps(pref)] = pref
-            equal += len(pref) == 3 and pref['chosen'] == pref['rejected']
         except ValueError as e:
             if strict and input:
                 raise UserError(f'{where}: {e}: mend it or leave such rows out with --strict=False') from e
