@@ -506,6 +506,18 @@ def read_prefs(path, strict=True):
     return _read_rows(path, strict, _pref, 'a preference')
 
 
+def read_prompts(path, strict=True):
+    """Prompts for a model to answer, whose answers are then rewarded -> (rows, skipped), see `read_chats`.
+
+    A row of a file is one of
+        {"prompt": …, "answer": "42", "grader": "number"}, the prompt a text or a list of messages, the rest optional
+        any that `read_chats` knows, whose last message is left out
+    and becomes {'prompt': messages, 'messages': the prompt and what would be a right answer, empty where none is known},
+    what else it has of EXTRAS, and 'where' it is from.
+    """
+    return _read_rows(path, strict, _prompt, 'a prompt')
+
+
 def _read_rows(path, strict, parse, what):
     """The rows of a file, each as parse makes them; see `read_chats`."""
     path, rows, skipped = Path(path), [], []
@@ -656,6 +668,18 @@ def _pref(row):
     return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | _extras(row)
 
 
+def _prompt(row):
+    """A row of a file -> what `read_prompts` makes of it."""
+    row = _filled(row)
+    if 'prompt' not in row or row.keys() & {'messages', 'completion'}:
+        found = _chat(row)
+        return {'prompt': found['messages'][:-1]} | found
+    prompt, found = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False), _extras(row)
+    if not prompt or prompt[-1]['role'] == 'assistant':
+        raise UserError('its "prompt" must end with what the assistant is to answer')
+    return {'prompt': prompt, 'messages': [*prompt, {'role': 'assistant', 'content': str(found.get('answer', ''))}]} | found
+
+
 def load_chats(dataset, split, strict=True, val_fraction=0.1):
     """A split of a dataset -> (rows, skipped), see `read_chats`.
 
@@ -669,6 +693,11 @@ def load_chats(dataset, split, strict=True, val_fraction=0.1):
 def load_prefs(dataset, split, strict=True, val_fraction=0.1):
     """As `load_chats`, of preferences: see `read_prefs`; of a folder prefs_{split}.jsonl, or else {split}.jsonl."""
     return _load(dataset, split, lambda path: read_prefs(path, strict), val_fraction, 'prefs_')
+
+
+def load_prompts(dataset, split, strict=True, val_fraction=0.1):
+    """As `load_chats`, of prompts: see `read_prompts`."""
+    return _load(dataset, split, lambda path: read_prompts(path, strict), val_fraction, '')
 
 
 def _load(dataset, split, read, val_fraction, prefix):
@@ -894,6 +923,32 @@ class PrefData(ChatData):
         return self.ids[where], self.counts[where]
 
 
+class PromptData(ChatData):
+    """One split of prompts, tokenised, up to the header of the answer, which has room for max_new_tokens in block_size.
+
+    rows: those of `load_prompts`. A prompt that leaves less room is left out ('too_long'). Otherwise as ChatData: `rows`
+    gives the endless sequence, `fixed` an even choice, and `prompt` the ids.
+    """
+
+    def __init__(self, rows, tokenizer, block_size, max_new_tokens, seed=1337):
+        self.tokenizer, self.block_size, self.pack = tokenizer, block_size, False
+        self.rows_kept, self.dropped, ids = [], {'too_long': 0, 'truncated': 0}, []
+        for row in rows:
+            tokens = np.array(tokenizer.chat_ids(row['prompt'], generate=True)[0], np.int32)
+            if len(tokens) + max_new_tokens > block_size:
+                self.dropped['too_long'] += 1
+                continue
+            self.rows_kept.append(row)
+            ids.append(tokens)
+        if not ids:
+            raise UserError(f'{rows[0]["where"]} …: none of {len(rows):,} prompts leaves room for max_new_tokens='
+                            f'{max_new_tokens} in block_size={block_size}: lower it or shorten them')
+        self._take(ids, [np.ones(len(tokens), bool) for tokens in ids], rows, seed)
+
+    def prompt(self, row):
+        return self.ids[self.ends[row]:self.ends[row + 1]].tolist()
+
+
 def _width(longest, block_size):
     """The width of a batch: few shapes, since a CPU's kernels are made anew for each."""
     return min(-(-longest // 32) * 32, max(longest, block_size))
@@ -952,6 +1007,11 @@ GRADERS = {
     'number': lambda text, gold: (due := last_number(gold)) is not None and last_number(text) == due,
     'exact': lambda text, gold: normalise(text) == normalise(gold),
 }
+
+
+def follows_format(text):
+    """Whether a text is one <think> … </think> and then an answer, and nothing else."""
+    return bool(re.fullmatch(r'\s*<think>(?:(?!</?think>).)*</think>(?=.*\S)(?:(?!</?think>).)*', text, re.S))
 
 
 def grade(text, gold, grader):

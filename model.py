@@ -682,33 +682,37 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, w, targets, cap, per_token, learning):
-        """h (N, C), w (V, C), targets (N,) with -100 to skip -> losses (N,) float32, or their sum.
+    def forward(ctx, h, w, targets, cap, temperature, per_token, learning):
+        """h (N, C), w (V, C), targets (N,) with -100 to skip -> the sum of the losses; with per_token, losses and the
+        entropies of the distributions (N,) float32 both.
 
-        cap: of the logits, 0 = none. learning: whether a backward may follow.
+        cap: of the logits, 0 = none; these are then divided by the temperature. learning: whether a backward may
+        follow.
         """
         losses = torch.zeros(len(h), dtype=torch.float32, device=h.device)
+        entropies = torch.zeros_like(losses) if per_token else None
         ones = losses.new_ones(len(h))
-        grads_now = learning and not per_token
-        dh, dw = LinearCrossEntropy.walk(h, w, targets, cap, ones if grads_now else None, losses,
-                                         ctx.needs_input_grad[1])
-        ctx.cap, ctx.per_token = cap, per_token
+        grads = (ones, None) if learning and not per_token else None
+        ctx.how = cap, temperature
+        dh, dw = LinearCrossEntropy.walk(h, w, targets, *ctx.how, grads, (losses, entropies), ctx.needs_input_grad[1])
+        ctx.per_token = per_token
         ctx.save_for_backward(*((h, w, targets) if per_token else (dh, dw)))
-        return losses if per_token else losses.sum()
+        return (losses, entropies) if per_token else losses.sum()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g, g_entropy=None):
         if ctx.per_token:
             h, w, targets = ctx.saved_tensors
-            dh, dw = LinearCrossEntropy.walk(h, w, targets, ctx.cap, g, None, ctx.needs_input_grad[1])
+            dh, dw = LinearCrossEntropy.walk(h, w, targets, *ctx.how, (g, g_entropy), None, ctx.needs_input_grad[1])
         else:
             dh, dw = ctx.saved_tensors
             dh, dw = dh * g, dw if dw is None else dw * g
-        return dh, dw if dw is None else dw.to(dh.dtype), None, None, None, None
+        return dh, dw if dw is None else dw.to(dh.dtype), None, None, None, None, None
 
     @staticmethod
-    def walk(h, w, targets, cap, g, losses, learns):
-        """Fills losses (N,) where given; returns gradients of sum(g * loss) for h, and w if it learns, where g (N,) is.
+    def walk(h, w, targets, cap, temperature, g, out, learns):
+        """Fills out, losses and entropies (N,) or None, where given; returns gradients for h, and w if it learns, where
+        g is: what losses and entropies (N,) or None are multiplied by in the sum whose gradient it is.
         """
         dh = torch.empty_like(h) if g is not None else None
         dw = torch.zeros_like(w, dtype=torch.float32) if g is not None and learns else None
@@ -717,16 +721,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(h), rows):
             hc, tc = h[i:i + rows], targets[i:i + rows]
             logits = _softcap((hc @ w.T).float(), cap)
+            slope = 1 - (logits / cap).square() if cap and g is not None else 1.0  # derivative of the soft-cap
+            logits = logits / temperature if temperature != 1 else logits
             valid = tc != -100
             tc = tc.clamp(min=0)[:, None]
-            logz = logits.logsumexp(1, keepdim=True)
-            if losses is not None:
-                losses[i:i + rows] = (logz - logits.gather(1, tc))[:, 0] * valid
+            logprobs = logits.sub_(logits.logsumexp(1, keepdim=True))
+            if out is not None:
+                out[0][i:i + rows] = -logprobs.gather(1, tc)[:, 0] * valid
+                if out[1] is not None:
+                    out[1][i:i + rows] = -(logprobs.exp() * logprobs).sum(1) * valid
             if g is not None:
-                slope = 1 - (logits / cap).square() if cap else None  # derivative of the soft-cap
-                d = logits.sub_(logz).exp_().scatter_add_(1, tc, logits.new_full(tc.shape, -1.0))  # softmax - onehot
-                d *= (g[i:i + rows] * valid)[:, None]
-                d = (d * slope if cap else d).to(h.dtype)
+                weights = (g[0][i:i + rows] * valid)[:, None]
+                if g[1] is None:
+                    d = logprobs.exp_().mul_(weights)
+                else:  # of an entropy H: -p (log p + H)
+                    p = logprobs.exp()
+                    d = logprobs.sub_((p * logprobs).sum(1, keepdim=True)).mul_(p)
+                    d = d.mul_(-(g[1][i:i + rows] * valid)[:, None]).add_(p.mul_(weights))
+                d.scatter_add_(1, tc, -weights)  # softmax - onehot
+                d = (d * (slope / temperature) if cap or temperature != 1 else d).to(h.dtype)
                 dh[i:i + rows] = d @ w
                 if learns:
                     dw += d.T @ hc
@@ -1208,10 +1221,12 @@ class GPT(nn.Module):
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
     def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None,
-                segments=None, real=None, answer=None):
+                segments=None, real=None, answer=None, temperature=1.0):
         """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats. With a score_head: `scores`.
 
-        Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', or 'none' for (B, T).
+        Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', 'none' for (B, T), or
+        'details' for (losses (B, T), entropies of the distributions (B, T), hidden states (B, T, C)), with logits
+        divided by the temperature: what learning from a policy's own samples takes.
         source (B, S), source_mask (B, S): see `encode`. segments (B, T) of integers: a token sees those of its own
         only, so that several texts share a row, each with positions of its own. In training the gradient of 'mean' is
         also that of the routers' losses; the value is not.
@@ -1229,17 +1244,17 @@ class GPT(nn.Module):
         hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask)
         if targets is None:
             return self.logits(hidden)
-        losses = self.cross_entropy(hidden, targets, reduction)
+        losses = self.cross_entropy(hidden, targets, reduction, temperature)
         if self.sparse and self.training:
             stats = torch.stack([torch.cat((moe.load, (moe.entropy * moe.load.sum())[None])) for moe in self.sparse])
             self.router_stats = stats if self.router_stats is None else self.router_stats + stats
             if reduction == 'mean':
                 aux = sum(moe.aux for moe in self.sparse)
                 losses = losses + (aux - aux.detach())
-        return losses
+        return (*losses, hidden) if reduction == 'details' else losses
 
-    def cross_entropy(self, hidden, targets, reduction='mean'):
-        """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`."""
+    def cross_entropy(self, hidden, targets, reduction='mean', temperature=1.0):
+        """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`; with 'details', losses and entropies."""
         h, flat, device_type = hidden.flatten(0, 1), targets.flatten(), hidden.device.type
         if device_type == 'cpu' and not torch.compiler.is_compiling():  # a GPU would have to wait for the number
             kept = (flat != -100).nonzero()[:, 0]
@@ -1247,23 +1262,36 @@ class GPT(nn.Module):
             padded = F.pad(kept, (0, -len(kept) % 64))
             if 0 < len(padded) < len(flat):
                 chosen = flat[padded].index_fill(0, torch.arange(len(kept), len(padded)), -100)
-                losses = self.cross_entropy_of(h[padded], chosen, reduction)
-                if reduction == 'none':
-                    losses = losses.new_zeros(len(flat)).index_copy(0, kept, losses[:len(kept)]).view_as(targets)
-                return losses
-        losses = self.cross_entropy_of(h, flat, reduction)
-        return losses.view_as(targets) if reduction == 'none' else losses
+                found = self.cross_entropy_of(h[padded], chosen, reduction, temperature)
+                if reduction in ('mean', 'sum'):
+                    return found
 
-    def cross_entropy_of(self, h, targets, reduction):
+                def back(values):
+                    return values.new_zeros(len(flat)).index_copy(0, kept, values[:len(kept)]).view_as(targets)
+                return tuple(map(back, found)) if reduction == 'details' else back(found)
+        found = self.cross_entropy_of(h, flat, reduction, temperature)
+        if reduction == 'details':
+            return tuple(values.view_as(targets) for values in found)
+        return found.view_as(targets) if reduction == 'none' else found
+
+    def cross_entropy_of(self, h, targets, reduction, temperature):
         """`cross_entropy` over rows: hidden states (N, C) and targets (N,) -> the loss, or losses (N,)."""
-        device_type = h.device.type
+        device_type, per_token = h.device.type, reduction in ('none', 'details')
         if len(h) <= chunk_rows(self.config.vocab_size, device_type) or isinstance(self.head, PackedLinear):
-            return F.cross_entropy(self.logits(h), targets, ignore_index=-100, reduction=reduction)
+            logits = self.logits(h) if temperature == 1 else self.logits(h) / temperature
+            if reduction != 'details':
+                return F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+            logprobs = logits.log_softmax(-1)
+            entropies = -(logprobs.exp() * logprobs).sum(-1) * (targets != -100)
+            return F.nll_loss(logprobs, targets, ignore_index=-100, reduction='none'), entropies
         w, dtype = self.head.weight, product_dtype(h)
         h, w = h.to(dtype), w if self.config.quant else w.to(dtype)
         learning = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
-        losses = LinearCrossEntropy.apply(h, w, targets, self.config.logit_softcap, reduction == 'none', learning)
-        return losses / (targets != -100).sum() if reduction == 'mean' else losses
+        cap = self.config.logit_softcap
+        losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning)
+        if reduction == 'mean':
+            return losses / (targets != -100).sum()
+        return losses[0] if reduction == 'none' else losses
 
     def routed(self):
         """What routers did since the last call: tokens per expert, and entropies times tokens: (n_sparse, E + 1)."""
@@ -1458,7 +1486,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-               stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None):
+               stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None, force=None):
         """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
         check_prompts(prompts, self.config, sources)
         if num_samples < 1 or max_new_tokens < 0:
@@ -1470,21 +1498,24 @@ class GPT(nn.Module):
         if self.config.window and self.config.pos == 'learned' and longest > self.config.block_size:
             raise ValueError(f'{longest} tokens of prompt and answer: with window={self.config.window} and '
                              f"pos='learned' a text ends at block_size={self.config.block_size}")
+        if isinstance(seed, list) and len(seed) != len(prompts):
+            raise ValueError(f'{len(seed)} seeds for {len(prompts)} prompts: give one for each, or one number')
         was_training = self.training
         self.eval()  # dropout must not reach a sample
         try:
             yield from self._stream([list(p) for p in prompts for _ in range(num_samples)], num_samples, max_new_tokens,
-                                    set(stop_ids), seed, vocab_limit, use_cache, sources,
-                                    (temperature, top_k, top_p, min_p, repetition_penalty))
+                                    set(stop_ids), seed, use_cache, sources, force,
+                                    (vocab_limit, temperature, top_k, top_p, min_p, repetition_penalty))
         finally:
             self.train(was_training)
 
-    def _stream(self, texts, shared, max_new_tokens, stop_ids, seed, vocab_limit, use_cache, sources, sampling):
+    def _stream(self, texts, shared, max_new_tokens, stop_ids, seed, use_cache, sources, force, sampling):
         """The loop of `stream` over texts (lists of ids, which grow); `shared` neighbours have the same prompt."""
         config, device = self.config, self.tok_emb.weight.device
         dtype = torch.float32 if config.quant else self.tok_emb.weight.dtype
         block, n_rows = config.block_size, len(texts)
-        generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+        uniform = uniforms(seed, n_rows // shared, shared, max_new_tokens).to(device)
+        begins, forced = list(map(len, texts)), [[] for _ in texts]
         longest = max(map(len, texts), default=0) + max_new_tokens
         rolls = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
                  and block >= config.n_sink + config.window < longest)
@@ -1526,13 +1557,13 @@ class GPT(nn.Module):
                 last = torch.tensor([[texts[r][-1]] for r in rows], device=device)
                 x = self.hidden(last, cache=cache, **(seen(rows, False) if sources else {}))
                 logits = self.logits(x[:, -1])
-            if vocab_limit:
-                logits = logits[:, :vocab_limit]
-            # one uniform number per original row and step: a row's sample does not depend on when others finish
-            u = torch.rand(n_rows, generator=generator, device=device)[rows]
-            ids, logprobs = sample(logits, [texts[r] for r in rows], u, *sampling)
-            for r, token in zip(rows, ids, strict=True):
-                texts[r].append(token)
+            ids, logprobs = sample(logits, [texts[r] for r in rows], uniform[step, rows], *sampling)
+            for i, r in enumerate(rows):
+                if forced[r]:
+                    ids[i], logprobs[i] = forced[r].pop(0), math.nan
+                texts[r].append(ids[i])
+                if force is not None and not forced[r]:
+                    forced[r] = list(force(texts[r][begins[r]:]))
             yield rows, ids, logprobs
             keep = [i for i, token in enumerate(ids) if token not in stop_ids]
             if len(keep) < len(rows):  # finished rows leave the batch
@@ -1548,9 +1579,11 @@ class GPT(nn.Module):
         temperature 0 is greedy. top_k, top_p, min_p: see `filter_logits`. repetition_penalty (arXiv:1909.05858) divides
         the positive and multiplies the negative logits of tokens already in the row. A row ends after a token of
         stop_ids, which is its last id. num_samples continuations per prompt share one pass over it. seed makes it
-        repeatable, row by row. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
+        repeatable, row by row: what is drawn for a prompt depends on no other one, and with a list of seeds, one each,
+        not on its place either. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
         return_logprobs also the log-probability of each new id under softmax(logits / temperature), before any filter
-        or penalty. sources: for each prompt the ids that an encoder reads. A text longer than block_size is continued
+        or penalty. force(new ids of a row so far) gives ids that the row goes on with, whatever the model would say;
+        their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text longer than block_size is continued
         from its last part, without end if all layers have a window (a prompt longer than a table of learned positions
         raises ValueError, as do an empty prompt and ids outside the vocabulary).
         """
@@ -1584,9 +1617,19 @@ def check_prompts(prompts, config, sources=None):
                                  'shorten it')
 
 
-def sample(logits, texts, u, temperature, top_k, top_p, min_p, repetition_penalty):
+def uniforms(seed, n_prompts, num_samples, steps):
+    """Numbers in [0, 1) to draw with, (steps, n_prompts * num_samples) float32; seed: None, one, or one per prompt."""
+    if not isinstance(seed, list):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        seed = torch.randint(1 << 62, (n_prompts,), generator=generator).tolist()
+    parts = [torch.rand(steps, num_samples, generator=torch.Generator().manual_seed(s)) for s in seed]
+    return torch.cat(parts, 1) if parts else torch.zeros(steps, 0)
+
+
+def sample(logits, texts, u, vocab_limit, temperature, top_k, top_p, min_p, repetition_penalty):
     """Draws a token per row from logits (B, V) with uniform numbers u (B,): returns ids and their log-probabilities."""
     logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    logits = logits[:, :vocab_limit] if vocab_limit else logits
     if repetition_penalty != 1:
         for row, text in zip(logits, texts, strict=True):
             seen = torch.tensor(sorted(set(text)), device=logits.device)

@@ -724,24 +724,27 @@ class Run:
         found = self.collect(found)
         return np.stack([found[i] for i in range(len(order))])
 
-    def answers(self, model, prompts, max_new_tokens, num_samples=1, **options):
-        """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids; options of `GPT.generate`.
+    def answers(self, model, prompts, max_new_tokens, num_samples=1, number=0, at_once=32, **options):
+        """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids, with return_logprobs of pairs
+        (ids, their log-probabilities); options of `GPT.generate`.
 
         A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts,
-        32 at a time; what is sampled does not depend on how many they are. Of a prompt that is longer than the model
-        reads the end counts.
+        at_once at a time; what is sampled depends on the seed, `number` and a prompt's place, not on how many processes
+        there are. Of a prompt that is longer than the model reads the end counts.
         """
         with self.gathered(model):
             dtype = pick_dtype(self.config['dtype'], self.device, model.num_params())[1]
             writer = model.merged(dtype).to(self.device).eval().pack()
         order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-        parts = [order[i:i + 32] for i in range(0, len(order), 32)]
-        for number in range(self.rank, len(parts), self.world_size):
-            part = parts[number]
-            ids = writer.generate([prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
-                                  num_samples=num_samples, seed=self.config['seed'] + number, **options)
+        seeds = np.random.SeedSequence([self.config['seed'] % (1 << 64), number]).generate_state(len(prompts)).tolist()
+        at_once = max(1, min(at_once, -(-len(order) // self.world_size)))
+        for first in range(self.rank * at_once, len(order), self.world_size * at_once):
+            part = order[first:first + at_once]
+            new = writer.generate([prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
+                                  num_samples=num_samples, seed=[seeds[i] for i in part], **options)
+            new = list(zip(*new, strict=True)) if options.get('return_logprobs') else new
             for k, i in enumerate(part):
-                found[i] = ids[k * num_samples:(k + 1) * num_samples]
+                found[i] = new[k * num_samples:(k + 1) * num_samples]
         found = self.collect(found)
         return [found[i] for i in range(len(prompts))]
 
@@ -926,7 +929,8 @@ class Run:
         self.log(metrics)
         past, left = elapsed(metrics['seconds']), elapsed(seconds_left)
         self.progress(f'step {step}/{self.config["max_iters"]} | {past} elapsed, {left} left | '
-                      f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {metrics["tok_per_sec"]:,.0f} tok/s'
+                      + (f'reward {metrics["reward/mean"]:.3f} | ' if 'reward/mean' in metrics else '')
+                      + f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {metrics["tok_per_sec"]:,.0f} tok/s'
                       + (f' | mfu {metrics["mfu"]:.1%}' if 'mfu' in metrics else '')
                       + (f' | {skipped} updates skipped' if skipped else ''))
 

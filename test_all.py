@@ -594,7 +594,8 @@ def test_chunked_loss_in_bfloat16_rounds_only_its_operands(per_token, monkeypatc
     torch.manual_seed(0)
     h, w, y = torch.randn(40, 32).bfloat16().requires_grad_(), torch.randn(61, 32).bfloat16().requires_grad_(), ids(40)
     exact_h, exact_w = (t.detach().double().requires_grad_() for t in (h, w))
-    losses = LinearCrossEntropy.apply(h, w, y, 0.0, per_token, True)
+    losses = LinearCrossEntropy.apply(h, w, y, 0.0, 1.0, per_token, True)
+    losses = losses[0] if per_token else losses
     exact = F.cross_entropy(exact_h @ exact_w.T, y, reduction='none' if per_token else 'sum')
     torch.testing.assert_close(losses.double(), exact, rtol=1e-2, atol=1e-2)
     (losses.sum() * 1.0037).backward()  # a factor that bfloat16 would round to 1

@@ -1,0 +1,396 @@
+"""
+Group relative policy optimisation: a model learns from its own answers which of several to one prompt were the better.
+
+    python grpo.py config/grpo_tiny.py                             word problems, from the model of config/sft_tiny.py
+    python grpo.py config/grpo_tiny.py --loss_type=dapo --clip_eps_high=0.28 --dynamic_sampling=4
+    python grpo.py config/grpo_tiny.py --rewards=model --reward_model=out/reward        a reward model instead of a grader
+    python grpo.py config/grpo_tiny.py --rewards="correct, 0.5*mine.py:politeness"      a function of yours
+    python grpo.py config/grpo_smollm2.py                          SmolLM2-135M learns with LoRA
+    torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_tiny.py --gradient_accumulation_steps=8
+
+A step draws num_generations answers to each of prompts_per_step prompts, rewards them, and takes as the advantage of an
+answer, all its tokens alike, how far its reward lies above the mean of its group. There is no value model. Rewards are
+named in `rewards` (see rollout.py); the true quality of answers to word problems is logged as reward/gold and is never
+learnt from.
+
+Papers: DeepSeekMath's GRPO (arXiv:2402.03300), the k3 estimator of KL (Schulman 2020), Dr. GRPO (arXiv:2503.20783), DAPO
+(arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585), GSPO (arXiv:2507.18071), PPO's clip (arXiv:1707.06347).
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import runtime
+from convert import start
+from dataset import PromptData, find_dataset, load_prompts
+from model import GPTConfig
+from rollout import Rewards, draw, examine, gold_of, joined, kl_terms, read, reread
+from tokenizer import UserError
+
+# where and what
+out_dir = 'out/grpo'  # directory of the run: checkpoints, metrics, samples
+init_from = 'out/sft'  # the model to start from: sample.py's; or 'resume', or 'auto' (resume where there is a run)
+base = 'out/sft'  # the model that 'auto' starts from where there is no run yet
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
+val_fraction = 0.1  # of a single file: the share of its prompts that is held out
+seed = 1337  # decides the order of the data, fresh small weights and samples
+strict = True  # a malformed row ends the run; False: it is left out and counted
+# rewards
+rewards = 'correct'  # a sum, as 'correct, 0.2*format, -0.1*length, model, FILE.py:function': see rollout.py
+reward_model = ''  # a run of reward.py, for 'model'
+max_bad_rewards = 20  # answers whose reward failed, after which the run ends
+overlong_buffer = 0  # DAPO: from so many tokens before max_new_tokens on the reward falls, by 1 at the end; 0 = not
+# answers
+prompts_per_step = 32  # prompts of a step
+num_generations = 8  # answers to each
+max_new_tokens = 128  # longest answer
+temperature = 1.0  # of sampling, and of every log-probability
+mask_truncated = False  # answers that did not end carry no loss
+dynamic_sampling = 0  # DAPO: so often at most, groups with equal rewards give way to those of further prompts
+# loss
+loss_type = 'grpo'  # 'grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo' or 'gspo'
+scale_rewards = 'group'  # advantages over the standard deviation of their 'group', of the 'batch', or 'none'
+clip_eps = 0.2  # how far below 1 a ratio of probabilities counts
+clip_eps_high = 0.0  # how far above; 0 = clip_eps
+kl_coef = 0.04  # weight of KL(policy || reference), estimated by k3, per token; 0 = no reference
+entropy_coef = 0.0  # weight of the policy's entropy, per token
+# batches
+batch_size = 64  # answers per micro-batch
+gradient_accumulation_steps = 4  # micro-batches per update, over all processes together
+num_epochs = 1  # passes over the answers of a step
+max_iters = 100  # steps, each with prompts_per_step * num_generations answers
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
+learning_rate = 1e-4  # peak of AdamW's
+embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
+muon_lr = 0.002  # peak of Muon's
+muon_momentum = 0.95  # Nesterov momentum of Muon
+weight_decay = 0.0  # on matrices only
+beta1 = 0.9  # AdamW's decay of the mean
+beta2 = 0.99  # AdamW's decay of the variance
+grad_clip = 1.0  # largest norm of the gradient; 0 = off
+# schedule
+lr_schedule = 'constant'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
+warmup_iters = 5  # steps of linear warmup
+lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate, in proportion for every group
+decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+# looking at it
+eval_interval = 25  # steps between evaluations, each with answers and a checkpoint
+eval_rows = 256  # held-out prompts that are answered, the same every time; 0 = all
+eval_only = False  # measure init_from and train nothing
+eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
+show_answers = 3  # answers shown at an evaluation
+log_interval = 1  # steps between lines of progress
+keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
+max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
+tensorboard_log = False  # write out_dir/tensorboard
+wandb_log = False  # report to Weights & Biases
+wandb_project = 'flatgpt'  # its project
+wandb_run_name = 'grpo'  # its name for this run
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+compile = False  # torch.compile: slow to start, then faster
+activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+LOSSES = ('grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo', 'gspo')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the maths
+
+def group_advantages(totals, scale='group'):
+    """Rewards (P, k) of k answers to each of P prompts, nan where there is none -> advantages (P, k), 0 there.
+
+    A reward less its group's mean (arXiv:2402.03300, 4.1.2), divided by the group's standard deviation ('group'), that
+    of the whole batch ('batch') or nothing ('none', arXiv:2503.20783), with 1e-4 added to it. The deviation has k - 1 in
+    its denominator; a group of one has no spread.
+    """
+    known = torch.isfinite(totals)
+    values, n = totals.nan_to_num(0.0) * known, known.sum(1, keepdim=True)
+    centred = (values - values.sum(1, keepdim=True) / n.clamp(min=1)) * known
+    if scale == 'group':
+        return centred / ((centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4)
+    if scale == 'batch':
+        return centred / ((totals[known].std() if known.sum() > 1 else 0.0) + 1e-4)
+    return centred
+
+
+def has_spread(totals):
+    """Which groups of rewards (P, k) are not all equal: only those teach anything; bool (P,)."""
+    known = torch.isfinite(totals)
+    high, low = (totals.masked_fill(~known, end) for end in (-math.inf, math.inf))
+    return (high.amax(1) > low.amin(1)) & known.any(1)
+
+
+def overlong(lengths, longest, buffer):
+    """DAPO's penalty for long answers (arXiv:2503.14476, eq. 13): 0 up to longest - buffer tokens, then down to -1."""
+    return -((lengths - (longest - buffer)) / buffer).clamp(0, 1)
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type='grpo', clip_eps=0.2, clip_eps_high=0.2,
+              kl_coef=0.0, entropies=None, entropy_coef=0.0, longest=1, tokens=None):
+    """The loss of answers -> (loss, {'clip_frac': share of tokens whose ratio is cut off, 'kl': mean k3 per token}).
+
+    logprobs, old_logprobs (those of the policy that wrote the answers), ref_logprobs (or None), entropies (or None) and
+    mask, 1 on the tokens that count: (B, A). advantages: (B,). With the ratio r = exp(logprobs - old_logprobs), for
+    'gspo' the geometric mean of its tokens', a token's loss is -min(r a, clip(r, 1 - clip_eps, 1 + clip_eps_high) a),
+    for 'cispo' -min(r, 1 + clip_eps_high) a logprob with no gradient through r; plus kl_coef times k3, which is never
+    part of the advantage, less entropy_coef times the entropy. 'grpo' and 'gspo' average over each answer, then over
+    answers; 'bnpo' over the tokens of the batch; 'dapo' and 'cispo' divide the sum by `tokens`, their number in the
+    whole update, per micro-batch; 'dr_grpo' by B * longest, so that long answers weigh as their tokens do.
+    """
+    log_ratio = (logprobs - old_logprobs) * mask
+    if loss_type == 'gspo':
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio, a = log_ratio.exp(), advantages[:, None]
+    low, high = 1 - clip_eps, 1 + clip_eps_high
+    if loss_type == 'cispo':
+        losses = -ratio.clamp(max=high).detach() * a * logprobs
+        cut = (ratio > high) & (a != 0)
+    else:
+        losses = -torch.minimum(ratio * a, ratio.clamp(low, high) * a)
+        cut = (ratio > high) & (a > 0) | (ratio < low) & (a < 0)
+    losses, count = losses.expand_as(mask), mask.sum().clamp(min=1)
+    told = {'clip_frac': (cut * mask).sum() / count}
+    if ref_logprobs is not None:
+        k3 = kl_terms(logprobs, ref_logprobs, 'k3')
+        losses = losses + kl_coef * k3
+        told['kl'] = (k3.detach() * mask).sum() / count
+    if entropies is not None and entropy_coef:
+        losses = losses - entropy_coef * entropies
+    losses = losses * mask
+    if loss_type in ('grpo', 'gspo'):
+        loss = (losses.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    elif loss_type == 'dr_grpo':
+        loss = losses.sum() / (len(losses) * longest)
+    else:
+        loss = losses.sum() / (count if loss_type == 'bnpo' or tokens is None else max(1.0, tokens))
+    return loss, told
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def rows_of(split, tokenizer, length, run):
+    """A split of the dataset as PromptData; tells what was left out."""
+    rows, skipped = load_prompts(dataset, split, strict, val_fraction)
+    data = PromptData(rows, tokenizer, length, max_new_tokens, seed)
+    if lost := data.left_out(skipped):
+        run.say(f'{dataset}, {split}: {lost}')
+    return data
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_loop(config)
+    for name, value, allowed in (('loss_type', loss_type, LOSSES),
+                                 ('scale_rewards', scale_rewards, ('group', 'batch', 'none')),
+                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
+        if value not in allowed:
+            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    for name, value, least in (('prompts_per_step', prompts_per_step, 1), ('num_generations', num_generations, 2),
+                               ('max_new_tokens', max_new_tokens, 1), ('num_epochs', num_epochs, 1),
+                               ('dynamic_sampling', dynamic_sampling, 0), ('clip_eps', clip_eps, 0),
+                               ('clip_eps_high', clip_eps_high, 0), ('kl_coef', kl_coef, 0),
+                               ('overlong_buffer', overlong_buffer, 0)):
+        if value < least:
+            raise UserError(f'{name}={value}: it must be at least {least}')
+    if temperature <= 0:
+        raise UserError(f'temperature={temperature}: answers are drawn, so it must be above 0')
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
+    if overlong_buffer > max_new_tokens:
+        raise UserError(f'overlong_buffer={overlong_buffer} is more than max_new_tokens={max_new_tokens}')
+    if given.get('dropout') or given.get('lora_dropout'):
+        raise UserError('dropout and lora_dropout are off here: a ratio of probabilities is to be that of the weights')
+    n_answers, per_update = prompts_per_step * num_generations, batch_size * gradient_accumulation_steps
+    if n_answers % per_update:
+        raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are no multiple of batch_size * '
+                        f'gradient_accumulation_steps = {per_update}: change one of them')
+    updates = n_answers // per_update * num_epochs  # of a step
+    run = runtime.Run(config)
+    began = start(run, 'grpo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
+    model, tokenizer, origin = began.model, began.tokenizer, began.origin
+    length = model.config.block_size
+    reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
+    if Path(dataset).suffix not in ('.json', '.jsonl'):
+        run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+
+    def whole(data, reference):
+        """What is measured of the policy on held-out prompts."""
+        return examine(net, model, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature)
+
+    if eval_only:
+        net, data = run.wrap(model), rows_of(eval_split, tokenizer, length, run)
+        reward.check(data.rows_kept)
+        before = {name: run.like(p, began.before()[name]) for name, p in model.named_parameters()
+                  if p.requires_grad} if began.before() else None
+        _, words, samples = whole(data, before)
+        run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
+        return run.say('\n'.join(samples[:show_answers]))
+    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    for data in (train_data, val_data):
+        reward.check(data.rows_kept)
+    net = run.wrap(model)
+    with runtime.user_errors():
+        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
+                                                muon_lr, muon_momentum)
+    reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad} if kl_coef else None
+    step, prompts_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
+    if resumed:
+        run.restore(began.own, origin, optimizers)
+        step, prompts_seen, clock = began.own['iter'], began.own['prompts'], runtime.Clock(began.own['seconds'])
+        reward.failed = began.own['failed']
+        if reference is not None and began.own['reference'] is None:
+            raise UserError(f'{origin} was trained with kl_coef=0 and holds no reference: resume with that')
+        for name, tensor in (reference or {}).items():
+            tensor.copy_(run.like(tensor, began.own['reference'][name]))
+        began.own = None
+    flops = model.flops_per_token(length)
+
+    def measure():
+        metrics, words, samples = whole(val_data, reference)
+        words = f'step {step}, {clock.read():.1f} s of training: {words}'
+        return metrics | {'iter': step, 'seconds': clock.read()}, words, samples[:show_answers]
+
+    clock.pause()
+    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
+    run.open(step if resumed else None)
+    run.catch_signals()
+    epochs = max_iters * prompts_per_step / train_data.n_rows
+    run.say(f'{dataset}: {train_data.n_rows:,} prompts to learn from, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+            f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and {updates} updates: '
+            f'{epochs:.2f} epochs')
+
+    def look(metrics, words, samples):
+        """Logs what was measured after `step` steps, shows answers and saves the state."""
+        run.log(metrics)
+        run.say(words)
+        run.sample(step, '\n'.join(samples))
+        save(-metrics.get('val/reward', -math.inf))
+
+    def save(score=math.inf):
+        run.checkpoint(began.state() | {'iter': step, 'prompts': prompts_seen, 'seconds': clock.read()}, optimizers, score,
+                       {'reference': reference, 'failed': reward.failed})
+
+    def groups():
+        """The answers of a step and their rewards (P, k), the parts of these, and how many groups had no spread."""
+        nonlocal prompts_seen
+        kept, totals, parts, flat = [], [], [], 0.0
+        for attempt in range(dynamic_sampling + 1):
+            missing = prompts_per_step - len(totals)
+            new = draw(model, train_data, train_data.rows(prompts_seen, missing), run, max_new_tokens, num_generations,
+                       temperature, 1 + step * (dynamic_sampling + 1) + attempt)
+            prompts_seen += missing
+            values, of = reward(train_data, new)
+            if overlong_buffer:
+                values = values + overlong(torch.from_numpy(new.lengths), max_new_tokens, overlong_buffer).numpy()
+            values = torch.from_numpy(values).view(-1, num_generations)
+            spread, last = has_spread(values), attempt == dynamic_sampling
+            flat = flat or 1 - spread.double().mean().item()
+            chosen = [i for i in range(missing) if last or spread[i]]
+            kept.append(new.take([i * num_generations + k for i in chosen for k in range(num_generations)]))
+            totals += [values[i] for i in chosen]
+            parts.append({name: x.reshape(-1, num_generations)[chosen].flatten() for name, x in of.items()})
+            if len(totals) == prompts_per_step:
+                break
+        parts = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return joined([part for part in kept if len(part)]), torch.stack(totals), parts, flat
+
+    stats, counted = {}, {}  # sums of what the log tells as means, and of how many
+
+    def tell(**values):
+        for name, value in values.items():
+            stats[name], counted[name] = stats.get(name, 0.0) + value, counted.get(name, 0) + 1
+
+    def micro_loss(number):
+        """The loss of the update's micro-batch of this number."""
+        nonlocal tokens_read
+        part = chosen[number * batch_size:(number + 1) * batch_size]
+        logprobs, entropies, _ = read(net, run, answers, part, length, temperature)
+        A = logprobs.shape[1]
+        mask, gains, old, ref = (None if x is None else run.to_device(x[part])[0].float() for x in (
+            counts[:, :A], advantages, None if old_logprobs is None else old_logprobs[:, :A],
+            None if ref_logprobs is None else ref_logprobs[:, :A]))
+        tokens_read += sum(len(answers.prompts[i]) + len(answers.ids[i]) for i in part)
+        loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type, clip_eps,
+                               clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
+                               counts[chosen].sum() / gradient_accumulation_steps)
+        n = mask.sum().clamp(min=1)
+        tell(entropy=(entropies.detach() * mask).sum() / n, **told)
+        if old is None:  # what drew the answers computes in another way
+            gap = run.to_device(answers.logprobs[part, :A])[0] - logprobs.detach()
+            tell(**{'rollout/gap': (gap.abs() * mask).sum() / n})
+        return loss
+
+    if not resumed:
+        look(*measured)
+    settled = run.world_size == 1
+    tokens_read = 0
+    clock.resume()
+    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    while step < max_iters and not (stop := run.stopping()):
+        began_at = clock.read()
+        answers, totals, parts, flat = groups()
+        drawn_at = clock.read()
+        advantages = group_advantages(totals, scale_rewards).flatten().numpy()
+        counts = answers.drawn * np.isfinite(totals.numpy()).reshape(-1, 1)
+        if mask_truncated:
+            counts = counts * answers.ended[:, None]
+        old_logprobs = ref_logprobs = None
+        if updates > 1:
+            old_logprobs = reread(net, run, answers, length, temperature)[0]
+            tell(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean()})
+        if reference is not None:
+            with run.switched(model, reference):
+                ref_logprobs = reread(net, run, answers, length, temperature)[0]
+        gold = gold_of(train_data, answers)
+        tell(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals), 'reward/gold': np.nanmean(gold),
+                **{f'reward/{name}': np.nanmean(x) for name, x in parts.items()}} if np.isfinite(totals).any() else {},
+             response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
+             **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
+        for epoch in range(num_epochs):
+            order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(n_answers)
+            for first in range(0, n_answers, per_update):
+                chosen = order[first:first + per_update] if updates > 1 else order
+                chosen = chosen[np.argsort((answers.lengths + [len(p) for p in answers.prompts])[chosen], kind='stable')]
+                if not settled:
+                    run.settle(net, lambda: micro_loss(run.rank))
+                    settled = True
+                total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
+        step += 1
+        if step % max_bad_steps == 0:
+            run.check_updates(step)
+
+        if step % log_interval == 0 or step == max_iters:
+            run.check_updates(step)
+            names = sorted(stats)
+            loss, fed, *told = run.sum(total.item(), tokens_read, *(float(stats[k]) / counted[k] for k in names))
+            seconds = clock.read()
+            rate = fed / (seconds - logged_seconds)
+            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
+                        **{k: v / run.world_size for k, v in zip(names, told, strict=True)}, 'failed': reward.failed,
+                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
+                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
+            logged_step, logged_seconds, tokens_read, stats, counted = step, seconds, 0, {}, {}
+        if step % eval_interval == 0 or step == max_iters:
+            clock.pause()
+            look(*measure())
+            clock.resume()
+            looked, logged_step, logged_seconds, tokens_read, stats, counted = step, step, clock.read(), 0, {}, {}
+
+    if stop and looked != step:
+        clock.pause()
+        save()
+    run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
+    run.say(f'done: best held-out reward {-run.best:.4f}; talk to it: '
+            f'python sample.py --init_from={out_dir} --chat=True')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)

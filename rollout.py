@@ -1,0 +1,341 @@
+"""
+A policy's own answers: drawn, rewarded, read again by the model that learns from them. What the stages share that learn
+from samples, ppo.py and grpo.py, and whoever lets a reward model judge.
+
+    rewards = Rewards('number, 0.2*format', policy_tokenizer, run, max_new_tokens=96)
+    answers = draw(model, data, data.rows(0, 8), run, max_new_tokens=96, num_samples=4)
+    totals, parts = rewards(data, answers)
+    logprobs, entropies, _ = read(net, run, answers, range(8), block_size)      with gradients; `reread`: all, without
+
+Rewards never contain `dataset.quality`'s gold: that judges a run and is kept from it (arXiv:2210.10760).
+"""
+import dataclasses
+import importlib.util
+import math
+import numbers
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convert import load_model
+from dataset import (
+    GRADERS,
+    answered,
+    by_value,
+    follows_format,
+    grade,
+    grades,
+    in_words,
+    interval,
+    pad_texts,
+    quality,
+    shown,
+    summarise,
+)
+from tokenizer import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# answers
+
+@dataclasses.dataclass
+class Rollout:
+    """n answers to prompts. Arrays (n, A) hold a number for each token of an answer, A being those of the longest.
+
+    rows: the numbers of their prompts in the data, int (n,); prompts, ids: lists of n lists of ids; texts: the answers
+    as texts; drawn: bool (n, A), which tokens the policy chose itself: the rest was forced on it, or is padding;
+    logprobs: float64 (n, A), of those as they were drawn, at the sampling temperature, 0 elsewhere; ended: bool (n,),
+    whether an answer came to its end by itself.
+    """
+    rows: np.ndarray
+    prompts: list
+    ids: list
+    texts: list
+    drawn: np.ndarray
+    logprobs: np.ndarray
+    ended: np.ndarray
+
+    def __len__(self):
+        return len(self.ids)
+
+    @property
+    def lengths(self):
+        """Tokens of each answer, int (n,)."""
+        return np.array([len(ids) for ids in self.ids])
+
+    def take(self, chosen):
+        """Those of these numbers."""
+        chosen = np.asarray(chosen, int)
+        longest = max((len(self.ids[i]) for i in chosen), default=0)
+        return Rollout(self.rows[chosen], *([of[i] for i in chosen] for of in (self.prompts, self.ids, self.texts)),
+                       self.drawn[chosen, :longest], self.logprobs[chosen, :longest], self.ended[chosen])
+
+    def cut(self, lengths, data):
+        """The same with answers that end after so many tokens, int (n,); what is cut off did not end by itself."""
+        keep = lengths < self.lengths
+        ids = [ids[:n] for ids, n in zip(self.ids, lengths, strict=True)]
+        texts = [data.text(part) if k else text for part, text, k in zip(ids, self.texts, keep, strict=True)]
+        inside = np.arange(self.drawn.shape[1]) < lengths[:, None]
+        return dataclasses.replace(self, ids=ids, texts=texts, drawn=self.drawn & inside,
+                                   logprobs=self.logprobs * inside, ended=self.ended & ~keep).take(range(len(self)))
+
+
+def joined(parts):
+    """Several Rollouts as one."""
+    longest = max(part.drawn.shape[1] for part in parts)
+    wide = [[np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in (part.drawn, part.logprobs)] for part in parts]
+    return Rollout(np.concatenate([part.rows for part in parts]),
+                   *(sum((getattr(part, name) for part in parts), []) for name in ('prompts', 'ids', 'texts')),
+                   *(np.concatenate(x) for x in zip(*wide, strict=True)), np.concatenate([p.ended for p in parts]))
+
+
+def draw(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, number=0, at_once=64, force=None):
+    """num_samples answers to each of these prompts of a PromptData, side by side -> Rollout, the same in every process.
+
+    temperature 0: the likeliest tokens. number: what is drawn is a function of the seed and of this. force: see
+    `GPT.generate`.
+    """
+    tokenizer, prompts = data.tokenizer, [data.prompt(i) for i in rows]
+    found = run.answers(model, prompts, max_new_tokens, num_samples, number, at_once, return_logprobs=True,
+                        temperature=temperature, stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab,
+                        force=force)
+    ids, logprobs = zip(*(pair for of in found for pair in of), strict=True)
+    inside = np.arange(max(map(len, ids))) < np.array([len(x) for x in ids])[:, None]
+    table = np.full(inside.shape, np.nan)
+    table[inside] = np.concatenate(logprobs)
+    ends = set(tokenizer.turn_ids)
+    return Rollout(np.repeat(rows, num_samples), [p for p in prompts for _ in range(num_samples)], list(ids),
+                   [data.text(x) for x in ids], ~np.isnan(table), np.nan_to_num(table),
+                   np.array([x[-1] in ends for x in ids]))
+
+
+def read(net, run, answers, chosen, block_size, temperature=1.0):
+    """The training forward over these answers of a Rollout -> (logprobs, entropies, extra), tensors (B, A) on the
+    device, A as in answers.take(chosen); 0 where a token is not drawn.
+
+    net(idx, targets, reduction='details', temperature) gives losses and entropies (B, T) and something of one number
+    per token (B, T), which becomes extra, or else extra is None. What it says at a token is of the tokens before it.
+    """
+    part = answers.take(chosen)
+    starts = np.array([len(prompt) for prompt in part.prompts])
+    texts = [(np.array(prompt + ids), np.repeat([False, True], [len(prompt), len(ids)]))
+             for prompt, ids in zip(part.prompts, part.ids, strict=True)]
+    idx, _, counts = pad_texts(texts, block_size)
+    targets = np.full(idx.shape, -100)
+    targets[:, :-1][counts[:, 1:]] = idx[:, 1:][counts[:, 1:]]
+    at = np.minimum(starts[:, None] - 1 + np.arange(part.drawn.shape[1]), idx.shape[1] - 1)
+    idx, targets, at, drawn = run.to_device(idx, targets, at, part.drawn)
+    with run.autocast(idx.shape[1]):
+        losses, entropies, extra = net(idx, targets, reduction='details', temperature=temperature)
+    found = [-losses, entropies, extra if extra.ndim == 2 else None]
+    return [None if x is None else x.float().gather(1, at) * drawn for x in found]
+
+
+@torch.no_grad()
+def reread(net, run, answers, block_size, temperature=1.0):
+    """As `read`, of all answers, shared by the processes, without gradients: float64 arrays (n, A)."""
+    A = answers.drawn.shape[1]
+
+    def work(part):
+        found = read(net, run, answers, part, block_size, temperature)
+        wide = [np.pad(x.double().cpu().numpy(), ((0, 0), (0, A - x.shape[1]))) for x in found if x is not None]
+        return np.concatenate(wide, 1)
+    net.eval()
+    found = run.spread([len(p) + len(i) for p, i in zip(answers.prompts, answers.ids, strict=True)], work, 32)
+    net.train()
+    return np.split(found, found.shape[1] // A, 1)
+
+
+def kl_terms(logprobs, ref_logprobs, kind='k3'):
+    """Estimates of KL(policy || reference) from tokens that the policy drew, per token (…), Schulman 2020: with
+    log r = ref - logprob, 'k1' is -log r, 'k2' (log r)^2 / 2, 'k3' r - 1 - log r. k1 and k3 have the right mean."""
+    log_r = ref_logprobs - logprobs
+    if kind == 'k1':
+        return -log_r
+    if kind == 'k2':
+        return log_r ** 2 / 2
+    if kind != 'k3':
+        raise UserError(f"kl_estimator={kind!r} is not one of 'k1', 'k2', 'k3'")
+    return (log_r.exp() if isinstance(log_r, torch.Tensor) else np.exp(log_r)) - 1 - log_r
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rewards
+
+def load_scorer(path, run, tokenizer=None):
+    """A reward model -> what gives its normalised scores of (messages, answer): float64 array (n,).
+
+    tokenizer: the policy's; UserError where the reward model's is another one.
+    """
+    model, own = load_model(path, scores=True)
+    if tokenizer is not None and own.to_dict() != tokenizer.to_dict():
+        raise UserError(f'{path}: its tokenizer ({own.name}, {own.n_vocab:,} tokens) is not that of the policy '
+                        f'({tokenizer.name}, {tokenizer.n_vocab:,}): train a reward model from the same base')
+    model = model.to(run.device).eval()
+    length = model.config.block_size
+
+    @torch.no_grad()
+    def score(pairs):
+        texts = [answered(own, messages, answer, length) for messages, answer in pairs]
+
+        def work(part):
+            arrays = pad_texts([texts[i] for i in part], length)
+            with run.autocast(arrays[0].shape[1]):
+                return model.rewards(*run.to_device(*arrays)).double().cpu().numpy()[:, None]
+        return run.spread([len(ids) for ids, _ in texts], work, 32)[:, 0]
+    return score
+
+
+def load_function(place):
+    """'FILE.py:function' -> the function of a row and the text of an answer to it that gives a number."""
+    path, _, name = place.rpartition(':')
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code can raise anything
+        raise UserError(f'rewards: {path}: {type(error).__name__}: {error}') from None
+    if not callable(getattr(module, name, None)):
+        raise UserError(f'rewards: {path} has no function {name!r}')
+    return getattr(module, name)
+
+
+class Rewards:
+    """A weighted sum of rewards, in words 'NAME, WEIGHT*NAME, …':
+
+    correct     1 where the row's own grader says so, else 0; number, exact: that grader
+    format      1 for one <think> … </think> and then an answer
+    length      the share of max_new_tokens that an answer takes
+    model       the normalised score of the reward model in the directory reward_model
+    FILE.py:f   f(row, text), a number, of the row as `load_prompts` makes it and the text of an answer
+
+    An answer whose reward raises or is no finite number gets nan, is counted in `failed` and named once per kind of
+    failure; after max_bad_rewards of them the run ends. UserError for a name that is none of these.
+    """
+
+    def __init__(self, words, tokenizer, run, max_new_tokens, reward_model='', max_bad_rewards=20):
+        self.run, self.longest, self.limit, self.failed, self.told = run, max_new_tokens, max_bad_rewards, 0, set()
+        self.terms, self.scorer = [], None
+        for term in words.split(','):
+            weight, times, name = term.rpartition('*')
+            try:
+                weight, name = float(weight) if times else 1.0, name.strip()
+            except ValueError:
+                raise UserError(f'rewards={words!r}: {weight.strip()!r} before * is not a number') from None
+            if ':' not in name and name not in ('correct', 'format', 'length', 'model', *GRADERS):
+                raise UserError(f'rewards={words!r}: {name!r} is not one of correct, format, length, model, '
+                                f'{", ".join(GRADERS)} or FILE.py:function')
+            function = load_function(name) if ':' in name else None
+            self.terms.append((weight, name.rpartition(':')[2], function))
+        self.names = [name for _, name, _ in self.terms]
+        if len(set(self.names)) < len(self.names):
+            raise UserError(f'rewards={words!r} names one twice')
+        if ('model' in self.names) != bool(reward_model):
+            raise UserError(f'rewards={words!r} and reward_model={reward_model!r}: a reward model and the name model '
+                            'go together')
+        if reward_model:
+            self.scorer = load_scorer(reward_model, run, tokenizer)
+
+    def check(self, rows):
+        """UserError for the first row that a grader would miss an `answer` in."""
+        graded = next((name for name in self.names if name in ('correct', *GRADERS)), None)
+        row = next((row for row in rows if 'answer' not in row), None) if graded else None
+        if row:
+            raise UserError(f'{row["where"]}: it has no "answer", which rewards={graded!r} compares with: add it or '
+                            'leave that reward out')
+
+    def __call__(self, data, answers):
+        """Answers (Rollout) to prompts of data -> (totals (n,), {name: (n,)}), float64, nan where a reward failed."""
+        rows, mine = [data.rows_kept[i] for i in answers.rows], range(self.run.rank, len(answers), self.run.world_size)
+        values, wrong = {}, []
+        for i in mine:
+            values[i] = []
+            for _, name, function in self.terms:
+                value, problem = self._value(name, function, rows[i], answers.texts[i], len(answers.ids[i]))
+                values[i].append(value)
+                wrong += [(rows[i].get('where', f'prompt {answers.rows[i]}'), name, problem)] * bool(problem)
+        values = self.run.collect(values)
+        wrong = self.run.collect({(self.run.rank, k): what for k, what in enumerate(wrong)})
+        table = np.array([values[i] for i in range(len(answers))], float).reshape(len(answers), len(self.terms))
+        if self.scorer is not None:
+            pairs = [(row['prompt'], text) for row, text in zip(rows, answers.texts, strict=True)]
+            table[:, self.names.index('model')] = self.scorer(pairs)
+        for where, name, problem in wrong.values():
+            self.failed += 1
+            if (name, problem) not in self.told:
+                self.told.add((name, problem))
+                self.run.say(f'{where}: the reward {name!r} {problem}: such answers are left out')
+            if self.failed > self.limit:
+                raise UserError(f'{where}: the reward {name!r} {problem}; {self.failed} answers had no reward '
+                                f'(max_bad_rewards={self.limit}): mend the function or the rows')
+        return table @ np.array([weight for weight, _, _ in self.terms]), dict(zip(self.names, table.T, strict=True))
+
+    def _value(self, name, function, row, text, length):
+        """One reward of one answer -> (number, '') or (nan, what went wrong)."""
+        if function is not None:
+            try:
+                value = function(row, text)
+            except Exception as error:  # the user's own code can raise anything; it is named, counted and limited
+                return math.nan, f'raised {type(error).__name__}: {error}'
+            if not isinstance(value, numbers.Real | np.number) or not math.isfinite(value):
+                return math.nan, f'gave {value!r:.40}, not a finite number'
+            return float(value), ''
+        if name == 'format':
+            return float(follows_format(text)), ''
+        if name == 'length':
+            return length / self.longest, ''
+        if name == 'model':
+            return 0.0, ''  # all at once, later
+        return float(grade(text, row['answer'], row.get('grader', 'number') if name == 'correct' else name)), ''
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# measuring
+
+def gold_of(data, answers):
+    """`dataset.quality`'s gold of answers, float64 (n,), nan where a row has no `answer`."""
+    rows = [data.rows_kept[i] for i in answers.rows]
+    return np.array([quality(row, text)['gold'] if 'answer' in row else math.nan
+                     for row, text in zip(rows, answers.texts, strict=True)])
+
+
+def divergence(net, model, reference, run, answers, block_size, temperature=1.0):
+    """log policy - log reference of each drawn token, float64 (n, A); reference: see `runtime.Run.switched`."""
+    ours = reread(net, run, answers, block_size, temperature)[0]
+    with run.switched(model, reference):
+        return ours - reread(net, run, answers, block_size, temperature)[0]
+
+
+def examine(net, model, reference, data, run, rewards, chosen, max_new_tokens, temperature=1.0, force=None):
+    """A policy on held-out prompts of these numbers: greedy answers are graded, sampled ones rewarded and compared with
+    the reference, where there is one -> (metrics, words, greedy answers as they are shown).
+
+    val/correct, val/gold, val/f1 … and response_len are of greedy answers; val/reward and its parts, val/gold_sampled and
+    val/kl, nats per answer, of sampled ones.
+    """
+    greedy, sampled = (draw(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (0, temperature))
+    rows = [data.rows_kept[i] for i in chosen]
+    marks = [grades(row, text) | ({'gold': quality(row, text)['gold']} if 'answer' in row else {})
+             for row, text in zip(rows, greedy.texts, strict=True)]
+    means, ranges = summarise(marks)
+    metrics = {}
+    for name, mean in means.items():
+        metrics |= {f'val/{name}': mean, f'val/{name}_low': ranges[name][0], f'val/{name}_high': ranges[name][1]}
+    totals, parts = rewards(data, sampled)
+    moved, gold = np.array([]), gold_of(data, sampled)
+    if reference is not None:
+        moved = divergence(net, model, reference, run, sampled, model.config.block_size, temperature).sum(1)
+        metrics['val/kl_low'], metrics['val/kl_high'] = interval(moved.tolist())
+    for name, values in (('reward', totals), *((f'reward_{k}', v) for k, v in parts.items()), ('kl', moved),
+                         ('gold_sampled', gold)):
+        values = values[np.isfinite(values)]
+        if len(values):
+            metrics[f'val/{name}'] = float(values.mean())
+    metrics |= {'val/response_len': float(greedy.lengths.mean()), 'val/ended': float(sampled.ended.mean())}
+    words = (f'held-out: {in_words({k: v for k, v in means.items() if k in ("correct", "gold", "f1")}, ranges)}; sampled: '
+             f'reward {metrics.get("val/reward", math.nan):.3f}')
+    words += f', KL {metrics["val/kl"]:.3f}' if 'val/kl' in metrics else ''
+    words += f', gold {metrics["val/gold_sampled"]:.3f}' if 'val/gold_sampled' in metrics else ''
+    if by := by_value(rows, marks, 'steps'):
+        words += f'\ncorrect by steps: {by}'
+    return metrics, words, [shown(*of) for of in zip(rows, greedy.texts, marks, strict=True)]
