@@ -1207,6 +1207,24 @@ class GPT(nn.Module):
         targets[:, -1] = -100
         return scores - self.score_gain.float() * self.cross_entropy(x, targets, 'none').sum(1)
 
+    def values(self, idx, answer):
+        """Of a causal reward model, what it makes of each text up to each of its tokens: ids (B, T), right-padded, bool
+        (B, T) True on the answer's tokens -> (B, T) float32, on the scale of `rewards`: a critic that knows much already.
+        """
+        x, config = self.hidden(idx), self.config
+        with torch.autocast(idx.device.type, enabled=False):
+            vectors = x.float()
+            if config.score_head == 'mean':
+                vectors = vectors.cumsum(1) / torch.arange(1, idx.shape[1] + 1, device=idx.device)[:, None]
+            scores = F.linear(vectors, self.score.weight.float(), self.score.bias.float())[..., 0]
+        if self.score_gain is not None:
+            targets = idx.roll(-1, 1).masked_fill(~answer.roll(-1, 1), -100)
+            targets[:, -1] = -100
+            losses = self.cross_entropy(x, targets, 'none').cumsum(1)
+            scores = scores - self.score_gain.float() * F.pad(losses, (1, 0))[:, :-1]
+        gain, bias = self.score_scale
+        return gain * scores + bias
+
     def rewards(self, idx, real=None, answer=None):
         """Scores (B,) as `scores` gives them, times the gain and plus the bias of `score_scale`: what makes those of
         held-out answers have mean 0 and variance 1, once these have been measured (arXiv:1909.08593)."""
@@ -1226,7 +1244,8 @@ class GPT(nn.Module):
 
         Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', 'none' for (B, T), or
         'details' for (losses (B, T), entropies of the distributions (B, T), hidden states (B, T, C)), with logits
-        divided by the temperature: what learning from a policy's own samples takes.
+        divided by the temperature: what learning from a policy's own samples takes. Of a reward model 'values' gives
+        `values` instead of `scores`.
         source (B, S), source_mask (B, S): see `encode`. segments (B, T) of integers: a token sees those of its own
         only, so that several texts share a row, each with positions of its own. In training the gradient of 'mean' is
         also that of the routers' losses; the value is not.
@@ -1234,7 +1253,7 @@ class GPT(nn.Module):
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
         if self.score is not None:
-            return self.scores(idx, real, answer)
+            return self.scores(idx, real, answer) if reduction != 'values' else self.values(idx, answer)
         if segments is not None:
             if source is not None:
                 raise ValueError('segments of a row cannot share a source: give each text a row')

@@ -1,0 +1,488 @@
+"""
+Proximal policy optimisation: a model learns from rewards of its own answers, token by token, with a critic beside it.
+
+    python ppo.py config/ppo_tiny.py                               word problems, with the reward model in out/reward
+    python ppo.py config/ppo_tiny.py --critic=separate             a critic of its own, which begins as the reward model
+    python ppo.py config/ppo_tiny.py --rewards=correct --reward_model=                  a grader in its place
+    python ppo.py config/ppo_tiny.py --kl_controller=adaptive --kl_target=2
+    torchrun --standalone --nproc_per_node=2 ppo.py config/ppo_tiny.py
+
+A step draws answers to prompts_per_step prompts. Each token costs kl_coef times how much likelier it is to the policy
+than to the reference, the model that the run begins with, and the last one earns the reward of the answer. The critic
+says before each token what is still to come; generalised advantage estimation compares. Then num_epochs passes over
+the answers move the policy, as far as the clip lets it. Rewards are named in `rewards` (see rollout.py); the true
+quality of answers to word problems is logged as reward/gold and is never learnt from.
+
+Papers: PPO (arXiv:1707.06347), GAE (arXiv:1506.02438), fine-tuning from preferences (arXiv:1909.08593), learning to
+summarize (arXiv:2009.01325), InstructGPT (arXiv:2203.02155), The N implementation details of RLHF with PPO
+(arXiv:2403.17031), reward over-optimisation (arXiv:2210.10760).
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import runtime
+from convert import load_model, start
+from dataset import PromptData, find_dataset, load_prompts
+from model import GPT, GPTConfig, Optimizers
+from rollout import Rewards, draw, examine, gold_of, kl_terms, read, reread
+from tokenizer import UserError
+
+# where and what
+out_dir = 'out/ppo'  # directory of the run: checkpoints, metrics, samples
+init_from = 'out/sft'  # the model to start from: sample.py's; or 'resume', or 'auto' (resume where there is a run)
+base = 'out/sft'  # the model that 'auto' starts from where there is no run yet
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
+val_fraction = 0.1  # of a single file: the share of its prompts that is held out
+seed = 1337  # decides the order of the data, fresh small weights and samples
+strict = True  # a malformed row ends the run; False: it is left out and counted
+# rewards
+rewards = 'model'  # a sum, as 'correct, 0.2*format, -0.1*length, model, FILE.py:function': see rollout.py
+reward_model = 'out/reward'  # a run of reward.py, for 'model'
+max_bad_rewards = 20  # answers whose reward failed, after which the run ends
+eos_penalty = 1.0  # taken from the reward of an answer that did not end
+reward_clip = 0.0  # rewards beyond so much, up or down, count as that; 0 = no limit
+running_rewards = False  # rewards less their running mean, over their running standard deviation
+whiten_rewards = False  # the tokens' rewards, KL included, over their standard deviation in the step
+# answers
+prompts_per_step = 256  # prompts of a step
+num_generations = 1  # answers to each
+max_new_tokens = 128  # longest answer
+adapt_length = False  # the next answers may take a quarter more tokens than the longest of these, up to max_new_tokens
+temperature = 1.0  # of sampling, and of every log-probability
+kl_budget = 0.0  # an answer stops where its log-ratio to the reference, summed, passes this, in nats; 0 = never
+# KL
+kl_coef = 0.05  # what a nat of KL to the reference costs; the adaptive controller begins with it
+kl_estimator = 'k1'  # of a token's KL: 'k1', the log-ratio, or 'k3', which is never negative
+kl_controller = 'fixed'  # 'fixed', or 'adaptive': kl_coef is steered towards kl_target
+kl_target = 6.0  # 'adaptive': nats per answer
+kl_horizon = 10000  # 'adaptive': answers over which an error of a fifth is made good
+# advantages
+gamma = 1.0  # discount per token
+gae_lambda = 0.95  # how far advantages trust rewards more than the critic: 0 = one token, 1 = to the end
+whiten_advantages = True  # mean 0 and variance 1 in the step
+# loss
+critic = 'shared'  # a head on the policy's 'shared' trunk, or a model of its own, 'separate'
+critic_lr = 1e-3  # peak learning rate of that head or model
+clip_eps = 0.2  # how far from 1 a ratio of probabilities counts
+clip_value = 0.2  # how far from its first guess a value counts; 0 = any
+vf_coef = 0.1  # weight of the critic's loss
+entropy_coef = 0.0  # weight of the policy's entropy, per token
+kl_stop = 0.0  # a step's updates end where the policy is so far from the one that wrote the answers; 0 = never
+# batches
+batch_size = 64  # answers per micro-batch
+gradient_accumulation_steps = 1  # micro-batches per update, over all processes together
+num_epochs = 2  # passes over the answers of a step
+max_iters = 100  # steps, each with prompts_per_step * num_generations answers
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
+learning_rate = 1e-4  # peak of AdamW's
+embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
+muon_lr = 0.001  # peak of Muon's
+muon_momentum = 0.95  # Nesterov momentum of Muon
+weight_decay = 0.0  # on matrices only
+beta1 = 0.9  # AdamW's decay of the mean
+beta2 = 0.99  # AdamW's decay of the variance
+grad_clip = 1.0  # largest norm of the gradient; 0 = off
+# schedule
+lr_schedule = 'constant'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
+warmup_iters = 5  # steps of linear warmup
+lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate, in proportion for every group
+decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+# looking at it
+eval_interval = 25  # steps between evaluations, each with answers and a checkpoint
+eval_rows = 256  # held-out prompts that are answered, the same every time; 0 = all
+eval_only = False  # measure init_from and train nothing
+eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
+show_answers = 3  # answers shown at an evaluation
+log_interval = 1  # steps between lines of progress
+keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
+max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
+tensorboard_log = False  # write out_dir/tensorboard
+wandb_log = False  # report to Weights & Biases
+wandb_project = 'flatgpt'  # its project
+wandb_run_name = 'ppo'  # its name for this run
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+compile = False  # torch.compile: slow to start, then faster
+activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the maths
+
+def gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95):
+    """Generalised advantage estimation (arXiv:1506.02438) -> (advantages, returns), both (B, A), 0 where mask is.
+
+    rewards of each token and values, what the critic expected before it: (B, A). With delta_t = r_t + gamma V_t+1 - V_t,
+    an advantage is delta_t + gamma lambda (that of the next token); a return is it plus V_t. Nothing follows an answer's
+    last token. Tokens that mask leaves out, such as what a tool said, are no steps: the sums pass over them.
+    """
+    found, after, value = torch.zeros_like(values), torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        here = mask[:, t].bool()
+        advantage = rewards[:, t] + gamma * value - values[:, t] + gamma * gae_lambda * after
+        found[:, t] = torch.where(here, advantage, 0.0)
+        after, value = torch.where(here, advantage, after), torch.where(here, values[:, t], value)
+    return found, (found + values) * mask
+
+
+def whiten(x, mask, shift_mean=True):
+    """Numbers (B, A) with mean 0, or with shift_mean=False their own, and variance 1 over mask; 0 elsewhere."""
+    n = mask.sum().clamp(min=1)
+    mean = (x * mask).sum() / n
+    scaled = (x - mean) / (((x - mean).square() * mask).sum() / n + 1e-8).sqrt()
+    return (scaled if shift_mean else scaled + mean) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip_eps=0.2):
+    """max(-r a, -clip(r, 1 - eps, 1 + eps) a) per token, r = exp(logprobs - old_logprobs), all (B, A) (arXiv:1707.06347,
+    eq. 7) -> (losses, where the clip holds the ratio back)."""
+    ratio = (logprobs - old_logprobs).exp()
+    free, clipped = -ratio * advantages, -ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    return torch.maximum(free, clipped), clipped > free
+
+
+def value_loss(values, old_values, returns, clip_value=0.2):
+    """Half the square of the critic's error per token, (B, A), the larger of that of the value and of the value no
+    further than clip_value from old_values, what it said when the answers were drawn -> (losses, where that is larger).
+    """
+    free = (values - returns).square() / 2
+    if not clip_value:
+        return free, torch.zeros_like(free, dtype=torch.bool)
+    clipped = (old_values + (values - old_values).clamp(-clip_value, clip_value) - returns).square() / 2
+    return torch.maximum(free, clipped), clipped > free
+
+
+def token_rewards(scores, kl, drawn, kl_coef):
+    """Scores of answers (B,), a KL term per token and the tokens the policy drew (B, A) -> rewards (B, A): each token
+    pays kl_coef times its KL, the last that was drawn gets the score (arXiv:1909.08593)."""
+    rewards = -kl_coef * kl * drawn
+    last = (drawn * torch.arange(1, drawn.shape[1] + 1)).argmax(1)
+    rewards[torch.arange(len(scores)), last] += scores
+    return rewards
+
+
+def adapt_kl_coef(kl_coef, kl, target, n, horizon):
+    """The controller of arXiv:1909.08593, 2.2, after n answers with a mean KL: up where it is above target, else down,
+    by a share of at most a fifth of n / horizon."""
+    return kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * n / horizon)
+
+
+def stops_at(log_ratios, drawn, budget):
+    """How many tokens of each answer there are up to the first whose summed log-ratio to the reference is above budget,
+    that one included: log_ratios and drawn (n, A) arrays -> int (n,), A where none is."""
+    over = np.cumsum(log_ratios * drawn, 1) > budget
+    return np.where(over.any(1), over.argmax(1) + 1, over.shape[1])
+
+
+class RunningScale:
+    """Mean and variance of all numbers so far (Welford; Chan et al. for batches): [count, mean, sum of squares]."""
+
+    def __init__(self, state=(0, 0.0, 0.0)):
+        self.state = list(state)
+
+    def __call__(self, x):
+        """Numbers (n,), which count from now on -> the same less the mean, over the standard deviation."""
+        count, mean, squares = self.state
+        total, delta = count + len(x), x.mean() - mean
+        self.state = [total, mean + delta * len(x) / total,
+                      squares + ((x - x.mean()) ** 2).sum() + delta ** 2 * count * len(x) / total]
+        self.state = [float(v) for v in self.state]
+        return (x - self.state[1]) / math.sqrt(self.state[2] / total + 1e-8)
+
+
+class ActorCritic(nn.Module):
+    """A policy, and what tells before each token how its answer will end: a linear function of the policy's own last
+    hidden state, zero at first, or a reward model's score of the text so far."""
+
+    def __init__(self, policy, critic=None):
+        super().__init__()
+        self.policy, self.critic, self.value = policy, critic, None
+        if critic is None:
+            self.value = nn.Linear(policy.config.n_embd, 1)
+            nn.init.zeros_(self.value.weight)
+            nn.init.zeros_(self.value.bias)
+
+    def forward(self, idx, targets, reduction='details', temperature=1.0):
+        """ids and targets (B, T) -> losses, entropies and values, (B, T) each: see `GPT.forward`."""
+        losses, entropies, hidden = self.policy(idx, targets, reduction=reduction, temperature=temperature)
+        if self.critic is not None:
+            return losses, entropies, self.critic(idx, answer=(targets != -100).roll(1, 1), reduction='values')
+        with torch.autocast(idx.device.type, enabled=False):
+            return losses, entropies, self.value(hidden.float())[..., 0]
+
+    def judge_state(self):
+        """The tensors of what is not the policy."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith('policy.')}
+
+
+def make_critic(policy, run):
+    """A critic of its own: the reward model, or without one the policy itself with a new head."""
+    if reward_model:
+        model, _ = load_model(reward_model, scores=True)
+    else:
+        with runtime.user_errors():
+            merged = policy.merged()
+            model = GPT.from_state({'model': merged.state_dict(), 'model_args': vars(merged.config)}, score_head='last')
+        nn.init.zeros_(model.score.weight)
+    if not model.config.causal:
+        raise UserError(f"critic='separate': {reward_model} has causal=False and cannot judge an answer that is not "
+                        'finished: take a causal reward model')
+    if model.config.block_size < policy.config.block_size and model.config.pos == 'learned':
+        raise UserError(f"critic='separate': {reward_model} reads block_size={model.config.block_size} tokens, the policy "
+                        f'{policy.config.block_size}')
+    return model
+
+
+def rows_of(split, tokenizer, length, run):
+    """A split of the dataset as PromptData; tells what was left out."""
+    rows, skipped = load_prompts(dataset, split, strict, val_fraction)
+    data = PromptData(rows, tokenizer, length, max_new_tokens, seed)
+    if lost := data.left_out(skipped):
+        run.say(f'{dataset}, {split}: {lost}')
+    return data
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_loop(config)
+    for name, value, allowed in (('critic', critic, ('shared', 'separate')), ('kl_estimator', kl_estimator, ('k1', 'k3')),
+                                 ('kl_controller', kl_controller, ('fixed', 'adaptive')),
+                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
+        if value not in allowed:
+            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    for name, value, least in (('prompts_per_step', prompts_per_step, 1), ('num_generations', num_generations, 1),
+                               ('max_new_tokens', max_new_tokens, 1), ('num_epochs', num_epochs, 1),
+                               ('kl_horizon', kl_horizon, 1), *((name, config[name], 0) for name in (
+                                   'clip_eps', 'clip_value', 'kl_coef', 'kl_budget', 'kl_stop', 'reward_clip',
+                                   'vf_coef'))):
+        if value < least:
+            raise UserError(f'{name}={value}: it must be at least {least}')
+    if temperature <= 0 or kl_target <= 0 or critic_lr <= 0:
+        raise UserError(f'temperature={temperature}, kl_target={kl_target} and critic_lr={critic_lr} must be above 0')
+    if not (0 < val_fraction < 1 and 0 <= gamma <= 1 and 0 <= gae_lambda <= 1):
+        raise UserError('val_fraction, gamma and gae_lambda lie between 0 and 1')
+    if given.get('dropout') or given.get('lora_dropout'):
+        raise UserError('dropout and lora_dropout are off here: a ratio of probabilities is to be that of the weights')
+    n_answers, per_update = prompts_per_step * num_generations, batch_size * gradient_accumulation_steps
+    if n_answers % per_update:
+        raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are no multiple of batch_size * '
+                        f'gradient_accumulation_steps = {per_update}: change one of them')
+    run = runtime.Run(config)
+    began = start(run, 'ppo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
+    policy, tokenizer, origin = began.model, began.tokenizer, began.origin
+    length = policy.config.block_size
+    reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
+    if Path(dataset).suffix not in ('.json', '.jsonl'):
+        run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+    model = ActorCritic(policy, make_critic(policy, run) if critic == 'separate' else None)
+
+    def whole(data, reference):
+        """What is measured of the policy on held-out prompts."""
+        return examine(net, policy, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature)
+
+    if eval_only:
+        net, data, before = run.wrap(model), rows_of(eval_split, tokenizer, length, run), began.before()
+        reward.check(data.rows_kept)
+        _, words, samples = whole(data, {name: run.like(p, before[name]) for name, p in policy.named_parameters()
+                                         if name in before} or None)
+        run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
+        return run.say('\n'.join(samples[:show_answers]))
+    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    for data in (train_data, val_data):
+        reward.check(data.rows_kept)
+    net = run.wrap(model)
+    with runtime.user_errors():
+        optimizers = policy.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
+                                                 muon_lr, muon_momentum)
+        judge = torch.optim.AdamW([p for name, p in model.named_parameters() if not name.startswith('policy.')],
+                                  critic_lr, (beta1, beta2), weight_decay=0.0, fused=run.device_type in ('cuda', 'cpu'))
+        judge.param_groups[0]['peak_lr'] = critic_lr
+        optimizers = Optimizers([*optimizers, judge])
+    reference = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    step, clock, resumed, scale = 0, runtime.Clock(), began.own is not None, RunningScale()
+    coef, longest = kl_coef, max_new_tokens
+    if resumed:
+        own = began.own
+        if own['critic'].keys() != model.judge_state().keys():
+            raise UserError(f'{origin} was trained with another critic than critic={critic!r}: resume with that')
+        run.restore(own, origin, optimizers)
+        step, clock, reward.failed = own['iter'], runtime.Clock(own['seconds']), own['failed']
+        coef, longest, scale = own['kl_coef'], own['longest'], RunningScale(own['scale'])
+        with torch.no_grad():
+            for name, tensor in model.judge_state().items():
+                tensor.copy_(run.like(tensor, own['critic'][name]))
+            for name, tensor in reference.items():
+                tensor.copy_(run.like(tensor, own['reference'][name]))
+        own = began.own = None
+    flops = policy.flops_per_token(length)
+
+    def measure():
+        metrics, words, samples = whole(val_data, reference)
+        words = f'step {step}, {clock.read():.1f} s of training: {words}'
+        return metrics | {'iter': step, 'seconds': clock.read()}, words, samples[:show_answers]
+
+    clock.pause()
+    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
+    run.open(step if resumed else None)
+    run.catch_signals()
+    epochs = max_iters * prompts_per_step / train_data.n_rows
+    run.say(f'{dataset}: {train_data.n_rows:,} prompts to learn from, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+            f'critic: {sum(p.numel() for p in judge.param_groups[0]["params"]):,} parameters, {critic}\n'
+            f'{max_iters:,} steps of {n_answers} answers and {n_answers // per_update * num_epochs} updates: '
+            f'{epochs:.2f} epochs')
+
+    def look(metrics, words, samples):
+        """Logs what was measured after `step` steps, shows answers and saves the state."""
+        run.log(metrics)
+        run.say(words)
+        run.sample(step, '\n'.join(samples))
+        save(-metrics.get('val/reward', -math.inf))
+
+    def save(score=math.inf):
+        run.checkpoint(began.state() | {'iter': step, 'seconds': clock.read()}, optimizers, score,
+                       {'reference': reference, 'critic': model.judge_state(), 'failed': reward.failed, 'kl_coef': coef,
+                        'longest': longest, 'scale': scale.state})
+
+    stats, counted = {}, {}  # sums of what the log tells as means, and of how many
+
+    def tell(**values):
+        for name, value in values.items():
+            stats[name], counted[name] = stats.get(name, 0.0) + value, counted.get(name, 0) + 1
+
+    def micro_loss(number):
+        """The loss of the update's micro-batch of this number, weighted so that the mean is over the update's tokens."""
+        nonlocal tokens_read, moved
+        part = chosen[number * batch_size:(number + 1) * batch_size]
+        logprobs, entropies, values = read(net, run, answers, part, length, temperature)
+        mask, old, gains, old_v, due = run.to_device(*(np.ascontiguousarray(x[part, :logprobs.shape[1]], np.float32)
+                                                       for x in (counts, old_logprobs, advantages, old_values, returns)))
+        tokens_read += sum(len(answers.prompts[i]) + len(answers.ids[i]) for i in part)
+        losses, held = policy_loss(logprobs, old, gains, clip_eps)
+        errors, held_v = value_loss(values, old_v, due, clip_value)
+        n = mask.sum().clamp(min=1)
+        log_ratio = (logprobs.detach() - old) * mask
+        far = kl_terms(log_ratio, torch.zeros_like(log_ratio)).sum() / n  # KL(new || old), in the new one's weights
+        moved = moved + far / run.micro_steps
+        tell(**{'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
+                'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,
+                'entropy': (entropies.detach() * mask).sum() / n, 'ratio': (log_ratio.exp() * mask).sum() / n})
+        losses = losses + vf_coef * errors - entropy_coef * entropies
+        return (losses * mask).sum() / (counts[chosen].sum() / gradient_accumulation_steps)
+
+    if not resumed:
+        look(*measured)
+    settled = run.world_size == 1
+    tokens_read, moved = 0, 0.0
+    clock.resume()
+    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    while step < max_iters and not (stop := run.stopping()):
+        # answers, and what policy, critic and reference make of their tokens
+        began_at = clock.read()
+        rows = train_data.rows(step * prompts_per_step, prompts_per_step)
+        answers = draw(policy, train_data, rows, run, longest, num_generations, temperature, 1 + step)
+        drawn_at = clock.read()
+        old_logprobs, _, old_values = reread(net, run, answers, length, temperature)
+        with run.switched(policy, reference):
+            ref_logprobs = reread(net, run, answers, length, temperature)[0]
+        tell(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean(),
+                'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
+        if kl_budget:
+            stops = np.minimum(stops_at(old_logprobs - ref_logprobs, answers.drawn, kl_budget), answers.lengths)
+            tell(stopped=(stops < answers.lengths).mean())
+            answers = answers.cut(stops, train_data)
+            old_logprobs, old_values, ref_logprobs = (x[:, :answers.drawn.shape[1]] * answers.drawn
+                                                      for x in (old_logprobs, old_values, ref_logprobs))
+        limit = longest
+        if adapt_length:
+            longest = min(max_new_tokens, int(1.25 * answers.lengths.max()) + 1)
+
+        # rewards and advantages
+        totals, parts = reward(train_data, answers)
+        scored = np.isfinite(totals)
+        counts = answers.drawn * scored[:, None]  # an answer without a reward teaches nothing
+        scores = np.where(scored, totals, 0.0) - eos_penalty * ~answers.ended
+        if running_rewards and scored.any():
+            scores[scored] = scale(scores[scored])
+        scores = scores.clip(-reward_clip, reward_clip) if reward_clip else scores
+        log_ratios = (old_logprobs - ref_logprobs) * answers.drawn
+        mask, tensors = torch.from_numpy(counts.astype(float)), map(torch.from_numpy, (scores * scored, old_values))
+        of_scores, of_values = tensors
+        kl = torch.from_numpy(kl_terms(old_logprobs, ref_logprobs, kl_estimator))
+        of_tokens = token_rewards(of_scores, kl, mask, coef)
+        if whiten_rewards:
+            of_tokens = whiten(of_tokens, mask, shift_mean=False)
+        found, due = gae(of_tokens, of_values, mask, gamma, gae_lambda)
+        advantages, returns = (whiten(found, mask) if whiten_advantages else found).numpy(), due.numpy()
+        mean_kl, gold, spread = log_ratios.sum(1).mean(), gold_of(train_data, answers), due[mask.bool()].var()
+        if scored.any():
+            tell(**{'reward/mean': totals[scored].mean(), 'reward/std': totals[scored].std(),
+                    'reward/with_kl': of_tokens.sum(1).numpy()[scored].mean(),
+                    **{f'reward/{name}': x[scored].mean() for name, x in parts.items()},
+                    'value/explained': 1 - ((due - of_values)[mask.bool()].var() / (spread + 1e-8)).item()})
+        tell(**({'reward/gold': np.nanmean(gold)} if np.isfinite(gold).any() else {}), kl=mean_kl, kl_coef=coef,
+             response_len=answers.lengths.mean(), ended=answers.ended.mean(), max_new_tokens=limit)
+        if kl_controller == 'adaptive':
+            coef = adapt_kl_coef(coef, mean_kl, kl_target, n_answers, kl_horizon)
+
+        # updates
+        done = 0
+        for epoch in range(num_epochs):
+            order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(n_answers)
+            for first in range(0, n_answers, per_update):
+                chosen = order[first:first + per_update]
+                chosen = chosen[np.argsort((answers.lengths + [len(p) for p in answers.prompts])[chosen], kind='stable')]
+                if not counts[chosen].any():
+                    continue
+                if not settled:
+                    run.settle(net, lambda: micro_loss(run.rank))
+                    settled = True
+                moved = 0.0
+                total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
+                done += 1
+                if kl_stop and (moved := run.sum(float(moved))[0] / run.world_size) > kl_stop:
+                    break
+            if kl_stop and moved > kl_stop:
+                break
+        if not done:
+            raise UserError(f'step {step}: no answer had a reward: mend the rewards or the rows')
+        tell(updates=done)
+        step += 1
+        if step % max_bad_steps == 0:
+            run.check_updates(step)
+
+        if step % log_interval == 0 or step == max_iters:
+            run.check_updates(step)
+            names = sorted(stats)
+            loss, fed, *told = run.sum(total.item(), tokens_read, *(float(stats[k]) / counted[k] for k in names))
+            seconds = clock.read()
+            rate = fed / (seconds - logged_seconds)
+            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
+                        **{k: v / run.world_size for k, v in zip(names, told, strict=True)}, 'failed': reward.failed,
+                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
+                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
+            logged_step, logged_seconds, tokens_read, stats, counted = step, seconds, 0, {}, {}
+        if step % eval_interval == 0 or step == max_iters:
+            clock.pause()
+            look(*measure())
+            clock.resume()
+            looked, logged_step, logged_seconds, tokens_read, stats, counted = step, step, clock.read(), 0, {}, {}
+
+    if stop and looked != step:
+        clock.pause()
+        save()
+    run.finish(step, stop, parameters=policy.num_params(), trainable=policy.num_params(learning=True))
+    run.say(f'done: best held-out reward {-run.best:.4f}; talk to it: '
+            f'python sample.py --init_from={out_dir} --chat=True')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
