@@ -133,7 +133,7 @@ def overlong(lengths, longest, buffer):
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type='grpo', clip_eps=0.2, clip_eps_high=0.2,
-              kl_coef=0.0, entropies=None, entropy_coef=0.0, longest=1, tokens=None):
+              kl_coef=0.0, entropies=None, entropy_coef=0.0, longest=1, tokens=None, n_answers=None):
     """The loss of answers -> (loss, {'clip_frac': share of tokens whose ratio is cut off, 'kl': mean k3 per token}).
 
     logprobs, old_logprobs (those of the policy that wrote the answers), ref_logprobs (or None), entropies (or None) and
@@ -142,7 +142,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
     for 'cispo' -min(r, 1 + clip_eps_high) a logprob with no gradient through r; plus kl_coef times k3, which is never
     part of the advantage, less entropy_coef times the entropy. 'grpo' and 'gspo' average over each answer, then over
     answers; 'bnpo' over the tokens of the batch; 'dapo' and 'cispo' divide the sum by `tokens`, their number in the
-    whole update, per micro-batch; 'dr_grpo' by B * longest, so that long answers weigh as their tokens do.
+    whole update, per micro-batch; 'dr_grpo' by B * longest, so that long answers weigh as their tokens do. n_answers
+    takes the place of B where some were left out because they would add nothing.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     if loss_type == 'gspo':
@@ -165,9 +166,9 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
         losses = losses - entropy_coef * entropies
     losses = losses * mask
     if loss_type in ('grpo', 'gspo'):
-        loss = (losses.sum(1) / mask.sum(1).clamp(min=1)).mean()
+        loss = (losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / (n_answers or len(losses))
     elif loss_type == 'dr_grpo':
-        loss = losses.sum() / (len(losses) * longest)
+        loss = losses.sum() / ((n_answers or len(losses)) * longest)
     else:
         loss = losses.sum() / (count if loss_type == 'bnpo' or tokens is None else max(1.0, tokens))
     return loss, told
@@ -311,7 +312,7 @@ def main():
     def micro_loss(number):
         """The loss of the update's micro-batch of this number."""
         nonlocal tokens_read
-        part = chosen[number * batch_size:(number + 1) * batch_size]
+        part = micro_batches[number]
         logprobs, entropies, _ = read(net, run, answers, part, length, temperature)
         A = logprobs.shape[1]
         mask, gains, old, ref = (None if x is None else run.to_device(x[part])[0].float() for x in (
@@ -320,7 +321,7 @@ def main():
         tokens_read += sum(len(answers.prompts[i]) + len(answers.ids[i]) for i in part)
         loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type, clip_eps,
                                clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
-                               counts[chosen].sum() / gradient_accumulation_steps)
+                               counts[chosen].sum() / gradient_accumulation_steps, batch_size)
         n = mask.sum().clamp(min=1)
         tell(entropy=(entropies.detach() * mask).sum() / n, **told)
         if old is None:  # what drew the answers computes in another way
@@ -342,6 +343,8 @@ def main():
         counts = answers.drawn * np.isfinite(totals.numpy()).reshape(-1, 1)
         if mask_truncated:
             counts = counts * answers.ended[:, None]
+        # what has neither an advantage nor another term in its loss is not read; a mean over a micro-batch wants all
+        teaches = (advantages != 0) | bool(kl_coef or entropy_coef or loss_type == 'bnpo')
         old_logprobs = ref_logprobs = None
         if updates > 1:
             old_logprobs = reread(net, run, answers, length, temperature)[0]
@@ -357,8 +360,11 @@ def main():
         for epoch in range(num_epochs):
             order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(n_answers)
             for first in range(0, n_answers, per_update):
-                chosen = order[first:first + per_update] if updates > 1 else order
-                chosen = chosen[np.argsort((answers.lengths + [len(p) for p in answers.prompts])[chosen], kind='stable')]
+                chosen = order[first:first + per_update]
+                teach = chosen[teaches[chosen]]
+                teach = teach if len(teach) >= gradient_accumulation_steps else chosen
+                teach = teach[np.argsort(answers.sizes[teach], kind='stable')]  # by length: little padding
+                micro_batches = np.array_split(teach, gradient_accumulation_steps)
                 if not settled:
                     run.settle(net, lambda: micro_loss(run.rank))
                     settled = True

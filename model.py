@@ -1551,8 +1551,16 @@ class GPT(nn.Module):
             of = torch.tensor([r // shared for r in rows], device=device)
             return {'memory': memory[of] if again else None, 'memory_mask': memory_mask[of]}
         start = [0 if rolls else max(0, len(t) - block) for t in texts]  # where each row's visible context begins
-        rows, cache = list(range(n_rows)), None
+        rows, done, cache = list(range(n_rows)), set(), None  # done: finished rows that are still in the batch
         for step in range(max_new_tokens):
+            full = cache is not None and not rolls and max(cache.lengths) == block
+            if done and (cache is None or full or 4 * len(done) >= len(rows)):
+                # finished rows leave the batch, a quarter of it at a time: what is kept of a cache has to be copied
+                keep = [i for i, r in enumerate(rows) if r not in done]
+                rows = [rows[i] for i in keep]
+                done.clear()
+                if cache is not None:
+                    cache.select(keep)
             if cache is None or not rolls and max(cache.lengths) == block:
                 # Beginning, or the context is full: keep its last three quarters and read them afresh, as in training,
                 # where every window begins at position 0. One pass over 3/4 T buys T/4 tokens.
@@ -1576,21 +1584,20 @@ class GPT(nn.Module):
                 last = torch.tensor([[texts[r][-1]] for r in rows], device=device)
                 x = self.hidden(last, cache=cache, **(seen(rows, False) if sources else {}))
                 logits = self.logits(x[:, -1])
-            ids, logprobs = sample(logits, [texts[r] for r in rows], uniform[step, rows], *sampling)
-            for i, r in enumerate(rows):
+            drawn = sample(logits, [texts[r] for r in rows], uniform[step, rows], *sampling)
+            alive = [(r, *of) for r, *of in zip(rows, *drawn, strict=True) if r not in done]
+            for i, (r, token, _) in enumerate(alive):
                 if forced[r]:
-                    ids[i], logprobs[i] = forced[r].pop(0), math.nan
-                texts[r].append(ids[i])
+                    token = forced[r].pop(0)
+                    alive[i] = r, token, math.nan
+                texts[r].append(token)
                 if force is not None and not forced[r]:
                     forced[r] = list(force(texts[r][begins[r]:]))
-            yield rows, ids, logprobs
-            keep = [i for i, token in enumerate(ids) if token not in stop_ids]
-            if len(keep) < len(rows):  # finished rows leave the batch
-                rows = [rows[i] for i in keep]
-                if not rows:
-                    break
-                if cache is not None:
-                    cache.select(keep)
+                if token in stop_ids:
+                    done.add(r)
+            yield tuple(map(list, zip(*alive, strict=True)))
+            if len(done) == len(rows):
+                break
 
     def generate(self, prompts, max_new_tokens, return_logprobs=False, **options):
         """Continues ragged prompts (lists of ids) -> a list of lists of new ids, prompt i's samples at i*num_samples ….

@@ -439,7 +439,7 @@ def main():
             order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(n_answers)
             for first in range(0, n_answers, per_update):
                 chosen = order[first:first + per_update]
-                chosen = chosen[np.argsort((answers.lengths + [len(p) for p in answers.prompts])[chosen], kind='stable')]
+                chosen = chosen[np.argsort(answers.sizes[chosen], kind='stable')]  # by length: little padding
                 if not counts[chosen].any():
                     continue
                 if not settled:

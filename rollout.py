@@ -63,6 +63,11 @@ class Rollout:
         """Tokens of each answer, int (n,)."""
         return np.array([len(ids) for ids in self.ids])
 
+    @property
+    def sizes(self):
+        """Tokens of each prompt and its answer, int (n,)."""
+        return self.lengths + np.array([len(prompt) for prompt in self.prompts])
+
     def take(self, chosen):
         """Those of these numbers."""
         chosen = np.asarray(chosen, int)
@@ -141,7 +146,7 @@ def reread(net, run, answers, block_size, temperature=1.0):
         wide = [np.pad(x.double().cpu().numpy(), ((0, 0), (0, A - x.shape[1]))) for x in found if x is not None]
         return np.concatenate(wide, 1)
     net.eval()
-    found = run.spread([len(p) + len(i) for p, i in zip(answers.prompts, answers.ids, strict=True)], work, 32)
+    found = run.spread(answers.sizes, work, 32)
     net.train()
     return np.split(found, found.shape[1] // A, 1)
 
