@@ -512,8 +512,8 @@ def read_prompts(path, strict=True):
     A row of a file is one of
         {"prompt": …, "answer": "42", "grader": "number"}, the prompt a text or a list of messages, the rest optional
         any that `read_chats` knows, whose last message is left out
-    and becomes {'prompt': messages, 'messages': the prompt and what would be a right answer, empty where none is known},
-    what else it has of EXTRAS, and 'where' it is from.
+    and becomes {'prompt': messages, 'messages': the prompt and what would be a right answer, empty where none is
+    known}, what else it has of EXTRAS, and 'where' it is from.
     """
     return _read_rows(path, strict, _prompt, 'a prompt')
 
@@ -677,7 +677,8 @@ def _prompt(row):
     prompt, found = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False), _extras(row)
     if not prompt or prompt[-1]['role'] == 'assistant':
         raise UserError('its "prompt" must end with what the assistant is to answer')
-    return {'prompt': prompt, 'messages': [*prompt, {'role': 'assistant', 'content': str(found.get('answer', ''))}]} | found
+    gold = {'role': 'assistant', 'content': str(found.get('answer', ''))}
+    return {'prompt': prompt, 'messages': [*prompt, gold]} | found
 
 
 def load_chats(dataset, split, strict=True, val_fraction=0.1):
@@ -926,8 +927,8 @@ class PrefData(ChatData):
 class PromptData(ChatData):
     """One split of prompts, tokenised, up to the header of the answer, which has room for max_new_tokens in block_size.
 
-    rows: those of `load_prompts`. A prompt that leaves less room is left out ('too_long'). Otherwise as ChatData: `rows`
-    gives the endless sequence, `fixed` an even choice, and `prompt` the ids.
+    rows: those of `load_prompts`. A prompt that leaves less room is left out ('too_long'). Otherwise as ChatData:
+    `rows` gives the endless sequence, `fixed` an even choice, and `prompt` the ids.
     """
 
     def __init__(self, rows, tokenizer, block_size, max_new_tokens, seed=1337):

@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from convert import load_model, start
+from convert import start
 from dataset import (
     PrefData,
-    answered,
     by_value,
     find_dataset,
     grades,
@@ -38,6 +37,7 @@ from dataset import (
     summarise,
 )
 from model import GPTConfig
+from rollout import load_scorer
 from tokenizer import UserError
 
 # where and what
@@ -207,24 +207,6 @@ def grade_answers(data, chosen, answers, judged):
     return rows, texts, marks
 
 
-def load_judge(path, run):
-    """A reward model -> what gives its normalised scores of (messages, answer): float64 array (n,)."""
-    judge_model, tokenizer = load_model(path, scores=True)
-    judge_model = judge_model.to(run.device).eval()
-    length = judge_model.config.block_size
-
-    @torch.no_grad()
-    def judge_of(pairs):
-        texts = [answered(tokenizer, messages, answer, length) for messages, answer in pairs]
-
-        def work(part):
-            arrays = pad_texts([texts[i] for i in part], length)
-            with run.autocast(arrays[0].shape[1]):
-                return judge_model.rewards(*run.to_device(*arrays)).double().cpu().numpy()[:, None]
-        return run.spread([len(ids) for ids, _ in texts], work)[:, 0]
-    return judge_of
-
-
 def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     """Everything that is measured of a policy on held-out pairs -> (metrics, words, samples).
 
@@ -310,7 +292,7 @@ def main():
     if max_new_tokens >= model.config.block_size:
         raise UserError(f'max_new_tokens={max_new_tokens} leaves no room for a prompt in block_size='
                         f'{model.config.block_size}: lower it')
-    judge_of = load_judge(judge, run) if judge else None
+    judge_of = load_scorer(judge, run) if judge else None
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:

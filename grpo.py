@@ -3,7 +3,7 @@ Group relative policy optimisation: a model learns from its own answers which of
 
     python grpo.py config/grpo_tiny.py                             word problems, from the model of config/sft_tiny.py
     python grpo.py config/grpo_tiny.py --loss_type=dapo --clip_eps_high=0.28 --dynamic_sampling=4
-    python grpo.py config/grpo_tiny.py --rewards=model --reward_model=out/reward        a reward model instead of a grader
+    python grpo.py config/grpo_tiny.py --rewards=model --reward_model=out/reward    a reward model instead of a grader
     python grpo.py config/grpo_tiny.py --rewards="correct, 0.5*mine.py:politeness"      a function of yours
     python grpo.py config/grpo_smollm2.py                          SmolLM2-135M learns with LoRA
     torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_tiny.py --gradient_accumulation_steps=8
@@ -13,8 +13,8 @@ answer, all its tokens alike, how far its reward lies above the mean of its grou
 named in `rewards` (see rollout.py); the true quality of answers to word problems is logged as reward/gold and is never
 learnt from.
 
-Papers: DeepSeekMath's GRPO (arXiv:2402.03300), the k3 estimator of KL (Schulman 2020), Dr. GRPO (arXiv:2503.20783), DAPO
-(arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585), GSPO (arXiv:2507.18071), PPO's clip (arXiv:1707.06347).
+Papers: DeepSeekMath's GRPO (arXiv:2402.03300), the k3 estimator of KL (Schulman 2020), Dr. GRPO (arXiv:2503.20783),
+DAPO (arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585), GSPO (arXiv:2507.18071), PPO's clip (arXiv:1707.06347).
 """
 import math
 from pathlib import Path
@@ -24,9 +24,9 @@ import torch
 
 import runtime
 from convert import start
-from dataset import PromptData, find_dataset, load_prompts
+from dataset import find_dataset
 from model import GPTConfig
-from rollout import Rewards, draw, examine, gold_of, joined, kl_terms, read, reread
+from rollout import Rewards, draw, examine, gold_of, joined, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -107,8 +107,8 @@ def group_advantages(totals, scale='group'):
     """Rewards (P, k) of k answers to each of P prompts, nan where there is none -> advantages (P, k), 0 there.
 
     A reward less its group's mean (arXiv:2402.03300, 4.1.2), divided by the group's standard deviation ('group'), that
-    of the whole batch ('batch') or nothing ('none', arXiv:2503.20783), with 1e-4 added to it. The deviation has k - 1 in
-    its denominator; a group of one has no spread.
+    of the whole batch ('batch') or nothing ('none', arXiv:2503.20783), with 1e-4 added to it. The deviation has k - 1
+    in its denominator; a group of one has no spread.
     """
     known = torch.isfinite(totals)
     values, n = totals.nan_to_num(0.0) * known, known.sum(1, keepdim=True)
@@ -176,15 +176,6 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def rows_of(split, tokenizer, length, run):
-    """A split of the dataset as PromptData; tells what was left out."""
-    rows, skipped = load_prompts(dataset, split, strict, val_fraction)
-    data = PromptData(rows, tokenizer, length, max_new_tokens, seed)
-    if lost := data.left_out(skipped):
-        run.say(f'{dataset}, {split}: {lost}')
-    return data
-
-
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
@@ -226,21 +217,23 @@ def main():
         return examine(net, model, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature)
 
     if eval_only:
-        net, data = run.wrap(model), rows_of(eval_split, tokenizer, length, run)
+        net, data = run.wrap(model), prompts_of(eval_split, tokenizer, length, run)
         reward.check(data.rows_kept)
         before = {name: run.like(p, began.before()[name]) for name, p in model.named_parameters()
                   if p.requires_grad} if began.before() else None
         _, words, samples = whole(data, before)
         run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
         return run.say('\n'.join(samples[:show_answers]))
-    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    train_data, val_data = (prompts_of(split, tokenizer, length, run) for split in ('train', 'val'))
     for data in (train_data, val_data):
         reward.check(data.rows_kept)
     net = run.wrap(model)
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad} if kl_coef else None
+    reference = None
+    if kl_coef:
+        reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     step, prompts_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
     if resumed:
         run.restore(began.own, origin, optimizers)
@@ -265,8 +258,8 @@ def main():
     epochs = max_iters * prompts_per_step / train_data.n_rows
     run.say(f'{dataset}: {train_data.n_rows:,} prompts to learn from, {val_data.n_rows:,} held out ({tokenizer.name})\n'
             f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
-            f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and {updates} updates: '
-            f'{epochs:.2f} epochs')
+            f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and {updates} '
+            f'updates: {epochs:.2f} epochs')
 
     def look(metrics, words, samples):
         """Logs what was measured after `step` steps, shows answers and saves the state."""
@@ -276,8 +269,8 @@ def main():
         save(-metrics.get('val/reward', -math.inf))
 
     def save(score=math.inf):
-        run.checkpoint(began.state() | {'iter': step, 'prompts': prompts_seen, 'seconds': clock.read()}, optimizers, score,
-                       {'reference': reference, 'failed': reward.failed})
+        run.checkpoint(began.state() | {'iter': step, 'prompts': prompts_seen, 'seconds': clock.read()}, optimizers,
+                       score, {'reference': reference, 'failed': reward.failed})
 
     def groups():
         """The answers of a step and their rewards (P, k), the parts of these, and how many groups had no spread."""
@@ -319,8 +312,8 @@ def main():
             counts[:, :A], advantages, None if old_logprobs is None else old_logprobs[:, :A],
             None if ref_logprobs is None else ref_logprobs[:, :A]))
         tokens_read += sum(len(answers.prompts[i]) + len(answers.ids[i]) for i in part)
-        loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type, clip_eps,
-                               clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
+        loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type,
+                               clip_eps, clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
                                counts[chosen].sum() / gradient_accumulation_steps, batch_size)
         n = mask.sum().clamp(min=1)
         tell(entropy=(entropies.detach() * mask).sum() / n, **told)

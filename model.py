@@ -1209,7 +1209,7 @@ class GPT(nn.Module):
 
     def values(self, idx, answer):
         """Of a causal reward model, what it makes of each text up to each of its tokens: ids (B, T), right-padded, bool
-        (B, T) True on the answer's tokens -> (B, T) float32, on the scale of `rewards`: a critic that knows much already.
+        (B, T) True on the answer's tokens -> (B, T) float32, on the scale of `rewards`: a critic that knows much.
         """
         x, config = self.hidden(idx), self.config
         with torch.autocast(idx.device.type, enabled=False):
@@ -1609,9 +1609,9 @@ class GPT(nn.Module):
         not on its place either. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
         return_logprobs also the log-probability of each new id under softmax(logits / temperature), before any filter
         or penalty. force(new ids of a row so far) gives ids that the row goes on with, whatever the model would say;
-        their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text longer than block_size is continued
-        from its last part, without end if all layers have a window (a prompt longer than a table of learned positions
-        raises ValueError, as do an empty prompt and ids outside the vocabulary).
+        their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text longer than
+        block_size is continued from its last part, without end if all layers have a window (a prompt longer than a
+        table of learned positions raises ValueError, as do an empty prompt and ids outside the vocabulary).
         """
         out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
         logs = [[] for _ in out]

@@ -26,9 +26,9 @@ from torch import nn
 
 import runtime
 from convert import load_model, start
-from dataset import PromptData, find_dataset, load_prompts
+from dataset import find_dataset
 from model import GPT, GPTConfig, Optimizers
-from rollout import Rewards, draw, examine, gold_of, kl_terms, read, reread
+from rollout import Rewards, draw, examine, gold_of, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -120,9 +120,9 @@ fsdp = False  # under torchrun: shard parameters, gradients and moments over the
 def gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95):
     """Generalised advantage estimation (arXiv:1506.02438) -> (advantages, returns), both (B, A), 0 where mask is.
 
-    rewards of each token and values, what the critic expected before it: (B, A). With delta_t = r_t + gamma V_t+1 - V_t,
-    an advantage is delta_t + gamma lambda (that of the next token); a return is it plus V_t. Nothing follows an answer's
-    last token. Tokens that mask leaves out, such as what a tool said, are no steps: the sums pass over them.
+    rewards of each token and values, what the critic expected before it: (B, A). With delta_t = r_t + gamma V_t+1 -
+    V_t, an advantage is delta_t + gamma lambda (that of the next token); a return is it plus V_t. Nothing follows an
+    answer's last token. Tokens that mask leaves out, such as what a tool said, are no steps: the sums pass over them.
     """
     found, after, value = torch.zeros_like(values), torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 1, -1, -1):
@@ -142,8 +142,8 @@ def whiten(x, mask, shift_mean=True):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_eps=0.2):
-    """max(-r a, -clip(r, 1 - eps, 1 + eps) a) per token, r = exp(logprobs - old_logprobs), all (B, A) (arXiv:1707.06347,
-    eq. 7) -> (losses, where the clip holds the ratio back)."""
+    """max(-r a, -clip(r, 1 - eps, 1 + eps) a) per token, r = exp(logprobs - old_logprobs), all (B, A)
+    (arXiv:1707.06347, eq. 7) -> (losses, where the clip holds the ratio back)."""
     ratio = (logprobs - old_logprobs).exp()
     free, clipped = -ratio * advantages, -ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return torch.maximum(free, clipped), clipped > free
@@ -236,24 +236,16 @@ def make_critic(policy, run):
         raise UserError(f"critic='separate': {reward_model} has causal=False and cannot judge an answer that is not "
                         'finished: take a causal reward model')
     if model.config.block_size < policy.config.block_size and model.config.pos == 'learned':
-        raise UserError(f"critic='separate': {reward_model} reads block_size={model.config.block_size} tokens, the policy "
-                        f'{policy.config.block_size}')
+        raise UserError(f"critic='separate': {reward_model} reads block_size={model.config.block_size} tokens, the "
+                        f'policy {policy.config.block_size}')
     return model
-
-
-def rows_of(split, tokenizer, length, run):
-    """A split of the dataset as PromptData; tells what was left out."""
-    rows, skipped = load_prompts(dataset, split, strict, val_fraction)
-    data = PromptData(rows, tokenizer, length, max_new_tokens, seed)
-    if lost := data.left_out(skipped):
-        run.say(f'{dataset}, {split}: {lost}')
-    return data
 
 
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
-    for name, value, allowed in (('critic', critic, ('shared', 'separate')), ('kl_estimator', kl_estimator, ('k1', 'k3')),
+    for name, value, allowed in (('critic', critic, ('shared', 'separate')),
+                                 ('kl_estimator', kl_estimator, ('k1', 'k3')),
                                  ('kl_controller', kl_controller, ('fixed', 'adaptive')),
                                  ('eval_split', eval_split, ('val', 'test', 'train'))):
         if value not in allowed:
@@ -289,13 +281,13 @@ def main():
         return examine(net, policy, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature)
 
     if eval_only:
-        net, data, before = run.wrap(model), rows_of(eval_split, tokenizer, length, run), began.before()
+        net, data, before = run.wrap(model), prompts_of(eval_split, tokenizer, length, run), began.before()
         reward.check(data.rows_kept)
         _, words, samples = whole(data, {name: run.like(p, before[name]) for name, p in policy.named_parameters()
                                          if name in before} or None)
         run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
         return run.say('\n'.join(samples[:show_answers]))
-    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    train_data, val_data = (prompts_of(split, tokenizer, length, run) for split in ('train', 'val'))
     for data in (train_data, val_data):
         reward.check(data.rows_kept)
     net = run.wrap(model)
@@ -359,18 +351,19 @@ def main():
             stats[name], counted[name] = stats.get(name, 0.0) + value, counted.get(name, 0) + 1
 
     def micro_loss(number):
-        """The loss of the update's micro-batch of this number, weighted so that the mean is over the update's tokens."""
+        """The loss of the update's micro-batch of this number, so that their mean is over the update's tokens."""
         nonlocal tokens_read, moved
         part = chosen[number * batch_size:(number + 1) * batch_size]
         logprobs, entropies, values = read(net, run, answers, part, length, temperature)
-        mask, old, gains, old_v, due = run.to_device(*(np.ascontiguousarray(x[part, :logprobs.shape[1]], np.float32)
-                                                       for x in (counts, old_logprobs, advantages, old_values, returns)))
+        of_part = (np.ascontiguousarray(x[part, :logprobs.shape[1]], np.float32) for x in (
+            counts, old_logprobs, advantages, old_values, returns))
+        mask, old, gains, old_v, due = run.to_device(*of_part)
         tokens_read += sum(len(answers.prompts[i]) + len(answers.ids[i]) for i in part)
         losses, held = policy_loss(logprobs, old, gains, clip_eps)
         errors, held_v = value_loss(values, old_v, due, clip_value)
         n = mask.sum().clamp(min=1)
         log_ratio = (logprobs.detach() - old) * mask
-        far = kl_terms(log_ratio, torch.zeros_like(log_ratio)).sum() / n  # KL(new || old), in the new one's weights
+        far = kl_terms(torch.zeros_like(log_ratio), log_ratio).sum() / n  # KL(old || new), of answers that the old one drew
         moved = moved + far / run.micro_steps
         tell(**{'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
                 'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,

@@ -21,6 +21,7 @@ import torch
 from convert import load_model
 from dataset import (
     GRADERS,
+    PromptData,
     answered,
     by_value,
     follows_format,
@@ -28,6 +29,7 @@ from dataset import (
     grades,
     in_words,
     interval,
+    load_prompts,
     pad_texts,
     quality,
     shown,
@@ -92,6 +94,16 @@ def joined(parts):
     return Rollout(np.concatenate([part.rows for part in parts]),
                    *(sum((getattr(part, name) for part in parts), []) for name in ('prompts', 'ids', 'texts')),
                    *(np.concatenate(x) for x in zip(*wide, strict=True)), np.concatenate([p.ended for p in parts]))
+
+
+def prompts_of(split, tokenizer, length, run):
+    """A split of the run's dataset as PromptData; tells what was left out."""
+    config = run.config
+    rows, skipped = load_prompts(config['dataset'], split, config['strict'], config['val_fraction'])
+    data = PromptData(rows, tokenizer, length, config['max_new_tokens'], config['seed'])
+    if lost := data.left_out(skipped):
+        run.say(f'{config["dataset"]}, {split}: {lost}')
+    return data
 
 
 def draw(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, number=0, at_once=64, force=None):
@@ -315,8 +327,8 @@ def examine(net, model, reference, data, run, rewards, chosen, max_new_tokens, t
     """A policy on held-out prompts of these numbers: greedy answers are graded, sampled ones rewarded and compared with
     the reference, where there is one -> (metrics, words, greedy answers as they are shown).
 
-    val/correct, val/gold, val/f1 … and response_len are of greedy answers; val/reward and its parts, val/gold_sampled and
-    val/kl, nats per answer, of sampled ones.
+    val/correct, val/gold, val/f1 … and val/response_len are of greedy answers; val/reward and its parts,
+    val/gold_sampled and val/kl, nats per answer, of sampled ones.
     """
     greedy, sampled = (draw(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (0, temperature))
     rows = [data.rows_kept[i] for i in chosen]
@@ -337,8 +349,8 @@ def examine(net, model, reference, data, run, rewards, chosen, max_new_tokens, t
         if len(values):
             metrics[f'val/{name}'] = float(values.mean())
     metrics |= {'val/response_len': float(greedy.lengths.mean()), 'val/ended': float(sampled.ended.mean())}
-    words = (f'held-out: {in_words({k: v for k, v in means.items() if k in ("correct", "gold", "f1")}, ranges)}; sampled: '
-             f'reward {metrics.get("val/reward", math.nan):.3f}')
+    told = in_words({k: v for k, v in means.items() if k in ('correct', 'gold', 'f1')}, ranges)
+    words = f'held-out: {told}; sampled: reward {metrics.get("val/reward", math.nan):.3f}'
     words += f', KL {metrics["val/kl"]:.3f}' if 'val/kl' in metrics else ''
     words += f', gold {metrics["val/gold_sampled"]:.3f}' if 'val/gold_sampled' in metrics else ''
     if by := by_value(rows, marks, 'steps'):

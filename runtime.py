@@ -725,8 +725,8 @@ class Run:
         return np.stack([found[i] for i in range(len(order))])
 
     def answers(self, model, prompts, max_new_tokens, num_samples=1, number=0, at_once=32, **options):
-        """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids, with return_logprobs of pairs
-        (ids, their log-probabilities); options of `GPT.generate`.
+        """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids, with return_logprobs of
+        pairs (ids, their log-probabilities); options of `GPT.generate`.
 
         A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts,
         at_once at a time; what is sampled depends on the seed, `number` and a prompt's place, not on how many processes
@@ -930,7 +930,8 @@ class Run:
         past, left = elapsed(metrics['seconds']), elapsed(seconds_left)
         self.progress(f'step {step}/{self.config["max_iters"]} | {past} elapsed, {left} left | '
                       + (f'reward {metrics["reward/mean"]:.3f} | ' if 'reward/mean' in metrics else '')
-                      + f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | {metrics["tok_per_sec"]:,.0f} tok/s'
+                      + f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | '
+                      + f'{metrics["tok_per_sec"]:,.0f} tok/s'
                       + (f' | mfu {metrics["mfu"]:.1%}' if 'mfu' in metrics else '')
                       + (f' | {skipped} updates skipped' if skipped else ''))
 

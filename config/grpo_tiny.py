@@ -1,4 +1,4 @@
-"""GRPO on two cores: the model of config/sft_tiny.py learns to solve word problems from whether its answers are right."""
+"""GRPO on two cores: the model of config/sft_tiny.py learns from whether its answers to word problems are right."""
 out_dir = 'out/grpo'
 init_from = 'out/sft'
 base = 'out/sft'

@@ -1,4 +1,4 @@
-"""PPO on two cores: the model of config/sft_tiny.py learns to solve word problems from the reward model in out/reward."""
+"""PPO on two cores: the model of config/sft_tiny.py learns word problems from the reward model in out/reward."""
 out_dir = 'out/ppo'
 init_from = 'out/sft'
 base = 'out/sft'
