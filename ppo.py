@@ -363,7 +363,7 @@ def main():
         errors, held_v = value_loss(values, old_v, due, clip_value)
         n = mask.sum().clamp(min=1)
         log_ratio = (logprobs.detach() - old) * mask
-        far = kl_terms(torch.zeros_like(log_ratio), log_ratio).sum() / n  # KL(old || new), of answers that the old one drew
+        far = kl_terms(torch.zeros_like(log_ratio), log_ratio).sum() / n  # KL(old || new): the old one drew them
         moved = moved + far / run.micro_steps
         tell(**{'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
                 'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,
