@@ -852,7 +852,7 @@ class ChatData:
         positions count from 0 in each conversation; segments number those of a block 1, 2, …, and are 0 on padding.
         """
         longest = max(int(self.lengths[block].sum()) for block in blocks)
-        T = _width(longest, self.block_size)
+        T = padded_width(longest, self.block_size)
         idx, targets = np.full((len(blocks), T), self.tokenizer.eot), np.full((len(blocks), T), -100)
         positions, segments = np.zeros((len(blocks), T), np.int64), np.zeros((len(blocks), T), np.int64)
         for b, block in enumerate(blocks):
@@ -950,7 +950,7 @@ class PromptData(ChatData):
         return self.ids[self.ends[row]:self.ends[row + 1]].tolist()
 
 
-def _width(longest, block_size):
+def padded_width(longest, block_size):
     """The width of a batch: few shapes, since a CPU's kernels are made anew for each."""
     return min(-(-longest // 32) * 32, max(longest, block_size))
 
@@ -975,7 +975,7 @@ def pad_texts(texts, block_size):
     T is that of the longest or a little more, a multiple of 32 where block_size allows.
     """
     lengths = np.array([len(ids) for ids, _ in texts])
-    real = np.arange(_width(int(lengths.max()), block_size)) < lengths[:, None]
+    real = np.arange(padded_width(int(lengths.max()), block_size)) < lengths[:, None]
     idx, counts = np.zeros(real.shape, np.int64), np.zeros(real.shape, bool)
     idx[real], counts[real] = (np.concatenate(parts) for parts in zip(*texts, strict=True))
     return idx, real, counts

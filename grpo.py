@@ -337,6 +337,7 @@ def main():
         if mask_truncated:
             counts = counts * answers.ended[:, None]
         # what has neither an advantage nor another term in its loss is not read; a mean over a micro-batch wants all
+        sizes = answers.group_sizes
         teaches = (advantages != 0) | bool(kl_coef or entropy_coef or loss_type == 'bnpo')
         old_logprobs = ref_logprobs = None
         if updates > 1:
@@ -351,12 +352,13 @@ def main():
              response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
              **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         for epoch in range(num_epochs):
-            order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(n_answers)
+            order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(prompts_per_step)
+            order = (order[:, None] * num_generations + np.arange(num_generations)).flatten()  # groups stay together
             for first in range(0, n_answers, per_update):
                 chosen = order[first:first + per_update]
                 teach = chosen[teaches[chosen]]
                 teach = teach if len(teach) >= gradient_accumulation_steps else chosen
-                teach = teach[np.argsort(answers.sizes[teach], kind='stable')]  # by length: little padding
+                teach = teach[np.argsort(sizes[teach], kind='stable')]  # by length: little padding
                 micro_batches = np.array_split(teach, gradient_accumulation_steps)
                 if not settled:
                     run.settle(net, lambda: micro_loss(run.rank))

@@ -210,9 +210,10 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value.weight)
             nn.init.zeros_(self.value.bias)
 
-    def forward(self, idx, targets, reduction='details', temperature=1.0):
-        """ids and targets (B, T) -> losses, entropies and values, (B, T) each: see `GPT.forward`."""
-        losses, entropies, hidden = self.policy(idx, targets, reduction=reduction, temperature=temperature)
+    def forward(self, idx, targets, positions=None, mask=None, reduction='details', temperature=1.0):
+        """ids and targets (B, T) -> losses, entropies and values, (B, T) each: see `GPT.forward`. A critic of its own
+        reads one answer to a row."""
+        losses, entropies, hidden = self.policy(idx, targets, positions, mask, reduction, temperature=temperature)
         if self.critic is not None:
             return losses, entropies, self.critic(idx, answer=(targets != -100).roll(1, 1), reduction='values')
         with torch.autocast(idx.device.type, enabled=False):
@@ -354,7 +355,7 @@ def main():
         """The loss of the update's micro-batch of this number, so that their mean is over the update's tokens."""
         nonlocal tokens_read, moved
         part = chosen[number * batch_size:(number + 1) * batch_size]
-        logprobs, entropies, values = read(net, run, answers, part, length, temperature)
+        logprobs, entropies, values = read(net, run, answers, part, length, temperature, critic == 'shared')
         of_part = (np.ascontiguousarray(x[part, :logprobs.shape[1]], np.float32) for x in (
             counts, old_logprobs, advantages, old_values, returns))
         mask, old, gains, old_v, due = run.to_device(*of_part)
@@ -383,9 +384,9 @@ def main():
         rows = train_data.rows(step * prompts_per_step, prompts_per_step)
         answers = draw(policy, train_data, rows, run, longest, num_generations, temperature, 1 + step)
         drawn_at = clock.read()
-        old_logprobs, _, old_values = reread(net, run, answers, length, temperature)
+        old_logprobs, _, old_values = reread(net, run, answers, length, temperature, critic == 'shared')
         with run.switched(policy, reference):
-            ref_logprobs = reread(net, run, answers, length, temperature)[0]
+            ref_logprobs = reread(net, run, answers, length, temperature, critic == 'shared')[0]
         tell(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean(),
                 'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         if kl_budget:
@@ -427,12 +428,13 @@ def main():
             coef = adapt_kl_coef(coef, mean_kl, kl_target, n_answers, kl_horizon)
 
         # updates
-        done = 0
+        done, sizes = 0, answers.group_sizes
         for epoch in range(num_epochs):
-            order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(n_answers)
+            order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(prompts_per_step)
+            order = (order[:, None] * num_generations + np.arange(num_generations)).flatten()
             for first in range(0, n_answers, per_update):
                 chosen = order[first:first + per_update]
-                chosen = chosen[np.argsort(answers.sizes[chosen], kind='stable')]  # by length: little padding
+                chosen = chosen[np.argsort(sizes[chosen], kind='stable')]  # by length: little padding
                 if not counts[chosen].any():
                     continue
                 if not settled:

@@ -31,6 +31,7 @@ from dataset import (
     interval,
     load_prompts,
     pad_texts,
+    padded_width,
     quality,
     shown,
     summarise,
@@ -66,9 +67,12 @@ class Rollout:
         return np.array([len(ids) for ids in self.ids])
 
     @property
-    def sizes(self):
-        """Tokens of each prompt and its answer, int (n,)."""
-        return self.lengths + np.array([len(prompt) for prompt in self.prompts])
+    def group_sizes(self):
+        """Tokens of each prompt and the longest of the answers to it that stand side by side, int (n,): in the order of
+        these they stay so."""
+        sizes = self.lengths + np.array([len(prompt) for prompt in self.prompts])
+        begins = np.flatnonzero(np.diff(self.rows, prepend=-1))
+        return np.repeat(np.maximum.reduceat(sizes, begins), np.diff(begins, append=len(self)))
 
     def take(self, chosen):
         """Those of these numbers."""
@@ -126,39 +130,77 @@ def draw(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0,
                    np.array([x[-1] in ends for x in ids]))
 
 
-def read(net, run, answers, chosen, block_size, temperature=1.0):
+SHARED_ROW = 512  # tokens of a row in which several answers share their prompt: attention grows with its square
+
+
+def lay_out(part, block_size, share=True):
+    """The answers of a Rollout as rows for a training forward -> (arrays, at): arrays {'idx', 'targets'}, int64 (B, T),
+    and where answers share a row also 'positions' (B, T) and 'mask', bool (B, 1, T, T); at, int64 (n, A), where in the
+    flattened (B * T,) stands what the model says of each token.
+
+    With share, answers to one prompt that follow one another stand side by side after it, as many as fit, and see it and
+    themselves: it is read once for all of them (arXiv:2506.05433). Each begins with the prompt's last token, which says
+    its first. With one answer to a row, that is the usual order.
+    """
+    rows, sizes = [], []
+    for i, (prompt, ids) in enumerate(zip(part.prompts, part.ids, strict=True)):
+        fits = share and rows and sizes[-1] + len(ids) <= min(block_size, SHARED_ROW)
+        if fits and part.prompts[rows[-1][0]] == prompt:
+            rows[-1].append(i)
+            sizes[-1] += len(ids)
+        else:
+            rows.append([i])
+            sizes.append(len(prompt) - 1 + len(ids))
+    T = padded_width(max(sizes), block_size)
+    idx, targets = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -100)
+    positions, segments = np.zeros_like(idx), np.full_like(idx, -1)  # 0 is the prompt, answers follow
+    at = np.zeros(part.drawn.shape, np.int64)
+    for b, row in enumerate(rows):
+        prompt = part.prompts[row[0]]
+        end = len(prompt) - 1
+        idx[b, :end], positions[b, :end], segments[b, :end] = prompt[:-1], np.arange(end), 0
+        for number, i in enumerate(row, 1):
+            ids = part.ids[i]
+            here = slice(end, end + len(ids))
+            idx[b, here], targets[b, here], segments[b, here] = [prompt[-1], *ids[:-1]], ids, number
+            positions[b, here] = np.arange(len(ids)) + len(prompt) - 1
+            at[i, :len(ids)] = b * T + np.arange(here.start, here.stop)
+            end = here.stop
+    arrays = {'idx': idx, 'targets': targets}
+    if len(rows) < len(part):
+        seen = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+        arrays |= {'positions': positions, 'mask': seen[:, None]}
+    return arrays, at
+
+
+def read(net, run, answers, chosen, block_size, temperature=1.0, share=True):
     """The training forward over these answers of a Rollout -> (logprobs, entropies, extra), tensors (B, A) on the
     device, A as in answers.take(chosen); 0 where a token is not drawn.
 
-    net(idx, targets, reduction='details', temperature) gives losses and entropies (B, T) and something of one number
-    per token (B, T), which becomes extra, or else extra is None. What it says at a token is of the tokens before it.
+    net(idx, targets, reduction='details', temperature=…) gives losses and entropies (B, T) and something of one number
+    per token (B, T), which becomes extra, or else extra is None: what it says before the token. share: see `lay_out`.
     """
     part = answers.take(chosen)
-    starts = np.array([len(prompt) for prompt in part.prompts])
-    texts = [(np.array(prompt + ids), np.repeat([False, True], [len(prompt), len(ids)]))
-             for prompt, ids in zip(part.prompts, part.ids, strict=True)]
-    idx, _, counts = pad_texts(texts, block_size)
-    targets = np.full(idx.shape, -100)
-    targets[:, :-1][counts[:, 1:]] = idx[:, 1:][counts[:, 1:]]
-    at = np.minimum(starts[:, None] - 1 + np.arange(part.drawn.shape[1]), idx.shape[1] - 1)
-    idx, targets, at, drawn = run.to_device(idx, targets, at, part.drawn)
-    with run.autocast(idx.shape[1]):
-        losses, entropies, extra = net(idx, targets, reduction='details', temperature=temperature)
+    arrays, at = lay_out(part, block_size, share)
+    tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
+    at, drawn = run.to_device(at, part.drawn)
+    with run.autocast(tensors['idx'].shape[1]):
+        losses, entropies, extra = net(**tensors, reduction='details', temperature=temperature)
     found = [-losses, entropies, extra if extra.ndim == 2 else None]
-    return [None if x is None else x.float().gather(1, at) * drawn for x in found]
+    return [None if x is None else x.float().flatten()[at] * drawn for x in found]
 
 
 @torch.no_grad()
-def reread(net, run, answers, block_size, temperature=1.0):
+def reread(net, run, answers, block_size, temperature=1.0, share=True):
     """As `read`, of all answers, shared by the processes, without gradients: float64 arrays (n, A)."""
     A = answers.drawn.shape[1]
 
     def work(part):
-        found = read(net, run, answers, part, block_size, temperature)
+        found = read(net, run, answers, part, block_size, temperature, share)
         wide = [np.pad(x.double().cpu().numpy(), ((0, 0), (0, A - x.shape[1]))) for x in found if x is not None]
         return np.concatenate(wide, 1)
     net.eval()
-    found = run.spread(answers.sizes, work, 32)
+    found = run.spread(answers.group_sizes, work, 32)
     net.train()
     return np.split(found, found.shape[1] // A, 1)
 
