@@ -138,9 +138,9 @@ def lay_out(part, block_size, share=True):
     and where answers share a row also 'positions' (B, T) and 'mask', bool (B, 1, T, T); at, int64 (n, A), where in the
     flattened (B * T,) stands what the model says of each token.
 
-    With share, answers to one prompt that follow one another stand side by side after it, as many as fit, and see it and
-    themselves: it is read once for all of them (arXiv:2506.05433). Each begins with the prompt's last token, which says
-    its first. With one answer to a row, that is the usual order.
+    With share, answers to one prompt that follow one another stand side by side after it, as many as fit, and each sees
+    it and itself: it is read once for all of them (arXiv:2506.05433). An answer begins with the prompt's last token,
+    which says its first. With one answer to a row, that is the usual order.
     """
     rows, sizes = [], []
     for i, (prompt, ids) in enumerate(zip(part.prompts, part.ids, strict=True)):
