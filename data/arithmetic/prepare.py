@@ -21,8 +21,8 @@ train_rows = 4_000  # to learn from
 held_rows = 500  # each for val and test
 seed = 1337  # decides which are held out, and the order
 
-ONES = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen '
-        'eighteen nineteen').split()
+ONES = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen '
+        'seventeen eighteen nineteen').split()
 TENS = 'twenty thirty forty fifty sixty seventy eighty ninety'.split()
 SIGNS = {'plus': '+', 'minus': '-'}
 EXAMPLES = ((52, 'plus', 31), (64, 'minus', 20), (17, 'plus', 45), (90, 'minus', 37))
