@@ -1,4 +1,4 @@
-"""GRPO on a real pretrained model, on two cores: SmolLM2-135M-Instruct learns with LoRA to calculate with number words."""
+"""GRPO on a real pretrained model, on two cores: SmolLM2-135M-Instruct learns sums in number words, with LoRA."""
 out_dir = 'out/grpo_smollm2'
 init_from = 'smollm2'
 base = 'smollm2'
