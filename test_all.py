@@ -22,7 +22,7 @@ import threading
 import types
 import unicodedata
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -45,8 +45,11 @@ import bench
 import convert
 import dataset
 import dpo
+import grpo
 import model as model_file
+import ppo
 import reward
+import rollout
 import runtime
 import sample
 import tokenizer as tok
@@ -6419,3 +6422,586 @@ def test_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, co
                                  f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
                                  '--device=cpu', *length)
     assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: drawing answers, reading them again
+
+def lone(**config):
+    """A Run that is only there to compute."""
+    return runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'} | config)
+
+
+def prompts_of(*texts, block_size=96, max_new_tokens=24, **more):
+    rows = [{'prompt': asked(text), 'messages': asked(text) + said('Yes'), 'where': f'row {i}'} | more
+            for i, text in enumerate(texts)]
+    return dataset.PromptData(rows, bytes_tokenizer(), block_size, max_new_tokens)
+
+
+@pytest.fixture
+def stops_often(monkeypatch):
+    """20 of the 264 tokens of a random model end its answers, so that these are of all lengths."""
+    monkeypatch.setattr(tok.Tokenizer, 'turn_ids', list(range(10, 30)))
+
+
+def exactly(model, ids, temperature):
+    """log_softmax(logits / temperature) of one text on its own, float64 (T, V)."""
+    return (model(torch.tensor([ids]))[0].double() / temperature).log_softmax(-1)
+
+
+DRAWN = [*(dict(pos=pos) for pos in ('learned', 'sinusoidal', 'rope', 'none')), dict(n_kv_head=2, pos='rope'), MOE,
+         dict(pos='rope', window=5, n_sink=2, window_pattern='LG'), dict(pos='rope', window=7), dict(logit_softcap=3.0),
+         dict(lora_rank=3, lora_alpha=6.0)]
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+@pytest.mark.parametrize('options', DRAWN, ids=str)
+def test_reading_an_answer_again_gives_what_the_sampler_recorded(options, temperature, stops_often):
+    """Ragged prompts and answers: the sampler with and without a cache, the training forward, and each text alone."""
+    model = learned(tiny(block_size=96, vocab_size=264, **options)).train()
+    data, run = prompts_of('Hi', 'What is 1 and 2 and 3?', 'Yes or no?'), lone()
+    answers = rollout.draw(model, data, np.array([2, 0, 1, 0]), run, 24, 3, temperature, number=4)
+    assert answers.rows.tolist() == [2] * 3 + [0] * 3 + [1] * 3 + [0] * 3 and len(answers) == 12
+    assert len(set(answers.lengths)) > 4 and 0 < answers.ended.sum() < 12 and answers.lengths.max() == 24
+    assert answers.ids[3:6] != answers.ids[9:12]  # a prompt that comes twice has answers of its own
+    uncached = run.answers(model, [data.prompt(i) for i in (2, 0, 1, 0)], 24, 3, 4, return_logprobs=True,
+                           use_cache=False, temperature=temperature, stop_ids=data.tokenizer.turn_ids, vocab_limit=260)
+    logprobs, entropies, extra = rollout.read(model, run, answers, range(12), 96, temperature)
+    again = rollout.reread(model, run, answers, 96, temperature)
+    assert extra is None and len(again) == 2 and model.training
+    model.eval()
+    for i, (ids, (same, others)) in enumerate(zip(answers.ids, sum(uncached, []), strict=True)):
+        n, start = len(ids), len(answers.prompts[i])
+        assert ids == list(same) and max(ids) < 260 and answers.ended[i] == (10 <= ids[-1] < 30)
+        assert answers.prompts[i] == data.prompt(answers.rows[i])
+        with torch.no_grad():
+            table = exactly(model, answers.prompts[i] + ids, temperature)[start - 1:-1]
+        due = table.gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+        for found in (logprobs[i].detach().numpy(), again[0][i], answers.logprobs[i], np.pad(others, (0, 24 - n))):
+            np.testing.assert_allclose(found[:n], due, atol=1e-4)
+            assert not found[n:].any()
+        spread = torch.distributions.Categorical(logits=table).entropy().numpy()
+        for found in (entropies[i].detach().numpy(), again[1][i]):
+            np.testing.assert_allclose(found[:n], spread, atol=1e-4)
+            assert not found[n:].any()
+        assert answers.drawn[i].tolist() == [True] * n + [False] * (24 - n)
+
+
+@pytest.mark.parametrize('cap', [0.0, 3.0])
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+@pytest.mark.parametrize('chunk', [7, 1000])
+def test_details_and_their_gradients_are_those_of_a_categorical_distribution(cap, temperature, chunk, monkeypatch):
+    """Of losses, of entropies and of both at once, in chunks and at once, against float64; what is masked has none."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
+    model, x, y = tiny(logit_softcap=cap, tie_weights=False), ids(3, 20), ids(3, 20, seed=1)
+    y[0, :5], y[2, 11:] = -100, -100
+    kept = y != -100
+    exact = copy.deepcopy(model).double()
+    logits = exact.head(exact.hidden(x))
+    logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+    table = torch.distributions.Categorical(logits=logits)
+    due = (-table.log_prob(y.clamp(min=0)) * kept, table.entropy() * kept)
+    weights = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for a, b in ((1, 0), (0, 1), (1, 1)):
+        losses, entropies, hidden = model(x, y, reduction='details', temperature=temperature)
+        assert hidden.shape == (3, 20, 32) and losses.dtype == entropies.dtype == torch.float32
+        for found, want in ((losses, due[0]), (entropies, due[1])):
+            torch.testing.assert_close(found.double(), want.detach(), atol=1e-5, rtol=1e-5)
+            assert not found[~kept].any()
+        grads = torch.autograd.grad((a * losses * weights[0] + b * entropies * weights[1]).sum(), [*model.parameters()])
+        wants = torch.autograd.grad((a * due[0] * weights[0] + b * due[1] * weights[1]).sum(), [*exact.parameters()],
+                                    retain_graph=True)
+        for grad, want in zip(grads, wants, strict=True):
+            torch.testing.assert_close(grad.double(), want, atol=2e-4, rtol=1e-4)
+    plain = model(x, y, reduction='none', temperature=temperature)
+    torch.testing.assert_close(plain, losses)
+    torch.testing.assert_close(model(x, y, temperature=temperature), losses.sum() / kept.sum())
+    y[:] = -100
+    nothing = model(x, y, reduction='details', temperature=temperature)
+    assert not nothing[0].any() and not nothing[1].any()
+
+
+def test_gradients_of_read_are_those_of_each_answer_alone(stops_often):
+    model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'What is 1 and 2 and 3?'), lone()
+    answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 2)
+    weights = torch.randn(2, *answers.drawn.shape, generator=torch.Generator().manual_seed(1))
+    chosen = [3, 0, 2]
+    logprobs, entropies, _ = rollout.read(model, run, answers, chosen, 96, 0.8)
+    A = logprobs.shape[1]
+    assert A == answers.lengths[chosen].max()
+    (logprobs * weights[0, chosen, :A] + entropies * weights[1, chosen, :A]).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for i in chosen:
+        n, table = len(answers.ids[i]), exactly(model, answers.prompts[i] + answers.ids[i], 0.8)
+        table = table[len(answers.prompts[i]) - 1:-1]
+        (table.gather(1, torch.tensor(answers.ids[i])[:, None])[:, 0] * weights[0, i, :n]
+         - (table.exp() * table).sum(1) * weights[1, i, :n]).sum().backward()
+    for grad, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('critic', ['shared', 'last', 'mean', 'likelihood'])
+def test_what_is_read_at_a_token_knows_nothing_of_it_or_of_what_follows(critic):
+    """Changing token j of an answer changes log-probabilities from j on, and values only after it."""
+    policy, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?'), lone()
+    judge = None if critic == 'shared' else GPT.from_state(
+        state_of(tiny(block_size=96, vocab_size=264, tie_weights=False)), score_likelihood=critic == 'likelihood',
+        score_head='mean' if critic == 'mean' else 'last')
+    net = ppo.ActorCritic(policy, judge).eval()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.startswith('value.') or 'score' in name:
+                p.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    answers = rollout.draw(policy, data, np.array([0, 1]), run, 12)
+    j = 5
+    other = dataclasses.replace(answers, ids=[x[:j] + [(x[j] + 1) % 256] + x[j + 1:] for x in answers.ids])
+    before, after = (rollout.reread(net, run, a, 96) for a in (answers, other))
+    assert min(answers.lengths) > j + 2 and len(before) == 3
+    for what, first in (0, j), (1, j + 1), (2, j + 1):  # log-probabilities, entropies, values
+        np.testing.assert_allclose(before[what][:, :first], after[what][:, :first], atol=1e-5)
+        assert (np.abs(before[what] - after[what])[:, first] > 1e-3).all(), what
+    for i in range(2):  # what the critic says before a token is what it would say of the text that ends there
+        for t in (0, 4, 11):
+            text = torch.tensor([answers.prompts[i] + answers.ids[i][:t]])
+            answer = torch.arange(text.shape[1])[None] >= len(answers.prompts[i])
+            with torch.no_grad():
+                due = judge.rewards(text, answer=answer) if judge is not None else net.value(policy.hidden(text)[:, -1])
+            assert before[2][i, t] == pytest.approx(due.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize('head', ['last', 'mean'])
+@pytest.mark.parametrize('likelihood', [False, True])
+def test_values_of_a_reward_model_end_in_its_rewards(head, likelihood):
+    judge = GPT.from_state(state_of(tiny(tie_weights=False)), score_head=head, score_likelihood=likelihood).eval()
+    torch.nn.init.normal_(judge.score.weight)
+    judge.score_scale.copy_(torch.tensor([1.7, -0.4]))
+    x, lengths = ids(3, 20), torch.tensor([20, 13, 9])
+    real, answer = torch.arange(20) < lengths[:, None], torch.arange(20) >= torch.tensor([[12], [4], [7]])
+    with torch.no_grad():
+        values = judge(x, answer=answer & real, reduction='values')
+        rewards = judge.rewards(x, real=real, answer=answer & real)
+        torch.testing.assert_close(values.gather(1, lengths[:, None] - 1)[:, 0], rewards, atol=1e-5, rtol=1e-5)
+        for n in range(1, 14):
+            short = judge.rewards(x[:, :n], answer=answer[:, :n] & real[:, :n])
+            torch.testing.assert_close(values[real[:, n - 1], n - 1], short[real[:, n - 1]], atol=1e-5, rtol=1e-5)
+
+
+def test_forced_tokens_come_where_they_are_asked_for_and_the_rest_is_drawn_as_ever():
+    model, prompts = tiny(block_size=48), [[1, 2, 3], [4], [5, 6]]
+    common = dict(return_logprobs=True, seed=[7, 8, 9], temperature=0.8, num_samples=2)
+    free, _ = model.generate(prompts, 12, **common)
+    for use_cache in (True, False):
+        seen, force = [], {(3, 0): [50, 51], (8, 0): [52], (8, 1): []}
+
+        def ask(new, seen=seen, force=force):
+            seen.append(list(new))
+            return force.get((len(new), new[0] % 2), [])
+        new, logprobs = model.generate(prompts, 12, force=ask, use_cache=use_cache, **common)
+        assert {row[0] % 2 for row in new} == {0, 1} and all(row[:3] == f[:3] for row, f in zip(new, free, strict=True))
+        for i, (row, logs) in enumerate(zip(new, logprobs, strict=True)):
+            even = row[0] % 2 == 0
+            assert not even or row[3:5] == [50, 51] and row[8] == 52
+            assert [t for t in range(12) if math.isnan(logs[t])] == ([3, 4, 8] if even else [])
+            assert even or row == free[i]
+            asked_at = [len(s) for s in seen if s == row[:len(s)]]
+            assert set(asked_at) == set(range(1, 13)) - ({4} if even else set())  # not while ids are still due
+            table = exactly(model, prompts[i // 2] + row, 0.8)[len(prompts[i // 2]) - 1:-1]
+            for t in range(12):
+                assert math.isnan(logs[t]) or logs[t] == pytest.approx(table[t, row[t]].item(), abs=1e-4)
+    assert any(row[5:8] != f[5:8] for row, f in zip(new, free, strict=True))  # what follows has read them
+    ended = model.generate([[1]], 9, force=lambda new: [60, 7, 8] if len(new) == 2 else [], stop_ids=[7], seed=[3])
+    assert ended[0][2:] == [60, 7]  # a forced end is an end
+    assert model.generate([[1]], 4, force=lambda new: [20] * 9, seed=[3])[0][1:] == [20] * 3  # not past max_new_tokens
+
+
+def test_forced_tokens_teach_nothing():
+    model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?'), lone()
+
+    def force(new):
+        return [65, 66, 67] if len(new) == 4 else [68] if len(new) == 9 else []
+    answers = rollout.draw(model, data, np.array([0, 1]), run, 12, number=1, force=force)
+    at = [4, 5, 6, 9]
+    assert all(ids[4:7] == [65, 66, 67] and ids[9] == 68 for ids in answers.ids)
+    assert [(~row).nonzero()[0].tolist() for row in answers.drawn] == [at] * 2
+    assert not answers.logprobs[:, at].any() and (answers.logprobs[answers.drawn] < 0).all()
+    logprobs, entropies, _ = rollout.read(model, run, answers, range(2), 96)
+    assert not logprobs[:, at].any() and not entropies[:, at].any()
+    np.testing.assert_allclose(logprobs.detach().numpy(), answers.logprobs, atol=1e-4)
+    mask = torch.from_numpy(answers.drawn).float()
+    loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), None, torch.tensor([1.0, -2.0]), mask, 'bnpo')
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    tables = [exactly(model, p + x, 1.0)[len(p) - 1:-1] for p, x in zip(answers.prompts, answers.ids, strict=True)]
+    sum(-a * tables[i][t, answers.ids[i][t]] / 16 for i, a in enumerate((1.0, -2.0)) for t in range(12)
+        if t not in at).backward()
+    for grad, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-4, rtol=1e-3)
+    last = dataclasses.replace(answers, ids=[x[:9] + [99] + x[10:] for x in answers.ids])  # another forced token
+    with torch.no_grad():
+        moved = rollout.read(model, run, last, range(2), 96)[0]
+    assert torch.allclose(moved[:, :10], logprobs[:, :10], atol=1e-5)  # is read, but itself counts nowhere
+    assert (moved[:, 10] - logprobs[:, 10]).abs().min() > 1e-4
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_alone():
+    model, prompts, seeds = tiny(pos='rope', block_size=48), [[1, 2, 3], [4], [5, 6], [4]], [11, 12, 13, 14]
+    common = dict(num_samples=2, return_logprobs=True)
+    whole, logs = model.generate(prompts, 20, seed=seeds, **common)
+    assert whole[2:4] != whole[6:8]  # the same prompt with another seed
+    for order in ([3, 1, 0, 2], [2], [1, 3]):
+        part, part_logs = model.generate([prompts[i] for i in order], 20, seed=[seeds[i] for i in order], **common)
+        for k, i in enumerate(order):
+            assert part[2 * k:2 * k + 2] == whole[2 * i:2 * i + 2]
+            np.testing.assert_allclose(part_logs[2 * k:2 * k + 2], logs[2 * i:2 * i + 2], atol=1e-5)
+    twice = model.generate([[4], [4]], 20, seed=[12, 12])
+    assert twice[0] == twice[1]
+    one = model.generate(prompts, 20, seed=5)
+    assert model.generate(prompts[:2], 20, seed=5) == one[:2] and one[1] != one[3]
+    with pytest.raises(ValueError, match='2 seeds for 1 prompts'):
+        model.generate([[1]], 3, seed=[1, 2])
+    a, b = model_file.uniforms([5, 9], 2, 3, 400), model_file.uniforms([9, 5], 2, 3, 400)
+    assert a.shape == (400, 6) and torch.equal(a[:, :3], b[:, 3:]) and torch.equal(a[:, 3:], b[:, :3])
+    assert len(a.unique()) > 2390 and 0 <= a.min() and a.max() < 1 and abs(a.mean() - 0.5) < 0.03
+    assert torch.equal(model_file.uniforms(3, 40, 1, 5)[:, :7], model_file.uniforms(3, 7, 1, 5))
+    assert not torch.equal(model_file.uniforms(None, 2, 1, 5), model_file.uniforms(None, 2, 1, 5))
+    assert model_file.uniforms([], 0, 1, 5).shape == (5, 0)
+
+
+def test_answers_depend_on_seed_number_and_place_and_not_on_how_they_are_batched():
+    model, prompts = tiny(block_size=48), [ids(n, seed=n).tolist() for n in (9, 3, 12, 3, 7, 1, 5)]
+    found = {name: lone(seed=seed).answers(model, prompts, 10, 2, number, at_once, return_logprobs=True)
+             for name, (seed, number, at_once) in dict(a=(1, 5, 64), b=(1, 5, 2), c=(1, 6, 64), d=(2, 5, 64)).items()}
+    for one, other in zip(found['a'], found['b'], strict=True):
+        for (ids_a, logs_a), (ids_b, logs_b) in zip(one, other, strict=True):
+            assert ids_a == ids_b
+            np.testing.assert_allclose(logs_a, logs_b, atol=1e-5)
+    a, c, d = ([[x[0] for x in of] for of in found[name]] for name in 'acd')
+    assert a != c and a != d and c != d
+    bare = lone(seed=1).answers(model, prompts, 10, 2, 5)
+    assert bare == a
+    long = lone().answers(model, [ids(60).tolist()], 4, temperature=0)  # the end of a long prompt counts
+    assert long == lone().answers(model, [ids(60)[-48:].tolist()], 4, temperature=0)
+
+
+def test_answers_are_taken_joined_and_cut_whole(stops_often):
+    model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?', 'Why?'), lone()
+    whole = rollout.draw(model, data, np.array([0, 1, 2]), run, 24, 3)
+    parts = [whole.take([0, 1, 2]), whole.take([5]), whole.take([8, 3])]
+    assert parts[1].drawn.shape == (1, len(whole.ids[5])) and whole.take([]).drawn.shape == (0, 0)
+    again, order = rollout.joined(parts), [0, 1, 2, 5, 8, 3]
+    wide = max(len(whole.ids[i]) for i in order)
+    for name in ('rows', 'ended'):
+        assert getattr(again, name).tolist() == getattr(whole, name)[order].tolist()
+    for name in ('ids', 'prompts', 'texts'):
+        assert getattr(again, name) == [getattr(whole, name)[i] for i in order]
+    assert np.array_equal(again.drawn, whole.drawn[order, :wide])
+    assert np.array_equal(again.logprobs, whole.logprobs[order, :wide])
+    lengths = np.minimum(whole.lengths, 5)
+    short = whole.cut(lengths, data)
+    assert short.lengths.tolist() == lengths.tolist() and short.drawn.shape == (9, 5)
+    for i in range(9):
+        n = len(whole.ids[i])
+        assert short.ids[i] == whole.ids[i][:5] and short.texts[i] == data.text(whole.ids[i][:5])
+        assert short.ended[i] == (n <= 5 and whole.ended[i])
+        assert short.logprobs[i].tolist() == np.pad(whole.logprobs[i], (0, 5))[:5].tolist()
+        assert short.drawn[i].tolist() == (np.arange(5) < n).tolist()
+    assert (whole.lengths > 5).any() and (whole.lengths < 5).any()
+    with torch.no_grad():
+        read = rollout.read(model, run, short, range(9), 96)[0].numpy()
+    np.testing.assert_allclose(read, short.logprobs, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: the maths
+
+def t64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def test_advantages_of_four_tokens_worked_out_by_hand():
+    """gamma 0.9 and lambda 0.8; the second row the same with a token in the middle that is no step."""
+    r, v, keep = t64([[1.0, 0.0, -1.0, 2.0]]), t64([[0.5, 0.4, 0.3, 0.2]]), torch.ones(1, 4)
+    # delta_3 = 2 - 0.2 = 1.8;                            A_3 = 1.8
+    # delta_2 = -1 + 0.9 * 0.2 - 0.3 = -1.12;             A_2 = -1.12 + 0.72 * 1.8 = 0.176
+    # delta_1 = 0 + 0.9 * 0.3 - 0.4 = -0.13;              A_1 = -0.13 + 0.72 * 0.176 = -0.00328
+    # delta_0 = 1 + 0.9 * 0.4 - 0.5 = 0.86;               A_0 = 0.86 + 0.72 * -0.00328 = 0.8576384
+    advantages, returns = ppo.gae(r, v, keep, 0.9, 0.8)
+    assert advantages[0].tolist() == pytest.approx([0.8576384, -0.00328, 0.176, 1.8], abs=1e-12)
+    assert returns[0].tolist() == pytest.approx([1.3576384, 0.39672, 0.476, 2.0], abs=1e-12)
+    # without token 2: delta_1 = 0 + 0.9 * 0.2 - 0.4 = -0.22;  A_1 = -0.22 + 0.72 * 1.8 = 1.076
+    #                  delta_0 as before;                      A_0 = 0.86 + 0.72 * 1.076 = 1.63472
+    keep[0, 2] = 0
+    r[0, 2], v[0, 2] = 99.0, -99.0  # is looked at nowhere
+    advantages, returns = ppo.gae(r, v, keep, 0.9, 0.8)
+    assert advantages[0].tolist() == pytest.approx([1.63472, 1.076, 0.0, 1.8], abs=1e-12)
+    assert returns[0].tolist() == pytest.approx([2.13472, 1.476, 0.0, 2.0], abs=1e-12)
+
+
+@pytest.mark.parametrize('gamma, lam', [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
+def test_advantages_are_the_double_sum(gamma, lam):
+    """Equation 16 of arXiv:1506.02438, over the steps that are there, for answers of all lengths with holes."""
+    draw = np.random.default_rng(0)
+    r, v = draw.normal(size=(2, 6, 9))
+    mask = draw.random((6, 9)) < 0.7
+    mask[0], mask[1, 4:], mask[2] = True, False, False
+    due = np.zeros((6, 9))
+    for b in range(6):
+        at = mask[b].nonzero()[0]
+        rs, vs = r[b, at], np.append(v[b, at], 0.0)
+        for t in range(len(at)):
+            due[b, at[t]] = sum((gamma * lam) ** k * (rs[t + k] + gamma * vs[t + k + 1] - vs[t + k])
+                                for k in range(len(at) - t))
+    found, returns = ppo.gae(t64(r), t64(v), torch.tensor(mask), gamma, lam)
+    np.testing.assert_allclose(found, due, atol=1e-12)
+    np.testing.assert_allclose(returns, (due + v) * mask, atol=1e-12)
+
+
+def test_the_policy_loss_on_both_sides_of_both_clips():
+    """eps 0.2: the ratio is held back only where that makes the loss larger, and there it has no gradient."""
+    ratio, gain = [0.5, 0.9, 1.1, 1.5] * 2, [2.0] * 4 + [-2.0] * 4
+    #       a > 0: -min(r, 1.2) 2              a < 0: max(r, 0.8) 2
+    due = [-1.0, -1.8, -2.2, -2.4] + [1.6, 1.8, 2.2, 3.0]
+    slope = [-1.0, -1.8, -2.2, 0.0] + [0.0, 1.8, 2.2, 3.0]  # of r a in log r, or none
+    logprobs = t64([[math.log(r) - 3 for r in ratio]]).requires_grad_()
+    losses, held = ppo.policy_loss(logprobs, t64([[-3.0] * 8]), t64([gain]), 0.2)
+    assert losses[0].tolist() == pytest.approx(due, abs=1e-12)
+    assert held[0].tolist() == [False, False, False, True, True, False, False, False]
+    losses.sum().backward()
+    assert logprobs.grad[0].tolist() == pytest.approx(slope, abs=1e-12)
+
+
+def test_the_value_loss_on_both_sides_of_its_clip():
+    """Old value 1, clip 0.2: of the squares of the error of V and of what is clipped to [0.8, 1.2] the larger."""
+    value, target = [0.5, 0.9, 1.1, 1.5, 0.5, 1.5], [2.0, 2.0, 2.0, 2.0, 0.0, 0.0]
+    due = [1.5 ** 2 / 2, 1.1 ** 2 / 2, 0.9 ** 2 / 2, 0.8 ** 2 / 2, 0.8 ** 2 / 2, 1.5 ** 2 / 2]
+    slope = [-1.5, -1.1, -0.9, 0.0, 0.0, 1.5]
+    values = t64([value]).requires_grad_()
+    losses, held = ppo.value_loss(values, t64([[1.0] * 6]), t64([target]), 0.2)
+    assert losses[0].tolist() == pytest.approx(due, abs=1e-12)
+    assert held[0].tolist() == [False, False, False, True, True, False]
+    losses.sum().backward()
+    assert values.grad[0].tolist() == pytest.approx(slope, abs=1e-12)
+    losses, held = ppo.value_loss(values, t64([[1.0] * 6]), t64([target]), 0)
+    assert losses[0].tolist() == pytest.approx([(v - t) ** 2 / 2 for v, t in zip(value, target, strict=True)])
+    assert not held.any()
+
+
+def test_whitening_is_numpys():
+    draw = np.random.default_rng(0)
+    x, mask = 3 + 5 * draw.normal(size=(7, 11)), draw.random((7, 11)) < 0.6
+    kept = x[mask]
+    both, scaled = (ppo.whiten(t64(x), torch.tensor(mask), shift).numpy() for shift in (True, False))
+    np.testing.assert_allclose(both[mask], (kept - kept.mean()) / kept.std(), rtol=1e-7)
+    np.testing.assert_allclose(scaled[mask], (kept - kept.mean()) / kept.std() + kept.mean(), rtol=1e-7)
+    assert not both[~mask].any() and not scaled[~mask].any()
+    same = ppo.whiten(t64([[2.0, 2.0, 9.0]]), t64([[1, 1, 0]]))
+    assert same.tolist() == [[0, 0, 0]] and not ppo.whiten(t64(x), torch.zeros(7, 11)).any()
+
+
+def test_rewards_of_tokens_by_hand():
+    """Each drawn token pays for its KL, the last one drawn gets the score: be it followed by padding or forced ones."""
+    kl = t64([[0.5, -1.0, 2.0, 7.0], [1.0, 2.0, 3.0, 4.0], [1.0, 8.0, 3.0, 8.0]])
+    drawn = t64([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0]])
+    found = ppo.token_rewards(t64([3.0, -2.0, 5.0]), kl, drawn, 0.1)
+    due = [[-0.05, 0.1, 2.8, 0], [-0.1, -0.2, -0.3, -2.4], [-0.1, 0, 4.7, 0]]
+    np.testing.assert_allclose(found, due, atol=1e-12)
+
+
+def test_the_kl_controller_by_hand():
+    """e = clip((KL - target) / target, -0.2, 0.2); beta (1 + e n / horizon), arXiv:1909.08593."""
+    adapt = ppo.adapt_kl_coef
+    assert adapt(0.1, 6.6, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.1 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 5.4, 6, 256, 10000) == pytest.approx(0.1 * (1 - 0.1 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 60, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.2 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 0, 6, 256, 10000) == adapt(0.1, -9, 6, 256, 10000) == pytest.approx(
+        0.1 * (1 - 0.2 * 0.0256), rel=1e-12)
+    assert adapt(0.3, 6, 6, 256, 10000) == 0.3
+
+
+def test_the_running_scale_is_that_of_all_numbers_so_far():
+    draw, scale, seen = np.random.default_rng(0), ppo.RunningScale(), []
+    for n in (3, 1, 50, 7, 1, 200):
+        x = 1e3 + draw.normal(size=n) * n
+        seen = np.concatenate((seen, x))
+        np.testing.assert_allclose(scale(x), (x - seen.mean()) / np.sqrt(seen.var() + 1e-8), rtol=1e-8, atol=1e-10)
+        scale = ppo.RunningScale(json.loads(json.dumps(scale.state)))  # as a resumed run does
+        assert scale.state[0] == len(seen) and scale.state[1] == pytest.approx(np.mean(seen), rel=1e-12)
+        assert math.sqrt(scale.state[2] / len(seen)) == pytest.approx(np.std(seen), rel=1e-9)
+    assert ppo.RunningScale()(np.array([4.0, 4.0])).tolist() == [0, 0]
+
+
+def test_where_an_answer_passes_its_budget():
+    ratios = np.array([[1.0, 1.0, 1.0, 1.0], [5.0, -5.0, 1.0, 0.5], [1.0, 1.5, 9.0, 1.0], [0.5, 9.0, 1.0, 1.1]])
+    drawn = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], bool)
+    assert ppo.stops_at(ratios, drawn, 2.5).tolist() == [3, 1, 4, 4]
+    assert ppo.stops_at(ratios, drawn, 4.0).tolist() == [4, 1, 4, 4]  # reaching it is not passing it
+
+
+def test_advantages_of_groups_by_hand():
+    nan = math.nan
+    totals = t64([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, nan, 0.0, 0.0], [nan, nan, nan, 7.0], [nan] * 4])
+    # means 0.5, 2, 1, 7; deviations with k - 1: sqrt(4 * 0.25 / 3), 0, sqrt((4 + 1 + 1) / 2) = sqrt 3
+    found = grpo.group_advantages(totals, 'none')
+    due = [[0.5, -0.5, -0.5, 0.5], [0] * 4, [2, 0, -1, -1], [0] * 4, [0] * 4]
+    np.testing.assert_allclose(found, due, atol=1e-12)
+    found, a, b = grpo.group_advantages(totals, 'group'), 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (math.sqrt(3) + 1e-4)
+    np.testing.assert_allclose(found, [[a, -a, -a, a], [0] * 4, [2 * b, 0, -b, -b], [0] * 4, [0] * 4], atol=1e-12)
+    known = [1.0, 0, 0, 1, 2, 2, 2, 2, 3, 0, 0, 7]
+    np.testing.assert_allclose(grpo.group_advantages(totals, 'batch'),
+                               np.array(due) / (np.std(known, ddof=1) + 1e-4), atol=1e-12)
+    assert grpo.has_spread(totals).tolist() == [True, False, True, False, False]
+    for scale in ('group', 'batch', 'none'):
+        assert not grpo.group_advantages(t64([[nan, nan], [nan, nan]]), scale).any()
+        assert not grpo.group_advantages(t64([[0.1, 0.1, 0.1]]), scale).abs().max() > 1e-9
+
+
+def test_answers_that_are_too_long_pay_as_in_dapo():
+    """L_max 20, L_cache 4: 0 to 16 tokens, then (16 - n) / 4 down to -1."""
+    lengths = torch.tensor([1, 15, 16, 17, 18, 20])
+    assert grpo.overlong(lengths, 20, 4).tolist() == [0, 0, 0, -0.25, -0.5, -1]
+    assert grpo.overlong(torch.tensor([10, 20]), 20, 20).tolist() == [-0.5, -1]
+
+
+@pytest.mark.parametrize('module', [np, torch])
+def test_estimates_of_kl_have_the_mean_of_the_exact_one(module):
+    """Over all tokens of a small vocabulary, each as often as the policy draws it."""
+    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy, far = logits.log_softmax(-1)
+    near = (logits[0] + 0.05 * logits[1]).log_softmax(-1)
+    for reference, close in ((far, False), (near, True)):
+        exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x)
+                                                    for x in (policy, reference))).item()
+        args = [x if module is torch else x.numpy() for x in (policy, reference)]
+        k1, k2, k3 = ((torch.as_tensor(rollout.kl_terms(*args, k)) * policy.exp()).sum().item()
+                      for k in ('k1', 'k2', 'k3'))
+        assert k1 == pytest.approx(exact, rel=1e-10) and k3 == pytest.approx(exact, rel=1e-10)
+        assert 0 < exact < 0.01 and k2 == pytest.approx(exact, rel=0.05) if close else exact > 0.3
+        assert (torch.as_tensor(rollout.kl_terms(*args, 'k3')) >= 0).all()
+    assert rollout.kl_terms(-1.0, -3.0, 'k1') == 2 and rollout.kl_terms(-1.0, -3.0, 'k2') == 2
+    assert rollout.kl_terms(-1.0, -3.0, 'k3') == pytest.approx(math.exp(-2) - 1 + 2)
+    with pytest.raises(UserError, match="'k4'"):
+        rollout.kl_terms(-1.0, -3.0, 'k4')
+
+
+def losses_of_answers(seed=0):
+    """Log-probabilities, older ones, the reference's, advantages, a mask with holes and entropies, float64."""
+    draw = np.random.default_rng(seed)
+    new = -np.abs(draw.normal(size=(5, 8))) - 0.1
+    old, ref = new + 0.4 * draw.normal(size=(5, 8)), new + 0.3 * draw.normal(size=(5, 8))
+    mask = (np.arange(8) < np.array([8, 5, 1, 8, 0])[:, None]).astype(float)
+    mask[3, 2:4] = 0
+    old[0] -= 0.5  # whole answers beyond both clips
+    old[1] += 0.5
+    return new, old, ref, np.array([1.5, -2.0, 0.7, -0.4, 1.0]), mask, np.abs(draw.normal(size=(5, 8)))
+
+
+def by_loops(kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, entropy_coef, longest, tokens):
+    """The losses of the papers in loops -> (loss, share of ratios that are cut off, mean k3)."""
+    answers, cut, k3s = [], 0, []
+    for b in range(len(new)):
+        answers.append([])
+        at = [t for t in range(new.shape[1]) if mask[b, t]]
+        mean = math.exp(sum(new[b, t] - old[b, t] for t in at) / max(1, len(at)))  # arXiv:2507.18071, eq. 7
+        for t in at:
+            r, a = mean if kind == 'gspo' else math.exp(new[b, t] - old[b, t]), gains[b]
+            if kind == 'cispo':  # the ratio is a constant: its gradient is tested apart
+                loss = -min(r, 1 + high) * a * new[b, t]
+                cut += r > 1 + high and a != 0
+            else:
+                loss = -min(r * a, min(max(r, 1 - low), 1 + high) * a)
+                cut += r > 1 + high and a > 0 or r < 1 - low and a < 0
+            gap = ref[b, t] - new[b, t]
+            k3s.append(math.exp(gap) - gap - 1)
+            answers[-1].append(loss + kl_coef * k3s[-1] - entropy_coef * entropies[b, t])
+    total = sum(map(sum, answers))
+    loss = {'grpo': sum(sum(x) / max(1, len(x)) for x in answers) / len(answers), 'bnpo': total / len(k3s),
+            'dr_grpo': total / (len(answers) * longest), 'dapo': total / tokens}
+    return loss[{'gspo': 'grpo', 'cispo': 'dapo'}.get(kind, kind)], cut / len(k3s), np.mean(k3s)
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
+    new, old, ref, gains, mask, entropies = losses_of_answers()
+    knobs = dict(low=0.2, high=0.28, kl_coef=0.3, entropy_coef=0.05, longest=12, tokens=33.0)
+    x, h = t64(new).requires_grad_(), t64(entropies).requires_grad_()
+    loss, told = grpo.grpo_loss(x, t64(old), t64(ref), t64(gains), t64(mask), kind, 0.2, 0.28, 0.3, h, 0.05, 12, 33.0)
+    due, cut, kl = by_loops(kind, new, old, ref, gains, mask, entropies, **knobs)
+    assert loss.item() == pytest.approx(due, rel=1e-12) and 0 < cut < 1
+    assert told['clip_frac'].item() == pytest.approx(cut) and told['kl'].item() == pytest.approx(kl)
+    loss.backward()
+    held = new.copy()  # for the ratio of cispo, through which nothing flows
+
+    def slope(of, at, eps=1e-6):
+        ends = []
+        for sign in (1, -1):
+            moved = of.copy()
+            moved[at] += sign * eps
+            here, shift = (moved, old) if kind != 'cispo' else (moved, old + moved - held)
+            args = (here, shift, ref, gains, mask, entropies) if of is new else (new, old, ref, gains, mask, moved)
+            ends.append(by_loops(kind, *args, **knobs)[0])
+        return (ends[0] - ends[1]) / (2 * eps)
+    assert not x.grad[t64(mask) == 0].any() and not h.grad[t64(mask) == 0].any()
+    for at in itertools.product(range(5), range(8)):
+        assert x.grad[at].item() == pytest.approx(slope(new, at), rel=1e-5, abs=1e-8)
+        assert h.grad[at].item() == pytest.approx(slope(entropies, at), rel=1e-5, abs=1e-8)
+    bare, told = grpo.grpo_loss(t64(new), t64(old), None, t64(gains), t64(mask), kind, 0.2, 0.28, 0.3, h, 0.0, 12, 33.0)
+    assert bare.item() == pytest.approx(
+        by_loops(kind, new, old, ref, gains, mask, entropies, **knobs | dict(kl_coef=0, entropy_coef=0))[0], rel=1e-12)
+    assert 'kl' not in told
+    empty, _ = grpo.grpo_loss(t64(new), t64(old), t64(ref), t64(gains), t64(0 * mask), kind, tokens=0.0)
+    assert empty.item() == 0
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_micro_batches_add_up_to_the_loss_of_the_whole_update(kind):
+    """The mean over micro-batches is the whole batch's loss, but for bnpo, which divides by each one's own tokens."""
+    new, old, ref, gains, mask, _ = map(t64, losses_of_answers())
+    new, old, ref, gains, mask = (x[:4] for x in (new, old, ref, gains, mask))
+    tokens = mask.sum().item()
+
+    def loss(rows, tokens):
+        return grpo.grpo_loss(new[rows], old[rows], ref[rows], gains[rows], mask[rows], kind, kl_coef=0.1, longest=9,
+                              tokens=tokens)[0].item()
+    whole = loss(slice(4), tokens)
+    parts = (loss(slice(2), tokens / 2) + loss(slice(2, 4), tokens / 2)) / 2
+    assert (parts == pytest.approx(whole, rel=1e-12)) == (kind != 'bnpo')
+
+
+def their_loss(trainer, kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, entropy_coef, longest, tokens):
+    """TRL's GRPOTrainer._compute_loss, of a trainer that is only what this method looks at."""
+    one = types.SimpleNamespace(num_processes=1, gather=lambda x: x, sync_gradients=False,
+                                reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x)
+    stub = types.SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, entropies, None), aux_loss_enabled=False,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=kl_coef, epsilon_low=low, epsilon_high=high,
+        importance_sampling_level='sequence' if kind == 'gspo' else 'token', max_completion_length=longest,
+        loss_type='grpo' if kind == 'gspo' else kind, use_vllm=False, vllm_importance_sampling_correction=False,
+        model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1, accelerator=one,
+        _entropy_bonus_enabled=entropy_coef > 0, use_adaptive_entropy=False, entropy_coef=entropy_coef,
+        _metrics={'train': defaultdict(list)},
+        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1))
+    shape = (len(new), 3)
+    return trainer._compute_loss(stub, None, dict(
+        prompt_ids=torch.zeros(shape).long(), prompt_mask=torch.ones(shape).long(), completion_ids=torch.zeros(
+            new.shape).long(), completion_mask=mask, advantages=gains, old_per_token_logps=old,
+        ref_per_token_logps=ref, num_items_in_batch=t64(tokens)))
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_losses_of_grpo_are_those_of_trl(kind):
+    trainer = pytest.importorskip('trl.trainer.grpo_trainer').GRPOTrainer
+    for seed, (kl_coef, entropy_coef) in enumerate([(0.0, 0.0), (0.3, 0.0), (0.3, 0.1)]):
+        new, old, ref, gains, mask, entropies = map(t64, losses_of_answers(seed))
+        if entropy_coef and kind != 'bnpo':
+            continue  # TRL's bonus is a mean over tokens whatever the loss is, ours is part of each token's loss
+        x, y = new.clone().requires_grad_(), new.clone().requires_grad_()
+        ours, _ = grpo.grpo_loss(x, old, ref if kl_coef else None, gains, mask, kind, 0.2, 0.28, kl_coef, entropies,
+                                 entropy_coef, 12, 33.0)
+        theirs = their_loss(trainer, kind, y, old, ref, gains, mask, entropies, 0.2, 1.28 if kind == 'cispo' else 0.28,
+                            kl_coef, entropy_coef, 12, 33.0)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+        ours.backward()
+        theirs.backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
