@@ -350,8 +350,10 @@ def main():
             with run.switched(model, reference):
                 ref_logprobs = reread(net, run, answers, length, temperature)[0]
         gold = gold_of(train_data, answers)
-        tell(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals), 'reward/gold': np.nanmean(gold),
+        totals = totals.numpy()
+        tell(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),
                 **{f'reward/{name}': np.nanmean(x) for name, x in parts.items()}} if np.isfinite(totals).any() else {},
+             **{'reward/gold': np.nanmean(gold)} if np.isfinite(gold).any() else {},
              response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
              **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         for epoch in range(num_epochs):
