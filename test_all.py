@@ -7005,3 +7005,110 @@ def test_losses_of_grpo_are_those_of_trl(kind):
         ours.backward()
         theirs.backward()
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: bandits
+
+LETTERS = 'abcdefgh'
+BANDIT = '''
+RIGHT = {'A': 'a', 'B': 'd', 'C': 'g'}
+
+
+def right(row, text):
+    return float(text == RIGHT[row['prompt'][-1]['content'][0]])
+
+
+def graded(row, text):  # nearer letters are better, an order that is nobody's alphabet
+    return 1 - abs('bhdgaecf'.index(text) - 2) / 5 if text and text in 'bhdgaecf' else -1
+
+
+def constant(row, text):
+    return 0.37
+'''
+
+
+@pytest.fixture(scope='module')
+def bandit(tmp_path_factory):
+    """A folder with a model that answers any prompt with one of eight letters, one about as likely as another, prompts
+    for which one of these is right, and rewards for that."""
+    folder = tmp_path_factory.mktemp('bandit')
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(block_size=64, vocab_size=260, n_layer=1, n_head=2, n_embd=32, pos='rope', tie_weights=False,
+                          init_std=0.1))
+    with torch.no_grad():
+        model.norm.bias.normal_()
+        for letter in LETTERS:
+            model.head.weight[ord(letter)] += 12 * model.norm.bias / model.norm.bias.square().sum()
+    save_run(folder / 'base', state_of(model))
+    rows = [{'prompt': asked(16 * letter), 'answer': answer, 'grader': 'exact'} for letter, answer in zip('ABC', 'adg',
+                                                                                                   strict=True)]
+    dataset.write_rows(folder / 'letters', {'train': rows * 4, 'val': rows * 40}, 'letters')
+    (folder / 'bandit.py').write_text(BANDIT)
+    return folder
+
+
+@pytest.fixture
+def pull(run_stage, bandit):
+    """pull('grpo', 'right', '--key=value', …) -> the rows of metrics of a run on the bandit that evaluates twice."""
+    small = ['--max_iters=32', '--eval_interval=32', '--eval_rows=0', '--max_new_tokens=1', '--device=cpu',
+             '--dtype=float32', '--warmup_iters=2', '--kl_coef=0', '--learning_rate=8e-3', '--lr_schedule=linear']
+    shape = {'grpo': ['--prompts_per_step=6', '--num_generations=8', '--batch_size=48',
+                      '--gradient_accumulation_steps=1'],
+             'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2',
+                     '--eos_penalty=0']}
+
+    def call(stage, rewards, *args, name='run'):
+        words = ', '.join(f'{term[:-len(n)]}{bandit}/bandit.py:{n}' for term in rewards.split(', ')
+                          for n in ('right', 'graded', 'constant') if term.endswith(n))
+        status, out, err = run_stage(stage, f'--init_from={bandit}/base', f'--dataset={bandit}/letters', *small,
+                                     *shape[stage], f'--rewards={words}', f'--out_dir={name}', *args)
+        assert (status, err) == (0, ''), err
+        return rows_of(name)
+    return call
+
+
+def ends_of(rows, key):
+    first, last = [row[key] for row in rows if key in row]
+    return first, last
+
+
+@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_bandit_is_solved_from_every_seed(pull, stage):
+    for seed in range(5):
+        first, last = ends_of(pull(stage, 'right', f'--seed={seed}', name=f'{seed}'), 'val/reward')
+        assert first < 0.3 and last > 0.95, seed
+        assert rows_of(f'{seed}')[-1]['val/correct'] > 0.95  # the greedy answers too
+    first, last = ends_of(pull(stage, 'graded', name='graded'), 'val/reward')
+    assert first < 0.7 and last > 0.95
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_bandit_that_pays_for_the_wrong_answer_is_answered_wrongly(pull, stage):
+    for seed in range(2):
+        first, last = ends_of(pull(stage, '-1*right', f'--seed={seed}', name=f'{seed}'), 'val/reward_right')
+        assert first > 0.1 and last < 0.03
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kind):
+    rows = pull('grpo', 'constant', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6')
+    steps = [row for row in rows if 'train/loss' in row]
+    assert [row['iter'] for row in steps] == [1, 2, 3] and all(row['zero_spread'] == 1 for row in steps)
+    assert all(row['grad_norm'] == 0 and row['reward/mean'] == pytest.approx(0.37) for row in steps)
+    assert same_weights('run', bandit / 'base')
+    rows = pull('grpo', 'right', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6', name='other')
+    assert not same_weights('other', bandit / 'base') and {r['zero_spread'] < 1 for r in rows if 'lr' in r} == {True}
+
+
+def test_equal_rewards_move_ppo_no_further_than_chance(pull):
+    """Its advantages are then nothing but the critic's errors: how often the right letter comes goes nowhere."""
+    moves = []
+    for seed in range(5):
+        first, last = ends_of(pull('ppo', '0*right, constant', f'--seed={seed}', '--max_iters=10', '--eval_interval=10',
+                                   name=f'{seed}'), 'val/reward_right')
+        moves.append(last - first)
+    gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10')
+    first, last = ends_of(gained, 'val/reward')
+    assert abs(np.mean(moves)) < 3 * np.std(moves, ddof=1) / math.sqrt(5) and abs(np.mean(moves)) < (last - first) / 4
