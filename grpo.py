@@ -362,8 +362,9 @@ def main():
                 chosen = order[first:first + per_update] if updates > 1 else order
                 chosen = chosen[np.argsort((answers.lengths + [len(p) for p in answers.prompts])[chosen], kind='stable')]
                 if not settled:
+                    before = dict(stats), dict(counted), tokens_read
                     run.settle(net, lambda: micro_loss(run.rank))
-                    settled = True
+                    (stats, counted, tokens_read), settled = before, True  # that pass was no part of a step
                 total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         step += 1
         if step % max_bad_steps == 0:

@@ -443,8 +443,9 @@ def main():
                 if not counts[chosen].any():
                     continue
                 if not settled:
+                    before = dict(stats), dict(counted), tokens_read
                     run.settle(net, lambda: micro_loss(run.rank))
-                    settled = True
+                    (stats, counted, tokens_read), settled = before, True  # that pass was no part of a step
                 moved = 0.0
                 total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
                 done += 1
