@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import unicodedata
 import zipfile
@@ -7112,3 +7113,135 @@ def test_equal_rewards_move_ppo_no_further_than_chance(pull):
     gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10')
     first, last = ends_of(gained, 'val/reward')
     assert abs(np.mean(moves)) < 3 * np.std(moves, ddof=1) / math.sqrt(5) and abs(np.mean(moves)) < (last - first) / 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: runs
+
+MINE = '''
+import math
+
+
+def scatter(row, text):
+    return sum(map(ord, text)) % 7 / 7
+
+
+def none(row, text):
+    raise KeyError('nothing\\nto see')
+
+
+def rarely(row, text):
+    return math.nan if sum(map(ord, text)) % 3 == 0 else 1.0 * (len(text) % 2)
+
+
+def words(row, text):
+    return 'good'
+
+
+number = 3
+'''
+STEPS = ['--max_iters=4', '--eval_interval=2', '--log_interval=1', '--eval_rows=4', '--warmup_iters=2',
+         '--max_new_tokens=6', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', '--rewards=mine.py:scatter']
+STAGES = {'grpo': ['--prompts_per_step=4', '--num_generations=2', '--batch_size=4', '--gradient_accumulation_steps=2'],
+          'ppo': ['--prompts_per_step=8', '--batch_size=4', '--gradient_accumulation_steps=2', '--reward_model=',
+                  '--critic_lr=1e-2']}
+
+
+@pytest.fixture
+def act(run_stage, base_run, chat_data):
+    """act('grpo', '--key=value', …) -> (exit status, stdout, stderr) of a short run with rewards of mine.py."""
+    Path('mine.py').write_text(MINE)
+    return lambda stage, *args: run_stage(stage, f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS,
+                                          *STAGES[stage], *args)
+
+
+CLOCKS = ('seconds', 'tok_per_sec', 'rollout/tok_per_sec', 'total_seconds')
+
+
+def told(run, after=0):
+    """What a run logged that does not depend on the time of day."""
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run) if row['iter'] > after]
+
+
+SAME = ('model', 'optimizers', 'iter', 'best', 'failed', 'reference')
+RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01']),
+        ('grpo', ['--dynamic_sampling=2', '--overlong_buffer=3', '--num_epochs=2', '--loss_type=dapo',
+                  '--rewards=mine.py:scatter, 0.5*correct, length', '--kl_coef=0']),
+        ('grpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=gspo', '--rewards=mine.py:rarely',
+                  '--max_bad_rewards=500']),
+        ('ppo', ['--kl_controller=adaptive', '--kl_target=0.01', '--kl_horizon=20', '--running_rewards=True',
+                 '--kl_budget=0.02', '--adapt_length=True']),
+        ('ppo', ['--critic=separate', '--whiten_rewards=True', '--kl_estimator=k3', '--reward_clip=0.5',
+                 '--kl_stop=0.0001', '--entropy_coef=0.01']),
+        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500'])]
+
+
+@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
+@pytest.mark.parametrize('stage, flags', RUNS, ids=str)
+def test_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkeypatch):
+    assert act(stage, '--out_dir=whole', *flags)[0] == 0
+    asked = itertools.count()
+    with monkeypatch.context() as patch:  # a signal, between two evaluations
+        patch.setattr(runtime.Run, 'stopping', lambda run: signal.SIGTERM * (next(asked) == 3))
+        status, out, err = act(stage, '--out_dir=parts', *flags)
+    assert (status, err) == (143, '') and 'stopped at step 3' in out
+    status, out, err = act(stage, '--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, ''), err
+    keep = SAME + (('prompts',) if stage == 'grpo' else ('critic', 'kl_coef', 'longest', 'scale'))
+    assert digest('parts', keep) == digest('whole', keep)
+    assert told('parts') == told('whole') and 'val/reward' in told('whole')[-1]
+    whole = [row for row in told('whole') if 'train/loss' in row]
+    assert [row['iter'] for row in whole] == [1, 2, 3, 4] and any(row['grad_norm'] > 0 for row in whole)
+    if '--kl_controller=adaptive' in flags:
+        assert len({row['kl_coef'] for row in whole}) > 2 and any(row['stopped'] > 0 for row in whole[1:])
+    if '--lora_rank=2' in flags:  # the reference is the base, and what is saved is LoRA alone
+        state = torch.load('whole/ckpt.pt', weights_only=True)
+        assert all('lora' in name for name in [*state['model'], *state['reference']])
+        assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
+        assert all('lora' in k for k in torch.load('whole/best.pt', weights_only=True)['model'])
+        assert whole[-1]['failed'] > 0
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
+    flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=24', '--eval_interval=2']
+    assert act(stage, *flags, '--out_dir=whole')[0] == 0
+    args = [f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags, '--out_dir=run']
+    kills = 0
+    while True:
+        process = subprocess.Popen([sys.executable, ROOT / f'{stage}.py', *args], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith('step ') and '|' in line
+            if seen == 7 and kills < 2:
+                time.sleep(0.02 * kills)
+                break
+        if kills == 2:
+            assert process.wait() == 0 and process.stderr.read() == ''  # no warning either
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        assert 0 < runtime.load_checkpoint('run/ckpt.pt')['iter'] < 24
+    assert digest('run', SAME) == digest('whole', SAME) and told('run') == told('whole')
+    assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
+
+
+@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4]], ids=str)
+def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
+    assert act(stage, '--out_dir=one', *flags)[0] == 0
+    args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
+    torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
+    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
+    for a, b in zip(told('one'), told('two'), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+    for name, w in weights('one').items():
+        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
+    if '--dynamic_sampling=2' not in flags:
+        return
+    torchrun(2, *args, '--out_dir=parts', '--max_iters=2', '--lr_decay_iters=4', cwd=tmp_path, stage=f'{stage}.py')
+    torchrun(2, *args, '--out_dir=parts', '--init_from=resume', cwd=tmp_path, stage=f'{stage}.py')
+    assert digest('parts', SAME) == digest('two', SAME) and told('parts') == told('two')
