@@ -7245,3 +7245,260 @@ def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, t
     torchrun(2, *args, '--out_dir=parts', '--max_iters=2', '--lr_decay_iters=4', cwd=tmp_path, stage=f'{stage}.py')
     torchrun(2, *args, '--out_dir=parts', '--init_from=resume', cwd=tmp_path, stage=f'{stage}.py')
     assert digest('parts', SAME) == digest('two', SAME) and told('parts') == told('two')
+
+
+@pytest.mark.parametrize('flags', [[], ['--critic=separate'], ['--lora_rank=2', '--temperature=0.7']], ids=str)
+def test_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags):
+    """Before the first update of a step nothing has moved, so old and new log-probabilities are the same numbers."""
+    seen, whole = [], ppo.policy_loss
+    spec = importlib.util.spec_from_file_location
+
+    def watched(logprobs, old, gains, clip_eps):
+        seen.append((logprobs.detach() - old).abs().max().item())
+        assert not (logprobs[old == 0]).any()
+        return whole(logprobs, old, gains, clip_eps)
+
+    def load(name, path):
+        found = spec(name, path)
+        execute = found.loader.exec_module
+
+        def then(module):
+            execute(module)
+            if name == 'stage_ppo':
+                module.policy_loss = watched
+        found.loader.exec_module = then
+        return found
+    monkeypatch.setattr(importlib.util, 'spec_from_file_location', load)
+    status, out, err = act('ppo', '--out_dir=run', '--learning_rate=1e-2', *flags)
+    assert (status, err) == (0, '') and len(seen) == 4 * 2 * 2  # steps, epochs, micro-batches
+    first, later = [x for i, x in enumerate(seen) if i % 4 < 2], [x for i, x in enumerate(seen) if i % 4 > 1]
+    assert max(first) < 1e-5 and max(later) > 1e-3
+    rows = [row for row in told('run') if 'ratio' in row]
+    assert all(row['rollout/gap'] < 1e-5 and row['updates'] == 2 for row in rows)
+
+
+def test_grpo_with_one_update_a_step_is_on_policy(act):
+    assert act('grpo', '--out_dir=run', '--learning_rate=1e-2')[0] == 0
+    rows = [row for row in told('run') if 'lr' in row]
+    assert all(row['rollout/gap'] < 1e-5 and row['clip_frac'] == 0 for row in rows)
+    assert rows[0]['kl'] < 1e-9 < 1e-5 < rows[-1]['kl']
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
+    """As many tensors live at the end of one step as of another, of a mixture of experts too."""
+    import gc
+    model = GPT(GPTConfig(block_size=128, vocab_size=260, n_layer=1, n_head=2, n_embd=32, **MOE))
+    save_run(Path('moe'), state_of(model))
+    counts = []
+
+    def stopping(run):
+        gc.collect()
+        counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+        return 0
+    monkeypatch.setattr(runtime.Run, 'stopping', stopping)
+    assert act(stage, '--init_from=moe', '--out_dir=run', '--max_iters=6', '--eval_interval=6')[0] == 0
+    assert len(counts) == 6 and max(counts[1:]) - min(counts[1:]) <= 2, counts
+
+
+def test_lora_of_samples_is_measured_against_the_base(act):
+    for stage in ('grpo', 'ppo'):
+        for flags in ([], ['--lora_rank=2']):
+            run = f'{stage}{len(flags)}'
+            status, out, err = act(stage, f'--out_dir={run}', '--learning_rate=1e-2', *flags)
+            assert (status, err) == (0, ''), err
+            rows = [row for row in told(run) if 'val/reward' in row]
+            assert rows[0]['val/kl'] == pytest.approx(0, abs=1e-5) and rows[-1]['val/kl'] > 1e-3
+            status, out, err = act(stage, f'--init_from={run}/ckpt.pt', '--eval_only=True', '--out_dir=nothing')
+            assert (status, err) == (0, '') and not Path('nothing').exists()
+            found = re.search(r'reward (-?[0-9.]+), KL (-?[0-9.]+)', out).groups()
+            assert [float(x) for x in found] == pytest.approx([rows[-1]['val/reward'], rows[-1]['val/kl']], abs=6e-4)
+            assert out.count('gold') >= 3
+
+
+def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
+    assert rate('--out_dir=scorer', '--max_iters=20', '--eval_interval=20', '--batch_size=8')[0] == 0
+    model, tokenizer = convert.load_model('scorer', scores=True)
+    score = rollout.load_scorer('scorer', lone(), tokenizer)
+    with torch.no_grad():
+        text, mask = (torch.from_numpy(x)[None] for x in dataset.answered(tokenizer, asked('Hi'), 'It is 3.'))
+        due = model.eval().rewards(text.long(), answer=mask).item()
+    assert score([(asked('Hi'), 'Who?'), (asked('Hi'), 'It is 3.')])[1] == pytest.approx(due, abs=1e-5)
+    for stage, flags in (('grpo', []), ('ppo', []), ('ppo', ['--critic=separate'])):
+        run = f'{stage}{len(flags)}'
+        status, out, err = act(stage, '--rewards=model, 0.5*length', '--reward_model=scorer', f'--out_dir={run}', *flags)
+        assert (status, err) == (0, ''), err
+        last = [row for row in told(run) if 'val/reward' in row][-1]
+        assert last['val/reward'] == pytest.approx(last['val/reward_model'] + 0.5 * last['val/reward_length'], rel=1e-4)
+    kept = torch.load('ppo1/ckpt.pt', weights_only=True)['critic']  # it begins as the reward model, and then learns
+    own = {f'critic.{name}': tensor for name, tensor in model.state_dict().items()}
+    assert kept.keys() == own.keys() and any(not torch.equal(kept[name], own[name]) for name in own)
+    assert all((kept[name] - own[name]).norm() <= 0.5 * own[name].norm() + 0.1 for name in own)
+    other = GPT.from_state(state_of(GPT(GPTConfig(block_size=128, vocab_size=264, n_layer=1, n_head=2, n_embd=32))),
+                           score_head='last')
+    save_run(Path('other'), state_of(other) | {'tokenizer': train_bpe(['so it is'] * 9, 262).to_dict()})
+    for stage in ('grpo', 'ppo'):
+        status, out, err = act(stage, '--rewards=model', '--reward_model=other', '--out_dir=never')
+        assert status == 2 and err.count('\n') == 1 and 'other: its tokenizer' in err and not Path('never').exists()
+    status, out, err = act('ppo', '--rewards=model', '--reward_model=scorer', '--init_from=resume', '--out_dir=ppo1')
+    assert status == 2 and err.count('\n') == 1 and "another critic than critic='shared'" in err, err
+    status, out, err = act('ppo', '--critic=separate', '--init_from=resume', '--out_dir=ppo0', '--max_iters=6')
+    assert status == 2 and err.count('\n') == 1 and "another critic than critic='separate'" in err, err
+
+
+@pytest.mark.parametrize(('stage', 'words', 'args'), [
+    ('grpo', ["loss_type='ppo'", 'gspo'], ['--loss_type=ppo']), ('grpo', ['scale_rewards'], ['--scale_rewards=std']),
+    ('grpo', ['num_generations=1', '2'], ['--num_generations=1']), ('grpo', ['8 answers', '12'], ['--batch_size=6']),
+    ('ppo', ['8 answers', '6'], ['--batch_size=3']), ('grpo', ['dropout'], ['--dropout=0.1']),
+    ('ppo', ['lora_dropout'], ['--lora_rank=2', '--lora_dropout=0.1']), ('ppo', ["critic='own'"], ['--critic=own']),
+    ('ppo', ["kl_estimator='k2'"], ['--kl_estimator=k2']), ('ppo', ['kl_controller'], ['--kl_controller=pid']),
+    ('ppo', ['gamma'], ['--gamma=1.5']), ('ppo', ['kl_target=0'], ['--kl_target=0']),
+    ('ppo', ['kl_horizon=1'], ['--kl_controller=adaptive', '--kl_horizon=1']),
+    ('grpo', ['temperature=0'], ['--temperature=0']), ('ppo', ['temperature=0'], ['--temperature=0']),
+    ('grpo', ['overlong_buffer=9', 'max_new_tokens=6'], ['--overlong_buffer=9']),
+    ('grpo', ['scratch'], ['--init_from=scratch']), ('ppo', ['no such run'], ['--init_from=out/none']),
+    ('grpo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
+    ('ppo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
+    ('grpo', ['no such dataset'], ['--dataset=nowhere']), ('grpo', ['eval_split'], ['--eval_split=dev']),
+    ('grpo', ["'correctness'", 'FILE.py:function'], ['--rewards=correctness']), ('grpo', ["''"], ['--rewards=']),
+    ('ppo', ["'much'", 'not a number'], ['--rewards=much*correct']), ('grpo', ["'nan'"], ['--rewards=nan*correct']),
+    ('grpo', ['names one twice'], ['--rewards=correct, 2*correct']),
+    ('grpo', ['mine.py', "'nobody'"], ['--rewards=mine.py:nobody']), ('grpo', ["'number'"], ['--rewards=mine.py:number']),
+    ('ppo', ['yours.py', 'FileNotFoundError'], ['--rewards=yours.py:f']),
+    ('ppo', ['wrong.py', 'SyntaxError'], ['--rewards=wrong.py:f']),
+    ('grpo', ['reward_model', 'go together'], ['--rewards=model']),
+    ('ppo', ['reward_model', 'go together'], ['--rewards=correct', '--reward_model=out/reward']),
+    ('ppo', ['out/reward'], ['--rewards=model', '--reward_model=out/reward']),
+    ('ppo', ['no reward model'], ['--rewards=model', '--reward_model=smollm2'])])
+def test_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args):
+    Path('wrong.py').write_text('def f(row, text:\n    return 1\n')
+    status, out, err = act(stage, '--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and not Path('run').exists(), err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
+    for name, words in (('none', "raised KeyError: 'nothing"), ('words', "gave 'good', not a finite number")):
+        status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=3')
+        assert status == 2 and err.count('\n') == 1 and words in err and repr(name) in err, err
+        assert 'val.jsonl, line' in err and '4 answers had no reward (max_bad_rewards=3)' in err
+        assert not Path('run').exists()  # the first look at held-out answers comes before anything is written
+    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=run', '--max_bad_rewards=500')
+    assert (status, err) == (0, ''), err
+    assert out.count('gave nan, not a finite number') == 1 and re.search(r'jsonl, line \d+: the reward', out)
+    rows = [row for row in told('run') if 'lr' in row]
+    assert 0 < rows[0]['failed'] <= rows[-1]['failed'] and all(row['train/loss'] is not None for row in rows)
+    assert torch.load('run/ckpt.pt', weights_only=True)['failed'] == json.loads(
+        Path('run/summary.json').read_text())['failed'] or stage
+    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=other', '--max_bad_rewards=4')
+    assert status == 2 and err.count('\n') == 1 and '5 answers had no reward' in err
+
+
+def test_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
+    """GRPO goes on where no answer has one and moves nothing; PPO, whose critic would then learn from nothing, ends."""
+    flags = ['--rewards=mine.py:none', '--max_bad_rewards=500']
+    status, out, err = act('grpo', *flags, '--out_dir=run', '--kl_coef=0')
+    assert (status, err) == (0, '') and same_weights('run', base_run)
+    rows = [row for row in told('run') if 'lr' in row]
+    assert all(row['grad_norm'] == 0 and 'reward/mean' not in row for row in rows) and rows[-1]['failed'] == 3 * 4 + 32
+    status, out, err = act('ppo', *flags, '--out_dir=other')
+    assert status == 2 and err.count('\n') == 1 and 'step 0: no answer had a reward' in err
+
+
+@pytest.mark.filterwarnings('error::RuntimeWarning')
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_prompts_need_no_answer_but_graders_do(act, stage):
+    rows = [{'prompt': f'Say {i}!' + ' Now!' * (40 * (i % 10 == 3))} for i in range(40)]
+    lines(Path('mine.jsonl'), rows)
+    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=run', '--block_size=100')
+    assert (status, err) == (0, ''), err
+    assert 'too long' in out and re.search(r'mine.jsonl, train: 3\d rows; left out: \d too long', out), out
+    assert all('reward/gold' not in row and 'val/gold' not in row for row in told('run'))
+    for name in ('correct', '0.5*exact', 'number'):
+        status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never', f'--rewards={name}')
+        assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line' in err and '"answer"' in err, err
+        assert not Path('never').exists()
+    lines(Path('mine.jsonl'), [*rows, {'prompt': asked('Hi') + said('Ho')}])
+    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never')
+    assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line 41' in err and 'assistant' in err, err
+    assert act(stage, '--dataset=mine.jsonl', '--out_dir=again', '--strict=False', '--max_iters=1')[0] == 0
+
+
+def test_a_run_of_samples_goes_on_in_its_own_stage_only(act, tune):
+    assert act('grpo', '--out_dir=grpo', '--kl_coef=0')[0] == act('ppo', '--out_dir=ppo')[0] == 0
+    for stage, other in (('grpo', 'ppo'), ('ppo', 'grpo')):
+        status, out, err = act(stage, '--init_from=resume', f'--out_dir={other}')
+        assert status == 2 and err.count('\n') == 1 and f'is of a run of {other}.py' in err, err
+        assert act(stage, f'--init_from={other}', '--out_dir=new', '--max_iters=1')[0] == 0  # its weights are welcome
+    status, out, err = act('grpo', '--init_from=resume', '--out_dir=grpo', '--max_iters=6')
+    assert status == 2 and err.count('\n') == 1 and 'kl_coef=0' in err, err
+    status, out, err = tune('--init_from=resume', '--out_dir=grpo')
+    assert status == 2 and 'is of a run of grpo.py' in err
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
+    status, out, _ = run_stage(stage, '--help')
+    assert status == 0 and '--num_generations=' in out
+    for line in (ROOT / f'{stage}.py').read_text().split('def ')[0].splitlines():
+        if re.match(r'[a-z]\w* = ', line):
+            assert line.split('  # ')[1] in out, line
+
+
+@pytest.mark.parametrize('config', ['grpo_tiny', 'ppo_tiny'])
+def test_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data, run_stage, config):
+    status, out, err = run_stage(config[:-5], ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
+                                 f'--dataset={chat_data}', '--max_iters=1', '--eval_rows=4', '--max_new_tokens=4',
+                                 '--device=cpu', '--rewards=mine.py:scatter', '--prompts_per_step=4', '--batch_size=4',
+                                 '--gradient_accumulation_steps=1', '--num_generations=2', '--reward_model=')
+    assert (status, err) == (0, ''), err
+    assert rows_of('run')[-1]['iter'] == 1
+
+
+def test_what_follows_the_format_of_thoughts():
+    good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
+    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b', '<think>a</think>b</think>',
+           '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d', '</think>a<think>b']
+    assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
+
+
+def test_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
+    (tmp_path / 'my.py').write_text(MINE)
+    data = prompts_of('1+1', '2+2', answer='2')
+    data.rows_kept[1] = data.rows_kept[1] | {'grader': 'exact'}
+    texts = ['<think>1</think>It is 2', 'so 2', '2', 'It is 2']
+    n = len(texts)
+    answers = rollout.Rollout(np.array([0, 0, 1, 1]), [[1]] * n, [[5] * k for k in (1, 2, 3, 8)], texts,
+                              np.ones((n, 8), bool), np.zeros((n, 8)), np.ones(n, bool))
+    rewards = rollout.Rewards(f'correct, 0.5*format,-0.1 * length, 2*exact, {tmp_path}/my.py:scatter', bytes_tokenizer(),
+                              lone(), 8)
+    totals, parts = rewards(data, answers)
+    scatter = np.array([sum(map(ord, text)) % 7 / 7 for text in texts])
+    due = {'correct': [1, 1, 1, 0], 'format': [1, 0, 0, 0], 'length': [1 / 8, 2 / 8, 3 / 8, 1], 'exact': [0, 0, 1, 0],
+           'scatter': scatter}
+    assert list(parts) == list(due)
+    for name in due:
+        np.testing.assert_allclose(parts[name], due[name])
+    np.testing.assert_allclose(totals, np.array(due['correct']) + 0.5 * np.array(due['format'])
+                               - 0.1 * np.array(due['length']) + 2 * np.array(due['exact']) + scatter)
+
+
+@pytest.mark.parametrize('row, due', [
+    ({'prompt': 'Hi', 'answer': '4', 'grader': 'number'}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'prompt': asked('Hi'), 'steps': 2}, (asked('Hi'), asked('Hi') + said(''))),
+    ({'messages': asked('Hi') + said('4')}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'instruction': 'Hi', 'output': '4'}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'prompt': 'Hi', 'completion': '4', 'answer': 4}, (asked('Hi'), asked('Hi') + said('4')))], ids=str)
+def test_prompts_come_in_many_shapes(row, due, tmp_path):
+    lines(tmp_path / 'a.jsonl', [row])
+    (found,), skipped = dataset.read_prompts(tmp_path / 'a.jsonl')
+    assert (found['prompt'], found['messages']) == due and not skipped and found['where'].endswith('a.jsonl, line 1')
+    assert {k: found[k] for k in ('answer', 'grader', 'steps') if k in found} == {
+        k: row[k] for k in ('answer', 'grader', 'steps') if k in row}
+    data = dataset.PromptData([found], bytes_tokenizer(), 96, 24)
+    assert data.prompt(0) == bytes_tokenizer().chat_ids(asked('Hi'), generate=True)[0] and data.n_rows == 1
+    room = len(data.prompt(0)) + 24
+    assert dataset.PromptData([found], bytes_tokenizer(), room, 24).dropped['too_long'] == 0  # fits to the last token
+    with pytest.raises(UserError, match=f'block_size={room - 1}'):
+        dataset.PromptData([found], bytes_tokenizer(), room - 1, 24)
