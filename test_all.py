@@ -7127,7 +7127,7 @@ def scatter(row, text):
 
 
 def none(row, text):
-    raise KeyError('nothing\\nto see')
+    raise ValueError('nothing\\nto see')
 
 
 def rarely(row, text):
@@ -7158,9 +7158,9 @@ def act(run_stage, base_run, chat_data):
 CLOCKS = ('seconds', 'tok_per_sec', 'rollout/tok_per_sec', 'total_seconds')
 
 
-def told(run, after=0):
+def told(run):
     """What a run logged that does not depend on the time of day."""
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run) if row['iter'] > after]
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run)]
 
 
 SAME = ('model', 'optimizers', 'iter', 'best', 'failed', 'reference')
@@ -7258,8 +7258,8 @@ def test_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags
         assert not (logprobs[old == 0]).any()
         return whole(logprobs, old, gains, clip_eps)
 
-    def load(name, path):
-        found = spec(name, path)
+    def load(name, path, **more):
+        found = spec(name, path, **more)
         execute = found.loader.exec_module
 
         def then(module):
@@ -7294,7 +7294,7 @@ def test_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
 
     def stopping(run):
         gc.collect()
-        counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+        counts.append(sum(type(x) in (torch.Tensor, torch.nn.Parameter) for x in gc.get_objects()))
         return 0
     monkeypatch.setattr(runtime.Run, 'stopping', stopping)
     assert act(stage, '--init_from=moe', '--out_dir=run', '--max_iters=6', '--eval_interval=6')[0] == 0
@@ -7308,7 +7308,7 @@ def test_lora_of_samples_is_measured_against_the_base(act):
             status, out, err = act(stage, f'--out_dir={run}', '--learning_rate=1e-2', *flags)
             assert (status, err) == (0, ''), err
             rows = [row for row in told(run) if 'val/reward' in row]
-            assert rows[0]['val/kl'] == pytest.approx(0, abs=1e-5) and rows[-1]['val/kl'] > 1e-3
+            assert rows[0]['val/kl'] == pytest.approx(0, abs=1e-5) and abs(rows[-1]['val/kl']) > 1e-3
             status, out, err = act(stage, f'--init_from={run}/ckpt.pt', '--eval_only=True', '--out_dir=nothing')
             assert (status, err) == (0, '') and not Path('nothing').exists()
             found = re.search(r'reward (-?[0-9.]+), KL (-?[0-9.]+)', out).groups()
@@ -7326,14 +7326,15 @@ def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
     assert score([(asked('Hi'), 'Who?'), (asked('Hi'), 'It is 3.')])[1] == pytest.approx(due, abs=1e-5)
     for stage, flags in (('grpo', []), ('ppo', []), ('ppo', ['--critic=separate'])):
         run = f'{stage}{len(flags)}'
-        status, out, err = act(stage, '--rewards=model, 0.5*length', '--reward_model=scorer', f'--out_dir={run}', *flags)
+        status, out, err = act(stage, '--rewards=model, 0.5*length', '--reward_model=scorer', f'--out_dir={run}',
+                               '--keep_checkpoints=3', *flags)
         assert (status, err) == (0, ''), err
         last = [row for row in told(run) if 'val/reward' in row][-1]
         assert last['val/reward'] == pytest.approx(last['val/reward_model'] + 0.5 * last['val/reward_length'], rel=1e-4)
-    kept = torch.load('ppo1/ckpt.pt', weights_only=True)['critic']  # it begins as the reward model, and then learns
+    first, last = (torch.load(f'ppo1/{name}.pt', weights_only=True)['critic'] for name in ('ckpt.2', 'ckpt'))
     own = {f'critic.{name}': tensor for name, tensor in model.state_dict().items()}
-    assert kept.keys() == own.keys() and any(not torch.equal(kept[name], own[name]) for name in own)
-    assert all((kept[name] - own[name]).norm() <= 0.5 * own[name].norm() + 0.1 for name in own)
+    assert first.keys() == own.keys() and all(torch.equal(first[name], own[name]) for name in own)
+    assert not torch.equal(last['critic.blocks.0.attn.qkv.weight'], own['critic.blocks.0.attn.qkv.weight'])
     other = GPT.from_state(state_of(GPT(GPTConfig(block_size=128, vocab_size=264, n_layer=1, n_head=2, n_embd=32))),
                            score_head='last')
     save_run(Path('other'), state_of(other) | {'tokenizer': train_bpe(['so it is'] * 9, 262).to_dict()})
@@ -7361,7 +7362,8 @@ def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
     ('ppo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
     ('grpo', ['no such dataset'], ['--dataset=nowhere']), ('grpo', ['eval_split'], ['--eval_split=dev']),
     ('grpo', ["'correctness'", 'FILE.py:function'], ['--rewards=correctness']), ('grpo', ["''"], ['--rewards=']),
-    ('ppo', ["'much'", 'not a number'], ['--rewards=much*correct']), ('grpo', ["'nan'"], ['--rewards=nan*correct']),
+    ('ppo', ["'much'", 'not a number'], ['--rewards=much*correct']),
+    ('grpo', ["'nan'", 'not a number'], ['--rewards=nan*correct']),
     ('grpo', ['names one twice'], ['--rewards=correct, 2*correct']),
     ('grpo', ['mine.py', "'nobody'"], ['--rewards=mine.py:nobody']), ('grpo', ["'number'"], ['--rewards=mine.py:number']),
     ('ppo', ['yours.py', 'FileNotFoundError'], ['--rewards=yours.py:f']),
@@ -7379,7 +7381,7 @@ def test_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args)
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
 def test_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
-    for name, words in (('none', "raised KeyError: 'nothing"), ('words', "gave 'good', not a finite number")):
+    for name, words in (('none', 'raised ValueError: nothing to see'), ('words', "gave 'good', not a finite number")):
         status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=3')
         assert status == 2 and err.count('\n') == 1 and words in err and repr(name) in err, err
         assert 'val.jsonl, line' in err and '4 answers had no reward (max_bad_rewards=3)' in err
@@ -7389,8 +7391,6 @@ def test_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
     assert out.count('gave nan, not a finite number') == 1 and re.search(r'jsonl, line \d+: the reward', out)
     rows = [row for row in told('run') if 'lr' in row]
     assert 0 < rows[0]['failed'] <= rows[-1]['failed'] and all(row['train/loss'] is not None for row in rows)
-    assert torch.load('run/ckpt.pt', weights_only=True)['failed'] == json.loads(
-        Path('run/summary.json').read_text())['failed'] or stage
     status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=other', '--max_bad_rewards=4')
     assert status == 2 and err.count('\n') == 1 and '5 answers had no reward' in err
 
@@ -7401,7 +7401,8 @@ def test_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
     status, out, err = act('grpo', *flags, '--out_dir=run', '--kl_coef=0')
     assert (status, err) == (0, '') and same_weights('run', base_run)
     rows = [row for row in told('run') if 'lr' in row]
-    assert all(row['grad_norm'] == 0 and 'reward/mean' not in row for row in rows) and rows[-1]['failed'] == 3 * 4 + 32
+    assert all(row['grad_norm'] == 0 and 'reward/mean' not in row for row in rows)
+    assert rows[-1]['failed'] == 2 * 4 + 4 * 8  # two evaluations, four steps
     status, out, err = act('ppo', *flags, '--out_dir=other')
     assert status == 2 and err.count('\n') == 1 and 'step 0: no answer had a reward' in err
 
@@ -7458,8 +7459,8 @@ def test_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data
 
 def test_what_follows_the_format_of_thoughts():
     good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
-    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b', '<think>a</think>b</think>',
-           '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d', '</think>a<think>b']
+    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b',
+           '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d', '</think>a<think>b']
     assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
 
 
@@ -7471,8 +7472,8 @@ def test_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
     n = len(texts)
     answers = rollout.Rollout(np.array([0, 0, 1, 1]), [[1]] * n, [[5] * k for k in (1, 2, 3, 8)], texts,
                               np.ones((n, 8), bool), np.zeros((n, 8)), np.ones(n, bool))
-    rewards = rollout.Rewards(f'correct, 0.5*format,-0.1 * length, 2*exact, {tmp_path}/my.py:scatter', bytes_tokenizer(),
-                              lone(), 8)
+    words = f'correct, 0.5*format,-0.1 * length, 2*exact, {tmp_path}/my.py:scatter'
+    rewards = rollout.Rewards(words, bytes_tokenizer(), lone(), 8)
     totals, parts = rewards(data, answers)
     scatter = np.array([sum(map(ord, text)) % 7 / 7 for text in texts])
     due = {'correct': [1, 1, 1, 0], 'format': [1, 0, 0, 0], 'length': [1 / 8, 2 / 8, 3 / 8, 1], 'exact': [0, 0, 1, 0],
