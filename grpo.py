@@ -347,8 +347,10 @@ def main():
             with run.switched(model, reference):
                 ref_logprobs = reread(net, run, answers, length, temperature)[0]
         gold = gold_of(train_data, answers)
-        tell(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals), 'reward/gold': np.nanmean(gold),
+        totals = totals.numpy()
+        tell(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),
                 **{f'reward/{name}': np.nanmean(x) for name, x in parts.items()}} if np.isfinite(totals).any() else {},
+             **{'reward/gold': np.nanmean(gold)} if np.isfinite(gold).any() else {},
              response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
              **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         for epoch in range(num_epochs):
@@ -361,8 +363,9 @@ def main():
                 teach = teach[np.argsort(sizes[teach], kind='stable')]  # by length: little padding
                 micro_batches = np.array_split(teach, gradient_accumulation_steps)
                 if not settled:
+                    before = dict(stats), dict(counted), tokens_read
                     run.settle(net, lambda: micro_loss(run.rank))
-                    settled = True
+                    (stats, counted, tokens_read), settled = before, True  # that pass was no part of a step
                 total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         step += 1
         if step % max_bad_steps == 0:

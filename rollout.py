@@ -278,14 +278,16 @@ class Rewards:
         for term in words.split(','):
             weight, times, name = term.rpartition('*')
             try:
-                weight, name = float(weight) if times else 1.0, name.strip()
+                number, name = float(weight) if times else 1.0, name.strip()
+                if not math.isfinite(number):
+                    raise ValueError
             except ValueError:
                 raise UserError(f'rewards={words!r}: {weight.strip()!r} before * is not a number') from None
             if ':' not in name and name not in ('correct', 'format', 'length', 'model', *GRADERS):
                 raise UserError(f'rewards={words!r}: {name!r} is not one of correct, format, length, model, '
                                 f'{", ".join(GRADERS)} or FILE.py:function')
             function = load_function(name) if ':' in name else None
-            self.terms.append((weight, name.rpartition(':')[2], function))
+            self.terms.append((number, name.rpartition(':')[2], function))
         self.names = [name for _, name, _ in self.terms]
         if len(set(self.names)) < len(self.names):
             raise UserError(f'rewards={words!r} names one twice')
@@ -335,7 +337,7 @@ class Rewards:
             try:
                 value = function(row, text)
             except Exception as error:  # the user's own code can raise anything; it is named, counted and limited
-                return math.nan, f'raised {type(error).__name__}: {error}'
+                return math.nan, f'raised {type(error).__name__}: {" ".join(str(error).split())}'
             if not isinstance(value, numbers.Real | np.number) or not math.isfinite(value):
                 return math.nan, f'gave {value!r:.40}, not a finite number'
             return float(value), ''

@@ -957,7 +957,8 @@ class Run:
     def sample(self, step, text):
         """Shows a sample of the model and appends it to samples.txt."""
         self.say('\n'.join(f'  | {line}' for line in text.strip('\n').split('\n')))
-        self._append('samples.txt', f'--- step {step}\n{text}\n')
+        if self.main:
+            self._append('samples.txt', f'--- step {step}\n{text}\n')
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM set `stop`, so that the loop ends after its step; a later Ctrl-C ends at once.

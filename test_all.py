@@ -19,10 +19,11 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import unicodedata
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -45,8 +46,11 @@ import bench
 import convert
 import dataset
 import dpo
+import grpo
 import model as model_file
+import ppo
 import reward
+import rollout
 import runtime
 import sample
 import tokenizer as tok
@@ -6419,3 +6423,1083 @@ def test_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, co
                                  f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
                                  '--device=cpu', *length)
     assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: drawing answers, reading them again
+
+def lone(**config):
+    """A Run that is only there to compute."""
+    return runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'} | config)
+
+
+def prompts_of(*texts, block_size=96, max_new_tokens=24, **more):
+    rows = [{'prompt': asked(text), 'messages': asked(text) + said('Yes'), 'where': f'row {i}'} | more
+            for i, text in enumerate(texts)]
+    return dataset.PromptData(rows, bytes_tokenizer(), block_size, max_new_tokens)
+
+
+@pytest.fixture
+def stops_often(monkeypatch):
+    """20 of the 264 tokens of a random model end its answers, so that these are of all lengths."""
+    monkeypatch.setattr(tok.Tokenizer, 'turn_ids', list(range(10, 30)))
+
+
+def exactly(model, ids, temperature):
+    """log_softmax(logits / temperature) of one text on its own, float64 (T, V)."""
+    return (model(torch.tensor([ids]))[0].double() / temperature).log_softmax(-1)
+
+
+DRAWN = [*(dict(pos=pos) for pos in ('learned', 'sinusoidal', 'rope', 'none')), dict(n_kv_head=2, pos='rope'), MOE,
+         dict(pos='rope', window=5, n_sink=2, window_pattern='LG'), dict(pos='rope', window=7), dict(logit_softcap=3.0),
+         dict(lora_rank=3, lora_alpha=6.0)]
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+@pytest.mark.parametrize('options', DRAWN, ids=str)
+def test_reading_an_answer_again_gives_what_the_sampler_recorded(options, temperature, stops_often):
+    """Ragged prompts and answers: the sampler with and without a cache, the training forward, and each text alone."""
+    model = learned(tiny(block_size=96, vocab_size=264, **options)).train()
+    data, run = prompts_of('Hi', 'What is 1 and 2 and 3?', 'Yes or no?'), lone()
+    answers = rollout.draw(model, data, np.array([2, 0, 1, 0]), run, 24, 3, temperature, number=4)
+    assert answers.rows.tolist() == [2] * 3 + [0] * 3 + [1] * 3 + [0] * 3 and len(answers) == 12
+    assert len(set(answers.lengths)) > 4 and 0 < answers.ended.sum() < 12 and answers.lengths.max() == 24
+    assert answers.ids[3:6] != answers.ids[9:12]  # a prompt that comes twice has answers of its own
+    uncached = run.answers(model, [data.prompt(i) for i in (2, 0, 1, 0)], 24, 3, 4, return_logprobs=True,
+                           use_cache=False, temperature=temperature, stop_ids=data.tokenizer.turn_ids, vocab_limit=260)
+    logprobs, entropies, extra = rollout.read(model, run, answers, range(12), 96, temperature)
+    again = rollout.reread(model, run, answers, 96, temperature)
+    assert extra is None and len(again) == 2 and model.training
+    model.eval()
+    for i, (ids, (same, others)) in enumerate(zip(answers.ids, sum(uncached, []), strict=True)):
+        n, start = len(ids), len(answers.prompts[i])
+        assert ids == list(same) and max(ids) < 260 and answers.ended[i] == (10 <= ids[-1] < 30)
+        assert answers.prompts[i] == data.prompt(answers.rows[i])
+        with torch.no_grad():
+            table = exactly(model, answers.prompts[i] + ids, temperature)[start - 1:-1]
+        due = table.gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+        for found in (logprobs[i].detach().numpy(), again[0][i], answers.logprobs[i], np.pad(others, (0, 24 - n))):
+            np.testing.assert_allclose(found[:n], due, atol=1e-4)
+            assert not found[n:].any()
+        spread = torch.distributions.Categorical(logits=table).entropy().numpy()
+        for found in (entropies[i].detach().numpy(), again[1][i]):
+            np.testing.assert_allclose(found[:n], spread, atol=1e-4)
+            assert not found[n:].any()
+        assert answers.drawn[i].tolist() == [True] * n + [False] * (24 - n)
+
+
+@pytest.mark.parametrize('cap', [0.0, 3.0])
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+@pytest.mark.parametrize('chunk', [7, 1000])
+def test_details_and_their_gradients_are_those_of_a_categorical_distribution(cap, temperature, chunk, monkeypatch):
+    """Of losses, of entropies and of both at once, in chunks and at once, against float64; what is masked has none."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
+    model, x, y = tiny(logit_softcap=cap, tie_weights=False), ids(3, 20), ids(3, 20, seed=1)
+    y[0, :5], y[2, 11:] = -100, -100
+    kept = y != -100
+    exact = copy.deepcopy(model).double()
+    logits = exact.head(exact.hidden(x))
+    logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+    table = torch.distributions.Categorical(logits=logits)
+    due = (-table.log_prob(y.clamp(min=0)) * kept, table.entropy() * kept)
+    weights = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for a, b in ((1, 0), (0, 1), (1, 1)):
+        losses, entropies, hidden = model(x, y, reduction='details', temperature=temperature)
+        assert hidden.shape == (3, 20, 32) and losses.dtype == entropies.dtype == torch.float32
+        for found, want in ((losses, due[0]), (entropies, due[1])):
+            torch.testing.assert_close(found.double(), want.detach(), atol=1e-5, rtol=1e-5)
+            assert not found[~kept].any()
+        grads = torch.autograd.grad((a * losses * weights[0] + b * entropies * weights[1]).sum(), [*model.parameters()])
+        wants = torch.autograd.grad((a * due[0] * weights[0] + b * due[1] * weights[1]).sum(), [*exact.parameters()],
+                                    retain_graph=True)
+        for grad, want in zip(grads, wants, strict=True):
+            torch.testing.assert_close(grad.double(), want, atol=2e-4, rtol=1e-4)
+    plain = model(x, y, reduction='none', temperature=temperature)
+    torch.testing.assert_close(plain, losses)
+    torch.testing.assert_close(model(x, y, temperature=temperature), losses.sum() / kept.sum())
+    y[:] = -100
+    nothing = model(x, y, reduction='details', temperature=temperature)
+    assert not nothing[0].any() and not nothing[1].any()
+
+
+def test_gradients_of_read_are_those_of_each_answer_alone(stops_often):
+    model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'What is 1 and 2 and 3?'), lone()
+    answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 2)
+    weights = torch.randn(2, *answers.drawn.shape, generator=torch.Generator().manual_seed(1))
+    chosen = [3, 0, 2]
+    logprobs, entropies, _ = rollout.read(model, run, answers, chosen, 96, 0.8)
+    A = logprobs.shape[1]
+    assert A == answers.lengths[chosen].max()
+    (logprobs * weights[0, chosen, :A] + entropies * weights[1, chosen, :A]).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for i in chosen:
+        n, table = len(answers.ids[i]), exactly(model, answers.prompts[i] + answers.ids[i], 0.8)
+        table = table[len(answers.prompts[i]) - 1:-1]
+        (table.gather(1, torch.tensor(answers.ids[i])[:, None])[:, 0] * weights[0, i, :n]
+         - (table.exp() * table).sum(1) * weights[1, i, :n]).sum().backward()
+    for grad, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('critic', ['shared', 'last', 'mean', 'likelihood'])
+def test_what_is_read_at_a_token_knows_nothing_of_it_or_of_what_follows(critic):
+    """Changing token j of an answer changes log-probabilities from j on, and values only after it."""
+    policy, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?'), lone()
+    judge = None if critic == 'shared' else GPT.from_state(
+        state_of(tiny(block_size=96, vocab_size=264, tie_weights=False)), score_likelihood=critic == 'likelihood',
+        score_head='mean' if critic == 'mean' else 'last')
+    net = ppo.ActorCritic(policy, judge).eval()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.startswith('value.') or 'score' in name:
+                p.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    answers = rollout.draw(policy, data, np.array([0, 1]), run, 12)
+    j = 5
+    other = dataclasses.replace(answers, ids=[x[:j] + [(x[j] + 1) % 256] + x[j + 1:] for x in answers.ids])
+    before, after = (rollout.reread(net, run, a, 96) for a in (answers, other))
+    assert min(answers.lengths) > j + 2 and len(before) == 3
+    for what, first in (0, j), (1, j + 1), (2, j + 1):  # log-probabilities, entropies, values
+        np.testing.assert_allclose(before[what][:, :first], after[what][:, :first], atol=1e-5)
+        assert (np.abs(before[what] - after[what])[:, first] > 1e-3).all(), what
+    for i in range(2):  # what the critic says before a token is what it would say of the text that ends there
+        for t in (0, 4, 11):
+            text = torch.tensor([answers.prompts[i] + answers.ids[i][:t]])
+            answer = torch.arange(text.shape[1])[None] >= len(answers.prompts[i])
+            with torch.no_grad():
+                due = judge.rewards(text, answer=answer) if judge is not None else net.value(policy.hidden(text)[:, -1])
+            assert before[2][i, t] == pytest.approx(due.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize('head', ['last', 'mean'])
+@pytest.mark.parametrize('likelihood', [False, True])
+def test_values_of_a_reward_model_end_in_its_rewards(head, likelihood):
+    judge = GPT.from_state(state_of(tiny(tie_weights=False)), score_head=head, score_likelihood=likelihood).eval()
+    torch.nn.init.normal_(judge.score.weight)
+    judge.score_scale.copy_(torch.tensor([1.7, -0.4]))
+    x, lengths = ids(3, 20), torch.tensor([20, 13, 9])
+    real, answer = torch.arange(20) < lengths[:, None], torch.arange(20) >= torch.tensor([[12], [4], [7]])
+    with torch.no_grad():
+        values = judge(x, answer=answer & real, reduction='values')
+        rewards = judge.rewards(x, real=real, answer=answer & real)
+        torch.testing.assert_close(values.gather(1, lengths[:, None] - 1)[:, 0], rewards, atol=1e-5, rtol=1e-5)
+        for n in range(1, 14):
+            short = judge.rewards(x[:, :n], answer=answer[:, :n] & real[:, :n])
+            torch.testing.assert_close(values[real[:, n - 1], n - 1], short[real[:, n - 1]], atol=1e-5, rtol=1e-5)
+
+
+def test_forced_tokens_come_where_they_are_asked_for_and_the_rest_is_drawn_as_ever():
+    model, prompts = tiny(block_size=48), [[1, 2, 3], [4], [5, 6]]
+    common = dict(return_logprobs=True, seed=[7, 8, 9], temperature=0.8, num_samples=2)
+    free, _ = model.generate(prompts, 12, **common)
+    for use_cache in (True, False):
+        seen, force = [], {(3, 0): [50, 51], (8, 0): [52], (8, 1): []}
+
+        def ask(new, seen=seen, force=force):
+            seen.append(list(new))
+            return force.get((len(new), new[0] % 2), [])
+        new, logprobs = model.generate(prompts, 12, force=ask, use_cache=use_cache, **common)
+        assert {row[0] % 2 for row in new} == {0, 1} and all(row[:3] == f[:3] for row, f in zip(new, free, strict=True))
+        for i, (row, logs) in enumerate(zip(new, logprobs, strict=True)):
+            even = row[0] % 2 == 0
+            assert not even or row[3:5] == [50, 51] and row[8] == 52
+            assert [t for t in range(12) if math.isnan(logs[t])] == ([3, 4, 8] if even else [])
+            assert even or row == free[i]
+            asked_at = [len(s) for s in seen if s == row[:len(s)]]
+            assert set(asked_at) == set(range(1, 13)) - ({4} if even else set())  # not while ids are still due
+            table = exactly(model, prompts[i // 2] + row, 0.8)[len(prompts[i // 2]) - 1:-1]
+            for t in range(12):
+                assert math.isnan(logs[t]) or logs[t] == pytest.approx(table[t, row[t]].item(), abs=1e-4)
+    assert any(row[5:8] != f[5:8] for row, f in zip(new, free, strict=True))  # what follows has read them
+    ended = model.generate([[1]], 9, force=lambda new: [60, 7, 8] if len(new) == 2 else [], stop_ids=[7], seed=[3])
+    assert ended[0][2:] == [60, 7]  # a forced end is an end
+    assert model.generate([[1]], 4, force=lambda new: [20] * 9, seed=[3])[0][1:] == [20] * 3  # not past max_new_tokens
+
+
+def test_forced_tokens_teach_nothing():
+    model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?'), lone()
+
+    def force(new):
+        return [65, 66, 67] if len(new) == 4 else [68] if len(new) == 9 else []
+    answers = rollout.draw(model, data, np.array([0, 1]), run, 12, number=1, force=force)
+    at = [4, 5, 6, 9]
+    assert all(ids[4:7] == [65, 66, 67] and ids[9] == 68 for ids in answers.ids)
+    assert [(~row).nonzero()[0].tolist() for row in answers.drawn] == [at] * 2
+    assert not answers.logprobs[:, at].any() and (answers.logprobs[answers.drawn] < 0).all()
+    logprobs, entropies, _ = rollout.read(model, run, answers, range(2), 96)
+    assert not logprobs[:, at].any() and not entropies[:, at].any()
+    np.testing.assert_allclose(logprobs.detach().numpy(), answers.logprobs, atol=1e-4)
+    mask = torch.from_numpy(answers.drawn).float()
+    loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), None, torch.tensor([1.0, -2.0]), mask, 'bnpo')
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    tables = [exactly(model, p + x, 1.0)[len(p) - 1:-1] for p, x in zip(answers.prompts, answers.ids, strict=True)]
+    sum(-a * tables[i][t, answers.ids[i][t]] / 16 for i, a in enumerate((1.0, -2.0)) for t in range(12)
+        if t not in at).backward()
+    for grad, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-4, rtol=1e-3)
+    last = dataclasses.replace(answers, ids=[x[:9] + [99] + x[10:] for x in answers.ids])  # another forced token
+    with torch.no_grad():
+        moved = rollout.read(model, run, last, range(2), 96)[0]
+    assert torch.allclose(moved[:, :10], logprobs[:, :10], atol=1e-5)  # is read, but itself counts nowhere
+    assert (moved[:, 10] - logprobs[:, 10]).abs().min() > 1e-4
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_alone():
+    model, prompts, seeds = tiny(pos='rope', block_size=48), [[1, 2, 3], [4], [5, 6], [4]], [11, 12, 13, 14]
+    common = dict(num_samples=2, return_logprobs=True)
+    whole, logs = model.generate(prompts, 20, seed=seeds, **common)
+    assert whole[2:4] != whole[6:8]  # the same prompt with another seed
+    for order in ([3, 1, 0, 2], [2], [1, 3]):
+        part, part_logs = model.generate([prompts[i] for i in order], 20, seed=[seeds[i] for i in order], **common)
+        for k, i in enumerate(order):
+            assert part[2 * k:2 * k + 2] == whole[2 * i:2 * i + 2]
+            np.testing.assert_allclose(part_logs[2 * k:2 * k + 2], logs[2 * i:2 * i + 2], atol=1e-5)
+    twice = model.generate([[4], [4]], 20, seed=[12, 12])
+    assert twice[0] == twice[1]
+    one = model.generate(prompts, 20, seed=5)
+    assert model.generate(prompts[:2], 20, seed=5) == one[:2] and one[1] != one[3]
+    with pytest.raises(ValueError, match='2 seeds for 1 prompts'):
+        model.generate([[1]], 3, seed=[1, 2])
+    a, b = model_file.uniforms([5, 9], 2, 3, 400), model_file.uniforms([9, 5], 2, 3, 400)
+    assert a.shape == (400, 6) and torch.equal(a[:, :3], b[:, 3:]) and torch.equal(a[:, 3:], b[:, :3])
+    assert len(a.unique()) > 2390 and 0 <= a.min() and a.max() < 1 and abs(a.mean() - 0.5) < 0.03
+    assert torch.equal(model_file.uniforms(3, 40, 1, 5)[:, :7], model_file.uniforms(3, 7, 1, 5))
+    assert not torch.equal(model_file.uniforms(None, 2, 1, 5), model_file.uniforms(None, 2, 1, 5))
+    assert model_file.uniforms([], 0, 1, 5).shape == (5, 0)
+
+
+def test_answers_depend_on_seed_number_and_place_and_not_on_how_they_are_batched():
+    model, prompts = tiny(block_size=48), [ids(n, seed=n).tolist() for n in (9, 3, 12, 3, 7, 1, 5)]
+    found = {name: lone(seed=seed).answers(model, prompts, 10, 2, number, at_once, return_logprobs=True)
+             for name, (seed, number, at_once) in dict(a=(1, 5, 64), b=(1, 5, 2), c=(1, 6, 64), d=(2, 5, 64)).items()}
+    for one, other in zip(found['a'], found['b'], strict=True):
+        for (ids_a, logs_a), (ids_b, logs_b) in zip(one, other, strict=True):
+            assert ids_a == ids_b
+            np.testing.assert_allclose(logs_a, logs_b, atol=1e-5)
+    a, c, d = ([[x[0] for x in of] for of in found[name]] for name in 'acd')
+    assert a != c and a != d and c != d
+    bare = lone(seed=1).answers(model, prompts, 10, 2, 5)
+    assert bare == a
+    long = lone().answers(model, [ids(60).tolist()], 4, temperature=0)  # the end of a long prompt counts
+    assert long == lone().answers(model, [ids(60)[-48:].tolist()], 4, temperature=0)
+
+
+def test_answers_are_taken_joined_and_cut_whole(stops_often):
+    model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?', 'Why?'), lone()
+    whole = rollout.draw(model, data, np.array([0, 1, 2]), run, 24, 3)
+    parts = [whole.take([0, 1, 2]), whole.take([5]), whole.take([8, 3])]
+    assert parts[1].drawn.shape == (1, len(whole.ids[5])) and whole.take([]).drawn.shape == (0, 0)
+    again, order = rollout.joined(parts), [0, 1, 2, 5, 8, 3]
+    wide = max(len(whole.ids[i]) for i in order)
+    for name in ('rows', 'ended'):
+        assert getattr(again, name).tolist() == getattr(whole, name)[order].tolist()
+    for name in ('ids', 'prompts', 'texts'):
+        assert getattr(again, name) == [getattr(whole, name)[i] for i in order]
+    assert np.array_equal(again.drawn, whole.drawn[order, :wide])
+    assert np.array_equal(again.logprobs, whole.logprobs[order, :wide])
+    lengths = np.minimum(whole.lengths, 5)
+    short = whole.cut(lengths, data)
+    assert short.lengths.tolist() == lengths.tolist() and short.drawn.shape == (9, 5)
+    for i in range(9):
+        n = len(whole.ids[i])
+        assert short.ids[i] == whole.ids[i][:5] and short.texts[i] == data.text(whole.ids[i][:5])
+        assert short.ended[i] == (n <= 5 and whole.ended[i])
+        assert short.logprobs[i].tolist() == np.pad(whole.logprobs[i], (0, 5))[:5].tolist()
+        assert short.drawn[i].tolist() == (np.arange(5) < n).tolist()
+    assert (whole.lengths > 5).any() and (whole.lengths < 5).any()
+    with torch.no_grad():
+        read = rollout.read(model, run, short, range(9), 96)[0].numpy()
+    np.testing.assert_allclose(read, short.logprobs, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: the maths
+
+def t64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def test_advantages_of_four_tokens_worked_out_by_hand():
+    """gamma 0.9 and lambda 0.8; the second row the same with a token in the middle that is no step."""
+    r, v, keep = t64([[1.0, 0.0, -1.0, 2.0]]), t64([[0.5, 0.4, 0.3, 0.2]]), torch.ones(1, 4)
+    # delta_3 = 2 - 0.2 = 1.8;                            A_3 = 1.8
+    # delta_2 = -1 + 0.9 * 0.2 - 0.3 = -1.12;             A_2 = -1.12 + 0.72 * 1.8 = 0.176
+    # delta_1 = 0 + 0.9 * 0.3 - 0.4 = -0.13;              A_1 = -0.13 + 0.72 * 0.176 = -0.00328
+    # delta_0 = 1 + 0.9 * 0.4 - 0.5 = 0.86;               A_0 = 0.86 + 0.72 * -0.00328 = 0.8576384
+    advantages, returns = ppo.gae(r, v, keep, 0.9, 0.8)
+    assert advantages[0].tolist() == pytest.approx([0.8576384, -0.00328, 0.176, 1.8], abs=1e-12)
+    assert returns[0].tolist() == pytest.approx([1.3576384, 0.39672, 0.476, 2.0], abs=1e-12)
+    # without token 2: delta_1 = 0 + 0.9 * 0.2 - 0.4 = -0.22;  A_1 = -0.22 + 0.72 * 1.8 = 1.076
+    #                  delta_0 as before;                      A_0 = 0.86 + 0.72 * 1.076 = 1.63472
+    keep[0, 2] = 0
+    r[0, 2], v[0, 2] = 99.0, -99.0  # is looked at nowhere
+    advantages, returns = ppo.gae(r, v, keep, 0.9, 0.8)
+    assert advantages[0].tolist() == pytest.approx([1.63472, 1.076, 0.0, 1.8], abs=1e-12)
+    assert returns[0].tolist() == pytest.approx([2.13472, 1.476, 0.0, 2.0], abs=1e-12)
+
+
+@pytest.mark.parametrize('gamma, lam', [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
+def test_advantages_are_the_double_sum(gamma, lam):
+    """Equation 16 of arXiv:1506.02438, over the steps that are there, for answers of all lengths with holes."""
+    draw = np.random.default_rng(0)
+    r, v = draw.normal(size=(2, 6, 9))
+    mask = draw.random((6, 9)) < 0.7
+    mask[0], mask[1, 4:], mask[2] = True, False, False
+    due = np.zeros((6, 9))
+    for b in range(6):
+        at = mask[b].nonzero()[0]
+        rs, vs = r[b, at], np.append(v[b, at], 0.0)
+        for t in range(len(at)):
+            due[b, at[t]] = sum((gamma * lam) ** k * (rs[t + k] + gamma * vs[t + k + 1] - vs[t + k])
+                                for k in range(len(at) - t))
+    found, returns = ppo.gae(t64(r), t64(v), torch.tensor(mask), gamma, lam)
+    np.testing.assert_allclose(found, due, atol=1e-12)
+    np.testing.assert_allclose(returns, (due + v) * mask, atol=1e-12)
+
+
+def test_the_policy_loss_on_both_sides_of_both_clips():
+    """eps 0.2: the ratio is held back only where that makes the loss larger, and there it has no gradient."""
+    ratio, gain = [0.5, 0.9, 1.1, 1.5] * 2, [2.0] * 4 + [-2.0] * 4
+    #       a > 0: -min(r, 1.2) 2              a < 0: max(r, 0.8) 2
+    due = [-1.0, -1.8, -2.2, -2.4] + [1.6, 1.8, 2.2, 3.0]
+    slope = [-1.0, -1.8, -2.2, 0.0] + [0.0, 1.8, 2.2, 3.0]  # of r a in log r, or none
+    logprobs = t64([[math.log(r) - 3 for r in ratio]]).requires_grad_()
+    losses, held = ppo.policy_loss(logprobs, t64([[-3.0] * 8]), t64([gain]), 0.2)
+    assert losses[0].tolist() == pytest.approx(due, abs=1e-12)
+    assert held[0].tolist() == [False, False, False, True, True, False, False, False]
+    losses.sum().backward()
+    assert logprobs.grad[0].tolist() == pytest.approx(slope, abs=1e-12)
+
+
+def test_the_value_loss_on_both_sides_of_its_clip():
+    """Old value 1, clip 0.2: of the squares of the error of V and of what is clipped to [0.8, 1.2] the larger."""
+    value, target = [0.5, 0.9, 1.1, 1.5, 0.5, 1.5], [2.0, 2.0, 2.0, 2.0, 0.0, 0.0]
+    due = [1.5 ** 2 / 2, 1.1 ** 2 / 2, 0.9 ** 2 / 2, 0.8 ** 2 / 2, 0.8 ** 2 / 2, 1.5 ** 2 / 2]
+    slope = [-1.5, -1.1, -0.9, 0.0, 0.0, 1.5]
+    values = t64([value]).requires_grad_()
+    losses, held = ppo.value_loss(values, t64([[1.0] * 6]), t64([target]), 0.2)
+    assert losses[0].tolist() == pytest.approx(due, abs=1e-12)
+    assert held[0].tolist() == [False, False, False, True, True, False]
+    losses.sum().backward()
+    assert values.grad[0].tolist() == pytest.approx(slope, abs=1e-12)
+    losses, held = ppo.value_loss(values, t64([[1.0] * 6]), t64([target]), 0)
+    assert losses[0].tolist() == pytest.approx([(v - t) ** 2 / 2 for v, t in zip(value, target, strict=True)])
+    assert not held.any()
+
+
+def test_whitening_is_numpys():
+    draw = np.random.default_rng(0)
+    x, mask = 3 + 5 * draw.normal(size=(7, 11)), draw.random((7, 11)) < 0.6
+    kept = x[mask]
+    both, scaled = (ppo.whiten(t64(x), torch.tensor(mask), shift).numpy() for shift in (True, False))
+    np.testing.assert_allclose(both[mask], (kept - kept.mean()) / kept.std(), rtol=1e-7)
+    np.testing.assert_allclose(scaled[mask], (kept - kept.mean()) / kept.std() + kept.mean(), rtol=1e-7)
+    assert not both[~mask].any() and not scaled[~mask].any()
+    same = ppo.whiten(t64([[2.0, 2.0, 9.0]]), t64([[1, 1, 0]]))
+    assert same.tolist() == [[0, 0, 0]] and not ppo.whiten(t64(x), torch.zeros(7, 11)).any()
+
+
+def test_rewards_of_tokens_by_hand():
+    """Each drawn token pays for its KL, the last one drawn gets the score: be it followed by padding or forced ones."""
+    kl = t64([[0.5, -1.0, 2.0, 7.0], [1.0, 2.0, 3.0, 4.0], [1.0, 8.0, 3.0, 8.0]])
+    drawn = t64([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0]])
+    found = ppo.token_rewards(t64([3.0, -2.0, 5.0]), kl, drawn, 0.1)
+    due = [[-0.05, 0.1, 2.8, 0], [-0.1, -0.2, -0.3, -2.4], [-0.1, 0, 4.7, 0]]
+    np.testing.assert_allclose(found, due, atol=1e-12)
+
+
+def test_the_kl_controller_by_hand():
+    """e = clip((KL - target) / target, -0.2, 0.2); beta (1 + e n / horizon), arXiv:1909.08593."""
+    adapt = ppo.adapt_kl_coef
+    assert adapt(0.1, 6.6, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.1 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 5.4, 6, 256, 10000) == pytest.approx(0.1 * (1 - 0.1 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 60, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.2 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 0, 6, 256, 10000) == adapt(0.1, -9, 6, 256, 10000) == pytest.approx(
+        0.1 * (1 - 0.2 * 0.0256), rel=1e-12)
+    assert adapt(0.3, 6, 6, 256, 10000) == 0.3
+
+
+def test_the_running_scale_is_that_of_all_numbers_so_far():
+    draw, scale, seen = np.random.default_rng(0), ppo.RunningScale(), []
+    for n in (3, 1, 50, 7, 1, 200):
+        x = 1e3 + draw.normal(size=n) * n
+        seen = np.concatenate((seen, x))
+        np.testing.assert_allclose(scale(x), (x - seen.mean()) / np.sqrt(seen.var() + 1e-8), rtol=1e-8, atol=1e-10)
+        scale = ppo.RunningScale(json.loads(json.dumps(scale.state)))  # as a resumed run does
+        assert scale.state[0] == len(seen) and scale.state[1] == pytest.approx(np.mean(seen), rel=1e-12)
+        assert math.sqrt(scale.state[2] / len(seen)) == pytest.approx(np.std(seen), rel=1e-9)
+    assert ppo.RunningScale()(np.array([4.0, 4.0])).tolist() == [0, 0]
+
+
+def test_where_an_answer_passes_its_budget():
+    ratios = np.array([[1.0, 1.0, 1.0, 1.0], [5.0, -5.0, 1.0, 0.5], [1.0, 1.5, 9.0, 1.0], [0.5, 9.0, 1.0, 1.1]])
+    drawn = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], bool)
+    assert ppo.stops_at(ratios, drawn, 2.5).tolist() == [3, 1, 4, 4]
+    assert ppo.stops_at(ratios, drawn, 4.0).tolist() == [4, 1, 4, 4]  # reaching it is not passing it
+
+
+def test_advantages_of_groups_by_hand():
+    nan = math.nan
+    totals = t64([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, nan, 0.0, 0.0], [nan, nan, nan, 7.0], [nan] * 4])
+    # means 0.5, 2, 1, 7; deviations with k - 1: sqrt(4 * 0.25 / 3), 0, sqrt((4 + 1 + 1) / 2) = sqrt 3
+    found = grpo.group_advantages(totals, 'none')
+    due = [[0.5, -0.5, -0.5, 0.5], [0] * 4, [2, 0, -1, -1], [0] * 4, [0] * 4]
+    np.testing.assert_allclose(found, due, atol=1e-12)
+    found, a, b = grpo.group_advantages(totals, 'group'), 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (math.sqrt(3) + 1e-4)
+    np.testing.assert_allclose(found, [[a, -a, -a, a], [0] * 4, [2 * b, 0, -b, -b], [0] * 4, [0] * 4], atol=1e-12)
+    known = [1.0, 0, 0, 1, 2, 2, 2, 2, 3, 0, 0, 7]
+    np.testing.assert_allclose(grpo.group_advantages(totals, 'batch'),
+                               np.array(due) / (np.std(known, ddof=1) + 1e-4), atol=1e-12)
+    assert grpo.has_spread(totals).tolist() == [True, False, True, False, False]
+    for scale in ('group', 'batch', 'none'):
+        assert not grpo.group_advantages(t64([[nan, nan], [nan, nan]]), scale).any()
+        assert not grpo.group_advantages(t64([[0.1, 0.1, 0.1]]), scale).abs().max() > 1e-9
+
+
+def test_answers_that_are_too_long_pay_as_in_dapo():
+    """L_max 20, L_cache 4: 0 to 16 tokens, then (16 - n) / 4 down to -1."""
+    lengths = torch.tensor([1, 15, 16, 17, 18, 20])
+    assert grpo.overlong(lengths, 20, 4).tolist() == [0, 0, 0, -0.25, -0.5, -1]
+    assert grpo.overlong(torch.tensor([10, 20]), 20, 20).tolist() == [-0.5, -1]
+
+
+@pytest.mark.parametrize('module', [np, torch])
+def test_estimates_of_kl_have_the_mean_of_the_exact_one(module):
+    """Over all tokens of a small vocabulary, each as often as the policy draws it."""
+    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy, far = logits.log_softmax(-1)
+    near = (logits[0] + 0.05 * logits[1]).log_softmax(-1)
+    for reference, close in ((far, False), (near, True)):
+        exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x)
+                                                    for x in (policy, reference))).item()
+        args = [x if module is torch else x.numpy() for x in (policy, reference)]
+        k1, k2, k3 = ((torch.as_tensor(rollout.kl_terms(*args, k)) * policy.exp()).sum().item()
+                      for k in ('k1', 'k2', 'k3'))
+        assert k1 == pytest.approx(exact, rel=1e-10) and k3 == pytest.approx(exact, rel=1e-10)
+        assert 0 < exact < 0.01 and k2 == pytest.approx(exact, rel=0.05) if close else exact > 0.3
+        assert (torch.as_tensor(rollout.kl_terms(*args, 'k3')) >= 0).all()
+    assert rollout.kl_terms(-1.0, -3.0, 'k1') == 2 and rollout.kl_terms(-1.0, -3.0, 'k2') == 2
+    assert rollout.kl_terms(-1.0, -3.0, 'k3') == pytest.approx(math.exp(-2) - 1 + 2)
+    with pytest.raises(UserError, match="'k4'"):
+        rollout.kl_terms(-1.0, -3.0, 'k4')
+
+
+def losses_of_answers(seed=0):
+    """Log-probabilities, older ones, the reference's, advantages, a mask with holes and entropies, float64."""
+    draw = np.random.default_rng(seed)
+    new = -np.abs(draw.normal(size=(5, 8))) - 0.1
+    old, ref = new + 0.4 * draw.normal(size=(5, 8)), new + 0.3 * draw.normal(size=(5, 8))
+    mask = (np.arange(8) < np.array([8, 5, 1, 8, 0])[:, None]).astype(float)
+    mask[3, 2:4] = 0
+    old[0] -= 0.5  # whole answers beyond both clips
+    old[1] += 0.5
+    return new, old, ref, np.array([1.5, -2.0, 0.7, -0.4, 1.0]), mask, np.abs(draw.normal(size=(5, 8)))
+
+
+def by_loops(kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, entropy_coef, longest, tokens):
+    """The losses of the papers in loops -> (loss, share of ratios that are cut off, mean k3)."""
+    answers, cut, k3s = [], 0, []
+    for b in range(len(new)):
+        answers.append([])
+        at = [t for t in range(new.shape[1]) if mask[b, t]]
+        mean = math.exp(sum(new[b, t] - old[b, t] for t in at) / max(1, len(at)))  # arXiv:2507.18071, eq. 7
+        for t in at:
+            r, a = mean if kind == 'gspo' else math.exp(new[b, t] - old[b, t]), gains[b]
+            if kind == 'cispo':  # the ratio is a constant: its gradient is tested apart
+                loss = -min(r, 1 + high) * a * new[b, t]
+                cut += r > 1 + high and a != 0
+            else:
+                loss = -min(r * a, min(max(r, 1 - low), 1 + high) * a)
+                cut += r > 1 + high and a > 0 or r < 1 - low and a < 0
+            gap = ref[b, t] - new[b, t]
+            k3s.append(math.exp(gap) - gap - 1)
+            answers[-1].append(loss + kl_coef * k3s[-1] - entropy_coef * entropies[b, t])
+    total = sum(map(sum, answers))
+    loss = {'grpo': sum(sum(x) / max(1, len(x)) for x in answers) / len(answers), 'bnpo': total / len(k3s),
+            'dr_grpo': total / (len(answers) * longest), 'dapo': total / tokens}
+    return loss[{'gspo': 'grpo', 'cispo': 'dapo'}.get(kind, kind)], cut / len(k3s), np.mean(k3s)
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
+    new, old, ref, gains, mask, entropies = losses_of_answers()
+    knobs = dict(low=0.2, high=0.28, kl_coef=0.3, entropy_coef=0.05, longest=12, tokens=33.0)
+    x, h = t64(new).requires_grad_(), t64(entropies).requires_grad_()
+    loss, told = grpo.grpo_loss(x, t64(old), t64(ref), t64(gains), t64(mask), kind, 0.2, 0.28, 0.3, h, 0.05, 12, 33.0)
+    due, cut, kl = by_loops(kind, new, old, ref, gains, mask, entropies, **knobs)
+    assert loss.item() == pytest.approx(due, rel=1e-12) and 0 < cut < 1
+    assert told['clip_frac'].item() == pytest.approx(cut) and told['kl'].item() == pytest.approx(kl)
+    loss.backward()
+    held = new.copy()  # for the ratio of cispo, through which nothing flows
+
+    def slope(of, at, eps=1e-6):
+        ends = []
+        for sign in (1, -1):
+            moved = of.copy()
+            moved[at] += sign * eps
+            here, shift = (moved, old) if kind != 'cispo' else (moved, old + moved - held)
+            args = (here, shift, ref, gains, mask, entropies) if of is new else (new, old, ref, gains, mask, moved)
+            ends.append(by_loops(kind, *args, **knobs)[0])
+        return (ends[0] - ends[1]) / (2 * eps)
+    assert not x.grad[t64(mask) == 0].any() and not h.grad[t64(mask) == 0].any()
+    for at in itertools.product(range(5), range(8)):
+        assert x.grad[at].item() == pytest.approx(slope(new, at), rel=1e-5, abs=1e-8)
+        assert h.grad[at].item() == pytest.approx(slope(entropies, at), rel=1e-5, abs=1e-8)
+    bare, told = grpo.grpo_loss(t64(new), t64(old), None, t64(gains), t64(mask), kind, 0.2, 0.28, 0.3, h, 0.0, 12, 33.0)
+    assert bare.item() == pytest.approx(
+        by_loops(kind, new, old, ref, gains, mask, entropies, **knobs | dict(kl_coef=0, entropy_coef=0))[0], rel=1e-12)
+    assert 'kl' not in told
+    empty, _ = grpo.grpo_loss(t64(new), t64(old), t64(ref), t64(gains), t64(0 * mask), kind, tokens=0.0)
+    assert empty.item() == 0
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_micro_batches_add_up_to_the_loss_of_the_whole_update(kind):
+    """The mean over micro-batches is the whole batch's loss, but for bnpo, which divides by each one's own tokens."""
+    new, old, ref, gains, mask, _ = map(t64, losses_of_answers())
+    new, old, ref, gains, mask = (x[:4] for x in (new, old, ref, gains, mask))
+    tokens = mask.sum().item()
+
+    def loss(rows, tokens):
+        return grpo.grpo_loss(new[rows], old[rows], ref[rows], gains[rows], mask[rows], kind, kl_coef=0.1, longest=9,
+                              tokens=tokens)[0].item()
+    whole = loss(slice(4), tokens)
+    parts = (loss(slice(2), tokens / 2) + loss(slice(2, 4), tokens / 2)) / 2
+    assert (parts == pytest.approx(whole, rel=1e-12)) == (kind != 'bnpo')
+
+
+def their_loss(trainer, kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, entropy_coef, longest, tokens):
+    """TRL's GRPOTrainer._compute_loss, of a trainer that is only what this method looks at."""
+    one = types.SimpleNamespace(num_processes=1, gather=lambda x: x, sync_gradients=False,
+                                reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x)
+    stub = types.SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, entropies, None), aux_loss_enabled=False,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=kl_coef, epsilon_low=low, epsilon_high=high,
+        importance_sampling_level='sequence' if kind == 'gspo' else 'token', max_completion_length=longest,
+        loss_type='grpo' if kind == 'gspo' else kind, use_vllm=False, vllm_importance_sampling_correction=False,
+        model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1, accelerator=one,
+        _entropy_bonus_enabled=entropy_coef > 0, use_adaptive_entropy=False, entropy_coef=entropy_coef,
+        _metrics={'train': defaultdict(list)},
+        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1))
+    shape = (len(new), 3)
+    return trainer._compute_loss(stub, None, dict(
+        prompt_ids=torch.zeros(shape).long(), prompt_mask=torch.ones(shape).long(), completion_ids=torch.zeros(
+            new.shape).long(), completion_mask=mask, advantages=gains, old_per_token_logps=old,
+        ref_per_token_logps=ref, num_items_in_batch=t64(tokens)))
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_losses_of_grpo_are_those_of_trl(kind):
+    trainer = pytest.importorskip('trl.trainer.grpo_trainer').GRPOTrainer
+    for seed, (kl_coef, entropy_coef) in enumerate([(0.0, 0.0), (0.3, 0.0), (0.3, 0.1)]):
+        new, old, ref, gains, mask, entropies = map(t64, losses_of_answers(seed))
+        if entropy_coef and kind != 'bnpo':
+            continue  # TRL's bonus is a mean over tokens whatever the loss is, ours is part of each token's loss
+        x, y = new.clone().requires_grad_(), new.clone().requires_grad_()
+        ours, _ = grpo.grpo_loss(x, old, ref if kl_coef else None, gains, mask, kind, 0.2, 0.28, kl_coef, entropies,
+                                 entropy_coef, 12, 33.0)
+        theirs = their_loss(trainer, kind, y, old, ref, gains, mask, entropies, 0.2, 1.28 if kind == 'cispo' else 0.28,
+                            kl_coef, entropy_coef, 12, 33.0)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+        ours.backward()
+        theirs.backward()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: bandits
+
+LETTERS = 'abcdefgh'
+BANDIT = '''
+RIGHT = {'A': 'a', 'B': 'd', 'C': 'g'}
+
+
+def right(row, text):
+    return float(text == RIGHT[row['prompt'][-1]['content'][0]])
+
+
+def graded(row, text):  # nearer letters are better, an order that is nobody's alphabet
+    return 1 - abs('bhdgaecf'.index(text) - 2) / 5 if text and text in 'bhdgaecf' else -1
+
+
+def constant(row, text):
+    return 0.37
+'''
+
+
+@pytest.fixture(scope='module')
+def bandit(tmp_path_factory):
+    """A folder with a model that answers any prompt with one of eight letters, one about as likely as another, prompts
+    for which one of these is right, and rewards for that."""
+    folder = tmp_path_factory.mktemp('bandit')
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(block_size=64, vocab_size=260, n_layer=1, n_head=2, n_embd=32, pos='rope', tie_weights=False,
+                          init_std=0.1))
+    with torch.no_grad():
+        model.norm.bias.normal_()
+        for letter in LETTERS:
+            model.head.weight[ord(letter)] += 12 * model.norm.bias / model.norm.bias.square().sum()
+    save_run(folder / 'base', state_of(model))
+    rows = [{'prompt': asked(16 * letter), 'answer': answer, 'grader': 'exact'} for letter, answer in zip('ABC', 'adg',
+                                                                                                   strict=True)]
+    dataset.write_rows(folder / 'letters', {'train': rows * 4, 'val': rows * 40}, 'letters')
+    (folder / 'bandit.py').write_text(BANDIT)
+    return folder
+
+
+@pytest.fixture
+def pull(run_stage, bandit):
+    """pull('grpo', 'right', '--key=value', …) -> the rows of metrics of a run on the bandit that evaluates twice."""
+    small = ['--max_iters=32', '--eval_interval=32', '--eval_rows=0', '--max_new_tokens=1', '--device=cpu',
+             '--dtype=float32', '--warmup_iters=2', '--kl_coef=0', '--learning_rate=8e-3', '--lr_schedule=linear']
+    shape = {'grpo': ['--prompts_per_step=6', '--num_generations=8', '--batch_size=48',
+                      '--gradient_accumulation_steps=1'],
+             'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2',
+                     '--eos_penalty=0']}
+
+    def call(stage, rewards, *args, name='run'):
+        words = ', '.join(f'{term[:-len(n)]}{bandit}/bandit.py:{n}' for term in rewards.split(', ')
+                          for n in ('right', 'graded', 'constant') if term.endswith(n))
+        status, out, err = run_stage(stage, f'--init_from={bandit}/base', f'--dataset={bandit}/letters', *small,
+                                     *shape[stage], f'--rewards={words}', f'--out_dir={name}', *args)
+        assert (status, err) == (0, ''), err
+        return rows_of(name)
+    return call
+
+
+def ends_of(rows, key):
+    first, last = [row[key] for row in rows if key in row]
+    return first, last
+
+
+@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_bandit_is_solved_from_every_seed(pull, stage):
+    for seed in range(5):
+        first, last = ends_of(pull(stage, 'right', f'--seed={seed}', name=f'{seed}'), 'val/reward')
+        assert first < 0.3 and last > 0.95, seed
+        assert rows_of(f'{seed}')[-1]['val/correct'] > 0.95  # the greedy answers too
+    first, last = ends_of(pull(stage, 'graded', name='graded'), 'val/reward')
+    assert first < 0.7 and last > 0.95
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_bandit_that_pays_for_the_wrong_answer_is_answered_wrongly(pull, stage):
+    for seed in range(2):
+        first, last = ends_of(pull(stage, '-1*right', f'--seed={seed}', name=f'{seed}'), 'val/reward_right')
+        assert first > 0.1 and last < 0.03
+
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kind):
+    rows = pull('grpo', 'constant', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6')
+    steps = [row for row in rows if 'train/loss' in row]
+    assert [row['iter'] for row in steps] == [1, 2, 3] and all(row['zero_spread'] == 1 for row in steps)
+    assert all(row['grad_norm'] == 0 and row['reward/mean'] == pytest.approx(0.37) for row in steps)
+    assert same_weights('run', bandit / 'base')
+    rows = pull('grpo', 'right', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6', name='other')
+    assert not same_weights('other', bandit / 'base') and {r['zero_spread'] < 1 for r in rows if 'lr' in r} == {True}
+
+
+def test_equal_rewards_move_ppo_no_further_than_chance(pull):
+    """Its advantages are then nothing but the critic's errors: how often the right letter comes goes nowhere."""
+    moves = []
+    for seed in range(5):
+        first, last = ends_of(pull('ppo', '0*right, constant', f'--seed={seed}', '--max_iters=10', '--eval_interval=10',
+                                   name=f'{seed}'), 'val/reward_right')
+        moves.append(last - first)
+    gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10')
+    first, last = ends_of(gained, 'val/reward')
+    assert abs(np.mean(moves)) < 3 * np.std(moves, ddof=1) / math.sqrt(5) and abs(np.mean(moves)) < (last - first) / 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning from samples: runs
+
+MINE = '''
+import math
+
+
+def scatter(row, text):
+    return sum(map(ord, text)) % 7 / 7
+
+
+def none(row, text):
+    raise ValueError('nothing\\nto see')
+
+
+def rarely(row, text):
+    return math.nan if sum(map(ord, text)) % 3 == 0 else 1.0 * (len(text) % 2)
+
+
+def words(row, text):
+    return 'good'
+
+
+number = 3
+'''
+STEPS = ['--max_iters=4', '--eval_interval=2', '--log_interval=1', '--eval_rows=4', '--warmup_iters=2',
+         '--max_new_tokens=6', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', '--rewards=mine.py:scatter']
+STAGES = {'grpo': ['--prompts_per_step=4', '--num_generations=2', '--batch_size=4', '--gradient_accumulation_steps=2'],
+          'ppo': ['--prompts_per_step=8', '--batch_size=4', '--gradient_accumulation_steps=2', '--reward_model=',
+                  '--critic_lr=1e-2']}
+
+
+@pytest.fixture
+def act(run_stage, base_run, chat_data):
+    """act('grpo', '--key=value', …) -> (exit status, stdout, stderr) of a short run with rewards of mine.py."""
+    Path('mine.py').write_text(MINE)
+    return lambda stage, *args: run_stage(stage, f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS,
+                                          *STAGES[stage], *args)
+
+
+CLOCKS = ('seconds', 'tok_per_sec', 'rollout/tok_per_sec', 'total_seconds')
+
+
+def told(run):
+    """What a run logged that does not depend on the time of day."""
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run)]
+
+
+SAME = ('model', 'optimizers', 'iter', 'best', 'failed', 'reference')
+RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01']),
+        ('grpo', ['--dynamic_sampling=2', '--overlong_buffer=3', '--num_epochs=2', '--loss_type=dapo',
+                  '--rewards=mine.py:scatter, 0.5*correct, length', '--kl_coef=0']),
+        ('grpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=gspo', '--rewards=mine.py:rarely',
+                  '--max_bad_rewards=500']),
+        ('ppo', ['--kl_controller=adaptive', '--kl_target=0.01', '--kl_horizon=20', '--running_rewards=True',
+                 '--kl_budget=0.02', '--adapt_length=True']),
+        ('ppo', ['--critic=separate', '--whiten_rewards=True', '--kl_estimator=k3', '--reward_clip=0.5',
+                 '--kl_stop=0.0001', '--entropy_coef=0.01']),
+        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500'])]
+
+
+@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
+@pytest.mark.parametrize('stage, flags', RUNS, ids=str)
+def test_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkeypatch):
+    assert act(stage, '--out_dir=whole', *flags)[0] == 0
+    asked = itertools.count()
+    with monkeypatch.context() as patch:  # a signal, between two evaluations
+        patch.setattr(runtime.Run, 'stopping', lambda run: signal.SIGTERM * (next(asked) == 3))
+        status, out, err = act(stage, '--out_dir=parts', *flags)
+    assert (status, err) == (143, '') and 'stopped at step 3' in out
+    status, out, err = act(stage, '--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, ''), err
+    keep = SAME + (('prompts',) if stage == 'grpo' else ('critic', 'kl_coef', 'longest', 'scale'))
+    assert digest('parts', keep) == digest('whole', keep)
+    assert told('parts') == told('whole') and 'val/reward' in told('whole')[-1]
+    whole = [row for row in told('whole') if 'train/loss' in row]
+    assert [row['iter'] for row in whole] == [1, 2, 3, 4] and any(row['grad_norm'] > 0 for row in whole)
+    if '--kl_controller=adaptive' in flags:
+        assert len({row['kl_coef'] for row in whole}) > 2 and any(row['stopped'] > 0 for row in whole[1:])
+    if '--lora_rank=2' in flags:  # the reference is the base, and what is saved is LoRA alone
+        state = torch.load('whole/ckpt.pt', weights_only=True)
+        assert all('lora' in name for name in [*state['model'], *state['reference']])
+        assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
+        assert all('lora' in k for k in torch.load('whole/best.pt', weights_only=True)['model'])
+        assert whole[-1]['failed'] > 0
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
+    flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=24', '--eval_interval=2']
+    assert act(stage, *flags, '--out_dir=whole')[0] == 0
+    args = [f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags, '--out_dir=run']
+    kills = 0
+    while True:
+        process = subprocess.Popen([sys.executable, ROOT / f'{stage}.py', *args], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith('step ') and '|' in line
+            if seen == 7 and kills < 2:
+                time.sleep(0.02 * kills)
+                break
+        if kills == 2:
+            assert process.wait() == 0 and process.stderr.read() == ''  # no warning either
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        assert 0 < runtime.load_checkpoint('run/ckpt.pt')['iter'] < 24
+    assert digest('run', SAME) == digest('whole', SAME) and told('run') == told('whole')
+    assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
+
+
+@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4]], ids=str)
+def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
+    assert act(stage, '--out_dir=one', *flags)[0] == 0
+    args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
+    torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
+    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
+    for a, b in zip(told('one'), told('two'), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+    for name, w in weights('one').items():
+        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
+    if '--dynamic_sampling=2' not in flags:
+        return
+    torchrun(2, *args, '--out_dir=parts', '--max_iters=2', '--lr_decay_iters=4', cwd=tmp_path, stage=f'{stage}.py')
+    torchrun(2, *args, '--out_dir=parts', '--init_from=resume', cwd=tmp_path, stage=f'{stage}.py')
+    assert digest('parts', SAME) == digest('two', SAME) and told('parts') == told('two')
+
+
+@pytest.mark.parametrize('flags', [[], ['--critic=separate'], ['--lora_rank=2', '--temperature=0.7']], ids=str)
+def test_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags):
+    """Before the first update of a step nothing has moved, so old and new log-probabilities are the same numbers."""
+    seen, whole = [], ppo.policy_loss
+    spec = importlib.util.spec_from_file_location
+
+    def watched(logprobs, old, gains, clip_eps):
+        seen.append((logprobs.detach() - old).abs().max().item())
+        assert not (logprobs[old == 0]).any()
+        return whole(logprobs, old, gains, clip_eps)
+
+    def load(name, path, **more):
+        found = spec(name, path, **more)
+        execute = found.loader.exec_module
+
+        def then(module):
+            execute(module)
+            if name == 'stage_ppo':
+                module.policy_loss = watched
+        found.loader.exec_module = then
+        return found
+    monkeypatch.setattr(importlib.util, 'spec_from_file_location', load)
+    status, out, err = act('ppo', '--out_dir=run', '--learning_rate=1e-2', *flags)
+    assert (status, err) == (0, '') and len(seen) == 4 * 2 * 2  # steps, epochs, micro-batches
+    first, later = [x for i, x in enumerate(seen) if i % 4 < 2], [x for i, x in enumerate(seen) if i % 4 > 1]
+    assert max(first) < 1e-5 and max(later) > 1e-3
+    rows = [row for row in told('run') if 'ratio' in row]
+    assert all(row['rollout/gap'] < 1e-5 and row['updates'] == 2 for row in rows)
+
+
+def test_grpo_with_one_update_a_step_is_on_policy(act):
+    assert act('grpo', '--out_dir=run', '--learning_rate=1e-2')[0] == 0
+    rows = [row for row in told('run') if 'lr' in row]
+    assert all(row['rollout/gap'] < 1e-5 and row['clip_frac'] == 0 for row in rows)
+    assert rows[0]['kl'] < 1e-9 < 1e-5 < rows[-1]['kl']
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
+    """As many tensors live at the end of one step as of another, of a mixture of experts too."""
+    import gc
+    model = GPT(GPTConfig(block_size=128, vocab_size=260, n_layer=1, n_head=2, n_embd=32, **MOE))
+    save_run(Path('moe'), state_of(model))
+    counts = []
+
+    def stopping(run):
+        gc.collect()
+        counts.append(sum(type(x) in (torch.Tensor, torch.nn.Parameter) for x in gc.get_objects()))
+        return 0
+    monkeypatch.setattr(runtime.Run, 'stopping', stopping)
+    assert act(stage, '--init_from=moe', '--out_dir=run', '--max_iters=6', '--eval_interval=6')[0] == 0
+    assert len(counts) == 6 and max(counts[1:]) - min(counts[1:]) <= 2, counts
+
+
+def test_lora_of_samples_is_measured_against_the_base(act):
+    for stage in ('grpo', 'ppo'):
+        for flags in ([], ['--lora_rank=2']):
+            run = f'{stage}{len(flags)}'
+            status, out, err = act(stage, f'--out_dir={run}', '--learning_rate=1e-2', *flags)
+            assert (status, err) == (0, ''), err
+            rows = [row for row in told(run) if 'val/reward' in row]
+            assert rows[0]['val/kl'] == pytest.approx(0, abs=1e-5) and abs(rows[-1]['val/kl']) > 1e-3
+            status, out, err = act(stage, f'--init_from={run}/ckpt.pt', '--eval_only=True', '--out_dir=nothing')
+            assert (status, err) == (0, '') and not Path('nothing').exists()
+            found = re.search(r'reward (-?[0-9.]+), KL (-?[0-9.]+)', out).groups()
+            assert [float(x) for x in found] == pytest.approx([rows[-1]['val/reward'], rows[-1]['val/kl']], abs=6e-4)
+            assert out.count('gold') >= 3
+
+
+def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
+    assert rate('--out_dir=scorer', '--max_iters=20', '--eval_interval=20', '--batch_size=8')[0] == 0
+    model, tokenizer = convert.load_model('scorer', scores=True)
+    score = rollout.load_scorer('scorer', lone(), tokenizer)
+    with torch.no_grad():
+        text, mask = (torch.from_numpy(x)[None] for x in dataset.answered(tokenizer, asked('Hi'), 'It is 3.'))
+        due = model.eval().rewards(text.long(), answer=mask).item()
+    assert score([(asked('Hi'), 'Who?'), (asked('Hi'), 'It is 3.')])[1] == pytest.approx(due, abs=1e-5)
+    for stage, flags in (('grpo', []), ('ppo', []), ('ppo', ['--critic=separate'])):
+        run = f'{stage}{len(flags)}'
+        status, out, err = act(stage, '--rewards=model, 0.5*length', '--reward_model=scorer', f'--out_dir={run}',
+                               '--keep_checkpoints=3', *flags)
+        assert (status, err) == (0, ''), err
+        last = [row for row in told(run) if 'val/reward' in row][-1]
+        assert last['val/reward'] == pytest.approx(last['val/reward_model'] + 0.5 * last['val/reward_length'], rel=1e-4)
+    first, last = (torch.load(f'ppo1/{name}.pt', weights_only=True)['critic'] for name in ('ckpt.2', 'ckpt'))
+    own = {f'critic.{name}': tensor for name, tensor in model.state_dict().items()}
+    assert first.keys() == own.keys() and all(torch.equal(first[name], own[name]) for name in own)
+    assert not torch.equal(last['critic.blocks.0.attn.qkv.weight'], own['critic.blocks.0.attn.qkv.weight'])
+    other = GPT.from_state(state_of(GPT(GPTConfig(block_size=128, vocab_size=264, n_layer=1, n_head=2, n_embd=32))),
+                           score_head='last')
+    save_run(Path('other'), state_of(other) | {'tokenizer': train_bpe(['so it is'] * 9, 262).to_dict()})
+    for stage in ('grpo', 'ppo'):
+        status, out, err = act(stage, '--rewards=model', '--reward_model=other', '--out_dir=never')
+        assert status == 2 and err.count('\n') == 1 and 'other: its tokenizer' in err and not Path('never').exists()
+    status, out, err = act('ppo', '--rewards=model', '--reward_model=scorer', '--init_from=resume', '--out_dir=ppo1')
+    assert status == 2 and err.count('\n') == 1 and "another critic than critic='shared'" in err, err
+    status, out, err = act('ppo', '--critic=separate', '--init_from=resume', '--out_dir=ppo0', '--max_iters=6')
+    assert status == 2 and err.count('\n') == 1 and "another critic than critic='separate'" in err, err
+
+
+@pytest.mark.parametrize(('stage', 'words', 'args'), [
+    ('grpo', ["loss_type='ppo'", 'gspo'], ['--loss_type=ppo']), ('grpo', ['scale_rewards'], ['--scale_rewards=std']),
+    ('grpo', ['num_generations=1', '2'], ['--num_generations=1']), ('grpo', ['8 answers', '12'], ['--batch_size=6']),
+    ('ppo', ['8 answers', '6'], ['--batch_size=3']), ('grpo', ['dropout'], ['--dropout=0.1']),
+    ('ppo', ['lora_dropout'], ['--lora_rank=2', '--lora_dropout=0.1']), ('ppo', ["critic='own'"], ['--critic=own']),
+    ('ppo', ["kl_estimator='k2'"], ['--kl_estimator=k2']), ('ppo', ['kl_controller'], ['--kl_controller=pid']),
+    ('ppo', ['gamma'], ['--gamma=1.5']), ('ppo', ['kl_target=0'], ['--kl_target=0']),
+    ('ppo', ['kl_horizon=1'], ['--kl_controller=adaptive', '--kl_horizon=1']),
+    ('grpo', ['temperature=0'], ['--temperature=0']), ('ppo', ['temperature=0'], ['--temperature=0']),
+    ('grpo', ['overlong_buffer=9', 'max_new_tokens=6'], ['--overlong_buffer=9']),
+    ('grpo', ['scratch'], ['--init_from=scratch']), ('ppo', ['no such run'], ['--init_from=out/none']),
+    ('grpo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
+    ('ppo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
+    ('grpo', ['no such dataset'], ['--dataset=nowhere']), ('grpo', ['eval_split'], ['--eval_split=dev']),
+    ('grpo', ["'correctness'", 'FILE.py:function'], ['--rewards=correctness']), ('grpo', ["''"], ['--rewards=']),
+    ('ppo', ["'much'", 'not a number'], ['--rewards=much*correct']),
+    ('grpo', ["'nan'", 'not a number'], ['--rewards=nan*correct']),
+    ('grpo', ['names one twice'], ['--rewards=correct, 2*correct']),
+    ('grpo', ['mine.py', "'nobody'"], ['--rewards=mine.py:nobody']), ('grpo', ["'number'"], ['--rewards=mine.py:number']),
+    ('ppo', ['yours.py', 'FileNotFoundError'], ['--rewards=yours.py:f']),
+    ('ppo', ['wrong.py', 'SyntaxError'], ['--rewards=wrong.py:f']),
+    ('grpo', ['reward_model', 'go together'], ['--rewards=model']),
+    ('ppo', ['reward_model', 'go together'], ['--rewards=correct', '--reward_model=out/reward']),
+    ('ppo', ['out/reward'], ['--rewards=model', '--reward_model=out/reward']),
+    ('ppo', ['no reward model'], ['--rewards=model', '--reward_model=smollm2'])])
+def test_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args):
+    Path('wrong.py').write_text('def f(row, text:\n    return 1\n')
+    status, out, err = act(stage, '--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and not Path('run').exists(), err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
+    for name, words in (('none', 'raised ValueError: nothing to see'), ('words', "gave 'good', not a finite number")):
+        status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=3')
+        assert status == 2 and err.count('\n') == 1 and words in err and repr(name) in err, err
+        assert 'val.jsonl, line' in err and '4 answers had no reward (max_bad_rewards=3)' in err
+        assert not Path('run').exists()  # the first look at held-out answers comes before anything is written
+    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=run', '--max_bad_rewards=500')
+    assert (status, err) == (0, ''), err
+    assert out.count('gave nan, not a finite number') == 1 and re.search(r'jsonl, line \d+: the reward', out)
+    rows = [row for row in told('run') if 'lr' in row]
+    assert 0 < rows[0]['failed'] <= rows[-1]['failed'] and all(row['train/loss'] is not None for row in rows)
+    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=other', '--max_bad_rewards=4')
+    assert status == 2 and err.count('\n') == 1 and '5 answers had no reward' in err
+
+
+def test_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
+    """GRPO goes on where no answer has one and moves nothing; PPO, whose critic would then learn from nothing, ends."""
+    flags = ['--rewards=mine.py:none', '--max_bad_rewards=500']
+    status, out, err = act('grpo', *flags, '--out_dir=run', '--kl_coef=0')
+    assert (status, err) == (0, '') and same_weights('run', base_run)
+    rows = [row for row in told('run') if 'lr' in row]
+    assert all(row['grad_norm'] == 0 and 'reward/mean' not in row for row in rows)
+    assert rows[-1]['failed'] == 2 * 4 + 4 * 8  # two evaluations, four steps
+    status, out, err = act('ppo', *flags, '--out_dir=other')
+    assert status == 2 and err.count('\n') == 1 and 'step 0: no answer had a reward' in err
+
+
+@pytest.mark.filterwarnings('error::RuntimeWarning')
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_prompts_need_no_answer_but_graders_do(act, stage):
+    rows = [{'prompt': f'Say {i}!' + ' Now!' * (40 * (i % 10 == 3))} for i in range(40)]
+    lines(Path('mine.jsonl'), rows)
+    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=run', '--block_size=100')
+    assert (status, err) == (0, ''), err
+    assert 'too long' in out and re.search(r'mine.jsonl, train: 3\d rows; left out: \d too long', out), out
+    assert all('reward/gold' not in row and 'val/gold' not in row for row in told('run'))
+    for name in ('correct', '0.5*exact', 'number'):
+        status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never', f'--rewards={name}')
+        assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line' in err and '"answer"' in err, err
+        assert not Path('never').exists()
+    lines(Path('mine.jsonl'), [*rows, {'prompt': asked('Hi') + said('Ho')}])
+    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never')
+    assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line 41' in err and 'assistant' in err, err
+    assert act(stage, '--dataset=mine.jsonl', '--out_dir=again', '--strict=False', '--max_iters=1')[0] == 0
+
+
+def test_a_run_of_samples_goes_on_in_its_own_stage_only(act, tune):
+    assert act('grpo', '--out_dir=grpo', '--kl_coef=0')[0] == act('ppo', '--out_dir=ppo')[0] == 0
+    for stage, other in (('grpo', 'ppo'), ('ppo', 'grpo')):
+        status, out, err = act(stage, '--init_from=resume', f'--out_dir={other}')
+        assert status == 2 and err.count('\n') == 1 and f'is of a run of {other}.py' in err, err
+        assert act(stage, f'--init_from={other}', '--out_dir=new', '--max_iters=1')[0] == 0  # its weights are welcome
+    status, out, err = act('grpo', '--init_from=resume', '--out_dir=grpo', '--max_iters=6')
+    assert status == 2 and err.count('\n') == 1 and 'kl_coef=0' in err, err
+    status, out, err = tune('--init_from=resume', '--out_dir=grpo')
+    assert status == 2 and 'is of a run of grpo.py' in err
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
+    status, out, _ = run_stage(stage, '--help')
+    assert status == 0 and '--num_generations=' in out
+    for line in (ROOT / f'{stage}.py').read_text().split('def ')[0].splitlines():
+        if re.match(r'[a-z]\w* = ', line):
+            assert line.split('  # ')[1] in out, line
+
+
+@pytest.mark.parametrize('config', ['grpo_tiny', 'ppo_tiny'])
+def test_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data, run_stage, config):
+    status, out, err = run_stage(config[:-5], ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
+                                 f'--dataset={chat_data}', '--max_iters=1', '--eval_rows=4', '--max_new_tokens=4',
+                                 '--device=cpu', '--rewards=mine.py:scatter', '--prompts_per_step=4', '--batch_size=4',
+                                 '--gradient_accumulation_steps=1', '--num_generations=2', '--reward_model=')
+    assert (status, err) == (0, ''), err
+    assert rows_of('run')[-1]['iter'] == 1
+
+
+def test_what_follows_the_format_of_thoughts():
+    good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
+    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b',
+           '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d', '</think>a<think>b']
+    assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
+
+
+def test_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
+    (tmp_path / 'my.py').write_text(MINE)
+    data = prompts_of('1+1', '2+2', answer='2')
+    data.rows_kept[1] = data.rows_kept[1] | {'grader': 'exact'}
+    texts = ['<think>1</think>It is 2', 'so 2', '2', 'It is 2']
+    n = len(texts)
+    answers = rollout.Rollout(np.array([0, 0, 1, 1]), [[1]] * n, [[5] * k for k in (1, 2, 3, 8)], texts,
+                              np.ones((n, 8), bool), np.zeros((n, 8)), np.ones(n, bool))
+    words = f'correct, 0.5*format,-0.1 * length, 2*exact, {tmp_path}/my.py:scatter'
+    rewards = rollout.Rewards(words, bytes_tokenizer(), lone(), 8)
+    totals, parts = rewards(data, answers)
+    scatter = np.array([sum(map(ord, text)) % 7 / 7 for text in texts])
+    due = {'correct': [1, 1, 1, 0], 'format': [1, 0, 0, 0], 'length': [1 / 8, 2 / 8, 3 / 8, 1], 'exact': [0, 0, 1, 0],
+           'scatter': scatter}
+    assert list(parts) == list(due)
+    for name in due:
+        np.testing.assert_allclose(parts[name], due[name])
+    np.testing.assert_allclose(totals, np.array(due['correct']) + 0.5 * np.array(due['format'])
+                               - 0.1 * np.array(due['length']) + 2 * np.array(due['exact']) + scatter)
+
+
+@pytest.mark.parametrize('row, due', [
+    ({'prompt': 'Hi', 'answer': '4', 'grader': 'number'}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'prompt': asked('Hi'), 'steps': 2}, (asked('Hi'), asked('Hi') + said(''))),
+    ({'messages': asked('Hi') + said('4')}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'instruction': 'Hi', 'output': '4'}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'prompt': 'Hi', 'completion': '4', 'answer': 4}, (asked('Hi'), asked('Hi') + said('4')))], ids=str)
+def test_prompts_come_in_many_shapes(row, due, tmp_path):
+    lines(tmp_path / 'a.jsonl', [row])
+    (found,), skipped = dataset.read_prompts(tmp_path / 'a.jsonl')
+    assert (found['prompt'], found['messages']) == due and not skipped and found['where'].endswith('a.jsonl, line 1')
+    assert {k: found[k] for k in ('answer', 'grader', 'steps') if k in found} == {
+        k: row[k] for k in ('answer', 'grader', 'steps') if k in row}
+    data = dataset.PromptData([found], bytes_tokenizer(), 96, 24)
+    assert data.prompt(0) == bytes_tokenizer().chat_ids(asked('Hi'), generate=True)[0] and data.n_rows == 1
+    room = len(data.prompt(0)) + 24
+    assert dataset.PromptData([found], bytes_tokenizer(), room, 24).dropped['too_long'] == 0  # fits to the last token
+    with pytest.raises(UserError, match=f'block_size={room - 1}'):
+        dataset.PromptData([found], bytes_tokenizer(), room - 1, 24)
