@@ -125,6 +125,18 @@ def _write_jsonl(folder, splits, unit, tokenizer, meta):
     return meta
 
 
+def folder_for(script, name='', variant=''):
+    """The folder in data/ that the prepare.py at this path writes: its own, or beside that NAME, or with a variant of
+    its rows its own name with _VARIANT. UserError for one that is another prepare.py's."""
+    home = Path(script).resolve().parent
+    folder = home.parent / (name or f'{home.name}_{variant}' if name or variant else home.name)
+    if name and not re.fullmatch(r'\w[\w.-]*', name) or folder != home and (folder / 'prepare.py').exists():
+        raise UserError(f'name={name!r}: give --name=NAME, a folder to be written in data/ that has no prepare.py')
+    if variant and folder == home:
+        raise UserError(f'name={name!r}: rows with {variant} need a folder of their own: drop --name or give another')
+    return folder
+
+
 def fraction_of(text):
     """A number from 0 to 1 that the text alone decides: a split by it is the same in whatever order rows come."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / (1 << 48)

@@ -91,10 +91,10 @@ def calculate(expr):
     'error' is what is not of this grammar, is longer than CALC_LENGTH characters, nests parentheses and signs deeper
     than CALC_DEPTH, divides by zero, or has a number, given or on the way, that is not below CALC_LIMIT.
     """
+    if len(expr) > CALC_LENGTH or CALC_TOKEN.sub('', expr).strip(' '):
+        return 'error'
     tokens = CALC_TOKEN.findall(expr)[::-1]
     try:
-        if len(expr) > CALC_LENGTH or CALC_TOKEN.sub('', expr).strip(' '):
-            return 'error'
         value = _sum(tokens, 0)
     except (ValueError, ZeroDivisionError):
         return 'error'
