@@ -219,7 +219,7 @@ def main():
                         '--reward_model=DIR, or neither')
     if chosen := f'votes={votes}' * bool(votes) or f'best_of={best_of}' * bool(best_of):
         if talk or not chat:
-            raise UserError(f'{chosen} answers one question of a chat: give --chat=True --start=TEXT, not --interactive')
+            raise UserError(f'{chosen} answers one question: give --chat=True --start=TEXT and no --interactive')
         if num_samples > 1:
             raise UserError(f'{chosen} shows one answer: drop --num_samples')
         if temperature == 0 and votes + best_of > 1:
