@@ -18,6 +18,7 @@ Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetitio
 self-consistency (arXiv:2203.11171), the best of n by a reward model (arXiv:2009.01325).
 """
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -119,8 +120,7 @@ def choose(model, tokenizer, ids, messages, scorer, force=None):
     first, count = majority(said)
     if not count:
         return answers[0], f'none of {votes} answers has a number: this is the first'
-    value = f'{float(said[first]):g}' if said[first].denominator > 1 else f'{said[first]}'
-    return answers[first], f'{count} of {votes} answers say {value}'
+    return answers[first], f'{count} of {votes} answers say {said[first]}'
 
 
 def plain(tokenizer, ids):
@@ -236,8 +236,9 @@ def main():
     force = Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
     scorer = None
     if best_of:
-        scorer = load_scorer(reward_model, runtime.Run({'out_dir': '.', 'seed': max(0, seed), 'device': device,
-                                                        'dtype': dtype}), tokenizer)
+        run = runtime.Run({'out_dir': '.', 'seed': random.getrandbits(32) if seed < 0 else seed, 'device': device,
+                           'dtype': dtype})
+        scorer = load_scorer(reward_model, run, tokenizer)
     if talk:
         return session(model, tokenizer, force)
     ids, sources = tokenizer.encode(text), None
