@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import ROLES, Tokenizer, UserError, get_tokenizer
+from tokenizer import CALL, ROLES, Tokenizer, UserError, get_tokenizer
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
@@ -123,6 +123,18 @@ def _write_jsonl(folder, splits, unit, tokenizer, meta):
     for split, n in meta['splits'].items():
         print(f'{folder / split}.jsonl: {n[unit]:,} {unit}, {n["bytes"]:,} bytes' + ' of targets' * (unit == 'pairs'))
     return meta
+
+
+def folder_for(script, name='', variant=''):
+    """The folder in data/ that the prepare.py at this path writes: its own, or beside that NAME, or with a variant of
+    its rows its own name with _VARIANT. UserError for one that is another prepare.py's."""
+    home = Path(script).resolve().parent
+    folder = home.parent / (name or f'{home.name}_{variant}' if name or variant else home.name)
+    if name and not re.fullmatch(r'\w[\w.-]*', name) or folder != home and (folder / 'prepare.py').exists():
+        raise UserError(f'name={name!r}: give --name=NAME, a folder to be written in data/ that has no prepare.py')
+    if variant and folder == home:
+        raise UserError(f'name={name!r}: rows with {variant} need a folder of their own: drop --name or give another')
+    return folder
 
 
 def fraction_of(text):
@@ -1029,6 +1041,8 @@ def grade(text, gold, grader):
 QUALITY = {'correct': 0.5, 'working': 0.2, 'complete': 0.1, 'concise': 0.1, 'polite': 0.1}
 RUDE = re.compile(r'\b(stupid|dumb|idiot|fool|moron|lazy|pathetic|clueless|annoying|brainless|shut up|waste of time)\b',
                   re.I)
+# a call of the calculator, with its result if it has one; one that is not closed goes on to the end
+TOOL = re.compile(rf'{CALL.pattern}(?:\[([^][\n]*)\])?|<tool>(?:(?!</?tool>).)*\Z', re.S)
 EQUATION = re.compile(r'(\d+) ([-+*/]) (\d+) = (\d+)(?: remainder (\d+))?\b')
 
 
@@ -1041,7 +1055,7 @@ def quality(row, text):
     """
     said = visible(text)
     thoughts = re.findall(r'<think>(.*?)(?:</think>|\Z)', text, re.S)
-    lines = [line for thought in thoughts for line in thought.split('\n') if line]
+    lines = [line for thought in thoughts for line in rendered(thought).split('\n') if line]
     right = sum(map(_is_true, lines))
     parts = {'correct': float(grade(text, row['answer'], row.get('grader', 'number'))),
              'working': right / max(len(lines), row.get('steps', 1), 1),
@@ -1063,8 +1077,16 @@ def _is_true(line):
 
 
 def visible(text):
-    """Text without <think> … </think>, stripped; of one that is not closed, nothing that follows is left."""
-    return re.sub(r'<think>.*?(</think>|\Z)', '', text, flags=re.S).strip()
+    """Text without <think> … </think>, `rendered`, stripped; of a <think> not closed, nothing that follows is left."""
+    return rendered(re.sub(r'<think>.*?(</think>|\Z)', '', text, flags=re.S)).strip()
+
+
+def rendered(text):
+    """Text with the results of its calls in their places: '= <tool>26 - 19</tool>[7] dollars' -> '= 7 dollars'.
+
+    What is in a call is not said: one that has no result, or is not closed, leaves nothing.
+    """
+    return TOOL.sub(lambda call: call[2] or '', text)
 
 
 def last_number(text):
@@ -1168,6 +1190,40 @@ def pass_at_k(n, c, k):
     if not (0 <= c <= n and 1 <= k <= n):
         raise UserError(f'pass@{k} of {n} answers, {c} of them right: take k from 1 to {n}')
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def vote_of(row, text):
+    """What an answer to a row says, for a vote: its last number, or where the grader is 'exact' its words, normalised;
+    None where it says nothing such."""
+    said = visible(text)
+    return (normalise(said) or None) if row.get('grader') == 'exact' else last_number(said)
+
+
+def majority(votes):
+    """Votes in the order drawn -> (the place of the first of those that most agree on, how many do): self-consistency
+    (arXiv:2203.11171). None abstains; of as frequent ones that wins which was drawn first. (0, 0) if all abstain."""
+    counts = Counter(vote for vote in votes if vote is not None)  # keeps the order, and max takes the first
+    winner = max(counts, key=counts.get, default=None)
+    return (votes.index(winner), counts[winner]) if counts else (0, 0)
+
+
+def maj_at_k(votes, right, k):
+    """The chance that the majority of k answers is right, from n of them in the order drawn: the share of the n // k
+    groups of k in a row, which share no answer, whose `majority` is. Unbiased, since each group is a draw of k."""
+    if not 1 <= k <= len(votes):
+        raise UserError(f'maj@{k} of {len(votes)} answers: take k from 1 to {len(votes)}')
+    firsts = range(0, len(votes) - k + 1, k)
+    return sum(right[first + majority(votes[first:first + k])[0]] for first in firsts) / len(firsts)
+
+
+def best_at_k(scores, right, k):
+    """The chance that of k answers the one with the highest score is right (arXiv:2009.01325), from n of them: over all
+    choices of k, so unbiased. In C(i, k - 1) of them the one with i worse ones wins; of equal scores the first does."""
+    n = len(scores)
+    if not 1 <= k <= n:
+        raise UserError(f'best@{k} of {n} answers: take k from 1 to {n}')
+    order = sorted(range(n), key=lambda i: (scores[i], -i))
+    return sum(right[i] * math.comb(worse, k - 1) for worse, i in enumerate(order)) / math.comb(n, k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import runtime
 from convert import start
 from dataset import find_dataset
 from model import GPTConfig
-from rollout import Rewards, draw, examine, gold_of, joined, kl_terms, prompts_of, read, reread
+from rollout import Forcing, Rewards, draw, examine, gold_of, joined, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -46,6 +46,8 @@ overlong_buffer = 0  # DAPO: from so many tokens before max_new_tokens on the re
 prompts_per_step = 32  # prompts of a step
 num_generations = 8  # answers to each
 max_new_tokens = 128  # longest answer
+tools = False  # in answers, the calculator answers <tool>…</tool>; what it says carries no loss
+max_think_tokens = 0  # in answers, tokens after which <think> is closed, which carries no loss; 0 = whenever it likes
 temperature = 1.0  # of sampling, and of every log-probability
 mask_truncated = False  # answers that did not end carry no loss
 dynamic_sampling = 0  # DAPO: so often at most, groups with equal rewards give way to those of further prompts
@@ -208,13 +210,15 @@ def main():
     began = start(run, 'grpo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
     model, tokenizer, origin = began.model, began.tokenizer, began.origin
     length = model.config.block_size
+    force = Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
 
     def whole(data, reference):
         """What is measured of the policy on held-out prompts."""
-        return examine(net, model, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature)
+        return examine(net, model, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature,
+                       force)
 
     if eval_only:
         net, data = run.wrap(model), prompts_of(eval_split, tokenizer, length, run)
@@ -279,7 +283,7 @@ def main():
         for attempt in range(dynamic_sampling + 1):
             missing = prompts_per_step - len(totals)
             new = draw(model, train_data, train_data.rows(prompts_seen, missing), run, max_new_tokens, num_generations,
-                       temperature, 1 + step * (dynamic_sampling + 1) + attempt)
+                       temperature, 1 + step * (dynamic_sampling + 1) + attempt, force=force)
             prompts_seen += missing
             values, of = reward(train_data, new)
             if overlong_buffer:

@@ -28,7 +28,7 @@ import runtime
 from convert import load_model, start
 from dataset import find_dataset
 from model import GPT, GPTConfig, Optimizers
-from rollout import Rewards, draw, examine, gold_of, kl_terms, prompts_of, read, reread
+from rollout import Forcing, Rewards, draw, examine, gold_of, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -51,6 +51,8 @@ whiten_rewards = False  # the tokens' rewards, KL included, over their standard 
 prompts_per_step = 256  # prompts of a step
 num_generations = 1  # answers to each
 max_new_tokens = 128  # longest answer
+tools = False  # in answers, the calculator answers <tool>…</tool>; what it says carries no loss
+max_think_tokens = 0  # in answers, tokens after which <think> is closed, which carries no loss; 0 = whenever it likes
 adapt_length = False  # the next answers may take a quarter more tokens than the longest of these, up to max_new_tokens
 temperature = 1.0  # of sampling, and of every log-probability
 kl_budget = 0.0  # an answer stops where its log-ratio to the reference, summed, passes this, in nats; 0 = never
@@ -275,6 +277,7 @@ def main():
     began = start(run, 'ppo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
     policy, tokenizer, origin = began.model, began.tokenizer, began.origin
     length = policy.config.block_size
+    force = Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
@@ -282,7 +285,8 @@ def main():
 
     def whole(data, reference):
         """What is measured of the policy on held-out prompts."""
-        return examine(net, policy, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature)
+        return examine(net, policy, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature,
+                       force)
 
     if eval_only:
         net, data, before = run.wrap(model), prompts_of(eval_split, tokenizer, length, run), began.before()
@@ -385,7 +389,7 @@ def main():
         # answers, and what policy, critic and reference make of their tokens
         began_at = clock.read()
         rows = train_data.rows(step * prompts_per_step, prompts_per_step)
-        answers = draw(policy, train_data, rows, run, longest, num_generations, temperature, 1 + step)
+        answers = draw(policy, train_data, rows, run, longest, num_generations, temperature, 1 + step, force=force)
         drawn_at = clock.read()
         old_logprobs, _, old_values = reread(net, run, answers, length, temperature, critic == 'shared')
         with run.switched(policy, reference):

@@ -1,6 +1,6 @@
 """
 A policy's own answers: drawn, rewarded, read again by the model that learns from them. What the stages share that learn
-from samples, ppo.py and grpo.py, and whoever lets a reward model judge.
+from samples, ppo.py and grpo.py, and whoever lets a reward model judge, a calculator answer or a thought end in time.
 
     rewards = Rewards('number, 0.2*format', policy_tokenizer, run, max_new_tokens=96)
     answers = draw(model, data, data.rows(0, 8), run, max_new_tokens=96, num_samples=4)
@@ -36,7 +36,7 @@ from dataset import (
     shown,
     summarise,
 )
-from tokenizer import UserError
+from tokenizer import CALL, UserError, calculate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # answers
@@ -89,6 +89,52 @@ class Rollout:
         inside = np.arange(self.drawn.shape[1]) < lengths[:, None]
         return dataclasses.replace(self, ids=ids, texts=texts, drawn=self.drawn & inside,
                                    logprobs=self.logprobs * inside, ended=self.ended & ~keep).take(range(len(self)))
+
+
+class Forcing:
+    """What answers go on with whatever the model would say: a `force` of `GPT.generate`, see there.
+
+    tools: a token that completes <tool>EXPRESSION</tool> is followed by '[what `calculate` makes of it]', in as many as
+    max_calls calls of an answer. Where a token says something after </tool> too, which no text teaches (`chat_ids` cuts
+    there), the call is not answered: a result belongs right after it.
+    max_think_tokens: <think> that is still open so many tokens after the one that completes it is closed, by the
+    '</think>' and newline of the data; after the result of a call that is being answered then. 0 = whenever it likes.
+
+    It keeps no state: the end of an answer says what is due. UserError for a tokenizer that cannot spell these.
+    """
+
+    def __init__(self, tokenizer, tools=True, max_think_tokens=0, max_calls=32):
+        self.tokenizer, self.tools, self.max_think_tokens = tokenizer, tools, max_think_tokens
+        self.max_calls, self.close = max_calls, tokenizer.encode('</think>\n')
+        for key, used, text in (('tools', tools, '<tool></tool>[-0123456789.error]'),
+                                ('max_think_tokens', max_think_tokens, '<think></think>\n')):
+            if used and tokenizer.decode(tokenizer.encode(text)) != text:
+                raise UserError(f'{key}={used}: tokenizer {tokenizer.name} cannot spell {text!r}: take a model whose '
+                                'tokenizer can')
+
+    def __call__(self, ids):
+        """New ids of an answer so far -> those that follow, perhaps none."""
+        return (self.tools and self._result(ids)) or (self.max_think_tokens and self._closing(ids)) or []
+
+    def _result(self, ids):
+        if not self.tokenizer.decode_bytes(ids[-7:]).endswith(b'</tool>'):  # a token has a byte at least
+            return []
+        text = self.tokenizer.decode(ids)
+        calls = [*CALL.finditer(text)]
+        if not calls or calls[-1].end() < len(text) or len(calls) > self.max_calls:
+            return []
+        return self.tokenizer.encode(f'[{calculate(calls[-1][1])}]')
+
+    def _closing(self, ids):
+        # <think> is complete within the first `due` tokens; not long before, or it has been closed: at most the result
+        # of a call was still to be said, of up to 25 bytes
+        due = len(ids) - self.max_think_tokens
+        first = max(0, due - 25 - len(b'<think>'))
+        begun = self.tokenizer.decode_bytes(ids[first:max(0, due)])
+        opened = begun.rfind(b'<think>')
+        if opened < 0 or b'</think>' in self.tokenizer.decode_bytes(ids[first:])[opened:]:
+            return []
+        return self.close
 
 
 def joined(parts):

@@ -7,19 +7,26 @@ Talk to a checkpoint: continue a text, as tokens come, keep a context in an inte
     python sample.py --init_from=out/tiny --interactive=True
     python sample.py --init_from=smollm2 --chat=True [--start="What is the capital of France?"]
     python sample.py --init_from=out/sft --chat=True --system="Answer in one sentence."
+    python sample.py --init_from=out/sft_tools --chat=True --tools=True             with a calculator
+    python sample.py --init_from=out/sft --chat=True --start="…" --votes=16         the answer that most of 16 give
+    python sample.py --init_from=out/sft --chat=True --start="…" --best_of=16 --reward_model=out/reward
     python sample.py --init_from=out/reverse --source="stressed"     of an encoder-decoder
 
 Any field of GPTConfig may be set too: --window=512 --n_sink=4 streams without end (arXiv:2309.17453).
 
-Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858).
+Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858),
+self-consistency (arXiv:2203.11171), the best of n by a reward model (arXiv:2009.01325).
 """
 import json
+import random
 import sys
 from pathlib import Path
 
 import runtime
 from convert import load_model
+from dataset import majority, vote_of
 from model import GPTConfig
+from rollout import Forcing, load_scorer
 from tokenizer import UserError
 
 init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
@@ -35,6 +42,11 @@ top_k = 0  # draw from the k likeliest tokens only; 0 = off
 top_p = 1.0  # draw from the smallest set with this much probability; 1 = off
 min_p = 0.0  # draw from tokens at least this likely relative to the likeliest; 0 = off
 repetition_penalty = 1.0  # above 1: tokens that are already there become less likely
+tools = False  # the calculator answers <tool>…</tool>
+max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
+votes = 0  # of a chat: draw so many answers and show the first of those whose last number most have; 0 = off
+best_of = 0  # of a chat: draw so many answers and show the one that reward_model scores highest; 0 = off
+reward_model = ''  # of best_of: a run of reward.py, from the same base
 seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
@@ -75,19 +87,40 @@ def stops(tokenizer):
     return tokenizer.turn_ids if chat else tokenizer.stop_ids
 
 
-def continuations(model, tokenizer, ids, out, sources=None):
+def sampling(tokenizer, force):
+    """The options of `GPT.generate` that the knobs ask for."""
+    return dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=stops(tokenizer),
+                repetition_penalty=repetition_penalty, vocab_limit=tokenizer.n_vocab, seed=None if seed < 0 else seed,
+                force=force)
+
+
+def continuations(model, tokenizer, ids, out, sources=None, force=None):
     """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
     decoder = tokenizer.stream()
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=stops(tokenizer),
-                   repetition_penalty=repetition_penalty, num_samples=num_samples, vocab_limit=tokenizer.n_vocab,
-                   seed=None if seed < 0 else seed, sources=sources)
     with runtime.user_errors():
-        for rows, tokens, _ in model.stream([ids], max_new_tokens, **options):
+        for rows, tokens, _ in model.stream([ids], max_new_tokens, num_samples=num_samples, sources=sources,
+                                            **sampling(tokenizer, force)):
             for row, token in zip(rows, tokens, strict=True):
                 out[row].append(token)
                 if row == 0 and token not in stops(tokenizer):
                     print(decoder.push(token), end='', flush=True)
     print(decoder.flush())
+
+
+def choose(model, tokenizer, ids, messages, scorer, force=None):
+    """Draws votes or best_of answers to a chat, whose ids these are -> (the one to show, why, in words)."""
+    with runtime.user_errors():
+        new = model.generate([ids], max_new_tokens, num_samples=votes or best_of, **sampling(tokenizer, force))
+    answers = [plain(tokenizer, of) for of in new]
+    if best_of:
+        scores = scorer([(messages, answer) for answer in answers])
+        first = int(scores.argmax())
+        return answers[first], f'score {scores[first]:.2f}, the best of {best_of}; their mean is {scores.mean():.2f}'
+    said = [vote_of({}, answer) for answer in answers]
+    first, count = majority(said)
+    if not count:
+        return answers[0], f'none of {votes} answers has a number: this is the first'
+    return answers[first], f'{count} of {votes} answers say {said[first]}'
 
 
 def plain(tokenizer, ids):
@@ -120,7 +153,7 @@ def save_chat(path, messages):
         print(f'(added to {path})')
 
 
-def session(model, tokenizer):
+def session(model, tokenizer, force=None):
     """Lines from the keyboard join the context, the model goes on from there; Ctrl-C ends a continuation."""
     global seed
     what = 'Say something' if chat else 'Type a text to continue'
@@ -157,7 +190,7 @@ def session(model, tokenizer):
             ids = (context + tokenizer.encode(line + '\n'))[-model.config.block_size:]
         out = [[]]
         try:
-            continuations(model, tokenizer, ids, out)
+            continuations(model, tokenizer, ids, out, force=force)
         except KeyboardInterrupt:
             print()
         context = ids + out[0]  # what is on the screen, also after Ctrl-C
@@ -177,6 +210,20 @@ def main():
     if source and (interactive or chat or start != '\n'):
         raise UserError('--source is answered from the beginning: drop --start, --chat and --interactive')
     talk = interactive or chat and start == '\n'
+    if min(votes, best_of, max_think_tokens) < 0:
+        raise UserError('votes, best_of and max_think_tokens start at 0')
+    if votes and best_of:
+        raise UserError(f'votes={votes} and best_of={best_of} choose in two ways: drop one')
+    if bool(best_of) != bool(reward_model):
+        raise UserError(f'best_of={best_of} and reward_model={reward_model!r} go together: give --best_of=N and '
+                        '--reward_model=DIR, or neither')
+    if chosen := f'votes={votes}' * bool(votes) or f'best_of={best_of}' * bool(best_of):
+        if talk or not chat:
+            raise UserError(f'{chosen} answers one question: give --chat=True --start=TEXT and no --interactive')
+        if num_samples > 1:
+            raise UserError(f'{chosen} shows one answer: drop --num_samples')
+        if temperature == 0 and votes + best_of > 1:
+            raise UserError(f'{chosen} and temperature=0: all answers would be the same: raise it')
     if talk and num_samples > 1:
         raise UserError('a session shows one answer: drop --num_samples')
     text = None if talk else read_text('source', source) if source else read_text('start', start)
@@ -186,12 +233,22 @@ def main():
                                                'an encoder: give it something to read, --source=TEXT'))
     if chat:
         tokenizer.chat_ids([{'role': 'user', 'content': ''}])  # a tokenizer that knows no chats says so now
+    force = Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
+    scorer = None
+    if best_of:
+        run = runtime.Run({'out_dir': '.', 'seed': random.getrandbits(32) if seed < 0 else seed, 'device': device,
+                           'dtype': dtype})
+        scorer = load_scorer(reward_model, run, tokenizer)
     if talk:
-        return session(model, tokenizer)
+        return session(model, tokenizer, force)
     ids, sources = tokenizer.encode(text), None
     if chat:
         opening = [{'role': 'system', 'content': system}] if system else []
-        ids, text = turn(model, tokenizer, [*opening, {'role': 'user', 'content': text.rstrip('\n')}]), ''
+        messages = [*opening, {'role': 'user', 'content': text.rstrip('\n')}]
+        ids, text = turn(model, tokenizer, messages), ''
+        if chosen:
+            answer, why = choose(model, tokenizer, ids, messages, scorer, force)
+            return print(f'{answer}\n({why})')
     elif tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]
     if source:
@@ -200,7 +257,7 @@ def main():
         print(f'(the start has {len(ids)} tokens; the model sees the last {model.config.block_size})', file=sys.stderr)
     print(text, end='', flush=True)
     out = [[] for _ in range(num_samples)]
-    continuations(model, tokenizer, ids, out, sources)
+    continuations(model, tokenizer, ids, out, sources, force)
     for i, new in enumerate(out[1:], 2):
         print(f'--- {i} of {num_samples}\n{text}{plain(tokenizer, new)}')
 

@@ -4,6 +4,7 @@ Supervised fine-tuning: a model that continues text learns to answer, from chats
     python sft.py config/sft_tiny.py                             word problems, from the model of config/tiny.py
     python sft.py config/sft_smollm2.py --dataset=data/mine      SmolLM2-135M learns your chats with LoRA
     python sft.py config/sft_smollm2.py --quant=nf4              the same with its own weights in 4 bits: QLoRA
+    python sft.py config/sft_tiny.py --dataset=wordproblems_tools --tools=True     the same, with a calculator
     python sft.py --init_from=out/sft --dataset=wordproblems --eval_only=True --eval_split=test --eval_samples=4
     torchrun --standalone --nproc_per_node=2 sft.py config/sft_tiny.py --gradient_accumulation_steps=2
 
@@ -11,7 +12,8 @@ Without lora_rank or adapter_dim all weights learn; with them those small ones a
 the model that they belong to.
 
 Papers: InstructGPT (arXiv:2203.02155), LoRA (arXiv:2106.09685), QLoRA (arXiv:2305.14314), adapters (arXiv:1902.00751),
-competence-based curricula (arXiv:1903.09848), pass@k (arXiv:2107.03374).
+competence-based curricula (arXiv:1903.09848), pass@k (arXiv:2107.03374), maj@k (arXiv:2203.11171), the best of k by a
+reward model (arXiv:2009.01325), a calculator (arXiv:2110.14168).
 """
 import json
 import math
@@ -24,17 +26,21 @@ import runtime
 from convert import start
 from dataset import (
     ChatData,
+    best_at_k,
     by_value,
     find_dataset,
     grades,
     in_words,
     interval,
     load_chats,
+    maj_at_k,
     pass_at_k,
     shown,
     summarise,
+    vote_of,
 )
 from model import GPTConfig
+from rollout import Forcing, load_scorer
 from tokenizer import UserError
 
 # where and what
@@ -78,10 +84,13 @@ eval_interval = 100  # steps between evaluations, each with answers and a checkp
 eval_rows = 256  # held-out rows whose loss is taken, and whose prompts are answered, the same every time; 0 = all
 eval_only = False  # measure init_from and train nothing
 eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
-eval_samples = 0  # of eval_only: so many answers per prompt at eval_temperature, for pass@1 … pass@k; 0 = one, greedy
+eval_samples = 0  # of eval_only: k answers per prompt at eval_temperature, for pass@k and maj@k; 0 = one, greedy
 eval_temperature = 0.8  # of those
+reward_model = ''  # of eval_samples: a run of reward.py, for best@k
 eval_file = ''  # of eval_only: a file for every prompt, answer and grade, as JSON lines
 max_new_tokens = 128  # longest answer
+tools = False  # in answers, the calculator answers <tool>…</tool>
+max_think_tokens = 0  # in answers, tokens after which <think> is closed; 0 = whenever it likes
 show_answers = 3  # answers shown at an evaluation
 log_interval = 10  # steps between lines of progress
 keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
@@ -131,8 +140,10 @@ def examine(net, model, data, run, samples=0):
     chosen = data.fixed(eval_rows)
     nats, counts = losses_of(net, data, chosen, run)
     rows, prompts = [data.rows_kept[i] for i in chosen], [data.prompt(i) for i in chosen]
+    force = Forcing(data.tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
     ids = run.answers(model, prompts, max_new_tokens, temperature=eval_temperature if samples else 0,
-                      stop_ids=data.tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=data.tokenizer.n_vocab)
+                      stop_ids=data.tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=data.tokenizer.n_vocab,
+                      force=force)
     answers = [[data.text(answer) for answer in of] for of in ids]
     marks = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
     return float(nats.sum() / counts.sum()), rows, answers, marks
@@ -149,6 +160,7 @@ def rows_of(split, tokenizer, length, run, packed=False):
 
 def evaluate_only(model, net, tokenizer, length, run):
     """What eval_only prints of a model and writes to eval_file."""
+    scorer = load_scorer(reward_model, run, tokenizer) if reward_model else None
     data = rows_of(eval_split, tokenizer, length, run)
     loss, rows, answers, marks = examine(net, model, data, run, eval_samples)
     means, ranges = summarise(marks)
@@ -158,13 +170,23 @@ def evaluate_only(model, net, tokenizer, length, run):
         if words := by_value(rows, marks, key):
             run.say(f'correct by {key}: {words}')
     if eval_samples and 'correct' in means:
-        right = [sum(grades(row, text)['correct'] for text in texts) for row, texts in zip(rows, answers, strict=True)
-                 if 'answer' in row]
-        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < eval_samples] + [eval_samples]
-        for k in ks:
-            values = [pass_at_k(eval_samples, int(c), k) for c in right]
-            low, high = interval(values)
-            run.say(f'pass@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
+        graded = [(row, texts) for row, texts in zip(rows, answers, strict=True) if 'answer' in row]
+        right = [[int(grades(row, text)['correct']) for text in texts] for row, texts in graded]
+        votes = [[vote_of(row, text) for text in texts] for row, texts in graded]
+        scores = None
+        if scorer:
+            scores = scorer([(row['messages'][:-1], text) for row, texts in graded for text in texts])
+            scores = scores.reshape(-1, eval_samples).tolist()
+        for k in [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < eval_samples] + [eval_samples]:
+            shares = {'pass': [pass_at_k(eval_samples, sum(hits), k) for hits in right],
+                      'maj': [maj_at_k(of, hits, k) for of, hits in zip(votes, right, strict=True)]}
+            if scores:
+                shares['best'] = [best_at_k(of, hits, k) for of, hits in zip(scores, right, strict=True)]
+            words = []
+            for how, values in shares.items():
+                low, high = interval(values)
+                words.append(f'{how}@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
+            run.say(', '.join(words))
     for row, texts, mark in list(zip(rows, answers, marks, strict=True))[:show_answers]:
         run.say(shown(row, texts[0], mark))
     if eval_file and run.main:
@@ -186,6 +208,8 @@ def main():
         raise UserError('val_fraction and curriculum_start lie between 0 and 1')
     if max_new_tokens < 1:
         raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
+    if reward_model and not (eval_only and eval_samples):
+        raise UserError(f'reward_model={reward_model!r} chooses among answers: add --eval_only=True --eval_samples=K')
     run = runtime.Run(config)
     began = start(run, 'sft', base, given)
     model, tokenizer, origin = began.model, began.tokenizer, began.origin

@@ -1,4 +1,5 @@
 """Every promise of README, one short test each; the truth comes from transformers, torch's modules, hand arithmetic."""
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -7503,3 +7504,419 @@ def test_prompts_come_in_many_shapes(row, due, tmp_path):
     assert dataset.PromptData([found], bytes_tokenizer(), room, 24).dropped['too_long'] == 0  # fits to the last token
     with pytest.raises(UserError, match=f'block_size={room - 1}'):
         dataset.PromptData([found], bytes_tokenizer(), room - 1, 24)
+# reasoning and tools
+
+def in_fractions(expr):
+    """The value of an arithmetic expression as Python reads it, a Fraction."""
+    def value(node):
+        if isinstance(node, ast.Constant):
+            return Fraction(ast.get_source_segment(expr, node))
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand)
+        x, y = value(node.left), value(node.right)
+        return {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
+                ast.Div: Fraction.__truediv__}[type(node.op)](x, y)
+    return value(ast.parse(expr, mode='eval').body)
+
+
+def random_expression(draw, depth=0):
+    kind = draw.random()
+    if depth > 4 or kind < 0.35:
+        return draw.choice(['7', '0', '12', '3.5', '0.25', '100', '99.99', '1000', '6', '48'])
+    inner = [random_expression(draw, depth + 1) for _ in 'ab']
+    if kind < 0.45:
+        return f'-{inner[0]}'
+    if kind < 0.6:
+        return f'({inner[0]})'
+    return draw.choice(['', ' ']).join([inner[0], draw.choice('+-*/'), inner[1]])
+
+
+def test_the_calculator_calculates_as_python_does():
+    draw, seen = random.Random(0), Counter()
+    for _ in range(4000):
+        expr = random_expression(draw).strip()
+        found = tok.calculate(expr)
+        try:
+            due = in_fractions(expr)
+        except ZeroDivisionError:
+            assert found == 'error', expr
+            seen['zero'] += 1
+            continue
+        if found == 'error':  # of what the grammar has, only what is too long, too deep or too large
+            assert len(expr) > 200 or abs(due) >= 10**15 or expr.count('(') + expr.count('-') > 20, expr
+            seen['bounded'] += 1
+            continue
+        assert re.fullmatch(r'-?[0-9]+(\.[0-9]*[1-9])?', found) and found != '-0', found
+        assert Fraction(found) == round(due * 10**6) / Fraction(10**6), (expr, found)
+        seen['exact' if Fraction(found) == due else 'rounded'] += 1
+    assert min(seen[kind] for kind in ('zero', 'exact', 'rounded')) > 50, seen
+
+
+@pytest.mark.parametrize(('expr', 'due'), [
+    ('26 - 19', '7'), ('10/4', '2.5'), ('1/3', '0.333333'), ('-2/3', '-0.666667'), ('1,234,567 + 1', '1234568'),
+    ('0.1 + 0.2', '0.3'), ('.5*4', '2'), ('--2', '2'), ('2 - -3', '5'), ('999,999,999,999,999', '999999999999999'),
+    ('(' * 20 + '1' + ')' * 20, '1'), ('-1/10000000', '0'),
+    *((bad, 'error') for bad in (
+        '', ' ', '(', ')', '()', '1 +', '+1', '* 2', '1 2', '2(3)', '(1)(2)', '1/0', '1/(2-2)', '2**3', '2^3', '2//1',
+        '7 % 2', '1e5', '0x10', '1_000', '1,00', '1,0000', '12,34', ',1', '5.', '1..2', '1.2.3', 'x', 'pi', '$5', '5%',
+        '3\n+4', '3\t+4', '\u0661+1', '\u22123', '1 = 1', '1;2', '__import__("os")', 'lambda: 1', '[1]', '1\x00',
+        '(' * 21 + '1' + ')' * 21, '-' * 30 + '1', '1' * 16, '999999999999999 + 1', '9*' * 30 + '9', '1+' * 100 + '1',
+        '(' * 10**6, '9' * 10**6, ',' * 10**6, '1,' * 10**6))], ids=lambda text: text[:20])
+def test_the_calculator_refuses_what_is_no_arithmetic(expr, due):
+    assert tok.calculate(expr) == due
+
+
+CALLING = '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars\n7 / 0 = <tool>7 / 0</tool>[error]</think>\nIt is 7.'
+SPEAKERS = {'bytes': bytes_tokenizer, 'bpe': lambda: train_bpe([CALLING.replace('7', str(n)) for n in range(40)], 330)}
+
+
+@pytest.fixture(params=SPEAKERS)
+def speaker(request):
+    return SPEAKERS[request.param]()
+
+
+@pytest.mark.parametrize('text', ['', '7', '<tool>1</tool>', 'a [7] b', '</tool>[7]', '<tool>1</tool> [7]',
+                                  '<tool>1[7]', '<tool>2</tool>[7\n]', 'Ünï <think>x</think>\n'])
+def test_what_has_no_answered_call_is_tokenised_as_one_text(speaker, text):
+    ids, mask = speaker.chat_ids(asked(CALLING) + said(text))
+    start, end = ([speaker.special[name]] for name in ('<|im_start|>', '<|im_end|>'))
+    newline, content = speaker.encode('\n'), speaker.encode(text)
+    head = start + speaker.encode(f'user\n{CALLING}') + end + newline + start + speaker.encode('assistant\n')
+    assert ids == head + content + end + newline
+    assert mask == [0] * len(head) + [1] * (len(content) + 1) + [0] * len(newline)
+
+
+def test_the_result_of_a_call_is_a_text_of_its_own_and_not_learnt(speaker):
+    ids, mask = speaker.chat_ids(said(CALLING))
+    parts = re.split(r'(\[.*?\])', CALLING)
+    due = [(speaker.encode(part), [1 - i % 2] * len(speaker.encode(part))) for i, part in enumerate(parts)]
+    head = len([speaker.special['<|im_start|>'], *speaker.encode('assistant\n')])
+    assert ids[head:-2] == sum((x for x, _ in due), []) and speaker.decode(ids[head:-2]) == CALLING
+    assert mask[head:-2] == sum((x for _, x in due), []) and mask[-2:] == [1, 0]
+    rows = [{'messages': asked('q') + said(CALLING)}]
+    data = ChatData(rows, speaker, 512)
+    assert speaker.decode(data.read([0])[1][0][data.read([0])[1][0] >= 0].tolist()) == re.sub(
+        r'\[.*?\]', '', CALLING) + '<|im_end|>'
+    ids, counts = dataset.answered(speaker, asked('q'), CALLING)
+    assert speaker.decode(ids[~counts].tolist()).endswith('assistant\n[7][error]')
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """says(tokenizer, texts): every model now gives these answers, which begin differently, to a prompt's samples in
+    turn, in the ids of `chat_ids`; in the place of what is not its own to say, such as results, it says something else.
+    """
+    def script(tokenizer, texts):
+        wanted = []
+        for text in texts:
+            ids, mask = tokenizer._answer_ids(text)
+            wanted.append(([*ids, tokenizer.special['<|im_end|>']], [*mask, 1]))
+        start, header = tokenizer.special['<|im_start|>'], len(tokenizer.encode('assistant\n'))
+
+        def sample(logits, rows, *rest):
+            found = []
+            for place, row in enumerate(rows):
+                new = row[len(row) - row[::-1].index(start) + header:]
+                fits = [w for w in wanted if w[0][:len(new)] == new] if new else [wanted[place % len(wanted)]]
+                ids, mask = fits[0] if fits else wanted[0]  # it was led astray
+                at = min(len(new), len(ids) - 1)
+                found.append(ids[at] if mask[at] else 0)
+            return found, [-0.5] * len(rows)
+        monkeypatch.setattr(model_file, 'sample', sample)
+    return script
+
+
+def test_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(speaker, says):
+    """Results are put in where calls end, in the ids that training has, without a log-probability and without loss."""
+    says(speaker, [CALLING])
+    model = tiny(block_size=256, vocab_size=speaker.n_vocab, pos='rope')
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    rows = [{'messages': asked('q') + said(CALLING), 'prompt': asked('q'), 'answer': '7', 'where': 'w'}]
+    data = dataset.PromptData(rows, speaker, 256, 200)
+    force = rollout.Forcing(speaker)
+    answers = rollout.draw(model, data, [0], run, 200, 3, force=force)
+    ids, mask = speaker._answer_ids(CALLING)
+    assert answers.ids == [[*ids, speaker.special['<|im_end|>']]] * 3 and answers.texts == [CALLING] * 3
+    assert (answers.drawn == np.array([*mask, 1], bool)).all() and 0 < mask.count(0) < 20
+    prompt = speaker.chat_ids(asked('q'), generate=True)[0]
+    assert speaker.chat_ids(asked('q') + said(CALLING))[0][:-len(speaker.encode('\n'))] == prompt + answers.ids[0]
+    new, logprobs = model.generate([prompt], 200, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
+    assert [math.isnan(x) for x in logprobs[0]] == [not m for m in [*mask, 1]] and new == answers.ids[:1]
+    found, entropies, _ = rollout.read(lambda *a, **k: (*model(*a, **k)[:2], torch.zeros(1)), run, answers, [0], 256)
+    assert ((found != 0) == torch.tensor([[*mask, 1]])).all() and ((entropies != 0) == (found != 0)).all()
+    gain = torch.autograd.grad(found.sum(), model.head.weight, retain_graph=True)[0]
+    own = torch.autograd.grad((found * torch.tensor([[*mask, 1]])).sum(), model.head.weight)[0]
+    assert torch.equal(gain, own) and gain.abs().sum() > 0
+    without = rollout.draw(model, data, [0], run, 200, 1)
+    assert without.texts != [CALLING] and without.drawn.all()
+
+
+def tokens_of(*parts):
+    """A tokenizer that has these bytes as tokens beside the single ones, and what cuts a text into single bytes."""
+    tokens = [bytes([b]) for b in range(256)] + list(parts)
+    return tok._with_specials('bpe', 'straddling', tokens, {}, r'[\s\S]')
+
+
+STRADDLING = (b'</tool>', b'ol>', b'</tool', b'>\n', b'>[', b'l> ', b' 3</tool>', b'<tool>2 + ', b'think>2', b'</think')
+
+
+@pytest.mark.parametrize(('parts', 'forced'), [
+    (['<tool>2 + ', ' 3</tool>'], '[5]'), (['<tool>2 + ', '3', '</tool', '>'], '[5]'),
+    (['<tool>2 + ', '3', '<', '/', 't', 'o', 'ol>'], '[5]'), (['x', '<tool>2 + ', '3', '</tool>'], '[5]'),
+    (['<tool>2 + ', '<tool>2 + ', ' 3</tool>'], '[5]'), (['<tool>2 + ', '</tool>'], '[error]'),
+    (['<tool>2 + ', '\n', ' 3</tool>'], '[error]'), (['\x00', '<tool>2 + ', ' 3</tool>'], '[5]'),
+    (['<tool>2 + ', '3', '</tool', '>\n'], ''), (['<tool>2 + ', '3', '</tool', '>['], ''),
+    (['<tool>2 + ', '3', '<', '/', 't', 'o', 'o', 'l> '], ''), ([' 3</tool>'], ''), (['</tool>'], ''),
+    (['<tool>2 + ', ' 3</tool>', ' 3</tool>'], ''), (['<tool>2 + ', '3'], ''),
+    (['<tool>2 + ', ' 3</tool>', '[', '5', ']'], ''), (['<tool>2 + ', ' 3</tool>', '['], ''),
+    (['<tool>2 + ', ' 3</tool>', '[', '5', ']', '<tool>2 + ', ' 3</tool>'], '[5]')], ids=''.join)
+def test_a_call_is_answered_once_where_it_ends_whatever_the_tokens(parts, forced):
+    tokenizer = tokens_of(*STRADDLING)
+    ids = [tokenizer.tokens.index(part.encode()) for part in parts]
+    assert tokenizer.decode(rollout.Forcing(tokenizer)(ids)) == forced
+    assert rollout.Forcing(tokenizer, tools=False, max_think_tokens=2)(ids) == []
+
+
+def test_calls_of_an_answer_are_limited(speaker):
+    call, force = '<tool>1+1</tool>', rollout.Forcing(speaker, max_calls=3)
+    said = [speaker.decode(force(speaker._answer_ids(f'{call}[2]' * n + call)[0])) for n in range(5)]
+    assert said == ['[2]', '[2]', '[2]', '', '']
+
+
+@pytest.mark.parametrize('budget', [1, 2, 7, 30])
+def test_a_thought_is_closed_exactly_at_its_budget(speaker, says, budget):
+    thought = 'b' + 'a b c ' * 40
+    says(speaker, [f'<think>{thought}'])
+    model, prompt = tiny(block_size=512, vocab_size=speaker.n_vocab, pos='rope'), speaker.chat_ids([], generate=True)[0]
+    force = rollout.Forcing(speaker, tools=False, max_think_tokens=budget)
+    new, logprobs = model.generate([prompt], 100, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
+    opened = next(n for n in range(1, 99) if '<think>' in speaker.decode(new[0][:n]))
+    close = speaker.encode('</think>\n')
+    assert new[0][opened + budget:][:len(close)] == close
+    assert [i for i, x in enumerate(logprobs[0]) if math.isnan(x)] == [opened + budget + i for i in range(len(close))]
+    assert speaker.decode(new[0]).count('</think>') == 1
+
+
+def test_a_thought_that_ends_in_time_is_left_alone(speaker):
+    force = rollout.Forcing(speaker, tools=True, max_think_tokens=20)
+    for text in ('<think>ab</think>\nIt is 7.' + ' x' * 60, 'no thought' + ' x' * 60, 'x</think>' + ' y' * 60):
+        ids = speaker.encode(text)
+        assert all(force(ids[:n]) == [] for n in range(1, len(ids) + 1))
+    again = speaker.encode('<think>ab</think>\n<think>') + speaker.encode('x') * 20
+    assert [n for n in range(1, len(again) + 1) if force(again[:n])] == [len(again)]
+
+
+def test_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
+    call = '<think>b <tool>99 * 99</tool>'
+    ids = speaker.encode(call)
+    opened = next(n for n in range(1, 99) if '<think>' in speaker.decode(ids[:n]))
+    for late in range(3):  # the budget ends with the call, or while its result is said
+        force, said = rollout.Forcing(speaker, max_think_tokens=len(ids) - opened + late), list(ids)
+        for _ in range(2):
+            said += force(said)
+        assert speaker.decode(said) == f'{call}[9801]</think>\n'
+        assert force([*said, *speaker.encode('It')]) == []
+
+
+def test_tokens_that_straddle_the_opening_of_a_thought():
+    tokenizer = tokens_of(*STRADDLING)
+    ids = [tokenizer.tokens.index(part.encode()) for part in ('<', 'think>2', 'a', 'b', 'c')]
+    force = rollout.Forcing(tokenizer, max_think_tokens=2)
+    assert [tokenizer.decode(force(ids[:n])) for n in range(1, 6)] == ['', '', '', '</think>\n', '</think>\n']
+
+
+def test_a_tokenizer_that_cannot_spell_the_markup_says_so():
+    for options in ({'tools': True}, {'tools': False, 'max_think_tokens': 3}):
+        with pytest.raises(UserError, match='tokenizer chars cannot spell'):
+            rollout.Forcing(get_tokenizer('chars', 'abc 123'), **options)
+
+
+@pytest.mark.parametrize(('text', 'plain'), [
+    ('= <tool>26 - 19</tool>[7] dollars', '= 7 dollars'), ('$<tool>1</tool>[1,000].', '$1,000.'),
+    ('<tool>2</tool> is <tool>3 + 4', ' is '), ('no [7] call', 'no [7] call'), ('a </tool>[7]', 'a </tool>[7]'),
+    ('<tool>1/0</tool>[error]', 'error'), ('<tool>a<tool>2</tool>[3]b', '<tool>a3b'), ('<tool>\n</tool>[4]', '4')])
+def test_graders_read_results_and_not_calls(text, plain):
+    assert dataset.rendered(text) == plain and visible(text) == plain.strip()
+
+
+def test_graders_are_not_fooled_by_calls():
+    row = {'answer': '7', 'steps': 1}
+    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars</think>\nIt is 7.')['working'] == 1
+    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[8] dollars</think>\nIt is 7.')['working'] == 0
+    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool></think>\nIt is 7.')['working'] == 0
+    assert dataset.quality(row, '<think>3 + <tool>4</think>\nIt is 7.')['correct'] == 1
+    assert grade('It is <tool>3 + 4</tool>[7].', '7', 'number') and grade('<tool>3+4</tool>[7]', '7', 'exact')
+    for text in ('It is <tool>3 + 7', 'It is <tool>7</tool>', 'It is 8 <tool>7</tool>', '<think><tool>7</tool>[7]'):
+        assert not grade(text, '7', 'number'), text
+    marks = dataset.grades({'messages': said('<think>a</think>\nIt is <tool>3+4</tool>[7].')}, 'It is 7.')
+    assert marks == {'exact': 1, 'f1': 1, 'rouge_l': 1}
+
+
+@pytest.mark.parametrize(('votes', 'due'), [
+    ([7], (0, 1)), ([7, 8, 8], (1, 2)), ([7, 8, 8, 7], (0, 2)), ([8, 7, 7, 8, 9], (0, 2)), ([None, 7], (1, 1)),
+    ([None, None, None, 7, 8, 8], (4, 2)), ([None, None], (0, 0)), ([Fraction(1, 2), Fraction(2, 4), 7], (0, 2))])
+def test_the_majority_wins_and_of_equals_the_first(votes, due):
+    assert dataset.majority(votes) == due
+
+
+def test_votes_are_numbers_or_words():
+    assert dataset.vote_of({}, '<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.') == 1007
+    assert dataset.vote_of({'grader': 'exact'}, '<think>9</think> The Cat!') == 'cat'
+    assert dataset.vote_of({}, '<think>9</think> none') is dataset.vote_of({'grader': 'exact'}, '<think>9') is None
+
+
+def test_shares_of_k_answers_are_unbiased():
+    """Over all sequences of n answers of three kinds, the mean of an estimate is the chance for a draw of k."""
+    kinds, n = [(7, 1, 0.5), (8, 0, 0.9), (None, 0, 0.1)], 4  # vote, right, score
+    for k in (1, 2, 3, 4):
+        draws = [*itertools.product(kinds, repeat=k)]
+        due_maj = np.mean([draw[dataset.majority([v for v, *_ in draw])[0]][1] for draw in draws])
+        due_best = np.mean([max(draw, key=lambda answer: answer[2])[1] for draw in draws])
+        found = [[f(of, right, k) for f, of in ((dataset.maj_at_k, votes), (dataset.best_at_k, scores))]
+                 for votes, right, scores in (zip(*sequence, strict=True)
+                                              for sequence in itertools.product(kinds, repeat=n))]
+        assert np.mean(found, 0) == pytest.approx([due_maj, due_best])
+    scores, right = [3.0, 1.0, 3.0, 2.0, 0.0], [0, 1, 1, 0, 1]
+    for k in range(1, 6):
+        every = [right[max(of, key=lambda i: (scores[i], -i))] for of in itertools.combinations(range(5), k)]
+        assert dataset.best_at_k(scores, right, k) == pytest.approx(np.mean(every))
+    for share in (dataset.maj_at_k, dataset.best_at_k):
+        for k in (0, 6):
+            with pytest.raises(UserError, match='take k from 1 to 5'):
+                share(scores, right, k)
+
+
+@pytest.fixture
+def talk(run_stage, base_run):
+    """talk('--key=value', …) -> (exit status, stdout, stderr) of sample.py, one question to a small random model."""
+    return lambda *args: run_stage('sample', f'--init_from={base_run}', '--chat=True', '--start=How many?',
+                                   '--device=cpu', '--max_new_tokens=100', *args)
+
+
+def test_a_chat_has_a_calculator(talk, says):
+    says(bytes_tokenizer(), [CALLING])
+    assert talk('--tools=True')[:2] == (0, CALLING + '\n')
+    assert CALLING not in talk()[1]
+    status, out, err = talk('--max_think_tokens=4')
+    assert (status, err) == (0, '') and out.startswith('<think>26 -</think>\n')
+
+
+def test_several_answers_vote(talk, says):
+    texts = ['<think>1</think>\nIt is 9.', 'So 7.0', 'To 8', '<think>2</think>\nOf 7']
+    says(bytes_tokenizer(), [text.replace('<think>', f'{i}<think>') for i, text in enumerate(texts)])
+    assert talk('--votes=4')[:2] == (0, 'So 7.0\n(2 of 4 answers say 7)\n')
+    assert talk('--votes=3')[:2] == (0, '0<think>1</think>\nIt is 9.\n(1 of 3 answers say 9)\n')
+    says(bytes_tokenizer(), ['a', 'b'])
+    assert talk('--votes=2')[:2] == (0, 'a\n(none of 2 answers has a number: this is the first)\n')
+
+
+def test_the_best_of_several_answers_is_shown(talk, says, rate, base_run):
+    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
+    texts = ['It is 7.', 'Who cares 7.', 'No <tool>3 + 4</tool>[7]']
+    says(bytes_tokenizer(), texts)
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    scores = rollout.load_scorer('scorer', run, bytes_tokenizer())([(asked('How many?'), text) for text in texts])
+    status, out, err = talk('--best_of=3', '--reward_model=scorer', '--tools=True', '--dtype=float32')
+    assert (status, err) == (0, '') and len(set(scores)) == 3
+    why = f'(score {scores.max():.2f}, the best of 3; their mean is {scores.mean():.2f})'
+    assert out == f'{texts[scores.argmax()]}\n{why}\n'
+
+
+@pytest.mark.parametrize(('words', 'args'), [
+    (['votes=2', 'best_of=3', 'drop one'], ['--votes=2', '--best_of=3', '--reward_model=x']),
+    (['best_of=3', 'reward_model'], ['--best_of=3']), (["reward_model='x'", 'best_of'], ['--reward_model=x']),
+    (['votes=2', '--chat=True --start'], ['--votes=2', '--interactive=True']),
+    (['votes=2', '--chat=True --start'], ['--votes=2', '--chat=False']),
+    (['votes=2', '--chat=True --start'], ['--votes=2', '--start=\n']),
+    (['votes=2', '--num_samples'], ['--votes=2', '--num_samples=2']),
+    (['votes=2', 'temperature=0'], ['--votes=2', '--temperature=0']),
+    (['start at 0'], ['--votes=-1']), (['start at 0'], ['--max_think_tokens=-1']),
+    (['out/none', 'no such run'], ['--best_of=2', '--reward_model=out/none']),
+    (['is no reward model'], ['--best_of=2', '--reward_model=BASE'])])
+def test_mistakes_with_several_answers_get_one_line(talk, base_run, words, args):
+    status, out, err = talk(*[arg.replace('BASE', str(base_run)) for arg in args])
+    assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+
+
+def test_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, rate, says):
+    assert rate('--out_dir=scorer', '--max_iters=3')[0] == 0
+    says(bytes_tokenizer(), ['It is <tool>3 + 4</tool>[7].', 'So 8.', 'Or 7'])
+    rows = [{'messages': asked(f'{i}?') + said('7'), 'answer': '7'} for i in range(20)]
+    lines(Path('sevens.jsonl'), rows)
+    status, out, err = tune('--dataset=sevens.jsonl', '--eval_only=True', '--eval_samples=3', '--tools=True',
+                            '--max_new_tokens=40', '--reward_model=scorer', '--val_fraction=0.5', '--eval_rows=0')
+    assert (status, err) == (0, '')
+    found = re.findall(r'^pass@(\d): (\S+)% .*, maj@\1: (\S+)% .*, best@\1: (\S+)% ', out, re.M)
+    assert [of[:3] for of in found] == [('1', '66.7', '66.7'), ('2', '100.0', '100.0'), ('3', '100.0', '100.0')]
+    status, out, err = tune('--dataset=sevens.jsonl', '--eval_only=True', '--eval_samples=2')
+    assert (status, err) == (0, '') and 'maj@2' in out and 'best@' not in out
+    for args in (['--reward_model=scorer'], ['--reward_model=scorer', '--eval_only=True']):
+        status, out, err = tune('--out_dir=run', *args)
+        assert status == 2 and err.count('\n') == 1 and '--eval_only=True --eval_samples=K' in err
+
+
+@pytest.mark.parametrize('stage', ['sft', 'grpo', 'ppo'])
+def test_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tmp_path, says, stage):
+    says(bytes_tokenizer(), [CALLING, f'So {CALLING}', 'a<think>' + 'a' * 120])
+    rows = [{'messages': asked(f'{i}?') + said(CALLING), 'answer': '7'} for i in range(20)]
+    lines(Path('sevens.jsonl'), rows)
+    flags = ['--dataset=sevens.jsonl', '--tools=True', '--max_think_tokens=85', '--max_new_tokens=130', '--max_iters=1',
+             '--eval_rows=2', '--batch_size=4', '--device=cpu', '--dtype=float32', '--out_dir=run', '--warmup_iters=0']
+    if stage != 'sft':
+        flags += ['--prompts_per_step=2', '--num_generations=4', '--rewards=correct', '--reward_model=',
+                  '--gradient_accumulation_steps=2']
+    status, out, err = run_stage(stage, f'--init_from={base_run}', *flags)
+    assert (status, err) == (0, ''), err
+    last = rows_of('run')[-1]
+    assert last['iter'] == 1 and last['val/correct'] == 1  # the scripted answer is right only if it was answered
+    status, out, err = run_stage(stage, f'--init_from={base_run}', *flags, '--max_think_tokens=-1')
+    assert status == 2 and err.count('\n') == 1 and 'max_think_tokens=-1' in err
+
+
+def test_word_problems_with_tools_are_the_same_problems(house):
+    small = '--train_rows=300 --val_rows=40 --test_rows=40 --pref_rows=10'
+    plain, tools, named = house(f'wordproblems {small}', f'wordproblems {small} --tools=True',
+                                f'wordproblems {small} --tools=True --name=calling')
+    assert [r[0] for r in (plain, tools, named)] == [0] * 3, (plain, tools, named)
+    data = house.root / 'data'
+    assert not list((data / 'wordproblems_tools').glob('prefs*')) and (data / 'wordproblems/prefs_train.jsonl').exists()
+    calls = 0
+    for split in ('train', 'val', 'test'):
+        for row, same, called in zip(*(read_rows(data / name, split) for name in (
+                'wordproblems', 'calling', 'wordproblems_tools')), strict=True):
+            answer, text = (r['messages'][1]['content'] for r in (row, called))
+            assert called == same and dataset.rendered(text) == answer
+            assert called | {'messages': 0} == row | {'messages': 0} and question(called) == question(row)
+            found = [*tok.ANSWERED_CALL.finditer(text)]
+            assert len(found) == row['steps'] and all(f'[{tok.calculate(m[1])}]' == m[2] for m in found), text
+            assert dataset.quality(row, text) == dataset.quality(row, answer)
+            calls += len(found)
+    assert calls > 500
+    refuses(house, [(['name=', 'a folder of their own'], 'wordproblems --tools=True --name=wordproblems'),
+                    (['name=', 'no prepare.py'], 'wordproblems --name=shakespeare'),
+                    (['name=', '--name=NAME'], 'wordproblems --name=a/b')])
+
+
+def test_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
+    script, counts = load_script('gsm8k'), Counter()
+    for text, due in [
+            ('48/2 = <<48/2=24>>24 clips', '48/2 = <tool>48/2</tool>[24] clips'),
+            ('$<<2*.5=1>>1.00.', '$<tool>2*.5</tool>[1].'), ('<<5-8=-3>>-3', '<tool>5-8</tool>[-3]'),
+            ('<<500*2=1000>>1,000 a', '<tool>500*2</tool>[1000] a'), ('<<1+1=3>>3', '3'), ('<<1+1=2>>3', '3'),
+            ('<<2>>2', '2'), ('<<10/3=3.33>>3.33', '3.33'), ('<<50%*2=1>>1', '1'), ('<<1/2=.5>>1/2', '1/2'),
+            ('<<1+1=2>> x', ' x')]:
+        assert script.with_calls(text, counts) == due
+    assert counts == {'calls': 4, 'left out': 7}
+    source = SHARED / 'gsm8k'
+    if not source.exists():
+        pytest.skip(f'{source} is not here')
+    (status, out, _), = house(f'gsm8k --input={source} --tools=True')
+    assert status == 0 and '27,978 calls of the calculator; 20 marks left out' in out
+    rows, calls = read_rows(house.root / 'data/gsm8k_tools'), 0
+    for row in rows:
+        text = row['messages'][1]['content']
+        found = [*tok.ANSWERED_CALL.finditer(text)]
+        assert all(f'[{tok.calculate(m[1])}]' == m[2] for m in found) and not re.search('<<|>>', text)
+        assert grade(text, row['answer'], 'number') and text.count('<tool>') == len(found)
+        calls += len(found)
+    assert (len(rows), calls) == (8792, 27978) and not (house.root / 'data/gsm8k/train.jsonl').exists()

@@ -7,6 +7,7 @@
     ids, mask = tokenizer.chat_ids([{'role': 'user', 'content': 'Hi'}], generate=True)
 
 BPE (arXiv:1508.07909) on bytes as in GPT-2: `train_bpe` learns the merges here; encoding with them is tiktoken's work.
+The calculator that an assistant may call in its answers is here, too: chats are tokenised around its results.
 """
 
 import codecs
@@ -19,6 +20,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from fractions import Fraction
 
 import numpy as np
 import regex
@@ -67,6 +69,79 @@ UNSPELL = {char: b for b, char in SPELLING.items()}
 BLANKS = 500_000
 AWKWARD = re.compile(rf'(\s{{{BLANKS}}}|[\udc80-\udcff]+)')
 
+# What an assistant writes to have something calculated, and the same with the result that is put in after it.
+CALL = re.compile('<tool>((?:(?!</?tool>).)*)</tool>', re.S)
+ANSWERED_CALL = re.compile(rf'{CALL.pattern}(\[[^][\n]*\])', re.S)
+CALC_TOKEN = re.compile(r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+|[-+*/()]')
+CALC_LENGTH, CALC_DEPTH, CALC_LIMIT, CALC_DECIMALS = 200, 20, 10**15, 6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the calculator
+
+def calculate(expr):
+    """The value of an arithmetic expression as a short text: '7', '-2.5', '0.333333', or 'error'.
+
+        sum     = product {('+' | '-') product}
+        product = factor {('*' | '/') factor}
+        factor  = '-' factor | '(' sum ')' | number
+        number  = digits, which may have commas between thousands, and may go on with '.' and digits; or '.' and digits
+
+    Spaces may stand between these. It is exact, in fractions; only the result is rounded, to CALC_DECIMALS decimals.
+    'error' is what is not of this grammar, is longer than CALC_LENGTH characters, nests parentheses and signs deeper
+    than CALC_DEPTH, divides by zero, or has a number, given or on the way, that is not below CALC_LIMIT.
+    """
+    if len(expr) > CALC_LENGTH or CALC_TOKEN.sub('', expr).strip(' '):
+        return 'error'
+    tokens = CALC_TOKEN.findall(expr)[::-1]
+    try:
+        value = _sum(tokens, 0)
+    except (ValueError, ZeroDivisionError):
+        return 'error'
+    if tokens:
+        return 'error'
+    scaled = round(value * 10**CALC_DECIMALS)
+    digits = f'{abs(scaled):0{CALC_DECIMALS + 1}}'
+    return '-' * (scaled < 0) + f'{digits[:-CALC_DECIMALS]}.{digits[-CALC_DECIMALS:]}'.rstrip('0').rstrip('.')
+
+
+def _bounded(value):
+    if abs(value) >= CALC_LIMIT:
+        raise ValueError
+    return value
+
+
+def _sum(tokens, depth):
+    """Takes a sum from the end of reversed tokens -> its value, a Fraction; ValueError where there is none."""
+    value = _product(tokens, depth)
+    while tokens and tokens[-1] in '+-':
+        value = _bounded(value + _product(tokens, depth) if tokens.pop() == '+' else value - _product(tokens, depth))
+    return value
+
+
+def _product(tokens, depth):
+    value = _factor(tokens, depth)
+    while tokens and tokens[-1] in '*/':
+        value = _bounded(value * _factor(tokens, depth) if tokens.pop() == '*' else value / _factor(tokens, depth))
+    return value
+
+
+def _factor(tokens, depth):
+    if depth > CALC_DEPTH or not tokens:
+        raise ValueError
+    token = tokens.pop()
+    if token == '-':
+        return -_factor(tokens, depth + 1)
+    if token != '(':
+        return _bounded(Fraction(token.replace(',', '')))  # of an operator: ValueError
+    value = _sum(tokens, depth + 1)
+    if not tokens or tokens.pop() != ')':
+        raise ValueError
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizers
 
 def _utf8(text):
     """Text -> bytes. Half a surrogate pair, which has no UTF-8, becomes U+FFFD as in tiktoken."""
@@ -170,6 +245,9 @@ class Tokenizer:
 
         mask is 1 on the tokens that the assistant has to produce, its content and its <|im_end|>, and 0 elsewhere.
         generate: end with the header of the assistant's next message, which may be the first.
+
+        In what the assistant says, the result of a call, '[7]' in '<tool>26 - 19</tool>[7]', is a text of its own and
+        mask is 0 on it, since generation puts it in between what the model writes before and after (see `rollout.py`).
         """
         if not self._has_chat():
             raise UserError(f'tokenizer {self.name} has no chats in ChatML (<|im_start|> … <|im_end|>): '
@@ -186,13 +264,22 @@ class Tokenizer:
         header, ids, mask = [start, *self.encode('assistant\n')], [], []
         for m in messages:
             if m['role'] == 'assistant':  # apart from its header, as when it is generated
-                content = [*self.encode(m['content']), end]
-                ids += header + content + newline
-                mask += [0] * len(header) + [1] * len(content) + [0] * len(newline)
+                content, counts = self._answer_ids(m['content'])
+                ids += header + content + [end] + newline
+                mask += [0] * len(header) + counts + [1] + [0] * len(newline)
             else:
                 ids += [start, *self.encode(f"{m['role']}\n{m['content']}"), end, *newline]
                 mask += [0] * (len(ids) - len(mask))
         return (ids + header, mask + [0] * len(header)) if generate else (ids, mask)
+
+    def _answer_ids(self, content):
+        """What the assistant says -> its ids, and 1 for those that it has to produce, 0 for results of calls."""
+        ids, counts, end = [], [], 0
+        for call in ANSWERED_CALL.finditer(content):
+            said, result = self.encode(content[end:call.start(2)]), self.encode(call[2])
+            ids, counts, end = ids + said + result, counts + [1] * len(said) + [0] * len(result), call.end()
+        rest = self.encode(content[end:])
+        return ids + rest, counts + [1] * len(rest)
 
     def decode_bytes(self, ids):
         """Ids -> bytes; special tokens come out by their names."""

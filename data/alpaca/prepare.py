@@ -11,14 +11,13 @@ often it comes; a row that is there twice is taken once, and a pair of equal ans
     python data/alpaca/prepare.py --input=instructions.json --name=mine --test_fraction=0.1
 """
 import json
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
-from dataset import fetch_url, fraction_of, write_rows
+from dataset import fetch_url, folder_for, fraction_of, write_rows
 from tokenizer import UserError
 
 input = ''  # a .json or .jsonl file; empty: fetch Stanford's 52,002 rows to alpaca_data.json here
@@ -66,9 +65,7 @@ def to_row(text):
 
 def main():
     runtime.configure(globals())
-    home, folder = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1] / name
-    if not re.fullmatch(r'\w[\w.-]*', name) or folder != home and (folder / 'prepare.py').exists():
-        raise UserError(f'name={name!r}: give --name=NAME, a folder to be written in data/ that has no prepare.py')
+    home, folder = Path(__file__).resolve().parent, folder_for(__file__, name)
     if val_fraction <= 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
         raise UserError(f'val_fraction={val_fraction}, test_fraction={test_fraction}: give shares that leave some rows '
                         'for training, and some for validation')

@@ -16,6 +16,10 @@ of DEFECTS, and the label flipped in `noise` of them, as people err; beside the 
 
     python data/wordproblems/prepare.py
     python data/wordproblems/prepare.py --train_rows=5000 --max_number=20 --max_steps=2 --seed=2
+    python data/wordproblems/prepare.py --tools=True            into ../wordproblems_tools
+
+With tools the same rows call the calculator: `17 + 25 = <tool>17 + 25</tool>[42] apples`, and of a division that does
+not come out even for the remainder: `23 / 5 = 4 remainder <tool>23 - 4 * 5</tool>[3]`. There are no pairs then.
 """
 import random
 import re
@@ -25,9 +29,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
-from dataset import fraction_of, quality, write_rows
-from tokenizer import UserError
+from dataset import folder_for, fraction_of, quality, rendered, write_rows
+from tokenizer import UserError, calculate
 
+tools = False  # the steps call the calculator; this writes no pairs, and to another folder
+name = ''  # the dataset is written to data/NAME/; empty: wordproblems, or wordproblems_tools
 train_rows = 60_000  # to learn from
 val_rows = 2_000  # with names and numbers held out
 test_rows = 1_000  # with templates held out
@@ -491,8 +497,21 @@ def draw_problem(template, split, draw):
     return question, lines, result, values
 
 
+def with_call(line):
+    """A line of the working -> the same, with its result calculated by the tool."""
+    x, op, y, result, rest, unit = re.fullmatch(r'(\d+) (.) (\d+) = (\d+)(?: remainder (\d+))?(.*)', line).groups()
+    before, expr, due = f'{x} {op} {y} = ', f'{x} {op} {y}', result
+    if rest:
+        before, expr, due = f'{before}{result} remainder ', f'{x} - {result} * {y}', rest
+    called = f'{before}<tool>{expr}</tool>[{calculate(expr)}]{unit}'
+    if calculate(expr) != due or rendered(called) != line:
+        raise UserError(f'{line!r} is not what the calculator says: {expr} is {calculate(expr)}')
+    return called
+
+
 def draw_row(template, split, draw):
     question, lines, result, values = draw_problem(template, split, draw)
+    lines = [with_call(line) for line in lines] if tools else lines
     return {'messages': [{'role': 'user', 'content': question},
                          {'role': 'assistant', 'content': solution(lines, result(values))}],
             'answer': str(values[asked(template)]), 'grader': 'number', 'steps': len(lines), 'kind': template['kind']}
@@ -580,12 +599,12 @@ def main():
     if pref_rows < 1 or not 0 <= noise < 0.5:
         raise UserError('pref_rows starts at 1, and noise lies between 0 and 0.5: with half of the labels flipped '
                         'nothing is left to learn')
-    templates = read_templates()
+    templates, folder = read_templates(), folder_for(__file__, name, 'tools' if tools else '')
     splits = {split: draw_rows(split, n, templates) for split, n in counts.items()}
-    for split, n in (counts | {'train': pref_rows}).items():
+    for split, n in ({} if tools else counts | {'train': pref_rows}).items():
         splits[f'prefs_{split}'] = draw_rows(split, n, templates, draw_pref, 'prefs ')
-    write_rows(Path(__file__).parent, splits,
-               f'{len(templates)} templates, max_number {max_number}, max_steps {max_steps}, seed {seed}')
+    write_rows(folder, splits, f'{len(templates)} templates, max_number {max_number}, max_steps {max_steps}, '
+                               f'seed {seed}{", with tools" * tools}')
 
 
 if __name__ == '__main__':
