@@ -271,8 +271,8 @@ def main():
         raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are no multiple of batch_size * '
                         f'gradient_accumulation_steps = {per_update}: change one of them')
     if kl_controller == 'adaptive' and n_answers >= 5 * kl_horizon:
-        raise UserError(f'kl_horizon={kl_horizon}: at {n_answers} answers a step kl_coef could fall to 0 at once: give at '
-                        f'least {n_answers // 5 + 1}')
+        raise UserError(f'kl_horizon={kl_horizon}: at {n_answers} answers a step kl_coef could fall to 0 at once: give '
+                        f'at least {n_answers // 5 + 1}')
     run = runtime.Run(config)
     began = start(run, 'ppo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
     policy, tokenizer, origin = began.model, began.tokenizer, began.origin

@@ -190,8 +190,8 @@ def evaluate_only(model, net, tokenizer, length, run):
     for row, texts, mark in list(zip(rows, answers, marks, strict=True))[:show_answers]:
         run.say(shown(row, texts[0], mark))
     if eval_file and run.main:
-        lines = [json.dumps({'messages': row['messages'], 'answer': row.get('answer'), 'text': text,
-                             **grades(row, text)}, ensure_ascii=False)
+        lines = [json.dumps({key: row[key] for key in row if key != 'where'} | {'text': text, **grades(row, text)},
+                            ensure_ascii=False)
                  for row, texts in zip(rows, answers, strict=True) for text in texts]
         runtime.write_atomic(eval_file, lambda file: file.write('\n'.join([*lines, '']).encode()))
 
