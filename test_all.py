@@ -7228,9 +7228,11 @@ def test_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, c
     assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
 
 
-@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4]], ids=str)
+@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4], ('grpo', ['--fsdp=True', '--num_epochs=2']),
+                                          ('ppo', ['--fsdp=True']), ('ppo', ['--fsdp=True', '--critic=separate'])],
+                         ids=str)
 def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
-    assert act(stage, '--out_dir=one', *flags)[0] == 0
+    assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
     torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
     assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
