@@ -7229,8 +7229,7 @@ def test_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, c
 
 
 @pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4], ('grpo', ['--fsdp=True', '--num_epochs=2']),
-                                          ('ppo', ['--fsdp=True']), ('ppo', ['--fsdp=True', '--critic=separate'])],
-                         ids=str)
+                                          ('ppo', ['--fsdp=True', '--critic=separate'])], ids=str)
 def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
     assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
