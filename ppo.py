@@ -423,12 +423,13 @@ def main():
             of_tokens = whiten(of_tokens, mask, shift_mean=False)
         found, due = gae(of_tokens, of_values, mask, gamma, gae_lambda)
         advantages, returns = (whiten(found, mask) if whiten_advantages else found).numpy(), due.numpy()
-        mean_kl, gold, spread = log_ratios.sum(1).mean(), gold_of(train_data, answers), due[mask.bool()].var()
+        mean_kl, gold = log_ratios.sum(1).mean(), gold_of(train_data, answers)
         if scored.any():
+            spread, error = (x[mask.bool()].var(correction=0) for x in (due, due - of_values))
             tell(**{'reward/mean': totals[scored].mean(), 'reward/std': totals[scored].std(),
                     'reward/with_kl': of_tokens.sum(1).numpy()[scored].mean(),
                     **{f'reward/{name}': x[scored].mean() for name, x in parts.items()},
-                    'value/explained': 1 - ((due - of_values)[mask.bool()].var() / (spread + 1e-8)).item()})
+                    'value/explained': 1 - (error / (spread + 1e-8)).item()})
         tell(**({'reward/gold': np.nanmean(gold)} if np.isfinite(gold).any() else {}), kl=mean_kl, kl_coef=coef,
              response_len=answers.lengths.mean(), ended=answers.ended.mean(), max_new_tokens=limit)
         if kl_controller == 'adaptive':

@@ -517,6 +517,9 @@ class Run:
                                         cast_forward_inputs=False)
             for block in blocks:  # each moves to the device by itself, so that the whole model never has to fit there
                 fully_shard(block.to(self.device), mesh=mesh, mp_policy=half)
+            for part in model.children():  # a policy beside a critic: each may be called, and made whole, by itself
+                if any(block in blocks for block in part.modules()) and not isinstance(part, torch.nn.ModuleList):
+                    fully_shard(part.to(self.device), mesh=mesh)
             return fully_shard(model.to(self.device), mesh=mesh)
         model.to(self.device)
         if self.world_size > 1:

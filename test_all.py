@@ -7229,9 +7229,10 @@ def test_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, c
     assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
 
 
-@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4]], ids=str)
+@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4], ('grpo', ['--fsdp=True', '--num_epochs=2']),
+                                          ('ppo', ['--fsdp=True', '--critic=separate'])], ids=str)
 def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
-    assert act(stage, '--out_dir=one', *flags)[0] == 0
+    assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
     torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
     assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
@@ -7366,7 +7367,8 @@ def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
     ('ppo', ["'much'", 'not a number'], ['--rewards=much*correct']),
     ('grpo', ["'nan'", 'not a number'], ['--rewards=nan*correct']),
     ('grpo', ['names one twice'], ['--rewards=correct, 2*correct']),
-    ('grpo', ['mine.py', "'nobody'"], ['--rewards=mine.py:nobody']), ('grpo', ["'number'"], ['--rewards=mine.py:number']),
+    ('grpo', ['mine.py', "'nobody'"], ['--rewards=mine.py:nobody']),
+    ('grpo', ["'number'"], ['--rewards=mine.py:number']),
     ('ppo', ['yours.py', 'FileNotFoundError'], ['--rewards=yours.py:f']),
     ('ppo', ['wrong.py', 'SyntaxError'], ['--rewards=wrong.py:f']),
     ('grpo', ['reward_model', 'go together'], ['--rewards=model']),
@@ -7396,6 +7398,7 @@ def test_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
     assert status == 2 and err.count('\n') == 1 and '5 answers had no reward' in err
 
 
+@pytest.mark.filterwarnings('error::UserWarning', 'error::RuntimeWarning')
 def test_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
     """GRPO goes on where no answer has one and moves nothing; PPO, whose critic would then learn from nothing, ends."""
     flags = ['--rewards=mine.py:none', '--max_bad_rewards=500']
@@ -7460,8 +7463,8 @@ def test_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data
 
 def test_what_follows_the_format_of_thoughts():
     good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
-    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b',
-           '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d', '</think>a<think>b']
+    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b', '</think>a<think>b',
+           '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d']
     assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
 
 
