@@ -198,7 +198,8 @@ def _mark_last(pieces):
 # drawing windows
 
 def find_dataset(name):
-    """The folder of a prepared dataset: a path, or data/NAME, which its prepare.py fills now if nobody has yet.
+    """The folder of a prepared dataset: a path, or data/NAME, which its prepare.py fills now if nobody has yet; or
+    data/NAME_tools, which that fills with --tools=True.
 
     Rows that somebody put into a folder without a prepare.py need no meta.json: where there is one, it says that all
     of them are there.
@@ -211,7 +212,9 @@ def find_dataset(name):
         by_hand = (splits_of(folder) or splits_of(folder, 'prefs_')) and not (folder / 'prepare.py').exists()
         if (folder / 'meta.json').exists() or find_shards(folder, 'train') or by_hand:
             return folder
-    script = datasets / name / 'prepare.py'
+    script, flags = datasets / name / 'prepare.py', []
+    if not script.exists() and name.endswith('_tools'):
+        script, flags = datasets / name.removesuffix('_tools') / 'prepare.py', ['--tools=True']
     if not script.exists():
         names = sorted({path.parent.name for path in datasets.glob('*/*')
                         if path.name in ('prepare.py', 'meta.json', 'train.jsonl')})
@@ -219,7 +222,7 @@ def find_dataset(name):
         hint = f'did you mean {near[0]}?' if near else f'give a prepared folder or one of {", ".join(names)}'
         raise UserError(f'dataset={name!r}: no such dataset; {hint}')
     print(f'preparing {datasets / name} …', flush=True)
-    done = subprocess.run([sys.executable, script], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, script, *flags], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f'{script} ended with status {done.returncode}']
         raise UserError(lines[-1].removeprefix('error: '))

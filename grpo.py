@@ -397,7 +397,7 @@ def main():
         save()
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
     run.say(f'done: best held-out reward {-run.best:.4f}; talk to it: '
-            f'python sample.py --init_from={out_dir} --chat=True')
+            f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
 
 
 if __name__ == '__main__':

@@ -325,7 +325,7 @@ def main():
         save()
     run.finish(step, stop, parameters=model.num_params(), trainable=trainable)
     run.say(f'done: best validation loss {run.best:.4f}; talk to it: '
-            f'python sample.py --init_from={out_dir} --chat=True')
+            f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
 
 
 if __name__ == '__main__':

@@ -7900,6 +7900,24 @@ def test_word_problems_with_tools_are_the_same_problems(house):
                     (['name=', '--name=NAME'], 'wordproblems --name=a/b')])
 
 
+def test_rows_with_tools_are_prepared_when_asked_for(house, monkeypatch):
+    monkeypatch.setattr(dataset, '__file__', str(house.root / 'dataset.py'))
+    script = house.root / 'data/wordproblems/prepare.py'
+    small = {'train_rows = 60_000': 'train_rows = 60', 'val_rows = 2_000': 'val_rows = 9',
+             'test_rows = 1_000': 'test_rows = 9'}
+    text = script.read_text()
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    for old, new in small.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    script.write_text(text)
+    monkeypatch.chdir(house.root)
+    rows, _ = load_chats('wordproblems_tools', 'train')
+    assert len(rows) == 60 and all('<tool>' in row['messages'][1]['content'] for row in rows)
+    with pytest.raises(UserError, match='tools'):
+        find_dataset('reverse_tools')
+
+
 def test_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
     script, counts = load_script('gsm8k'), Counter()
     for text, due in [
