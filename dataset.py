@@ -42,6 +42,8 @@ DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
 SPLITS = ('train', 'val', 'test')
 CHUNK_ROWS = 1024  # chats that are packed together
+# what a prepare.py is told to write data/NAME_tools and data/NAME_mixed: rows that call the calculator, all or some
+VARIANTS = {'tools': ['--tools=True'], 'mixed': ['--tools=True', '--tool_share=0.3']}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # writing a dataset
@@ -199,7 +201,7 @@ def _mark_last(pieces):
 
 def find_dataset(name):
     """The folder of a prepared dataset: a path, or data/NAME, which its prepare.py fills now if nobody has yet; or
-    data/NAME_tools, which that fills with --tools=True.
+    data/NAME_tools and NAME_mixed, which that fills with VARIANTS.
 
     Rows that somebody put into a folder without a prepare.py need no meta.json: where there is one, it says that all
     of them are there.
@@ -213,8 +215,9 @@ def find_dataset(name):
         if (folder / 'meta.json').exists() or find_shards(folder, 'train') or by_hand:
             return folder
     script, flags = datasets / name / 'prepare.py', []
-    if not script.exists() and name.endswith('_tools'):
-        script, flags = datasets / name.removesuffix('_tools') / 'prepare.py', ['--tools=True']
+    stem, _, variant = name.rpartition('_')
+    if not script.exists() and variant in VARIANTS:
+        script, flags = datasets / stem / 'prepare.py', VARIANTS[variant]
     if not script.exists():
         names = sorted({path.parent.name for path in datasets.glob('*/*')
                         if path.name in ('prepare.py', 'meta.json', 'train.jsonl')})

@@ -17,6 +17,7 @@ of DEFECTS, and the label flipped in `noise` of them, as people err; beside the 
     python data/wordproblems/prepare.py
     python data/wordproblems/prepare.py --train_rows=5000 --max_number=20 --max_steps=2 --seed=2
     python data/wordproblems/prepare.py --tools=True            into ../wordproblems_tools
+    python data/wordproblems/prepare.py --tools=True --tool_share=0.3                       into ../wordproblems_mixed
 
 With tools the same rows call the calculator: `17 + 25 = <tool>17 + 25</tool>[42] apples`, and of a division that does
 not come out even for the remainder: `23 / 5 = 4 remainder <tool>23 - 4 * 5</tool>[3]`. There are no pairs then.
@@ -33,7 +34,8 @@ from dataset import folder_for, fraction_of, quality, rendered, write_rows
 from tokenizer import UserError, calculate
 
 tools = False  # the steps call the calculator; this writes no pairs, and to another folder
-name = ''  # the dataset is written to data/NAME/; empty: wordproblems, or wordproblems_tools
+tool_share = 1.0  # with tools: in this share of the rows, so that a model learns both ways
+name = ''  # the dataset is written to data/NAME/; empty: wordproblems, wordproblems_tools or, of a share, _mixed
 train_rows = 60_000  # to learn from
 val_rows = 2_000  # with names and numbers held out
 test_rows = 1_000  # with templates held out
@@ -511,7 +513,7 @@ def with_call(line):
 
 def draw_row(template, split, draw):
     question, lines, result, values = draw_problem(template, split, draw)
-    lines = [with_call(line) for line in lines] if tools else lines
+    lines = [with_call(line) for line in lines] if tools and fraction_of(question) < tool_share else lines
     return {'messages': [{'role': 'user', 'content': question},
                          {'role': 'assistant', 'content': solution(lines, result(values))}],
             'answer': str(values[asked(template)]), 'grader': 'number', 'steps': len(lines), 'kind': template['kind']}
@@ -599,12 +601,15 @@ def main():
     if pref_rows < 1 or not 0 <= noise < 0.5:
         raise UserError('pref_rows starts at 1, and noise lies between 0 and 0.5: with half of the labels flipped '
                         'nothing is left to learn')
-    templates, folder = read_templates(), folder_for(__file__, name, 'tools' if tools else '')
+    if not 0 < tool_share <= 1 or tool_share < 1 and not tools:
+        raise UserError(f'tool_share={tool_share} goes with --tools=True and lies above 0, 1 at most')
+    templates = read_templates()
+    folder = folder_for(__file__, name, '' if not tools else 'tools' if tool_share == 1 else 'mixed')
     splits = {split: draw_rows(split, n, templates) for split, n in counts.items()}
     for split, n in ({} if tools else counts | {'train': pref_rows}).items():
         splits[f'prefs_{split}'] = draw_rows(split, n, templates, draw_pref, 'prefs ')
     write_rows(folder, splits, f'{len(templates)} templates, max_number {max_number}, max_steps {max_steps}, '
-                               f'seed {seed}{", with tools" * tools}')
+                               f'seed {seed}{f", with tools in {tool_share:.0%} of the rows" * tools}')
 
 
 if __name__ == '__main__':
