@@ -1,4 +1,4 @@
-"""Word problems, three in ten solved with the calculator: a model that can do both and shall find out which is better."""
+"""Word problems, three in ten solved with the calculator: a model that can do both, to find out which is better."""
 out_dir = 'out/sft_mixed'
 init_from = 'out/tiny'
 dataset = 'wordproblems_mixed'
