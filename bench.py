@@ -57,7 +57,7 @@ contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones;
 max_new_tokens = 64  # mode sample: tokens to add to each text
 quant = ''  # mode sample: 'int8', weights in 8 bits
 runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'; names that differ in a number are one
-metric = 'val/loss'  # mode curves: what to draw of them
+metric = 'val/loss'  # mode curves: what to draw of them; several, as 'val/reward,val/gold', side by side
 axis = 'seconds'  # mode curves: along 'seconds' of training, 'iter' or another metric, as 'kl'
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
 results = 'out/bench'  # where the results and the runs go
@@ -669,14 +669,14 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def bench_curves(*_):
-    """A metric of several runs, seeds together: a table of where they end and results/curves.svg."""
-    groups = {}
+    """Metrics of several runs, seeds together: a table of where they end and results/curves.svg."""
+    groups, metrics = {}, metric.split(',')
     for path in sorted({path for pattern in runs for path in glob.glob(pattern)}):
         rows = Path(path) / 'metrics.jsonl'
         if not rows.is_file():
             raise UserError(f'{path}: no metrics.jsonl in it: --runs takes directories of runs')
-        curve = [(row[axis], row[metric]) for row in map(json.loads, rows.read_text().splitlines())
-                 if row.get(metric) is not None and axis in row]
+        curve = [(row[axis], *(row[m] for m in metrics)) for row in map(json.loads, rows.read_text().splitlines())
+                 if all(row.get(m) is not None for m in (axis, *metrics))]
         if not curve:
             raise UserError(f'{rows}: no row has {metric!r} and {axis!r}')
         groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name), []).append(curve)
@@ -686,19 +686,21 @@ def bench_curves(*_):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('mode curves needs matplotlib: pip install matplotlib') from None
-    figure = Figure(figsize=(6, 4), layout='constrained')
-    axes, table = figure.subplots(), []
-    for color, (name, curves) in enumerate(groups.items()):
-        ends = [curve[-1][1] for curve in curves]
-        spread = statistics.stdev(ends) / len(ends) ** 0.5 * ([*STUDENT, 1.96][min(len(ends), 11) - 2]) \
-            if len(ends) > 1 else 0.0
-        mean = statistics.mean(ends)
-        table.append({'runs': name, 'count': len(ends), f'{metric} at the end': mean, 'low': mean - spread,
-                      'high': mean + spread, f'{axis} at the end': statistics.mean(c[-1][0] for c in curves)})
-        for i, curve in enumerate(curves):
-            axes.plot(*zip(*curve, strict=True), color=f'C{color}', alpha=0.6, linewidth=1, label=None if i else name)
-    axes.set(xlabel=axis, ylabel=metric)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(1 + 5 * len(metrics), 4), layout='constrained')
+    panels, table = figure.subplots(1, len(metrics), squeeze=False)[0], []
+    for number, (axes, drawn) in enumerate(zip(panels, metrics, strict=True), 1):
+        for color, (name, curves) in enumerate(groups.items()):
+            ends = [curve[-1][number] for curve in curves]
+            spread = statistics.stdev(ends) / len(ends) ** 0.5 * ([*STUDENT, 1.96][min(len(ends), 11) - 2]) \
+                if len(ends) > 1 else 0.0
+            mean = statistics.mean(ends)
+            table.append({'runs': name, 'count': len(ends), 'metric': drawn, 'at the end': mean, 'low': mean - spread,
+                          'high': mean + spread, f'{axis} at the end': statistics.mean(c[-1][0] for c in curves)})
+            for i, curve in enumerate(curves):
+                x, y = zip(*((point[0], point[number]) for point in curve), strict=True)
+                axes.plot(x, y, color=f'C{color}', alpha=0.6, linewidth=1, label=None if i else name)
+        axes.set(xlabel=axis, ylabel=drawn)
+        axes.legend(frameon=False)
     Path(results).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(results) / 'curves.svg')
     return table, {'drawn to': str(Path(results) / 'curves.svg')}
