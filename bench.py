@@ -55,6 +55,7 @@ memory = True  # mode train: the peak memory of a step beside one with all logit
 batches = [1, 8]  # mode sample: texts at a time
 contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones; those that fit into block_size
 max_new_tokens = 64  # mode sample: tokens to add to each text
+num_samples = 1  # mode sample against transformers: above 1, so many continuations of each text, drawn: a rollout
 quant = ''  # mode sample: 'int8', weights in 8 bits
 runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'; names that differ in a number are one
 metric = 'val/loss'  # mode curves: what to draw of them; several, as 'val/reward,val/gold', side by side
@@ -434,7 +435,8 @@ def bench_sample(knobs, model_args):
 
 
 def against_transformers(model, tokenizer, device):
-    """Greedy generation after random prompts of contexts[0] tokens, here and by transformers' generate with its cache.
+    """Greedy generation after random prompts of contexts[0] tokens, here and by transformers' generate with its cache;
+    with num_samples several continuations of each, drawn at temperature 1, ours with their log-probabilities.
 
     In turn; tokens/s include the prompt's reading.
     """
@@ -448,25 +450,26 @@ def against_transformers(model, tokenizer, device):
     theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
     with runtime.user_errors():
         model.pack(quant)
-    rows, generator = [], torch.Generator().manual_seed(1)
+    rows, generator, drawn = [], torch.Generator().manual_seed(1), num_samples > 1
     for batch in batches:
         ids = torch.randint(model.config.vocab_size, (batch, contexts[0]), generator=generator)
 
         def ours(ids=ids):
-            return model.generate(ids.tolist(), max_new_tokens, temperature=0)
+            return model.generate(ids.tolist(), max_new_tokens, temperature=float(drawn), num_samples=num_samples)
 
         def hf(ids=ids):
             with torch.inference_mode():
-                return theirs.generate(ids.to(device), attention_mask=torch.ones_like(ids).to(device), do_sample=False,
+                return theirs.generate(ids.to(device), attention_mask=torch.ones_like(ids).to(device), do_sample=drawn,
+                                       **({'top_k': 0} if drawn else {}), num_return_sequences=num_samples,
                                        min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)
         times = [(seconds_of(ours, device, 1), seconds_of(hf, device, 1)) for _ in range(repeats)]
         same = sum(a == b for a, b in zip(sum(ours(), []), hf()[:, contexts[0]:].flatten().tolist(), strict=True))
-        ratios = [b / a for a, b in times]
+        ratios, n_new = [b / a for a, b in times], batch * num_samples * max_new_tokens
         rows.append({'batch': batch, 'context': contexts[0], 'new': max_new_tokens,
-                     'ours tokens/s': batch * max_new_tokens / statistics.median(a for a, _ in times),
-                     'transformers tokens/s': batch * max_new_tokens / statistics.median(b for _, b in times),
+                     'ours tokens/s': n_new / statistics.median(a for a, _ in times),
+                     'transformers tokens/s': n_new / statistics.median(b for _, b in times),
                      'ratio': statistics.median(ratios), 'least': min(ratios), 'most': max(ratios),
-                     'same tokens %': 100 * same / (batch * max_new_tokens)})
+                     **({} if drawn else {'same tokens %': 100 * same / n_new})})
     return rows, {'dtype': str(model.tok_emb.weight.dtype), 'quant': quant}
 
 
