@@ -7944,3 +7944,130 @@ def test_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
         assert grade(text, row['answer'], 'number') and text.count('<tool>') == len(found)
         calls += len(found)
     assert (len(rows), calls) == (8792, 27978) and not (house.root / 'data/gsm8k/train.jsonl').exists()
+
+
+@pytest.mark.parametrize('options', [dict(pos='learned'), dict(pos='rope', window=9, n_sink=2), MOE,
+                                     dict(pos='none', n_kv_head=2)], ids=str)
+def test_answers_that_share_their_prompt_are_read_as_if_alone(options, stops_often):
+    """Log-probabilities, entropies and gradients; rows are full, and no answer sees another."""
+    model, data, run = tiny(block_size=96, vocab_size=264, **options), prompts_of('Hi', 'What is 1 and 2?'), lone()
+    answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 5)
+    arrays, at = rollout.lay_out(answers, 96)
+    apart, _ = rollout.lay_out(answers, 96, share=False)
+    assert len(arrays['idx']) < len(apart['idx']) == 10 and 'mask' not in apart and arrays['idx'].shape[1] <= 96
+    for i, ids in enumerate(answers.ids):
+        np.testing.assert_array_equal(arrays['targets'].flatten()[at[i, :len(ids)]], ids)
+    assert (arrays['targets'] != -100).sum() == answers.lengths.sum()
+    found = {}
+    for share in (True, False):
+        logprobs, entropies, _ = rollout.read(model, run, answers, range(10), 96, 0.7, share)
+        weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(((logprobs + entropies) * weights).sum(), [*model.parameters()], allow_unused=True)
+        found[share] = [logprobs, entropies, *(g for g in grads if g is not None)]
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+    answers.ids[1] = [*answers.ids[1][:-1], 77]  # nothing of the others moves
+    again = rollout.read(model, run, answers, range(10), 96, 0.7)[0]
+    others = [i for i in range(10) if i != 1]
+    torch.testing.assert_close(again[others], found[True][0][others], atol=1e-5, rtol=1e-5)
+
+
+def test_what_teaches_nothing_is_not_read_and_changes_no_gradient():
+    """Answers without an advantage may be left out of every loss whose only term has one."""
+    torch.manual_seed(0)
+    logprobs, old = -torch.rand(6, 5), -torch.rand(6, 5)
+    mask, gains = torch.ones(6, 5), torch.tensor([1.0, 0, -1, 0, 0, 0.5])
+    kept = gains != 0
+    for kind in ('grpo', 'gspo', 'dr_grpo', 'dapo', 'cispo'):
+        both = []
+        for which in (slice(None), kept):
+            x = logprobs[which].clone().requires_grad_()
+            loss, _ = grpo.grpo_loss(x, old[which], None, gains[which], mask[which], kind, longest=5, tokens=30.0,
+                                     n_answers=6)
+            loss.backward()
+            both.append((loss.detach(), x.grad))
+        torch.testing.assert_close(both[0][0], both[1][0])
+        torch.testing.assert_close(both[0][1][kept], both[1][1])
+
+
+def test_own_answers_become_pairs_of_right_and_wrong(house):
+    def line(question, text, correct, **more):
+        row = {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': 'gold'}]}
+        return json.dumps(row | {'text': text, 'correct': correct} | more) + '\n'
+    texts = [line(f'q{i}', f'{kind} {n}', float(kind == 'right'), answer='4', steps=2) for i in range(60)
+             for n in range(3) for kind in ('right', 'wrong')]
+    texts += [line('easy', 'right', 1.0), line('hard', 'wrong', 0.0), line('q0', ' ', 0.0)]
+    (house.root / 'a.jsonl').write_text(''.join(texts))
+    (status, out, err), = house('pairs --input=a.jsonl --name=mine --per_prompt=2 --val_fraction=0.2')
+    assert (status, err) == (0, ''), err
+    prompts = {}
+    for split in ('train', 'val'):
+        rows, _ = dataset.read_prefs(house.root / f'data/mine/prefs_{split}.jsonl')
+        prompts[split] = Counter(row['prompt'][0]['content'] for row in rows)
+        assert all(row['chosen'][0]['content'].startswith('right') and row['answer'] == '4' and row['steps'] == 2
+                   and row['rejected'][0]['content'].startswith('wrong') for row in rows)
+    assert set(prompts['train'].values()) | set(prompts['val'].values()) == {2}
+    assert not prompts['train'].keys() & prompts['val'].keys() and len(prompts['train'] | prompts['val']) == 60
+    (house.root / 'b.jsonl').write_text('{"messages": []}\n')
+    (house.root / 'c.jsonl').write_text(line('q', 'right', 1.0))
+    refuses(house, [(['none.jsonl', '--input'], 'pairs --input=none.jsonl'),
+                    (['b.jsonl, line 1'], 'pairs --input=b.jsonl'), (['c.jsonl', 'a right'], 'pairs --input=c.jsonl'),
+                    (['per_prompt=0'], 'pairs --input=a.jsonl --per_prompt=0')])
+
+
+def test_sums_in_words_are_right_and_held_out_ones_new(house):
+    (status, _, err), = house('arithmetic --train_rows=700 --held_rows=60')
+    assert (status, err) == (0, ''), err
+    units = {word: n for n, word in enumerate('zero one two three four five six seven eight nine ten eleven twelve '
+             'thirteen fourteen fifteen sixteen seventeen eighteen nineteen'.split())}
+    tens = {word: 10 * n for n, word in enumerate('twenty thirty forty fifty sixty seventy eighty ninety'.split(), 2)}
+    pairs = {}
+    for split, count in (('train', 700), ('val', 60), ('test', 60)):
+        rows, _ = dataset.read_prompts(house.root / f'data/arithmetic/{split}.jsonl')
+        assert len(rows) == count
+        pairs[split] = set()
+        for row in rows:
+            asks = row['prompt'][-1]['content']
+            a, sign, b = re.fullmatch(r'What is ([a-z-]+) (plus|minus) ([a-z-]+)\?', asks).groups()
+            a, b = (sum((units | tens)[part] for part in word.split('-')) for word in (a, b))
+            assert int(row['answer']) == (a + b if sign == 'plus' else a - b) >= 0 and 10 <= min(a, b)
+            pairs[split].add(frozenset((a, b)))
+            for message in row['prompt'][1::2]:
+                left, right = message['content'].split(' = ')
+                assert tok.calculate(left) == right
+    assert not pairs['train'] & (pairs['val'] | pairs['test'])
+    refuses(house, [(['train_rows=99999'], 'arithmetic --train_rows=99999'),
+                    (['held_rows=0'], 'arithmetic --held_rows=0')])
+
+
+def test_a_share_of_the_rows_calls_the_calculator(house):
+    small = '--train_rows=400 --val_rows=20 --test_rows=20 --tools=True'
+    (status, _, err), = house(f'wordproblems {small} --tool_share=0.3')
+    assert (status, err) == (0, ''), err
+    rows = read_rows(house.root / 'data/wordproblems_mixed', 'train')
+    assert 80 <= sum('<tool>' in row['messages'][1]['content'] for row in rows) <= 160
+    refuses(house, [(['tool_share=0.3', '--tools=True'], 'wordproblems --tool_share=0.3'),
+                    (['tool_share=0'], 'wordproblems --tools=True --tool_share=0')])
+
+
+def test_bench_draws_several_metrics_of_several_runs(run_stage, tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f'run_{seed}').mkdir()
+        rows = [{'iter': i, 'val/kl': i / 2, 'val/reward': i + seed, 'val/gold': 1 - i / 10} for i in range(3)]
+        (tmp_path / f'run_{seed}/metrics.jsonl').write_text('\n'.join(map(json.dumps, [*rows, {'iter': 3, 'lr': 1}])))
+    status, out, err = run_stage('bench', 'curves', '--runs=run_*', '--metric=val/reward,val/gold', '--axis=val/kl')
+    assert (status, err) == (0, ''), err
+    rows = json.loads(Path('out/bench/curves.json').read_text())['rows']
+    assert [(row['metric'], row['count']) for row in rows] == [('val/reward', 2), ('val/gold', 2)]
+    assert rows[0]['at the end'] == pytest.approx(3.5) and rows[1]['val/kl at the end'] == 1
+    assert Path('out/bench/curves.svg').stat().st_size > 1000
+
+
+def test_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
+    run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
+    status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=2',
+                                 '--num_samples=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1',
+                                 '--dtype=float32', '--device=cpu')
+    assert (status, err) == (0, ''), err
+    result = json.loads(Path('out/bench/sample.json').read_text())['result']
+    assert result['batch'] == 2 and result['ratio'] > 0 and 'same tokens %' not in result
