@@ -10,7 +10,7 @@ prompts_per_step = 32
 num_generations = 8
 batch_size = 64
 gradient_accumulation_steps = 2
-max_iters = 100
+max_iters = 60
 loss_type = 'dr_grpo'
 scale_rewards = 'none'
 kl_coef = 0.0
@@ -21,6 +21,6 @@ embed_lr = 1e-4
 grad_clip = 0.0
 lr_schedule = 'linear'
 
-eval_interval = 50
+eval_interval = 20
 eval_rows = 500
 max_new_tokens = 160
