@@ -37,7 +37,7 @@ from dataset import (
     summarise,
 )
 from model import GPTConfig
-from rollout import load_scorer
+from rollout import Forcing, divergence, draw, gold_of, load_scorer
 from tokenizer import UserError
 
 # where and what
@@ -84,6 +84,7 @@ eval_only = False  # measure init_from and train nothing
 eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
 judge = ''  # a run of reward.py, which scores the greedy answers
 max_new_tokens = 128  # longest answer
+tools = False  # in answers, the calculator answers <tool>…</tool>
 show_answers = 3  # answers shown at an evaluation
 log_interval = 10  # steps between lines of progress
 keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
@@ -186,25 +187,13 @@ def pair_metrics(policy, reference, n_tokens):
             'val/logp_chosen': float(policy[0].mean()), 'val/logp_rejected': float(policy[1].mean())}
 
 
-def answers_of(model, data, chosen, run, temperature):
-    """An answer to the prompt of each of these pairs -> lists of ids."""
-    options = dict(temperature=temperature, stop_ids=data.tokenizer.turn_ids, vocab_limit=data.tokenizer.n_vocab)
-    return [ids for ids, in run.answers(model, [prompt_of(data, i, model) for i in chosen], max_new_tokens, **options)]
-
-
-def prompt_of(data, pair, model):
-    """The end of a pair's prompt that leaves room for an answer."""
-    return data.prompt(pair)[-(model.config.block_size - max_new_tokens):]
-
-
-def grade_answers(data, chosen, answers, judged):
-    """Grades of answers, lists of ids, to these pairs' prompts -> (rows, texts, marks); judged: scores (n,) or None."""
-    rows, texts = [data.rows_kept[i] for i in chosen], [data.text(ids) for ids in answers]
-    marks = []
-    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+def grade_answers(data, answers, judged):
+    """Grades of answers (Rollout) to pairs' prompts -> (rows, marks); judged: scores (n,) or None."""
+    rows, marks = [data.rows_kept[i] for i in answers.rows], []
+    for i, (row, text) in enumerate(zip(rows, answers.texts, strict=True)):
         marks.append(quality(row, text) | grades(row, text) if 'answer' in row else grades(row, text))
         marks[-1] |= {} if judged is None else {'judge': float(judged[i]), 'judge_share': float(judged[i] > 0)}
-    return rows, texts, marks
+    return rows, marks
 
 
 def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
@@ -218,31 +207,25 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     texts = [data.example(text) for text in pairs]
     n_tokens, block_size = data.targets_in[pairs].reshape(2, -1).astype(float), model.config.block_size
     policy = logps(net, run, texts, block_size).reshape(2, -1)
-    sampled = answers_of(model, data, chosen, run, 1.0)
-    own = []
-    for i, ids in zip(chosen, sampled, strict=True):
-        prompt = prompt_of(data, i, model)
-        own.append((np.array(prompt + ids), np.repeat([False, True], [len(prompt), len(ids)])))
-    moved = logps(net, run, own, block_size)
-    with run.switched(model, reference):
-        if not ref_logps:
+    if not ref_logps:
+        with run.switched(model, reference):
             ref_logps.append(logps(net, run, texts, block_size).reshape(2, -1))
-        moved = moved - logps(net, run, own, block_size)
-    greedy = answers_of(model, data, chosen, run, 0)
+    force = Forcing(data.tokenizer) if tools else None
+    sampled, greedy = (draw(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (1.0, 0))
+    moved = divergence(net, model, reference, run, sampled, block_size).sum(1)
     judged = None
     if judge_of is not None:
         prompts = [data.rows_kept[i]['messages'][:-1] for i in chosen]
-        judged = judge_of(list(zip(prompts, map(data.text, greedy), strict=True)))
-    rows, texts, marks = grade_answers(data, chosen, greedy, judged)
+        judged = judge_of(list(zip(prompts, greedy.texts, strict=True)))
+    rows, marks = grade_answers(data, greedy, judged)
     means, ranges = summarise(marks)
     half = 1.96 * moved.std() / math.sqrt(max(1, len(moved) - 1))
     low, high = moved.mean() - half, moved.mean() + half
     metrics = pair_metrics(policy, ref_logps[0], n_tokens) | {
         'kl': float(moved.mean()), 'kl_low': float(low), 'kl_high': float(high),
-        'response_len': float(np.mean([len(ids) for ids in greedy]))}
+        'response_len': float(greedy.lengths.mean())}
     if 'gold' in means:
-        metrics['reward/gold_sampled'] = float(np.mean([quality(row, data.text(ids))['gold'] for row, ids in
-                                                        zip(rows, sampled, strict=True) if 'answer' in row]))
+        metrics['reward/gold_sampled'] = float(np.nanmean(gold_of(data, sampled)))
     for name, mean in means.items():
         key = f'reward/{name}' if name in ('gold', 'judge', 'judge_share') else f'val/{name}'
         metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
@@ -254,7 +237,7 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     words += f', judged {means["judge"]:.2f}' if judged is not None else ''
     by_steps = by_value(rows, marks, 'steps')
     words += f'; correct by steps: {by_steps}' if by_steps else ''
-    return metrics, words, [shown(*of) for of in zip(rows[:show_answers], texts, marks, strict=False)]
+    return metrics, words, [shown(*of) for of in zip(rows[:show_answers], greedy.texts, marks, strict=False)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

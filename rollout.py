@@ -159,10 +159,11 @@ def prompts_of(split, tokenizer, length, run):
 def draw(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, number=0, at_once=64, force=None):
     """num_samples answers to each of these prompts of a PromptData, side by side -> Rollout, the same in every process.
 
-    temperature 0: the likeliest tokens. number: what is drawn is a function of the seed and of this. force: see
-    `GPT.generate`.
+    A prompt that leaves no room for an answer loses its beginning. temperature 0: the likeliest tokens. number: what is
+    drawn is a function of the seed and of this. force: see `GPT.generate`.
     """
-    tokenizer, prompts = data.tokenizer, [data.prompt(i) for i in rows]
+    tokenizer, room = data.tokenizer, model.config.block_size - max_new_tokens
+    prompts = [data.prompt(i)[-room:] for i in rows]
     found = run.answers(model, prompts, max_new_tokens, num_samples, number, at_once, return_logprobs=True,
                         temperature=temperature, stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab,
                         force=force)
