@@ -10,7 +10,7 @@ tools = True
 prompts_per_step = 256
 batch_size = 128
 num_epochs = 1
-max_iters = 100
+max_iters = 60
 kl_coef = 0.05
 optimizer = 'muon'
 muon_lr = 0.001
@@ -20,6 +20,6 @@ critic_lr = 1e-3
 grad_clip = 0.0
 lr_schedule = 'linear'
 
-eval_interval = 50
+eval_interval = 20
 eval_rows = 500
 max_new_tokens = 160
