@@ -223,9 +223,9 @@ def main():
     if eval_only:
         net, data = run.wrap(model), prompts_of(eval_split, tokenizer, length, run)
         reward.check(data.rows_kept)
-        before = {name: run.like(p, began.before()[name]) for name, p in model.named_parameters()
-                  if p.requires_grad} if began.before() else None
-        _, words, samples = whole(data, before)
+        before = began.before()
+        _, words, samples = whole(data, {name: run.like(p, before[name]) for name, p in model.named_parameters()
+                                         if name in before} or None)
         run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
         return run.say('\n'.join(samples[:show_answers]))
     train_data, val_data = (prompts_of(split, tokenizer, length, run) for split in ('train', 'val'))
@@ -315,7 +315,7 @@ def main():
         mask, gains, old, ref = (None if x is None else run.to_device(x[part])[0].float() for x in (
             counts[:, :A], advantages, None if old_logprobs is None else old_logprobs[:, :A],
             None if ref_logprobs is None else ref_logprobs[:, :A]))
-        tokens_read += sum(len(answers.prompts[i]) + len(answers.ids[i]) for i in part)
+        tokens_read += answers.tokens(part)
         loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type,
                                clip_eps, clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
                                counts[chosen].sum() / gradient_accumulation_steps, batch_size)
@@ -328,7 +328,7 @@ def main():
 
     if not resumed:
         look(*measured)
-    settled = run.world_size == 1
+    settled, idle = run.world_size == 1, False
     tokens_read = 0
     clock.resume()
     logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
@@ -350,6 +350,10 @@ def main():
         if reference is not None:
             with run.switched(model, reference):
                 ref_logprobs = reread(net, run, answers, length, temperature)[0]
+        if flat == 1 and not idle:
+            run.say(f'step {step}: all answers to each prompt have equal rewards: there is nothing to learn from until '
+                    'some differ (zero_spread)')
+            idle = True
         gold = gold_of(train_data, answers)
         totals = totals.numpy()
         tell(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),

@@ -366,7 +366,7 @@ def main():
         of_part = (np.ascontiguousarray(x[part, :logprobs.shape[1]], np.float32) for x in (
             counts, old_logprobs, advantages, old_values, returns))
         mask, old, gains, old_v, due = run.to_device(*of_part)
-        tokens_read += sum(len(answers.prompts[i]) + len(answers.ids[i]) for i in part)
+        tokens_read += answers.tokens(part)
         losses, held = policy_loss(logprobs, old, gains, clip_eps)
         errors, held_v = value_loss(values, old_v, due, clip_value)
         n = mask.sum().clamp(min=1)

@@ -74,6 +74,11 @@ class Rollout:
         begins = np.flatnonzero(np.diff(self.rows, prepend=-1))
         return np.repeat(np.maximum.reduceat(sizes, begins), np.diff(begins, append=len(self)))
 
+    def tokens(self, chosen):
+        """How many tokens these answers have and, each once, their prompts where they stand side by side."""
+        first = np.flatnonzero(np.diff(self.rows[chosen], prepend=-1))
+        return int(self.lengths[chosen].sum()) + sum(len(self.prompts[chosen[i]]) for i in first)
+
     def take(self, chosen):
         """Those of these numbers."""
         chosen = np.asarray(chosen, int)
