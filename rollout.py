@@ -188,7 +188,7 @@ SHARED_ROW = 512  # tokens of a row in which several answers share their prompt:
 def lay_out(part, block_size, share=True):
     """The answers of a Rollout as rows for a training forward -> (arrays, at): arrays {'idx', 'targets'}, int64 (B, T),
     and where answers share a row also 'positions' (B, T) and 'mask', bool (B, 1, T, T); at, int64 (n, A), where in the
-    flattened (B * T,) stands what the model says of each token.
+    flattened (B * T,) stands what the model says of each token. Targets are the tokens that were drawn.
 
     With share, answers to one prompt that follow one another stand side by side after it, as many as fit, and each sees
     it and itself: it is read once for all of them (arXiv:2506.05433). An answer begins with the prompt's last token,
@@ -214,7 +214,8 @@ def lay_out(part, block_size, share=True):
         for number, i in enumerate(row, 1):
             ids = part.ids[i]
             here = slice(end, end + len(ids))
-            idx[b, here], targets[b, here], segments[b, here] = [prompt[-1], *ids[:-1]], ids, number
+            idx[b, here], segments[b, here] = [prompt[-1], *ids[:-1]], number
+            targets[b, here] = np.where(part.drawn[i, :len(ids)], ids, -100)
             positions[b, here] = np.arange(len(ids)) + len(prompt) - 1
             at[i, :len(ids)] = b * T + np.arange(here.start, here.stop)
             end = here.stop
