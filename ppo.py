@@ -174,7 +174,7 @@ def token_rewards(scores, kl, drawn, kl_coef):
 def adapt_kl_coef(kl_coef, kl, target, n, horizon):
     """The controller of arXiv:1909.08593, 2.2, after n answers with a mean KL: up where it is above target, else down,
     by a share of at most a fifth of n / horizon."""
-    return kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * n / horizon)
+    return float(kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * n / horizon))  # no NumPy number: it is saved
 
 
 def stops_at(log_ratios, drawn, budget):

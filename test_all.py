@@ -6820,6 +6820,7 @@ def test_the_kl_controller_by_hand():
     assert adapt(0.1, 0, 6, 256, 10000) == adapt(0.1, -9, 6, 256, 10000) == pytest.approx(
         0.1 * (1 - 0.2 * 0.0256), rel=1e-12)
     assert adapt(0.3, 6, 6, 256, 10000) == 0.3
+    assert type(adapt(0.3, np.float64(6.1), 6, 256, 10000)) is float  # what a checkpoint can hold
 
 
 def test_the_running_scale_is_that_of_all_numbers_so_far():
