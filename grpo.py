@@ -1,12 +1,12 @@
 """
 Group relative policy optimisation: a model learns from its own answers which of several to one prompt were the better.
 
-    python grpo.py config/grpo_tiny.py                             word problems, from the model of config/sft_tiny.py
+    python grpo.py config/grpo_tiny.py                             word problems, from the model of config/sft_mixed.py
     python grpo.py config/grpo_tiny.py --loss_type=dapo --clip_eps_high=0.28 --dynamic_sampling=4
     python grpo.py config/grpo_tiny.py --rewards=model --reward_model=out/reward    a reward model instead of a grader
     python grpo.py config/grpo_tiny.py --rewards="correct, 0.5*mine.py:politeness"      a function of yours
     python grpo.py config/grpo_smollm2.py                          SmolLM2-135M learns with LoRA
-    torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_tiny.py --gradient_accumulation_steps=8
+    torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_tiny.py
 
 A step draws num_generations answers to each of prompts_per_step prompts, rewards them, and takes as the advantage of an
 answer, all its tokens alike, how far its reward lies above the mean of its group. There is no value model. Rewards are

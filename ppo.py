@@ -1,11 +1,11 @@
 """
 Proximal policy optimisation: a model learns from rewards of its own answers, token by token, with a critic beside it.
 
-    python ppo.py config/ppo_tiny.py                               word problems, with the reward model in out/reward
+    python ppo.py config/ppo_tiny.py                               word problems; the reward model is out/reward_own
     python ppo.py config/ppo_tiny.py --critic=separate             a critic of its own, which begins as the reward model
     python ppo.py config/ppo_tiny.py --rewards=correct --reward_model=                  a grader in its place
     python ppo.py config/ppo_tiny.py --kl_controller=adaptive --kl_target=2
-    torchrun --standalone --nproc_per_node=2 ppo.py config/ppo_tiny.py
+    torchrun --standalone --nproc_per_node=2 ppo.py config/ppo_tiny.py --batch_size=64 --gradient_accumulation_steps=2
 
 A step draws answers to prompts_per_step prompts. Each token costs kl_coef times how much likelier it is to the policy
 than to the reference, the model that the run begins with, and the last one earns the reward of the answer. The critic

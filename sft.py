@@ -4,7 +4,8 @@ Supervised fine-tuning: a model that continues text learns to answer, from chats
     python sft.py config/sft_tiny.py                             word problems, from the model of config/tiny.py
     python sft.py config/sft_smollm2.py --dataset=data/mine      SmolLM2-135M learns your chats with LoRA
     python sft.py config/sft_smollm2.py --quant=nf4              the same with its own weights in 4 bits: QLoRA
-    python sft.py config/sft_tiny.py --dataset=wordproblems_tools --tools=True     the same, with a calculator
+    python sft.py config/sft_tiny.py --dataset=wordproblems_tools --tools=True --max_new_tokens=192 \\
+        --out_dir=out/sft_tools                                  the same, with a calculator
     python sft.py --init_from=out/sft --dataset=wordproblems --eval_only=True --eval_split=test --eval_samples=4
     torchrun --standalone --nproc_per_node=2 sft.py config/sft_tiny.py --gradient_accumulation_steps=2
 
