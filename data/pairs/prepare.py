@@ -31,18 +31,21 @@ def graded(path):
     """{prompt as JSON: (row, right answers, wrong answers)} of a file, each answer once."""
     found = {}
     try:
-        lines = path.read_text(encoding='utf-8').splitlines()
+        lines = path.read_text(encoding='utf-8').split('\n')  # JSON may hold what `splitlines` takes for an end
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: {error}: give a file of graded answers with --input (sft.py --eval_file)') from None
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             prompt, text, right = row['messages'][:-1], row['text'], bool(row['correct'])
-        except (ValueError, KeyError, TypeError) as error:
+            empty = not text.strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{path}, line {number}: no graded answer ({type(error).__name__}: {error}): it needs '
                             '"messages", "text" and "correct"') from None
         of = found.setdefault(json.dumps(prompt), (row, {}, {}))
-        if text.strip():
+        if not empty:
             of[1 if right else 2][text] = None
     return found
 
