@@ -167,7 +167,7 @@ def logps(net, run, texts, block_size):
     """Of many (ids, counts), shared by the processes: float64 array (n,)."""
     net.eval()
     found = run.spread([len(ids) for ids, _ in texts], lambda part: logps_of(
-        net, run, [texts[i] for i in part], block_size).double().cpu().numpy()[:, None])
+        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None])
     net.train()
     return found[:, 0]
 

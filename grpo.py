@@ -312,8 +312,8 @@ def main():
         part = micro_batches[number]
         logprobs, entropies, _ = read(net, run, answers, part, length, temperature)
         A = logprobs.shape[1]
-        mask, gains, old, ref = (None if x is None else run.to_device(x[part])[0].float() for x in (
-            counts[:, :A], advantages, None if old_logprobs is None else old_logprobs[:, :A],
+        mask, gains, drawn, old, ref = (None if x is None else run.to_device(x[part].astype(np.float32))[0] for x in (
+            counts[:, :A], advantages, answers.logprobs[:, :A], None if old_logprobs is None else old_logprobs[:, :A],
             None if ref_logprobs is None else ref_logprobs[:, :A]))
         tokens_read += answers.tokens(part)
         loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type,
@@ -322,8 +322,7 @@ def main():
         n = mask.sum().clamp(min=1)
         tell(entropy=(entropies.detach() * mask).sum() / n, **told)
         if old is None:  # what drew the answers computes in another way
-            gap = run.to_device(answers.logprobs[part, :A])[0] - logprobs.detach()
-            tell(**{'rollout/gap': (gap.abs() * mask).sum() / n})
+            tell(**{'rollout/gap': ((drawn - logprobs.detach()).abs() * mask).sum() / n})
         return loss
 
     if not resumed:

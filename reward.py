@@ -164,7 +164,7 @@ def score_all(net, run, texts, block_size):
     """Raw scores of many such texts, shared by the processes: float64 array (n,)."""
     net.eval()
     scores = run.spread([len(ids) for ids, _ in texts], lambda part: scores_of(
-        net, run, [texts[i] for i in part], block_size).double().cpu().numpy()[:, None])
+        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None])
     net.train()
     return scores[:, 0]
 

@@ -250,7 +250,7 @@ def reread(net, run, answers, block_size, temperature=1.0, share=True):
 
     def work(part):
         found = read(net, run, answers, part, block_size, temperature, share)
-        wide = [np.pad(x.double().cpu().numpy(), ((0, 0), (0, A - x.shape[1]))) for x in found if x is not None]
+        wide = [np.pad(x.cpu().double().numpy(), ((0, 0), (0, A - x.shape[1]))) for x in found if x is not None]
         return np.concatenate(wide, 1)
     net.eval()
     found = run.spread(answers.group_sizes, work, 32)
@@ -293,7 +293,7 @@ def load_scorer(path, run, tokenizer=None):
         def work(part):
             arrays = pad_texts([texts[i] for i in part], length)
             with run.autocast(arrays[0].shape[1]):
-                return model.rewards(*run.to_device(*arrays)).double().cpu().numpy()[:, None]
+                return model.rewards(*run.to_device(*arrays)).cpu().double().numpy()[:, None]
         return run.spread([len(ids) for ids, _ in texts], work, 32)[:, 0]
     return score
 

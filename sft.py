@@ -128,7 +128,7 @@ def losses_of(model, data, rows, run):
     """The summed loss of each of these rows, in nats, and how many targets it has: two float64 arrays."""
     def work(part):
         arrays = data.read(np.asarray(rows)[part])
-        losses = loss_on(model, run, arrays, reduction='none').sum(1).double().cpu().numpy()
+        losses = loss_on(model, run, arrays, reduction='none').sum(1).cpu().double().numpy()
         return np.stack((losses, (arrays[1] != -100).sum(1)), 1)
     model.eval()
     nats, counts = run.spread(data.lengths[rows], work).T
