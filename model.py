@@ -682,20 +682,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, w, targets, cap, temperature, per_token, learning):
-        """h (N, C), w (V, C), targets (N,) with -100 to skip -> the sum of the losses; with per_token, losses and the
-        entropies of the distributions (N,) float32 both.
+    def forward(ctx, h, w, targets, cap, temperature, per_token, learning, details=False):
+        """h (N, C), w (V, C), targets (N,) with -100 to skip -> the sum of the losses; with per_token, losses and, with
+        details too, the entropies of the distributions (N,) float32, else None.
 
         cap: of the logits, 0 = none; these are then divided by the temperature. learning: whether a backward may
         follow.
         """
         losses = torch.zeros(len(h), dtype=torch.float32, device=h.device)
-        entropies = torch.zeros_like(losses) if per_token else None
+        entropies = torch.zeros_like(losses) if details else None
         ones = losses.new_ones(len(h))
         grads = (ones, None) if learning and not per_token else None
         ctx.how = cap, temperature
         dh, dw = LinearCrossEntropy.walk(h, w, targets, *ctx.how, grads, (losses, entropies), ctx.needs_input_grad[1])
         ctx.per_token = per_token
+        if not torch.compiler.is_compiling():  # which cannot say that nothing was learnt from the entropies
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(*((h, w, targets) if per_token else (dh, dw)))
         return (losses, entropies) if per_token else losses.sum()
 
@@ -703,11 +705,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g, g_entropy=None):
         if ctx.per_token:
             h, w, targets = ctx.saved_tensors
+            g = torch.zeros_like(g_entropy) if g is None else g
             dh, dw = LinearCrossEntropy.walk(h, w, targets, *ctx.how, (g, g_entropy), None, ctx.needs_input_grad[1])
         else:
             dh, dw = ctx.saved_tensors
             dh, dw = dh * g, dw if dw is None else dw * g
-        return dh, dw if dw is None else dw.to(dh.dtype), None, None, None, None, None
+        return dh, dw if dw is None else dw.to(dh.dtype), None, None, None, None, None, None
 
     @staticmethod
     def walk(h, w, targets, cap, temperature, g, out, learns):
@@ -1307,7 +1310,7 @@ class GPT(nn.Module):
         h, w = h.to(dtype), w if self.config.quant else w.to(dtype)
         learning = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
         cap = self.config.logit_softcap
-        losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning)
+        losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning, reduction == 'details')
         if reduction == 'mean':
             return losses / (targets != -100).sum()
         return losses[0] if reduction == 'none' else losses

@@ -376,7 +376,8 @@ def main():
         tell(**{'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
                 'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,
                 'entropy': (entropies.detach() * mask).sum() / n, 'ratio': (log_ratio.exp() * mask).sum() / n})
-        losses = losses + vf_coef * errors - entropy_coef * entropies
+        losses = losses + vf_coef * errors
+        losses = losses - entropy_coef * entropies if entropy_coef else losses
         return (losses * mask).sum() / (counts[chosen].sum() / gradient_accumulation_steps)
 
     if not resumed:
