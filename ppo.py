@@ -229,7 +229,7 @@ class ActorCritic(nn.Module):
 def make_critic(policy, run):
     """A critic of its own: the reward model, or without one the policy itself with a new head."""
     if reward_model:
-        model, _ = load_model(reward_model, scores=True)
+        model, _ = load_model(reward_model, scores=True, dropout=0.0, lora_dropout=0.0)
     else:
         with runtime.user_errors():
             merged = policy.merged()
