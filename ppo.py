@@ -238,7 +238,7 @@ def make_critic(policy, run):
     if not model.config.causal:
         raise UserError(f"critic='separate': {reward_model} has causal=False and cannot judge an answer that is not "
                         'finished: take a causal reward model')
-    if model.config.block_size < policy.config.block_size and model.config.pos == 'learned':
+    if model.config.block_size < policy.config.block_size:
         raise UserError(f"critic='separate': {reward_model} reads block_size={model.config.block_size} tokens, the "
                         f'policy {policy.config.block_size}')
     return model
