@@ -311,7 +311,8 @@ def main():
     coef, longest = kl_coef, max_new_tokens
     if resumed:
         own = began.own
-        if own['critic'].keys() != model.judge_state().keys():
+        then, now = ({name: tensor.shape for name, tensor in of.items()} for of in (own['critic'], model.judge_state()))
+        if then != now:
             raise UserError(f'{origin} was trained with another critic than critic={critic!r}: resume with that')
         run.restore(own, origin, optimizers)
         step, clock, reward.failed = own['iter'], runtime.Clock(own['seconds']), own['failed']
