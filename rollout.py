@@ -389,9 +389,10 @@ class Rewards:
         if function is not None:
             try:
                 value = function(row, text)
+                finite = isinstance(value, numbers.Real | np.number | np.bool_) and math.isfinite(value)
             except Exception as error:  # the user's own code can raise anything; it is named, counted and limited
                 return math.nan, f'raised {type(error).__name__}: {" ".join(str(error).split())}'
-            if not isinstance(value, numbers.Real | np.number) or not math.isfinite(value):
+            if not finite:
                 return math.nan, f'gave {value!r:.40}, not a finite number'
             return float(value), ''
         if name == 'format':
