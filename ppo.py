@@ -226,7 +226,7 @@ class ActorCritic(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith('policy.')}
 
 
-def make_critic(policy, run):
+def make_critic(policy):
     """A critic of its own: the reward model, or without one the policy itself with a new head."""
     if reward_model:
         model, _ = load_model(reward_model, scores=True, dropout=0.0, lora_dropout=0.0)
@@ -281,7 +281,7 @@ def main():
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-    model = ActorCritic(policy, make_critic(policy, run) if critic == 'separate' else None)
+    model = ActorCritic(policy, make_critic(policy) if critic == 'separate' else None)
 
     def whole(data, reference):
         """What is measured of the policy on held-out prompts."""
