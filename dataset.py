@@ -1140,10 +1140,10 @@ def grades(row, answer):
     'correct' is what the row's grader says of its `answer`, of rows that have one.
     """
     gold, said = visible(row['messages'][-1]['content']), visible(answer)
-    marks = {'exact': float(normalise(said) == normalise(gold))}
+    marks = {'exact': float(normalise(said) == normalise(gold))} if gold else {}  # some prompts have none
     if 'answer' in row:
         marks['correct'] = float(grade(answer, row['answer'], row.get('grader', 'number')))
-    return marks | {'f1': token_f1(said, gold), 'rouge_l': rouge_l(said, gold)}
+    return marks | ({'f1': token_f1(said, gold), 'rouge_l': rouge_l(said, gold)} if gold else {})
 
 
 def summarise(marks):
@@ -1173,9 +1173,11 @@ def in_words(means, ranges):
 
 def shown(row, answer, marks):
     """A prompt's last message, the answer to it with its grades and the one it should have been, for a reader."""
+    shown = f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
+    if 'correct' not in marks and 'f1' not in marks:
+        return f'{shown}  (no gold)'
     verdict = ('right' if marks['correct'] else 'wrong') if 'correct' in marks else f'F1 {marks["f1"]:.2f}'
-    return (f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
-            f'  gold ({verdict}): {visible(row["messages"][-1]["content"])}')
+    return f'{shown}  gold ({verdict}): {visible(row["messages"][-1]["content"])}'
 
 
 def interval(values):

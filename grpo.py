@@ -26,7 +26,7 @@ import runtime
 from convert import start
 from dataset import find_dataset
 from model import GPTConfig
-from rollout import Forcing, Rewards, draw, examine, gold_of, joined, kl_terms, prompts_of, read, reread
+from rollout import SHARED_ROW, Forcing, Rewards, draw, examine, gold_of, joined, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -40,7 +40,7 @@ strict = True  # a malformed row ends the run; False: it is left out and counted
 # rewards
 rewards = 'correct'  # a sum, as 'correct, 0.2*format, -0.1*length, model, FILE.py:function': see rollout.py
 reward_model = ''  # a run of reward.py, for 'model'
-max_bad_rewards = 20  # answers whose reward failed, after which the run ends
+max_bad_rewards = 20  # rewards of answers that failed, after which the run ends
 overlong_buffer = 0  # DAPO: from so many tokens before max_new_tokens on the reward falls, by 1 at the end; 0 = not
 # answers
 prompts_per_step = 32  # prompts of a step
@@ -248,7 +248,7 @@ def main():
         for name, tensor in (reference or {}).items():
             tensor.copy_(run.like(tensor, began.own['reference'][name]))
         began.own = None
-    flops = model.flops_per_token(length)
+    flops = model.flops_per_token(min(length, SHARED_ROW))
 
     def measure():
         metrics, words, samples = whole(val_data, reference)
@@ -341,7 +341,7 @@ def main():
             counts = counts * answers.ended[:, None]
         # what has neither an advantage nor another term in its loss is not read; a mean over a micro-batch wants all
         sizes = answers.group_sizes
-        teaches = (advantages != 0) | bool(kl_coef or entropy_coef or loss_type == 'bnpo')
+        teaches = (advantages != 0) & counts.any(1) | bool(kl_coef or entropy_coef or loss_type == 'bnpo')
         old_logprobs = ref_logprobs = None
         if updates > 1:
             old_logprobs = reread(net, run, answers, length, temperature)[0]

@@ -28,7 +28,7 @@ import runtime
 from convert import load_model, start
 from dataset import find_dataset
 from model import GPT, GPTConfig, Optimizers
-from rollout import Forcing, Rewards, draw, examine, gold_of, kl_terms, prompts_of, read, reread
+from rollout import SHARED_ROW, Forcing, Rewards, draw, examine, gold_of, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -42,7 +42,7 @@ strict = True  # a malformed row ends the run; False: it is left out and counted
 # rewards
 rewards = 'model'  # a sum, as 'correct, 0.2*format, -0.1*length, model, FILE.py:function': see rollout.py
 reward_model = 'out/reward'  # a run of reward.py, for 'model'
-max_bad_rewards = 20  # answers whose reward failed, after which the run ends
+max_bad_rewards = 20  # rewards of answers that failed, after which the run ends
 eos_penalty = 1.0  # taken from the reward of an answer that did not end
 reward_clip = 0.0  # rewards beyond so much, up or down, count as that; 0 = no limit
 running_rewards = False  # rewards less their running mean, over their running standard deviation
@@ -270,6 +270,8 @@ def main():
     if n_answers % per_update:
         raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are no multiple of batch_size * '
                         f'gradient_accumulation_steps = {per_update}: change one of them')
+    if kl_controller == 'adaptive' and not kl_coef:
+        raise UserError("kl_controller='adaptive' multiplies kl_coef, which is 0: give one above 0 to begin with")
     if kl_controller == 'adaptive' and n_answers >= 5 * kl_horizon:
         raise UserError(f'kl_horizon={kl_horizon}: at {n_answers} answers a step kl_coef could fall to 0 at once: give '
                         f'at least {n_answers // 5 + 1}')
@@ -323,7 +325,7 @@ def main():
             for name, tensor in reference.items():
                 tensor.copy_(run.like(tensor, own['reference'][name]))
         own = began.own = None
-    flops = policy.flops_per_token(length)
+    flops = policy.flops_per_token(min(length, SHARED_ROW))
 
     def measure():
         metrics, words, samples = whole(val_data, reference)

@@ -29,6 +29,7 @@ from dataset import (
     grades,
     in_words,
     interval,
+    last_number,
     load_prompts,
     pad_texts,
     padded_width,
@@ -312,6 +313,9 @@ def load_function(place):
     return getattr(module, name)
 
 
+OWN = ('correct', 'format', 'length', 'model')  # rewards beside the graders
+
+
 class Rewards:
     """A weighted sum of rewards, in words 'NAME, WEIGHT*NAME, …':
 
@@ -336,11 +340,13 @@ class Rewards:
                     raise ValueError
             except ValueError:
                 raise UserError(f'rewards={words!r}: {weight.strip()!r} before * is not a number') from None
-            if ':' not in name and name not in ('correct', 'format', 'length', 'model', *GRADERS):
-                raise UserError(f'rewards={words!r}: {name!r} is not one of correct, format, length, model, '
-                                f'{", ".join(GRADERS)} or FILE.py:function')
-            function = load_function(name) if ':' in name else None
-            self.terms.append((number, name.rpartition(':')[2], function))
+            if ':' not in name and name not in (*OWN, *GRADERS):
+                raise UserError(f'rewards={words!r}: {name!r} is not one of {", ".join((*OWN, *GRADERS))} or '
+                                'FILE.py:function')
+            function, name = load_function(name) if ':' in name else None, name.rpartition(':')[2]
+            if function and name in (*OWN, *GRADERS):
+                raise UserError(f'rewards={words!r}: a reward is named {name!r} already: rename the function')
+            self.terms.append((number, name, function))
         self.names = [name for _, name, _ in self.terms]
         if len(set(self.names)) < len(self.names):
             raise UserError(f'rewards={words!r} names one twice')
@@ -351,12 +357,16 @@ class Rewards:
             self.scorer = load_scorer(reward_model, run, tokenizer)
 
     def check(self, rows):
-        """UserError for the first row that a grader would miss an `answer` in."""
-        graded = next((name for name in self.names if name in ('correct', *GRADERS)), None)
-        row = next((row for row in rows if 'answer' not in row), None) if graded else None
-        if row:
-            raise UserError(f'{row["where"]}: it has no "answer", which rewards={graded!r} compares with: add it or '
-                            'leave that reward out')
+        """UserError for the first row whose `answer` a grader would miss, or find nothing equal to."""
+        for graded in (name for name in self.names if name in ('correct', *GRADERS)):
+            for row in rows:
+                if 'answer' not in row:
+                    raise UserError(f'{row["where"]}: it has no "answer", which rewards={graded!r} compares with: add '
+                                    'it or leave that reward out')
+                grader = row.get('grader', 'number') if graded == 'correct' else graded
+                if grader == 'number' and last_number(str(row['answer'])) is None:
+                    raise UserError(f'{row["where"]}: its "answer" {row["answer"]!r:.40} has no number, so the grader '
+                                    "'number' finds nothing right: mend it or give another \"grader\"")
 
     def __call__(self, data, answers):
         """Answers (Rollout) to prompts of data -> (totals (n,), {name: (n,)}), float64, nan where a reward failed."""
