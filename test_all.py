@@ -314,7 +314,7 @@ def test_filters_equal_transformers():
     texts = [[1, 5, 5], [2], [3, 60], [0], [9]]
     penalised = torch.cat([hf.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([t]), row[None])
                            for t, row in zip(texts, logits, strict=True)])
-    greedy, _ = model_file.sample(logits.clone(), texts, None, 0, 0, 1.0, 0.0, 1.7)
+    greedy, _ = model_file.sample(logits.clone(), texts, None, 0, 0, 0, 1.0, 0.0, 1.7)
     assert greedy == penalised.argmax(-1).tolist()
 
 
@@ -4148,7 +4148,7 @@ def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch
 def test_small_configs_run_shortened(run_stage, text_data):
     """config/*.py name only knobs that exist, with values that go together."""
     for config in sorted((ROOT / 'config').glob('*.py')):
-        if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo')):
+        if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo', 'ppo', 'grpo')):
             status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
                                        '--batch_size=2', '--eval_iters=1', '--block_size=64', '--sample_tokens=4',
                                        '--device=cpu')
@@ -8072,3 +8072,11 @@ def test_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
     assert (status, err) == (0, ''), err
     result = json.loads(Path('out/bench/sample.json').read_text())['result']
     assert result['batch'] == 2 and result['ratio'] > 0 and 'same tokens %' not in result
+
+
+@pytest.mark.parametrize('config, stage', [('grpo_tiny', 'grpo'), ('grpo_smollm2', 'grpo'), ('ppo_tiny', 'ppo'),
+                                           ('reward_own', 'reward'), ('sft_mixed', 'sft')])
+def test_configs_of_learning_from_samples_go_together(run_stage, config, stage):
+    """Every value is accepted: what stops the run is the model that is not there."""
+    status, _, err = run_stage(stage, ROOT / f'config/{config}.py', '--init_from=out/none', '--device=cpu')
+    assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
