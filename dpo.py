@@ -37,7 +37,7 @@ from dataset import (
     summarise,
 )
 from model import GPTConfig
-from rollout import Forcing, divergence, draw, gold_of, load_scorer
+from rollout import divergence, draw, forcing, gold_of, load_scorer
 from tokenizer import UserError
 
 # where and what
@@ -210,7 +210,7 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     if not ref_logps:
         with run.switched(model, reference):
             ref_logps.append(logps(net, run, texts, block_size).reshape(2, -1))
-    force = Forcing(data.tokenizer) if tools else None
+    force = forcing(data.tokenizer, tools)
     sampled, greedy = (draw(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (1.0, 0))
     moved = divergence(net, model, reference, run, sampled, block_size).sum(1)
     judged = None

@@ -26,7 +26,7 @@ import runtime
 from convert import start
 from dataset import find_dataset
 from model import GPTConfig
-from rollout import SHARED_ROW, Forcing, Rewards, draw, examine, gold_of, joined, kl_terms, prompts_of, read, reread
+from rollout import SHARED_ROW, Rewards, draw, examine, forcing, gold_of, joined, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -210,7 +210,7 @@ def main():
     began = start(run, 'grpo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
     model, tokenizer, origin = began.model, began.tokenizer, began.origin
     length = model.config.block_size
-    force = Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
+    force = forcing(tokenizer, tools, max_think_tokens)
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
@@ -300,11 +300,7 @@ def main():
         parts = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         return joined([part for part in kept if len(part)]), torch.stack(totals), parts, flat
 
-    stats, counted = {}, {}  # sums of what the log tells as means, and of how many
-
-    def tell(**values):
-        for name, value in values.items():
-            stats[name], counted[name] = stats.get(name, 0.0) + value, counted.get(name, 0) + 1
+    means = runtime.Means()
 
     def micro_loss(number):
         """The loss of the update's micro-batch of this number."""
@@ -320,9 +316,9 @@ def main():
                                clip_eps, clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
                                counts[chosen].sum() / gradient_accumulation_steps, batch_size)
         n = mask.sum().clamp(min=1)
-        tell(entropy=(entropies.detach() * mask).sum() / n, **told)
+        means.add(entropy=(entropies.detach() * mask).sum() / n, **told)
         if old is None:  # what drew the answers computes in another way
-            tell(**{'rollout/gap': ((drawn - logprobs.detach()).abs() * mask).sum() / n})
+            means.add(**{'rollout/gap': ((drawn - logprobs.detach()).abs() * mask).sum() / n})
         return loss
 
     if not resumed:
@@ -345,7 +341,7 @@ def main():
         old_logprobs = ref_logprobs = None
         if updates > 1:
             old_logprobs = reread(net, run, answers, length, temperature)[0]
-            tell(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean()})
+            means.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean()})
         if reference is not None:
             with run.switched(model, reference):
                 ref_logprobs = reread(net, run, answers, length, temperature)[0]
@@ -355,11 +351,13 @@ def main():
             idle = True
         gold = gold_of(train_data, answers)
         totals = totals.numpy()
-        tell(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),
-                **{f'reward/{name}': np.nanmean(x) for name, x in parts.items()}} if np.isfinite(totals).any() else {},
-             **{'reward/gold': np.nanmean(gold)} if np.isfinite(gold).any() else {},
-             response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
-             **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
+        if np.isfinite(totals).any():
+            means.add(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),
+                         **{f'reward/{name}': np.nanmean(x) for name, x in parts.items()}})
+        if np.isfinite(gold).any():
+            means.add(**{'reward/gold': np.nanmean(gold)})
+        means.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
+                  **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         for epoch in range(num_epochs):
             order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(prompts_per_step)
             order = (order[:, None] * num_generations + np.arange(num_generations)).flatten()  # groups stay together
@@ -370,9 +368,9 @@ def main():
                 teach = teach[np.argsort(sizes[teach], kind='stable')]  # by length: little padding
                 micro_batches = np.array_split(teach, gradient_accumulation_steps)
                 if not settled:
-                    before = dict(stats), dict(counted), tokens_read
+                    before, means = (means, tokens_read), runtime.Means()
                     run.settle(net, lambda: micro_loss(run.rank))
-                    (stats, counted, tokens_read), settled = before, True  # that pass was no part of a step
+                    (means, tokens_read), settled = before, True  # that pass was no part of a step
                 total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         step += 1
         if step % max_bad_steps == 0:
@@ -380,20 +378,20 @@ def main():
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            names = sorted(stats)
-            loss, fed, *told = run.sum(total.item(), tokens_read, *(float(stats[k]) / counted[k] for k in names))
+            told = means.read()
+            loss, fed, *values = run.sum(total.item(), tokens_read, *told.values())
             seconds = clock.read()
             rate = fed / (seconds - logged_seconds)
             run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                        **{k: v / run.world_size for k, v in zip(names, told, strict=True)}, 'failed': reward.failed,
+                        **{k: v / run.world_size for k, v in zip(told, values, strict=True)}, 'failed': reward.failed,
                         'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
                        (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read, stats, counted = step, seconds, 0, {}, {}
+            logged_step, logged_seconds, tokens_read, means = step, seconds, 0, runtime.Means()
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read, stats, counted = step, step, clock.read(), 0, {}, {}
+            looked, logged_step, logged_seconds, tokens_read, means = step, step, clock.read(), 0, runtime.Means()
 
     if stop and looked != step:
         clock.pause()

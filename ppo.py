@@ -28,7 +28,7 @@ import runtime
 from convert import load_model, start
 from dataset import find_dataset
 from model import GPT, GPTConfig, Optimizers
-from rollout import SHARED_ROW, Forcing, Rewards, draw, examine, gold_of, kl_terms, prompts_of, read, reread
+from rollout import SHARED_ROW, Rewards, draw, examine, forcing, gold_of, kl_terms, prompts_of, read, reread
 from tokenizer import UserError
 
 # where and what
@@ -279,7 +279,7 @@ def main():
     began = start(run, 'ppo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
     policy, tokenizer, origin = began.model, began.tokenizer, began.origin
     length = policy.config.block_size
-    force = Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
+    force = forcing(tokenizer, tools, max_think_tokens)
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
@@ -355,11 +355,7 @@ def main():
                        {'reference': reference, 'critic': model.judge_state(), 'failed': reward.failed, 'kl_coef': coef,
                         'longest': longest, 'scale': scale.state})
 
-    stats, counted = {}, {}  # sums of what the log tells as means, and of how many
-
-    def tell(**values):
-        for name, value in values.items():
-            stats[name], counted[name] = stats.get(name, 0.0) + value, counted.get(name, 0) + 1
+    means = runtime.Means()
 
     def micro_loss(number):
         """The loss of the update's micro-batch of this number, so that their mean is over the update's tokens."""
@@ -376,9 +372,10 @@ def main():
         log_ratio = (logprobs.detach() - old) * mask
         far = kl_terms(torch.zeros_like(log_ratio), log_ratio).sum() / n  # KL(old || new): the old one drew them
         moved = moved + far / run.micro_steps
-        tell(**{'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
-                'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,
-                'entropy': (entropies.detach() * mask).sum() / n, 'ratio': (log_ratio.exp() * mask).sum() / n})
+        means.add(**{
+            'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
+            'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,
+            'entropy': (entropies.detach() * mask).sum() / n, 'ratio': (log_ratio.exp() * mask).sum() / n})
         losses = losses + vf_coef * errors
         losses = losses - entropy_coef * entropies if entropy_coef else losses
         return (losses * mask).sum() / (counts[chosen].sum() / gradient_accumulation_steps)
@@ -398,11 +395,11 @@ def main():
         old_logprobs, _, old_values = reread(net, run, answers, length, temperature, critic == 'shared')
         with run.switched(policy, reference):
             ref_logprobs = reread(net, run, answers, length, temperature, critic == 'shared')[0]
-        tell(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean(),
-                'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
+        means.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean(),
+                     'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         if kl_budget:
             stops = np.minimum(stops_at(old_logprobs - ref_logprobs, answers.drawn, kl_budget), answers.lengths)
-            tell(stopped=(stops < answers.lengths).mean())
+            means.add(stopped=(stops < answers.lengths).mean())
             answers = answers.cut(stops, train_data)
             old_logprobs, old_values, ref_logprobs = (x[:, :answers.drawn.shape[1]] * answers.drawn
                                                       for x in (old_logprobs, old_values, ref_logprobs))
@@ -418,24 +415,24 @@ def main():
         if running_rewards and scored.any():
             scores[scored] = scale(scores[scored])
         scores = scores.clip(-reward_clip, reward_clip) if reward_clip else scores
-        log_ratios = (old_logprobs - ref_logprobs) * answers.drawn
-        mask, tensors = torch.from_numpy(counts.astype(float)), map(torch.from_numpy, (scores * scored, old_values))
-        of_scores, of_values = tensors
-        kl = torch.from_numpy(kl_terms(old_logprobs, ref_logprobs, kl_estimator))
+        mask, of_scores, of_values, kl = map(torch.from_numpy, (
+            counts.astype(float), scores * scored, old_values, kl_terms(old_logprobs, ref_logprobs, kl_estimator)))
         of_tokens = token_rewards(of_scores, kl, mask, coef)
         if whiten_rewards:
             of_tokens = whiten(of_tokens, mask, shift_mean=False)
         found, due = gae(of_tokens, of_values, mask, gamma, gae_lambda)
         advantages, returns = (whiten(found, mask) if whiten_advantages else found).numpy(), due.numpy()
-        mean_kl, gold = log_ratios.sum(1).mean(), gold_of(train_data, answers)
+        mean_kl, gold = (old_logprobs - ref_logprobs).sum(1).mean(), gold_of(train_data, answers)
         if scored.any():
             spread, error = (x[mask.bool()].var(correction=0) for x in (due, due - of_values))
-            tell(**{'reward/mean': totals[scored].mean(), 'reward/std': totals[scored].std(),
-                    'reward/with_kl': of_tokens.sum(1).numpy()[scored].mean(),
-                    **{f'reward/{name}': x[scored].mean() for name, x in parts.items()},
-                    'value/explained': 1 - (error / (spread + 1e-8)).item()})
-        tell(**({'reward/gold': np.nanmean(gold)} if np.isfinite(gold).any() else {}), kl=mean_kl, kl_coef=coef,
-             response_len=answers.lengths.mean(), ended=answers.ended.mean(), max_new_tokens=limit)
+            means.add(**{'reward/mean': totals[scored].mean(), 'reward/std': totals[scored].std(),
+                         'reward/with_kl': of_tokens.sum(1).numpy()[scored].mean(),
+                         **{f'reward/{name}': x[scored].mean() for name, x in parts.items()},
+                         'value/explained': 1 - (error / (spread + 1e-8)).item()})
+        if np.isfinite(gold).any():
+            means.add(**{'reward/gold': np.nanmean(gold)})
+        means.add(kl=mean_kl, kl_coef=coef, response_len=answers.lengths.mean(), ended=answers.ended.mean(),
+                  max_new_tokens=limit)
         if kl_controller == 'adaptive':
             coef = adapt_kl_coef(coef, mean_kl, kl_target, n_answers, kl_horizon)
 
@@ -450,9 +447,9 @@ def main():
                 if not counts[chosen].any():
                     continue
                 if not settled:
-                    before = dict(stats), dict(counted), tokens_read
+                    before, means = (means, tokens_read), runtime.Means()
                     run.settle(net, lambda: micro_loss(run.rank))
-                    (stats, counted, tokens_read), settled = before, True  # that pass was no part of a step
+                    (means, tokens_read), settled = before, True  # that pass was no part of a step
                 moved = 0.0
                 total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
                 done += 1
@@ -462,27 +459,27 @@ def main():
                 break
         if not done:
             raise UserError(f'step {step}: no answer had a reward: mend the rewards or the rows')
-        tell(updates=done)
+        means.add(updates=done)
         step += 1
         if step % max_bad_steps == 0:
             run.check_updates(step)
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            names = sorted(stats)
-            loss, fed, *told = run.sum(total.item(), tokens_read, *(float(stats[k]) / counted[k] for k in names))
+            told = means.read()
+            loss, fed, *values = run.sum(total.item(), tokens_read, *told.values())
             seconds = clock.read()
             rate = fed / (seconds - logged_seconds)
             run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                        **{k: v / run.world_size for k, v in zip(names, told, strict=True)}, 'failed': reward.failed,
+                        **{k: v / run.world_size for k, v in zip(told, values, strict=True)}, 'failed': reward.failed,
                         'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
                        (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read, stats, counted = step, seconds, 0, {}, {}
+            logged_step, logged_seconds, tokens_read, means = step, seconds, 0, runtime.Means()
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read, stats, counted = step, step, clock.read(), 0, {}, {}
+            looked, logged_step, logged_seconds, tokens_read, means = step, step, clock.read(), 0, runtime.Means()
 
     if stop and looked != step:
         clock.pause()

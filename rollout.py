@@ -143,6 +143,11 @@ class Forcing:
         return self.close
 
 
+def forcing(tokenizer, tools, max_think_tokens=0):
+    """The Forcing that a stage's knobs ask for, or None where they ask for none."""
+    return Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
+
+
 def joined(parts):
     """Several Rollouts as one."""
     longest = max(part.drawn.shape[1] for part in parts)

@@ -1071,6 +1071,21 @@ def elapsed(seconds):
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
+class Means:
+    """Means of numbers by name, between two reports; tensors stay on the device until they are read."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
+
+    def read(self):
+        """{name: mean}, in the order of the names: the same in every process."""
+        return {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
+
+
 class Clock:
     """Seconds of training, without what happens between pause() and resume(): evaluations, samples, saves."""
 

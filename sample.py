@@ -26,7 +26,7 @@ import runtime
 from convert import load_model
 from dataset import majority, vote_of
 from model import GPTConfig
-from rollout import Forcing, load_scorer
+from rollout import forcing, load_scorer
 from tokenizer import UserError
 
 init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
@@ -233,7 +233,7 @@ def main():
                                                'an encoder: give it something to read, --source=TEXT'))
     if chat:
         tokenizer.chat_ids([{'role': 'user', 'content': ''}])  # a tokenizer that knows no chats says so now
-    force = Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
+    force = forcing(tokenizer, tools, max_think_tokens)
     scorer = None
     if best_of:
         run = runtime.Run({'out_dir': '.', 'seed': random.getrandbits(32) if seed < 0 else seed, 'device': device,

@@ -41,7 +41,7 @@ from dataset import (
     vote_of,
 )
 from model import GPTConfig
-from rollout import Forcing, load_scorer
+from rollout import forcing, load_scorer
 from tokenizer import UserError
 
 # where and what
@@ -141,7 +141,7 @@ def examine(net, model, data, run, samples=0):
     chosen = data.fixed(eval_rows)
     nats, counts = losses_of(net, data, chosen, run)
     rows, prompts = [data.rows_kept[i] for i in chosen], [data.prompt(i) for i in chosen]
-    force = Forcing(data.tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
+    force = forcing(data.tokenizer, tools, max_think_tokens)
     ids = run.answers(model, prompts, max_new_tokens, temperature=eval_temperature if samples else 0,
                       stop_ids=data.tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=data.tokenizer.n_vocab,
                       force=force)

@@ -7143,6 +7143,10 @@ def words(row, text):
     return 'good'
 
 
+def correct(row, text):
+    return 1
+
+
 number = 3
 '''
 STEPS = ['--max_iters=4', '--eval_interval=2', '--log_interval=1', '--eval_rows=4', '--warmup_iters=2',
@@ -7361,6 +7365,8 @@ def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
     ('ppo', ["kl_estimator='k2'"], ['--kl_estimator=k2']), ('ppo', ['kl_controller'], ['--kl_controller=pid']),
     ('ppo', ['gamma'], ['--gamma=1.5']), ('ppo', ['kl_target=0'], ['--kl_target=0']),
     ('ppo', ['kl_horizon=1'], ['--kl_controller=adaptive', '--kl_horizon=1']),
+    ('ppo', ['kl_coef', 'above 0'], ['--kl_controller=adaptive', '--kl_coef=0']),
+    ('grpo', ['mine.py:correct', 'rename'], ['--rewards=mine.py:correct']),
     ('grpo', ['temperature=0'], ['--temperature=0']), ('ppo', ['temperature=0'], ['--temperature=0']),
     ('grpo', ['overlong_buffer=9', 'max_new_tokens=6'], ['--overlong_buffer=9']),
     ('grpo', ['scratch'], ['--init_from=scratch']), ('ppo', ['no such run'], ['--init_from=out/none']),
@@ -7384,6 +7390,22 @@ def test_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args)
     status, out, err = act(stage, '--out_dir=run', *args)
     assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and not Path('run').exists(), err
     assert all(word in err for word in words), err
+
+
+def test_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
+    rows = [{'prompt': f'{i}?', 'answer': 'seven' if i == 3 else '7'} for i in range(12)]
+    lines(tmp_path / 'words.jsonl', rows)
+    for rewards, status in (('number', 2), ('correct', 2), ('exact', 0)):
+        found, _, err = act('grpo', f'--rewards={rewards}', '--dataset=words.jsonl', f'--out_dir={rewards}')
+        assert found == status, err
+        assert not status or err.count('\n') == 1 and 'words.jsonl, line 4' in err and "'seven' has no number" in err
+
+
+def test_prompts_without_a_gold_answer_have_no_marks_against_one():
+    row = {'messages': asked('Who?') + [{'role': 'assistant', 'content': ''}]}
+    assert dataset.grades(row, '') == {} and dataset.shown(row, 'I', {}).endswith('(no gold)')
+    assert dataset.grades({**row, 'answer': '7'}, 'It is 7.') == {'correct': 1.0}
+    assert 'gold (wrong)' in dataset.shown(row, 'I', {'correct': 0.0})
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
@@ -7878,6 +7900,20 @@ def test_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tmp_pat
     assert last['iter'] == 1 and last['val/correct'] == 1  # the scripted answer is right only if it was answered
     status, out, err = run_stage(stage, f'--init_from={base_run}', *flags, '--max_think_tokens=-1')
     assert status == 2 and err.count('\n') == 1 and 'max_think_tokens=-1' in err
+
+
+def test_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, says):
+    """The scripted answer comes as it is only if its call was answered; what was put in counts in no divergence."""
+    says(bytes_tokenizer(), [CALLING])
+    rows = [{'prompt': f'{i}?', 'chosen': CALLING, 'rejected': 'No.', 'answer': '7'} for i in range(20)]
+    lines(Path('pairs.jsonl'), rows)
+    for tools in (True, False):
+        status, out, err = run_stage('dpo', f'--init_from={base_run}', '--dataset=pairs.jsonl', f'--tools={tools}',
+                                     '--max_new_tokens=120', '--max_iters=1', '--eval_rows=2', '--batch_size=2',
+                                     '--device=cpu', '--dtype=float32', f'--out_dir=run{tools}', '--warmup_iters=0')
+        assert (status, err) == (0, ''), err
+        said_so = CALLING in Path(f'run{tools}/samples.txt').read_text().replace('\n  | ', '\n')
+        assert said_so == tools and rows_of(f'run{tools}')[0]['kl'] == pytest.approx(0, abs=1e-4)
 
 
 def test_word_problems_with_tools_are_the_same_problems(house):
