@@ -795,7 +795,7 @@ def fingerprint(tensors, start=''):
 def base_of(init_from, state):
     """What a checkpoint of LoRA or adapters holds as 'base': {'init_from', 'sha256'} of the state that `load_state`
     read from there. A base that has LoRA itself counts by its pieces: sums may round otherwise on another machine."""
-    return {'init_from': str(init_from), 'sha256': state.get('sha256') or fingerprint(state['model'])}
+    return {'init_from': str(init_from), 'sha256': state.get('sha256') or fingerprint(state['model'] or {})}
 
 
 def _find(init_from, directory):
@@ -892,21 +892,27 @@ class Start:
                 f'{learn * 8 / 1e6:,.1f}')
 
 
-def start(run, stage, base, given, changeable=CHANGEABLE, scores=False):
+def start(run, stage, base, given, changeable=CHANGEABLE, scores=False, new=None):
     """The model that a runtime.Run's init_from names, `base` where 'auto' finds no run yet, frozen where it has LoRA or
     adapters -> Start.
 
     stage: its name, 'sft'; only a run of the same one can go on. given: fields of GPTConfig; those in changeable may
     differ from the model's, but not when a run goes on. scores: whether the stage has a reward model; it may begin with
     any, and from 'scratch', new weights of base's shape but for what is given. Others begin with a causal decoder.
+    new: {a word for init_from and base: a function that gives such a state, its 'model' None for new weights}.
     UserError says in one line what cannot be.
     """
-    fresh = run.config['init_from'] == 'scratch'
-    if fresh and not scores:
+    fresh, new = run.config['init_from'] == 'scratch', new or {}
+    if fresh and not (scores or new):
         raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
-    state, origin, resumed = run.begin(load_state)
+
+    def load(name):
+        return new[name]() if name in new else load_state(name)
+    state, origin, resumed = run.begin(load)
     if state is None:
-        state, origin = load_state(base), base
+        origin = 'scratch' if fresh and new else base
+        state = load(origin)
+    fresh = fresh or state['model'] is None
     own = {k: v for k, v in state.items() if k != 'model'} if resumed else None
     its = state.get('stage') or ('sft' if 'difficulty' in state else 'train')
     if resumed and its != stage:
@@ -950,7 +956,7 @@ def start(run, stage, base, given, changeable=CHANGEABLE, scores=False):
     if config.vocab_size < tokenizer.n_vocab:
         raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
     untrained = [name for name in ('score_head', 'score_likelihood') if getattr(config, name) and not args.get(name)]
-    return Start(model.freeze(), tokenizer, f'new weights like {origin}' if fresh else str(origin),
+    return Start(model.freeze(), tokenizer, f'new weights like {origin}' if fresh and scores else str(origin),
                  0 if fresh else state['iter'], own, stage, source or base_of(origin, state),
                  {} if fresh else (state.get('began_with') or {}) | {'stage': its},
                  fresh or bool(untrained))

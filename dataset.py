@@ -240,10 +240,12 @@ class TokenData:
     come in an order of that epoch, each once. Both are computed from (seed, epoch), see `_shuffle`: nothing is stored,
     however many windows there are, and a resumed run goes on with the window that it would have drawn.
 
-    vocab_size: ids must be below it (default: the tokenizer's). UserError names the file and the remedy.
+    vocab_size: ids must be below it (default: the tokenizer's). aligned: the windows of every epoch are those of
+    `fixed`, from the first token on, so that what is known of each target can be kept. UserError names the file and the
+    remedy.
     """
 
-    def __init__(self, folder, split, block_size, seed=1337, vocab_size=None):
+    def __init__(self, folder, split, block_size, seed=1337, vocab_size=None, aligned=False):
         folder = Path(folder)
         again = f'run data/{folder.name}/prepare.py again'
         if not folder.is_dir():
@@ -272,12 +274,13 @@ class TokenData:
         self.tokenizer = Tokenizer.load(tokenizer) if known else get_tokenizer('gpt2')
         self.vocab_size = vocab_size or self.tokenizer.n_vocab
         self.block_size = self.row_tokens = block_size
-        self.lengths = np.array([len(shard) for shard in shards])
+        self.shards, self.lengths = shards, np.array([len(shard) for shard in shards])
         self.begins = np.cumsum(self.lengths) - self.lengths  # of the shards, in the whole split
         self.n_tokens = int(self.lengths.sum())
         # One window less than a shard holds gives the offset a whole block to vary in.
         self.fit = np.maximum(self.lengths - 1, 0) // block_size
-        self.drawn = np.maximum(self.lengths // block_size - 1, np.minimum(self.fit, 1))
+        self.aligned = aligned
+        self.drawn = self.fit if aligned else np.maximum(self.lengths // block_size - 1, np.minimum(self.fit, 1))
         self.n_windows = int(self.drawn.sum())
         if not self.n_windows:
             raise UserError(f'{folder}: block_size={block_size} needs {block_size + 1} {split} tokens in a row, not '
@@ -288,12 +291,35 @@ class TokenData:
 
     def batch(self, first, count):
         """Windows first ... first+count-1 of the endless sequence -> (x, y), int64 (count, block_size) each."""
-        epoch, i = np.divmod(np.arange(first, first + count), self.n_windows)
-        key = _mix(self.key + epoch.astype(np.uint64))
-        shard, i = _locate(_shuffle(i, self.n_windows, key), self.drawn)
+        key, numbers = self._order(first, count)
+        shard, i = _locate(numbers, self.drawn)
+        if self.aligned:
+            return self.read(self.begins[shard] + i * self.block_size)
         spare = self.lengths - self.drawn * self.block_size
         offset = _mix(key ^ shard.astype(np.uint64)) % spare[shard].astype(np.uint64)
         return self.read(self.begins[shard] + offset.astype(np.int64) + i * self.block_size)
+
+    def _order(self, first, count):
+        """The key of its epoch and the number there of each of these windows of the endless sequence."""
+        epoch, i = np.divmod(np.arange(first, first + count), self.n_windows)
+        key = _mix(self.key + epoch.astype(np.uint64))
+        return key, _shuffle(i, self.n_windows, key)
+
+    @property
+    def targets_in(self):
+        """How many targets each window has."""
+        return np.full(self.n_windows, self.block_size)
+
+    def targets_at(self, first, count):
+        """Of an aligned split: where the targets of `batch` stand among all of `read(fixed(0))`, one after another."""
+        return (self._order(first, count)[1][:, None] * self.block_size + np.arange(self.block_size)).flatten()
+
+    def fingerprint(self):
+        """sha256 of all tokens and how they are cut into windows."""
+        digest = hashlib.sha256(f'{self.block_size} {self.lengths.tolist()}'.encode())
+        for shard in self.shards:
+            digest.update(np.ascontiguousarray(shard))
+        return digest.hexdigest()
 
     def n_targets(self, first, count):
         """How many targets `batch` has."""
@@ -852,6 +878,16 @@ class ChatData:
         rows = sum(self.blocks(first, count), []) if self.pack else self.rows(first, count)
         return int(self.targets_in[rows].sum())
 
+    def targets_at(self, first, count):
+        """Where the targets of `batch` that count stand among those of all rows, one after another."""
+        rows = sum(self.blocks(first, count), []) if self.pack else self.rows(first, count)
+        ends = np.cumsum(self.targets_in)
+        return np.concatenate([np.arange(ends[row] - self.targets_in[row], ends[row]) for row in rows])
+
+    def fingerprint(self):
+        """sha256 of all texts, and of what counts in them."""
+        return hashlib.sha256(b''.join(x.tobytes() for x in (self.ids, self.ends, self.counts))).hexdigest()
+
     def fixed(self, count):
         """The numbers of count rows, evenly spaced, always the same; all of them if there are fewer or for 0."""
         count = min(count, self.n_rows) or self.n_rows
@@ -928,10 +964,6 @@ class PrefData(ChatData):
             counts += [mask[cut:] for _, mask in pair]
         self._take(ids, counts, rows, seed, each=2)
 
-    def fingerprint(self):
-        """sha256 of all texts, and of what counts in them."""
-        return hashlib.sha256(b''.join(x.tobytes() for x in (self.ids, self.ends, self.counts))).hexdigest()
-
     def texts(self, pairs):
         """The numbers of the texts of pairs: of all chosen answers, then of all rejected ones, int64 (2 n,)."""
         return np.concatenate((2 * np.asarray(pairs), 2 * np.asarray(pairs) + 1))
@@ -966,6 +998,14 @@ class PromptData(ChatData):
 
     def prompt(self, row):
         return self.ids[self.ends[row]:self.ends[row + 1]].tolist()
+
+
+def real_tokens(targets, segments=None):
+    """How many tokens of a batch (B, T) are no padding: targets, -100 where none is due; segments of packed rows."""
+    if segments is not None:
+        return int((segments > 0).sum())
+    counts = targets != -100  # a row ends with its last target
+    return int((counts.shape[1] - counts[:, ::-1].argmax(1)).sum())
 
 
 def padded_width(longest, block_size):

@@ -717,36 +717,75 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Fills out, losses and entropies (N,) or None, where given; returns gradients for h, and w if it learns, where
         g is: what losses and entropies (N,) or None are multiplied by in the sum whose gradient it is.
         """
-        dh = torch.empty_like(h) if g is not None else None
-        dw = torch.zeros_like(w, dtype=torch.float32) if g is not None and learns else None
-        w = w.to(h.dtype)
-        rows = chunk_rows(len(w), h.device.type)
-        for i in range(0, len(h), rows):
-            hc, tc = h[i:i + rows], targets[i:i + rows]
-            logits = _softcap((hc @ w.T).float(), cap)
-            slope = 1 - (logits / cap).square() if cap and g is not None else 1.0  # derivative of the soft-cap
+        def rule(logits, rows):
             logits = logits / temperature if temperature != 1 else logits
-            valid = tc != -100
-            tc = tc.clamp(min=0)[:, None]
+            valid, tc = targets[rows] != -100, targets[rows].clamp(min=0)[:, None]
             logprobs = logits.sub_(logits.logsumexp(1, keepdim=True))
             if out is not None:
-                out[0][i:i + rows] = -logprobs.gather(1, tc)[:, 0] * valid
+                out[0][rows] = -logprobs.gather(1, tc)[:, 0] * valid
                 if out[1] is not None:
-                    out[1][i:i + rows] = -(logprobs.exp() * logprobs).sum(1) * valid
-            if g is not None:
-                weights = (g[0][i:i + rows] * valid)[:, None]
-                if g[1] is None:
-                    d = logprobs.exp_().mul_(weights)
-                else:  # of an entropy H: -p (log p + H)
-                    p = logprobs.exp()
-                    d = logprobs.sub_((p * logprobs).sum(1, keepdim=True)).mul_(p)
-                    d = d.mul_(-(g[1][i:i + rows] * valid)[:, None]).add_(p.mul_(weights))
-                d.scatter_add_(1, tc, -weights)  # softmax - onehot
-                d = (d * (slope / temperature) if cap or temperature != 1 else d).to(h.dtype)
-                dh[i:i + rows] = d @ w
-                if learns:
-                    dw += d.T @ hc
-        return dh, dw
+                    out[1][rows] = -(logprobs.exp() * logprobs).sum(1) * valid
+            if g is None:
+                return None
+            weights = (g[0][rows] * valid)[:, None]
+            if g[1] is None:
+                d = logprobs.exp_().mul_(weights)
+            else:  # of an entropy H: -p (log p + H)
+                p = logprobs.exp()
+                d = logprobs.sub_((p * logprobs).sum(1, keepdim=True)).mul_(p)
+                d = d.mul_(-(g[1][rows] * valid)[:, None]).add_(p.mul_(weights))
+            d.scatter_add_(1, tc, -weights)  # softmax - onehot
+            return d / temperature if temperature != 1 else d
+        return walk_logits(h, w, cap, rule, g is not None, learns)
+
+
+class LinearLoss(torch.autograd.Function):
+    """The sum of any loss of the logits h @ w.T over rows, a chunk of them at a time, so that (N, V) never exists."""
+
+    @staticmethod
+    def forward(ctx, h, w, cap, rule, learning, *given):
+        """h (N, C), w (V, C) -> the sum of the losses, and what the rule tells of each row, (N, m) float32.
+
+        rule(logits (n, V) float32, learning, *rows of given (n, …)) -> (losses (n,), told (n, m), the derivative of
+        their sum by the logits (n, V), or None without learning); it may write over the logits.
+        """
+        losses, tables = [], []
+
+        def chunk(logits, rows):
+            loss, told, d = rule(logits, learning, *(x[rows] for x in given))
+            losses.append(loss.sum())
+            tables.append(told)
+            return d
+        ctx.save_for_backward(*walk_logits(h, w, cap, chunk, learning, ctx.needs_input_grad[1]))
+        ctx.n_given, table = len(given), torch.cat(tables)
+        ctx.mark_non_differentiable(table)
+        return torch.stack(losses).sum(), table
+
+    @staticmethod
+    def backward(ctx, g, _):
+        dh, dw = ctx.saved_tensors
+        return dh * g, None if dw is None else (dw * g).to(dh.dtype), None, None, None, *[None] * ctx.n_given
+
+
+def walk_logits(h, w, cap, rule, learning, learns):
+    """Calls rule(logits (n, V) float32, slice of the rows) over h (N, C) @ w.T (C, V), soft-capped, a chunk of rows at
+    a time. learning: it gives the derivative of some sum by the logits -> that by h and, if w learns, w; else None.
+    """
+    dh = torch.empty_like(h) if learning else None
+    dw = torch.zeros_like(w, dtype=torch.float32) if learning and learns else None
+    w = w.to(h.dtype)
+    size = chunk_rows(len(w), h.device.type)
+    for i in range(0, len(h), size):
+        rows = slice(i, i + size)
+        logits = _softcap((h[rows] @ w.T).float(), cap)
+        slope = 1 - (logits / cap).square() if cap and learning else None  # derivative of the soft-cap
+        d = rule(logits, rows)
+        if learning:
+            d = (d * slope if cap else d).to(h.dtype)
+            dh[rows] = d @ w
+            if learns:
+                dw += d.T @ h[rows]
+    return dh, dw
 
 
 def real_first(idx, mask, *others):
@@ -1242,16 +1281,18 @@ class GPT(nn.Module):
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
     def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None,
-                segments=None, real=None, answer=None, temperature=1.0):
+                segments=None, real=None, answer=None, temperature=1.0, rule=None, given=()):
         """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats. With a score_head: `scores`.
 
-        Targets of -100 do not count. reduction: 'mean' over the targets that count, 'sum', 'none' for (B, T), or
-        'details' for (losses (B, T), entropies of the distributions (B, T), hidden states (B, T, C)), with logits
-        divided by the temperature: what learning from a policy's own samples takes. Of a reward model 'values' gives
-        `values` instead of `scores`.
+        Targets of -100 do not count; with reduction='hidden' none are needed: it gives hidden states (B, T, C). Others
+        are 'mean' over the targets that count, 'sum', 'none' for (B, T), or 'details' for (losses (B, T), entropies of
+        the distributions (B, T), hidden states (B, T, C)), with logits divided by the temperature: what learning from a
+        policy's own samples takes. Of a reward model 'values' gives `values` instead of `scores`.
         source (B, S), source_mask (B, S): see `encode`. segments (B, T) of integers: a token sees those of its own
         only, so that several texts share a row, each with positions of its own. In training the gradient of 'mean' is
         also that of the routers' losses; the value is not.
+        rule, given: another loss, see `LinearLoss`; given begins with the places (N,) in the flattened (B * T,) that it
+        is taken at -> (the mean, with the gradient of 'mean', what it tells of each place).
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
@@ -1264,16 +1305,36 @@ class GPT(nn.Module):
             mask = same if mask is None else mask & same
         memory = self.encode(source, source_mask) if source is not None else None
         hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask)
-        if targets is None:
+        if reduction == 'hidden':
+            return hidden
+        if targets is None and rule is None:
             return self.logits(hidden)
-        losses = self.cross_entropy(hidden, targets, reduction, temperature)
+        if rule is not None:
+            losses, told = self.loss_of(hidden, rule, *given)
+            losses, reduction = losses / len(told), 'mean'
+        else:
+            losses = self.cross_entropy(hidden, targets, reduction, temperature)
         if self.sparse and self.training:
             stats = torch.stack([torch.cat((moe.load, (moe.entropy * moe.load.sum())[None])) for moe in self.sparse])
             self.router_stats = stats if self.router_stats is None else self.router_stats + stats
             if reduction == 'mean':
                 aux = sum(moe.aux for moe in self.sparse)
                 losses = losses + (aux - aux.detach())
+        if rule is not None:
+            return losses, told
         return (*losses, hidden) if reduction == 'details' else losses
+
+    def loss_of(self, hidden, rule, places, *given):
+        """Hidden states (B, T, C) -> the sum of the losses by a rule at these places of (B * T,), and what it tells."""
+        h, w, learning = self.products(hidden.flatten(0, 1)[places])
+        return LinearLoss.apply(h, w, self.config.logit_softcap, rule, learning, *given)
+
+    def products(self, h):
+        """What a chunked loss multiplies: hidden states (N, C) and the head's matrix, in the dtype of products, and
+        whether a backward may follow."""
+        w, dtype = self.head.weight, product_dtype(h)
+        h, w = h.to(dtype), w if self.config.quant else w.to(dtype)
+        return h, w, torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
 
     def cross_entropy(self, hidden, targets, reduction='mean', temperature=1.0):
         """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`; with 'details', losses and entropies."""
@@ -1306,9 +1367,7 @@ class GPT(nn.Module):
             logprobs = logits.log_softmax(-1)
             entropies = -(logprobs.exp() * logprobs).sum(-1) * (targets != -100)
             return F.nll_loss(logprobs, targets, ignore_index=-100, reduction='none'), entropies
-        w, dtype = self.head.weight, product_dtype(h)
-        h, w = h.to(dtype), w if self.config.quant else w.to(dtype)
-        learning = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+        h, w, learning = self.products(h)
         cap = self.config.logit_softcap
         losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning, reduction == 'details')
         if reduction == 'mean':

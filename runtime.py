@@ -503,7 +503,8 @@ class Run:
 
         activation_checkpointing, compile, and several processes: DistributedDataParallel, or with fsdp=True shards of
         parameters, gradients and moments (FSDP2, arXiv:2304.11277). A model's blocks are its modules that have an
-        attribute `recompute` and a method `sublayers`. Optimizers are made afterwards.
+        attribute `recompute` and a method `sublayers`. Optimizers are made afterwards. A frozen model is not copied
+        gradients of, but with fsdp sharded too.
         """
         compiled, blocks = self.config.get('compile'), [m for m in model.modules() if hasattr(m, 'recompute')]
         for block in blocks:
@@ -522,7 +523,7 @@ class Run:
                     fully_shard(part.to(self.device), mesh=mesh)
             return fully_shard(model.to(self.device), mesh=mesh)
         model.to(self.device)
-        if self.world_size > 1:
+        if self.world_size > 1 and any(p.requires_grad for p in model.parameters()):
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # before 2.13
             return DistributedDataParallel(model, device_ids=[self.device] if self.device_type == 'cuda' else None,
@@ -1019,7 +1020,7 @@ class Run:
         """Writes ckpt.pt, and best.pt first where score is the lowest so far: a run that is killed between the two
         writes best.pt again. state: what both hold; what only this run needs to go on, and more, is added to ckpt.pt.
         """
-        state = state | {'config': self.config}
+        state, score = state | {'config': self.config}, float(score)  # a NumPy number could not be loaded safely
         if score < self.best and self.save('best.pt', state):
             self.best = score
         self.save('ckpt.pt', state | (more or {}) | {

@@ -36,6 +36,7 @@ from dataset import (
     load_chats,
     maj_at_k,
     pass_at_k,
+    real_tokens,
     shown,
     summarise,
     vote_of,
@@ -113,14 +114,6 @@ def loss_on(model, run, arrays, **options):
     names = ('idx', 'targets', 'positions', 'segments')[:len(arrays)]
     with run.autocast(arrays[0].shape[1]):
         return model(**dict(zip(names, run.to_device(*arrays), strict=True)), **options)
-
-
-def real_tokens(arrays):
-    """How many tokens of a batch are not padding."""
-    if len(arrays) > 2:
-        return int((arrays[3] > 0).sum())
-    counts = arrays[1] != -100  # a row ends with its last target
-    return int((counts.shape[1] - counts[:, ::-1].argmax(1)).sum())
 
 
 @torch.no_grad()
@@ -289,7 +282,7 @@ def main():
         nonlocal tokens_read
         first = items_seen + number * batch_size
         arrays = train_data.batch(first, batch_size)
-        tokens_read += real_tokens(arrays)
+        tokens_read += real_tokens(arrays[1], *arrays[3:])
         of_step = train_data.n_targets(items_seen, items_per_step) / gradient_accumulation_steps
         run.seed(first)
         return loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)

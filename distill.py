@@ -1,0 +1,705 @@
+"""
+Knowledge distillation: a small model learns from what a large one thinks of every token, not from the token alone.
+
+    python distill.py config/distill_tiny.py                     Shakespeare, from a teacher of four times the size
+    python distill.py config/distill_tiny.py --top_k=32 --cache=out/cache        the teacher reads everything only once
+    python distill.py config/distill_words.py                    word problems: the teacher reads the right answers
+    python distill.py config/distill_words.py --answers=teacher --answers_file=out/answers.jsonl --alpha=0
+    python distill.py config/distill_words.py --on_policy=1      … over the student's own answers
+    torchrun --standalone --nproc_per_node=2 distill.py config/distill_tiny.py --gradient_accumulation_steps=2
+
+The loss at a token is (1 - alpha) * cross-entropy + alpha * t^2 * D(teacher / t, student / t). Neither model's logits
+ever exist as a whole.
+
+Papers: Distilling the Knowledge in a Neural Network (arXiv:1503.02531), sequence-level distillation (arXiv:1606.07947),
+every other layer (DistilBERT, arXiv:1910.01108), reverse KL (MiniLLM, arXiv:2306.08543), on-policy distillation and the
+generalised Jensen-Shannon divergence (arXiv:2306.13649).
+"""
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import runtime
+from convert import fingerprint, load_model, start
+from dataset import (
+    ChatData,
+    PromptData,
+    TokenData,
+    by_value,
+    find_dataset,
+    grade,
+    grades,
+    in_words,
+    kind_of,
+    load_chats,
+    load_prompts,
+    real_tokens,
+    shown,
+    summarise,
+)
+from model import GPTConfig, check_prompts, chunk_rows
+from rollout import draw, forcing, lay_out
+from tokenizer import UserError
+
+# where and what
+out_dir = 'out/distill'  # directory of the run: checkpoints, metrics, samples
+teacher = 'out/teacher'  # the model to learn from: sample.py's
+init_from = 'scratch'  # the student: 'scratch', 'teacher' (n_layer of its layers), a model; or 'resume', 'auto'
+base = 'scratch'  # the student that 'auto' starts from where there is no run yet
+dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
+val_fraction = 0.1  # of a single file: the share of its prompts that is held out
+seed = 1337  # decides new weights, the order of the data, dropout and samples
+# what is learnt from the teacher
+alpha = 0.5  # weight of the divergence; that of the data's own tokens is 1 - alpha
+temperature = 1.0  # both distributions are softened by it
+divergence = 'forward'  # 'forward' KL(teacher || student), 'reverse' KL, or 'jsd': generalised Jensen-Shannon
+jsd_beta = 0.5  # of 'jsd': the teacher's part in the mixture
+top_k = 0  # the teacher's likeliest tokens, and all others as one; 0 = every token for itself
+cache = ''  # directory for these, computed once; '' = computed at every step
+answers = 'gold'  # of chats: 'gold', the data's, or 'teacher', which answers every prompt before training
+answers_file = ''  # of 'teacher': where its answers are written as JSON lines, or are already
+answer_prompts = 0  # of 'teacher': so many prompts, evenly spaced; 0 = all
+num_answers = 1  # of 'teacher': to each
+answer_temperature = 0.0  # of 'teacher': 0 = the likeliest tokens
+correct_only = False  # of 'teacher': leave out answers that the row's grader finds wrong
+on_policy = 0.0  # of chats: share of steps on the student's own answers, with the divergence as their only loss
+sample_temperature = 1.0  # of those answers
+prompts_per_step = 64  # of those answers, over all processes
+# rows
+max_length = 0  # of chats, tokens of the longest row; 0 = the model's block_size
+too_long = 'drop'  # rows that are longer: 'drop' them, or cut tokens at their 'left' or 'right' end
+strict = True  # a malformed row ends the run; False: it is left out and counted
+pack = True  # several conversations in a row of max_length, none of which sees another; False: a row each, padded
+# batches
+batch_size = 8  # windows, or rows (packed: of max_length), per micro-batch
+gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
+max_iters = 900  # steps
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
+learning_rate = 6e-4  # peak of AdamW's
+embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak of Muon's
+muon_momentum = 0.95  # Nesterov momentum of Muon
+weight_decay = 0.0  # on matrices only
+beta1 = 0.9  # AdamW's decay of the mean
+beta2 = 0.99  # AdamW's decay of the variance
+grad_clip = 1.0  # largest norm of the gradient; 0 = off
+# schedule
+lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
+warmup_iters = 20  # steps of linear warmup
+lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate, in proportion for every group
+decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+# looking at it
+eval_interval = 250  # steps between evaluations, each with a sample or answers and a checkpoint
+eval_rows = 160  # held-out windows, or rows, whose prompts are answered too, the same every time; 0 = all
+max_new_tokens = 128  # longest answer
+tools = False  # in answers, the calculator answers <tool>…</tool>
+show_answers = 3  # answers shown at an evaluation
+sample_start = '\n'  # of running text: text that the live sample continues
+sample_tokens = 100  # of running text: length of the live sample; 0 = none
+log_interval = 10  # steps between lines of progress
+keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
+max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
+tensorboard_log = False  # write out_dir/tensorboard
+wandb_log = False  # report to Weights & Biases
+wandb_project = 'flatgpt'  # its project
+wandb_run_name = 'distill'  # its name for this run
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+compile = False  # torch.compile: slow to start, then faster
+activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loss
+
+def divergence_of(log_p, log_q, kind='forward', beta=0.5):
+    """How far a student's distribution q is from a teacher's p, (…, K) log-probabilities both -> (D (…,) in nats, its
+    derivative by the student's logits (…, K)).
+
+    'forward': KL(p || q), whose derivative is q - p (arXiv:1503.02531); 'reverse': KL(q || p) (arXiv:2306.08543);
+    'jsd': beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv:2306.13649).
+    """
+    p, q = log_p.exp(), log_q.exp()
+    if kind == 'forward':
+        return (p * (log_p - log_q)).sum(-1), q - p
+    if kind == 'reverse':
+        log_m, to_teacher, share = log_p, 0.0, 1.0
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        to_teacher, share = beta * (p * (log_p - log_m)).sum(-1), 1 - beta
+    ratio = log_q - log_m
+    to_student = (q * ratio).sum(-1, keepdim=True)
+    return to_teacher + share * to_student[..., 0], share * q * (ratio - to_student)
+
+
+def bucketed(logprobs, ids):
+    """Log-probabilities (…, V) -> those of ids (…, k) and, last, of all other tokens together (…, k + 1)."""
+    others = logprobs.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat((logprobs.gather(-1, ids), others.clamp(min=-1e4)), -1)  # of none: no probability, but a number
+
+
+class Distillation:
+    """The loss at each token, a rule of `model.LinearLoss`: (1 - alpha) * cross-entropy + alpha * t^2 * divergence.
+
+    t^2 keeps the gradient of the divergence as large as that of the cross-entropy whatever the temperature t. Of two
+    vocabularies padded differently the ids that both have count. given: targets (n,), then what is known of the
+    teacher: its hidden states (n, C), with its `head` (V, C), the head's soft-cap and top_k; or the ids (n, k) of its
+    likeliest tokens and log-probabilities (n, k + 1) at t. What is told of a token: its cross-entropy, its divergence.
+    """
+
+    def __init__(self, alpha, temperature=1.0, kind='forward', beta=0.5, top_k=0, cap=0.0):
+        self.alpha, self.t, self.kind, self.beta, self.top_k, self.cap = alpha, temperature, kind, beta, top_k, cap
+        self.head = None
+
+    def likeliest(self, hidden, n):
+        """What the teacher's hidden states say of the first n ids, at t -> (ids (…, k), log-probabilities (…, k + 1)),
+        or without top_k (None, log-probabilities (…, n))."""
+        logits = (hidden @ self.head.T).float()
+        logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+        logits = logits[..., :n] / self.t if self.t != 1 else logits[..., :n]
+        logprobs = logits.sub_(logits.logsumexp(-1, keepdim=True))
+        if not 0 < self.top_k < n:
+            return None, logprobs
+        ids = logprobs.topk(self.top_k).indices
+        return ids, bucketed(logprobs, ids)
+
+    def __call__(self, logits, learning, targets, *known):
+        n = logits.shape[-1] if len(known) == 2 else min(logits.shape[-1], len(self.head))
+        ids, log_p = known if len(known) == 2 else self.likeliest(*known, n)
+        whole = logits.log_softmax(-1)
+        losses = -whole.gather(-1, targets[:, None])[:, 0]
+        full = whole if self.t == 1 and n == logits.shape[-1] else (logits[:, :n] / self.t).log_softmax(-1)
+        log_q = full if ids is None else bucketed(full, ids)
+        distance, slope = divergence_of(log_p, log_q, self.kind, self.beta)
+        told = torch.stack((losses, distance), 1)
+        total = (1 - self.alpha) * losses + self.alpha * self.t ** 2 * distance
+        if not learning:
+            return total, told, None
+        if ids is not None:  # the others share what is theirs as the student has shared it
+            slope, of_others = slope[:, :-1], slope[:, -1:] * (-log_q[:, -1:]).exp()
+            slope = full.exp().mul_(of_others).scatter_(-1, ids, slope)
+        d = F.pad(slope.mul_(self.alpha * self.t), (0, logits.shape[-1] - n))
+        if self.alpha < 1:
+            d = d.add_(whole.exp_(), alpha=1 - self.alpha)
+            d.scatter_add_(1, targets[:, None], torch.full_like(d[:, :1], self.alpha - 1))
+        return total, told, d
+
+
+class Teacher:
+    """A frozen model that says what it thinks of the targets of a batch, for a Distillation."""
+
+    def __init__(self, model, run):
+        self.run, self.model, self.head = run, model.requires_grad_(False).eval(), None
+        self.net = run.wrap(model)
+
+    @torch.no_grad()
+    def __call__(self, tensors, places, rule):
+        """A batch -> hidden states (N, C) at these places of the flattened (B * T,); gives the rule the head."""
+        given = {name: tensor for name, tensor in tensors.items() if name != 'targets'}
+        hidden = self.net(**given, reduction='hidden').flatten(0, 1)[places]
+        hidden, head, _ = self.model.products(hidden)
+        if self.head is None or self.head.dtype != hidden.dtype:
+            self.head = head.detach().clone()
+        rule.head, rule.cap = self.head, self.model.config.logit_softcap
+        return hidden.to(self.head.dtype)
+
+
+def loss_on(net, run, arrays, rule, teacher, known=()):
+    """A batch of NumPy arrays {'idx', 'targets', …} -> (its mean loss, what the rule told of each target (N, 2), their
+    places in the flattened (B * T,)). known: what was kept of the teacher for these targets, else it is asked."""
+    places = np.flatnonzero(arrays['targets'].reshape(-1) != -100)
+    tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
+    at, targets, *known = run.to_device(places, arrays['targets'].reshape(-1)[places], *known)
+    with run.autocast(arrays['idx'].shape[1]):
+        known = known or [teacher(tensors, at, rule)]
+        loss, told = net(**tensors, rule=rule, given=(at, targets, *known))
+    return loss, told, places
+
+
+def thinned(state, n_layer):
+    """A checkpoint's dict -> the same with n_layer of its layers, evenly spaced from the first: of 12 e.g. 0, 3, 6, 9
+    """
+    args = dict(state['model_args'])
+    config = GPTConfig(**args)
+    if not 1 <= n_layer <= config.n_layer:
+        raise UserError(f"init_from='teacher' takes n_layer={n_layer} of its layers, and the teacher has "
+                        f'{config.n_layer}: give fewer')
+    taken, after = [i * config.n_layer // n_layer for i in range(n_layer)], GPTConfig(**args | {'n_layer': n_layer})
+    for i, old in enumerate(taken):
+        if (after.is_local(i), after.is_sparse(i)) != (config.is_local(old), config.is_sparse(old)):
+            raise UserError(f"init_from='teacher' with n_layer={n_layer}: layer {old} of the teacher would be layer "
+                            f'{i}: one has a window or experts and the other has not: give another n_layer')
+    model = {name: tensor for name, tensor in state['model'].items() if not name.startswith('blocks.')}
+    for i, old in enumerate(taken):
+        start = f'blocks.{old}.'
+        model |= {f'blocks.{i}.{name[len(start):]}': tensor.clone() for name, tensor in state['model'].items()
+                  if name.startswith(start)}
+    return {'model': model, 'model_args': args | {'n_layer': n_layer}, 'tokenizer': state['tokenizer'], 'iter': 0}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the teacher leaves behind
+
+class Cache:
+    """The teacher's likeliest tokens at every target of the training data, on disk, memory-mapped: a directory with
+    ids.bin (N, k) uint16 or uint32, logprobs.bin (N, k + 1) float16, done.bin, a byte for each part, and meta.json.
+
+    A target takes 4 k + 2 bytes (6 k + 2 with more than 65,536 tokens). What is there is kept, so that making it goes
+    on where it was interrupted. UserError for a directory of another teacher or other data.
+    """
+    TARGETS = 4096  # of a part, about
+
+    def __init__(self, folder, data, run, n, about):
+        self.folder, self.data, self.run, self.n = Path(folder), data, run, n
+        self.items, self.ends = data.fixed(0), np.cumsum(np.concatenate(([0], data.targets_in)))
+        meta = {'targets': int(self.ends[-1]), 'vocab': n, 'data': data.fingerprint()} | about
+        self.each = max(1, self.TARGETS * len(self.items) // meta['targets'])  # items of a part
+        wide, k = 'uint16' if n <= 1 << 16 else 'uint32', meta['top_k']
+        self.shapes = {'ids': (wide, (meta['targets'], k)), 'logprobs': ('float16', (meta['targets'], k + 1)),
+                       'done': ('uint8', (-(-len(self.items) // self.each),))}
+        run.on_main(lambda: self.prepare(meta))
+        self.files = {name: np.memmap(self.folder / f'{name}.bin', kind, 'r+', shape=shape)
+                      for name, (kind, shape) in self.shapes.items()}
+
+    def prepare(self, meta):
+        """Makes the directory ready: files of their full size, so that a full disk shows now."""
+        path = self.folder / 'meta.json'
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                found = json.loads(path.read_text())
+                other = next((key for key in meta if not isinstance(found, dict) or found.get(key) != meta[key]), None)
+                if other:
+                    raise UserError(f'cache={self.folder} was made for another {other} ({found.get(other)!s:.20}, not '
+                                    f'{meta[other]!s:.20}): give another --cache')
+            for name, (kind, shape) in self.shapes.items():
+                file, size = self.folder / f'{name}.bin', np.dtype(kind).itemsize * math.prod(shape)
+                if not path.exists() or not file.exists():
+                    with open(file, 'wb') as f:
+                        if hasattr(os, 'posix_fallocate'):
+                            os.posix_fallocate(f.fileno(), 0, size)
+                        f.truncate(size)
+                elif file.stat().st_size != size:
+                    raise UserError(f'{file}: {file.stat().st_size:,} bytes, not {size:,}: delete {self.folder}, to '
+                                    'have it made again')
+            runtime.write_atomic(path, lambda f: f.write(json.dumps(meta, indent=1).encode()))
+        except ValueError as error:
+            raise UserError(f'{path}: malformed ({error}): delete {self.folder}, to have it made again') from None
+        except OSError as error:
+            size = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in self.shapes.values())
+            raise UserError(f'cache={self.folder}: {error.strerror}: it needs {size:,} bytes') from None
+
+    @torch.no_grad()
+    def fill(self, teacher, rule):
+        """Asks the teacher for what is missing; each process its share of the parts."""
+        missing, run, clock = np.flatnonzero(self.files['done'] == 0), self.run, runtime.Clock()
+        for i in range(-(-len(missing) // run.world_size)):
+            number = i * run.world_size + run.rank
+            part = missing[number] if number < len(missing) else missing[0]  # a sharded teacher is gathered by all
+            first, last = part * self.each, min((part + 1) * self.each, len(self.items))
+            names = ('idx', 'targets')
+            arrays = dict(zip(names, self.data.read(self.items[first:last]), strict=True))
+            places = np.flatnonzero(arrays['targets'].reshape(-1) != -100)
+            tensors = dict(zip(names, run.to_device(*arrays.values()), strict=True))
+            with run.autocast(arrays['idx'].shape[1]):
+                hidden = teacher(tensors, run.to_device(places)[0], rule)
+                found = [rule.likeliest(h, self.n) for h in hidden.split(chunk_rows(self.n, run.device_type))]
+            if number < len(missing):
+                rows = slice(self.ends[first], self.ends[last])
+                for name, values in zip(('ids', 'logprobs'), zip(*found, strict=True), strict=True):
+                    self.files[name][rows] = torch.cat(values).cpu().numpy().astype(self.files[name].dtype)
+                    self.files[name].flush()
+                self.files['done'][part] = 1
+                self.files['done'].flush()
+            if i % 10 == 9 or i * run.world_size >= len(missing) - run.world_size:
+                done = min(len(missing), (i + 1) * run.world_size)
+                run.progress(f'{self.folder}: the teacher has read part {done} of {len(missing)}, {clock.read():.0f} s')
+        run.sum(0)  # nobody reads before all have written
+
+    def batch(self, first, count):
+        """What is kept of the targets of this batch of the data: ids (N, k), log-probabilities (N, k + 1)."""
+        at = self.data.targets_at(first, count)
+        logprobs = self.files['logprobs'][at].astype(np.float32)
+        logprobs -= np.log(np.exp(logprobs).sum(1, keepdims=True))  # 16 bits have rounded them
+        return self.files['ids'][at].astype(np.int64), logprobs
+
+
+def answered_by(teacher, data, run, chosen, samples, heat, path, about):
+    """The teacher's answers to these prompts of a PromptData, samples of each, drawn at a temperature -> texts.
+
+    They are appended to the file at path, if it has a name, a few hundred at a time, and what is there is taken from
+    there: `about` says in a second file what they are of, UserError where that is something else.
+    """
+    meta, rows = Path(f'{path}.meta.json'), data.rows_kept
+
+    def look():
+        if not path:
+            return []
+        try:
+            if meta.exists() and json.loads(meta.read_text()) != about:
+                raise UserError(f'answers_file={path} has answers of another teacher, to other prompts or drawn in '
+                                'another way: give another file')
+            if not meta.exists() and Path(path).exists():
+                raise UserError(f'answers_file={path} is there without {meta.name}, which says what its answers are '
+                                'of: give another file, or learn from it with sft.py')
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            runtime.write_atomic(meta, lambda f: f.write(json.dumps(about, indent=1).encode()))
+            lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True) if Path(path).exists() else []
+            whole = [line for line in lines if line.endswith('\n')]
+            whole = whole[:len(whole) // samples * samples]  # the last may be cut short
+            if whole != lines:
+                runtime.write_atomic(path, lambda f: f.write(''.join(whole).encode()))
+            return [json.loads(line)['messages'][-1]['content'] for line in whole]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'answers_file={path}: malformed ({error}): delete it and {meta.name}') from None
+    done, force, clock = run.on_main(look), forcing(data.tokenizer, tools), runtime.Clock()
+    for first in range(len(done) // samples, len(chosen), 512):
+        part = chosen[first:first + 512]
+        found = draw(teacher, data, part, run, max_new_tokens, samples, heat, number=first, force=force)
+        done += found.texts
+        if path and run.main:
+            lines = [json.dumps({key: rows[i][key] for key in rows[i] if key not in ('where', 'prompt')} | {
+                'messages': [*rows[i]['prompt'], {'role': 'assistant', 'content': text}]}, ensure_ascii=False) + '\n'
+                for i, text in zip(found.rows, found.texts, strict=True)]
+            with open(path, 'ab') as f:
+                f.write(''.join(lines).encode())
+                f.flush()
+                os.fsync(f.fileno())
+        run.progress(f'the teacher has answered {first + len(part):,} of {len(chosen):,} prompts, {clock.read():.0f} s')
+    return done
+
+
+def with_answer(row, text):
+    """A row of `load_prompts` with this answer to its prompt."""
+    return row | {'messages': [*row['prompt'], {'role': 'assistant', 'content': text}]}
+
+
+def chats_of(split, lecturer, tokenizer, length, run, packed=False):
+    """A split of the dataset as (ChatData, PromptData), one of them None: which steps need it; tells what was left out.
+
+    Where the knobs say so, or nobody has answered, the answers are the teacher's.
+    """
+    training, prompts_only = split == 'train', split == 'train' and on_policy == 1
+    load = load_chats if answers == 'gold' and on_policy < 1 else load_prompts
+    rows, skipped = load(dataset, split, strict, val_fraction)
+    rows, prompts = [{'prompt': row['messages'][:-1]} | row for row in rows], None
+    writes = training and answers == 'teacher' and not prompts_only
+    silent = not training and not all(row['messages'][-1]['content'] for row in rows)
+    if writes or silent or training and on_policy:
+        prompts = PromptData(rows, tokenizer, length, max_new_tokens, seed)
+        if lost := prompts.left_out(skipped):
+            run.say(f'{dataset}, {split}, prompts: {lost}')
+    if writes or silent:
+        count, samples, heat = (answer_prompts, num_answers, answer_temperature) if writes else (eval_rows, 1, 0.0)
+        graded, chosen = writes and correct_only, prompts.fixed(count)
+        path = answers_file if writes else ''
+        missing = next((prompts.rows_kept[i]['where'] for i in chosen if 'answer' not in prompts.rows_kept[i]), '')
+        if graded and missing:
+            raise UserError(f'{missing}: it has no "answer", so correct_only=True cannot tell whether one is right')
+        about = {'teacher': fingerprint(lecturer.state_dict()), 'data': prompts.fingerprint(), 'prompts': len(chosen),
+                 'num_answers': samples, 'answer_temperature': heat, 'max_new_tokens': max_new_tokens, 'tools': tools,
+                 'seed': seed} if path else {}
+        texts = answered_by(lecturer, prompts, run, chosen, samples, heat, path, about)
+        taught = [(prompts.rows_kept[i], text) for i, text in zip(np.repeat(chosen, samples), texts, strict=True)]
+        rows = [with_answer(row, text) for row, text in taught if text.strip()
+                and (not graded or grade(text, row['answer'], row.get('grader', 'number')))]
+        if not rows:
+            raise UserError(f'{dataset}, {split}: the teacher has no answer that says something'
+                            + ' and is right (correct_only=True)' * graded)
+        run.say(f'{dataset}, {split}: {len(rows):,} of {len(texts):,} answers of the teacher')
+    if prompts_only:
+        return None, prompts
+    data = ChatData(rows, tokenizer, length, seed, too_long, False, packed)
+    if lost := data.left_out(skipped):
+        run.say(f'{dataset}, {split}: {lost}')
+    return data, prompts if training and on_policy else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def losses_of(net, data, items, run, token_bytes, rule=None, teacher=None):
+    """Of these windows or rows, float64 (n, 4): summed cross-entropy and divergence, both in nats, targets and their
+    bytes. Without a teacher no divergence."""
+    block_size = data.block_size
+
+    def work(part):
+        arrays = dict(zip(('idx', 'targets'), data.read(np.asarray(items)[part]), strict=True))
+        counts = arrays['targets'] != -100
+        sums = np.zeros((len(part), 4))
+        if teacher is None:
+            with run.autocast(arrays['idx'].shape[1]):
+                idx, targets = run.to_device(*arrays.values())
+                sums[:, 0] = net(idx, targets, reduction='none').double().sum(1).cpu().numpy()
+        else:
+            _, told, places = loss_on(net, run, arrays, rule, teacher)
+            np.add.at(sums, (places // counts.shape[1], slice(2)), told.cpu().double().numpy())
+        sums[:, 2] = counts.sum(1)
+        sums[:, 3] = (token_bytes[np.where(counts, arrays['targets'], 0)] * counts).sum(1)
+        return sums
+    net.eval()
+    lengths = data.lengths[items] if isinstance(data, ChatData) else np.full(len(items), block_size)
+    found = run.spread(lengths, work, max(batch_size, 4096 // block_size))
+    if teacher is not None:
+        net.train()
+    return found
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_loop(config)
+    for name, value, allowed in (('divergence', divergence, ('forward', 'reverse', 'jsd')),
+                                 ('answers', answers, ('gold', 'teacher')),
+                                 ('too_long', too_long, ('drop', 'left', 'right'))):
+        if value not in allowed:
+            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    for name, value in (('alpha', alpha), ('on_policy', on_policy)):
+        if not 0 <= value <= 1:
+            raise UserError(f'{name}={value} lies between 0 and 1')
+    if temperature <= 0 or sample_temperature <= 0:
+        name = 'temperature' if temperature <= 0 else 'sample_temperature'
+        raise UserError(f'{name}={config[name]} must be above 0')
+    if not 0 < jsd_beta < 1 or not 0 < val_fraction < 1:
+        raise UserError(f'jsd_beta={jsd_beta} and val_fraction={val_fraction} lie between 0 and 1')
+    for name in ('max_new_tokens', 'num_answers', 'prompts_per_step'):
+        if config[name] < 1:
+            raise UserError(f'{name}={config[name]}: it starts at 1')
+    if num_answers > 1 and not answer_temperature:
+        raise UserError(f'num_answers={num_answers} would all be the same: set answer_temperature above 0')
+    if cache and not top_k:
+        raise UserError(f'cache={cache} keeps the likeliest tokens: set top_k, as --top_k=32 (the size of the '
+                        'vocabulary keeps all of them)')
+    if cache and (not alpha or on_policy == 1):
+        raise UserError(f'cache={cache}: ' + ('alpha=0 asks the teacher nothing' if not alpha else
+                                              "on_policy=1 learns from the student's own answers") + ': drop --cache')
+    if answers_file and answers != 'teacher':
+        raise UserError(f"answers_file={answers_file} keeps the teacher's answers: add --answers=teacher")
+    if on_policy == 1 and answers == 'teacher':
+        raise UserError("on_policy=1 learns from the student's own answers alone, so answers='teacher' would be left")
+    if on_policy and prompts_per_step < gradient_accumulation_steps:
+        raise UserError(f'prompts_per_step={prompts_per_step} is less than gradient_accumulation_steps='
+                        f'{gradient_accumulation_steps}: raise it')
+    run = runtime.Run(config)
+
+    # the teacher, and what both read
+    lecturer, tokenizer = load_model(teacher)
+    if lecturer.config.n_encoder_layer or not lecturer.config.causal:
+        raise UserError(f'teacher={teacher} is no causal decoder alone: it cannot say what comes next')
+    folder, chats = dataset, Path(dataset).suffix in ('.json', '.jsonl')
+    if not chats:
+        run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+        folder = find_dataset(dataset)
+        if kind_of(folder) == 'pairs':
+            raise UserError(f'{folder} holds pairs of source and target: distill.py learns from running text or chats')
+        chats = kind_of(folder) == 'chats'
+    if not chats and (answers == 'teacher' or on_policy):
+        key = "answers='teacher'" if answers == 'teacher' else f'on_policy={on_policy}'
+        raise UserError(f'{key} needs prompts, and {folder} holds running text')
+
+    def new_weights():
+        args = {'vocab_size': lecturer.config.vocab_size}
+        return {'model': None, 'model_args': args, 'tokenizer': tokenizer.to_dict(), 'iter': 0}
+
+    def every_so_manieth_layer():
+        if 'n_layer' not in given:
+            raise UserError(f"init_from='teacher': say how many of the teacher's {lecturer.config.n_layer} layers the "
+                            'student has, as --n_layer=2')
+        return thinned({'model': lecturer.state_dict(), 'model_args': asdict(lecturer.config),
+                        'tokenizer': tokenizer.to_dict()}, given['n_layer'])
+    new = {'scratch': new_weights, 'teacher': every_so_manieth_layer}
+    names = {init_from, base} & set(new) if init_from == 'auto' else {init_from} & set(new)
+    for key in ('lora_rank', 'adapter_dim', 'quant'):
+        if names and (given.get(key) or getattr(lecturer.config, key) and 'teacher' in names):
+            raise UserError(f'{key}: a student from {names.pop()!r} learns with all its weights: drop --{key}'
+                            if given.get(key) else f'teacher={teacher} has {key}: make a whole model of it first, with '
+                            'convert.py')
+    began = start(run, 'distill', base, given, new=new)
+    model, origin, length = began.model, began.origin, began.row_length(max_length if chats else 0)
+    if began.tokenizer.to_dict() != tokenizer.to_dict():
+        raise UserError(f'{origin} has another tokenizer ({began.tokenizer.name}, {began.tokenizer.n_vocab:,} tokens) '
+                        f'than teacher={teacher} ({tokenizer.name}, {tokenizer.n_vocab:,}): what one thinks of its '
+                        'tokens says nothing about those of the other; give a student with the same')
+    if length > lecturer.config.block_size:
+        raise UserError(f'rows of {length} tokens are more than teacher={teacher} reads, {lecturer.config.block_size}: '
+                        f'lower {"max_length" if chats else "block_size"}')
+    adviser = Teacher(lecturer, run)
+    prompts = None
+    if chats:
+        train_data, prompts = chats_of('train', lecturer, tokenizer, length, run, pack)
+        val_data, _ = chats_of('val', lecturer, tokenizer, length, run)
+    else:
+        train_data = TokenData(folder, 'train', length, seed, aligned=bool(cache))
+        val_data = TokenData(folder, 'val', length, seed)
+        if train_data.tokenizer.to_dict() != tokenizer.to_dict():
+            raise UserError(f'{folder} is prepared with another tokenizer ({train_data.tokenizer.name}) than teacher='
+                            f'{teacher} has ({tokenizer.name}): prepare the text with that one')
+    n_both = min(model.config.vocab_size, lecturer.config.vocab_size)
+    rule = Distillation(alpha, temperature, divergence, jsd_beta, top_k)
+    of_samples = Distillation(1.0, temperature, divergence, jsd_beta, top_k)
+    plainly = Distillation(1.0)  # how far apart both are, for the eye
+    kept = None
+    if cache:
+        about = {'teacher': fingerprint(lecturer.state_dict()), 'temperature': temperature, 'top_k': min(top_k, n_both)}
+        kept = Cache(cache, train_data, run, n_both, about)
+        kept.fill(adviser, Distillation(1.0, temperature, top_k=top_k))
+    start_ids, token_bytes = tokenizer.encode(sample_start) or [tokenizer.eot], tokenizer.token_bytes()
+    if not chats:
+        with runtime.user_errors():
+            check_prompts([start_ids], model.config)
+    net = run.wrap(model)
+    with runtime.user_errors():
+        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
+                                                muon_lr, muon_momentum)
+    step, items_seen, prompts_seen, clock, resumed = 0, 0, 0, runtime.Clock(), began.own is not None
+    if resumed:
+        run.restore(began.own, origin, optimizers)
+        step, items_seen, prompts_seen = (began.own[key] for key in ('iter', 'rows', 'prompts'))
+        clock, began.own = runtime.Clock(began.own['seconds']), None
+
+    items_per_step, tokens_read, means = gradient_accumulation_steps * batch_size, 0, runtime.Means()
+    force, flops, rollout, micro_batches = forcing(tokenizer, tools), model.flops_per_token(length), None, None
+    chosen = val_data.fixed(eval_rows)
+
+    def measure():
+        """Loss of today's weights on held-out windows or rows, how far they are from the teacher, and a sample, or
+        answers with their grades."""
+        nats, apart, count, n_bytes = losses_of(net, val_data, chosen, run, token_bytes, plainly, adviser).sum(0)
+        loss = nats / count
+        metrics = {'iter': step, 'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'val/kl': apart / count,
+                   'val/bpb': nats / math.log(2) / max(1, n_bytes), 'seconds': clock.read()}
+        words = f'step {step}: val loss {loss:.4f}, KL from the teacher {apart / count:.4f}'
+        samples = []
+        if chats:
+            found = draw(model, val_data, chosen, run, max_new_tokens, temperature=0, force=force)
+            rows = [val_data.rows_kept[i] for i in chosen]
+            marks = [grades(row, text) for row, text in zip(rows, found.texts, strict=True)]
+            shares, ranges = summarise(marks)
+            for name, share in shares.items():
+                metrics |= {f'val/{name}': share, f'val/{name}_low': ranges[name][0],
+                            f'val/{name}_high': ranges[name][1]}
+            words += f', {in_words(shares, ranges)}'
+            if by := by_value(rows, marks, 'steps'):
+                words += f', correct by steps: {by}'
+            samples = [shown(*of) for of in zip(rows, found.texts, marks, strict=True)][:show_answers]
+        else:
+            words += f', perplexity {metrics["val/ppl"]:.2f}, {metrics["val/bpb"]:.4f} bits per byte'
+            if sample_tokens:
+                with run.gathered(model):
+                    ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
+                                         seed=seed, vocab_limit=tokenizer.n_vocab)[0] if run.main else []
+                samples = [sample_start + tokenizer.decode([t for t in ids if t != tokenizer.eot])]
+        return metrics, f'{words}, {clock.read():.1f} s of training', samples
+
+    clock.pause()
+    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
+    nats, _, count, _ = losses_of(adviser.net, val_data, chosen, run, token_bytes).sum(0)
+    run.open(step if resumed else None)
+    run.catch_signals()
+    what = [f'{prompts.n_rows:,} prompts to answer'] if prompts is not None else []
+    if train_data is not None:
+        what.insert(0, f'{train_data.n_rows:,} rows' if chats else f'{train_data.n_tokens:,} tokens')
+    run.say(f'{folder}: {", ".join(what)} ({tokenizer.name})\n'
+            f'teacher {teacher}: {lecturer.num_params():,} parameters, held-out loss {nats / count:.4f}\n'
+            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n{max_iters:,} steps')
+
+    def look(metrics, words, samples):
+        """Logs what was measured after `step` steps, shows samples and saves the state."""
+        run.log(metrics | {'teacher/loss': nats / count})
+        run.say(words)
+        if samples:
+            run.sample(step, '\n'.join(samples))
+        save(metrics['val/loss'])
+
+    def save(val_loss=math.inf):
+        run.checkpoint(began.state() | {'iter': step, 'rows': items_seen, 'prompts': prompts_seen,
+                                        'seconds': clock.read()}, optimizers, val_loss)
+
+    def micro_loss(number):
+        """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
+        over the step is that over its targets."""
+        nonlocal tokens_read
+        if rollout is not None:
+            part = rollout.take(micro_batches[number])
+            tokens_read += rollout.tokens(micro_batches[number])
+            loss, told, _ = loss_on(net, run, lay_out(part, length)[0], of_samples, adviser)
+            means.add(**{'train/kl_sampled': told[:, 1].mean()})
+            return loss * (part.drawn.sum() / (rollout.drawn.sum() / gradient_accumulation_steps))
+        first = items_seen + number * batch_size
+        names = ('idx', 'targets', 'positions', 'segments')
+        arrays = dict(zip(names, train_data.batch(first, batch_size), strict=False))
+        tokens_read += real_tokens(arrays['targets'], arrays.get('segments'))
+        share = train_data.n_targets(first, batch_size) / (
+            train_data.n_targets(items_seen, items_per_step) / gradient_accumulation_steps)
+        run.seed(first)
+        if not alpha:  # what train.py and sft.py do
+            tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
+            with run.autocast(arrays['idx'].shape[1]):
+                return net(**tensors) * share
+        known = kept.batch(first, batch_size) if kept else ()
+        loss, told, _ = loss_on(net, run, arrays, rule, adviser, known)
+        means.add(**dict(zip(('train/ce', 'train/kl'), told.mean(0), strict=True)))
+        return loss * share
+
+    if not resumed:
+        look(*measured)
+    settled = run.world_size == 1
+    clock.resume()
+    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    while step < max_iters and not (stop := run.stopping()):
+        rollout = None
+        if on_policy and np.random.default_rng([seed % (1 << 64), step]).random() < on_policy:
+            numbers = prompts.rows(prompts_seen, prompts_per_step)
+            rollout = draw(model, prompts, numbers, run, max_new_tokens, 1, sample_temperature, 1 + step, force=force)
+            order = np.argsort(rollout.group_sizes, kind='stable')  # by length: little padding
+            micro_batches = np.array_split(order, gradient_accumulation_steps)
+            means.add(response_len=rollout.lengths.mean(), ended=rollout.ended.mean())
+        if not settled:
+            before, means = (means, tokens_read), runtime.Means()
+            run.settle(net, lambda: micro_loss(run.rank))
+            (means, tokens_read), settled, model.router_stats = before, True, None  # that pass was no part of a step
+        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
+        if model.sparse:
+            model.balance(run.total(model.routed())[:, :-1])
+        step += 1
+        items_seen, prompts_seen = (items_seen + items_per_step, prompts_seen) if rollout is None else (
+            items_seen, prompts_seen + prompts_per_step)
+        if step % max_bad_steps == 0:
+            run.check_updates(step)
+
+        if step % log_interval == 0 or step == max_iters:
+            run.check_updates(step)
+            told = means.read()
+            loss, fed, *values = run.sum(total.item(), tokens_read, *told.values())  # waits for the device
+            seconds = clock.read()
+            rate = fed / (seconds - logged_seconds)
+            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
+                        **{k: v / run.world_size for k, v in zip(told, values, strict=True)},
+                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
+                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
+            logged_step, logged_seconds, tokens_read, means = step, seconds, 0, runtime.Means()
+        if step % eval_interval == 0 or step == max_iters:
+            clock.pause()
+            look(*measure())
+            clock.resume()
+            looked, logged_step, logged_seconds, tokens_read, means = step, step, clock.read(), 0, runtime.Means()
+
+    if stop and looked != step:
+        clock.pause()
+        save()
+    run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
+    run.say(f'done: best validation loss {run.best:.4f}, of the teacher {nats / count:.4f}; talk to it: '
+            f'python sample.py --init_from={out_dir}{" --chat=True" * chats}{" --tools=True" * tools}')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
