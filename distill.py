@@ -167,7 +167,7 @@ class Distillation:
         logits = (hidden @ self.head.T).float()
         logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
         logits = logits[..., :n] / self.t if self.t != 1 else logits[..., :n]
-        logprobs = logits.sub_(logits.logsumexp(-1, keepdim=True))
+        logprobs = logits.log_softmax(-1)  # as the student's are taken: of equal models nothing is left to learn
         if not 0 < self.top_k < n:
             return None, logprobs
         ids = logprobs.topk(self.top_k).indices
@@ -384,10 +384,10 @@ def with_answer(row, text):
     return row | {'messages': [*row['prompt'], {'role': 'assistant', 'content': text}]}
 
 
-def chats_of(split, lecturer, tokenizer, length, run, packed=False):
+def chats_of(split, lecturer, known_as, tokenizer, length, run, packed=False):
     """A split of the dataset as (ChatData, PromptData), one of them None: which steps need it; tells what was left out.
 
-    Where the knobs say so, or nobody has answered, the answers are the teacher's.
+    Where the knobs say so, or nobody has answered, the answers are the teacher's. known_as: its fingerprint.
     """
     training, prompts_only = split == 'train', split == 'train' and on_policy == 1
     load = load_chats if answers == 'gold' and on_policy < 1 else load_prompts
@@ -406,7 +406,7 @@ def chats_of(split, lecturer, tokenizer, length, run, packed=False):
         missing = next((prompts.rows_kept[i]['where'] for i in chosen if 'answer' not in prompts.rows_kept[i]), '')
         if graded and missing:
             raise UserError(f'{missing}: it has no "answer", so correct_only=True cannot tell whether one is right')
-        about = {'teacher': fingerprint(lecturer.state_dict()), 'data': prompts.fingerprint(), 'prompts': len(chosen),
+        about = {'teacher': known_as, 'data': prompts.fingerprint(), 'prompts': len(chosen),
                  'num_answers': samples, 'answer_temperature': heat, 'max_new_tokens': max_new_tokens, 'tools': tools,
                  'seed': seed} if path else {}
         texts = answered_by(lecturer, prompts, run, chosen, samples, heat, path, about)
@@ -532,11 +532,11 @@ def main():
     if length > lecturer.config.block_size:
         raise UserError(f'rows of {length} tokens are more than teacher={teacher} reads, {lecturer.config.block_size}: '
                         f'lower {"max_length" if chats else "block_size"}')
-    adviser = Teacher(lecturer, run)
-    prompts = None
+    known_as = fingerprint(lecturer.state_dict()) if cache or answers_file else ''
+    adviser, prompts = Teacher(lecturer, run), None
     if chats:
-        train_data, prompts = chats_of('train', lecturer, tokenizer, length, run, pack)
-        val_data, _ = chats_of('val', lecturer, tokenizer, length, run)
+        train_data, prompts = chats_of('train', lecturer, known_as, tokenizer, length, run, pack)
+        val_data, _ = chats_of('val', lecturer, known_as, tokenizer, length, run)
     else:
         train_data = TokenData(folder, 'train', length, seed, aligned=bool(cache))
         val_data = TokenData(folder, 'val', length, seed)
@@ -549,7 +549,7 @@ def main():
     plainly = Distillation(1.0)  # how far apart both are, for the eye
     kept = None
     if cache:
-        about = {'teacher': fingerprint(lecturer.state_dict()), 'temperature': temperature, 'top_k': min(top_k, n_both)}
+        about = {'teacher': known_as, 'temperature': temperature, 'top_k': min(top_k, n_both)}
         kept = Cache(cache, train_data, run, n_both, about)
         kept.fill(adviser, Distillation(1.0, temperature, top_k=top_k))
     start_ids, token_bytes = tokenizer.encode(sample_start) or [tokenizer.eot], tokenizer.token_bytes()

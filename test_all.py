@@ -46,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import convert
 import dataset
+import distill
 import dpo
 import grpo
 import model as model_file
@@ -4148,7 +4149,7 @@ def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch
 def test_small_configs_run_shortened(run_stage, text_data):
     """config/*.py name only knobs that exist, with values that go together."""
     for config in sorted((ROOT / 'config').glob('*.py')):
-        if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo', 'ppo', 'grpo')):
+        if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill')):
             status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
                                        '--batch_size=2', '--eval_iters=1', '--block_size=64', '--sample_tokens=4',
                                        '--device=cpu')
@@ -8115,4 +8116,500 @@ def test_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
 def test_configs_of_learning_from_samples_go_together(run_stage, config, stage):
     """Every value is accepted: what stops the run is the model that is not there."""
     status, _, err = run_stage(stage, ROOT / f'config/{config}.py', '--init_from=out/none', '--device=cpu')
+    assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# distillation
+
+def divergence_by_hand(p, q, kind, beta=0.5):
+    """Divergences of one distribution from another, in Python's floats."""
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x)
+    m = [beta * x + (1 - beta) * y for x, y in zip(p, q, strict=True)]
+    return {'forward': kl(p, q), 'reverse': kl(q, p), 'jsd': beta * kl(p, m) + (1 - beta) * kl(q, m)}[kind]
+
+
+def test_divergences_of_two_coins():
+    p, q = [1 / 2, 1 / 2], [1 / 4, 3 / 4]
+    expected = {'forward': math.log(2) / 2 + math.log(2 / 3) / 2,
+                'reverse': math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4}
+    for kind in ('forward', 'reverse', 'jsd'):
+        found, _ = distill.divergence_of(*(torch.tensor(x, dtype=torch.float64).log() for x in (p, q)), kind)
+        assert found.item() == pytest.approx(divergence_by_hand(p, q, kind), abs=1e-15)
+        assert found.item() == pytest.approx(expected.get(kind, found.item()), abs=1e-15)
+    # m = 3/8, 5/8
+    jsd = (math.log(4 / 3) + math.log(4 / 5)) / 4 + math.log(2 / 3) / 8 + 3 * math.log(6 / 5) / 8
+    assert found.item() == pytest.approx(jsd, abs=1e-15)
+
+
+@pytest.mark.parametrize('kind', ['forward', 'reverse', 'jsd'])
+def test_divergences_are_their_formulas_with_their_gradients(kind):
+    rng = np.random.default_rng(0)
+    for beta in (0.1, 0.5, 0.9):
+        teacher, student = rng.normal(size=(2, 7)) * 3
+
+        def value(z, teacher=teacher, beta=beta):
+            p, q = ((np.exp(x) / np.exp(x).sum()).tolist() for x in (teacher, z))
+            return divergence_by_hand(p, q, kind, beta)
+        log_p, log_q = (torch.tensor(x).log_softmax(-1) for x in (teacher, student))
+        found, slope = distill.divergence_of(log_p, log_q, kind, beta)
+        assert found.item() == pytest.approx(value(student), rel=1e-12)
+        for i, step in enumerate(np.eye(7) * 1e-6):
+            central = (value(student + step) - value(student - step)) / 2e-6
+            assert slope[i].item() == pytest.approx(central, abs=1e-8)
+        assert abs(slope.sum().item()) < 1e-14
+    if kind == 'forward':
+        assert found.item() == pytest.approx(F.kl_div(log_q, log_p, reduction='sum', log_target=True).item())
+    if kind == 'reverse':
+        assert found.item() == pytest.approx(F.kl_div(log_p, log_q, reduction='sum', log_target=True).item())
+
+
+@pytest.mark.parametrize('beta', [0.0, 0.3, 0.5, 1.0])
+def test_divergences_are_those_of_trl(beta):
+    gkd = pytest.importorskip('trl.experimental.gkd.gkd_trainer')
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 3, 5, 11, dtype=torch.float64, generator=generator).unbind()
+    kind = {0.0: 'forward', 1.0: 'reverse'}.get(beta, 'jsd')
+    for t in (1.0, 2.5):
+        theirs = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=t, reduction='sum')
+        ours, _ = distill.divergence_of((teacher / t).log_softmax(-1), (student / t).log_softmax(-1), kind, beta)
+        assert ours.sum().item() == pytest.approx(theirs.item(), rel=1e-12)
+
+
+def test_all_other_tokens_are_one_bucket():
+    logprobs = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64).log()
+    found = distill.bucketed(logprobs, torch.tensor([[3, 0]])).exp()
+    torch.testing.assert_close(found, torch.tensor([[0.1, 0.5, 0.4]], dtype=torch.float64))
+    whole = distill.bucketed(logprobs, torch.tensor([[0, 1, 2, 3]]))
+    assert whole.exp()[0, -1] == 0 and torch.isfinite(whole).all()
+    # two buckets of half each, whatever lies inside
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ([0.5, 0.5, 1e-30, 1e-30], [0.5, 1e-30, 0.25, 0.25]))
+    ids = torch.tensor([[0]])
+    assert distill.divergence_of(distill.bucketed(p, ids), distill.bucketed(q, ids))[0].abs().item() < 1e-12
+
+
+def dense_loss(student, teacher, idx, targets, alpha, t, kind, beta, top_k, n):
+    """The same loss with whole logits, torch's own functions and autograd."""
+    at = targets != -100
+    z = student(idx)[at].double()
+    with torch.no_grad():
+        p = (teacher(idx)[at].double()[:, :n] / t).softmax(-1)
+    q = (z[:, :n] / t).softmax(-1)
+    if top_k:
+        best = p.topk(top_k).indices
+        p, q = (torch.cat((x.gather(1, best), 1 - x.gather(1, best).sum(1, keepdim=True)), 1) for x in (p, q))
+    m = {'forward': q, 'reverse': p, 'jsd': beta * p + (1 - beta) * q}[kind]
+    to_teacher, to_student = F.kl_div(m.log(), p, reduction='sum'), F.kl_div(m.log(), q, reduction='sum')
+    distance = {'forward': to_teacher, 'reverse': to_student, 'jsd': beta * to_teacher + (1 - beta) * to_student}[kind]
+    gold = F.cross_entropy(z, targets[at], reduction='sum')
+    return ((1 - alpha) * gold + alpha * t * t * distance) / at.sum(), distance / at.sum()
+
+
+@pytest.mark.parametrize('kind, alpha, t, top_k', [
+    ('forward', 0.5, 1.0, 0), ('forward', 1.0, 2.0, 0), ('forward', 0.7, 2.0, 5), ('forward', 0.3, 1.0, 5),
+    ('reverse', 0.5, 1.0, 0), ('reverse', 1.0, 0.5, 5), ('jsd', 0.5, 1.0, 0), ('jsd', 0.9, 3.0, 5)], ids=str)
+@pytest.mark.parametrize('student', [dict(), dict(logit_softcap=5.0, tie_weights=False), dict(vocab_size=64)], ids=str)
+def test_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, top_k, monkeypatch):
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
+    teacher = tiny(n_layer=3, n_embd=48, vocab_size=66 if student.get('vocab_size') else 61, logit_softcap=8.0).eval()
+    model, n = tiny(**student), min(student.get('vocab_size', 61), 66)
+    config = dict(out_dir='', device='cpu', dtype='float32', seed=1)
+    run = runtime.Run(config)
+    idx, targets = ids(4, 20), ids(4, 20, seed=1)
+    targets[0, :13] = targets[2] = -100
+    dense, apart = dense_loss(model, teacher, idx, targets, alpha, t, kind, 0.3, top_k, n)
+    expected = torch.autograd.grad(dense, list(model.parameters()))
+    rule = distill.Distillation(alpha, t, kind, 0.3, top_k)
+    arrays = {'idx': idx.numpy(), 'targets': targets.numpy()}
+    loss, told, places = distill.loss_on(model, run, arrays, rule, distill.Teacher(teacher, run))
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5) and len(told) == (targets != -100).sum() == len(places)
+    assert told[:, 1].mean().item() == pytest.approx(apart.item(), rel=1e-4)
+    for got, want in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-4)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('top_k', [0, 7])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(dtype, top_k, monkeypatch):
+    """Not a little: zero, to the last bit."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
+    run = runtime.Run(dict(out_dir='', device='cpu', dtype=dtype, seed=1))
+    for kind, t in itertools.product(('forward', 'reverse', 'jsd'), (1.0, 2.0)):
+        model, twin = (tiny(pos='rope', norm='rmsnorm', logit_softcap=15.0) for _ in range(2))
+        rule = distill.Distillation(1.0, t, kind, top_k=top_k)
+        arrays = {'idx': ids(3, 20).numpy(), 'targets': ids(3, 20, seed=1).numpy()}
+        loss, told, _ = distill.loss_on(model, run, arrays, rule, distill.Teacher(twin, run))
+        loss.backward()
+        small = 0 if kind != 'jsd' else 1e-7  # the mixture of twice the same rounds
+        assert abs(told[:, 1]).max() <= small and abs(loss.item()) <= small, kind
+        assert max(p.grad.abs().max().item() for p in model.parameters()) <= small, kind
+
+
+def test_neither_models_logits_exist_as_a_whole():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+    torch.manual_seed(0)
+    teacher, model = (GPT(GPTConfig(vocab_size=8192, block_size=256, n_layer=1, n_head=2, n_embd=n)) for n in (32, 16))
+    run = runtime.Run(dict(out_dir='', device='cpu', dtype='float32', seed=1))
+    arrays = {'idx': ids(8, 256, vocab=8192).numpy(), 'targets': ids(8, 256, vocab=8192, seed=1).numpy()}
+    for top_k in (0, 16):
+        with Watch():
+            loss, _, _ = distill.loss_on(model, run, arrays, distill.Distillation(0.5, top_k=top_k),
+                                         distill.Teacher(teacher, run))
+            loss.backward()
+    assert largest <= 8192 * 256 < 8 * 256 * 8192 / 7
+
+
+SCHOOL = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+          '--warmup_iters=2', '--max_new_tokens=12', '--sample_tokens=6', '--device=cpu', '--dtype=float32',
+          '--learning_rate=1e-3']
+STUDENT = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32']
+
+
+@pytest.fixture
+def text_teacher(run_stage, text_data, tmp_path):
+    """The run of a model of bytes that has learnt a little English."""
+    status, _, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--n_embd=64', '--block_size=48',
+                               '--pos=rope', '--max_iters=60', '--learning_rate=5e-3', '--batch_size=8',
+                               '--out_dir=teacher')
+    assert (status, err) == (0, '')
+    return tmp_path / 'teacher'
+
+
+@pytest.fixture
+def teach(run_stage, text_data, text_teacher):
+    """teach('--key=value', …) -> (exit status, stdout, stderr) of a short run of distill.py on running text."""
+    return lambda *args: run_stage('distill', f'--dataset={text_data}', f'--teacher={text_teacher}', *SCHOOL,
+                                   *(f for f in STUDENT if f.split('=')[0] not in [a.split('=')[0] for a in args]
+                                     and '--init_from=teacher' not in args), *args)
+
+
+@pytest.fixture
+def teach_chat(run_stage, chat_data, base_run):
+    """The same on chats: every layer of base_run is the teacher's, one of the two the student's."""
+    return lambda *args: run_stage('distill', f'--dataset={chat_data}', f'--teacher={base_run}', '--init_from=teacher',
+                                   '--n_layer=1', *SCHOOL, *args)
+
+
+@pytest.mark.parametrize('flags', [['--dropout=0.1'], ['--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
+                                                       '--router_aux=0.01', '--optimizer=muon']], ids=str)
+def test_alpha_0_is_pretraining_bit_for_bit(teach, run_stage, text_data, flags):
+    assert teach('--alpha=0', '--out_dir=a', '--gradient_accumulation_steps=2', *flags)[0] == 0
+    common = [f for f in SCHOOL if 'eval_rows' not in f and 'new_tokens' not in f]
+    assert run_stage('train', f'--dataset={text_data}', *common, *STUDENT, '--eval_iters=2', '--weight_decay=0',
+                     '--beta2=0.99', '--gradient_accumulation_steps=2', '--out_dir=b', *flags)[0] == 0
+    assert same_weights('a', 'b')
+    for key in ('train/loss', 'val/loss', 'grad_norm'):
+        assert logged('a', key) == pytest.approx(logged('b', key), rel=1e-5)
+    assert logged('a', 'train/loss') == logged('b', 'train/loss')
+
+
+@pytest.mark.parametrize('flags', [['--pack=False'], ['--lora_rank=2', '--lora_dropout=0.1']], ids=str)
+def test_alpha_0_is_fine_tuning_bit_for_bit(tune, run_stage, base_run, chat_data, flags):
+    assert tune('--out_dir=a', *flags)[0] == 0
+    status, out, err = run_stage('distill', f'--init_from={base_run}', f'--teacher={base_run}',
+                                 f'--dataset={chat_data}', *SCHOOL, '--max_new_tokens=8', '--alpha=0', '--out_dir=b',
+                                 *flags)
+    assert (status, err) == (0, '')
+    assert same_weights('a', 'b') and logged('a', 'train/loss') == logged('b', 'train/loss')
+    for key in ('val/loss', 'val/f1', 'val/correct'):
+        assert logged('a', key) == pytest.approx(logged('b', key), rel=1e-5)
+
+
+DISTILLED = [[], ['--top_k=5', '--cache=kept', '--temperature=2', '--optimizer=muon'],
+             ['--divergence=jsd', '--alpha=1']]
+
+
+@pytest.mark.parametrize('flags', DISTILLED, ids=str)
+def test_distillation_resumes_bit_for_bit(teach, flags):
+    assert teach('--out_dir=whole', '--dropout=0.1', *flags)[0] == 0
+    assert teach('--out_dir=parts', '--dropout=0.1', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
+    status, out, err = teach('--out_dir=parts', '--dropout=0.1', '--init_from=resume', *flags)
+    assert (status, err) == (0, '')
+    keep = ('model', 'optimizers', 'iter', 'best', 'rows', 'prompts')
+    assert digest('parts', keep) == digest('whole', keep) and told('parts') == told('whole')
+    first, last = logged('whole', 'val/kl')[0], logged('whole', 'val/kl')[-1]
+    assert last < first and len(logged('whole', 'train/kl')) == 6
+
+
+CHATTED = [['--on_policy=1', '--prompts_per_step=6', '--gradient_accumulation_steps=2', '--divergence=reverse'],
+           ['--on_policy=0.5', '--prompts_per_step=6', '--gradient_accumulation_steps=2', '--tools=True'],
+           ['--answers=teacher', '--answers_file=said.jsonl', '--answer_prompts=40', '--num_answers=2',
+            '--answer_temperature=1', '--gradient_accumulation_steps=2', '--top_k=5', '--cache=kept']]
+
+
+@pytest.mark.parametrize('flags', CHATTED, ids=str)
+def test_distillation_on_chats_resumes_bit_for_bit(teach_chat, flags):
+    assert teach_chat('--out_dir=whole', *flags)[0] == 0
+    assert teach_chat('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
+    status, out, err = teach_chat('--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, '')
+    keep = ('model', 'optimizers', 'iter', 'best', 'rows', 'prompts')
+    assert digest('parts', keep) == digest('whole', keep) and told('parts') == told('whole')
+    state = torch.load('whole/ckpt.pt', weights_only=True)
+    sampled = len(logged('whole', 'train/kl_sampled'))
+    if '--on_policy=0.5' in flags:
+        assert 0 < sampled < 6
+    assert state['prompts'] == 6 * sampled and state['rows'] == 8 * (6 - sampled)
+
+
+@pytest.mark.parametrize('flags', [CHATTED[1], CHATTED[2], [*CHATTED[0], '--fsdp=True'],
+                                   [*CHATTED[2], '--fsdp=True']], ids=str)
+def test_two_processes_distil_as_one(teach_chat, base_run, chat_data, tmp_path, flags):
+    assert teach_chat('--out_dir=one', *(f for f in flags if f != '--fsdp=True'))[0] == 0
+    for name in ('said.jsonl', 'said.jsonl.meta.json'):  # the others are to make these themselves
+        Path(name).unlink(missing_ok=True)
+    shutil.rmtree('kept', ignore_errors=True)
+    args = [f'--teacher={base_run}', f'--dataset={chat_data}', '--init_from=teacher', '--n_layer=1', *SCHOOL, *flags]
+    torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage='distill.py')
+    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
+    for a, b in zip(told('one'), told('two'), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+    for name, w in weights('one').items():
+        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
+
+
+def test_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
+    """Once as fast as it is made: in 16 bits, so not to the last digit; on the windows of an aligned split."""
+    asked, whole = [], dataset.TokenData.__init__
+    monkeypatch.setattr(dataset.TokenData, '__init__', lambda self, *args, aligned=False: whole(
+        self, *args, aligned=aligned or args[1] == 'train'))
+    assert teach('--out_dir=asked', '--top_k=5')[0] == 0
+    status, out, err = teach('--out_dir=kept_1', '--top_k=5', '--cache=cache')
+    assert (status, err) == (0, '') and 'the teacher has read part' in out
+    for key in ('train/loss', 'train/kl', 'val/loss'):
+        assert logged('kept_1', key) == pytest.approx(logged('asked', key), rel=2e-3), key
+    assert logged('kept_1', 'train/loss') != logged('asked', 'train/loss')
+    # it is kept, and goes on where it was interrupted
+    done = np.memmap('cache/done.bin', np.uint8, 'r+')
+    before = Path('cache/logprobs.bin').read_bytes()
+    assert len(done) > 4 and done.all()
+    done[2:4] = 0
+    done.flush()
+    spoilt = np.memmap('cache/logprobs.bin', np.float16, 'r+')
+    spoilt[2 * 4096 * 6:4 * 4096 * 6] = 0
+    spoilt.flush()
+    monkeypatch.setattr(distill.Cache, 'fill', lambda *args: asked.append(args))
+    status, out, err = teach('--out_dir=kept_2', '--top_k=5', '--cache=cache')
+    assert (status, err) == (0, '') and 'read part 2 of 2' in out
+    assert Path('cache/logprobs.bin').read_bytes() == before and same_weights('kept_1', 'kept_2')
+    status, out, err = teach('--out_dir=kept_3', '--top_k=5', '--cache=cache', '--alpha=0.9')
+    assert (status, err) == (0, '') and 'read part' not in out
+    for flag, what in (('--top_k=6', 'top_k'), ('--temperature=2', 'temperature'), ('--block_size=24', 'targets')):
+        status, _, err = teach('--out_dir=no', '--top_k=5', '--cache=cache', flag)
+        assert status == 2 and err.count('\n') == 1 and f'was made for another {what}' in err, err
+    os.truncate('cache/ids.bin', 1000)
+    status, _, err = teach('--out_dir=no', '--top_k=5', '--cache=cache')
+    assert status == 2 and 'ids.bin: 1,000 bytes' in err
+    Path('cache/meta.json').write_text('{')
+    status, _, err = teach('--out_dir=no', '--top_k=5', '--cache=cache')
+    assert status == 2 and 'meta.json: malformed' in err and not Path('no').exists()
+
+
+def test_targets_stand_where_a_cache_looks_for_them(text_data, chat_data):
+    data = TokenData(text_data, 'train', 32, 5, aligned=True)
+    _, known = data.read(data.fixed(0))
+    for first in (0, 3, data.n_windows - 2):  # the last crosses into the next epoch
+        _, y = data.batch(first, 4)
+        assert np.array_equal(known.flatten()[data.targets_at(first, 4)], y.flatten())
+    seen = data.targets_at(0, data.n_windows)
+    assert len(np.unique(seen)) == len(seen) == known.size
+    rows, _ = load_chats(str(chat_data), 'train')
+    for pack in (False, True):
+        data = ChatData(rows, bytes_tokenizer(), 192, 5, pack=pack)
+        _, known = data.read(data.fixed(0))
+        known = known[known != -100]
+        for first in (0, 7, 290):
+            y = data.batch(first, 5)[1]
+            assert np.array_equal(known[data.targets_at(first, 5)], y[y != -100])
+
+
+@pytest.fixture
+def fluent(tune, tmp_path):
+    """The run of a model that answers something."""
+    assert tune('--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2', '--out_dir=fluent')[0] == 0
+    return tmp_path / 'fluent'
+
+
+def test_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach_chat, fluent, run_stage):
+    flags = ['--answers=teacher', '--answers_file=said.jsonl', '--answer_prompts=30', f'--teacher={fluent}']
+    status, out, err = teach_chat('--out_dir=a', *flags)
+    assert (status, err) == (0, '') and 'answers of the teacher' in out
+    lines = Path('said.jsonl').read_text().splitlines(keepends=True)
+    assert len(lines) == 30
+    teacher, tokenizer = convert.load_model(fluent)
+    row = json.loads(lines[4])
+    prompt = tokenizer.chat_ids(row['messages'][:-1], generate=True)[0]
+    said = teacher.generate([prompt], 12, temperature=0, stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab)[0]
+    assert row['messages'][-1]['content'] == tokenizer.decode([i for i in said if i not in tokenizer.turn_ids])
+    assert {'answer', 'grader', 'steps'} <= row.keys()
+    assert run_stage('sft', f'--init_from={fluent}', '--dataset=said.jsonl', '--max_iters=1', '--eval_rows=2',
+                     '--max_new_tokens=4', '--device=cpu', '--strict=False')[0] == 0
+    # a run that was killed goes on after the last whole line
+    Path('said.jsonl').write_text(''.join(lines[:7]) + lines[7][:20])
+    status, out, err = teach_chat('--out_dir=b', *flags)
+    assert (status, err) == (0, '') and same_weights('a', 'b')
+    assert len(Path('said.jsonl').read_text().splitlines()) == 30
+    status, out, err = teach_chat('--out_dir=c', *flags)
+    assert (status, err) == (0, '') and 'prompts, ' not in out and same_weights('a', 'c')
+    status, _, err = teach_chat('--out_dir=d', *flags, '--max_new_tokens=5')
+    assert status == 2 and err.count('\n') == 1 and 'drawn in another way' in err
+    Path('said.jsonl.meta.json').unlink()
+    status, _, err = teach_chat('--out_dir=d', *flags)
+    assert status == 2 and 'without said.jsonl.meta.json' in err
+    assert not Path('d').exists() and len(Path('said.jsonl').read_text().splitlines()) == 30
+
+
+def test_only_right_answers_of_the_teacher(teach_chat, monkeypatch):
+    def parrot(teacher, data, run, chosen, samples, *args):
+        return [f'It is {i % 7}.' for i in range(len(chosen) * samples)]
+    seen, whole = [], ChatData.__init__
+
+    def watch(self, rows, *args):
+        seen.append(rows)
+        whole(self, rows, *args)
+    monkeypatch.setattr(ChatData, '__init__', watch)
+    spec = importlib.util.spec_from_file_location
+
+    def load(name, path, **more):
+        found = spec(name, path, **more)
+        execute = found.loader.exec_module
+
+        def then(module):
+            execute(module)
+            if name == 'stage_distill':
+                module.answered_by = parrot
+        found.loader.exec_module = then
+        return found
+    monkeypatch.setattr(importlib.util, 'spec_from_file_location', load)
+    status, out, err = teach_chat('--answers=teacher', '--correct_only=True', '--out_dir=run')
+    assert (status, err) == (0, '')
+    assert 0 < len(seen[0]) < 60 and all(row['messages'][-1]['content'] == f'It is {row["answer"]}.' for row in seen[0])
+    assert f'{len(seen[0])} of 300 answers of the teacher' in out
+
+
+def test_prompts_without_answers_teach_all_the_same(teach_chat, fluent):
+    """The teacher answers the held-out ones too, so that there is something to compare with."""
+    rows = [{'prompt': f'What is {i} and {i + 1}?'} for i in range(40)]
+    Path('prompts.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+    for flags in (['--on_policy=1', '--prompts_per_step=4'], ['--answers=teacher', '--answer_temperature=1']):
+        status, out, err = teach_chat(f'--teacher={fluent}', '--dataset=prompts.jsonl', '--out_dir=run', *flags)
+        assert (status, err) == (0, ''), err
+        assert logged('run', 'val/kl')[-1] < logged('run', 'val/kl')[0] and 'val/correct' not in rows_of('run')[0]
+    status, _, err = teach_chat('--dataset=prompts.jsonl', '--out_dir=none')
+    assert status == 2 and err.count('\n') == 1 and 'prompts.jsonl, line 1' in err
+
+
+def test_a_student_of_every_so_manieth_layer():
+    for L, n, taken in ((12, 4, [0, 3, 6, 9]), (12, 6, [0, 2, 4, 6, 8, 10]), (5, 2, [0, 2]), (3, 3, [0, 1, 2])):
+        teacher = tiny(n_layer=L, pos='rope')
+        state = {'model': teacher.state_dict(), 'model_args': dataclasses.asdict(teacher.config), 'tokenizer': {}}
+        student = GPT.from_state(distill.thinned(state, n)).eval()
+        assert len(student.blocks) == n
+        teacher.blocks = torch.nn.ModuleList(teacher.blocks[i] for i in taken)
+        assert torch.equal(student(ids(2, 9)), teacher(ids(2, 9)))
+    with pytest.raises(UserError, match='the teacher has 3'):
+        distill.thinned(state, 4)
+    local = tiny(n_layer=4, pos='rope', window=8, window_pattern='LG')
+    state = {'model': local.state_dict(), 'model_args': dataclasses.asdict(local.config), 'tokenizer': {}}
+    with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1'):
+        distill.thinned(state, 2)
+
+
+@pytest.mark.parametrize('flags', [['--n_expert=4', '--expert_dim=16'],
+                                   ['--pos=learned', '--n_kv_head=1', '--mlp=swiglu'],
+                                   ['--pos=sinusoidal', '--norm_place=post', '--dtype=bfloat16'],
+                                   ['--activation_checkpointing=True', '--window=8', '--pos=rope']], ids=str)
+def test_a_student_of_another_shape(teach, flags):
+    status, out, err = teach('--out_dir=run', '--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2',
+                             '--alpha=1', *flags)
+    assert (status, err) == (0, ''), err
+    kl = logged('run', 'val/kl')
+    assert kl[-1] < 0.6 * kl[0]
+
+
+def test_a_dense_student_of_a_mixture_of_experts(run_stage, text_data, teach):
+    assert run_stage('train', f'--dataset={text_data}', *SMALL, '--n_expert=4', '--expert_dim=24', '--max_iters=40',
+                     '--learning_rate=1e-2', '--out_dir=moe')[0] == 0
+    status, out, err = teach('--teacher=moe', '--out_dir=run', '--max_iters=40', '--eval_interval=40', '--alpha=1',
+                             '--learning_rate=1e-2')
+    assert (status, err) == (0, '') and logged('run', 'val/kl')[-1] < 0.7 * logged('run', 'val/kl')[0]
+
+
+@pytest.mark.parametrize('kind', ['forward', 'reverse', 'jsd'])
+def test_on_its_own_samples_a_student_comes_to_speak_like_its_teacher(teach_chat, kind):
+    status, out, err = teach_chat('--on_policy=1', '--prompts_per_step=16', '--max_iters=40', '--eval_interval=40',
+                                  '--learning_rate=3e-3', f'--divergence={kind}', '--out_dir=run')
+    assert (status, err) == (0, '')
+    apart = logged('run', 'train/kl_sampled')
+    assert np.mean(apart[-5:]) < 0.5 * np.mean(apart[:3])
+
+
+def test_a_student_with_lora_is_kept_without_its_base(run_stage, base_run, chat_data):
+    args = [f'--init_from={base_run}', f'--teacher={base_run}', f'--dataset={chat_data}', *SCHOOL, '--lora_rank=2']
+    status, _, err = run_stage('distill', *args, '--alpha=0.3', '--out_dir=run')
+    assert (status, err) == (0, '')
+    assert all('lora' in key for key in torch.load('run/best.pt', weights_only=True)['model'])
+    assert convert.load_model('run')[0].config.lora_rank == 0
+
+
+def test_distillation_refuses_what_cannot_be(teach, teach_chat, run_stage, base_run, pair_data, chat_data, text_data):
+    other = train_bpe(['what one thinks of its tokens'] * 9, 300)
+    state = torch.load(base_run / 'ckpt.pt', weights_only=True)
+    Path('other').mkdir()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**state['model_args'] | {'vocab_size': other.n_vocab}))
+    runtime.save_checkpoint('other/ckpt.pt', state | {'model': model.state_dict(), 'tokenizer': other.to_dict(),
+                                                      'model_args': dataclasses.asdict(model.config)})
+    both = GPT(GPTConfig(n_encoder_layer=1, n_layer=1, n_head=2, n_embd=32, vocab_size=260, block_size=64))
+    Path('both').mkdir()
+    runtime.save_checkpoint('both/ckpt.pt', state | {'model': both.state_dict(),
+                                                     'model_args': dataclasses.asdict(both.config)})
+    for call, flags, words in (
+            (teach, ['--alpha=1.5'], 'alpha=1.5 lies between 0 and 1'),
+            (teach, ['--divergence=backward'], "'forward', 'reverse', 'jsd'"),
+            (teach, ['--temperature=0'], 'temperature=0.0 must be above 0'),
+            (teach, ['--cache=kept'], 'set top_k'),
+            (teach, ['--cache=kept', '--top_k=4', '--alpha=0'], 'alpha=0 asks the teacher nothing'),
+            (teach, ['--on_policy=0.5'], 'holds running text'),
+            (teach, ['--answers=teacher'], 'holds running text'),
+            (teach, ['--answers_file=said.jsonl'], '--answers=teacher'),
+            (teach, ['--teacher=other'], 'is prepared with another tokenizer'),
+            (teach, ['--teacher=both'], 'no causal decoder alone'),
+            (teach, ['--teacher=nowhere'], 'nowhere: no such run'),
+            (teach, ['--block_size=64'], 'more than teacher='),
+            (teach, [f'--dataset={pair_data}'], 'holds pairs'),
+            (teach_chat, ['--init_from=other', '--n_layer=2'], 'says nothing about those of the other'),
+            (teach, ['--lora_rank=4'], 'lora_rank'),
+            (teach, ['--init_from=teacher'], 'say how many'),
+            (teach, ['--init_from=teacher', '--n_layer=9'], 'the teacher has 2'),
+            (teach, ['--init_from=teacher', '--n_layer=1', '--n_embd=32'], 'n_embd'),
+            (teach, ['--score_head=last'], 'score_head'),
+            (teach_chat, ['--on_policy=1', '--answers=teacher'], "student's own answers alone"),
+            (teach_chat, ['--on_policy=1', '--cache=kept', '--top_k=3'], "student's own answers"),
+            (teach_chat, ['--answers=teacher', '--num_answers=3'], 'answer_temperature above 0'),
+            (teach_chat, ['--on_policy=1', '--prompts_per_step=1', '--gradient_accumulation_steps=2'], 'raise it'),
+            (teach_chat, ['--max_length=500'], 'max_length=500'),
+            (teach_chat, ['--answers=teacher', '--max_new_tokens=190'], 'leaves room')):
+        status, _, err = call('--out_dir=no', *flags)
+        assert status == 2 and err.count('\n') == 1 and words in err, (flags, err)
+        assert not Path('no').exists()
+    assert not Path('kept').exists()
+
+
+@pytest.mark.parametrize('config', ['distill_tiny', 'distill_words'])
+def test_configs_of_distillation_hold_together(run_stage, config):
+    """Every value is accepted: what stops the run is the teacher that is not there."""
+    status, _, err = run_stage('distill', ROOT / f'config/{config}.py', '--teacher=out/none', '--device=cpu')
     assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
