@@ -525,7 +525,7 @@ def main():
                             'convert.py')
     began = start(run, 'distill', base, given, new=new)
     model, origin, length = began.model, began.origin, began.row_length(max_length if chats else 0)
-    if began.tokenizer.to_dict() != tokenizer.to_dict():
+    if not began.tokenizer.same_as(tokenizer):
         raise UserError(f'{origin} has another tokenizer ({began.tokenizer.name}, {began.tokenizer.n_vocab:,} tokens) '
                         f'than teacher={teacher} ({tokenizer.name}, {tokenizer.n_vocab:,}): what one thinks of its '
                         'tokens says nothing about those of the other; give a student with the same')
@@ -540,9 +540,9 @@ def main():
     else:
         train_data = TokenData(folder, 'train', length, seed, aligned=bool(cache))
         val_data = TokenData(folder, 'val', length, seed)
-        if train_data.tokenizer.to_dict() != tokenizer.to_dict():
+        if not train_data.tokenizer.same_as(tokenizer):
             raise UserError(f'{folder} is prepared with another tokenizer ({train_data.tokenizer.name}) than teacher='
-                            f'{teacher} has ({tokenizer.name}): prepare the text with that one')
+                            f'{teacher} has ({tokenizer.name}): prepare the text with that one (README shows how)')
     n_both = min(model.config.vocab_size, lecturer.config.vocab_size)
     rule = Distillation(alpha, temperature, divergence, jsd_beta, top_k)
     of_samples = Distillation(1.0, temperature, divergence, jsd_beta, top_k)

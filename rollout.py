@@ -286,7 +286,7 @@ def load_scorer(path, run, tokenizer=None):
     tokenizer: the policy's; UserError where the reward model's is another one.
     """
     model, own = load_model(path, scores=True)
-    if tokenizer is not None and own.to_dict() != tokenizer.to_dict():
+    if tokenizer is not None and not own.same_as(tokenizer):
         raise UserError(f'{path}: its tokenizer ({own.name}, {own.n_vocab:,} tokens) is not that of the policy '
                         f'({tokenizer.name}, {tokenizer.n_vocab:,}): train a reward model from the same base')
     model = model.to(run.device).eval()

@@ -8417,6 +8417,13 @@ def test_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
     assert status == 2 and 'meta.json: malformed' in err and not Path('no').exists()
 
 
+def test_tokenizers_are_the_same_whatever_they_are_called():
+    one, other = (train_bpe([f'the {who} sat on the mat'] * 9, 280) for who in ('cat', 'dog'))
+    named = Tokenizer.from_dict(one.to_dict() | {'name': 'cat'})
+    assert one.same_as(named) and named.same_as(one.to_dict()) and not one.same_as(other)
+    assert not one.same_as(bytes_tokenizer())
+
+
 def test_targets_stand_where_a_cache_looks_for_them(text_data, chat_data):
     data = TokenData(text_data, 'train', 32, 5, aligned=True)
     _, known = data.read(data.fixed(0))

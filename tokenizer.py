@@ -307,6 +307,12 @@ class Tokenizer:
         return {'kind': self.kind, 'name': self.name, 'special': dict(self.special), 'pattern': self.pattern or '',
                 'tokens': [spell(token) for token in self.tokens]} | {key: getattr(self, key) for key in more}
 
+    def same_as(self, other):
+        """Whether another tokenizer, or its `to_dict`, makes the same of every text, whatever it is called."""
+        own, other = ({key: value for key, value in d.items() if key != 'name'}
+                      for d in (self.to_dict(), other if isinstance(other, dict) else other.to_dict()))
+        return own == other
+
     @staticmethod
     def from_dict(d):
         """The inverse of `to_dict`; UserError says what is wrong with a dict that is no tokenizer."""

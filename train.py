@@ -169,7 +169,7 @@ def main():
             if model_args.get(key) != value and key != 'dropout':
                 raise UserError(f'{origin} was trained with {key}={value}, not {model_args.get(key)}: drop --{key}, or '
                                 'start a new run with --init_from=scratch')
-        if state['tokenizer'] != tokenizer.to_dict():
+        if not tokenizer.same_as(state['tokenizer']):
             raise UserError(f'{origin} was trained with another vocabulary ({state["tokenizer"].get("name")}) than '
                             f'{folder} is prepared with ({tokenizer.name})')
     with runtime.user_errors(origin):

