@@ -11,6 +11,9 @@ where it happens.
     scores = model(idx, real=real)               # score_head: (B,), one number for the real tokens of each text
     model = GPT.from_state(state, lora_rank=8, quant='nf4').freeze()    # a few new weights beside a frozen model
 
+    python model.py                              self-attention with numbers for a pencil, and what GPT-2 consists of
+    python model.py config/tiny.py --n_layer=6   what any config makes: parameters, FLOP and memory
+
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
 Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Muon (arXiv:2502.16982),
@@ -268,6 +271,15 @@ def attend(q, k, v, mask, causal, scale, dropout=0.0):
                                           scale=scale, dropout_p=dropout, enable_gqa=gqa).reshape(shape)
 
 
+def attention_weights(q, k, mask, causal, scale):
+    """softmax(q k^T scale) itself, which `attend` never makes, for a reader to look at: (B, H, T, S) float32."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = (q.float() @ k.float().mT) * scale
+    if mask is None and causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+
+
 @functools.cache
 def compiled_flex():
     return torch.compile(flex_attention)  # only so does it leave out the blocks that nobody sees
@@ -476,6 +488,7 @@ class Attention(nn.Module):
         self.proj = linear(config, q, config.bias, proj=config.n_embd)
         self.q_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
+        self.watched = None  # a list that takes the weights of each forward, see `GPT.attention_maps`
 
     def forward(self, x, rope=None, mask=None, cache=None):
         """rope: cos, sin (…, T, 1, D) or None; where sinks are further away than a window, as local layers see them,
@@ -503,6 +516,8 @@ class Attention(nn.Module):
             k, v = cache.update(k, v)
         if q_far is not None:
             q, k, v = far_sinks(q, q_far, k, v, far[2])
+        if self.watched is not None:
+            self.watched.append(attention_weights(q, k, mask, self.causal, self.scale))
         y = attend(q, k, v, mask, self.causal, self.scale, self.dropout if self.training else 0.0)
         return self.proj(y[..., :self.head_dim].transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
@@ -518,6 +533,7 @@ class CrossAttention(nn.Module):
         self.q = linear(config, config.n_embd, bias, q=q)
         self.kv = linear(config, config.n_embd, bias, k=kv, v=kv)
         self.proj = linear(config, q, config.bias, proj=config.n_embd)
+        self.watched = None
 
     def forward(self, x, memory, mask=None, cache=None):
         """x (B, T, C), memory (B, S, C), mask (B, 1, 1, S) True where a token of the source is real, or None."""
@@ -528,6 +544,8 @@ class CrossAttention(nn.Module):
             kv = self.kv(memory).view(B, -1, 2, self.n_kv_head, self.head_dim).permute(2, 0, 3, 1, 4)
             if cache is not None:
                 cache.source[self] = kv  # the source does not change: once per text
+        if self.watched is not None:
+            self.watched.append(attention_weights(q, kv[0], mask, False, self.scale))
         y = attend(q, *kv, mask, False, self.scale, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
@@ -1219,6 +1237,25 @@ class GPT(nn.Module):
                 lambda b, h, q, k: (q >= k) & ((q - k < window) | (k < n_sink)), None, None, T, T, device=device)
         return self.block_masks[T]
 
+    @torch.no_grad()
+    def attention_maps(self, ids, source=None):
+        """What each head of each layer looks at in one text, a list of ids -> [(name, (H, T, S) float32)], row t the
+        weights of token t's query. source: ids that an encoder reads; its own maps come first, then, layer by layer,
+        what the decoder sees of itself and of the source."""
+        modules = [(name.replace('blocks', 'layer').replace('attn', 'self'), module)
+                   for name, module in self.named_modules() if isinstance(module, (Attention, CrossAttention))]
+        for _, module in modules:
+            module.watched = []
+        try:
+            idx = torch.tensor([ids], device=self.tok_emb.weight.device)
+            memory = None if source is None else self.encode(torch.tensor([source], device=idx.device))
+            self.hidden(idx, mask=torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool, device=idx.device),
+                        memory=memory)
+            return [(name, module.watched[0][0]) for name, module in modules if module.watched]
+        finally:
+            for _, module in modules:
+                module.watched = None
+
     def pool(self, idx, mask=None, how='mean'):
         """One vector per text: ids (B, T), bool (B, T) True where a token is real, None = all are -> (B, C).
 
@@ -1729,3 +1766,113 @@ def sample(logits, texts, u, vocab_limit, temperature, top_k, top_p, min_p, repe
         # the first token whose cumulative probability exceeds u; scaled, because a float sum may miss 1
         ids = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a lesson: python model.py
+
+WORDS, ROWS = ('the', 'cat', 'sat'), ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # three tokens, two numbers each
+
+
+def pencil():
+    """An Attention of one head whose numbers a pencil can follow: queries and keys are the tokens' own numbers, values
+    are twelve times these. Scores are multiplied by ln 2, so that the softmax of 0, 1, 2 is 1, 2, 4 in proportion."""
+    attention = Attention(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3, bias=False,
+                                    attn_scale=math.log(2)))
+    one = torch.eye(2)
+    attention.qkv.weight.data.copy_(torch.cat((one, one, 12 * one)))
+    attention.proj.weight.data.copy_(one)
+    return attention
+
+
+@torch.no_grad()
+def attention_by_hand(attention, x):
+    """Self-attention of one causal head (arXiv:1706.03762, 3.2.1) step by step: x (T, C) -> {name: matrix}, each the
+    next line of the lesson; the last is what the module itself gives."""
+    T, D = len(x), attention.head_dim
+    q, k, v = (x @ w.T for w in attention.qkv.weight.split(D))
+    scores = q @ k.T  # (T, T): row i is what token i looks for in each token
+    hidden = torch.ones(T, T).triu(1).bool()  # what comes later
+    masked = (attention.scale * scores).masked_fill(hidden, -math.inf)
+    weights = masked.softmax(-1)
+    return {'x': x, 'Q': q, 'K': k, 'V': v, 'Q K^T': scores, 'scaled, masked': masked, 'softmax': weights,
+            'softmax V': weights @ v, 'output': (weights @ v) @ attention.proj.weight.T}
+
+
+def anatomy(config):
+    """What a model consists of, without making it -> rows (part, how many of it, parameters of all of them), and the
+    model on the meta device."""
+    with torch.device('meta'):
+        model = GPT(config)
+    parts = {}
+    names = {'tok_emb': 'token embedding', 'pos_emb': 'positions', 'head': 'head', 'attn': 'attention',
+             'cross': 'cross-attention', 'mlp': 'experts' if config.n_expert else 'MLP', 'score': 'score'}
+    seen = set()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        block = name.split('.')[0] in ('blocks', 'encoder')
+        part = name.split('.')[2 if block else 0]
+        part = 'LoRA and adapters' if is_small(name) and 'score' not in name else names.get(part, 'norms')
+        owners, count = parts.setdefault(part, (set(), 0))
+        owners.add('.'.join(name.split('.')[:3 if block else 1]))
+        parts[part] = owners, count + (0 if id(p) in seen else p.numel())
+        seen.add(id(p))
+    in_4_bits = model._in_4_bits()
+    rows = [(part, len(owners), count) for part, (owners, count) in parts.items()]
+    return rows + ([('frozen matrices in 4 bits', 1, in_4_bits)] if in_4_bits else []), model
+
+
+def lesson():
+    """Prints the worked example of attention."""
+    def number(x):
+        return 'hidden' if x == -math.inf else f'{x:.4f}'.rstrip('0').rstrip('.')
+    attention, x = pencil(), torch.tensor(ROWS)
+    says = {'x': 'three tokens, a row each', 'Q': 'what each looks for (W_q = 1)', 'K': 'what each offers (W_k = 1)',
+            'V': 'what each tells (W_v = 12)', 'Q K^T': 'how well they match: row i looks, column j offers',
+            'scaled, masked': 'times ln 2 here (1 / sqrt(D) is usual); nobody sees what comes later',
+            'softmax': 'shares: 2^0 : 2^1 : 2^2 = 1 : 2 : 4', 'softmax V': 'each takes its shares of what others tell',
+            'output': 'projected (W_o = 1): what Attention in this file gives'}
+    print('Self-attention, one head, three tokens of two numbers (arXiv:1706.03762)')
+    for name, matrix in attention_by_hand(attention, x).items():
+        print(f'\n{name}: {says[name]}')
+        for word, row in zip(WORDS, matrix.tolist(), strict=True):
+            print(f'  {word}  ' + ' '.join(f'{number(value):>8}' for value in row))
+    same = torch.allclose(attention(x[None])[0], attention_by_hand(attention, x)['output'], atol=1e-6)
+    print(f'\nmodel.Attention gives {"the same" if same else "SOMETHING ELSE"}.')
+
+
+def table(config):
+    """Prints what a model of a config consists of, computes and keeps in memory."""
+    rows, model = anatomy(config)
+    total, T = model.num_params(), config.block_size
+    print(f'\n{"part":<28}{"how many":>9}{"parameters":>15}{"share":>8}')
+    for part, count, numbers in rows:
+        print(f'{part:<28}{count:>9}' + (f'{numbers:>15,}{numbers / total:>8.1%}' if numbers else ' (the embedding)'))
+    print(f'{"all":<28}{"":>9}{total:>15,}\n')
+    learn = model.freeze().num_params(learning=True)
+    flops, cache = model.flops_per_token(T), 2 * config.n_layer * config.n_kv_head * config.head_dim
+    for what, value in (
+            ('vocabulary, context', f'{config.vocab_size:,} tokens, {T:,} tokens'),
+            ('a token forward and backward', f'{flops / 1e6:,.1f} MFLOP at the whole context'),
+            ('a trillion FLOP/s, all used', f'{1e12 / flops:,.0f} tokens/s'),
+            ('weights', f'{model.memory() / 1e6:,.1f} MB as they are trained, {total * 2 / 1e6:,.1f} MB in 16 bits'),
+            ('gradients, moments of AdamW', f'{learn * 4 / 1e6:,.1f} MB, {learn * 8 / 1e6:,.1f} MB'),
+            ('KV cache in 16 bits', f'{cache * 2:,} bytes a token, {cache * 2e-6 * T:,.1f} MB at the whole context')):
+        print(f'{what:<31}{value}')
+
+
+if __name__ == '__main__':
+    from pathlib import Path
+
+    import runtime  # for the command line alone: everything above needs torch and nothing else
+
+    def main():
+        here = Path(__file__).parent
+        stages = [here / f'{name}.py' for name in ('train', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill')]
+        _, given = runtime.configure(globals(), GPTConfig, *(stage for stage in stages if stage.exists()))
+        args = {key: value for key, value in given.items() if key in GPTConfig.__dataclass_fields__}
+        with runtime.user_errors():
+            config = GPTConfig(**args)
+        if not given:
+            lesson()
+        table(config)
+    runtime.cli(main)

@@ -11,6 +11,8 @@ Talk to a checkpoint: continue a text, as tokens come, keep a context in an inte
     python sample.py --init_from=out/sft --chat=True --start="…" --votes=16         the answer that most of 16 give
     python sample.py --init_from=out/sft --chat=True --start="…" --best_of=16 --reward_model=out/reward
     python sample.py --init_from=out/reverse --source="stressed"     of an encoder-decoder
+    python sample.py --init_from=out/tiny --start=FILE:prompt.txt --show=probs      how likely is each token of a text?
+    python sample.py --init_from=out/tiny --start="To be, or not to be" --show=attention       what does each head see?
 
 Any field of GPTConfig may be set too: --window=512 --n_sink=4 streams without end (arXiv:2309.17453).
 
@@ -18,9 +20,12 @@ Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetitio
 self-consistency (arXiv:2203.11171), the best of n by a reward model (arXiv:2009.01325).
 """
 import json
+import math
 import random
 import sys
 from pathlib import Path
+
+import torch
 
 import runtime
 from convert import load_model
@@ -47,6 +52,8 @@ max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it li
 votes = 0  # of a chat: draw so many answers and show the first of those whose last number most have; 0 = off
 best_of = 0  # of a chat: draw so many answers and show the one that reward_model scores highest; 0 = off
 reward_model = ''  # of best_of: a run of reward.py, from the same base
+show = ''  # of the text itself: 'probs', of each token, or 'attention', the maps of all layers and heads as a picture
+show_file = 'attention.png'  # of 'attention': where the picture goes, .png or .svg
 seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
@@ -198,6 +205,70 @@ def session(model, tokenizer, force=None):
         seed += seed >= 0  # another draw next time, the same sequence of draws every session
 
 
+def show_probs(model, tokenizer, ids):
+    """Prints each token of a text with its probability, the entropy of what was expected in its place, in nats, and the
+    likeliest token there; on a terminal green where it was expected and red where it was not."""
+    if len(ids) > model.config.block_size:
+        raise UserError(f'{len(ids)} tokens do not fit into block_size={model.config.block_size}: shorten the text')
+    with torch.no_grad():
+        logits = model(torch.tensor([ids], device=model.tok_emb.weight.device))[0, :, :tokenizer.n_vocab]
+        logprobs = logits.log_softmax(-1).cpu()
+    entropies, likeliest = -(logprobs.exp() * logprobs).sum(-1), logprobs.argmax(-1).tolist()
+    said = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0] if len(ids) > 1 else logprobs[:0, 0]
+
+    def spelled(token):
+        return repr(tokenizer.decode([token]))
+    print(f'{"probability":>11} {"entropy":>8}  token\n{"":>11} {"":>8}  {spelled(ids[0])}')
+    for logprob, entropy, best, token in zip(said.tolist(), entropies.tolist(), likeliest, ids[1:], strict=False):
+        p = math.exp(logprob)
+        instead = '' if best == token else f'  rather {spelled(best)}'
+        line = f'{p:>11.4f} {entropy:>8.2f}  {spelled(token)}{instead}'
+        color = 32 if p >= 0.5 else 33 if p >= 0.05 else 31
+        print(f'\033[{color}m{line}\033[0m' if sys.stdout.isatty() else line)
+    nexts = logprobs[-1].topk(min(5, logprobs.shape[1])).indices.tolist()
+    print(f'{"":>11} {entropies[-1]:>8.2f}  next: '
+          + ', '.join(f'{spelled(i)} {logprobs[-1, i].exp():.2f}' for i in nexts))
+    if len(said):
+        print(f'{-said.mean():.4f} nats per token, perplexity {math.exp(min(-said.mean(), 99)):.2f}')
+
+
+def show_attention(model, tokenizer, ids, source=None):
+    """Draws what every head of every layer sees, a row of panels per layer, into show_file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('show=attention needs matplotlib: pip install matplotlib') from None
+    longest = max(len(ids), len(source or []))
+    if longest > min(128, model.config.block_size):
+        raise UserError(f'{longest} tokens are too many to be told apart in a picture: give '
+                        f'{min(128, model.config.block_size)} at most')
+    with runtime.user_errors():
+        maps = model.attention_maps(ids, source)
+    words = {len(text): [tokenizer.decode([i]) for i in text] for text in (source or ids, ids)}
+    side = max(1.6, 0.09 * longest)
+    figure = Figure(figsize=(1 + side * max(len(m) for _, m in maps), 0.3 + side * len(maps)), layout='constrained')
+    panels = figure.subplots(len(maps), max(len(m) for _, m in maps), squeeze=False)
+    for row, (name, weights) in zip(panels, maps, strict=True):
+        for head, axes in enumerate(row):
+            if head < len(weights):
+                axes.imshow(weights[head].cpu(), cmap='Greys', vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_title(f'{name}, head {head}', fontsize=6)
+        T, S = weights.shape[1:]
+        if longest <= 40:
+            named = words if T != S else {T: words[T] if 'encoder' not in name else words[S]}
+            row[0].set_yticks(range(T), named.get(T, []) or [''] * T, fontsize=5)
+            for axes in row[:len(weights)]:
+                axes.set_xticks(range(S), named.get(S, []) or [''] * S, fontsize=5, rotation=90)
+    try:
+        figure.savefig(show_file, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UserError(f'show_file={show_file}: {getattr(error, "strerror", None) or error}') from None
+    print(f'{show_file}: {len(maps)} rows of layers, {len(maps[0][1])} heads, {len(ids)} tokens; row t of a panel is '
+          'what token t sees')
+
+
 def main():
     global system
     _, given = runtime.configure(globals(), GPTConfig)
@@ -205,6 +276,12 @@ def main():
     if system and not chat:
         raise UserError('--system opens a chat: add --chat=True')
     system = read_text('system', system) if system else ''
+    if show not in ('', 'probs', 'attention'):
+        raise UserError(f"show={show!r} is not one of 'probs', 'attention'")
+    if show and (interactive or chat):
+        raise UserError(f'show={show} is of a text: give --start=TEXT and no --chat or --interactive')
+    if show == 'probs' and source:
+        raise UserError('show=probs is of running text: give --start=TEXT instead of --source')
     if num_samples < 1 or max_new_tokens < 1:
         raise UserError('num_samples and max_new_tokens start at 1')
     if source and (interactive or chat or start != '\n'):
@@ -253,6 +330,13 @@ def main():
         ids = [tokenizer.bos, *ids]
     if source:
         ids, sources, text = [tokenizer.eot], [tokenizer.encode(text.removesuffix('\n'))], ''
+    if show == 'probs':
+        return show_probs(model, tokenizer, ids)
+    if show:
+        if source:  # what it answers, to be looked at
+            ids += model.generate([ids], min(max_new_tokens, 128), temperature=0, stop_ids=stops(tokenizer),
+                                  sources=sources, vocab_limit=tokenizer.n_vocab)[0][:-1]
+        return show_attention(model, tokenizer, ids, sources[0] if sources else None)
     if len(ids) > model.config.block_size and model.config.pos != 'learned' and not model.config.window:
         print(f'(the start has {len(ids)} tokens; the model sees the last {model.config.block_size})', file=sys.stderr)
     print(text, end='', flush=True)

@@ -1,0 +1,40 @@
+"""A student of 30 M parameters learns Shakespeare from SmolLM2-135M, with whose tokenizer the text is prepared.
+
+    python convert.py smollm2 out/smollm2 && python convert.py out/smollm2 out/smollm2_hf
+    python data/shakespeare/prepare.py --tokenizer=out/smollm2_hf --name=shakespeare_smollm2
+"""
+out_dir = 'out/distill_smollm2'
+teacher = 'smollm2'
+dataset = 'shakespeare_smollm2'
+batch_size = 8
+block_size = 256
+alpha = 0.5
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+pos = 'rope'
+norm = 'rmsnorm'
+norm_affine = False
+qk_norm = True
+mlp = 'relu2'
+bias = False
+tie_weights = True
+attn_scale = 0.12
+logit_softcap = 15.0
+init_std = 0.02
+zero_init = True
+
+max_iters = 300
+optimizer = 'muon'
+muon_lr = 0.02
+learning_rate = 3e-3
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0
+lr_schedule = 'wsd'
+warmup_iters = 20
+
+eval_interval = 100
+eval_rows = 32
