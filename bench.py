@@ -7,7 +7,8 @@ Measure: speed as a share of what the machine can do, or beside another program 
     python bench.py stream --init_from=smollm2              loss per token of a stream ten contexts long, in a window
     python bench.py data config/tiny.py                     the loader's tokens/s, beside what training takes
     python bench.py tokenizer                               BPE training and encoding, MB/s
-    python bench.py curves --runs='out/try_*' --metric=val/loss    learning curves of runs, drawn; needs matplotlib
+    python bench.py plot out/tiny [out/other …]             all that runs have logged, in one picture; needs matplotlib
+    python bench.py curves --runs='out/try_*' --metric=val/loss    learning curves of runs, seeds together, drawn
     python bench.py memory                                  bytes per GPU of three models by the sharding used
     python bench.py train config/nanogpt.py --against=DIR   side by side, in turn: DIR is a checkout of nanoGPT, or
     python bench.py loss --against=NANOGPT                  (every mode but memory) another checkout of this project
@@ -20,6 +21,7 @@ Communication is the time in which a collective of gloo or nccl was under way (f
 the backward pass. The bandwidth floor of decoding is the time to read all weights and the cache once per step; a model
 that fits into the processor's cache can be faster.
 """
+import fnmatch
 import glob
 import importlib.util
 import json
@@ -61,7 +63,7 @@ runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'
 metric = 'val/loss'  # mode curves: what to draw of them; several, as 'val/reward,val/gold', side by side
 axis = 'seconds'  # mode curves: along 'seconds' of training, 'iter' or another metric, as 'kl'
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
-results = 'out/bench'  # where the results and the runs go
+results = 'out/bench'  # where the results and the runs go; a picture of one run goes into it
 
 TRAIN = Path(__file__).parent / 'train.py'
 TRAIN_DEFAULTS = {key: default for key, (default, _) in runtime.knobs_of_file(TRAIN).items()}
@@ -671,26 +673,107 @@ def bench_memory(knobs, model_args):
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+def new_figure(columns, rows=1, width=5, height=4):
+    """A figure of so many panels -> (figure, [[axes]]); needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
+    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def logged(path):
+    """The rows that a run has logged; a line cut short by a kill is left out."""
+    file, rows = Path(path) / 'metrics.jsonl', []
+    if not file.is_file():
+        raise UserError(f'{path}: no metrics.jsonl in it: give directories of runs')
+    for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+# what is drawn together: the name of a panel, and the names of metrics, * for any ending
+PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss', 'value/loss', 'train/ce')),
+          ('reward', ('reward/*', 'val/reward*')), ('true quality', ('val/gold*',)),
+          ('held-out answers', ('val/correct', 'val/exact', 'val/f1', 'val/rouge_l', 'val/format')),
+          ('accuracy', ('val/accuracy*', 'val/truth*', 'train/accuracy')),
+          ('KL', ('kl', 'val/kl', 'train/kl*', 'approx_kl', 'kl_coef')), ('entropy', ('entropy', 'router/entropy')),
+          ('share clipped', ('clip_frac', 'value/clip_frac', '*clip_frac')), ('log-probability', ('*logp*',)),
+          ('answer length', ('response_len', 'val/response_len')), ('shares', ('ended', 'zero_spread', 'val/ended')),
+          ('learning rate', ('lr',)), ('gradient norm', ('grad_norm',)),
+          ('tokens/s', ('tok_per_sec', 'rollout/tok_per_sec')), ('perplexity', ('val/ppl',)),
+          ('bits per byte', ('val/bpb',)))
+NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped')
+
+
+def panels_of(names):
+    """Names of metrics -> [(panel, names in it)]; what belongs to none has one of its own."""
+    left, found = [n for n in names if not n.endswith(('_low', '_high')) and n not in NOT_DRAWN], []
+    for panel, patterns in PANELS:
+        inside = [n for pattern in patterns for n in left if fnmatch.fnmatchcase(n, pattern)]
+        inside = list(dict.fromkeys(inside))
+        left = [n for n in left if n not in inside]
+        found += [(panel, inside)] if inside else []
+    return found + [(name, [name]) for name in left]
+
+
+def bench_plot(*_):
+    """All that runs have logged along their steps, a panel for what belongs together: results/plot.png, or plot.png in
+    the directory of a single run."""
+    told = {str(path): logged(path) for path in runs}
+    names = list(dict.fromkeys(name for rows in told.values() for row in rows for name, value in row.items()
+                               if isinstance(value, (int, float))))
+    chosen = panels_of(names)
+    if not chosen:
+        raise UserError(f'{", ".join(told)}: nothing has been logged yet')
+    columns = min(4, len(chosen))
+    figure, panels = new_figure(columns, -(-len(chosen) // columns), 3.6, 2.6)
+    for axes, (panel, inside) in zip(panels.flat, chosen, strict=False):
+        for color, (path, rows) in enumerate(told.items()):
+            for style, name in enumerate(inside):
+                points = [(row['iter'], row[name]) for row in rows if row.get(name) is not None and 'iter' in row]
+                if not points:
+                    continue
+                x, y = zip(*points, strict=True)
+                paint = dict(color=f'C{style if len(told) == 1 else color}')
+                label = name if len(told) == 1 else f'{Path(path).name}, {name}' if len(inside) > 1 else Path(path).name
+                axes.plot(x, y, linewidth=1, marker='.' if len(x) < 20 else None, label=label, **paint,
+                          linestyle='-' if len(told) == 1 else ('-', '--', ':', '-.')[style % 4])
+                band = [(row['iter'], row[f'{name}_low'], row[f'{name}_high']) for row in rows
+                        if row.get(f'{name}_low') is not None and row.get(f'{name}_high') is not None]
+                if band:
+                    axes.fill_between(*zip(*band, strict=True), alpha=0.15, linewidth=0, **paint)
+        axes.set_title(panel, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.legend(frameon=False, fontsize=6)
+        values = [y for line in axes.lines for y in line.get_ydata()]
+        if panel in ('loss', 'gradient norm', 'perplexity') and 0 < 20 * min(values) < max(values):
+            axes.set_yscale('log')
+    for axes in list(panels.flat)[len(chosen):]:
+        axes.set_axis_off()
+    file = Path(runs[0] if len(told) == 1 else results) / 'plot.png'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    print(f'{len(told)} run{"s" * (len(told) > 1)}, {len(chosen)} panels: {file}')
+
+
 def bench_curves(*_):
     """Metrics of several runs, seeds together: a table of where they end and results/curves.svg."""
     groups, metrics = {}, metric.split(',')
     for path in sorted({path for pattern in runs for path in glob.glob(pattern)}):
-        rows = Path(path) / 'metrics.jsonl'
-        if not rows.is_file():
-            raise UserError(f'{path}: no metrics.jsonl in it: --runs takes directories of runs')
-        curve = [(row[axis], *(row[m] for m in metrics)) for row in map(json.loads, rows.read_text().splitlines())
+        curve = [(row[axis], *(row[m] for m in metrics)) for row in logged(path)
                  if all(row.get(m) is not None for m in (axis, *metrics))]
         if not curve:
-            raise UserError(f'{rows}: no row has {metric!r} and {axis!r}')
+            raise UserError(f'{path}/metrics.jsonl: no row has {metric!r} and {axis!r}')
         groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name), []).append(curve)
     if not groups:
         raise UserError(f'runs={runs}: no such directory; name runs, as --runs=out/tiny')
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('mode curves needs matplotlib: pip install matplotlib') from None
-    figure = Figure(figsize=(1 + 5 * len(metrics), 4), layout='constrained')
-    panels, table = figure.subplots(1, len(metrics), squeeze=False)[0], []
+    figure, ((*panels,),) = new_figure(len(metrics))
+    table = []
     for number, (axes, drawn) in enumerate(zip(panels, metrics, strict=True), 1):
         for color, (name, curves) in enumerate(groups.items()):
             ends = [curve[-1][number] for curve in curves]
@@ -733,7 +816,8 @@ def report(mode, rows, result):
 
 
 MODES = {'train': bench_train, 'sample': bench_sample, 'tokenizer': bench_tokenizer, 'data': bench_data,
-         'memory': bench_memory, 'curves': bench_curves, 'stream': bench_stream, 'loss': None, 'step': one_step}
+         'memory': bench_memory, 'plot': bench_plot, 'curves': bench_curves, 'stream': bench_stream, 'loss': None,
+         'step': one_step}
 
 
 def main():
@@ -743,7 +827,11 @@ def main():
         sys.argv.insert(2, str(Path(__file__).parent / default))
     if mode not in MODES and mode not in ('--help', '-h'):
         raise UserError(f'the first argument is a mode: {", ".join(list(MODES)[:-1])}')
+    if mode == 'plot':  # its directories are arguments, no config files
+        sys.argv[2:] = [a if a.startswith('-') else f'--runs={a}' for a in sys.argv[2:]]
     _, given = runtime.configure(globals(), TRAIN, GPTConfig, argv=sys.argv[2 if mode in MODES else 1:])
+    if mode == 'plot' and runs == ['']:
+        raise UserError('mode plot draws runs: python bench.py plot out/tiny')
     given.pop('quant', None)  # this file's: the model's is for training
     if min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'):
         raise UserError('repeats, steps, max_new_tokens, batches and contexts start at 1')
@@ -767,7 +855,8 @@ def main():
         raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')
     if mode == 'loss' and not against:
         raise UserError('mode loss needs --against=DIR, a checkout to compare with')
-    alone = mode in ('memory', 'curves', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ
+    alone = (mode in ('memory', 'curves', 'plot', 'step') or nanogpt and mode not in ('train', 'loss')
+             or 'RANK' in os.environ)
     if against and alone:
         raise UserError(f'--against={against}: mode {mode} has nothing to run there')
     if against and mode in ('train', 'loss'):

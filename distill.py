@@ -196,11 +196,13 @@ class Distillation:
 
 
 class Teacher:
-    """A frozen model that says what it thinks of the targets of a batch, for a Distillation."""
+    """A frozen model that says what it thinks of the targets of a batch, for a Distillation. clock: the seconds that it
+    took for what it did before training."""
 
     def __init__(self, model, run):
-        self.run, self.model, self.head = run, model.requires_grad_(False).eval(), None
+        self.model, self.head, self.clock = model.requires_grad_(False).eval(), None, runtime.Clock()
         self.net = run.wrap(model)
+        self.clock.pause()
 
     @torch.no_grad()
     def __call__(self, tensors, places, rule):
@@ -302,7 +304,8 @@ class Cache:
     @torch.no_grad()
     def fill(self, teacher, rule):
         """Asks the teacher for what is missing; each process its share of the parts."""
-        missing, run, clock = np.flatnonzero(self.files['done'] == 0), self.run, runtime.Clock()
+        missing, run, clock = np.flatnonzero(self.files['done'] == 0), self.run, teacher.clock
+        clock.resume()
         for i in range(-(-len(missing) // run.world_size)):
             number = i * run.world_size + run.rank
             part = missing[number] if number < len(missing) else missing[0]  # a sharded teacher is gathered by all
@@ -325,6 +328,7 @@ class Cache:
                 done = min(len(missing), (i + 1) * run.world_size)
                 run.progress(f'{self.folder}: the teacher has read part {done} of {len(missing)}, {clock.read():.0f} s')
         run.sum(0)  # nobody reads before all have written
+        clock.pause()
 
     def batch(self, first, count):
         """What is kept of the targets of this batch of the data: ids (N, k), log-probabilities (N, k + 1)."""
@@ -362,10 +366,11 @@ def answered_by(teacher, data, run, chosen, samples, heat, path, about):
             return [json.loads(line)['messages'][-1]['content'] for line in whole]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'answers_file={path}: malformed ({error}): delete it and {meta.name}') from None
-    done, force, clock = run.on_main(look), forcing(data.tokenizer, tools), runtime.Clock()
+    done, force, clock = run.on_main(look), forcing(data.tokenizer, tools), teacher.clock
+    clock.resume()
     for first in range(len(done) // samples, len(chosen), 512):
         part = chosen[first:first + 512]
-        found = draw(teacher, data, part, run, max_new_tokens, samples, heat, number=first, force=force)
+        found = draw(teacher.model, data, part, run, max_new_tokens, samples, heat, number=first, force=force)
         done += found.texts
         if path and run.main:
             lines = [json.dumps({key: rows[i][key] for key in rows[i] if key not in ('where', 'prompt')} | {
@@ -376,6 +381,7 @@ def answered_by(teacher, data, run, chosen, samples, heat, path, about):
                 f.flush()
                 os.fsync(f.fileno())
         run.progress(f'the teacher has answered {first + len(part):,} of {len(chosen):,} prompts, {clock.read():.0f} s')
+    clock.pause()
     return done
 
 
@@ -384,7 +390,7 @@ def with_answer(row, text):
     return row | {'messages': [*row['prompt'], {'role': 'assistant', 'content': text}]}
 
 
-def chats_of(split, lecturer, known_as, tokenizer, length, run, packed=False):
+def chats_of(split, teacher, known_as, tokenizer, length, run, packed=False):
     """A split of the dataset as (ChatData, PromptData), one of them None: which steps need it; tells what was left out.
 
     Where the knobs say so, or nobody has answered, the answers are the teacher's. known_as: its fingerprint.
@@ -409,7 +415,7 @@ def chats_of(split, lecturer, known_as, tokenizer, length, run, packed=False):
         about = {'teacher': known_as, 'data': prompts.fingerprint(), 'prompts': len(chosen),
                  'num_answers': samples, 'answer_temperature': heat, 'max_new_tokens': max_new_tokens, 'tools': tools,
                  'seed': seed} if path else {}
-        texts = answered_by(lecturer, prompts, run, chosen, samples, heat, path, about)
+        texts = answered_by(teacher, prompts, run, chosen, samples, heat, path, about)
         taught = [(prompts.rows_kept[i], text) for i, text in zip(np.repeat(chosen, samples), texts, strict=True)]
         rows = [with_answer(row, text) for row, text in taught if text.strip()
                 and (not graded or grade(text, row['answer'], row.get('grader', 'number')))]
@@ -535,8 +541,8 @@ def main():
     known_as = fingerprint(lecturer.state_dict()) if cache or answers_file else ''
     adviser, prompts = Teacher(lecturer, run), None
     if chats:
-        train_data, prompts = chats_of('train', lecturer, known_as, tokenizer, length, run, pack)
-        val_data, _ = chats_of('val', lecturer, known_as, tokenizer, length, run)
+        train_data, prompts = chats_of('train', adviser, known_as, tokenizer, length, run, pack)
+        val_data, _ = chats_of('val', adviser, known_as, tokenizer, length, run)
     else:
         train_data = TokenData(folder, 'train', length, seed, aligned=bool(cache))
         val_data = TokenData(folder, 'val', length, seed)
@@ -560,7 +566,8 @@ def main():
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    step, items_seen, prompts_seen, clock, resumed = 0, 0, 0, runtime.Clock(), began.own is not None
+    step, items_seen, prompts_seen, resumed = 0, 0, 0, began.own is not None
+    clock = runtime.Clock(adviser.clock.read())  # what the teacher did for this run is part of its training
     if resumed:
         run.restore(began.own, origin, optimizers)
         step, items_seen, prompts_seen = (began.own[key] for key in ('iter', 'rows', 'prompts'))

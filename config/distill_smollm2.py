@@ -1,14 +1,16 @@
-"""A student of 30 M parameters learns Shakespeare from SmolLM2-135M, with whose tokenizer the text is prepared.
+"""A student of 30 M parameters learns tinyshakespeare from SmolLM2-135M, which reads the text once.
 
     python convert.py smollm2 out/smollm2 && python convert.py out/smollm2 out/smollm2_hf
-    python data/shakespeare/prepare.py --tokenizer=out/smollm2_hf --name=shakespeare_smollm2
+    python data/tinyshakespeare/prepare.py --tokenizer=out/smollm2_hf --name=tinyshakespeare_smollm2
 """
 out_dir = 'out/distill_smollm2'
 teacher = 'smollm2'
-dataset = 'shakespeare_smollm2'
+dataset = 'tinyshakespeare_smollm2'
 batch_size = 8
 block_size = 256
-alpha = 0.5
+alpha = 0.9
+top_k = 64
+cache = 'out/cache_smollm2'
 
 n_layer = 6
 n_head = 6
@@ -25,7 +27,7 @@ logit_softcap = 15.0
 init_std = 0.02
 zero_init = True
 
-max_iters = 300
+max_iters = 350
 optimizer = 'muon'
 muon_lr = 0.02
 learning_rate = 3e-3
@@ -36,5 +38,5 @@ grad_clip = 1.0
 lr_schedule = 'wsd'
 warmup_iters = 20
 
-eval_interval = 100
+eval_interval = 50
 eval_rows = 32

@@ -1,11 +1,11 @@
 """
-tinyshakespeare, the 1.1 MB of char-rnn and nanoGPT -> train.bin and val.bin here.
+tinyshakespeare, the 1.1 MB of char-rnn and nanoGPT -> train.bin and val.bin here, or in ../NAME.
 
 As in nanoGPT: the first 90% of the characters are for training, the rest for validation, the vocabulary is the
 characters of the whole text, and there is no end-of-text token, so that losses compare with published ones.
 
     python data/tinyshakespeare/prepare.py
-    python data/tinyshakespeare/prepare.py --input=input.txt
+    python data/tinyshakespeare/prepare.py --input=input.txt --tokenizer=bpe --name=tinyshakespeare_bpe
 """
 import sys
 from pathlib import Path
@@ -13,11 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
-from dataset import check_sha256, fetch_url, write_dataset
+from dataset import check_sha256, fetch_url, folder_for, write_dataset
 from tokenizer import UserError, get_tokenizer
 
 input = ''  # the text file; empty: fetch it to input.txt here
-tokenizer = 'chars'  # bytes, chars, bpe (trained on the training part) or the name of a tiktoken encoding
+name = ''  # the dataset is written to data/NAME/ instead
+tokenizer = 'chars'  # bytes, chars, bpe (trained on the training part), a tiktoken encoding, or a model's folder
 vocab_size = 1024  # of bpe, special tokens included
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -26,8 +27,8 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 def main():
     runtime.configure(globals())
-    folder = Path(__file__).parent
-    path = Path(input) if input else folder / 'input.txt'
+    folder = folder_for(__file__, name)
+    path = Path(input) if input else Path(__file__).parent / 'input.txt'
     if not input and not path.exists():
         fetch_url(URL, path, sha256=SHA256)
     if not path.is_file():
