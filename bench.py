@@ -8,6 +8,7 @@ Measure: speed as a share of what the machine can do, or beside another program 
     python bench.py data config/tiny.py                     the loader's tokens/s, beside what training takes
     python bench.py tokenizer                               BPE training and encoding, MB/s
     python bench.py plot out/tiny [out/other …]             all that runs have logged, in one picture; needs matplotlib
+    python bench.py ablate [--what=norm,mlp …]              small variants, three seeds each, their curves with bands
     python bench.py curves --runs='out/try_*' --metric=val/loss    learning curves of runs, seeds together, drawn
     python bench.py memory                                  bytes per GPU of three models by the sharding used
     python bench.py train config/nanogpt.py --against=DIR   side by side, in turn: DIR is a checkout of nanoGPT, or
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -62,6 +64,8 @@ quant = ''  # mode sample: 'int8', weights in 8 bits
 runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'; names that differ in a number are one
 metric = 'val/loss'  # mode curves: what to draw of them; several, as 'val/reward,val/gold', side by side
 axis = 'seconds'  # mode curves: along 'seconds' of training, 'iter' or another metric, as 'kl'
+what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, optimizer, experts, warmup, batch, precision
+seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
 results = 'out/bench'  # where the results and the runs go; a picture of one run goes into it
 
@@ -673,6 +677,13 @@ def bench_memory(knobs, model_args):
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+def mean_and_spread(values):
+    """The mean, and half of its 95 % interval by Student's t; 0 for a single value."""
+    n = len(values)
+    quantile = [*STUDENT, 1.96][min(n, 11) - 2]
+    return statistics.mean(values), statistics.stdev(values) / n ** 0.5 * quantile if n > 1 else 0.0
+
+
 def new_figure(columns, rows=1, width=5, height=4):
     """A figure of so many panels -> (figure, [[axes]]); needs no display."""
     try:
@@ -777,9 +788,7 @@ def bench_curves(*_):
     for number, (axes, drawn) in enumerate(zip(panels, metrics, strict=True), 1):
         for color, (name, curves) in enumerate(groups.items()):
             ends = [curve[-1][number] for curve in curves]
-            spread = statistics.stdev(ends) / len(ends) ** 0.5 * ([*STUDENT, 1.96][min(len(ends), 11) - 2]) \
-                if len(ends) > 1 else 0.0
-            mean = statistics.mean(ends)
+            mean, spread = mean_and_spread(ends)
             table.append({'runs': name, 'count': len(ends), 'metric': drawn, 'at the end': mean, 'low': mean - spread,
                           'high': mean + spread, f'{axis} at the end': statistics.mean(c[-1][0] for c in curves)})
             for i, curve in enumerate(curves):
@@ -790,6 +799,131 @@ def bench_curves(*_):
     Path(results).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(results) / 'curves.svg')
     return table, {'drawn to': str(Path(results) / 'curves.svg')}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one change at a time
+
+# what is compared: {variant: flags over config/tiny.py}; the sizes of variants are equal where they can be
+ABLATIONS = {
+    'norm': {'LayerNorm': ['--norm=layernorm', '--norm_affine=True', '--bias=True'],
+             'RMSNorm': ['--norm=rmsnorm', '--norm_affine=True'], 'RMSNorm, no weights': ['--norm=rmsnorm']},
+    'place': {'pre': ['--norm_place=pre'], 'post': ['--norm_place=post']},
+    'position': {pos: [f'--pos={pos}'] for pos in ('learned', 'sinusoidal', 'rope', 'none')},
+    'mlp': {'GELU': ['--mlp=gelu', '--mlp_dim=512'], 'SwiGLU': ['--mlp=swiglu', '--mlp_dim=344'],
+            'ReLU^2': ['--mlp=relu2', '--mlp_dim=512']},
+    'heads': {'MHA': ['--n_head=4', '--n_kv_head=4'], 'GQA': ['--n_head=4', '--n_kv_head=2'],
+              'MQA': ['--n_head=4', '--n_kv_head=1']},
+    'optimizer': {'AdamW': ['--optimizer=adamw'], 'Muon': ['--optimizer=muon']},
+    'experts': {'dense': ['--mlp_dim=512'],
+                '2 of 8 experts': ['--n_expert=8', '--expert_dim=256', '--router_bias_rate=0.001']},
+    'warmup': {f'{n} steps': [f'--warmup_iters={n}'] for n in (0, 20, 100)},
+    'batch': {'16 windows': ['--batch_size=16'],
+              '4 x 4 windows': ['--batch_size=4', '--gradient_accumulation_steps=4']},
+    'precision': {dtype: [f'--dtype={dtype}'] for dtype in ('float32', 'bfloat16')}}
+
+
+def ablated(name, variant, seed, steps, given):
+    """Trains a variant, unless that is done already -> its directory."""
+    words = re.sub('[^a-z0-9]+', '-', variant.lower())
+    folder = Path(results) / 'ablate' / f'{name}_{words}_{seed}'
+    done = json.loads((folder / 'summary.json').read_text()) if (folder / 'summary.json').exists() else {}
+    if done.get('iter') != steps:
+        flags = [f'--{key}={value}' for key, value in given.items()]
+        command = [sys.executable, TRAIN, Path(__file__).parent / 'config/tiny.py', *flags, *ABLATIONS[name][variant],
+                   f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}',
+                   f'--out_dir={folder}', '--init_from=auto', '--keep_checkpoints=1', '--sample_tokens=0']
+        alone = {'OMP_NUM_THREADS': '1'} if not torch.cuda.is_available() else {}
+        ran = subprocess.run(list(map(str, command)), env=os.environ | alone, capture_output=True, text=True)
+        if ran.returncode:
+            raise UserError(f'{name}, {variant}: ' + (ran.stderr.strip().splitlines() or ['it failed'])[-1])
+    return folder
+
+
+def layer_gradients(folder, dataset):
+    """The norm of the gradient of each layer of a run's model, on the same eight held-out windows, in float32."""
+    model, data = held_out(folder, dataset)
+    model.train()
+    x, y = map(torch.from_numpy, data.read(data.fixed(8)))
+    model(x, y).backward()
+    return [sum(p.grad.square().sum().item() for p in block.parameters()) ** 0.5 for block in model.blocks]
+
+
+def loss_by_place(folder, dataset, bins=16):
+    """A run's loss by the place in windows of twice its block -> [(place, nats)], means of bins; learned positions end
+    where training did."""
+    model, data = held_out(folder, dataset, longer=2)
+    with torch.no_grad():
+        losses = torch.cat([model(*map(torch.from_numpy, data.read(starts)), reduction='none')
+                            for starts in np.array_split(data.fixed(96), 12)])
+    return [((i + 0.5) * bins, part.mean().item()) for i, part in enumerate(losses.split(bins, dim=1))]
+
+
+def held_out(folder, dataset, longer=1):
+    """A run's model, with a context so many times longer where its positions allow, and the windows that it has not
+    learnt from."""
+    model, _ = load_model(str(folder / 'ckpt.pt'))
+    block = model.config.block_size
+    if longer > 1 and model.config.pos != 'learned':
+        block *= longer
+        model, _ = load_model(str(folder / 'ckpt.pt'), block_size=block)
+    return model.eval(), TokenData(find_dataset(dataset), 'val', block)
+
+
+def bench_ablate(knobs, model_args):
+    """Variants of config/tiny.py, some seeds each, one to a processor: a table, and results/ablate.svg, a panel for
+    each comparison with the mean and its 95 % interval. What is trained already is not trained again."""
+    names = list(ABLATIONS) if what == 'all' else [name.strip() for name in what.split(',')]
+    if unknown := [name for name in names if name not in ABLATIONS]:
+        raise UserError(f'what={what}: {unknown[0]!r} is not one of {", ".join(ABLATIONS)}')
+    extra = [name for name in names if name in ('norm', 'position')]
+    figure, panels = new_figure(min(3, len(names + extra)), -(-len(names + extra) // 3), 4, 3)
+    panels, table, dataset = iter(panels.flat), [], knobs.dataset
+    given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
+    steps = given.pop('max_iters', 400)
+    jobs = [(name, variant, seed) for name in names for variant in ABLATIONS[name] for seed in range(1, seeds + 1)]
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+        folders = dict(zip(jobs, pool.map(lambda job: ablated(*job, steps, given), jobs), strict=True))
+
+    def draw(axes, color, label, curves):
+        """Curves of seeds, as a mean and a band."""
+        x = [point[0] for point in curves[0]]
+        middle, spread = zip(*(mean_and_spread(list(values)) for values in zip(
+            *([y for _, y in curve] for curve in curves), strict=True)), strict=True)
+        low, high = np.subtract(middle, spread), np.add(middle, spread)
+        axes.plot(x, middle, color=f'C{color}', linewidth=1.2, label=label)
+        axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
+
+    for name in names:
+        axes, more = next(panels), next(panels) if name in extra else None
+        for color, variant in enumerate(ABLATIONS[name]):
+            paths = [folders[name, variant, seed] for seed in range(1, seeds + 1)]
+            curves = [[(row['iter'], row['val/loss']) for row in logged(path) if row.get('val/loss')] for path in paths]
+            draw(axes, color, variant, [curve[1:] for curve in curves])
+            mean, spread = mean_and_spread([curve[-1][1] for curve in curves])
+            last = [json.loads((path / 'summary.json').read_text()) for path in paths]
+            row = {'compared': name, 'variant': variant, 'seeds': seeds, 'held-out loss': mean, 'low': mean - spread,
+                   'high': mean + spread, 'parameters': last[0]['parameters'],
+                   'tokens/s': statistics.mean(s['tokens'] / s['seconds'] for s in last)}
+            config = load_model(str(paths[0] / 'ckpt.pt'))[0].config
+            table.append(row | {'cache bytes per token': 4 * config.n_layer * config.n_kv_head * config.head_dim})
+            if name == 'norm':
+                draw(more, color, variant, [list(enumerate(layer_gradients(path, dataset))) for path in paths])
+            if name == 'position':
+                draw(more, color, variant, [loss_by_place(path, dataset) for path in paths])
+        axes.set(xlabel='step', ylabel='held-out loss', title=name)
+        axes.legend(frameon=False, fontsize=7)
+        if name == 'norm':
+            more.set(xlabel='layer', ylabel='norm of its gradient', title='norm: gradients at the end')
+        if name == 'position':
+            more.set(xlabel='place in the window', ylabel='held-out loss', title='position: twice the length')
+        if more is not None:
+            more.legend(frameon=False, fontsize=7)
+    for axes in panels:
+        axes.set_axis_off()
+    Path(results).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(results) / 'ablate.svg')
+    return table, {'drawn to': str(Path(results) / 'ablate.svg')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -816,8 +950,8 @@ def report(mode, rows, result):
 
 
 MODES = {'train': bench_train, 'sample': bench_sample, 'tokenizer': bench_tokenizer, 'data': bench_data,
-         'memory': bench_memory, 'plot': bench_plot, 'curves': bench_curves, 'stream': bench_stream, 'loss': None,
-         'step': one_step}
+         'memory': bench_memory, 'plot': bench_plot, 'ablate': bench_ablate, 'curves': bench_curves,
+         'stream': bench_stream, 'loss': None, 'step': one_step}
 
 
 def main():
@@ -855,7 +989,7 @@ def main():
         raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')
     if mode == 'loss' and not against:
         raise UserError('mode loss needs --against=DIR, a checkout to compare with')
-    alone = (mode in ('memory', 'curves', 'plot', 'step') or nanogpt and mode not in ('train', 'loss')
+    alone = (mode in ('memory', 'curves', 'plot', 'ablate', 'step') or nanogpt and mode not in ('train', 'loss')
              or 'RANK' in os.environ)
     if against and alone:
         raise UserError(f'--against={against}: mode {mode} has nothing to run there')

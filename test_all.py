@@ -8620,3 +8620,228 @@ def test_configs_of_distillation_hold_together(run_stage, config):
     """Every value is accepted: what stops the run is the teacher that is not there."""
     status, _, err = run_stage('distill', ROOT / f'config/{config}.py', '--teacher=out/none', '--device=cpu')
     assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# lessons and pictures
+
+def test_self_attention_with_a_pencil():
+    """Three tokens of two numbers; every intermediate is worked out here, and the module agrees."""
+    x = np.array([[1, 0], [0, 1], [1, 1]])
+    q, k, v = x, x, 12 * x
+    scores = [[1, 0, 1], [0, 1, 1], [1, 1, 2]]  # the dot product of each pair
+    assert (q @ k.T).tolist() == scores
+    shares = [[1, 0, 0],  # 'the' sees itself alone
+              [1 / 3, 2 / 3, 0],  # 2^0 : 2^1
+              [1 / 4, 1 / 4, 1 / 2]]  # 2^1 : 2^1 : 2^2
+    out = [[12, 0], [4, 8], [9, 9]]  # 4 = 1/3 of 12; 9 = 1/4 of 12 and 1/2 of 12
+    assert np.allclose(np.array(shares) @ v, out)
+    attention = model_file.pencil()
+    steps = model_file.attention_by_hand(attention, torch.tensor(x).float())
+    for name, expected in (('Q', q), ('K', k), ('V', v), ('Q K^T', scores), ('softmax', shares), ('output', out)):
+        np.testing.assert_allclose(steps[name].numpy(), expected, atol=1e-6, err_msg=name)
+    masked = steps['scaled, masked']
+    assert masked[0, 1:].isinf().all() and masked[2, 2].item() == pytest.approx(2 * math.log(2))
+    torch.testing.assert_close(attention(torch.tensor(x).float()[None])[0], torch.tensor(out).float())
+
+
+def test_heads_are_split_concatenated_and_projected_by_hand():
+    """Two heads of two numbers: each attends by its own half, and the projection mixes what they found."""
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-1, 2, (3, 4)).astype(float), rng.integers(-1, 2, (12, 4)).astype(float)
+    mix = rng.integers(-1, 2, (4, 4)).astype(float)
+    attention = model_file.Attention(GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=3, vocab_size=3, bias=False))
+    attention.qkv.weight.data, attention.proj.weight.data = torch.tensor(w).float(), torch.tensor(mix).float()
+    q, k, v = x @ w[:4].T, x @ w[4:8].T, x @ w[8:].T
+    found = []
+    for head in (slice(0, 2), slice(2, 4)):
+        rows = []
+        for t in range(3):
+            e = [math.exp(q[t, head] @ k[s, head] / math.sqrt(2)) for s in range(t + 1)]
+            rows.append(sum(share / sum(e) * v[s, head] for s, share in enumerate(e)))
+        found.append(np.array(rows))
+    expected = np.concatenate(found, 1) @ mix.T
+    np.testing.assert_allclose(attention(torch.tensor(x).float()[None])[0].detach().numpy(), expected, atol=1e-5)
+
+
+def test_rope_turns_pairs_by_hand():
+    """A quarter turn per position: (1, 0) becomes (0, 1), then (-1, 0); products depend on the distance alone."""
+    angle = torch.arange(5)[:, None] * math.pi / 2
+    cos, sin = (f(angle.repeat(1, 2))[:, None] for f in (torch.cos, torch.sin))
+    turned = model_file.apply_rope(torch.tensor([1.0, 0.0]).expand(1, 5, 1, 2), cos, sin)[0, :, 0]
+    torch.testing.assert_close(turned, torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [1, 0]]), atol=1e-6, rtol=0)
+    model = tiny(pos='rope')
+    q, k = torch.randn(2, 1, 24, 1, 8).unbind()
+    q, k = (model_file.apply_rope(z[:, :1].expand(z.shape), *model.rope(slice(24)))[0, :, 0] for z in (q, k))
+    products = q @ k.T
+    for distance in range(-5, 6):
+        along = products.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=1e-4)
+
+
+def test_norms_and_mlps_by_hand():
+    x = torch.tensor([[3.0, -3.0, 3.0, -3.0], [1.0, 2.0, 3.0, 4.0]])
+    norms = {kind: model_file.Norm(4, GPTConfig(norm=kind, norm_eps=0.0)) for kind in ('layernorm', 'rmsnorm')}
+    # mean 2.5, deviations 1.5, 0.5, variance 1.25; root mean square of 1, 2, 3, 4: sqrt(7.5)
+    for kind, second in (('layernorm', (np.array([1, 2, 3, 4]) - 2.5) / math.sqrt(1.25)),
+                         ('rmsnorm', np.array([1, 2, 3, 4]) / math.sqrt(7.5))):
+        found = norms[kind](x).detach().numpy()
+        np.testing.assert_allclose(found, [[1, -1, 1, -1], second], atol=1e-6)
+    up, gate = torch.tensor([-2.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
+    gelu = [z / 2 * (1 + math.erf(z / math.sqrt(2))) for z in up.tolist()]
+    swish = [z / (1 + math.exp(-z)) * u for z, u in zip(gate.tolist(), up.tolist(), strict=True)]
+    for kind, expected in (('gelu', gelu), ('relu2', [0, 0, 4]), ('swiglu', swish)):
+        np.testing.assert_allclose(model_file.activate(kind, up, gate).numpy(), expected, atol=1e-6)
+
+
+def run_model(*args):
+    found = subprocess.run([sys.executable, ROOT / 'model.py', *map(str, args)], capture_output=True, text=True,
+                           env=os.environ | {'OMP_NUM_THREADS': '1'})
+    return found.returncode, found.stdout, found.stderr
+
+
+def test_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
+    status, out, err = run_model()
+    assert (status, err) == (0, '') and 'model.Attention gives the same.' in out
+    assert re.search(r'sat +0\.25 +0\.25 +0\.5\n', out) and re.search(r'sat +9 +9\n', out)
+    assert re.search(r'all +124,439,808\n', out)  # as GPT-2 is: 124 M
+    status, out, err = run_model(ROOT / 'config/tiny.py', '--vocab_size=1024', '--n_layer=6')
+    model = GPT(GPTConfig(**{key: value for key, value, _ in runtime.read_config(str(ROOT / 'config/tiny.py'))
+                             if key in GPTConfig.__dataclass_fields__} | {'vocab_size': 1024, 'n_layer': 6}))
+    assert (status, err) == (0, '') and 'Self-attention' not in out
+    assert re.search(rf'all +{model.num_params():,}\n', out) and f'{model.flops_per_token(256) / 1e6:,.1f} MFLOP' in out
+    assert f'{2 * 2 * 6 * 128:,} bytes a token' in out
+    for flag, words in (('--n_layer=0', 'n_layer=0 must be at least 1'), ('--n_layr=2', 'did you mean n_layer?')):
+        status, out, err = run_model(flag)
+        assert status == 2 and err.count('\n') == 1 and words in err
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(n_encoder_layer=2, pos='sinusoidal'), dict(n_expert=4, n_expert_shared=1, pos='rope', mlp='swiglu'),
+    dict(lora_rank=2, adapter_dim=4), dict(lora_rank=2, quant='nf4', pos='rope'), dict(tie_weights=False, bias=False),
+    dict(score_head='last')], ids=str)
+def test_the_anatomy_adds_up(options):
+    config = GPTConfig(**dict(block_size=24, vocab_size=61, n_layer=2, n_head=4, n_embd=32) | options)
+    rows, _ = model_file.anatomy(config)
+    assert sum(count for _, _, count in rows) == GPT(config).num_params()
+    assert {'token embedding', 'attention'} <= {part for part, _, _ in rows}
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(pos='rope', n_kv_head=2, qk_norm=True), dict(pos='rope', window=4, window_pattern='LG'),
+    dict(pos='rope', window=4, n_sink=2), dict(causal=False)], ids=str)
+def test_attention_maps_are_what_values_are_mixed_by(options):
+    """With each value set to its own token's unit vector, what attention gives is its map."""
+    model = tiny(**dict(block_size=24, head_dim=24, bias=False) | options)
+    text = ids(1, 12)[0].tolist()
+    maps = model.attention_maps(text)
+    assert [name for name, _ in maps] == ['layer.0.self', 'layer.1.self']
+    whole, taken = model_file.attend, []
+
+    def watch(q, k, v, *args):
+        eye = torch.zeros_like(v)
+        eye[..., :12] = torch.eye(12)
+        taken.append(whole(q, k, eye, *args)[0, :, :, :12])
+        return whole(q, k, v, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, 'attend', watch)
+        with torch.no_grad():
+            model(torch.tensor([text]))
+    for (_, found), expected in zip(maps, taken, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:2]))
+    assert all(module.watched is None for module in model.modules() if isinstance(module, model_file.Attention))
+    if options.get('window') and not options.get('n_sink'):
+        assert not maps[0][1][:, 11, :8].any() and maps[1][1][:, 11, :8].any()  # local, then global
+
+
+def test_an_encoder_decoders_maps_show_what_is_seen_of_the_source():
+    model = tiny(n_encoder_layer=1, pos='sinusoidal')
+    maps = model.attention_maps([1, 2, 3], [4, 5, 6, 7])
+    shapes = {name: tuple(weights.shape) for name, weights in maps}
+    assert shapes == {'encoder.0.self': (4, 4, 4), 'layer.0.self': (4, 3, 3), 'layer.0.cross': (4, 3, 4),
+                      'layer.1.self': (4, 3, 3), 'layer.1.cross': (4, 3, 4)}
+    assert all(torch.allclose(weights.sum(-1), torch.ones(())) for _, weights in maps)
+    assert not maps[1][1].triu(1).any() and maps[0][1].triu(1).any()
+
+
+def test_the_probability_of_each_token_is_shown(run_stage, base_run):
+    status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=probs', '--device=cpu',
+                                 '--dtype=float32')
+    assert (status, err) == (0, '')
+    model, tokenizer = convert.load_model(base_run)
+    ids = tokenizer.encode('To be')
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids]))[0, :, :tokenizer.n_vocab].log_softmax(-1)
+    lines = out.splitlines()
+    assert len(lines) == 2 + 4 + 2 and lines[1].split() == ["'T'"]
+    for i, line in enumerate(lines[2:6]):
+        p, entropy, token = line.split(maxsplit=2)
+        assert float(p) == pytest.approx(logprobs[i, ids[i + 1]].exp().item(), abs=1e-4)
+        assert float(entropy) == pytest.approx(-(logprobs[i].exp() * logprobs[i]).sum().item(), abs=0.01)
+        assert token.startswith(repr('To be'[i + 1]))
+    loss = -sum(logprobs[i, ids[i + 1]].item() for i in range(4)) / 4
+    assert f'{loss:.4f} nats per token' in lines[-1]
+    for flags, words in ((['--show=maps'], "'probs', 'attention'"), (['--show=probs', '--chat=True'], 'no --chat'),
+                         (['--show=probs', f'--start={"x" * 200}'], 'do not fit'),
+                         (['--show=attention', f'--start={"x" * 150}'], 'too many'),
+                         (['--show=attention', '--start=To be', '--show_file=none/x.png'], 'none/x.png'),
+                         (['--show=attention', '--start=To be', '--show_file=x.xyz'], 'x.xyz')):
+        status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--device=cpu', *flags)
+        assert status == 2 and err.count('\n') == 1 and words in err, (flags, err)
+
+
+def test_attention_is_drawn(run_stage, base_run):
+    status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=attention',
+                                 '--show_file=maps.svg', '--device=cpu')
+    assert (status, err) == (0, '') and 'maps.svg: 2 rows of layers, 2 heads, 5 tokens' in out
+    assert Path('maps.svg').read_text().count('<image') == 4
+
+
+def test_all_that_runs_have_logged_is_drawn(run_stage, text_data, teach_chat, tmp_path):
+    assert run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')[0] == 0
+    status, out, err = teach_chat('--out_dir=other', '--on_policy=1', '--prompts_per_step=4')
+    assert (status, err) == (0, '') and 'bench.py plot other' in out
+    status, out, err = run_stage('bench', 'plot', 'run')
+    assert (status, err) == (0, '') and 'run/plot.png' in out and Path('run/plot.png').stat().st_size > 10_000
+    with open('other/metrics.jsonl', 'a') as f:
+        f.write('{"iter": 7, "train/lo')  # a kill
+    status, out, err = run_stage('bench', 'plot', 'run', 'other', '--results=both')
+    assert (status, err) == (0, '') and '2 runs' in out and Path('both/plot.png').stat().st_size > 10_000
+    for args, words in ((['none'], 'none: no metrics.jsonl'), ([], 'mode plot draws runs')):
+        status, _, err = run_stage('bench', 'plot', *args)
+        assert status == 2 and err.count('\n') == 1 and words in err
+
+
+def test_every_metric_has_a_place_in_the_picture():
+    names = ['iter', 'seconds', 'train/loss', 'val/loss', 'val/correct', 'val/correct_low', 'val/correct_high', 'kl',
+             'reward/mean', 'reward/gold', 'lr', 'grad_norm', 'response_len', 'clip_frac', 'something/new']
+    panels = dict(bench.panels_of(names))
+    assert panels == {'loss': ['train/loss', 'val/loss'], 'reward': ['reward/mean', 'reward/gold'],
+                      'held-out answers': ['val/correct'], 'KL': ['kl'], 'share clipped': ['clip_frac'],
+                      'answer length': ['response_len'], 'learning rate': ['lr'], 'gradient norm': ['grad_norm'],
+                      'something/new': ['something/new']}
+
+
+def test_variants_are_trained_side_by_side_once(run_stage, text_data):
+    flags = [f'--dataset={text_data}', '--max_iters=4', '--block_size=32', '--n_layer=2', '--n_embd=32',
+             '--eval_iters=1', '--seeds=2', '--device=cpu', '--results=found']
+    status, out, err = run_stage('bench', 'ablate', '--what=norm, position', *flags)
+    assert (status, err) == (0, ''), err
+    rows = json.loads(Path('found/ablate.json').read_text())['rows']
+    assert [row['variant'] for row in rows] == ['LayerNorm', 'RMSNorm', 'RMSNorm, no weights', 'learned', 'sinusoidal',
+                                                'rope', 'none']
+    for row in rows:
+        name = f'{row["compared"]}_{re.sub("[^a-z0-9]+", "-", row["variant"].lower())}'
+        ends = [logged(f'found/ablate/{name}_{seed}', 'val/loss')[-1] for seed in (1, 2)]
+        assert row['held-out loss'] == pytest.approx(np.mean(ends), rel=1e-6)
+        half = 12.706 * np.std(ends, ddof=1) / math.sqrt(2)  # Student's t with one degree of freedom
+        assert row['high'] - row['held-out loss'] == pytest.approx(half, rel=1e-3, abs=1e-9)
+    before = {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')}
+    assert len(before) == 14 and Path('found/ablate.svg').stat().st_size > 10_000
+    assert run_stage('bench', 'ablate', '--what=norm', *flags)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')} == before
+    status, _, err = run_stage('bench', 'ablate', '--what=colour', *flags)
+    assert status == 2 and err.count('\n') == 1 and "'colour' is not one of norm" in err
+    status, _, err = run_stage('bench', 'ablate', '--what=mlp', *flags, '--n_head=3')
+    assert status == 2 and 'n_head=3' in err
