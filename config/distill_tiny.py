@@ -7,7 +7,7 @@ teacher = 'out/teacher'
 dataset = 'shakespeare'
 batch_size = 8
 block_size = 256
-alpha = 0.5
+alpha = 0.9
 
 n_layer = 4
 n_head = 2
