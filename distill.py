@@ -18,6 +18,7 @@ generalised Jensen-Shannon divergence (arXiv:2306.13649).
 import json
 import math
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -154,28 +155,34 @@ class Distillation:
     t^2 keeps the gradient of the divergence as large as that of the cross-entropy whatever the temperature t. Of two
     vocabularies padded differently the ids that both have count. given: targets (n,), then what is known of the
     teacher: its hidden states (n, C), with its `head` (V, C), the head's soft-cap and top_k; or the ids (n, k) of its
-    likeliest tokens and log-probabilities (n, k + 1) at t. What is told of a token: its cross-entropy, its divergence.
+    likeliest tokens and log-probabilities (n, k + 1) at t. vocab: how many ids both have; 0 = all of the teacher's.
+    What is told of a token: its cross-entropy, its divergence.
     """
 
-    def __init__(self, alpha, temperature=1.0, kind='forward', beta=0.5, top_k=0, cap=0.0):
-        self.alpha, self.t, self.kind, self.beta, self.top_k, self.cap = alpha, temperature, kind, beta, top_k, cap
-        self.head = None
+    def __init__(self, alpha, temperature=1.0, kind='forward', beta=0.5, top_k=0, vocab=0):
+        self.alpha, self.t, self.kind, self.beta, self.top_k, self.vocab = alpha, temperature, kind, beta, top_k, vocab
+        self.head, self.cap = None, 0.0
 
-    def likeliest(self, hidden, n):
-        """What the teacher's hidden states say of the first n ids, at t -> (ids (…, k), log-probabilities (…, k + 1)),
-        or without top_k (None, log-probabilities (…, n))."""
+    def expected(self, hidden):
+        """What the teacher's hidden states say of the ids of both, at t: log-probabilities (…, vocab)."""
         logits = (hidden @ self.head.T).float()
         logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
-        logits = logits[..., :n] / self.t if self.t != 1 else logits[..., :n]
-        logprobs = logits.log_softmax(-1)  # as the student's are taken: of equal models nothing is left to learn
-        if not 0 < self.top_k < n:
-            return None, logprobs
-        ids = logprobs.topk(self.top_k).indices
+        logits = logits[..., :self.vocab or None]
+        # as the student's are taken: of equal models nothing is left to learn
+        return (logits / self.t if self.t != 1 else logits).log_softmax(-1)
+
+    def likeliest(self, hidden):
+        """Of `expected` the likeliest top_k ids (…, k), and log-probabilities (…, k + 1), the last of all others."""
+        logprobs = self.expected(hidden)
+        ids = logprobs.topk(min(self.top_k, logprobs.shape[-1])).indices
         return ids, bucketed(logprobs, ids)
 
     def __call__(self, logits, learning, targets, *known):
-        n = logits.shape[-1] if len(known) == 2 else min(logits.shape[-1], len(self.head))
-        ids, log_p = known if len(known) == 2 else self.likeliest(*known, n)
+        """What `model.LinearLoss` asks for: losses, what is told of each token, the derivative by the logits."""
+        n = self.vocab or logits.shape[-1]
+        if len(known) == 1:
+            known = self.likeliest(*known) if self.top_k else (None, self.expected(*known))
+        ids, log_p = known
         whole = logits.log_softmax(-1)
         losses = -whole.gather(-1, targets[:, None])[:, 0]
         full = whole if self.t == 1 and n == logits.shape[-1] else (logits[:, :n] / self.t).log_softmax(-1)
@@ -186,8 +193,8 @@ class Distillation:
         if not learning:
             return total, told, None
         if ids is not None:  # the others share what is theirs as the student has shared it
-            slope, of_others = slope[:, :-1], slope[:, -1:] * (-log_q[:, -1:]).exp()
-            slope = full.exp().mul_(of_others).scatter_(-1, ids, slope)
+            shares = (full - log_q[:, -1:]).exp_()  # of the others; what stands at ids is written over
+            slope = shares.mul_(slope[:, -1:]).scatter_(-1, ids, slope[:, :-1])
         d = F.pad(slope.mul_(self.alpha * self.t), (0, logits.shape[-1] - n))
         if self.alpha < 1:
             d = d.add_(whole.exp_(), alpha=1 - self.alpha)
@@ -201,7 +208,7 @@ class Teacher:
 
     def __init__(self, model, run):
         self.model, self.head, self.clock = model.requires_grad_(False).eval(), None, runtime.Clock()
-        self.net = run.wrap(model)
+        self.net, self.copies = run.wrap(model), run.fsdp
         self.clock.pause()
 
     @torch.no_grad()
@@ -211,7 +218,7 @@ class Teacher:
         hidden = self.net(**given, reduction='hidden').flatten(0, 1)[places]
         hidden, head, _ = self.model.products(hidden)
         if self.head is None or self.head.dtype != hidden.dtype:
-            self.head = head.detach().clone()
+            self.head = head.detach().clone() if self.copies else head.detach()  # shards are freed again
         rule.head, rule.cap = self.head, self.model.config.logit_softcap
         return hidden.to(self.head.dtype)
 
@@ -229,8 +236,7 @@ def loss_on(net, run, arrays, rule, teacher, known=()):
 
 
 def thinned(state, n_layer):
-    """A checkpoint's dict -> the same with n_layer of its layers, evenly spaced from the first: of 12 e.g. 0, 3, 6, 9
-    """
+    """A checkpoint's dict -> the same with n_layer of its layers, evenly spaced from the first: 0, 3, 6, 9 of 12."""
     args = dict(state['model_args'])
     config = GPTConfig(**args)
     if not 1 <= n_layer <= config.n_layer:
@@ -259,14 +265,15 @@ class Cache:
     A target takes 4 k + 2 bytes (6 k + 2 with more than 65,536 tokens). What is there is kept, so that making it goes
     on where it was interrupted. UserError for a directory of another teacher or other data.
     """
-    TARGETS = 4096  # of a part, about
+    TOKENS = 4096  # of a part, about
 
-    def __init__(self, folder, data, run, n, about):
-        self.folder, self.data, self.run, self.n = Path(folder), data, run, n
+    def __init__(self, folder, data, run, about):
+        self.folder, self.data, self.run = Path(folder), data, run
         self.items, self.ends = data.fixed(0), np.cumsum(np.concatenate(([0], data.targets_in)))
-        meta = {'targets': int(self.ends[-1]), 'vocab': n, 'data': data.fingerprint()} | about
-        self.each = max(1, self.TARGETS * len(self.items) // meta['targets'])  # items of a part
-        wide, k = 'uint16' if n <= 1 << 16 else 'uint32', meta['top_k']
+        meta = {'targets': int(self.ends[-1]), 'data': data.fingerprint(), 'dtype': run.dtype} | about
+        length = data.lengths.mean() if isinstance(data, ChatData) else data.block_size
+        self.each = max(1, int(self.TOKENS / length))  # items of a part
+        wide, k = 'uint16' if meta['vocab'] <= 1 << 16 else 'uint32', meta['top_k']
         self.shapes = {'ids': (wide, (meta['targets'], k)), 'logprobs': ('float16', (meta['targets'], k + 1)),
                        'done': ('uint8', (-(-len(self.items) // self.each),))}
         run.on_main(lambda: self.prepare(meta))
@@ -276,17 +283,20 @@ class Cache:
     def prepare(self, meta):
         """Makes the directory ready: files of their full size, so that a full disk shows now."""
         path = self.folder / 'meta.json'
+        fresh = not all(file.exists() for file in (path, *(self.folder / f'{name}.bin' for name in self.shapes)))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.exists():
+            if not fresh:
                 found = json.loads(path.read_text())
                 other = next((key for key in meta if not isinstance(found, dict) or found.get(key) != meta[key]), None)
+                if not isinstance(found, dict):
+                    raise ValueError('no JSON object')
                 if other:
                     raise UserError(f'cache={self.folder} was made for another {other} ({found.get(other)!s:.20}, not '
                                     f'{meta[other]!s:.20}): give another --cache')
             for name, (kind, shape) in self.shapes.items():
                 file, size = self.folder / f'{name}.bin', np.dtype(kind).itemsize * math.prod(shape)
-                if not path.exists() or not file.exists():
+                if fresh:
                     with open(file, 'wb') as f:
                         if hasattr(os, 'posix_fallocate'):
                             os.posix_fallocate(f.fileno(), 0, size)
@@ -295,6 +305,8 @@ class Cache:
                     raise UserError(f'{file}: {file.stat().st_size:,} bytes, not {size:,}: delete {self.folder}, to '
                                     'have it made again')
             runtime.write_atomic(path, lambda f: f.write(json.dumps(meta, indent=1).encode()))
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f'{path}: malformed ({error}): delete {self.folder}, to have it made again') from None
         except OSError as error:
@@ -304,7 +316,8 @@ class Cache:
     @torch.no_grad()
     def fill(self, teacher, rule):
         """Asks the teacher for what is missing; each process its share of the parts."""
-        missing, run, clock = np.flatnonzero(self.files['done'] == 0), self.run, teacher.clock
+        run, clock = self.run, teacher.clock
+        missing = run.on_main(lambda: np.flatnonzero(self.files['done'] == 0))  # before anybody has begun
         clock.resume()
         for i in range(-(-len(missing) // run.world_size)):
             number = i * run.world_size + run.rank
@@ -316,7 +329,7 @@ class Cache:
             tensors = dict(zip(names, run.to_device(*arrays.values()), strict=True))
             with run.autocast(arrays['idx'].shape[1]):
                 hidden = teacher(tensors, run.to_device(places)[0], rule)
-                found = [rule.likeliest(h, self.n) for h in hidden.split(chunk_rows(self.n, run.device_type))]
+                found = [rule.likeliest(h) for h in hidden.split(chunk_rows(len(rule.head), run.device_type))]
             if number < len(missing):
                 rows = slice(self.ends[first], self.ends[last])
                 for name, values in zip(('ids', 'logprobs'), zip(*found, strict=True), strict=True):
@@ -329,6 +342,9 @@ class Cache:
                 run.progress(f'{self.folder}: the teacher has read part {done} of {len(missing)}, {clock.read():.0f} s')
         run.sum(0)  # nobody reads before all have written
         clock.pause()
+        if not self.files['done'].all():
+            raise UserError(f'cache={self.folder}: other processes wrote elsewhere: give a directory that all of them '
+                            'share')
 
     def batch(self, first, count):
         """What is kept of the targets of this batch of the data: ids (N, k), log-probabilities (N, k + 1)."""
@@ -336,6 +352,9 @@ class Cache:
         logprobs = self.files['logprobs'][at].astype(np.float32)
         logprobs -= np.log(np.exp(logprobs).sum(1, keepdims=True))  # 16 bits have rounded them
         return self.files['ids'][at].astype(np.int64), logprobs
+
+
+AT_ONCE = 512  # prompts that the teacher answers before they are written down
 
 
 def answered_by(teacher, data, run, chosen, samples, heat, path, about):
@@ -358,18 +377,22 @@ def answered_by(teacher, data, run, chosen, samples, heat, path, about):
                                 'of: give another file, or learn from it with sft.py')
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             runtime.write_atomic(meta, lambda f: f.write(json.dumps(about, indent=1).encode()))
-            lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True) if Path(path).exists() else []
-            whole = [line for line in lines if line.endswith('\n')]
-            whole = whole[:len(whole) // samples * samples]  # the last may be cut short
-            if whole != lines:
-                runtime.write_atomic(path, lambda f: f.write(''.join(whole).encode()))
-            return [json.loads(line)['messages'][-1]['content'] for line in whole]
-        except (ValueError, KeyError, TypeError) as error:
+            text = Path(path).read_text(encoding='utf-8') if Path(path).exists() else ''
+            lines = re.findall('[^\n]*\n', text)  # the last may be cut short
+            if len(lines) < len(chosen) * samples:  # a call answers so many prompts, with seeds of its own
+                lines = lines[:len(lines) // (samples * AT_ONCE) * samples * AT_ONCE]
+            found = [json.loads(line)['messages'][-1]['content'] for line in lines]
+            if ''.join(lines) != text:
+                runtime.write_atomic(path, lambda f: f.write(''.join(lines).encode()))
+            return found
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f'answers_file={path}: malformed ({error}): delete it and {meta.name}') from None
     done, force, clock = run.on_main(look), forcing(data.tokenizer, tools), teacher.clock
     clock.resume()
-    for first in range(len(done) // samples, len(chosen), 512):
-        part = chosen[first:first + 512]
+    for first in range(len(done) // samples, len(chosen), AT_ONCE):
+        part = chosen[first:first + AT_ONCE]
         found = draw(teacher.model, data, part, run, max_new_tokens, samples, heat, number=first, force=force)
         done += found.texts
         if path and run.main:
@@ -400,9 +423,9 @@ def chats_of(split, teacher, known_as, tokenizer, length, run, packed=False):
     rows, skipped = load(dataset, split, strict, val_fraction)
     rows, prompts = [{'prompt': row['messages'][:-1]} | row for row in rows], None
     writes = training and answers == 'teacher' and not prompts_only
-    silent = not training and not all(row['messages'][-1]['content'] for row in rows)
+    silent = [] if training else [row for row in rows if not row['messages'][-1]['content']]
     if writes or silent or training and on_policy:
-        prompts = PromptData(rows, tokenizer, length, max_new_tokens, seed)
+        prompts = PromptData(silent or rows, tokenizer, length, max_new_tokens, seed)
         if lost := prompts.left_out(skipped):
             run.say(f'{dataset}, {split}, prompts: {lost}')
     if writes or silent:
@@ -417,12 +440,14 @@ def chats_of(split, teacher, known_as, tokenizer, length, run, packed=False):
                  'seed': seed} if path else {}
         texts = answered_by(teacher, prompts, run, chosen, samples, heat, path, about)
         taught = [(prompts.rows_kept[i], text) for i, text in zip(np.repeat(chosen, samples), texts, strict=True)]
-        rows = [with_answer(row, text) for row, text in taught if text.strip()
-                and (not graded or grade(text, row['answer'], row.get('grader', 'number')))]
+        rows = [row for row in rows if not writes and row['messages'][-1]['content']]
+        rows += [with_answer(row, text) for row, text in taught if text.strip()
+                 and (not graded or grade(text, row['answer'], row.get('grader', 'number')))]
         if not rows:
             raise UserError(f'{dataset}, {split}: the teacher has no answer that says something'
                             + ' and is right (correct_only=True)' * graded)
-        run.say(f'{dataset}, {split}: {len(rows):,} of {len(texts):,} answers of the teacher')
+        run.say(f'{dataset}, {split}: {len(rows):,} rows, with {len(texts):,} answers of the teacher'
+                + ', of which only those that are right are kept' * graded)
     if prompts_only:
         return None, prompts
     data = ChatData(rows, tokenizer, length, seed, too_long, False, packed)
@@ -488,8 +513,11 @@ def main():
     if cache and (not alpha or on_policy == 1):
         raise UserError(f'cache={cache}: ' + ('alpha=0 asks the teacher nothing' if not alpha else
                                               "on_policy=1 learns from the student's own answers") + ': drop --cache')
-    if answers_file and answers != 'teacher':
-        raise UserError(f"answers_file={answers_file} keeps the teacher's answers: add --answers=teacher")
+    for name in ('answers_file', 'answer_prompts', 'answer_temperature', 'correct_only'):
+        if config[name] and answers != 'teacher':
+            raise UserError(f"{name}={config[name]} is about the teacher's answers: add --answers=teacher")
+    if num_answers > 1 and answers != 'teacher':
+        raise UserError(f"num_answers={num_answers} is about the teacher's answers: add --answers=teacher")
     if on_policy == 1 and answers == 'teacher':
         raise UserError("on_policy=1 learns from the student's own answers alone, so answers='teacher' would be left")
     if on_policy and prompts_per_step < gradient_accumulation_steps:
@@ -538,7 +566,8 @@ def main():
     if length > lecturer.config.block_size:
         raise UserError(f'rows of {length} tokens are more than teacher={teacher} reads, {lecturer.config.block_size}: '
                         f'lower {"max_length" if chats else "block_size"}')
-    known_as = fingerprint(lecturer.state_dict()) if cache or answers_file else ''
+    shape = json.dumps(asdict(lecturer.config), sort_keys=True)
+    known_as = fingerprint(lecturer.state_dict(), shape) if cache or answers_file else ''
     adviser, prompts = Teacher(lecturer, run), None
     if chats:
         train_data, prompts = chats_of('train', adviser, known_as, tokenizer, length, run, pack)
@@ -550,14 +579,14 @@ def main():
             raise UserError(f'{folder} is prepared with another tokenizer ({train_data.tokenizer.name}) than teacher='
                             f'{teacher} has ({tokenizer.name}): prepare the text with that one (README shows how)')
     n_both = min(model.config.vocab_size, lecturer.config.vocab_size)
-    rule = Distillation(alpha, temperature, divergence, jsd_beta, top_k)
-    of_samples = Distillation(1.0, temperature, divergence, jsd_beta, top_k)
-    plainly = Distillation(1.0)  # how far apart both are, for the eye
+    rule = Distillation(alpha, temperature, divergence, jsd_beta, top_k, n_both)
+    of_samples = Distillation(1.0, temperature, divergence, jsd_beta, top_k, n_both)
+    plainly = Distillation(1.0, vocab=n_both)  # how far apart both are, for the eye
     kept = None
     if cache:
-        about = {'teacher': known_as, 'temperature': temperature, 'top_k': min(top_k, n_both)}
-        kept = Cache(cache, train_data, run, n_both, about)
-        kept.fill(adviser, Distillation(1.0, temperature, top_k=top_k))
+        about = {'teacher': known_as, 'temperature': temperature, 'top_k': min(top_k, n_both), 'vocab': n_both}
+        kept = Cache(cache, train_data, run, about)
+        kept.fill(adviser, rule)
     start_ids, token_bytes = tokenizer.encode(sample_start) or [tokenizer.eot], tokenizer.token_bytes()
     if not chats:
         with runtime.user_errors():
@@ -576,6 +605,9 @@ def main():
     items_per_step, tokens_read, means = gradient_accumulation_steps * batch_size, 0, runtime.Means()
     force, flops, rollout, micro_batches = forcing(tokenizer, tools), model.flops_per_token(length), None, None
     chosen = val_data.fixed(eval_rows)
+    # the best weights give the most right answers, where that can be told: the loss on gold rises where a student comes
+    # to speak like its teacher
+    judge = 'correct' if chats and all('answer' in val_data.rows_kept[i] for i in chosen) else 'loss'
 
     def measure():
         """Loss of today's weights on held-out windows or rows, how far they are from the teacher, and a sample, or
@@ -625,11 +657,11 @@ def main():
         run.say(words)
         if samples:
             run.sample(step, '\n'.join(samples))
-        save(metrics['val/loss'])
+        save(metrics['val/loss'] if judge == 'loss' else -metrics[f'val/{judge}'])
 
-    def save(val_loss=math.inf):
+    def save(score=math.inf):
         run.checkpoint(began.state() | {'iter': step, 'rows': items_seen, 'prompts': prompts_seen,
-                                        'seconds': clock.read()}, optimizers, val_loss)
+                                        'seconds': clock.read()}, optimizers, score)
 
     def micro_loss(number):
         """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
@@ -638,9 +670,11 @@ def main():
         if rollout is not None:
             part = rollout.take(micro_batches[number])
             tokens_read += rollout.tokens(micro_batches[number])
+            share = part.drawn.sum() / (rollout.drawn.sum() / gradient_accumulation_steps)
+            run.seed(prompts_seen + number)
             loss, told, _ = loss_on(net, run, lay_out(part, length)[0], of_samples, adviser)
-            means.add(**{'train/kl_sampled': told[:, 1].mean()})
-            return loss * (part.drawn.sum() / (rollout.drawn.sum() / gradient_accumulation_steps))
+            means.add(**{'train/kl_sampled': told[:, 1].mean() * share})
+            return loss * share
         first = items_seen + number * batch_size
         names = ('idx', 'targets', 'positions', 'segments')
         arrays = dict(zip(names, train_data.batch(first, batch_size), strict=False))
@@ -654,7 +688,7 @@ def main():
                 return net(**tensors) * share
         known = kept.batch(first, batch_size) if kept else ()
         loss, told, _ = loss_on(net, run, arrays, rule, adviser, known)
-        means.add(**dict(zip(('train/ce', 'train/kl'), told.mean(0), strict=True)))
+        means.add(**dict(zip(('train/ce', 'train/kl'), told.mean(0) * share, strict=True)))
         return loss * share
 
     if not resumed:
@@ -704,7 +738,7 @@ def main():
         clock.pause()
         save()
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
-    run.say(f'done: best validation loss {run.best:.4f}, of the teacher {nats / count:.4f}; talk to it: '
+    run.say(f'done: best val/{judge} {abs(run.best):.4f}; loss of the teacher {nats / count:.4f}; talk to it: '
             f'python sample.py --init_from={out_dir}{" --chat=True" * chats}{" --tools=True" * tools}')
 
 

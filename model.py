@@ -12,7 +12,7 @@ where it happens.
     model = GPT.from_state(state, lora_rank=8, quant='nf4').freeze()    # a few new weights beside a frozen model
 
     python model.py                              self-attention with numbers for a pencil, and what GPT-2 consists of
-    python model.py config/tiny.py --n_layer=6   what any config makes: parameters, FLOP and memory
+    python model.py config/tiny.py --vocab_size=1024    what a config makes: parameters, FLOP and memory
 
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
@@ -1361,6 +1361,7 @@ class GPT(nn.Module):
             return losses, told
         return (*losses, hidden) if reduction == 'details' else losses
 
+    @torch.compiler.disable  # it would be compiled anew for every number of places
     def loss_of(self, hidden, rule, places, *given):
         """Hidden states (B, T, C) -> the sum of the losses by a rule at these places of (B * T,), and what it tells."""
         h, w, learning = self.products(hidden.flatten(0, 1)[places])
@@ -1850,13 +1851,14 @@ def table(config):
     print(f'{"all":<28}{"":>9}{total:>15,}\n')
     learn = model.freeze().num_params(learning=True)
     flops, cache = model.flops_per_token(T), 2 * config.n_layer * config.n_kv_head * config.head_dim
+    kept = min(T, config.window + config.n_sink) if config.window and 'G' not in config.window_pattern else T
     for what, value in (
             ('vocabulary, context', f'{config.vocab_size:,} tokens, {T:,} tokens'),
             ('a token forward and backward', f'{flops / 1e6:,.1f} MFLOP at the whole context'),
             ('a trillion FLOP/s, all used', f'{1e12 / flops:,.0f} tokens/s'),
             ('weights', f'{model.memory() / 1e6:,.1f} MB as they are trained, {total * 2 / 1e6:,.1f} MB in 16 bits'),
             ('gradients, moments of AdamW', f'{learn * 4 / 1e6:,.1f} MB, {learn * 8 / 1e6:,.1f} MB'),
-            ('KV cache in 16 bits', f'{cache * 2:,} bytes a token, {cache * 2e-6 * T:,.1f} MB at the whole context')):
+            ('KV cache in 16 bits', f'{cache * 2:,} bytes a token, {cache * 2e-6 * kept:,.1f} MB for {kept:,}')):
         print(f'{what:<31}{value}')
 
 
@@ -1875,4 +1877,6 @@ if __name__ == '__main__':
         if not given:
             lesson()
         table(config)
+        if given and 'vocab_size' not in args:
+            print('A run takes the vocabulary of its data instead: --vocab_size=N')
     runtime.cli(main)

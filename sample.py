@@ -244,8 +244,8 @@ def show_attention(model, tokenizer, ids, source=None):
                         f'{min(128, model.config.block_size)} at most')
     with runtime.user_errors():
         maps = model.attention_maps(ids, source)
-    words = {len(text): [tokenizer.decode([i]) for i in text] for text in (source or ids, ids)}
-    side = max(1.6, 0.09 * longest)
+    said, read = ([tokenizer.decode([i]) for i in text] for text in (ids, source or ids))
+    side = min(max(1.6, 0.09 * longest), 160 / max(len(maps), len(maps[0][1])))  # a picture of 16,000 points at most
     figure = Figure(figsize=(1 + side * max(len(m) for _, m in maps), 0.3 + side * len(maps)), layout='constrained')
     panels = figure.subplots(len(maps), max(len(m) for _, m in maps), squeeze=False)
     for row, (name, weights) in zip(panels, maps, strict=True):
@@ -255,12 +255,11 @@ def show_attention(model, tokenizer, ids, source=None):
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(f'{name}, head {head}', fontsize=6)
-        T, S = weights.shape[1:]
         if longest <= 40:
-            named = words if T != S else {T: words[T] if 'encoder' not in name else words[S]}
-            row[0].set_yticks(range(T), named.get(T, []) or [''] * T, fontsize=5)
+            seen = said if name.startswith('layer') and name.endswith('self') else read
+            row[0].set_yticks(range(weights.shape[1]), read if name.startswith('encoder') else said, fontsize=5)
             for axes in row[:len(weights)]:
-                axes.set_xticks(range(S), named.get(S, []) or [''] * S, fontsize=5, rotation=90)
+                axes.set_xticks(range(weights.shape[2]), seen, fontsize=5, rotation=90)
     try:
         figure.savefig(show_file, dpi=100)
     except (OSError, ValueError) as error:

@@ -2494,7 +2494,8 @@ SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch
 
 @pytest.fixture
 def run_stage(tmp_path, monkeypatch, capsys):
-    """run_stage('train', '--key=value', …) -> (exit status, stdout, stderr), in this process but with fresh globals."""
+    """run_stage('train', '--key=value', …) -> (exit status, stdout, stderr), in this process but with fresh globals, of
+    which those in run_stage.given are replaced."""
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -2502,6 +2503,7 @@ def run_stage(tmp_path, monkeypatch, capsys):
         spec = importlib.util.spec_from_file_location(f'stage_{stage}', ROOT / f'{stage}.py')
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        vars(module).update(call.given)
         monkeypatch.setattr(sys, 'argv', [f'{stage}.py', *map(str, args)])
         try:
             runtime.cli(module.main)
@@ -2510,6 +2512,7 @@ def run_stage(tmp_path, monkeypatch, capsys):
             status = error.code
         return status, *capsys.readouterr()
 
+    call.given = {}
     yield call
     for s, handler in handlers.items():
         signal.signal(s, handler)
@@ -8220,7 +8223,7 @@ def test_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, top_k
     targets[0, :13] = targets[2] = -100
     dense, apart = dense_loss(model, teacher, idx, targets, alpha, t, kind, 0.3, top_k, n)
     expected = torch.autograd.grad(dense, list(model.parameters()))
-    rule = distill.Distillation(alpha, t, kind, 0.3, top_k)
+    rule = distill.Distillation(alpha, t, kind, 0.3, top_k, n)
     arrays = {'idx': idx.numpy(), 'targets': targets.numpy()}
     loss, told, places = distill.loss_on(model, run, arrays, rule, distill.Teacher(teacher, run))
     assert loss.item() == pytest.approx(dense.item(), rel=1e-5) and len(told) == (targets != -100).sum() == len(places)
@@ -8325,6 +8328,13 @@ def test_alpha_0_is_fine_tuning_bit_for_bit(tune, run_stage, base_run, chat_data
         assert logged('a', key) == pytest.approx(logged('b', key), rel=1e-5)
 
 
+@pytest.fixture
+def fluent(tune, tmp_path):
+    """The run of a model that answers something."""
+    assert tune('--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2', '--out_dir=fluent')[0] == 0
+    return tmp_path / 'fluent'
+
+
 DISTILLED = [[], ['--top_k=5', '--cache=kept', '--temperature=2', '--optimizer=muon'],
              ['--divergence=jsd', '--alpha=1']]
 
@@ -8341,8 +8351,10 @@ def test_distillation_resumes_bit_for_bit(teach, flags):
     assert last < first and len(logged('whole', 'train/kl')) == 6
 
 
-CHATTED = [['--on_policy=1', '--prompts_per_step=6', '--gradient_accumulation_steps=2', '--divergence=reverse'],
-           ['--on_policy=0.5', '--prompts_per_step=6', '--gradient_accumulation_steps=2', '--tools=True'],
+CHATTED = [['--on_policy=1', '--prompts_per_step=6', '--gradient_accumulation_steps=2', '--divergence=reverse',
+            '--dropout=0.1'],
+           ['--on_policy=0.5', '--prompts_per_step=6', '--gradient_accumulation_steps=2', '--tools=True',
+            '--dropout=0.1'],
            ['--answers=teacher', '--answers_file=said.jsonl', '--answer_prompts=40', '--num_answers=2',
             '--answer_temperature=1', '--gradient_accumulation_steps=2', '--top_k=5', '--cache=kept']]
 
@@ -8382,7 +8394,7 @@ def test_two_processes_distil_as_one(teach_chat, base_run, chat_data, tmp_path, 
 
 def test_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
     """Once as fast as it is made: in 16 bits, so not to the last digit; on the windows of an aligned split."""
-    asked, whole = [], dataset.TokenData.__init__
+    whole = dataset.TokenData.__init__
     monkeypatch.setattr(dataset.TokenData, '__init__', lambda self, *args, aligned=False: whole(
         self, *args, aligned=aligned or args[1] == 'train'))
     assert teach('--out_dir=asked', '--top_k=5')[0] == 0
@@ -8400,21 +8412,107 @@ def test_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
     spoilt = np.memmap('cache/logprobs.bin', np.float16, 'r+')
     spoilt[2 * 4096 * 6:4 * 4096 * 6] = 0
     spoilt.flush()
-    monkeypatch.setattr(distill.Cache, 'fill', lambda *args: asked.append(args))
     status, out, err = teach('--out_dir=kept_2', '--top_k=5', '--cache=cache')
     assert (status, err) == (0, '') and 'read part 2 of 2' in out
     assert Path('cache/logprobs.bin').read_bytes() == before and same_weights('kept_1', 'kept_2')
     status, out, err = teach('--out_dir=kept_3', '--top_k=5', '--cache=cache', '--alpha=0.9')
     assert (status, err) == (0, '') and 'read part' not in out
-    for flag, what in (('--top_k=6', 'top_k'), ('--temperature=2', 'temperature'), ('--block_size=24', 'targets')):
+    Path('cache/ids.bin').unlink()  # what is left of it is worth nothing
+    status, out, err = teach('--out_dir=kept_4', '--top_k=5', '--cache=cache')
+    assert (status, err) == (0, '') and same_weights('kept_1', 'kept_4') and 'read part' in out
+    capped = torch.load('teacher/best.pt', weights_only=True)  # the same weights say something else
+    Path('capped').mkdir()
+    runtime.save_checkpoint('capped/ckpt.pt', capped | {'model_args': capped['model_args'] | {'logit_softcap': 2.0}})
+    for flag, what in (('--top_k=6', 'top_k'), ('--temperature=2', 'temperature'), ('--block_size=24', 'targets'),
+                       ('--teacher=capped', 'teacher'), ('--dtype=bfloat16', 'dtype')):
         status, _, err = teach('--out_dir=no', '--top_k=5', '--cache=cache', flag)
-        assert status == 2 and err.count('\n') == 1 and f'was made for another {what}' in err, err
+        assert status == 2 and err.count('\n') == 1
+        assert err.startswith(f'error: cache=cache was made for another {what}'), err
     os.truncate('cache/ids.bin', 1000)
     status, _, err = teach('--out_dir=no', '--top_k=5', '--cache=cache')
     assert status == 2 and 'ids.bin: 1,000 bytes' in err
-    Path('cache/meta.json').write_text('{')
-    status, _, err = teach('--out_dir=no', '--top_k=5', '--cache=cache')
-    assert status == 2 and 'meta.json: malformed' in err and not Path('no').exists()
+    for text in ('{', '[]'):
+        Path('cache/meta.json').write_text(text)
+        status, _, err = teach('--out_dir=no', '--top_k=5', '--cache=cache')
+        assert status == 2 and err.startswith('error: cache/meta.json: malformed') and not Path('no').exists()
+
+
+def test_all_tokens_may_be_kept(teach, monkeypatch):
+    """With as many likeliest tokens as there are, a cache is the whole distribution, and nobody is among the others."""
+    whole = dataset.TokenData.__init__
+    monkeypatch.setattr(dataset.TokenData, '__init__', lambda self, *args, aligned=False: whole(
+        self, *args, aligned=aligned or args[1] == 'train'))
+    assert teach('--out_dir=asked', '--alpha=1')[0] == 0
+    status, out, err = teach('--out_dir=kept', '--alpha=1', '--top_k=10000', '--cache=all')
+    assert (status, err) == (0, '')
+    assert logged('kept', 'train/kl') == pytest.approx(logged('asked', 'train/kl'), rel=2e-3)
+    # a student whose vocabulary is padded further is compared where both have tokens
+    asked, kept = [], []
+    for name, found, flags in (('a', asked, []), ('b', kept, ['--cache=padded'])):
+        assert teach(f'--out_dir={name}', '--top_k=5', '--vocab_size=300', *flags)[0] == 0
+        found += logged(name, 'train/loss')
+    assert kept == pytest.approx(asked, rel=2e-3)
+
+
+def test_processes_that_come_late_leave_no_part_of_a_cache_out(teach, text_teacher, text_data, tmp_path):
+    late = """
+import os, sys, time
+import numpy as np
+sys.argv[0], sys.path[0] = f'{os.environ["ROOT"]}/distill.py', os.environ['ROOT']
+whole = np.memmap
+def slow(*args, **more):
+    if 'done.bin' in str(args[0]):
+        time.sleep(3 * int(os.environ['RANK']))
+    return whole(*args, **more)
+np.memmap = slow
+import runtime, distill
+distill.__file__ = sys.argv[0]
+runtime.cli(distill.main)
+"""
+    Path('late.py').write_text(late)
+    args = [f'--dataset={text_data}', f'--teacher={text_teacher}', *SCHOOL, *STUDENT, '--top_k=5', '--cache=cache',
+            '--max_iters=1', '--gradient_accumulation_steps=2', '--out_dir=two']
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'ROOT': str(ROOT)}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'late.py', *args]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert np.memmap('cache/done.bin', np.uint8, 'r').all()
+    assert (np.memmap('cache/logprobs.bin', np.float16, 'r').reshape(-1, 6).max(1) < 0).all()
+
+
+def test_a_student_that_is_sure_of_itself_still_has_a_gradient():
+    """What it leaves to the others is less than float32 can tell; their shares of that are not."""
+    logits = torch.tensor([[120.0, 0, 0, 1, 0, 0, 0, 2]])
+    ids, log_p = torch.tensor([[0, 3, 7]]), torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
+    rule = distill.Distillation(1.0, top_k=3)
+    _, _, slope = rule(logits.clone(), True, torch.tensor([0]), ids, log_p)
+    z = logits.double().requires_grad_()
+    log_q = distill.bucketed(z.log_softmax(-1), ids)
+    expected, = torch.autograd.grad((log_p.double().exp() * (log_p.double() - log_q)).sum(), z)
+    torch.testing.assert_close(slope.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('flags', [['--alpha=0.5'], ['--alpha=0'], ['--on_policy=1', '--prompts_per_step=8']], ids=str)
+def test_micro_batches_of_a_student_weigh_by_their_targets(teach_chat, fluent, flags):
+    common = [f'--teacher={fluent}', '--pack=False', '--max_iters=2', '--learning_rate=1e-4', *flags]
+    assert teach_chat('--out_dir=one', '--batch_size=8', *common)[0] == 0
+    assert teach_chat('--out_dir=four', '--batch_size=2', '--gradient_accumulation_steps=4', *common)[0] == 0
+    for key in ('train/loss', 'grad_norm', *(key for key in ('train/ce', 'train/kl', 'train/kl_sampled')
+                                             if key in rows_of('one')[1])):
+        assert logged('four', key) == pytest.approx(logged('one', key), rel=1e-4), key
+    if flags == ['--alpha=0.5']:
+        row = rows_of('four')[1]
+        assert row['train/loss'] == pytest.approx((row['train/ce'] + row['train/kl']) / 2, rel=1e-4)
+
+
+def test_distillation_compiles_once_whatever_the_number_of_targets(teach_chat):
+    torch._dynamo.reset()
+    graphs, flags = torch._dynamo.utils.counters['stats'], ['--pack=False', '--max_iters=6', '--eval_rows=4']
+    graphs.clear()
+    assert teach_chat('--out_dir=compiled', '--compile=True', *flags)[0] == 0
+    assert graphs['unique_graphs'] < 12, dict(graphs)  # of teacher and student, in training and evaluation, by width
+    assert teach_chat('--out_dir=eager', *flags)[0] == 0
+    assert logged('compiled', 'train/loss') == pytest.approx(logged('eager', 'train/loss'), rel=1e-4)
 
 
 def test_tokenizers_are_the_same_whatever_they_are_called():
@@ -8442,13 +8540,6 @@ def test_targets_stand_where_a_cache_looks_for_them(text_data, chat_data):
             assert np.array_equal(known[data.targets_at(first, 5)], y[y != -100])
 
 
-@pytest.fixture
-def fluent(tune, tmp_path):
-    """The run of a model that answers something."""
-    assert tune('--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2', '--out_dir=fluent')[0] == 0
-    return tmp_path / 'fluent'
-
-
 def test_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach_chat, fluent, run_stage):
     flags = ['--answers=teacher', '--answers_file=said.jsonl', '--answer_prompts=30', f'--teacher={fluent}']
     status, out, err = teach_chat('--out_dir=a', *flags)
@@ -8463,22 +8554,32 @@ def test_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach_chat
     assert {'answer', 'grader', 'steps'} <= row.keys()
     assert run_stage('sft', f'--init_from={fluent}', '--dataset=said.jsonl', '--max_iters=1', '--eval_rows=2',
                      '--max_new_tokens=4', '--device=cpu', '--strict=False')[0] == 0
-    # a run that was killed goes on after the last whole line
+    # a run that was killed goes on after the last whole call
+    run_stage.given['AT_ONCE'] = 4
     Path('said.jsonl').write_text(''.join(lines[:7]) + lines[7][:20])
     status, out, err = teach_chat('--out_dir=b', *flags)
     assert (status, err) == (0, '') and same_weights('a', 'b')
-    assert len(Path('said.jsonl').read_text().splitlines()) == 30
+    assert Path('said.jsonl').read_text() == ''.join(lines)
+    # lines end where lines end, whatever Unicode thinks
+    odd = json.loads(lines[3])
+    odd['messages'][-1]['content'] = 'one\u2028two\x85'
+    Path('said.jsonl').write_text(''.join([*lines[:3], json.dumps(odd, ensure_ascii=False) + '\n', *lines[4:]]))
+    before = Path('said.jsonl').read_bytes()
+    status, out, err = teach_chat('--out_dir=odd', *flags)
+    assert (status, err) == (0, '') and Path('said.jsonl').read_bytes() == before
+    Path('said.jsonl').write_text(''.join(lines))
     status, out, err = teach_chat('--out_dir=c', *flags)
     assert (status, err) == (0, '') and 'prompts, ' not in out and same_weights('a', 'c')
     status, _, err = teach_chat('--out_dir=d', *flags, '--max_new_tokens=5')
-    assert status == 2 and err.count('\n') == 1 and 'drawn in another way' in err
+    assert status == 2 and err.count('\n') == 1
+    assert err.startswith('error: answers_file=said.jsonl has answers of another') and 'drawn in another way' in err
     Path('said.jsonl.meta.json').unlink()
     status, _, err = teach_chat('--out_dir=d', *flags)
     assert status == 2 and 'without said.jsonl.meta.json' in err
     assert not Path('d').exists() and len(Path('said.jsonl').read_text().splitlines()) == 30
 
 
-def test_only_right_answers_of_the_teacher(teach_chat, monkeypatch):
+def test_only_right_answers_of_the_teacher(teach_chat, run_stage, monkeypatch):
     def parrot(teacher, data, run, chosen, samples, *args):
         return [f'It is {i % 7}.' for i in range(len(chosen) * samples)]
     seen, whole = [], ChatData.__init__
@@ -8487,23 +8588,11 @@ def test_only_right_answers_of_the_teacher(teach_chat, monkeypatch):
         seen.append(rows)
         whole(self, rows, *args)
     monkeypatch.setattr(ChatData, '__init__', watch)
-    spec = importlib.util.spec_from_file_location
-
-    def load(name, path, **more):
-        found = spec(name, path, **more)
-        execute = found.loader.exec_module
-
-        def then(module):
-            execute(module)
-            if name == 'stage_distill':
-                module.answered_by = parrot
-        found.loader.exec_module = then
-        return found
-    monkeypatch.setattr(importlib.util, 'spec_from_file_location', load)
+    run_stage.given['answered_by'] = parrot
     status, out, err = teach_chat('--answers=teacher', '--correct_only=True', '--out_dir=run')
     assert (status, err) == (0, '')
     assert 0 < len(seen[0]) < 60 and all(row['messages'][-1]['content'] == f'It is {row["answer"]}.' for row in seen[0])
-    assert f'{len(seen[0])} of 300 answers of the teacher' in out
+    assert f'{len(seen[0])} rows, with 300 answers of the teacher, of which only those that are right' in out
 
 
 def test_prompts_without_answers_teach_all_the_same(teach_chat, fluent):
@@ -8514,6 +8603,14 @@ def test_prompts_without_answers_teach_all_the_same(teach_chat, fluent):
         status, out, err = teach_chat(f'--teacher={fluent}', '--dataset=prompts.jsonl', '--out_dir=run', *flags)
         assert (status, err) == (0, ''), err
         assert logged('run', 'val/kl')[-1] < logged('run', 'val/kl')[0] and 'val/correct' not in rows_of('run')[0]
+    # where some held-out rows have an answer it stays
+    Path('some').mkdir()
+    half = [{'prompt': row['prompt'], 'completion': f'{i} and {i + 1}'} if i % 2 else row for i, row in enumerate(rows)]
+    for split in ('train', 'val'):
+        Path(f'some/{split}.jsonl').write_text('\n'.join(map(json.dumps, half)) + '\n')
+    status, out, err = teach_chat(f'--teacher={fluent}', '--dataset=some', '--out_dir=run', '--on_policy=1',
+                                  '--prompts_per_step=4')
+    assert (status, err) == (0, '') and 'val: 28 rows, with 8 answers of the teacher' in out
     status, _, err = teach_chat('--dataset=prompts.jsonl', '--out_dir=none')
     assert status == 2 and err.count('\n') == 1 and 'prompts.jsonl, line 1' in err
 
@@ -8591,7 +8688,9 @@ def test_distillation_refuses_what_cannot_be(teach, teach_chat, run_stage, base_
             (teach, ['--cache=kept', '--top_k=4', '--alpha=0'], 'alpha=0 asks the teacher nothing'),
             (teach, ['--on_policy=0.5'], 'holds running text'),
             (teach, ['--answers=teacher'], 'holds running text'),
-            (teach, ['--answers_file=said.jsonl'], '--answers=teacher'),
+            (teach, ['--answers_file=said.jsonl'], 'add --answers=teacher'),
+            (teach_chat, ['--correct_only=True'], 'add --answers=teacher'),
+            (teach_chat, ['--num_answers=3', '--answer_temperature=1'], 'add --answers=teacher'),
             (teach, ['--teacher=other'], 'is prepared with another tokenizer'),
             (teach, ['--teacher=both'], 'no causal decoder alone'),
             (teach, ['--teacher=nowhere'], 'nowhere: no such run'),
@@ -8615,7 +8714,7 @@ def test_distillation_refuses_what_cannot_be(teach, teach_chat, run_stage, base_
     assert not Path('kept').exists()
 
 
-@pytest.mark.parametrize('config', ['distill_tiny', 'distill_words'])
+@pytest.mark.parametrize('config', ['distill_tiny', 'distill_words', 'distill_smollm2'])
 def test_configs_of_distillation_hold_together(run_stage, config):
     """Every value is accepted: what stops the run is the teacher that is not there."""
     status, _, err = run_stage('distill', ROOT / f'config/{config}.py', '--teacher=out/none', '--device=cpu')
