@@ -182,7 +182,7 @@ def hf_pair(family):
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama', 'qwen2', 'qwen3', 'linear', 'llama3', 'yarn'])
-def test_logits_and_greedy_text_equal_transformers(family):
+def test_1_4_logits_and_greedy_text_equal_transformers(family):
     ours, theirs = hf_pair(family)
     x = ids(3, 48)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_logits_and_greedy_text_equal_transformers(family):
 
 @pytest.mark.parametrize('place', ['pre', 'post'])
 @pytest.mark.parametrize('causal', [True, False])
-def test_blocks_equal_torch_transformer_encoder(place, causal):
+def test_1_4_blocks_equal_torch_transformer_encoder(place, causal):
     ours = tiny(norm_place=place, causal=causal, pos='none')
     layer = torch.nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation='gelu', batch_first=True,
                                              norm_first=place == 'pre')
@@ -222,7 +222,7 @@ def test_blocks_equal_torch_transformer_encoder(place, causal):
     torch.testing.assert_close(got[~padding], expected[~padding], atol=1e-5, rtol=1e-4)
 
 
-def test_sinusoidal_positions_by_hand():
+def test_1_1_sinusoidal_positions_by_hand():
     table = model_file.sinusoidal(torch.arange(5), 8)
     for pos, i in itertools.product(range(5), range(4)):
         angle = pos / 10000 ** (2 * i / 8)
@@ -239,7 +239,7 @@ def test_sinusoidal_positions_by_hand():
 # properties of every variant
 
 @pytest.mark.parametrize('options', VARIANTS, ids=str)
-def test_future_and_padding_change_nothing(options):
+def test_1_2_future_and_padding_change_nothing(options):
     model, x = tiny(**options), ids(2, 20)
     with torch.no_grad():
         before = model(x)
@@ -256,7 +256,7 @@ def test_future_and_padding_change_nothing(options):
 
 
 @pytest.mark.parametrize('options', VARIANTS, ids=str)
-def test_cached_logits_equal_full_forward(options):
+def test_3_4_cached_logits_equal_full_forward(options):
     model, x, lengths = tiny(**options), ids(3, 24), [9, 4, 13]
     with torch.no_grad():
         full = model(x)
@@ -276,7 +276,7 @@ def test_cached_logits_equal_full_forward(options):
 
 
 @pytest.mark.parametrize('options', VARIANTS[:24:3] + VARIANTS[-1:], ids=str)
-def test_generation_with_and_without_cache(options):
+def test_3_4_generation_with_and_without_cache(options):
     """Ragged prompts, past the block, stop tokens: the same ids, and log-probabilities of the training forward."""
     model = tiny(**options)
     prompts = [[1, 2, 3], [4], ids(20).tolist()]
@@ -296,7 +296,7 @@ def test_generation_with_and_without_cache(options):
             assert logprobs[i][j - at] == pytest.approx(expected[j - 1, text[j]].item(), abs=1e-4)
 
 
-def test_a_row_does_not_depend_on_when_others_stop():
+def test_2_5_a_row_does_not_depend_on_when_others_stop():
     model = tiny(pos='rope')
     free = model.generate([[1], [2], [3]], 20, seed=5)
     stopped = model.generate([[1], [2], [3]], 20, seed=5, stop_ids=(free[0][2],))
@@ -305,7 +305,7 @@ def test_a_row_does_not_depend_on_when_others_stop():
     assert len(stopped[0]) == free[0].index(free[0][2]) + 1 and model.generate([[1], [2], [3]], 20, seed=6) != free
 
 
-def test_filters_equal_transformers():
+def test_2_5_filters_equal_transformers():
     logits = torch.randn(5, 61, generator=torch.Generator().manual_seed(0)) * 3
     from transformers.generation import logits_process as hf
     for mine, theirs in ((dict(top_k=7), hf.TopKLogitsWarper(7)), (dict(top_p=0.8), hf.TopPLogitsWarper(0.8)),
@@ -319,7 +319,7 @@ def test_filters_equal_transformers():
     assert greedy == penalised.argmax(-1).tolist()
 
 
-def test_samples_have_the_models_distribution():
+def test_2_5_samples_have_the_models_distribution():
     model = tiny(vocab_size=5, init_std=1.0)
     with torch.no_grad():
         probs = F.softmax(model(torch.tensor([[1, 2]]))[0, -1] / 0.7, -1).numpy()
@@ -329,7 +329,7 @@ def test_samples_have_the_models_distribution():
     assert chi2 < 18.5, (counts, probs)  # 4 degrees of freedom: exceeded by chance once in a thousand seeds
 
 
-def test_dropout_is_off_in_generation_and_restored():
+def test_2_5_dropout_is_off_in_generation_and_restored():
     model = tiny(dropout=0.5).train()
     assert model.generate([[1, 2]], 20, temperature=0) == model.eval().generate([[1, 2]], 20, temperature=0)
     model.train()
@@ -352,13 +352,13 @@ def test_dropout_is_off_in_generation_and_restored():
     (lambda m: GPTConfig(pos='rope', n_embd=36, n_head=12), 'head_dim=3 must be even'),
     (lambda m: m.configure_optimizers('sgd'), "optimizer='sgd'"),
 ])
-def test_impossible_requests_raise_one_sentence(call, words):
+def test_2_5_impossible_requests_raise_one_sentence(call, words):
     with pytest.raises(ValueError, match='.') as error:
         call(tiny())
     assert words in str(error.value) and '\n' not in str(error.value)
 
 
-def test_rotary_prompt_longer_than_the_block_goes_on():
+def test_3_2_rotary_prompt_longer_than_the_block_goes_on():
     model = tiny(pos='rope')
     prompt = ids(60).tolist()
     assert model.generate([prompt], 5, temperature=0) == model.generate([prompt[-24:]], 5, temperature=0)
@@ -390,7 +390,7 @@ def by_hand(moe, x):
 
 @pytest.mark.parametrize('options', [{}, {'router_renorm': False}, {'n_expert_shared': 2, 'mlp': 'gelu'},
                                      {'router_bias_rate': 0.1, 'mlp': 'relu2'}, {'n_expert_active': 5}], ids=str)
-def test_experts_equal_a_loop_over_tokens(options):
+def test_5_1_experts_equal_a_loop_over_tokens(options):
     moe = tiny(**MOE | options).blocks[1].mlp
     if moe.bias_rate:
         moe.choice_bias += torch.linspace(-0.3, 0.3, 5)
@@ -403,7 +403,7 @@ def test_experts_equal_a_loop_over_tokens(options):
         torch.testing.assert_close(moe(few), by_hand(moe, few[0]).view_as(few), atol=1e-5, rtol=1e-5)
 
 
-def test_where_experts_are():
+def test_5_1_where_experts_are():
     config = GPTConfig(n_layer=6, n_expert=4, dense_layers=1, expert_every=2)
     assert [config.is_sparse(i) for i in range(6)] == [False, True, False, True, False, True]
     model = tiny(**MOE | dict(n_layer=3, dense_layers=1))
@@ -413,7 +413,7 @@ def test_where_experts_are():
     assert model.flops_per_token(0) == 6 * (dense + swiglu)
 
 
-def test_router_losses():
+def test_5_2_router_losses():
     """Against transformers' load-balancing loss (of all experts chosen, so k times ours) and a z-loss by hand."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
     model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3, n_layer=1)).train()
@@ -434,14 +434,14 @@ def test_router_losses():
     torch.testing.assert_close(grads - plain, torch.autograd.grad(moe.aux, moe.router.weight)[0], atol=1e-6, rtol=1e-4)
 
 
-def test_choice_bias_moves_towards_idle_experts():
+def test_5_2_choice_bias_moves_towards_idle_experts():
     model = tiny(**MOE | dict(router_bias_rate=0.01))
     model.balance(torch.tensor([[10., 0, 4, 6, 5], [5, 5, 5, 5, 5]]))
     assert model.sparse[0].choice_bias.tolist() == pytest.approx([-0.01, 0.01, 0.01, -0.01, 0])
     assert not model.sparse[1].choice_bias.any() and 'blocks.0.mlp.choice_bias' in model.state_dict()
 
 
-def test_muon_takes_each_expert_of_a_stack_for_a_matrix():
+def test_5_2_muon_takes_each_expert_of_a_stack_for_a_matrix():
     torch.manual_seed(0)
     stack = torch.nn.Parameter(torch.randn(3, 8, 12))
     matrices = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
@@ -458,7 +458,7 @@ def test_muon_takes_each_expert_of_a_stack_for_a_matrix():
 
 
 @pytest.mark.parametrize('options', [[], ['--fsdp=True', '--activation_checkpointing=True']], ids=str)
-def test_experts_train_alike_in_one_process_and_two(run_stage, text_data, tmp_path, options):
+def test_5_2_experts_train_alike_in_one_process_and_two(run_stage, text_data, tmp_path, options):
     args = [f'--dataset={text_data}', *SMALL, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
             '--router_aux=0.01', '--log_interval=1', '--gradient_accumulation_steps=2', '--dtype=float32']
     assert run_stage('train', *args, '--out_dir=one')[0] == 0
@@ -473,7 +473,7 @@ def test_experts_train_alike_in_one_process_and_two(run_stage, text_data, tmp_pa
                for load, worst in zip(logged('one', 'router/load'), logged('one', 'router/max_load'), strict=True))
 
 
-def test_experts_resume_exactly(run_stage, text_data):
+def test_5_2_experts_resume_exactly(run_stage, text_data):
     args = [f'--dataset={text_data}', *DURABLE, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01']
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
     run_stage('train', *args, '--out_dir=run', '--max_iters=3', '--lr_decay_iters=8')
@@ -481,7 +481,7 @@ def test_experts_resume_exactly(run_stage, text_data):
     assert digest('run') == digest('whole')
 
 
-def test_experts_and_windows_compile_without_a_break():
+def test_0_3_experts_and_windows_compile_without_a_break():
     model = tiny(**MOE | dict(router_aux=0.1, router_bias_rate=0.1, window=6, n_sink=2)).train()
     x = ids(2, 24)
     with torch.autocast('cpu', torch.bfloat16):  # compiled, grouped products exist in 16 bits only
@@ -498,7 +498,7 @@ WINDOWS = [dict(pos='rope', window=5), dict(pos='rope', window=5, n_sink=3, n_kv
 
 
 @pytest.mark.parametrize('options', WINDOWS, ids=str)
-def test_a_window_hides_what_is_behind_it(options):
+def test_3_5_a_window_hides_what_is_behind_it(options):
     """In one layer: a query sees its window and the sinks, and no other key."""
     model, x = tiny(**options | dict(n_layer=1)), ids(1, 24)
     window, sinks = options['window'], options.get('n_sink', 0)
@@ -512,7 +512,7 @@ def test_a_window_hides_what_is_behind_it(options):
 
 
 @pytest.mark.parametrize('options', WINDOWS, ids=str)
-def test_caches_of_a_window_equal_the_full_forward(options):
+def test_3_5_caches_of_a_window_equal_the_full_forward(options):
     model, x = tiny(**options), ids(3, 24)
     caches = [lambda: KVCache(model.config, 3, 24, 'cpu', torch.float32)]
     if 'G' not in model.config.window_pattern:
@@ -533,7 +533,7 @@ def test_caches_of_a_window_equal_the_full_forward(options):
                 logits = model.logits(model.hidden(step, cache=cache)[:, -1])
 
 
-def test_a_stream_goes_on_past_the_block():
+def test_3_5_a_stream_goes_on_past_the_block():
     """Five blocks long, in a ring of constant size; the same whether its prompt is read in one piece or in many."""
     options = dict(pos='rope', window=6, n_sink=2)
     model = tiny(**options)
@@ -553,7 +553,7 @@ def test_a_stream_goes_on_past_the_block():
     assert len(tiny(pos='learned', window=6).generate([[1, 2]], 22)[0]) == 22
 
 
-def test_flex_attention_sees_the_same():
+def test_3_5_flex_attention_sees_the_same():
     from torch.nn.attention.flex_attention import flex_attention
     model = tiny(pos='rope', window=5, n_sink=3)
     q, k, v = torch.randn(3, 2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
@@ -568,7 +568,7 @@ def test_flex_attention_sees_the_same():
 
 @pytest.mark.parametrize('cap', [0.0, 4.0])
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
-def test_chunked_loss_equals_cross_entropy(cap, reduction, monkeypatch):
+def test_2_3_chunked_loss_equals_cross_entropy(cap, reduction, monkeypatch):
     x, y = ids(3, 20), ids(3, 20, seed=1)
     y[0, :5] = -100
     weights = torch.rand(3, 20, generator=torch.Generator().manual_seed(2))
@@ -594,7 +594,7 @@ def test_chunked_loss_equals_cross_entropy(cap, reduction, monkeypatch):
 
 
 @pytest.mark.parametrize('per_token', [True, False])
-def test_chunked_loss_in_bfloat16_rounds_only_its_operands(per_token, monkeypatch):
+def test_2_3_chunked_loss_in_bfloat16_rounds_only_its_operands(per_token, monkeypatch):
     """Against float64 on the same rounded operands: log-softmax and the incoming gradient keep full precision."""
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
     torch.manual_seed(0)
@@ -611,7 +611,7 @@ def test_chunked_loss_in_bfloat16_rounds_only_its_operands(per_token, monkeypatc
         assert abs(ratio - 1) < 2e-3 and got.dtype == torch.bfloat16
 
 
-def test_initialisation_of_gpt2_and_zero_init():
+def test_1_4_initialisation_of_gpt2_and_zero_init():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=1000))
     block = model.blocks[3]
@@ -623,7 +623,7 @@ def test_initialisation_of_gpt2_and_zero_init():
     assert zero(ids(2, 8), ids(2, 8, seed=1)).item() == pytest.approx(math.log(61))
 
 
-def test_adamw_decays_matrices_only():
+def test_4_2_adamw_decays_matrices_only():
     model = tiny()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer, = model.configure_optimizers('adamw', 0.1, weight_decay=0.5)
@@ -634,7 +634,7 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5) if p.ndim >= 2 else before[name])
 
 
-def test_muon_turns_block_matrices_and_adamw_the_rest():
+def test_4_2_muon_turns_block_matrices_and_adamw_the_rest():
     model = tiny()
     adamw, muon = model.configure_optimizers('muon', 0.01, embed_lr=0.03, muon_lr=0.1)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -652,7 +652,7 @@ def test_muon_turns_block_matrices_and_adamw_the_rest():
     assert 0.3 < torch.linalg.svdvals(update).min() and torch.linalg.svdvals(update).max() < 1.4  # nearly orthogonal
 
 
-def test_flops_equal_torch_counter():
+def test_0_4_flops_equal_torch_counter():
     from torch.utils.flop_counter import FlopCounterMode
     model = tiny(n_kv_head=2, mlp='swiglu', tie_weights=False)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -708,7 +708,7 @@ def tokenizers(english):
             'bpe': tok.train_bpe([english[:50_000], UNICODE], 600)}
 
 
-def test_bpe_merges_equal_a_naive_reference():
+def test_4_1_bpe_merges_equal_a_naive_reference():
     texts = ['aaaa aaaaa aa aaaaaaa', 'abab ababab ba bab', 'the cat sat on the mat, the rat', 'é éé ééé ¡é', 'ab']
     texts += [random_text(seed, 'aab ', 10 + seed) for seed in range(60)]
     texts += [random_text(seed, 'abcdefg ', 300) for seed in range(5)]
@@ -720,7 +720,7 @@ def test_bpe_merges_equal_a_naive_reference():
         assert len(set(tokens)) == len(tokens) == 256 + len(merges)
 
 
-def test_bpe_vocabulary_and_merges_equal_hugging_face(english):
+def test_4_1_bpe_vocabulary_and_merges_equal_hugging_face(english):
     text = english + UNICODE * 50
     theirs = hf.Tokenizer(hf.models.BPE())
     pre = hf.pre_tokenizers
@@ -735,7 +735,7 @@ def test_bpe_vocabulary_and_merges_equal_hugging_face(english):
     assert [[spelled[a], spelled[b]] for a, b in merges] == model['merges']
 
 
-def test_bpe_words_are_those_of_the_published_pattern():
+def test_4_1_bpe_words_are_those_of_the_published_pattern():
     endings = "'s 'S 't 'T 'd 'D 'm 'M 'll 'LL 'lL 'Ll 've 'VE 're 'Re 'l 'v x '".split()
     ascii_text = random_text(1, [*endings, *"aB'1234,;!\n\n\r\t\x0b\x1c   _"], 150_000)
     mixed = random_text(2, "aZ'sſK 1²٣,\n\r\t\x0b\x1c\x85\xa0\u2028\u3000   éßΩ東e\u0301🙂", 200_000)
@@ -749,7 +749,7 @@ def test_bpe_words_are_those_of_the_published_pattern():
     assert tokenizer.n_vocab < 10**5 and tokenizer.name == f'bpe-{tokenizer.n_vocab}'  # small text, small vocabulary
 
 
-def test_every_byte_string_comes_back_exactly(tokenizers):
+def test_2_1_every_byte_string_comes_back_exactly(tokenizers):
     rng = random.Random(0)
     strings = [rng.randbytes(n) for n in range(200)] + [bytes(range(256)), b'\xed\xa0\x80', UNICODE.encode()[:-9]]
     for kind in ('bytes', 'bpe'):
@@ -764,7 +764,7 @@ def test_every_byte_string_comes_back_exactly(tokenizers):
     assert len(tokenizers['bpe'].encode(UNICODE)) < len(UNICODE.encode()) == len(tokenizers['bytes'].encode(UNICODE))
 
 
-def test_chars_are_sorted_and_unseen_ones_unknown():
+def test_2_1_chars_are_sorted_and_unseen_ones_unknown():
     tokenizer = tok.chars_tokenizer(iter(['hello\n', 'world é']))
     assert [tokenizer.decode([i]) for i in range(10)] == sorted(set('hello\nworld é'))
     assert tokenizer.n_vocab == 10 + 1 + len(SPECIALS) and tokenizer.special['<unk>'] == 10
@@ -772,7 +772,7 @@ def test_chars_are_sorted_and_unseen_ones_unknown():
     assert tokenizer.decode(tokenizer.encode('hé\nx')) == 'hé\n<unk>'
 
 
-def test_special_tokens_only_on_request(tokenizers):
+def test_4_1_special_tokens_only_on_request(tokenizers):
     for tokenizer in tokenizers.values():
         assert tokenizer.eot == tokenizer.special['<|endoftext|>']
         assert all(0 <= tokenizer.special[s] < tokenizer.n_vocab for s in SPECIALS)
@@ -785,13 +785,13 @@ def test_special_tokens_only_on_request(tokenizers):
         assert '<|pad|>' in tokenizer.decode(tokenizer.encode('x<|pad|>', allow_special=True))
 
 
-def test_the_longest_special_token_wins(tokenizers):
+def test_4_1_the_longest_special_token_wins(tokenizers):
     d = tokenizers['bytes'].to_dict()
     tokenizer = Tokenizer.from_dict(d | {'tokens': d['tokens'] + [''], 'special': d['special'] | {'<|pad|>!': 260}})
     assert tokenizer.encode('<|pad|>!<|pad|>', allow_special=True) == [260, tokenizer.special['<|pad|>']]
 
 
-def test_batch_and_token_bytes(tokenizers, english):
+def test_4_1_batch_and_token_bytes(tokenizers, english):
     texts = [english[i:i + 500] for i in range(0, 20_000, 500)] + ['', UNICODE]
     for tokenizer in tokenizers.values():
         assert tokenizer.encode_batch([b'a\xff', *texts[:2]])[1:] == [tokenizer.encode(t) for t in texts[:2]]
@@ -803,7 +803,7 @@ def test_batch_and_token_bytes(tokenizers, english):
         assert not sizes[list(tokenizer.special.values())].any()
 
 
-def test_streaming_never_emits_half_a_character(tokenizers):
+def test_2_1_streaming_never_emits_half_a_character(tokenizers):
     rng = random.Random(0)
     for tokenizer in tokenizers.values():
         stream, texts = tokenizer.stream(), []
@@ -817,7 +817,7 @@ def test_streaming_never_emits_half_a_character(tokenizers):
             assert ''.join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids)
 
 
-def test_tokenizers_survive_saving(tokenizers, tmp_path):
+def test_4_1_tokenizers_survive_saving(tokenizers, tmp_path):
     for kind, tokenizer in tokenizers.items():
         tokenizer.save(tmp_path / 'tokenizer.json')
         torch.save(tokenizer.to_dict(), tmp_path / 'ckpt.pt')
@@ -831,7 +831,7 @@ def test_tokenizers_survive_saving(tokenizers, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'tokenizer.json']
 
 
-def test_tiktoken_encodings_by_name(monkeypatch, tmp_path):
+def test_4_1_tiktoken_encodings_by_name(monkeypatch, tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b'he': 256, b'll': 258, b'hell': 259}
     small = tiktoken.Encoding('gpt2', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257})
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: small)
@@ -843,7 +843,7 @@ def test_tiktoken_encodings_by_name(monkeypatch, tmp_path):
     assert Tokenizer.load(tmp_path / 't.json').encode('hello he') == [259, ord('o'), 32, 256]
 
 
-def test_unavailable_tiktoken_encoding_says_what_to_fetch(monkeypatch, tmp_path):
+def test_4_1_unavailable_tiktoken_encoding_says_what_to_fetch(monkeypatch, tmp_path):
     def offline(url, *args, **kwargs):
         raise requests.ConnectionError(request=requests.Request('GET', url).prepare())
     monkeypatch.setattr(requests, 'get', offline)
@@ -863,7 +863,7 @@ def test_unavailable_tiktoken_encoding_says_what_to_fetch(monkeypatch, tmp_path)
     (lambda: tok.bytes_tokenizer().decode([65, 260]), '260 is outside the 260 ids'),
     (lambda: tok.bytes_tokenizer().stream().push(-1), '-1 is outside'),
 ])
-def test_tokenizer_mistakes_are_one_line(call, message):
+def test_4_1_tokenizer_mistakes_are_one_line(call, message):
     with pytest.raises(UserError, match=message) as caught:
         call()
     assert '\n' not in str(caught.value)
@@ -894,7 +894,7 @@ def test_tokenizer_mistakes_are_one_line(call, message):
     (lambda d: d | {'kind': 'chars', 'special': d['special'] | {'<unk>': 261}, 'tokens': d['tokens'] + ['']},
      "token 256 is misspelled: 'el'"),
 ])
-def test_a_wrong_tokenizer_file_is_named(change, message, tmp_path):
+def test_4_1_a_wrong_tokenizer_file_is_named(change, message, tmp_path):
     good = tok.train_bpe('hello hello', 261).to_dict()
     assert Tokenizer.from_dict(good).n_vocab == 261
     (tmp_path / 't.json').write_text(json.dumps(change(good)), encoding='utf-8')
@@ -903,7 +903,7 @@ def test_a_wrong_tokenizer_file_is_named(change, message, tmp_path):
     assert '\n' not in str(caught.value)
 
 
-def test_unreadable_tokenizer_files_are_named(tmp_path):
+def test_4_1_unreadable_tokenizer_files_are_named(tmp_path):
     path = tmp_path / 't.json'
     for content in (b'', b'{"kind": "bytes"', b'\xff\xfe\x00', b'[' * 100_000):
         path.write_bytes(content)
@@ -1035,7 +1035,7 @@ def assert_same(ours, theirs, texts):
         assert ours.encode(text, allow_special=True) == list(getattr(ids, 'ids', ids)), text
 
 
-def test_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
+def test_10_5_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
     style, folder, d = trained
     ours, theirs = tok.hf_tokenizer(folder), hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
     assert_same(ours, theirs, [*stress(2), 'a ZebraZ ZebraZs'])
@@ -1062,7 +1062,7 @@ def test_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
 
 
 @pytest.mark.parametrize('style, pattern', [('smollm', tok.SMOLLM_PATTERN), ('gpt-2', tok.GPT2_PATTERN)])
-def test_words_are_cut_as_by_the_pretokenizer(style, pattern):
+def test_10_5_words_are_cut_as_by_the_pretokenizer(style, pattern):
     theirs = hf.Tokenizer.from_str(json.dumps({'pre_tokenizer': PRE[style], 'model': {
         'type': 'BPE', 'vocab': {}, 'merges': []}})).pre_tokenizer
     for seed in range(3000):
@@ -1071,7 +1071,7 @@ def test_words_are_cut_as_by_the_pretokenizer(style, pattern):
         assert regex.findall(pattern, text) == [text[a:b] for _, (a, b) in theirs.pre_tokenize_str(text)], text
 
 
-def test_gguf_metadata_give_the_same_tokenizer(trained):
+def test_10_5_gguf_metadata_give_the_same_tokenizer(trained):
     style, folder, d = trained
     theirs = tok.hf_tokenizer(folder)
     tokens = [f'[PAD{i}]' for i in range(theirs.n_vocab + 3)]
@@ -1102,7 +1102,7 @@ def smollm2():
         pytest.skip(str(error))
 
 
-def test_real_smollm2_gguf(smollm2):
+def test_10_5_real_smollm2_gguf(smollm2):
     fields = {k: f.contents() for k, f in gguf.GGUFReader(smollm2).fields.items() if k.startswith('tokenizer.')}
     ours = tok.gguf_tokenizer(fields)
     tokens = fields['tokenizer.ggml.tokens']
@@ -1114,7 +1114,7 @@ def test_real_smollm2_gguf(smollm2):
     assert (ours.n_vocab, ours.eot, ours.bos, len(ours.lost)) == (49152, 2, None, 21)
 
 
-def test_real_gpt2_vocabulary(tmp_path, monkeypatch):
+def test_10_5_real_gpt2_vocabulary(tmp_path, monkeypatch):
     cache = Path(os.environ.get('TIKTOKEN_CACHE_DIR', SHARED / 'tiktoken'))
     if not (cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
         pytest.skip('needs the gpt2 encoding of tiktoken in TIKTOKEN_CACHE_DIR')
@@ -1129,7 +1129,7 @@ def test_real_gpt2_vocabulary(tmp_path, monkeypatch):
     assert back.tokens == ours.tokens and back.special == ours.special
 
 
-def test_own_tokenizers_leave_for_hugging_face(tmp_path):
+def test_10_5_own_tokenizers_leave_for_hugging_face(tmp_path):
     o200k = (r'''[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'''
              r'''(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'''
              r'''(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+''')
@@ -1161,7 +1161,7 @@ def test_own_tokenizers_leave_for_hugging_face(tmp_path):
 @pytest.mark.parametrize('template, system', [
     (SMOLLM_TEMPLATE, 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'),
     (QWEN_TEMPLATE, "You are Qwen, isn't it?"), (PLAIN_TEMPLATE, None)])
-def test_chats_equal_the_template(template, system, tmp_path):
+def test_6_1_chats_equal_the_template(template, system, tmp_path):
     train_tokenizer('qwen2', tmp_path)
     (tmp_path / 'chat_template.jinja').write_text(template)
     ours, auto = tok.hf_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -1182,12 +1182,12 @@ def test_chats_equal_the_template(template, system, tmp_path):
     ([], 'at least one'), ('hi', 'at least one'), ([{'role': 'user', 'content': 'x'}, {'role': 'user'}], 'message 1 '),
     ([{'role': 'human', 'content': 'x'}], 'message 0 '), ([{'role': 'user', 'content': None}], 'message 0 '),
     (['x'], 'message 0 '), ([{'role': ['user'], 'content': 'x'}], 'message 0 ')])
-def test_malformed_chats_are_named(messages, message):
+def test_6_1_malformed_chats_are_named(messages, message):
     with pytest.raises(UserError, match=message):
         tok.bytes_tokenizer().chat_ids(messages)
 
 
-def test_no_chat_without_chatml(tmp_path):
+def test_6_1_no_chat_without_chatml(tmp_path):
     train_tokenizer('gpt-2', tmp_path)
     assert tok.hf_tokenizer(tmp_path).chat_ids(CHAT)[0]
     for template in ('{{ bos_token }}[INST]', "{{ bos_token + '<|im_start|>' }}"):
@@ -1234,7 +1234,7 @@ BAD = [
 ]
 
 
-def test_what_would_change_ids_is_refused(tmp_path):
+def test_10_5_what_would_change_ids_is_refused(tmp_path):
     good = train_tokenizer('gpt-2', tmp_path)
     path = tmp_path / 'tokenizer.json'
     for key, value, message in BAD:
@@ -1268,14 +1268,14 @@ def test_what_would_change_ids_is_refused(tmp_path):
         tok.hf_tokenizer(tmp_path / 'absent')
 
 
-def test_a_word_that_no_merges_make_but_tiktoken_would_is_refused():
+def test_10_5_a_word_that_no_merges_make_but_tiktoken_would_is_refused():
     vocab = {c: i for i, c in enumerate(sorted(tok.UNSPELL))} | {'bb': 256, 'bba': 257, 'bbba': 258, 'bbb': 259}
     with pytest.raises(UserError, match="tiktoken would make token b'bbba' within words"):
         tok.bpe_tokenizer('x', vocab, ['b b', 'bb a', 'b bba', 'bb b'], {'<|endoftext|>': 260}, tok.GPT2_PATTERN,
                           ignore_merges=True)
 
 
-def test_orders_of_merging_that_tiktoken_cannot_follow(tmp_path):
+def test_10_5_orders_of_merging_that_tiktoken_cannot_follow(tmp_path):
     """Random merges over two letters: refused, or the same ids on every short text."""
     rng, taken = random.Random(0), [0, 0]
     base = {c: i for i, c in enumerate(sorted(tok.UNSPELL))}
@@ -1313,7 +1313,7 @@ def test_orders_of_merging_that_tiktoken_cannot_follow(tmp_path):
     ({'bos': []}, "'bos' must be"), ({'order': [0, 0]}, "'order' must list"), ({'order': [-1]}, "'order' must list"),
     ({'order': []}, "'order' must list"), ({'nfc': 1}, "'nfc' and 'chat'"), ({'system': 5}, "'system' must be"),
     ({'eot': None}, "'eot' and")])
-def test_a_wrong_hf_dict_is_named(change, message, tmp_path):
+def test_10_5_a_wrong_hf_dict_is_named(change, message, tmp_path):
     train_tokenizer('gpt-2', tmp_path)
     d = tok.hf_tokenizer(tmp_path).to_dict()
     with pytest.raises(UserError, match=message):
@@ -1423,7 +1423,7 @@ def assert_same_tensors(ours, theirs, tolerance=1e-4):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_hugging_face_models_compute_the_same_here(name, saved):
+def test_10_5_hugging_face_models_compute_the_same_here(name, saved):
     theirs, folder = saved(name)
     ours, tokenizer = convert.from_hf(folder)
     assert tokenizer is None and all(p.requires_grad for p in ours.parameters())
@@ -1449,7 +1449,7 @@ def test_hugging_face_models_compute_the_same_here(name, saved):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_hugging_face_models_go_out_as_they_came_in(name, saved, tmp_path):
+def test_10_5_hugging_face_models_go_out_as_they_came_in(name, saved, tmp_path):
     theirs, folder = saved(name)
     convert.to_hf(convert.from_hf(folder)[0], tmp_path / 'out')
     before, after = tensors_in(folder), tensors_in(tmp_path / 'out')
@@ -1464,7 +1464,7 @@ def test_hugging_face_models_go_out_as_they_came_in(name, saved, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['llama', 'llama3', 'llama-linear', 'llama-yarn', 'qwen3_moe'])
-def test_config_json_is_read_in_the_spelling_of_transformers_4(name, saved, tmp_path):
+def test_10_5_config_json_is_read_in_the_spelling_of_transformers_4(name, saved, tmp_path):
     _, folder = saved(name)
     new = json.loads((folder / 'config.json').read_text())
     rope = new['rope_parameters']
@@ -1480,14 +1480,14 @@ def test_config_json_is_read_in_the_spelling_of_transformers_4(name, saved, tmp_
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'mixtral', 'qwen3_moe'])
-def test_keys_that_config_json_leaves_out_have_the_defaults_of_transformers(family, tmp_path):
+def test_10_5_keys_that_config_json_leaves_out_have_the_defaults_of_transformers(family, tmp_path):
     (tmp_path / 'bare.json').write_text(json.dumps({'model_type': family}))
     (tmp_path / 'full.json').write_text(transformers.AutoConfig.for_model(family).to_json_string(use_diff=False))
     bare, full = (convert.hf_args(convert.read_json(tmp_path / f'{n}.json')) for n in ('bare', 'full'))
     assert GPTConfig(**bare[1]) == GPTConfig(**full[1])
 
 
-def test_shards_and_16_bits(saved, tmp_path):
+def test_10_5_shards_and_16_bits(saved, tmp_path):
     theirs, folder = saved('llama')
     half = copy.deepcopy(theirs).bfloat16()
     half.save_pretrained(tmp_path / 'half', max_shard_size='60KB')
@@ -1504,7 +1504,7 @@ def test_shards_and_16_bits(saved, tmp_path):
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
 
 
-def test_models_saved_without_a_head_and_with_harmless_buffers(saved, tmp_path):
+def test_10_5_models_saved_without_a_head_and_with_harmless_buffers(saved, tmp_path):
     for name, inner, extra in (('gpt2', 'transformer', 'h.0.attn.bias'),
                                ('llama-gqa-tied', 'model', 'layers.0.self_attn.rotary_emb.inv_freq')):
         theirs, folder = saved(name)
@@ -1522,7 +1522,7 @@ def test_models_saved_without_a_head_and_with_harmless_buffers(saved, tmp_path):
             convert.from_hf(tmp_path / name)
 
 
-def test_fields_of_a_converted_model_can_be_overridden(saved):
+def test_10_5_fields_of_a_converted_model_can_be_overridden(saved):
     theirs, folder = saved('gpt2')
     short, _ = convert.from_hf(folder, block_size=16, dropout=0.1)
     assert short.config.block_size == 16 and short.config.dropout == 0.1
@@ -1551,7 +1551,7 @@ SCRATCH = {
 
 
 @pytest.mark.parametrize('architecture', SCRATCH)
-def test_models_trained_here_compute_the_same_in_transformers(architecture, tmp_path):
+def test_10_5_models_trained_here_compute_the_same_in_transformers(architecture, tmp_path):
     torch.manual_seed(1)
     ours = GPT(GPTConfig(**SCRATCH[architecture] | dict(init_std=0.2))).eval()
     with torch.no_grad():
@@ -1584,7 +1584,7 @@ def test_models_trained_here_compute_the_same_in_transformers(architecture, tmp_
     (dict(pos='learned', norm='layernorm', bias=True), "mlp='swiglu'"),
     (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', n_kv_head=2), 'n_kv_head=2'),
     (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', norm_affine=False), 'norm_affine=False')])
-def test_flags_that_no_architecture_there_has_are_refused(changes, words, tmp_path):
+def test_10_5_flags_that_no_architecture_there_has_are_refused(changes, words, tmp_path):
     with torch.device('meta'):
         model = GPT(GPTConfig(**LLAMA_LIKE | changes))
     with pytest.raises(UserError) as error:
@@ -1592,7 +1592,7 @@ def test_flags_that_no_architecture_there_has_are_refused(changes, words, tmp_pa
     assert words in str(error.value) and '\n' not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
+def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
     ours, _ = convert.from_hf(saved('llama')[1])
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'x').write_text('mine')
@@ -1660,7 +1660,7 @@ def test_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
     ('qwen3_moe', dict(decoder_sparse_step=0), 'decoder_sparse_step=0'),
     ('qwen3_moe', dict(mlp_only_layers=[1]), 'mlp_only_layers'), ('qwen3_moe', dict(mlp_only_layers=3), 'mlp_only'),
     ('mixtral', dict(num_experts_per_tok=9), 'n_expert_active=9')])
-def test_a_config_json_that_we_cannot_honour_is_refused(name, changes, words, saved, tmp_path):
+def test_10_5_a_config_json_that_we_cannot_honour_is_refused(name, changes, words, saved, tmp_path):
     folder = edit(saved(name)[1], tmp_path / 'edited', **changes)
     with pytest.raises(UserError) as error:
         convert.from_hf(folder)
@@ -1712,7 +1712,7 @@ def _index(weight_map):
     (_index(5), 'weight_map'), (_index({}), 'weight_map'), (_index({'a': '../x.safetensors'}), 'weight_map'),
     (_index({'a': 'one.safetensors'}), 'tensor a is missing'), (_index({'a': 'two.safetensors'}), 'two.safetensors'),
     (_index({'model.norm.weight': 'one.safetensors'}), 'only 1 tensors')])
-def test_a_damaged_directory_is_one_line(damage, words, saved, tmp_path):
+def test_10_5_a_damaged_directory_is_one_line(damage, words, saved, tmp_path):
     folder = edit(saved('llama')[1], tmp_path / 'damaged')
     damage(folder)
     with pytest.raises(UserError) as error:
@@ -1779,7 +1779,7 @@ def gguf_model(arch, **more):
 
 @pytest.mark.parametrize('arch, kind', [('llama', 'F32'), ('llama', 'F16'), ('llama', 'Q8_0'), ('qwen2', 'F32'),
                                         ('qwen3', 'F32')])
-def test_gguf_files_compute_the_same_here(arch, kind, tmp_path):
+def test_10_5_gguf_files_compute_the_same_here(arch, kind, tmp_path):
     theirs = gguf_model(arch, tie_word_embeddings=kind == 'F16')
     path = write_gguf(tmp_path / 'm.gguf', theirs, arch, gguf.GGMLQuantizationType[kind])
     ours, tokenizer = convert.load_model(str(path))
@@ -1793,13 +1793,13 @@ def test_gguf_files_compute_the_same_here(arch, kind, tmp_path):
     (dict(llama__expert_count=4), 'llama.expert_count=4'), (dict(llama__rope__dimension_count=8), 'dimension_count=8'),
     (dict(llama__rope__scaling__type='yarn'), "llama.rope.scaling.type='yarn'"),
     (dict(llama__attention__sliding_window=8), 'sliding_window=8')])
-def test_a_gguf_that_we_cannot_honour_is_refused(more, words, tmp_path):
+def test_10_5_a_gguf_that_we_cannot_honour_is_refused(more, words, tmp_path):
     with pytest.raises(UserError) as error:
         convert.from_gguf(write_gguf(tmp_path / 'm.gguf', gguf_model('llama'), **more))
     assert words in str(error.value) and str(tmp_path) in str(error.value) and '\n' not in str(error.value)
 
 
-def test_a_damaged_gguf_is_one_line(tmp_path):
+def test_10_5_a_damaged_gguf_is_one_line(tmp_path):
     path = write_gguf(tmp_path / 'm.gguf', gguf_model('llama'))
     data = path.read_bytes()
     for n in (0, 3, 20, 100, 2000, len(data) // 2, len(data) - 100):
@@ -1817,7 +1817,7 @@ def test_a_damaged_gguf_is_one_line(tmp_path):
         convert.from_gguf(path)
 
 
-def test_smollm2_has_the_weights_that_transformers_reads(smollm2):
+def test_10_5_smollm2_has_the_weights_that_transformers_reads(smollm2):
     ours, tokenizer = convert.from_gguf(smollm2)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     config = transformers.AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
@@ -1840,7 +1840,7 @@ def command(monkeypatch, *args):
     convert.main()
 
 
-def test_the_command_line_goes_both_ways(tmp_path, monkeypatch):
+def test_10_5_the_command_line_goes_both_ways(tmp_path, monkeypatch):
     torch.manual_seed(3)
     ours, tokenizer = GPT(GPTConfig(**LLAMA_LIKE)), bytes_tokenizer()
     (tmp_path / 'run').mkdir()
@@ -1865,7 +1865,7 @@ def test_the_command_line_goes_both_ways(tmp_path, monkeypatch):
     assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
 
 
-def test_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
+def test_10_5_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path))
     monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/')
     monkeypatch.setenv('PIP_RETRIES', '0')
@@ -1932,7 +1932,7 @@ def llmc_bytes(tokens, count=None):
 # writing
 
 
-def test_a_dataset_is_tokens_counts_and_its_tokenizer_the_same_every_time(tmp_path, monkeypatch):
+def test_0_2_a_dataset_is_tokens_counts_and_its_tokenizer_the_same_every_time(tmp_path, monkeypatch):
     train = ['To be,', ['or not', ' to', ' be'], 'ü']
     expected = b'To be,\0or not to be\0' + 'ü'.encode() + b'\0'
     for eot in (True, False):
@@ -1953,7 +1953,7 @@ def test_a_dataset_is_tokens_counts_and_its_tokenizer_the_same_every_time(tmp_pa
     assert contents(folder) == before
 
 
-def test_a_big_vocabulary_takes_four_bytes_a_token(tmp_path):
+def test_0_2_a_big_vocabulary_takes_four_bytes_a_token(tmp_path):
     class Big:
         n_vocab, eot = 1 << 17, 99_999
 
@@ -1968,7 +1968,7 @@ def test_a_big_vocabulary_takes_four_bytes_a_token(tmp_path):
     assert x.tolist() == [[100_003, 99_999, 100_002]] and y.tolist() == [[99_999, 100_002, 99_999]]
 
 
-def test_a_failed_preparation_leaves_the_old_dataset(tmp_path):
+def test_0_2_a_failed_preparation_leaves_the_old_dataset(tmp_path):
     def breaks():
         yield 'some text'
         raise KeyboardInterrupt
@@ -1984,7 +1984,7 @@ def test_a_failed_preparation_leaves_the_old_dataset(tmp_path):
         write_dataset(blocked, bytes_tokenizer(), {'train': ['new']}, '')
 
 
-def test_a_preparation_killed_between_renames_is_seen_to_be_incomplete(tmp_path, monkeypatch):
+def test_0_2_a_preparation_killed_between_renames_is_seen_to_be_incomplete(tmp_path, monkeypatch):
     write_dataset(tmp_path, bytes_tokenizer(), {'train': ['first'], 'val': ['second']}, '')
     replace, calls = Path.replace, []
 
@@ -2008,7 +2008,7 @@ def test_a_preparation_killed_between_renames_is_seen_to_be_incomplete(tmp_path,
 
 @pytest.mark.parametrize('lengths, block', [((97,), 8), ((64,), 8), ((65,), 8), ((50, 9, 8, 3, 131), 8), ((12,), 8),
                                             ((9,), 8), ((1000, 1000), 7), ((17,), 1)])
-def test_an_epoch_draws_every_window_once_and_epochs_together_every_token(tmp_path, lengths, block):
+def test_2_2_an_epoch_draws_every_window_once_and_epochs_together_every_token(tmp_path, lengths, block):
     data = TokenData(numbered(tmp_path, *lengths), 'train', block, vocab_size=sum(lengths))
     ends = np.cumsum(lengths)
     shard_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -2029,7 +2029,7 @@ def test_an_epoch_draws_every_window_once_and_epochs_together_every_token(tmp_pa
     assert len(orders) > (40 if data.n_windows > 4 else 1 if sum(lengths) > block + 1 else 0)
 
 
-def test_a_window_depends_on_seed_and_number_only(tmp_path):
+def test_2_2_a_window_depends_on_seed_and_number_only(tmp_path):
     numbered(tmp_path, 401, 289)  # blocks fit exactly: offsets vary all the same
 
     def draw(first, count, seed=7):
@@ -2047,7 +2047,7 @@ def test_a_window_depends_on_seed_and_number_only(tmp_path):
 
 
 @pytest.mark.parametrize('n', [*range(1, 40), 1000, 4096, 99_991])
-def test_the_order_of_an_epoch_is_a_shuffle_without_a_table(n):
+def test_2_2_the_order_of_an_epoch_is_a_shuffle_without_a_table(n):
     order = [dataset._shuffle(np.arange(n), n, np.full(n, key, np.uint64)) for key in (1, 2)]
     assert all((np.sort(o) == np.arange(n)).all() for o in order)
     if n >= 1000:  # no order left: correlations of n pairs are within a few 1/sqrt(n)
@@ -2055,7 +2055,7 @@ def test_the_order_of_an_epoch_is_a_shuffle_without_a_table(n):
             assert abs(np.corrcoef(a, b)[0, 1]) < 5 / n**0.5
 
 
-def test_ten_billion_tokens_start_at_once(tmp_path):
+def test_2_2_ten_billion_tokens_start_at_once(tmp_path):
     folder = token_folder(tmp_path, [[]] * 100, dtype='uint16', splits={'train': {'tokens': 10**10}})
     for shard in find_shards(folder, 'train'):
         os.truncate(shard, 2 * 10**8)  # a hole: takes no space
@@ -2068,7 +2068,7 @@ def test_ten_billion_tokens_start_at_once(tmp_path):
 
 
 @pytest.mark.parametrize('size', [3, 7, 8, 9, 50])
-def test_documents_shorter_than_equal_to_and_longer_than_the_block(tmp_path, size):
+def test_2_2_documents_shorter_than_equal_to_and_longer_than_the_block(tmp_path, size):
     documents = [chr(65 + i) * size for i in range(12)]
     write_dataset(tmp_path, bytes_tokenizer(), {'train': documents}, '')
     eot = bytes_tokenizer().eot
@@ -2080,7 +2080,7 @@ def test_documents_shorter_than_equal_to_and_longer_than_the_block(tmp_path, siz
     assert len({tuple(r) for r in x.tolist()}) > 3 and (y == eot).any()
 
 
-def test_validation_windows_are_evenly_spaced_and_always_the_same(tmp_path):
+def test_2_6_validation_windows_are_evenly_spaced_and_always_the_same(tmp_path):
     data = TokenData(numbered(tmp_path, 100, 5, 61), 'train', 10, vocab_size=166)
     every = data.fixed(0)
     assert every.tolist() == [*range(0, 90, 10), *range(105, 165, 10)]
@@ -2090,7 +2090,7 @@ def test_validation_windows_are_evenly_spaced_and_always_the_same(tmp_path):
     assert TokenData(tmp_path, 'train', 10, seed=5).fixed(7).tolist() == data.fixed(7).tolist()
 
 
-def test_llmc_shards_are_read_as_they_are(tmp_path, monkeypatch):
+def test_0_2_llmc_shards_are_read_as_they_are(tmp_path, monkeypatch):
     tokens = list(range(100, 160))
     (tmp_path / 'fineweb_train_000001.bin').write_bytes(llmc_bytes(tokens[:30]))
     (tmp_path / 'fineweb_train_000002.bin').write_bytes(llmc_bytes(tokens[30:]))
@@ -2104,7 +2104,7 @@ def test_llmc_shards_are_read_as_they_are(tmp_path, monkeypatch):
     assert TokenData(tmp_path, 'val', 2, vocab_size=50257).batch(0, 1)[1].tolist() == [[50256, 9]]
 
 
-def test_broken_data_is_told_in_one_line(tmp_path):
+def test_0_2_broken_data_is_told_in_one_line(tmp_path):
     def fails(match, split='train', block=8, vocab_size=None):
         with pytest.raises(UserError, match=match) as e:
             TokenData(folder, split, block, vocab_size=vocab_size).batch(0, 1)
@@ -2183,7 +2183,7 @@ def no_proxy(monkeypatch):
 BODY = bytes(range(256)) * 40
 
 
-def test_a_download_goes_on_after_a_broken_connection(tmp_path):
+def test_0_2_a_download_goes_on_after_a_broken_connection(tmp_path):
     target, part = tmp_path / 'f', tmp_path / 'f.part'
     with serve({'/f': BODY}, cut=4000) as (url, requests):
         fetch_url(f'{url}/f', target, size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest())
@@ -2203,7 +2203,7 @@ def test_a_download_goes_on_after_a_broken_connection(tmp_path):
     assert target.read_bytes() == BODY and len(requests) == 2
 
 
-def test_a_wrong_download_never_takes_the_place_of_the_file(tmp_path):
+def test_0_2_a_wrong_download_never_takes_the_place_of_the_file(tmp_path):
     target = tmp_path / 'f'
     target.write_bytes(b'what was there')
     with serve({'/f': BODY}) as (url, _):
@@ -2302,7 +2302,7 @@ def decoded(folder, split):
     return data.tokenizer.decode(np.fromfile(folder / f'{split}.bin', '<u2').tolist())
 
 
-def test_any_text_becomes_a_dataset(house):
+def test_0_2_any_text_becomes_a_dataset(house):
     inputs = house.root / 'in'
     (inputs / 'sub').mkdir(parents=True)
     (inputs / 'b.txt').write_text('second\r\ndocument\r\n', newline='')
@@ -2345,7 +2345,7 @@ def load_script(name):
     return module
 
 
-def test_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch):
+def test_0_2_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch):
     script, path = load_script('text'), tmp_path / 'f'
     monkeypatch.setattr(script, 'PIECE', 400)
     lines = ['Ôh  dear,', '', '  indented (well...)', 'x' * 30, '9 -- "what?"', 'end.'] * 60
@@ -2364,7 +2364,7 @@ def test_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch):
         assert ''.join(pieces) == text.replace('\r\n', '\n') and len(pieces) > 3
 
 
-def test_text_that_is_none_is_refused(house):
+def test_0_2_text_that_is_none_is_refused(house):
     def file(name, data):
         (house.root / name).write_bytes(data)
         return f'text --input={house.root / name} --name=old --tokenizer=bytes '
@@ -2408,7 +2408,7 @@ def fake_works(folder):
     return names
 
 
-def test_shakespeare_is_whole_works_without_what_is_not_his(house):
+def test_0_2_shakespeare_is_whole_works_without_what_is_not_his(house):
     names = fake_works(house.root / 'texts')
     command = f'shakespeare --input={house.root}/texts --tokenizer=bytes'
     assert house(command)[0][0] == 0
@@ -2424,7 +2424,7 @@ def test_shakespeare_is_whole_works_without_what_is_not_his(house):
             PIP_NO_INDEX='1', PIP_FIND_LINKS='', PIP_CONFIG_FILE=os.devnull)
 
 
-def test_tinyshakespeare_is_split_as_in_nanogpt(house):
+def test_0_2_tinyshakespeare_is_split_as_in_nanogpt(house):
     (house.root / 'other.txt').write_text('First Citizen:\n')
     refuses(house, [(['other.txt', 'sha256', 'another file'], 'tinyshakespeare --input=other.txt'),
                     (['absent', 'no such file'], 'tinyshakespeare --input=absent'),
@@ -2441,7 +2441,7 @@ def test_tinyshakespeare_is_split_as_in_nanogpt(house):
     assert len(tokens) == 1_003_854 and len(set(tokens.tolist())) == 65
 
 
-def test_fineweb_shards_are_fetched_checked_and_used_as_they_are(house):
+def test_0_2_fineweb_shards_are_fetched_checked_and_used_as_they_are(house):
     shards = {f'fineweb_{split}_{i:06}.bin': llmc_bytes(list(range(i * 1000, i * 1000 + 900)))
               for split, i in (('val', 0), ('train', 1), ('train', 2))}
     folder = house.root / 'data' / 'fineweb'
@@ -2531,7 +2531,7 @@ def rows_of(run):
     return [json.loads(line) for line in (Path(run) / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_path):
+def test_2_4_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_path):
     status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--max_iters=200', '--eval_interval=100',
                                  '--optimizer=muon', '--learning_rate=1e-2', '--batch_size=16', '--eval_iters=0',
                                  '--out_dir=run', '--tensorboard_log=True')
@@ -2562,7 +2562,7 @@ def test_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_pat
 
 
 @pytest.mark.parametrize('options', [['--optimizer=adamw'], ['--optimizer=muon', '--grad_clip=0']], ids=str)
-def test_resume_is_exact(run_stage, text_data, options):
+def test_4_3_resume_is_exact(run_stage, text_data, options):
     """One run of 8 steps, and one stopped after 3 and 6: the same weights bit for bit, no metric twice."""
     args = [f'--dataset={text_data}', *SMALL, '--dropout=0.2', '--gradient_accumulation_steps=2', *options,
             '--lr_decay_iters=8']
@@ -2579,7 +2579,7 @@ def test_resume_is_exact(run_stage, text_data, options):
     assert not same_weights('whole', 'other')
 
 
-def test_resume_says_what_changed(run_stage, text_data):
+def test_4_3_resume_says_what_changed(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
     run_stage('train', *args, '--dtype=float32')
     status, out, err = run_stage('train', *args, '--init_from=resume', '--max_iters=10', '--batch_size=2',
@@ -2591,7 +2591,7 @@ def test_resume_says_what_changed(run_stage, text_data):
     assert summary['total_seconds'] > summary['seconds'] > 0
 
 
-def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch, run_stage):
+def test_4_4_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch, run_stage):
     run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
     run.world_size = 2
     run.catch_signals()
@@ -2601,7 +2601,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch, run_
     assert run.stopping() == signal.SIGTERM
 
 
-def test_a_new_run_moves_the_old_one_aside(run_stage, text_data):
+def test_4_3_a_new_run_moves_the_old_one_aside(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
     run_stage('train', *args)
     before = weights('run')
@@ -2610,7 +2610,7 @@ def test_a_new_run_moves_the_old_one_aside(run_stage, text_data):
     assert not same_weights('run', 'run.1')
 
 
-def test_weights_of_another_run_are_a_start(run_stage, text_data):
+def test_4_3_weights_of_another_run_are_a_start(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL]
     run_stage('train', *args, '--out_dir=a')
     assert run_stage('train', *args, '--out_dir=b', '--init_from=a', '--max_iters=2')[0] == 0
@@ -2618,7 +2618,7 @@ def test_weights_of_another_run_are_a_start(run_stage, text_data):
     assert rows_of('b')[0]['val/loss'] == last and rows_of('b')[0]['iter'] == 0
 
 
-def test_accumulation_equals_a_large_batch(run_stage, text_data):
+def test_4_2_accumulation_equals_a_large_batch(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--learning_rate=1e-3']
     run_stage('train', *args, '--batch_size=8', '--out_dir=large')
     run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=4', '--out_dir=small')
@@ -2627,7 +2627,7 @@ def test_accumulation_equals_a_large_batch(run_stage, text_data):
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, number, status):
+def test_4_3_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, number, status):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=3000', '--eval_interval=3000', '--lr_schedule=constant']
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -2644,7 +2644,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, nu
     assert same_weights('run', 'whole')
 
 
-def test_learning_rate_schedules_by_hand():
+def test_4_2_learning_rate_schedules_by_hand():
     factor = runtime.lr_factor
     assert [factor(s, 'constant', 3, 10, 0) for s in (0, 1, 2, 3, 99)] == [0.25, 0.5, 0.75, 1, 1]
     assert factor(10, 'cosine', 10, 110, 0.1) == 1 and factor(110, 'cosine', 10, 110, 0.1) == pytest.approx(0.1)
@@ -2655,7 +2655,7 @@ def test_learning_rate_schedules_by_hand():
     assert wsd == pytest.approx([1, 1, 1, 0.5, 0])
 
 
-def test_16_bits_train_close_to_float32(run_stage, text_data):
+def test_0_3_16_bits_train_close_to_float32(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=40', '--eval_interval=40', '--learning_rate=3e-3']
     losses = []
     for dtype in ('float32', 'bfloat16', 'float16'):
@@ -2665,7 +2665,7 @@ def test_16_bits_train_close_to_float32(run_stage, text_data):
     assert torch.load('float16/ckpt.pt', weights_only=True)['scaler']['scale'] > 0
 
 
-def test_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
+def test_4_5_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
     heard = []
     fake = types.SimpleNamespace(Error=ValueError, finish=lambda: heard.append('finish'), id='abc',
                                  init=lambda **k: heard.append(k) or fake,
@@ -2680,7 +2680,7 @@ def test_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
     assert heard[0]['id'] == 'abc' and [step for step, _ in heard[1:-1]] == [10, 10]
 
 
-def test_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
+def test_4_5_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
     run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'auto', 'seed': 1})
     run.progress('step 1')
     run.say('evaluated')
@@ -2698,7 +2698,7 @@ def test_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE],
                          ids=str)
-def test_a_packed_model_computes_the_same(options, dtype):
+def test_3_4_a_packed_model_computes_the_same(options, dtype):
     model, x = tiny(**options).to(dtype), ids(2, 24)
     packed = copy.deepcopy(model).pack()
     assert any(isinstance(m, model_file.PackedLinear) for m in packed.modules())
@@ -2709,7 +2709,7 @@ def test_a_packed_model_computes_the_same(options, dtype):
     assert packed.generate([[1, 2, 3], [4]], 30, temperature=0) == model.generate([[1, 2, 3], [4]], 30, temperature=0)
 
 
-def test_int8_rounds_each_channel_to_its_own_scale():
+def test_3_4_int8_rounds_each_channel_to_its_own_scale():
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -2727,7 +2727,7 @@ def test_int8_rounds_each_channel_to_its_own_scale():
         tiny().pack('int4')
 
 
-def test_int8_costs_a_real_model_less_than_a_hundredth_of_its_perplexity(smollm2):
+def test_3_4_int8_costs_a_real_model_less_than_a_hundredth_of_its_perplexity(smollm2):
     model, tokenizer = convert.from_gguf(smollm2, dtype=torch.bfloat16)
     x = torch.tensor(tokenizer.encode(ENGLISH)[:4 * 513]).view(4, 513)
     with torch.no_grad():
@@ -2736,7 +2736,7 @@ def test_int8_costs_a_real_model_less_than_a_hundredth_of_its_perplexity(smollm2
     assert abs(math.exp(rounded - exact) - 1) < 0.01
 
 
-def test_heads_that_share_keys_attend_alike_in_16_bits():
+def test_3_6_heads_that_share_keys_attend_alike_in_16_bits():
     q, (k, v) = torch.randn(3, 6, 1, 16).bfloat16(), torch.randn(2, 3, 2, 40, 16).bfloat16()
     mask = torch.rand(3, 1, 1, 40) > 0.3
     for m in (None, mask):
@@ -2753,7 +2753,7 @@ def talker(folder, **options):
     return folder
 
 
-def test_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
+def test_10_5_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
     convert.to_hf(tiny(vocab_size=260, block_size=32, mlp='gelu_tanh'), tmp_path / 'hf', bytes_tokenizer())
     tokenizer = get_tokenizer(str(tmp_path / 'hf'))
     splits = {'train': [ENGLISH[:9000]], 'val': [ENGLISH[9000:12000]]}
@@ -2773,7 +2773,7 @@ def test_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
     assert status == 2 and 'model.safetensors' in err and err.count('\n') == 1
 
 
-def test_chat(run_stage, tmp_path, monkeypatch):
+def test_2_5_chat(run_stage, tmp_path, monkeypatch):
     run = talker(tmp_path / 'run', pos='rope')
     seen, stream = [], GPT.stream
     monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(prompts[0])
@@ -2795,7 +2795,7 @@ def test_chat(run_stage, tmp_path, monkeypatch):
     assert run_stage('sample', f'--init_from={run}', *long, '--window=16', '--n_sink=2', '--max_new_tokens=300')[0] == 0
 
 
-def test_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, monkeypatch):
+def test_2_5_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, monkeypatch):
     run = talker(tmp_path / 'run', pos='rope')
     seen, stream = [], GPT.stream
     monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(bytes_tokenizer().decode(prompts[0]))
@@ -2824,7 +2824,7 @@ def test_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, m
     (['--chat=True', '--source=a'], '--chat'),
     (['--interactive=True', '--num_samples=2'], 'num_samples'), (['--n_layer=3'], 'blocks.2'),
     (['--windw=3'], 'window')])
-def test_mistakes_in_generation_are_one_line(run_stage, tmp_path, args, words):
+def test_2_5_mistakes_in_generation_are_one_line(run_stage, tmp_path, args, words):
     run = talker(tmp_path / 'run')
     status, _, err = run_stage('sample', f'--init_from={run}', '--start=a', *args)
     assert status == 2 and err.count('\n') == 1 and words in err
@@ -2884,7 +2884,7 @@ def embedded(model, idx):
 
 @pytest.mark.filterwarnings('ignore:enable_nested_tensor')
 @pytest.mark.parametrize('place', ['pre', 'post'])
-def test_encoder_decoder_equals_torch_transformer(place):
+def test_1_5_encoder_decoder_equals_torch_transformer(place):
     """Logits, loss and every gradient, with sources of 12, 7 and 1 tokens and targets of which some do not count."""
     model = tiny(n_encoder_layer=3, norm_place=place, pos='sinusoidal')
     twin = torch_twin(model).train()  # without dropout the same, but never on the fused path of evaluation
@@ -2909,7 +2909,7 @@ def test_encoder_decoder_equals_torch_transformer(place):
 
 
 @pytest.mark.parametrize('place', ['pre', 'post'])
-def test_pooled_encoder_equals_torch_transformer_encoder(place):
+def test_1_5_pooled_encoder_equals_torch_transformer_encoder(place):
     """causal=False: one vector per text from nn.TransformerEncoder and arithmetic over its real tokens."""
     model = tiny(causal=False, norm_place=place, pos='sinusoidal')
     layer = torch.nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, activation='gelu', batch_first=True,
@@ -2942,7 +2942,7 @@ ENCODED = [options | {'n_encoder_layer': 3} for options in [*VARIANTS[::4], VARI
 
 
 @pytest.mark.parametrize('options', ENCODED, ids=str)
-def test_a_decoder_sees_real_sources_and_its_own_past(options):
+def test_1_5_a_decoder_sees_real_sources_and_its_own_past(options):
     model, idx, source = tiny(**options), ids(2, 11), ids(2, 15, seed=1)
     real = torch.arange(15) < torch.tensor([15, 8])[:, None]
     other = (source + 1) % 61
@@ -2968,7 +2968,7 @@ def test_a_decoder_sees_real_sources_and_its_own_past(options):
 
 
 @pytest.mark.parametrize('options', ENCODED, ids=str)
-def test_cached_encoder_decoder_equals_full_forward(options):
+def test_3_4_cached_encoder_decoder_equals_full_forward(options):
     """Ragged prompts beside ragged sources; rows leave and are doubled; the source is read once."""
     model, x, source = tiny(**options), ids(3, 24), ids(3, 10, seed=1)
     real, lengths = torch.arange(10) < torch.tensor([10, 3, 6])[:, None], [9, 4, 12]
@@ -2988,7 +2988,7 @@ def test_cached_encoder_decoder_equals_full_forward(options):
 
 
 @pytest.mark.parametrize('options', ENCODED, ids=str)
-def test_encoder_decoder_generates_the_same_with_and_without_cache(options):
+def test_3_4_encoder_decoder_generates_the_same_with_and_without_cache(options):
     """Past the block too, and each log-probability is that of the training forward on this row's own source."""
     model = tiny(**options)
     prompts, sources = [[1, 2, 3], [4], ids(20).tolist()], [[5] * 9, ids(24, seed=3).tolist(), [6, 7]]
@@ -3022,14 +3022,14 @@ def test_encoder_decoder_generates_the_same_with_and_without_cache(options):
     (lambda m: m(ids(1, 4)), 'n_encoder_layer'), (lambda m: tiny()(ids(1, 4), source=ids(1, 4)), 'n_encoder_layer'),
     (lambda m: m.encode(ids(1, 25)), 'block_size=24'), (lambda m: m.pool(ids(1, 4)), 'n_encoder_layer'),
     (lambda m: tiny(n_encoder_layer=1, causal=False), 'needs causal=True')])
-def test_impossible_sources_raise_one_sentence(call, words):
+def test_1_5_impossible_sources_raise_one_sentence(call, words):
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         call(tiny(n_encoder_layer=1))
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('options', [{}, dict(norm_place='post', n_kv_head=2, mlp='swiglu')], ids=str)
-def test_flops_of_an_encoder_decoder_equal_torch_counter(options):
+def test_0_4_flops_of_an_encoder_decoder_equal_torch_counter(options):
     """Forward on a target of 24 tokens beside a source as long, a third of forward and backward."""
     model = tiny(n_encoder_layer=3, **options)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
@@ -3064,7 +3064,7 @@ def words_of(data, batch):
 
 
 @pytest.mark.parametrize('n_train', [1, 2, 23])
-def test_an_epoch_of_pairs_has_every_row_once_in_an_order_of_its_own(tmp_path, n_train):
+def test_1_5_an_epoch_of_pairs_has_every_row_once_in_an_order_of_its_own(tmp_path, n_train):
     pairs = write_words(tmp_path, n_train)['train']
     data = PairData(tmp_path, 'train', 10, seed=5)
     assert data.n_rows == n_train and data.n_tokens == sum(len(t) + 1 for _, t in pairs)
@@ -3081,7 +3081,7 @@ def test_an_epoch_of_pairs_has_every_row_once_in_an_order_of_its_own(tmp_path, n
     assert n_train < 23 or words_of(other, other.batch(0, n_train)) != epochs[0]
 
 
-def test_pairs_are_padded_to_the_longest_of_the_batch(tmp_path):
+def test_1_5_pairs_are_padded_to_the_longest_of_the_batch(tmp_path):
     tokenizer = bytes_tokenizer()
     write_pairs(tmp_path, tokenizer, {'train': [('ab', 'xyz'), ('Größe', 'c')], 'val': [('a', 'b')]}, 'test')
     data, eot = PairData(tmp_path, 'train', 8), tokenizer.eot
@@ -3092,7 +3092,7 @@ def test_pairs_are_padded_to_the_longest_of_the_batch(tmp_path):
     assert data.read([0])[2].shape == (1, 2) and data.pair(1) == [list('Größe'.encode()), list(b'c')]
 
 
-def test_validation_pairs_are_evenly_spaced_and_cover_the_split(tmp_path):
+def test_1_5_validation_pairs_are_evenly_spaced_and_cover_the_split(tmp_path):
     pairs = write_words(tmp_path, n_val=40)['val']
     data = PairData(tmp_path, 'val', 10)
     assert data.fixed(0).tolist() == data.fixed(99).tolist() == list(range(40))
@@ -3100,7 +3100,7 @@ def test_validation_pairs_are_evenly_spaced_and_cover_the_split(tmp_path):
     assert words_of(data, data.read(data.fixed(0))) == pairs
 
 
-def test_a_folder_of_pairs_is_found_and_told_from_tokens(tmp_path, text_data):
+def test_1_5_a_folder_of_pairs_is_found_and_told_from_tokens(tmp_path, text_data):
     write_words(tmp_path / 'words')
     assert find_dataset(str(tmp_path / 'words')) == tmp_path / 'words' and kind_of(tmp_path / 'words') == 'pairs'
     assert kind_of(text_data) == 'tokens'
@@ -3125,7 +3125,7 @@ GOOD = '{"source": "abc", "target": "cba"}'
     ('{"source": "abcdefabc", "target": "a"}', 'line 3: its source has 9 tokens, more than block_size=8'),
     ('{"source": "a", "target": "abcdefab"}', 'line 3: its target has 8 tokens and <|endoftext|>, more than block'),
     (None, '2 pairs, but meta.json says 3')], ids=str)
-def test_a_row_that_is_no_pair_is_named(tmp_path, row, words):
+def test_1_5_a_row_that_is_no_pair_is_named(tmp_path, row, words):
     write_words(tmp_path, n_train=3, longest=7)
     (tmp_path / 'train.jsonl').write_text('\n'.join([GOOD, GOOD] + [row] * (row is not None)) + '\n')
     with pytest.raises(UserError, match=re.escape(words)) as error:
@@ -3133,7 +3133,7 @@ def test_a_row_that_is_no_pair_is_named(tmp_path, row, words):
     assert 'train.jsonl' in str(error.value) and '\n' not in str(error.value)
 
 
-def test_incomplete_folders_of_pairs_are_named(tmp_path):
+def test_1_5_incomplete_folders_of_pairs_are_named(tmp_path):
     write_words(tmp_path)
     malformed = 'meta.json: malformed'
     for name, content, words in (('val.jsonl', None, 'val.jsonl: No such file'), ('meta.json', '{', malformed),
@@ -3148,7 +3148,7 @@ def test_incomplete_folders_of_pairs_are_named(tmp_path):
         assert '\n' not in str(error.value)
 
 
-def test_reversed_words_are_prepared(house):
+def test_1_5_reversed_words_are_prepared(house):
     folder = house.root / 'data/reverse'
     small = '--train_pairs=300 --val_pairs=50 --max_length=6 --min_length=2 --letters=5'
 
@@ -3183,7 +3183,7 @@ PAIRS = ['--n_encoder_layer=1', '--n_layer=1', '--n_head=2', '--n_embd=32', '--b
          '--warmup_iters=2', '--sample_tokens=8', '--device=cpu', '--dtype=float32', '--pos=sinusoidal']
 
 
-def test_an_encoder_decoder_learns_pairs_and_answers(run_stage, tmp_path):
+def test_1_5_an_encoder_decoder_learns_pairs_and_answers(run_stage, tmp_path):
     """Two letters, reversed: every word of one to three is in the training part, so all answers can be right."""
     words = [a + b + c for a in ('', 'a', 'b') for b in ('', 'a', 'b') for c in ('a', 'b')]
     pairs = [(word, word[::-1]) for word in dict.fromkeys(words)]
@@ -3210,7 +3210,7 @@ def test_an_encoder_decoder_learns_pairs_and_answers(run_stage, tmp_path):
         assert status == 2 and words in err and err.count('\n') == 1, err
 
 
-def test_exact_match_counts_whole_answers(tmp_path, monkeypatch):
+def test_1_5_exact_match_counts_whole_answers(tmp_path, monkeypatch):
     """A model that answers with its source has the palindromes right; a longer or shorter answer is wrong."""
     pairs = [('aba', 'aba'), ('ab', 'ba'), ('abc', 'ab'), ('ab', 'abc'), ('cc', 'cc')]
     write_pairs(tmp_path, get_tokenizer('chars', ['abc']), {'train': pairs, 'val': pairs}, 'test')
@@ -3226,7 +3226,7 @@ def test_exact_match_counts_whole_answers(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('options', [['--optimizer=adamw'], ['--optimizer=muon', '--norm_place=post']], ids=str)
-def test_resume_on_pairs_is_exact(run_stage, pair_data, options):
+def test_1_5_resume_on_pairs_is_exact(run_stage, pair_data, options):
     args = [f'--dataset={pair_data}', *PAIRS, '--dropout=0.2', '--gradient_accumulation_steps=2', *options,
             '--lr_decay_iters=8']
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
@@ -3237,7 +3237,7 @@ def test_resume_on_pairs_is_exact(run_stage, pair_data, options):
     assert last[0] == last[1] and 'val/exact' in last[0]
 
 
-def test_every_micro_batch_takes_the_next_pairs(run_stage, pair_data, monkeypatch):
+def test_1_5_every_micro_batch_takes_the_next_pairs(run_stage, pair_data, monkeypatch):
     drawn, original = [], PairData.batch
     monkeypatch.setattr(PairData, 'batch', lambda self, first, count: drawn.append((first, count))
                         or original(self, first, count))
@@ -3251,7 +3251,7 @@ def test_every_micro_batch_takes_the_next_pairs(run_stage, pair_data, monkeypatc
 
 
 @pytest.mark.parametrize('options', [[], ['--fsdp=True']], ids=str)
-def test_two_processes_on_pairs_equal_one(run_stage, pair_data, tmp_path, options):
+def test_1_5_two_processes_on_pairs_equal_one(run_stage, pair_data, tmp_path, options):
     args = [f'--dataset={pair_data}', *PAIRS, '--gradient_accumulation_steps=2', '--dropout=0.1', '--eval_pairs=0']
     assert run_stage('train', *args, '--out_dir=one')[0] == 0
     torchrun(2, *args, '--out_dir=two', *options, cwd=tmp_path)
@@ -3263,7 +3263,7 @@ def test_two_processes_on_pairs_equal_one(run_stage, pair_data, tmp_path, option
     assert Path('one/samples.txt').read_text() == Path('two/samples.txt').read_text()
 
 
-def test_micro_batches_of_pairs_weigh_by_their_tokens(run_stage, pair_data):
+def test_1_5_micro_batches_of_pairs_weigh_by_their_tokens(run_stage, pair_data):
     args = [f'--dataset={pair_data}', *PAIRS, '--dtype=float32', '--dropout=0', '--optimizer=muon', '--log_interval=1']
     run_stage('train', *args, '--out_dir=one', '--batch_size=8')
     assert run_stage('train', *args, '--out_dir=parts', '--batch_size=2', '--gradient_accumulation_steps=4')[0] == 0
@@ -3273,14 +3273,14 @@ def test_micro_batches_of_pairs_weigh_by_their_tokens(run_stage, pair_data):
 
 @pytest.mark.parametrize('extra', [['--activation_checkpointing=True'], ['--dtype=bfloat16'],
                                    ['--pos=rope', '--n_kv_head=1', '--qk_norm=True']], ids=str)
-def test_variants_train_on_pairs(run_stage, pair_data, extra):
+def test_1_5_variants_train_on_pairs(run_stage, pair_data, extra):
     args = [f'--dataset={pair_data}', *PAIRS, '--max_iters=2', '--eval_interval=2']
     assert run_stage('train', *args, *extra, '--out_dir=run')[::2] == (0, '')
     if '--activation' in extra[0]:
         assert run_stage('train', *args, '--out_dir=plain')[0] == 0 and same_weights('run', 'plain')
 
 
-def test_mistakes_with_pairs_are_one_line(run_stage, pair_data, text_data):
+def test_1_5_mistakes_with_pairs_are_one_line(run_stage, pair_data, text_data):
     long = Path('long')
     write_pairs(long, get_tokenizer('chars', ['ab']), {'train': [('a', 'b')], 'val': [('ab' * 9, 'b')]}, 'x')
     for args, words in (([f'--dataset={pair_data}', *PAIRS, '--n_encoder_layer=0'], 'n_encoder_layer=0 leaves nothing'),
@@ -3303,7 +3303,7 @@ def test_mistakes_with_pairs_are_one_line(run_stage, pair_data, text_data):
     assert status == 2 and 'no encoder' in err and err.count('\n') == 1
 
 
-def test_words_reversed_by_the_small_transformer_run_shortened(run_stage, pair_data):
+def test_1_5_words_reversed_by_the_small_transformer_run_shortened(run_stage, pair_data):
     status, out, err = run_stage('train', ROOT / 'config/reverse.py', f'--dataset={pair_data}', '--out_dir=run',
                                  '--max_iters=2', '--eval_interval=2', '--device=cpu')
     assert (status, err) == (0, '') and '% exact' in out
@@ -3344,7 +3344,7 @@ def logged(run, key):
     return [row[key] for row in rows_of(run) if key in row]
 
 
-def test_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_path):
+def test_4_3_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_path):
     """A run that is killed again and again ends in the same weights and moments, and each time something loads."""
     args = [f'--dataset={text_data}', *DURABLE, '--max_iters=200', '--eval_interval=3', '--eval_iters=1']
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
@@ -3373,7 +3373,7 @@ def test_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_path
 
 
 @pytest.mark.parametrize('links', [True, False])
-def test_at_every_instant_of_a_save_a_checkpoint_is_whole(monkeypatch, tmp_path, links):
+def test_4_3_at_every_instant_of_a_save_a_checkpoint_is_whole(monkeypatch, tmp_path, links):
     """Looks at the directory before and after every call that changes a file, with the three newest versions kept."""
     def state(i):
         return {'model': {'w': torch.full((1000,), float(i))}, 'model_args': {}, 'tokenizer': {}, 'iter': i}
@@ -3417,7 +3417,7 @@ def small_disk(size):
 
 
 @pytest.mark.parametrize('full, last', [((4,), 0), ((6, 8), 1)], ids=['for a while', 'at the end'])
-def test_a_full_disk_costs_a_save_and_no_more(run_stage, text_data, monkeypatch, full, last):
+def test_4_3_a_full_disk_costs_a_save_and_no_more(run_stage, text_data, monkeypatch, full, last):
     args = [f'--dataset={text_data}', *DURABLE, '--eval_interval=2']
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
     save, saved = runtime.Run.save, []
@@ -3441,7 +3441,7 @@ def test_a_full_disk_costs_a_save_and_no_more(run_stage, text_data, monkeypatch,
     assert best['iter'] == torch.load('whole/best.pt', weights_only=True)['iter']
 
 
-def test_a_full_disk_for_logs_does_not_end_a_run(run_stage, text_data, monkeypatch):
+def test_4_3_a_full_disk_for_logs_does_not_end_a_run(run_stage, text_data, monkeypatch):
     log = runtime.Run.log
 
     def on_a_full_disk(run, metrics):
@@ -3454,7 +3454,7 @@ def test_a_full_disk_for_logs_does_not_end_a_run(run_stage, text_data, monkeypat
     assert logged('run', 'lr') and [row['iter'] for row in rows_of('run') if 'lr' in row] == [1, 2, 6, 7, 8]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run_stage, text_data):
+def test_4_3_a_damaged_checkpoint_is_named_and_the_one_before_taken(run_stage, text_data):
     args = [f'--dataset={text_data}', *DURABLE, '--eval_interval=2']
     run_stage('train', *args, '--out_dir=whole')
     run_stage('train', *args, '--out_dir=run', '--max_iters=6', '--lr_decay_iters=8')
@@ -3487,7 +3487,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run_stage, text_
     assert status == 2 and 'run/ckpt.pt' in err and contents(Path('run')) == before  # never from scratch over a run
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run_stage, text_data, monkeypatch):
+def test_4_3_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run_stage, text_data, monkeypatch):
     args = [f'--dataset={text_data}', *DURABLE, '--eval_interval=2', '--out_dir=run']
     run_stage('train', *args)
     before = contents(Path('run'))
@@ -3500,7 +3500,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run_stage, text_
     assert contents(Path('run')) == before and 'going on' not in out
 
 
-def test_an_earlier_run_behind_a_link_is_moved_there(run_stage, text_data, monkeypatch):
+def test_4_3_an_earlier_run_behind_a_link_is_moved_there(run_stage, text_data, monkeypatch):
     Path('disk').mkdir()
     Path('disk/big').mkdir()
     Path('link').symlink_to('disk/big')
@@ -3518,7 +3518,7 @@ def test_an_earlier_run_behind_a_link_is_moved_there(run_stage, text_data, monke
     assert contents(Path('disk/big')) == before
 
 
-def test_another_batch_size_goes_on_in_the_data(run_stage, text_data, monkeypatch):
+def test_4_3_another_batch_size_goes_on_in_the_data(run_stage, text_data, monkeypatch):
     batch, asked = dataset.TokenData.batch, []
 
     def record(self, first, n):
@@ -3532,7 +3532,7 @@ def test_another_batch_size_goes_on_in_the_data(run_stage, text_data, monkeypatc
     assert [w for first, n in asked for w in range(first, first + n)] == list(range(3 * 4 + 2 * 6))
 
 
-def test_as_many_checkpoints_stay_as_asked(run_stage, text_data):
+def test_4_3_as_many_checkpoints_stay_as_asked(run_stage, text_data):
     for keep in (1, 2, 4):
         run_stage('train', f'--dataset={text_data}', *DURABLE, '--eval_interval=2', f'--keep_checkpoints={keep}',
                   f'--out_dir=run{keep}')
@@ -3540,7 +3540,7 @@ def test_as_many_checkpoints_stay_as_asked(run_stage, text_data):
         assert sorted(steps) == [0, 2, 4, 6, 8][-keep:]
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted(run_stage, text_data, monkeypatch):
+def test_2_4_an_update_that_is_not_finite_is_skipped_and_counted(run_stage, text_data, monkeypatch):
     """Losses of inf, then nan, at three steps: weights stay as they were, and the run goes on."""
     args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--eval_interval=1']
     forward, calls, bad = GPT.forward, [], {2: math.inf, 3: math.nan, 5: -math.inf}
@@ -3577,7 +3577,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(run_stage, text_dat
     assert not runtime.not_finite(torch.load('stop/ckpt.pt', weights_only=True))
 
 
-def test_weights_that_are_not_finite_are_never_saved(run_stage, text_data):
+def test_4_3_weights_that_are_not_finite_are_never_saved(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--dtype=float32']
     status, _, err = run_stage('train', *args, '--learning_rate=1e38', '--grad_clip=0', '--max_iters=40',
                                '--warmup_iters=0', '--lr_schedule=constant')
@@ -3586,7 +3586,7 @@ def test_weights_that_are_not_finite_are_never_saved(run_stage, text_data):
         assert not runtime.not_finite(torch.load(path, weights_only=True))
 
 
-def test_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
+def test_4_3_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=100000', '--eval_interval=100000', '--out_dir=run']
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE)
@@ -3625,7 +3625,7 @@ DISTRIBUTED = [*SMALL, '--log_interval=1', '--gradient_accumulation_steps=4', '-
 
 @pytest.mark.parametrize('n, options', [(2, ['--optimizer=adamw']), (2, ['--optimizer=adamw', '--fsdp=True']),
                                         (4, ['--optimizer=muon']), (4, ['--optimizer=muon', '--fsdp=True'])], ids=str)
-def test_processes_share_the_batch_of_one(run_stage, text_data, tmp_path, n, options):
+def test_4_4_processes_share_the_batch_of_one(run_stage, text_data, tmp_path, n, options):
     """1 x 4, 2 x 2 and 4 x 1 micro-batches: the same windows, the same curve; and any may go on with another's run."""
     optimizer, *options = options
     # 50,304 tokens: the loss runs over chunks
@@ -3649,7 +3649,7 @@ def test_processes_share_the_batch_of_one(run_stage, text_data, tmp_path, n, opt
 
 @pytest.mark.parametrize('options', [[], ['--fsdp=True', '--dtype=bfloat16', '--activation_checkpointing=True']],
                          ids=str)
-def test_resume_is_exact_with_three_processes(text_data, tmp_path, options):
+def test_4_4_resume_is_exact_with_three_processes(text_data, tmp_path, options):
     """Three, because two numbers have one sum, whatever their order."""
     args = [f'--dataset={text_data}', *DISTRIBUTED, '--gradient_accumulation_steps=6', '--init_from=auto',
             '--lr_decay_iters=8', *options]
@@ -3659,7 +3659,7 @@ def test_resume_is_exact_with_three_processes(text_data, tmp_path, options):
     assert digest(tmp_path / 'whole') == digest(tmp_path / 'parts')
 
 
-def test_sharded_bfloat16_equals_copied_bfloat16(text_data, tmp_path):
+def test_4_4_sharded_bfloat16_equals_copied_bfloat16(text_data, tmp_path):
     args = [f'--dataset={text_data}', *DISTRIBUTED, '--dtype=bfloat16', '--learning_rate=3e-3', '--max_iters=30',
             '--eval_interval=30']
     torchrun(2, *args, '--out_dir=ddp', cwd=tmp_path)
@@ -3690,7 +3690,7 @@ def workers(launched, run):
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_a_rank_that_dies_costs_nothing(text_data, tmp_path, rank):
+def test_4_4_a_rank_that_dies_costs_nothing(text_data, tmp_path, rank):
     args = [f'--dataset={text_data}', *DURABLE, '--max_iters=150', '--eval_interval=5', '--eval_iters=1',
             f'--out_dir={tmp_path}/run']
     process = launch(2, *args, cwd=tmp_path, options=['--max-restarts=3'])
@@ -3705,7 +3705,7 @@ def test_a_rank_that_dies_costs_nothing(text_data, tmp_path, rank):
 
 
 @pytest.mark.parametrize('options, everyone', [([], False), (['--fsdp=True'], False), ([], True)], ids=str)
-def test_sigterm_to_torchrun_saves(text_data, tmp_path, options, everyone):
+def test_4_4_sigterm_to_torchrun_saves(text_data, tmp_path, options, everyone):
     args = [f'--dataset={text_data}', *DURABLE, '--max_iters=100000', '--eval_interval=100000', '--eval_iters=1',
             '--lr_schedule=constant', *options]
     process = launch(2, *args, '--out_dir=run', cwd=tmp_path)
@@ -3726,7 +3726,7 @@ def test_sigterm_to_torchrun_saves(text_data, tmp_path, options, everyone):
 # ----------------------------------------------------------------------------------------------------------------------
 # less memory, less time
 
-def test_activation_checkpointing_changes_no_weight(run_stage, text_data):
+def test_0_3_activation_checkpointing_changes_no_weight(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--dropout=0.1']
     run_stage('train', *args, '--out_dir=plain')
     assert run_stage('train', *args, '--activation_checkpointing=True', '--out_dir=again')[0] == 0
@@ -3747,7 +3747,7 @@ def test_activation_checkpointing_changes_no_weight(run_stage, text_data):
 
 @pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-6:]], ids=str)
 @pytest.mark.parametrize('recompute', [False, True])
-def test_compile_sees_one_graph(options, recompute, monkeypatch):
+def test_0_3_compile_sees_one_graph(options, recompute, monkeypatch):
     """fullgraph=True raises at a graph break; the loss runs over several chunks."""
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab, device: 16)
     torch._dynamo.reset()
@@ -3767,7 +3767,7 @@ def test_compile_sees_one_graph(options, recompute, monkeypatch):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_muon_equals_torch_muon():
+def test_4_2_muon_equals_torch_muon():
     """Matrices of one shape together, tall ones and wide ones, with decay: what torch computes one by one."""
     ours, theirs = tiny(n_embd=48, n_head=2), tiny(n_embd=48, n_head=2)
     mine = ours.configure_optimizers('muon', muon_lr=0.02, weight_decay=0.1)[1]
@@ -3787,7 +3787,7 @@ def test_muon_equals_torch_muon():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_a_gpu_trains_compiled_in_16_bits_without_waiting(run_stage, text_data, monkeypatch, optimizer):
+def test_0_3_a_gpu_trains_compiled_in_16_bits_without_waiting(run_stage, text_data, monkeypatch, optimizer):
     """From the batch's way to the device to the update nothing makes the host wait for the device."""
     args = [f'--dataset={text_data}', *SMALL, '--device=cuda', '--max_iters=40', '--eval_interval=40',
             '--learning_rate=3e-3', '--log_interval=40', f'--optimizer={optimizer}']
@@ -3838,7 +3838,7 @@ def kept_for_backward(config, recompute):
 
 @pytest.mark.parametrize('options', [dict(n_head=4), LLAMA, LLAMA | dict(n_kv_head=4, mlp='relu2', qk_norm=True)],
                          ids=str)
-def test_computed_memory_is_what_a_small_model_takes(options):
+def test_0_3_computed_memory_is_what_a_small_model_takes(options):
     """Parameters, gradients and moments to the byte; what one more block keeps for the backward pass within 2 %."""
     two, three = (GPTConfig(**dict(n_layer=n, n_embd=96, vocab_size=64, block_size=80) | options) for n in (2, 3))
     for recompute in (False, True):
@@ -3860,7 +3860,7 @@ def test_computed_memory_is_what_a_small_model_takes(options):
     assert [computed[k] / sharded[k] for k in ('parameters', 'gradients')] == [8, 8]
 
 
-def test_collectives_that_overlap_count_once():
+def test_0_4_collectives_that_overlap_count_once():
     spans = [('gloo:all_reduce', 0, 10), ('nccl:all_gather', 5, 12), ('aten::mm', 0, 99), ('gloo:broadcast', 20, 21)]
     events = [types.SimpleNamespace(name=name, time_range=types.SimpleNamespace(start=a, end=b))
               for name, a, b in spans]
@@ -3870,7 +3870,7 @@ def test_collectives_that_overlap_count_once():
 BENCH = ['--repeats=1', '--steps=2', '--device=cpu']
 
 
-def test_bench_measures_training(run_stage, text_data):
+def test_0_4_bench_measures_training(run_stage, text_data):
     status, out, err = run_stage('bench', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--vocab_size=50304',
                                  '--block_size=256', '--profile')
     assert (status, err) == (0, '')
@@ -3881,7 +3881,7 @@ def test_bench_measures_training(run_stage, text_data):
     assert json.loads(Path('out/bench/trace.json').read_text())['traceEvents'] and 'aten::' in out
 
 
-def test_bench_measures_processes(text_data, tmp_path):
+def test_0_4_bench_measures_processes(text_data, tmp_path):
     env = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                            ROOT / 'bench.py', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--fsdp',
@@ -3891,7 +3891,7 @@ def test_bench_measures_processes(text_data, tmp_path):
     assert found['communication ms/step'] > 0 and found['processes'] == 2
 
 
-def test_bench_measures_generation_loading_and_tokenizing(run_stage, text_data):
+def test_0_4_bench_measures_generation_loading_and_tokenizing(run_stage, text_data):
     run_stage('train', *SMALL, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1')
     status, out, err = run_stage('bench', 'sample', '--init_from=run', *BENCH, '--contexts=4', '--contexts=16',
                                  '--contexts=64', '--batches=1', '--batches=3', '--max_new_tokens=8')
@@ -3907,7 +3907,7 @@ def test_bench_measures_generation_loading_and_tokenizing(run_stage, text_data):
     assert status == 0 and out.count('8 GPUs, FSDP, checkpointing') == 3
 
 
-def test_bench_compares_checkouts(run_stage, text_data, tmp_path):
+def test_0_4_bench_compares_checkouts(run_stage, text_data, tmp_path):
     other = tmp_path / 'other'
     other.mkdir()
     for path in (*ROOT.glob('*.py'), ROOT / 'config'):
@@ -3925,12 +3925,12 @@ def test_bench_compares_checkouts(run_stage, text_data, tmp_path):
     (['sample', '--contexts=2000'], 'block_size'), (['tokenizer', '--input=nowhere'], 'nowhere'),
     (['train', '--stpes=3'], 'did you mean steps'), (['data', '--dataset=nowhere'], 'nowhere'),
     (['train', '--n_head=5', '--n_embd=32'], 'n_embd=32')])
-def test_bench_mistakes_are_one_line(run_stage, args, words):
+def test_0_4_bench_mistakes_are_one_line(run_stage, args, words):
     status, _, err = run_stage('bench', *args)
     assert status == 2 and err.count('\n') == 1 and words in err and not Path('out').exists()
 
 
-def test_bench_sample_against_transformers(run_stage, tmp_path):
+def test_0_4_bench_sample_against_transformers(run_stage, tmp_path):
     """What is generated is the same, so the times are of the same work."""
     run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
     status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=1',
@@ -3943,7 +3943,7 @@ def test_bench_sample_against_transformers(run_stage, tmp_path):
         assert row['ratio'] == pytest.approx(row['ours tokens/s'] / row['transformers tokens/s'], rel=1e-3)
 
 
-def test_bench_stream(run_stage, tmp_path):
+def test_0_4_bench_stream(run_stage, tmp_path):
     run = talker(tmp_path / 'run', pos='rope', block_size=64)
     (tmp_path / 'text.txt').write_text(ENGLISH[:4000])
     args = ['stream', f'--init_from={run}', '--window=16', '--input=text.txt', '--dtype=float32', '--device=cpu']
@@ -3964,7 +3964,7 @@ def test_bench_stream(run_stage, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # knobs
 
-def test_knobs_from_config_and_command_line(tmp_path, monkeypatch):
+def test_0_1_knobs_from_config_and_command_line(tmp_path, monkeypatch):
     stage = tmp_path / 'stage.py'
     stage.write_text('"""Doc."""\nbatch_size = 4  # rows\nrate = 0.1  # speed\nname = "a"  # word\nflag = False  # on\n'
                      'files = []  # many\nLIMIT = 3\n_hidden = 1\n')
@@ -3998,7 +3998,7 @@ def test_knobs_from_config_and_command_line(tmp_path, monkeypatch):
             configure(config)
 
 
-def test_help_prints_every_knob_with_its_comment(run_stage):
+def test_0_1_help_prints_every_knob_with_its_comment(run_stage):
     status, out, _ = run_stage('train', '--help')
     assert status == 0 and '--out_dir=' in out and '--n_kv_head=' in out
     for line in (ROOT / 'train.py').read_text().split('def ')[0].splitlines():
@@ -4031,7 +4031,7 @@ def test_help_prints_every_knob_with_its_comment(run_stage):
     (['--sample_start=' + 'long ' * 20], 'block_size=32'),
     (['--seed=-1'], 'seed=-1'),
 ], ids=lambda a: str(a[0]) if isinstance(a, list) else '')
-def test_bad_knobs(run_stage, text_data, args, words):
+def test_0_1_bad_knobs(run_stage, text_data, args, words):
     Path('run').mkdir()
     Path('run/ckpt.pt').write_bytes(b'an earlier run')
     status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', *args)
@@ -4054,7 +4054,7 @@ def damage(folder, kind):
 
 @pytest.mark.parametrize('kind, words', [('truncated', 'train.bin'), ('id', 'val.bin'), ('meta', 'meta.json'),
                                          ('tokenizer', 'tokenizer.json')])
-def test_damaged_data(run_stage, text_data, kind, words):
+def test_0_2_damaged_data(run_stage, text_data, kind, words):
     folder = shutil.copytree(text_data, 'data')
     damage(Path(folder), kind)
     Path('run').mkdir()
@@ -4065,7 +4065,7 @@ def test_damaged_data(run_stage, text_data, kind, words):
     assert contents(Path('run')) == {'run/best.pt': b'an earlier run'}
 
 
-def test_checkpoints_that_do_not_fit(run_stage, text_data):
+def test_4_3_checkpoints_that_do_not_fit(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL]
     run_stage('train', *args, '--out_dir=run')
     good = Path('run/ckpt.pt').read_bytes()
@@ -4105,7 +4105,7 @@ class Trap:
         return os.mkdir, ('trapped',)
 
 
-def test_a_checkpoint_cannot_run_code(run_stage):
+def test_4_3_a_checkpoint_cannot_run_code(run_stage):
     Path('evil').mkdir()
     torch.save({'model': {}, 'model_args': {}, 'tokenizer': {}, 'iter': 0, 'x': Trap()}, 'evil/ckpt.pt')
     status, _, err = run_stage('sample', '--init_from=evil')
@@ -4113,7 +4113,7 @@ def test_a_checkpoint_cannot_run_code(run_stage):
 
 
 @pytest.mark.parametrize('pos', ['learned', 'rope'])
-def test_starts_of_samples(run_stage, text_data, pos, monkeypatch):
+def test_2_5_starts_of_samples(run_stage, text_data, pos, monkeypatch):
     run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', f'--pos={pos}', '--max_iters=1')
     sample = ['sample', '--init_from=run', '--device=cpu', '--max_new_tokens=40', '--temperature=1']
     Path('prompt.txt').write_text('Größe', encoding='utf-8')
@@ -4136,7 +4136,7 @@ def test_starts_of_samples(run_stage, text_data, pos, monkeypatch):
         assert (status, out) == (2, '') and words in err and err.count('\n') == 1
 
 
-def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch):
+def test_2_5_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch):
     run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')
     seen = []
     original = GPT.stream
@@ -4149,7 +4149,7 @@ def test_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch
     assert len(seen[1]) >= len(b'one\ntwo\n') + 1 and bytes(seen[1][-4:]) == b'two\n'
 
 
-def test_small_configs_run_shortened(run_stage, text_data):
+def test_0_1_small_configs_run_shortened(run_stage, text_data):
     """config/*.py name only knobs that exist, with values that go together."""
     for config in sorted((ROOT / 'config').glob('*.py')):
         if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill')):
@@ -4160,7 +4160,7 @@ def test_small_configs_run_shortened(run_stage, text_data):
 
 
 @pytest.mark.parametrize('config, parameters', [('gpt2', 124_475_904), ('gpt2_modern', 162_201_600)])
-def test_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
+def test_2_4_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
     """The whole model at its whole context, on a shard as llm.c writes them; only fewer windows, and not compiled."""
     Path('fineweb').mkdir()
     for split in ('train', 'val'):
@@ -4223,7 +4223,7 @@ def conversations(arrays):
     return found
 
 
-def test_only_what_the_assistant_says_is_learned():
+def test_6_2_only_what_the_assistant_says_is_learned():
     rows = [{'messages': [turn('system', 'Be'), turn('user', 'Hi'), turn('assistant', 'Yo'), turn('user', '?'),
                           turn('assistant', 'No')], 'where': 'x'}, chat('a', 'b')]
     prompt = [START, *b'system\nBe', END, 10, START, *b'user\nHi', END, 10, START, *b'assistant\n']
@@ -4249,7 +4249,7 @@ def test_only_what_the_assistant_says_is_learned():
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
-def test_rows_equal_the_template_and_mask_of_transformers(kind, tmp_path):
+def test_6_1_rows_equal_the_template_and_mask_of_transformers(kind, tmp_path):
     ours = bytes_tokenizer() if kind == 'bytes' else train_bpe('What is it? It is 4, and that is it.\n' * 20, 300)
     ours.to_hf(tmp_path)
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -4275,7 +4275,7 @@ def test_rows_equal_the_template_and_mask_of_transformers(kind, tmp_path):
         assert data.prompt(row) == ids[:last]
 
 
-def test_rows_that_are_too_long_are_left_out_or_cut_and_counted():
+def test_6_2_rows_that_are_too_long_are_left_out_or_cut_and_counted():
     # 'a' makes 22 inputs with 'b', of which 21 and 22 have targets; every more letter of the prompt or answer one more
     rows = [chat('a', 'b'), chat('aaaaaa', 'b'), chat('a', 'bcdefg'), chat('a' * 30, 'b')]
     tokenizer = bytes_tokenizer()
@@ -4296,7 +4296,7 @@ def test_rows_that_are_too_long_are_left_out_or_cut_and_counted():
             ChatData(rows, tokenizer, 9, too_long=how)
 
 
-def test_packed_rows_are_the_rows_themselves():
+def test_6_2_packed_rows_are_the_rows_themselves():
     rows = random_chats(60)
     for n, size in ((60, 300), (60, 1000), (1, 300)):
         plain, packed = (ChatData(rows[:n], bytes_tokenizer(), size, pack=pack) for pack in (False, True))
@@ -4313,7 +4313,7 @@ def test_packed_rows_are_the_rows_themselves():
                 assert data.n_targets(first, count) == (data.batch(first, count)[1] != -100).sum()
 
 
-def test_every_epoch_has_every_row_once_packed_or_not():
+def test_6_2_every_epoch_has_every_row_once_packed_or_not():
     plain, packed = (ChatData(random_chats(37), bytes_tokenizer(), 400, pack=pack) for pack in (False, True))
     everything = sorted(conversations(plain.read(np.arange(plain.n_rows))))
     orders, block = [], 0
@@ -4331,7 +4331,7 @@ def test_every_epoch_has_every_row_once_packed_or_not():
 
 @pytest.mark.parametrize('pack', [False, True])
 @pytest.mark.parametrize('curriculum', [False, True])
-def test_an_item_depends_on_seed_and_number_only(pack, curriculum, monkeypatch):
+def test_6_2_an_item_depends_on_seed_and_number_only(pack, curriculum, monkeypatch):
     monkeypatch.setattr(dataset, 'CHUNK_ROWS', 16)  # many chunks, which cross epochs
 
     def fresh(seed=5):
@@ -4355,7 +4355,7 @@ def test_an_item_depends_on_seed_and_number_only(pack, curriculum, monkeypatch):
         assert sorted(sum(sum((straight._chunk(c) for c in range(5)), []), [])) == sorted(rows)
 
 
-def test_blocks_are_full_and_come_in_an_order_of_their_own():
+def test_6_2_blocks_are_full_and_come_in_an_order_of_their_own():
     draw = random.Random(0)
     rows = [chat('q' * draw.randint(20, 150), f'{i}') for i in range(3000)]
     data = ChatData(rows, bytes_tokenizer(), 512, pack=True)
@@ -4369,14 +4369,14 @@ def test_blocks_are_full_and_come_in_an_order_of_their_own():
     assert conversations(data.batch(0, 1)) != conversations(data.batch(ends[1], 1))
 
 
-def test_best_fit_puts_each_where_it_leaves_least_room():
+def test_6_2_best_fit_puts_each_where_it_leaves_least_room():
     # by hand: 7 | 6 | 5 -> new | 4 beside 6 (7 leaves 3) | 3 beside 7 | 3 beside 5 | 2 beside 5 and 3 | 2 -> new
     lengths = np.array([4, 7, 2, 3, 6, 5, 3, 2])
     assert dataset.best_fit(lengths, 10) == [[1, 3], [4, 0], [5, 6, 2], [7]]
     assert dataset.best_fit(np.array([10, 10]), 10) == [[0], [1]] and dataset.best_fit(np.array([1]), 9) == [[0]]
 
 
-def test_a_curriculum_starts_with_easy_rows_and_ends_with_all():
+def test_6_3_a_curriculum_starts_with_easy_rows_and_ends_with_all():
     n, count, start = 80, 1000, 0.5
     data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3)
     before = data.rows(0, 3 * n).tolist()
@@ -4404,7 +4404,7 @@ def test_a_curriculum_starts_with_easy_rows_and_ends_with_all():
     assert max(rank[row] for block in data.blocks(0, 10) for row in block) < 44.5
 
 
-def test_held_out_rows_are_evenly_spaced():
+def test_6_4_held_out_rows_are_evenly_spaced():
     data = ChatData([chat(f'{i}') for i in range(40)], bytes_tokenizer(), 64)
     assert data.fixed(8).tolist() == list(range(0, 40, 5))
     assert data.fixed(0).tolist() == data.fixed(99).tolist() == list(range(40))
@@ -4422,7 +4422,7 @@ def lines(path, rows):
     return path
 
 
-def test_three_shapes_of_rows_are_one(tmp_path):
+def test_6_1_three_shapes_of_rows_are_one(tmp_path):
     system = turn('system', 'Be')
     rows = [GOOD_ROW, {'instruction': 'Add', 'input': '1 2', 'output': '3', 'id': 7},
             {'instruction': 'Hi', 'output': 'Yo'},
@@ -4470,7 +4470,7 @@ def test_three_shapes_of_rows_are_one(tmp_path):
     ({**GOOD_ROW, 'steps': True}, '"steps" is True'),
     ({**GOOD_ROW, 'grader': 'judge'}, "\"grader\" is 'judge', not one"),
     ({**GOOD_ROW, 'answer': '\udfff'}, 'half a surrogate')], ids=lambda x: str(x)[:30])
-def test_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
+def test_6_1_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
     path = lines(tmp_path / 'x.jsonl', [GOOD_ROW, row, GOOD_ROW])
     with pytest.raises(UserError, match=re.escape(f'{path}, line 2: ') + '.*' + re.escape(words)) as error:
         read_chats(path)
@@ -4491,7 +4491,7 @@ def test_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
     ('x.json', b'', 'not a JSON list'), ('x.json', b'{}', 'not a JSON list (but dict)'),
     ('x.json', b'{"a": 1}\n{"a": 2}', 'line .jsonl'), ('x.json', b'["\xff"]', 'not a JSON list'),
     ('x.jsonl', None, 'No such file')], ids=str)
-def test_a_file_without_chats_is_named(name, content, words, tmp_path):
+def test_6_1_a_file_without_chats_is_named(name, content, words, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     for strict in (True, False):
@@ -4500,7 +4500,7 @@ def test_a_file_without_chats_is_named(name, content, words, tmp_path):
         assert '\n' not in str(error.value)
 
 
-def test_a_single_file_is_split_by_prompts(tmp_path):
+def test_6_1_a_single_file_is_split_by_prompts(tmp_path):
     rows = [chat(f'{i % 50}', f'{i}') for i in range(200)]
     path = str(lines(tmp_path / 'x.jsonl', rows))
     train, val = (load_chats(path, split)[0] for split in ('train', 'val'))
@@ -4525,7 +4525,7 @@ def test_a_single_file_is_split_by_prompts(tmp_path):
         f'"completion"']
 
 
-def test_a_folder_of_chats_is_found_and_told_from_tokens_and_pairs(tmp_path, text_data, monkeypatch):
+def test_6_1_a_folder_of_chats_is_found_and_told_from_tokens_and_pairs(tmp_path, text_data, monkeypatch):
     folder = tmp_path / 'mine'
     lines(folder / 'train.jsonl', [chat('a'), chat('b')])
     assert find_dataset(str(folder)) == folder and kind_of(folder) == 'chats' and kind_of(text_data) == 'tokens'
@@ -4563,7 +4563,7 @@ def test_a_folder_of_chats_is_found_and_told_from_tokens_and_pairs(tmp_path, tex
         find_dataset('ownn')
 
 
-def test_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path):
+def test_0_1_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path):
     lines(tmp_path / 'mine' / 'train.jsonl', [chat()])
     for options in (SMALL, PAIRS):
         status, _, err = run_stage('train', f'--dataset={tmp_path / "mine"}', *options, '--out_dir=run')
@@ -4582,17 +4582,17 @@ def test_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path):
     ('3\n4 apples.', 4), ('12,345,6', 6), ('1234,567', 567), ('1,2345', 2345), ('007', 7), ('a - 3', 3), ('= -3', -3),
     ('1.50', Fraction(3, 2)), ('9' * 5000, None), ('1' * 400, (10 ** 400 - 1) // 9), ('٣', None), ('5, or so', 5),
     ('2020-01-05', 5)], ids=lambda x: str(x)[:20])
-def test_the_last_number_by_hand(text, number):
+def test_6_4_the_last_number_by_hand(text, number):
     assert last_number(text) == number
 
 
-def test_thoughts_do_not_count():
+def test_6_4_thoughts_do_not_count():
     assert visible(' a <think>b\nc</think> d <think></think>e ') == 'a  d e'
     assert visible('a<think>b') == 'a' and visible('<think>a</think>b<think>c</think') == 'b' and visible('') == ''
     assert grade('<think>5</think>4', '4', 'number') and not grade('4 <think>5', '5', 'number')
 
 
-def test_answers_are_graded():
+def test_6_4_answers_are_graded():
     for text, gold, grader, right in (
             ('It is 1,200.', '1200', 'number', True), ('It is 1200.0', 1200, 'number', True),
             ('0.5', '1/2', 'number', True), ('12', '1200', 'number', False), ('none', '3', 'number', False),
@@ -4604,13 +4604,13 @@ def test_answers_are_graded():
         grade('a', 'b', 'judge')
 
 
-def test_normalised_text_is_squads():
+def test_6_4_normalised_text_is_squads():
     assert normalise(' The  "Cat", an animal\tof A-Z!') == 'cat animal of az'
     assert normalise('Theatre another AN') == 'theatre another' and normalise("it's") == 'its'
     assert normalise('The.') == ''
 
 
-def test_f1_of_words_by_hand():
+def test_6_4_f1_of_words_by_hand():
     # 'cat sat on mat' has 3 of 4 words of 'cat on mat', which all are in it: 2 · 3/4 · 1 / (7/4) = 6/7
     assert token_f1('The cat sat on the mat.', 'a cat on a mat') == pytest.approx(6 / 7)
     assert token_f1('a b b c', 'b c c') == pytest.approx(2 * 2 / (3 + 3))  # 'a' is an article; b and c once each
@@ -4618,7 +4618,7 @@ def test_f1_of_words_by_hand():
     assert token_f1('Denver Broncos!', 'denver broncos') == 1
 
 
-def test_rouge_l_by_hand():
+def test_6_4_rouge_l_by_hand():
     # Lin 2004, section 3.1: of 'police killed the gunman', 'police kill the gunman' has 3/4, the other 2/4
     assert rouge_l('police kill the gunman', 'police killed the gunman') == pytest.approx(3 / 4)
     assert rouge_l('the gunman kill police', 'Police killed the gunman.') == pytest.approx(2 / 4)
@@ -4634,7 +4634,7 @@ def test_rouge_l_by_hand():
         assert rouge_l(' '.join(a), ' '.join(b)) == pytest.approx(2 * common / (len(a) + len(b)))
 
 
-def test_intervals_are_those_published():
+def test_6_4_intervals_are_those_published():
     # 8 of 10, as in every table of Wilson's; 0 of 10 has 0 to z^2 / (n + z^2) = 3.8415 / 13.8415
     assert interval([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=5e-5)
     assert interval([0.0] * 10) == pytest.approx((0, 0.27753), abs=5e-5) and interval([0])[0] == 0
@@ -4644,7 +4644,7 @@ def test_intervals_are_those_published():
     assert interval([0.3]) == (0.3, 0.3)
 
 
-def test_pass_at_k_counts_subsets():
+def test_6_4_pass_at_k_counts_subsets():
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             picks = [*itertools.combinations([1] * c + [0] * (n - c), k)]
@@ -4670,7 +4670,7 @@ def question(row):
 # ----------------------------------------------------------------------------------------------------------------------
 # writing rows
 
-def test_rows_are_lines_of_json_counted_and_without_a_tokenizer(tmp_path):
+def test_0_2_rows_are_lines_of_json_counted_and_without_a_tokenizer(tmp_path):
     rows = [{'messages': [{'role': 'user', 'content': 'ü?\n'}], 'n': 1}, {'messages': []}]
     lines = [b'{"messages": [{"role": "user", "content": "\xc3\xbc?\\n"}], "n": 1}\n', b'{"messages": []}\n']
     meta = write_rows(tmp_path, {'train': iter(rows), 'val': rows[1:], 'test': rows[:1]}, 'by hand')
@@ -4683,7 +4683,7 @@ def test_rows_are_lines_of_json_counted_and_without_a_tokenizer(tmp_path):
     assert set(meta) == {'splits', 'source', 'sha256'} and (meta['source'], meta['sha256']) == ('by hand', digest)
 
 
-def test_rows_that_cannot_all_be_written_leave_what_was_there(tmp_path):
+def test_0_2_rows_that_cannot_all_be_written_leave_what_was_there(tmp_path):
     def breaks():
         yield {'a': 2}
         raise KeyboardInterrupt
@@ -4696,7 +4696,7 @@ def test_rows_that_cannot_all_be_written_leave_what_was_there(tmp_path):
         assert contents(tmp_path) == before
 
 
-def test_a_text_alone_decides_its_fraction():
+def test_0_2_a_text_alone_decides_its_fraction():
     places = [fraction_of(f'text {i}') for i in range(4000)]
     assert places == [fraction_of(f'text {i}') for i in range(4000)] and 0 <= min(places) <= max(places) < 1
     assert all(abs(sum(place < share for place in places) - share * 4000) < 110 for share in (0.05, 0.1, 0.5, 0.9))
@@ -4729,7 +4729,7 @@ def equations(row):
             (m.groups() for m in found)], visible
 
 
-def test_every_equation_is_true_and_the_last_gives_the_answer(problems):
+def test_6_5_every_equation_is_true_and_the_last_gives_the_answer(problems):
     for row in all_rows(problems):
         steps, visible = equations(row)
         for x, op, y, result, rest in steps:
@@ -4744,7 +4744,7 @@ def test_every_equation_is_true_and_the_last_gives_the_answer(problems):
         assert [m['role'] for m in row['messages']] == ['user', 'assistant']
 
 
-def test_a_remainder_answers_what_is_left_and_a_quotient_what_each_gets(problems):
+def test_6_5_a_remainder_answers_what_is_left_and_a_quotient_what_each_gets(problems):
     seen = Counter()
     for row in all_rows(problems):
         (*_, (*_, quotient, rest)), _ = equations(row)
@@ -4758,7 +4758,7 @@ def test_a_remainder_answers_what_is_left_and_a_quotient_what_each_gets(problems
 WORDS = {'half as many': 2, 'equally with': 2, 'The three share': 3}
 
 
-def test_the_equations_use_the_numbers_of_the_question(problems):
+def test_6_5_the_equations_use_the_numbers_of_the_question(problems):
     """Each number of the question comes in, and what comes in is of the question, an earlier result or in words."""
     for row in all_rows(problems):
         given, used = Counter(map(int, re.findall(r'\d+', question(row)))), Counter()
@@ -4773,13 +4773,13 @@ def test_the_equations_use_the_numbers_of_the_question(problems):
         assert unused <= ({2} if 'weekend' in question(row) else set()), row
 
 
-def test_numbers_stay_small(problems):
+def test_6_5_numbers_stay_small(problems):
     for row in all_rows(problems):
         for x, op, y, result, _ in equations(row)[0]:
             assert max(x, y, result) <= 180 and (op != '/' or result <= 20), row
 
 
-def test_a_problem_solved_by_hand_is_solved_so_by_its_plan(problems):
+def test_6_5_a_problem_solved_by_hand_is_solved_so_by_its_plan(problems):
     solve, templates = problems[0].solve, problems[0].read_templates()
     for words, numbers, answer in (
             ('half as many', dict(a=12), {'s': 6, 't': 18}), ('4 legs. How many legs do', dict(a=7), {'s': 28}),
@@ -4793,7 +4793,7 @@ def test_a_problem_solved_by_hand_is_solved_so_by_its_plan(problems):
         assert (values and {k: v for k, v in values.items() if k and k not in numbers}) == answer, words
 
 
-def test_splits_of_word_problems_share_no_question_no_name_and_no_template(problems):
+def test_6_5_splits_of_word_problems_share_no_question_no_name_and_no_template(problems):
     script, rows = problems
     questions = {split: {question(row) for row in rows[split]} for split in rows}
     assert {split: len(found) for split, found in questions.items()} == {'train': 8000, 'val': 1500, 'test': 1000}
@@ -4812,13 +4812,13 @@ def test_splits_of_word_problems_share_no_question_no_name_and_no_template(probl
     assert not shapes['test'] & (shapes['train'] | shapes['val']) and shapes['train'] & shapes['val']
 
 
-def test_the_same_numbers_of_a_template_are_never_in_both_train_and_val(problems):
+def test_6_5_the_same_numbers_of_a_template_are_never_in_both_train_and_val(problems):
     books = {split: {tuple(re.findall(r'\d+', question(row))) for row in problems[1][split]
                      if 'is reading a book' in question(row)} for split in ('train', 'val')}
     assert len(books['train']) > 50 and len(books['val']) > 10 and not books['train'] & books['val']
 
 
-def test_word_problems_have_many_templates_kinds_and_words(problems):
+def test_6_5_word_problems_have_many_templates_kinds_and_words(problems):
     script, rows = problems
     templates = script.read_templates()
     kinds = {'addition', 'multiplication', 'sharing', 'comparison', 'money', 'time', 'mixed'}
@@ -4834,7 +4834,7 @@ def test_word_problems_have_many_templates_kinds_and_words(problems):
     assert len(set(objects)) == len(objects) >= 80
 
 
-def test_word_problems_are_clean_english(problems):
+def test_6_5_word_problems_are_clean_english(problems):
     texts = [text for row in all_rows(problems) for text in (question(row), row['messages'][1]['content'])]
     for text in texts:
         assert not re.search(r'[{}\[\]|;]|  | [.,?]|[.,?]{2}|\b(\w+) \1\b(?! =)|[.?][A-Za-z]', text), text
@@ -4855,13 +4855,13 @@ def test_word_problems_are_clean_english(problems):
     ('apple', 'apples'), ('box', 'boxes'), ('cherry', 'cherries'), ('day', 'days'), ('person', 'people'),
     ('toy car', 'toy cars'), ('peach', 'peaches'), ('radish', 'radishes'), ('sheep', 'sheep'), ('goose', 'geese'),
     ('potato', 'potatoes'), ('bus', 'buses'), ('class', 'classes'), ('granola bar', 'granola bars')])
-def test_a_count_goes_with_its_noun(problems, one, many):
+def test_6_5_a_count_goes_with_its_noun(problems, one, many):
     assert problems[0].plural(one) == many
     assert problems[0].phrase('a toy', {'a': 1, 'toy': one}, None) == f'1 {one}'
     assert problems[0].phrase('a toy', {'a': 7, 'toy': one}, None) == f'7 {many}'
 
 
-def test_pronouns_are_those_of_the_person(problems):
+def test_6_5_pronouns_are_those_of_the_person(problems):
     script = problems[0]
     for row in all_rows(problems):
         found = re.findall(r'\b(she|her|he|him|his)\b', question(row), re.I)
@@ -4874,7 +4874,7 @@ def test_pronouns_are_those_of_the_person(problems):
             assert people[begins[1]] == begins[2].lower(), row
 
 
-def test_word_problems_are_prepared(house):
+def test_6_5_word_problems_are_prepared(house):
     folder, small = house.root / 'data/wordproblems', 'wordproblems --train_rows=300 --val_rows=60 --test_rows=70'
     assert house(small)[0][::2] == (0, '')
     assert [len(read_rows(folder, split)) for split in ('train', 'val', 'test')] == [300, 60, 70]
@@ -4896,7 +4896,7 @@ def test_word_problems_are_prepared(house):
                     (["'kinds'"], 'wordproblems --kinds=money')])
 
 
-def test_more_questions_than_there_are_is_refused(problems, monkeypatch):
+def test_6_5_more_questions_than_there_are_is_refused(problems, monkeypatch):
     script = problems[0]
     template = dict(kind='k', test=False, question='{a}?', ranges={'a': (2, 9)}, plan=[('s', '', 'a', '+', 'a', '')],
                     result='{s}')
@@ -4909,7 +4909,7 @@ def test_more_questions_than_there_are_is_refused(problems, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # GSM8K and Alpaca
 
-def test_gsm8k_becomes_rows_without_calculator_marks(house):
+def test_6_5_gsm8k_becomes_rows_without_calculator_marks(house):
     source = SHARED / 'gsm8k'
     if not source.exists():
         pytest.skip(f'{source} is not here')
@@ -4933,7 +4933,7 @@ def test_gsm8k_becomes_rows_without_calculator_marks(house):
     assert len({question(row) for row in itertools.chain(*rows.values())}) == 7473 + 1319
 
 
-def test_a_wrong_gsm8k_is_refused(house, tmp_path):
+def test_6_5_a_wrong_gsm8k_is_refused(house, tmp_path):
     (house.root / 'wrong').mkdir()
     for split in ('train', 'test'):
         (house.root / 'wrong' / f'{split}.jsonl').write_text('{"question": "a", "answer": "b\\n#### 3"}\n')
@@ -4961,7 +4961,7 @@ def alpaca_chat(prompt, answer='Yes.'):
     return {'messages': [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]}
 
 
-def test_instructions_become_chats(house):
+def test_6_5_instructions_become_chats(house):
     items = [item(f'Is {i} a number?', input='', chosen='x', rejected='y') for i in range(400)]
     items += [item('Spell it.', 'ê', input='e\n'), item('Say.', input=''),
               *(item(f'Is {i} a number?', 'No.') for i in range(40))]
@@ -4996,7 +4996,7 @@ BAD_ITEMS = [(3, 'not a JSON object'), ({'output': 'a'}, '"instruction" must be 
              (item('\ud800'), 'surrogates not allowed')]
 
 
-def test_malformed_instructions_are_named_or_counted(house):
+def test_6_5_malformed_instructions_are_named_or_counted(house):
     good, cases = [item(f'Is {i} a number?') for i in range(60)], []
     for i, (bad, words) in enumerate(BAD_ITEMS):
         (house.root / f'{i}.json').write_text(json.dumps([*good, bad]))
@@ -5021,12 +5021,12 @@ def test_malformed_instructions_are_named_or_counted(house):
     assert len(read_rows(house.root / 'data/some', 'train', 'val')) == 60
 
 
-def test_a_published_file_of_another_length_is_refused(house):
+def test_6_5_a_published_file_of_another_length_is_refused(house):
     (house.root / 'data/alpaca/alpaca_data.json').write_text(json.dumps([item('a')]))
     refuses(house, [(['alpaca_data.json: 1 rows, not 52,002'], 'alpaca')])
 
 
-def test_real_instructions_become_chats(house):
+def test_6_5_real_instructions_become_chats(house):
     source = SHARED / 'instruction-data.json'
     if not source.exists():
         pytest.skip(f'{source} is not here')
@@ -5078,7 +5078,7 @@ def tune(run_stage, base_run, chat_data):
     return lambda *args: run_stage('sft', f'--init_from={base_run}', f'--dataset={chat_data}', *small, *args)
 
 
-def test_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_stage, base_run):
+def test_6_6_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_stage, base_run):
     status, out, err = tune('--max_iters=150', '--eval_interval=150', '--batch_size=8', '--learning_rate=3e-3',
                            '--out_dir=run', '--eval_rows=0', '--max_new_tokens=48')
     assert (status, err) == (0, '')
@@ -5094,7 +5094,7 @@ def test_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_stag
     assert status == 2 and "'../nowhere'" in err
 
 
-def test_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_run):
+def test_6_7_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_run):
     before = (base_run / 'ckpt.pt').read_bytes()
     for name, flags in {'lora': ['--lora_rank=4'], 'qlora': ['--lora_rank=4', '--quant=nf4'],
                         'adapters': ['--adapter_dim=8']}.items():
@@ -5117,7 +5117,7 @@ def test_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_r
 @pytest.mark.parametrize('flags', [['--pack=False', '--curriculum=length', '--curriculum_iters=4'],
                                    ['--lora_rank=2', '--lora_dropout=0.1'],
                                    ['--lora_rank=2', '--quant=nf4', '--curriculum=loss', '--curriculum_iters=4']])
-def test_fine_tuning_resumes_bit_for_bit(tune, flags):
+def test_6_6_fine_tuning_resumes_bit_for_bit(tune, flags):
     assert tune('--out_dir=whole', *flags)[0] == 0
     assert tune('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
     status, out, err = tune('--out_dir=parts', '--init_from=resume', *flags)
@@ -5127,7 +5127,7 @@ def test_fine_tuning_resumes_bit_for_bit(tune, flags):
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
 
 
-def test_auto_starts_from_base_and_then_goes_on(tune, base_run):
+def test_6_6_auto_starts_from_base_and_then_goes_on(tune, base_run):
     for steps in (3, 6):
         status, out, err = tune('--init_from=auto', f'--base={base_run}', '--out_dir=auto', f'--max_iters={steps}')
         assert (status, err) == (0, '')
@@ -5137,7 +5137,7 @@ def test_auto_starts_from_base_and_then_goes_on(tune, base_run):
 
 @pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2, norm='rmsnorm', mlp='swiglu'),
                                      dict(pos='rope', window=50), dict(norm_place='post', lora_rank=2)], ids=str)
-def test_texts_that_share_a_row_learn_as_each_alone(options):
+def test_6_2_texts_that_share_a_row_learn_as_each_alone(options):
     model = tiny(block_size=128, **options).train()
     lengths, idx = [[40, 33, 50, 5], [60, 61, 7], [64, 60]], ids(3, 128)
     segments, positions, targets = torch.zeros(3, 128).long(), torch.zeros(3, 128).long(), torch.full((3, 128), -100)
@@ -5159,7 +5159,7 @@ def test_texts_that_share_a_row_learn_as_each_alone(options):
         torch.testing.assert_close(p.grad, alone[name], atol=1e-3, rtol=1e-4, msg=name)
 
 
-def test_packing_changes_no_loss(base_run, chat_data):
+def test_6_2_packing_changes_no_loss(base_run, chat_data):
     model, tokenizer = convert.load_model(base_run)
     rows, _ = dataset.load_chats(chat_data, 'train')
     packed = dataset.ChatData(rows, tokenizer, 192, pack=True)
@@ -5176,7 +5176,7 @@ def test_packing_changes_no_loss(base_run, chat_data):
     assert targets == count and nats.item() == pytest.approx(whole.item(), rel=1e-5)
 
 
-def test_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat_data, tmp_path):
+def test_6_4_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat_data, tmp_path):
     status, out, err = tune('--eval_only=True', '--eval_split=val', '--eval_samples=3', '--eval_file=answers.jsonl',
                            '--out_dir=nothing')
     assert (status, err) == (0, '') and not Path('nothing').exists()
@@ -5186,7 +5186,7 @@ def test_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat
 
 
 @pytest.mark.parametrize('config', ['sft_tiny', 'sft_smollm2'])
-def test_configs_of_fine_tuning_run_shortened(run_stage, base_run, chat_data, config):
+def test_6_6_configs_of_fine_tuning_run_shortened(run_stage, base_run, chat_data, config):
     status, out, err = run_stage('sft', ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
                                  f'--dataset={chat_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
                                  '--max_new_tokens=4', '--device=cpu')
@@ -5200,13 +5200,13 @@ def test_configs_of_fine_tuning_run_shortened(run_stage, base_run, chat_data, co
     (['eval_split'], ['--eval_only=True', '--eval_split=dev']), (['test'], ['--eval_only=True', '--eval_split=test']),
     (['lora_targets'], ['--lora_rank=2', '--lora_targets=key']), (['no such run'], ['--init_from=out/none']),
     (['within 20 tokens'], ['--max_length=20']), (['max_iters=0'], ['--max_iters=0'])])
-def test_mistakes_of_fine_tuning_get_one_line(tune, words, args):
+def test_6_6_mistakes_of_fine_tuning_get_one_line(tune, words, args):
     status, out, err = tune('--out_dir=run', *args)
     assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
     assert all(word in err for word in words), err
 
 
-def test_malformed_rows_stop_a_run_or_are_counted(tune, tmp_path):
+def test_6_6_malformed_rows_stop_a_run_or_are_counted(tune, tmp_path):
     rows = chats(60, 3)
     del rows[4]['messages'][1]['content']
     Path('mine.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -5216,7 +5216,7 @@ def test_malformed_rows_stop_a_run_or_are_counted(tune, tmp_path):
     assert (status, err) == (0, '') and '1 malformed' in out
 
 
-def test_fine_tuning_with_two_processes_is_fine_tuning_with_one(tune, base_run, chat_data, tmp_path):
+def test_6_6_fine_tuning_with_two_processes_is_fine_tuning_with_one(tune, base_run, chat_data, tmp_path):
     flags = ['--gradient_accumulation_steps=2', '--lora_rank=2', '--max_iters=3', '--eval_interval=3']
     assert tune('--out_dir=one', *flags)[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={chat_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
@@ -5250,7 +5250,7 @@ def state_of(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # LoRA and adapters
 
-def test_new_fields_change_no_initial_weight():
+def test_6_7_new_fields_change_no_initial_weight():
     torch.manual_seed(0)
     plain = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=16)).state_dict()
     torch.manual_seed(0)
@@ -5262,7 +5262,7 @@ def test_new_fields_change_no_initial_weight():
 
 
 @pytest.mark.parametrize('rs', [False, True])
-def test_lora_is_the_papers_formula_for_each_of_q_k_and_v(rs):
+def test_6_7_lora_is_the_papers_formula_for_each_of_q_k_and_v(rs):
     config = GPTConfig(n_embd=8, n_head=2, lora_rank=3, lora_alpha=6.0, lora_targets='q,v', lora_rs=rs)
     layer = model_file.linear(config, 8, True, q=8, k=4, v=4)
     torch.manual_seed(0)
@@ -5278,7 +5278,7 @@ def test_lora_is_the_papers_formula_for_each_of_q_k_and_v(rs):
     torch.testing.assert_close(layer(x).double(), y, atol=1e-6, rtol=1e-6)
 
 
-def test_adapters_are_a_bottleneck_with_a_residual_behind_each_sublayer():
+def test_6_7_adapters_are_a_bottleneck_with_a_residual_behind_each_sublayer():
     model = learned(tiny(adapter_dim=5, n_layer=1))
     x = model.embed(ids(2, 9))
     block = model.blocks[0]
@@ -5298,7 +5298,7 @@ OPTIONS = [dict(lora_rank=4), dict(lora_rank=2, lora_targets='q,v', **SMALL_LLAM
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
-def test_the_merged_model_computes_the_same(options):
+def test_6_7_the_merged_model_computes_the_same(options):
     model = learned(tiny(**options, init_std=0.1), 0.1)
     merged = model.merged()
     source = {'source': ids(2, 6)} if 'n_encoder_layer' in options else {}
@@ -5315,7 +5315,7 @@ def test_the_merged_model_computes_the_same(options):
     assert {p.dtype for p in model.merged(torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
-def test_merging_holds_one_matrix_more_than_its_result():
+def test_6_7_merging_holds_one_matrix_more_than_its_result():
     model = learned(GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=6, n_head=2, n_embd=256, lora_rank=2)))
     alive, peak = {}, 0
 
@@ -5339,7 +5339,7 @@ def test_merging_holds_one_matrix_more_than_its_result():
 
 @pytest.mark.parametrize('options', [*OPTIONS[:6], dict(lora_rank=2, n_expert=4, **SMALL_LLAMA)], ids=str)
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_the_frozen_base_never_changes_and_the_rest_learns(options, optimizer):
+def test_6_7_the_frozen_base_never_changes_and_the_rest_learns(options, optimizer):
     model = tiny(**options).freeze().train()
     frozen = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())
               if n not in model.small_state()}
@@ -5363,7 +5363,7 @@ def test_the_frozen_base_never_changes_and_the_rest_learns(options, optimizer):
     assert model.num_params(learning=True) == sum(t.numel() for t in small.values())
 
 
-def test_lora_dropout_is_off_in_evaluation():
+def test_6_7_lora_dropout_is_off_in_evaluation():
     model = learned(tiny(lora_rank=2, lora_dropout=0.5))
     x = ids(1, 12)
     assert torch.equal(model(x), model(x))
@@ -5372,7 +5372,7 @@ def test_lora_dropout_is_off_in_evaluation():
     torch.testing.assert_close(model.eval()(x), learned(tiny(lora_rank=2))(x))
 
 
-def test_small_states_come_back_onto_their_base():
+def test_6_7_small_states_come_back_onto_their_base():
     base = tiny(**SMALL_LLAMA)
     model = learned(GPT.from_state(state_of(base), lora_rank=3, adapter_dim=4)).eval()
     small = {n: t.clone() for n, t in model.small_state().items()}
@@ -5391,7 +5391,7 @@ def test_small_states_come_back_onto_their_base():
         GPT.from_state({'model': short, 'model_args': vars(base.config)}, lora_rank=2, quant='nf4')
 
 
-def test_frozen_matrices_cost_four_operations_each():
+def test_6_7_frozen_matrices_cost_four_operations_each():
     T, full = 24, GPT(GPTConfig(block_size=24, vocab_size=61, n_layer=2, n_head=4, n_embd=32))
     model = GPT(GPTConfig(block_size=24, vocab_size=61, n_layer=2, n_head=4, n_embd=32, lora_rank=2)).freeze()
     small = model.num_params(learning=True)
@@ -5403,7 +5403,7 @@ def test_frozen_matrices_cost_four_operations_each():
     assert packed.num_params() == model.num_params() == full.num_params() + small
 
 
-def test_a_frozen_head_costs_no_gradient_of_its_own(monkeypatch):
+def test_6_7_a_frozen_head_costs_no_gradient_of_its_own(monkeypatch):
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab, device: 16)
     model = learned(tiny(lora_rank=2)).freeze()
     x, y = ids(2, 20), ids(2, 20, seed=1)
@@ -5427,14 +5427,14 @@ def test_a_frozen_head_costs_no_gradient_of_its_own(monkeypatch):
     (dict(lora_alpha=-1.0), 'lora_alpha=-1.0 must not be negative'),
     (dict(lora_dropout=1.0), r'lora_dropout=1.0 must be in \[0, 1\)'),
     (dict(quant='int3'), "quant='int3' is not one of '', 'nf4'"), (dict(quant='nf4'), 'nothing could be trained')])
-def test_impossible_values_of_lora_are_one_sentence(changes, words):
+def test_6_7_impossible_values_of_lora_are_one_sentence(changes, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**changes)
     GPTConfig(lora_rank=2, lora_targets='q, gate')  # there is no gate, but a q
 
 
 @pytest.mark.parametrize('options', [dict(lora_rank=2), dict(adapter_dim=2, quant='nf4')], ids=str)
-def test_lora_is_folded_in_before_packing(options):
+def test_6_7_lora_is_folded_in_before_packing(options):
     with pytest.raises(ValueError, match='fold it in first'):
         tiny(**options).pack()
     model = learned(tiny(**options))
@@ -5449,7 +5449,7 @@ LEVELS = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, 
           0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 
 
-def test_nf4_takes_the_nearest_of_the_papers_levels():
+def test_6_8_nf4_takes_the_nearest_of_the_papers_levels():
     torch.manual_seed(0)
     w = torch.randn(5, 37)  # 185 numbers: two blocks of 64 and one of 57
     codes, scales = model_file.nf4_quantize(w)
@@ -5468,7 +5468,7 @@ def test_nf4_takes_the_nearest_of_the_papers_levels():
         torch.testing.assert_close(half.float(), got, atol=0, rtol=0.012)
 
 
-def test_levels_are_the_quantiles_of_appendix_e():
+def test_6_8_levels_are_the_quantiles_of_appendix_e():
     """Even steps of the normal distribution's quantile function, 7 below zero and 8 above, 1 at the ends."""
     normal = torch.distributions.Normal(0, 1)
     offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
@@ -5479,7 +5479,7 @@ def test_levels_are_the_quantiles_of_appendix_e():
     assert model_file.NF4 == tuple(LEVELS)
 
 
-def test_scales_in_8_bits_lie_near_themselves():
+def test_6_8_scales_in_8_bits_lie_near_themselves():
     torch.manual_seed(0)
     scales = 0.05 + 0.02 * torch.rand(1000)
     packed, steps, mean = model_file.pack_scales(scales)
@@ -5491,7 +5491,7 @@ def test_scales_in_8_bits_lie_near_themselves():
 
 
 @pytest.mark.parametrize('autocast', [False, True])
-def test_gradients_through_4_bits_are_those_of_a_dense_layer(autocast):
+def test_6_8_gradients_through_4_bits_are_those_of_a_dense_layer(autocast):
     torch.manual_seed(0)
     config = GPTConfig(n_embd=40, n_head=2, lora_rank=2, quant='nf4')
     layer = model_file.linear(config, 40, True, up=56)
@@ -5513,7 +5513,7 @@ def test_gradients_through_4_bits_are_those_of_a_dense_layer(autocast):
     torch.testing.assert_close(x.grad, other.grad, **close)
 
 
-def test_smollm2_in_4_bits_takes_a_quarter_and_its_lora_a_few_megabytes():
+def test_6_8_smollm2_in_4_bits_takes_a_quarter_and_its_lora_a_few_megabytes():
     with torch.device('meta'):
         whole = GPT(GPTConfig(**SMOLLM2))
         model = GPT(GPTConfig(**SMOLLM2, lora_rank=8, quant='nf4')).freeze()
@@ -5527,7 +5527,7 @@ def test_smollm2_in_4_bits_takes_a_quarter_and_its_lora_a_few_megabytes():
 
 
 @pytest.mark.parametrize('autocast', [False, True])
-def test_a_model_in_4_bits_learns_and_generates(autocast):
+def test_6_8_a_model_in_4_bits_learns_and_generates(autocast):
     model = GPT.from_state(state_of(tiny(**SMALL_LLAMA)), lora_rank=8, quant='nf4').freeze().train()
     assert model.tok_emb.weight.dtype == torch.bfloat16 and model.embed(ids(1, 3)).dtype == torch.float32
     optimizers = model.configure_optimizers(learning_rate=0.02, weight_decay=0.0)
@@ -5564,7 +5564,7 @@ def packed_row(texts, width):
 
 
 @pytest.mark.parametrize('options', PACKED, ids=str)
-def test_packed_conversations_have_the_loss_of_each_alone(options):
+def test_6_2_packed_conversations_have_the_loss_of_each_alone(options):
     model = learned(tiny(**options))
     texts = [ids(n, seed=n) for n in (9, 4, 8)]
     idx, targets, positions, segments = packed_row(texts, 22)
@@ -5574,7 +5574,7 @@ def test_packed_conversations_have_the_loss_of_each_alone(options):
 
 
 @pytest.mark.parametrize('options', PACKED, ids=str)
-def test_packed_conversations_do_not_see_each_other(options):
+def test_6_2_packed_conversations_do_not_see_each_other(options):
     model = learned(tiny(**options))
     idx, _, positions, segments = packed_row([ids(n, seed=n) for n in (9, 4, 8)], 22)
     before = model(idx, positions=positions, segments=segments)
@@ -5587,7 +5587,7 @@ def test_packed_conversations_do_not_see_each_other(options):
         assert options.get('causal') is False or not moved[:t].any()
 
 
-def test_segments_join_a_mask_and_refuse_a_source():
+def test_6_2_segments_join_a_mask_and_refuse_a_source():
     model, x, mask = tiny(causal=False), ids(1, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool)
     segments, hidden = torch.tensor([[0] * 8]), mask.clone()
     hidden[..., 6:] = False
@@ -5619,7 +5619,7 @@ ARCH = dict(vocab_size=300, init_std=0.1, mlp_dim=48, **SMALL_LLAMA)
 
 @pytest.mark.parametrize('options', [dict(lora_rank=2), dict(lora_rank=2, quant='nf4'), dict(adapter_dim=3),
                                      dict(lora_rank=2, adapter_dim=3, quant='nf4')], ids=str)
-def test_a_run_of_small_tensors_loads_as_a_whole_model(options, tmp_path):
+def test_6_7_a_run_of_small_tensors_loads_as_a_whole_model(options, tmp_path):
     base = save_run(tmp_path / 'base', state_of(tiny(**ARCH)))
     run, model = lora_run(tmp_path / 'lora', base, **options)
     assert (run / 'ckpt.pt').stat().st_size < (base / 'ckpt.pt').stat().st_size
@@ -5636,7 +5636,7 @@ def test_a_run_of_small_tensors_loads_as_a_whole_model(options, tmp_path):
     torch.testing.assert_close(convert.load_model(str(second))[0].eval()(x), again(x), atol=1e-5, rtol=1e-5)
 
 
-def test_a_base_that_is_gone_or_another_is_named(tmp_path, monkeypatch):
+def test_6_7_a_base_that_is_gone_or_another_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_run(tmp_path / 'out/base', state_of(tiny(**ARCH)))
     lora_run(tmp_path / 'out/lora', 'out/base', lora_rank=2)
@@ -5658,7 +5658,7 @@ def test_a_base_that_is_gone_or_another_is_named(tmp_path, monkeypatch):
         convert.load_state('out/base')
 
 
-def test_fields_of_training_are_no_overrides(tmp_path):
+def test_6_7_fields_of_training_are_no_overrides(tmp_path):
     run = save_run(tmp_path / 'base', state_of(tiny(**ARCH)))
     for key, value in (('lora_rank', 2), ('adapter_dim', 2), ('quant', 'nf4')):
         with pytest.raises(UserError, match=f'{key}=.* is for training on top of a model: drop --{key}'):
@@ -5669,7 +5669,7 @@ FAMILY = {'llama': ARCH, 'qwen2': ARCH | dict(qkv_bias=True),
           'gpt2': dict(vocab_size=300, init_std=0.1, mlp='gelu_tanh')}
 
 
-def test_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
+def test_6_7_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
     base = tiny(**ARCH)
     model = learned(GPT.from_state(state_of(base), lora_rank=3, lora_alpha=5.0, lora_targets='q,v,down', lora_rs=True))
     convert.to_peft(model, tmp_path / 'peft', 'smollm2')
@@ -5695,7 +5695,7 @@ def test_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
     (dict(init_lora_weights='pissa'), "init_lora_weights='pissa' has changed the base too"),
     (dict(r=5), r'lora_A.weight has shape \(3, 32\), not \(5, 32\)'), (dict(r='8'), 'must be a number'),
     (dict(some_new_method={'x': 1}), 'some_new_method=')])
-def test_what_peft_computes_otherwise_is_refused_by_its_key(change, words, tmp_path):
+def test_6_7_what_peft_computes_otherwise_is_refused_by_its_key(change, words, tmp_path):
     base = tiny(**ARCH)
     convert.to_peft(GPT.from_state(state_of(base), lora_rank=3), tmp_path / 'peft', 'x')
     path = tmp_path / 'peft/adapter_config.json'
@@ -5705,7 +5705,7 @@ def test_what_peft_computes_otherwise_is_refused_by_its_key(change, words, tmp_p
     assert '\n' not in str(error.value)
 
 
-def test_the_command_line_writes_peft_and_a_peft_directory_is_a_model(tmp_path, monkeypatch, capsys):
+def test_6_7_the_command_line_writes_peft_and_a_peft_directory_is_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = tiny(**ARCH)
     convert.to_hf(base, tmp_path / 'hf')
@@ -5734,7 +5734,7 @@ def peft_pair(family, tmp_path):
 
 @pytest.mark.parametrize('family', FAMILY)
 @pytest.mark.parametrize('options', [{}, dict(lora_rs=True), dict(lora_targets='q,v,down')], ids=str)
-def test_peft_computes_the_same_with_our_lora(family, options, tmp_path):
+def test_6_7_peft_computes_the_same_with_our_lora(family, options, tmp_path):
     peft, base, theirs = peft_pair(family, tmp_path)
     ours = learned(GPT.from_state(state_of(base), lora_rank=3, lora_alpha=5.0, **options), 0.1).eval()
     convert.to_peft(ours, tmp_path / 'peft', str(tmp_path / 'hf'))
@@ -5746,7 +5746,7 @@ def test_peft_computes_the_same_with_our_lora(family, options, tmp_path):
 
 @pytest.mark.parametrize('family', FAMILY)
 @pytest.mark.parametrize('rs', [False, True])
-def test_we_compute_the_same_with_lora_of_peft(family, rs, tmp_path):
+def test_6_7_we_compute_the_same_with_lora_of_peft(family, rs, tmp_path):
     peft, base, theirs = peft_pair(family, tmp_path)
     targets = ['c_attn', 'mlp.c_proj'] if family == 'gpt2' else ['q_proj', 'v_proj', 'gate_proj']
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rs))
@@ -5773,7 +5773,7 @@ def asked(text):
     return [{'role': 'user', 'content': text}]
 
 
-def test_shapes_of_preferences_are_one(tmp_path):
+def test_7_1_shapes_of_preferences_are_one(tmp_path):
     rows = [{'prompt': asked('Hi'), 'chosen': said('Yo'), 'rejected': said('No')},
             {'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'No', 'score': 7},
             {'instruction': 'Hi', 'input': '', 'output': 'Yes', 'chosen': 'Yo', 'rejected': 'No'},
@@ -5802,7 +5802,7 @@ def test_shapes_of_preferences_are_one(tmp_path):
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': 10 ** 400}, '"margin" is 1000'),
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': math.nan}, '"margin" is nan'),
     (7, 'not a JSON object')])
-def test_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_path):
+def test_7_1_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_path):
     path = lines(tmp_path / 'p.jsonl', [{'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b'}, row])
     with pytest.raises(UserError, match=f'p.jsonl, line 2: .*{re.escape(words)}'):
         dataset.read_prefs(path)
@@ -5810,7 +5810,7 @@ def test_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_path):
     assert len(rows) == 1 and len(skipped) == 1 and words in skipped[0]
 
 
-def test_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
+def test_7_1_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
     pair = {'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b'}
     lines(tmp_path / 'alone' / 'train.jsonl', [pair])
     lines(tmp_path / 'both' / 'train.jsonl', [GOOD_ROW])
@@ -5830,7 +5830,7 @@ def test_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
     assert len(prompts[1]) == 2 and not prompts[0] & prompts[1] and len(train_rows) + len(val_rows) == 60
 
 
-def test_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
+def test_7_1_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
     tokenizer = bytes_tokenizer()
     rows = [{'prompt': asked(f'{"x" * 200}END'), 'chosen': said('a' * 20), 'rejected': said('b' * 30), 'where': 'w'},
             {'prompt': asked('short'), 'chosen': said('a' * 20), 'rejected': said('b' * 90), 'where': 'w'},
@@ -5847,7 +5847,7 @@ def test_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
         '2 rows; left out: 1 malformed, 1 too long; truncated: 1; the first malformed one: bad')
 
 
-def test_every_epoch_has_every_pair_once():
+def test_7_1_every_epoch_has_every_pair_once():
     rows = [{'prompt': asked(str(i)), 'chosen': said('yes'), 'rejected': said('no'), 'where': 'w'} for i in range(37)]
     data = dataset.PrefData(rows, bytes_tokenizer(), 80, seed=5)
     for epoch in range(3):
@@ -5855,7 +5855,7 @@ def test_every_epoch_has_every_pair_once():
     assert data.rows(10, 5).tolist() == data.rows(0, 37).tolist()[10:15]
 
 
-def test_quality_is_what_a_reader_sees():
+def test_7_1_quality_is_what_a_reader_sees():
     row = {'answer': '42', 'grader': 'number', 'steps': 2}
     good = '<think>12 + 9 = 21 dolls\n21 * 2 = 42 dolls</think>\nMia has 42 dolls.'
     for text, parts in (
@@ -5881,7 +5881,7 @@ def prefs(problems):
             for split, count in (('train', 6000), ('val', 1000), ('test', 500))}
 
 
-def test_preferences_have_a_known_truth_and_known_shares(problems, prefs):
+def test_7_1_preferences_have_a_known_truth_and_known_shares(problems, prefs):
     script, rows = problems[0], prefs['train']
     for row in rows:
         better, worse = (row[key][0]['content'] for key in (('rejected', 'chosen') if row['flipped'] else
@@ -5900,7 +5900,7 @@ def test_preferences_have_a_known_truth_and_known_shares(problems, prefs):
     assert abs(sum(row['flipped'] for row in rows) / len(rows) - script.noise) < 4 * math.sqrt(0.09 / len(rows))
 
 
-def test_held_out_preferences_have_questions_and_names_of_their_own(problems, prefs):
+def test_7_1_held_out_preferences_have_questions_and_names_of_their_own(problems, prefs):
     questions = {split: {row['prompt'][0]['content'] for row in rows} for split, rows in prefs.items()}
     assert all(len(questions[split]) == len(prefs[split]) for split in prefs)
     trained = questions['train'] | {question(row) for row in problems[1]['train']}
@@ -5910,7 +5910,7 @@ def test_held_out_preferences_have_questions_and_names_of_their_own(problems, pr
     assert not used['train'] & used['val'] and not used['train'] & used['test']
 
 
-def test_pairs_of_instructions_become_preferences(house, tmp_path):
+def test_7_1_pairs_of_instructions_become_preferences(house, tmp_path):
     rows = [{'instruction': f'Say {i}', 'input': '', 'output': str(i), 'chosen': f'{i}.', 'rejected': f'{i}!'}
             for i in range(80)]
     rows[3] |= {'chosen': 'same', 'rejected': 'same'}
@@ -5956,7 +5956,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def test_losses_of_pairs_are_the_formulas():
+def test_7_2_losses_of_pairs_are_the_formulas():
     draw = np.random.default_rng(0)
     c, r, m = draw.normal(size=(3, 12)) * 2
     holds(reward.bradley_terry, lambda c, r: -np.log(sigmoid(c - r)), c, r)
@@ -5968,7 +5968,7 @@ def test_losses_of_pairs_are_the_formulas():
           lambda c, r: -np.log(sigmoid(c - r - 0.5 * m)) + 0.1 * (c + r) ** 2, c, r)
 
 
-def test_calibration_by_hand():
+def test_7_4_calibration_by_hand():
     # confidences 0.6, 0.6, 0.9, 0.9, 0.9; right: yes, no, yes, yes, yes: |0.6 - 0.5| 2/5 + |0.9 - 1| 3/5
     odds = np.log([0.6 / 0.4, 0.4 / 0.6, 9.001, 9.001, 9.001])
     rows, ece = reward.calibration(odds, bins=5)
@@ -5983,7 +5983,7 @@ SCORERS = [dict(score_head='last'), dict(score_head='last', score_likelihood=Tru
 
 
 @pytest.mark.parametrize('options', SCORERS, ids=str)
-def test_padding_never_changes_a_score(options):
+def test_7_3_padding_never_changes_a_score(options):
     model = tiny(**options)
     texts = [ids(n, seed=n).tolist() for n in (3, 11, 20, 1)]
     alone = torch.cat([model(torch.tensor([text])) for text in texts])
@@ -5999,7 +5999,7 @@ def test_padding_never_changes_a_score(options):
     assert all(abs(model(torch.tensor([text])) - score) > 1e-4 for text, score in zip(changed, alone, strict=True))
 
 
-def test_a_score_is_that_of_transformers(tmp_path):
+def test_7_3_a_score_is_that_of_transformers(tmp_path):
     config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                       num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=24,
                                       num_labels=1, pad_token_id=0)
@@ -6023,7 +6023,7 @@ def test_a_score_is_that_of_transformers(tmp_path):
         torch.testing.assert_close(ours.rewards(idx, idx != 0), 2 * due + 1, atol=1e-5, rtol=1e-5)
 
 
-def test_equal_answers_cost_ln_2_and_teach_nothing():
+def test_7_2_equal_answers_cost_ln_2_and_teach_nothing():
     model, idx = tiny(score_head='last').train(), ids(2, 9).repeat(2, 1)
     chosen, rejected = model(idx).chunk(2)
     loss = reward.pair_loss(chosen, rejected, torch.zeros(2), 'bt', 1.0, 0.0).mean()
@@ -6032,7 +6032,7 @@ def test_equal_answers_cost_ln_2_and_teach_nothing():
     assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.parameters())
 
 
-def test_a_score_head_takes_the_place_of_the_other():
+def test_7_3_a_score_head_takes_the_place_of_the_other():
     plain = tiny(tie_weights=False)
     model = GPT.from_state(state_of(plain), score_head='last')
     assert model.head is None and not model.score.bias.any() and model.score.weight.any()
@@ -6081,7 +6081,7 @@ def rate(run_stage, base_run, pref_data):
                                    ['--score_likelihood=True'],
                                    ['--loss_type=bt_margin', '--center_coef=0.01', '--init_from=scratch',
                                     '--n_layer=1']])
-def test_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
+def test_7_4_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
     base = f'--base={base_run}' if '--init_from=scratch' in flags else '--seed=1'
     status, out, err = rate('--max_iters=60', '--eval_interval=60', '--batch_size=8', '--out_dir=run', '--eval_rows=0',
                             '--learning_rate=2e-3', *flags, base)
@@ -6102,7 +6102,7 @@ def test_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
 
 
 @pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--lora_rank=2', '--quant=nf4']])
-def test_reward_models_resume_bit_for_bit(rate, flags):
+def test_7_4_reward_models_resume_bit_for_bit(rate, flags):
     assert rate('--out_dir=whole', *flags)[0] == 0
     assert rate('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
     status, out, err = rate('--out_dir=parts', '--init_from=resume', *flags)
@@ -6115,7 +6115,7 @@ def test_reward_models_resume_bit_for_bit(rate, flags):
     assert (status, err) == (0, '') and 'checks pass on' in out and 'val loss' in out
 
 
-def test_checks_tell_a_model_of_length_from_one_of_quality(prefs):
+def test_7_4_checks_tell_a_model_of_length_from_one_of_quality(prefs):
     rows = [row | {'messages': []} for row in prefs['val'][:300]]
     tokenizer, sums = bytes_tokenizer(), {row['prompt'][0]['content']: row for row in rows}
 
@@ -6133,7 +6133,7 @@ def test_checks_tell_a_model_of_length_from_one_of_quality(prefs):
     assert reward.checks(lambda pairs: length(pairs) + 9, rows, tokenizer)[-1][:2] == ('drift of the mean', False)
 
 
-def test_a_reward_model_trained_on_length_alone_fails_its_checks(rate, run_stage, tmp_path):
+def test_7_4_a_reward_model_trained_on_length_alone_fails_its_checks(rate, run_stage, tmp_path):
     rows = [{'prompt': asked(f'What is {i}?'), 'chosen': said('so ' * (3 + i % 13) + f'it is {i}.'),
              'rejected': said('so ' * (i % 3) + f'it is {i}.'), 'answer': str(i)} for i in range(160)]
     lines(tmp_path / 'length.jsonl', rows)
@@ -6146,7 +6146,7 @@ def test_a_reward_model_trained_on_length_alone_fails_its_checks(rate, run_stage
     assert verdicts['length'] == 'WARN' and list(verdicts.values()).count('WARN') >= 4, out
 
 
-def test_the_reward_of_two_processes_is_that_of_one(rate, base_run, pref_data, tmp_path):
+def test_7_4_the_reward_of_two_processes_is_that_of_one(rate, base_run, pref_data, tmp_path):
     flags = ['--gradient_accumulation_steps=2', '--max_iters=3', '--eval_interval=3']
     assert rate('--out_dir=one', *flags)[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={pref_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
@@ -6165,14 +6165,14 @@ def test_the_reward_of_two_processes_is_that_of_one(rate, base_run, pref_data, t
     (["score_head=''"], ['--score_head=']), (['all must learn'], ['--init_from=scratch', '--lora_rank=2']),
     (['eval_split'], ['--eval_split=dev']), (['vocab_size=9'], ['--init_from=scratch', '--vocab_size=9']),
     (['batch_size=0'], ['--batch_size=0']), (['window'], ['--causal=False', '--window=4'])])
-def test_mistakes_with_reward_models_get_one_line(rate, base_run, words, args):
+def test_7_4_mistakes_with_reward_models_get_one_line(rate, base_run, words, args):
     status, out, err = rate('--out_dir=run', f'--base={base_run}', *args)
     assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
     assert all(word in err for word in words), err
 
 
-def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(rate, prefer, run_stage, base_run, chat_data,
-                                                                  text_data):
+def test_7_4_a_reward_model_is_no_policy_and_a_policy_no_reward_model(rate, prefer, run_stage, base_run, chat_data,
+                                                                      text_data):
     assert rate('--out_dir=scorer', '--max_iters=1')[0] == 0
     for stage, args in (('sft', [f'--dataset={chat_data}']), ('dpo', []), ('train', [f'--dataset={text_data}']),
                         ('sample', ['--start=a'])):
@@ -6188,7 +6188,7 @@ def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(rate, prefer, 
 # ----------------------------------------------------------------------------------------------------------------------
 # direct preference optimisation
 
-def test_losses_of_preferences_are_the_published_formulas():
+def test_10_1_losses_of_preferences_are_the_published_formulas():
     draw = np.random.default_rng(1)
     c, r, rc, rr = -np.abs(draw.normal(size=(4, 8))) * 12
     n_c, n_r = draw.integers(3, 30, (2, 8)).astype(float)
@@ -6222,7 +6222,7 @@ def test_losses_of_preferences_are_the_published_formulas():
     assert losses.tolist() == pytest.approx([math.log(2)] * 8) and not up.any() and not down.any()
 
 
-def test_log1mexp_has_all_digits():
+def test_10_1_log1mexp_has_all_digits():
     x = [-1e-5, -1e-3, -0.1, -0.69, -0.7, -2.0, -30.0, -90.0]
     due = [math.log(-math.expm1(v)) if v > -0.7 else math.log1p(-math.exp(v)) for v in x]
     assert dpo.log1mexp(torch.tensor(x, dtype=torch.float64)).tolist() == pytest.approx(due, rel=1e-12)
@@ -6237,7 +6237,7 @@ def prefer(run_stage, base_run, pref_data):
     return lambda *args: run_stage('dpo', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
 
 
-def test_log_probabilities_of_answers_are_those_of_the_model(base_run, pref_data):
+def test_10_1_log_probabilities_of_answers_are_those_of_the_model(base_run, pref_data):
     model, tokenizer = convert.load_model(base_run)
     rows, _ = dataset.load_prefs(pref_data, 'val')
     data, run = dataset.PrefData(rows, tokenizer, 192), runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32',
@@ -6255,7 +6255,7 @@ def test_log_probabilities_of_answers_are_those_of_the_model(base_run, pref_data
                                    ['--loss_type=hinge', '--beta=0.05'], ['--loss_type=kto_pair'],
                                    ['--loss_type=simpo', '--beta=2', '--label_smoothing=0.1'],
                                    ['--loss_type=orpo', '--beta=1'], ['--sft_coef=0.5', '--lora_rank=4']])
-def test_a_policy_learns_what_is_preferred(prefer, flags):
+def test_10_1_a_policy_learns_what_is_preferred(prefer, flags):
     status, out, err = prefer('--max_iters=40', '--eval_interval=40', '--batch_size=8', '--out_dir=run',
                               '--eval_rows=40', '--learning_rate=2e-3', *flags)
     assert (status, err) == (0, ''), err
@@ -6270,7 +6270,7 @@ def test_a_policy_learns_what_is_preferred(prefer, flags):
     assert {'train/logp_chosen', 'train/logp_rejected', 'train/margin', 'train/accuracy'} < rows_of('run')[-2].keys()
 
 
-def test_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run, pref_data, tmp_path):
+def test_10_1_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run, pref_data, tmp_path):
     assert prefer('--out_dir=run', '--lora_rank=2', '--judge=')[0] == 0
     state = torch.load('run/ckpt.pt', weights_only=True)
     known, asked = state['ref_logps'], ~torch.isnan(state['ref_logps'])
@@ -6289,7 +6289,7 @@ def test_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run,
 
 
 @pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--loss_type=simpo', '--dropout=0.1']])
-def test_dpo_resumes_bit_for_bit(prefer, flags):
+def test_10_1_dpo_resumes_bit_for_bit(prefer, flags):
     assert prefer('--out_dir=whole', *flags)[0] == 0
     assert prefer('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
     status, out, err = prefer('--out_dir=parts', '--init_from=resume', *flags)
@@ -6302,7 +6302,7 @@ def test_dpo_resumes_bit_for_bit(prefer, flags):
     assert a == b
 
 
-def test_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data, tmp_path):
+def test_10_1_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data, tmp_path):
     flags = ['--gradient_accumulation_steps=2', '--max_iters=3', '--eval_interval=3']
     assert prefer('--out_dir=one', *flags)[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={pref_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
@@ -6314,7 +6314,7 @@ def test_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data, tmp
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-4), (name, key)
 
 
-def test_a_judge_scores_the_answers(rate, prefer):
+def test_10_1_a_judge_scores_the_answers(rate, prefer):
     assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
     status, out, err = prefer('--judge=scorer', '--eval_only=True', '--out_dir=nothing')
     assert (status, err) == (0, '') and 'judge_share' in out and 'KL -0.00' in out.replace('KL 0.00', 'KL -0.00')
@@ -6329,13 +6329,13 @@ def test_a_judge_scores_the_answers(rate, prefer):
     (['smollm2 is no reward model'], ['--judge=smollm2']),
     (['max_new_tokens=192', 'room'], ['--max_new_tokens=192']),
     (['max_new_tokens=0'], ['--max_new_tokens=0']), (['no such dataset'], ['--dataset=nowhere'])])
-def test_mistakes_with_preferences_get_one_line(prefer, words, args):
+def test_10_1_mistakes_with_preferences_get_one_line(prefer, words, args):
     status, out, err = prefer('--out_dir=run', *args)
     assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
     assert all(word in err for word in words), err
 
 
-def test_the_reference_of_other_texts_is_asked_anew(prefer, base_run, tmp_path):
+def test_10_1_the_reference_of_other_texts_is_asked_anew(prefer, base_run, tmp_path):
     assert prefer('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
     dataset.write_rows(tmp_path / 'other', {f'prefs_{split}': preferences(n, seed) for seed, (split, n) in enumerate(
         {'train': 300, 'val': 60}.items(), 5)}, 'pairs')
@@ -6350,7 +6350,7 @@ def test_the_reference_of_other_texts_is_asked_anew(prefer, base_run, tmp_path):
 
 
 @pytest.mark.parametrize('flags', [[], ['--lora_rank=2'], ['--adapter_dim=4']])
-def test_a_policy_is_measured_against_the_model_it_began_with(prefer, flags):
+def test_10_1_a_policy_is_measured_against_the_model_it_began_with(prefer, flags):
     assert prefer('--out_dir=run', *flags)[0] == 0
     last = rows_of('run')[-1]
     status, out, err = prefer('--init_from=run/ckpt.pt', '--eval_only=True')
@@ -6360,7 +6360,7 @@ def test_a_policy_is_measured_against_the_model_it_began_with(prefer, flags):
         [last['val/loss'], 100 * last['val/accuracy'], last['kl']], abs=0.06)
 
 
-def test_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data, tmp_path):
+def test_7_4_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data, tmp_path):
     rows = read_rows(pref_data, 'prefs_train')
     for row in rows[::2]:
         del row['answer']
@@ -6370,7 +6370,7 @@ def test_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data, tm
         assert (status, err) == (0, ''), err
 
 
-def test_a_stage_goes_on_with_its_own_runs_only(rate, prefer, tune):
+def test_4_3_a_stage_goes_on_with_its_own_runs_only(rate, prefer, tune):
     for name, stage in (('reward', rate), ('dpo', prefer), ('sft', tune)):
         assert stage(f'--out_dir={name}', '--max_iters=1')[0] == 0
     for name, stage in (('reward', prefer), ('dpo', rate), ('sft', prefer), ('dpo', tune)):
@@ -6378,7 +6378,7 @@ def test_a_stage_goes_on_with_its_own_runs_only(rate, prefer, tune):
         assert status == 2 and err.count('\n') == 1 and f'is of a run of {name}.py' in err, err
 
 
-def test_a_run_of_before_a_field_existed_goes_on(tune):
+def test_6_6_a_run_of_before_a_field_existed_goes_on(tune):
     assert tune('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
     state = torch.load('run/ckpt.pt', weights_only=True)
     del state['model_args']['score_head'], state['stage'], state['began_with']
@@ -6387,7 +6387,7 @@ def test_a_run_of_before_a_field_existed_goes_on(tune):
     assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 6
 
 
-def test_answers_of_several_turns_are_seen_in_their_own_context():
+def test_7_1_answers_of_several_turns_are_seen_in_their_own_context():
     chosen = said('A') + asked('sure?') + said('Yes')
     row = {'prompt': asked('Q'), 'chosen': chosen, 'rejected': said('B'), 'where': 'w'}
     data, seen = dataset.PrefData([row], bytes_tokenizer(), 192), []
@@ -6402,7 +6402,7 @@ def test_answers_of_several_turns_are_seen_in_their_own_context():
     assert seen[:2] == [(asked('Q') + said('A') + asked('sure?'), 'Yes'), (asked('Q'), 'B')]
 
 
-def test_a_score_with_likelihood_adds_the_log_probability_of_the_answer():
+def test_7_3_a_score_with_likelihood_adds_the_log_probability_of_the_answer():
     plain, idx = tiny(tie_weights=False), ids(3, 12)
     model = GPT.from_state(state_of(plain), score_head='last', score_likelihood=True).eval()
     assert model.score_gain.item() == pytest.approx(0.1) and torch.equal(model.head.weight, plain.head.weight)
@@ -6422,7 +6422,7 @@ def test_a_score_with_likelihood_adds_the_log_probability_of_the_answer():
 
 
 @pytest.mark.parametrize('config', ['reward_tiny', 'reward_smollm2', 'dpo_tiny', 'dpo_smollm2'])
-def test_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, config):
+def test_0_1_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, config):
     stage, length = config.split('_')[0], ['--max_new_tokens=4'] * config.startswith('dpo')
     status, out, err = run_stage(stage, ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
                                  f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
@@ -6462,7 +6462,7 @@ DRAWN = [*(dict(pos=pos) for pos in ('learned', 'sinusoidal', 'rope', 'none')), 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 @pytest.mark.parametrize('options', DRAWN, ids=str)
-def test_reading_an_answer_again_gives_what_the_sampler_recorded(options, temperature, stops_often):
+def test_8_1_reading_an_answer_again_gives_what_the_sampler_recorded(options, temperature, stops_often):
     """Ragged prompts and answers: the sampler with and without a cache, the training forward, and each text alone."""
     model = learned(tiny(block_size=96, vocab_size=264, **options)).train()
     data, run = prompts_of('Hi', 'What is 1 and 2 and 3?', 'Yes or no?'), lone()
@@ -6496,7 +6496,7 @@ def test_reading_an_answer_again_gives_what_the_sampler_recorded(options, temper
 @pytest.mark.parametrize('cap', [0.0, 3.0])
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 @pytest.mark.parametrize('chunk', [7, 1000])
-def test_details_and_their_gradients_are_those_of_a_categorical_distribution(cap, temperature, chunk, monkeypatch):
+def test_8_1_details_and_their_gradients_are_those_of_a_categorical_distribution(cap, temperature, chunk, monkeypatch):
     """Of losses, of entropies and of both at once, in chunks and at once, against float64; what is masked has none."""
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
     model, x, y = tiny(logit_softcap=cap, tie_weights=False), ids(3, 20), ids(3, 20, seed=1)
@@ -6527,7 +6527,7 @@ def test_details_and_their_gradients_are_those_of_a_categorical_distribution(cap
     assert not nothing[0].any() and not nothing[1].any()
 
 
-def test_gradients_of_read_are_those_of_each_answer_alone(stops_often):
+def test_8_1_gradients_of_read_are_those_of_each_answer_alone(stops_often):
     model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'What is 1 and 2 and 3?'), lone()
     answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 2)
     weights = torch.randn(2, *answers.drawn.shape, generator=torch.Generator().manual_seed(1))
@@ -6548,7 +6548,7 @@ def test_gradients_of_read_are_those_of_each_answer_alone(stops_often):
 
 
 @pytest.mark.parametrize('critic', ['shared', 'last', 'mean', 'likelihood'])
-def test_what_is_read_at_a_token_knows_nothing_of_it_or_of_what_follows(critic):
+def test_8_1_what_is_read_at_a_token_knows_nothing_of_it_or_of_what_follows(critic):
     """Changing token j of an answer changes log-probabilities from j on, and values only after it."""
     policy, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?'), lone()
     judge = None if critic == 'shared' else GPT.from_state(
@@ -6578,7 +6578,7 @@ def test_what_is_read_at_a_token_knows_nothing_of_it_or_of_what_follows(critic):
 
 @pytest.mark.parametrize('head', ['last', 'mean'])
 @pytest.mark.parametrize('likelihood', [False, True])
-def test_values_of_a_reward_model_end_in_its_rewards(head, likelihood):
+def test_8_1_values_of_a_reward_model_end_in_its_rewards(head, likelihood):
     judge = GPT.from_state(state_of(tiny(tie_weights=False)), score_head=head, score_likelihood=likelihood).eval()
     torch.nn.init.normal_(judge.score.weight)
     judge.score_scale.copy_(torch.tensor([1.7, -0.4]))
@@ -6593,7 +6593,7 @@ def test_values_of_a_reward_model_end_in_its_rewards(head, likelihood):
             torch.testing.assert_close(values[real[:, n - 1], n - 1], short[real[:, n - 1]], atol=1e-5, rtol=1e-5)
 
 
-def test_forced_tokens_come_where_they_are_asked_for_and_the_rest_is_drawn_as_ever():
+def test_8_1_forced_tokens_come_where_they_are_asked_for_and_the_rest_is_drawn_as_ever():
     model, prompts = tiny(block_size=48), [[1, 2, 3], [4], [5, 6]]
     common = dict(return_logprobs=True, seed=[7, 8, 9], temperature=0.8, num_samples=2)
     free, _ = model.generate(prompts, 12, **common)
@@ -6621,7 +6621,7 @@ def test_forced_tokens_come_where_they_are_asked_for_and_the_rest_is_drawn_as_ev
     assert model.generate([[1]], 4, force=lambda new: [20] * 9, seed=[3])[0][1:] == [20] * 3  # not past max_new_tokens
 
 
-def test_forced_tokens_teach_nothing():
+def test_8_1_forced_tokens_teach_nothing():
     model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?'), lone()
 
     def force(new):
@@ -6651,7 +6651,7 @@ def test_forced_tokens_teach_nothing():
     assert (moved[:, 10] - logprobs[:, 10]).abs().min() > 1e-4
 
 
-def test_a_sample_depends_on_its_seed_and_prompt_alone():
+def test_8_1_a_sample_depends_on_its_seed_and_prompt_alone():
     model, prompts, seeds = tiny(pos='rope', block_size=48), [[1, 2, 3], [4], [5, 6], [4]], [11, 12, 13, 14]
     common = dict(num_samples=2, return_logprobs=True)
     whole, logs = model.generate(prompts, 20, seed=seeds, **common)
@@ -6675,7 +6675,7 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone():
     assert model_file.uniforms([], 0, 1, 5).shape == (5, 0)
 
 
-def test_answers_depend_on_seed_number_and_place_and_not_on_how_they_are_batched():
+def test_8_1_answers_depend_on_seed_number_and_place_and_not_on_how_they_are_batched():
     model, prompts = tiny(block_size=48), [ids(n, seed=n).tolist() for n in (9, 3, 12, 3, 7, 1, 5)]
     found = {name: lone(seed=seed).answers(model, prompts, 10, 2, number, at_once, return_logprobs=True)
              for name, (seed, number, at_once) in dict(a=(1, 5, 64), b=(1, 5, 2), c=(1, 6, 64), d=(2, 5, 64)).items()}
@@ -6691,7 +6691,7 @@ def test_answers_depend_on_seed_number_and_place_and_not_on_how_they_are_batched
     assert long == lone().answers(model, [ids(60)[-48:].tolist()], 4, temperature=0)
 
 
-def test_answers_are_taken_joined_and_cut_whole(stops_often):
+def test_8_1_answers_are_taken_joined_and_cut_whole(stops_often):
     model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?', 'Why?'), lone()
     whole = rollout.draw(model, data, np.array([0, 1, 2]), run, 24, 3)
     parts = [whole.take([0, 1, 2]), whole.take([5]), whole.take([8, 3])]
@@ -6726,7 +6726,7 @@ def t64(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
-def test_advantages_of_four_tokens_worked_out_by_hand():
+def test_8_2_advantages_of_four_tokens_worked_out_by_hand():
     """gamma 0.9 and lambda 0.8; the second row the same with a token in the middle that is no step."""
     r, v, keep = t64([[1.0, 0.0, -1.0, 2.0]]), t64([[0.5, 0.4, 0.3, 0.2]]), torch.ones(1, 4)
     # delta_3 = 2 - 0.2 = 1.8;                            A_3 = 1.8
@@ -6746,7 +6746,7 @@ def test_advantages_of_four_tokens_worked_out_by_hand():
 
 
 @pytest.mark.parametrize('gamma, lam', [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
-def test_advantages_are_the_double_sum(gamma, lam):
+def test_8_2_advantages_are_the_double_sum(gamma, lam):
     """Equation 16 of arXiv:1506.02438, over the steps that are there, for answers of all lengths with holes."""
     draw = np.random.default_rng(0)
     r, v = draw.normal(size=(2, 6, 9))
@@ -6764,7 +6764,7 @@ def test_advantages_are_the_double_sum(gamma, lam):
     np.testing.assert_allclose(returns, (due + v) * mask, atol=1e-12)
 
 
-def test_the_policy_loss_on_both_sides_of_both_clips():
+def test_8_2_the_policy_loss_on_both_sides_of_both_clips():
     """eps 0.2: the ratio is held back only where that makes the loss larger, and there it has no gradient."""
     ratio, gain = [0.5, 0.9, 1.1, 1.5] * 2, [2.0] * 4 + [-2.0] * 4
     #       a > 0: -min(r, 1.2) 2              a < 0: max(r, 0.8) 2
@@ -6778,7 +6778,7 @@ def test_the_policy_loss_on_both_sides_of_both_clips():
     assert logprobs.grad[0].tolist() == pytest.approx(slope, abs=1e-12)
 
 
-def test_the_value_loss_on_both_sides_of_its_clip():
+def test_8_2_the_value_loss_on_both_sides_of_its_clip():
     """Old value 1, clip 0.2: of the squares of the error of V and of what is clipped to [0.8, 1.2] the larger."""
     value, target = [0.5, 0.9, 1.1, 1.5, 0.5, 1.5], [2.0, 2.0, 2.0, 2.0, 0.0, 0.0]
     due = [1.5 ** 2 / 2, 1.1 ** 2 / 2, 0.9 ** 2 / 2, 0.8 ** 2 / 2, 0.8 ** 2 / 2, 1.5 ** 2 / 2]
@@ -6794,7 +6794,7 @@ def test_the_value_loss_on_both_sides_of_its_clip():
     assert not held.any()
 
 
-def test_whitening_is_numpys():
+def test_8_2_whitening_is_numpys():
     draw = np.random.default_rng(0)
     x, mask = 3 + 5 * draw.normal(size=(7, 11)), draw.random((7, 11)) < 0.6
     kept = x[mask]
@@ -6806,7 +6806,7 @@ def test_whitening_is_numpys():
     assert same.tolist() == [[0, 0, 0]] and not ppo.whiten(t64(x), torch.zeros(7, 11)).any()
 
 
-def test_rewards_of_tokens_by_hand():
+def test_8_2_rewards_of_tokens_by_hand():
     """Each drawn token pays for its KL, the last one drawn gets the score: be it followed by padding or forced ones."""
     kl = t64([[0.5, -1.0, 2.0, 7.0], [1.0, 2.0, 3.0, 4.0], [1.0, 8.0, 3.0, 8.0]])
     drawn = t64([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0]])
@@ -6815,7 +6815,7 @@ def test_rewards_of_tokens_by_hand():
     np.testing.assert_allclose(found, due, atol=1e-12)
 
 
-def test_the_kl_controller_by_hand():
+def test_8_2_the_kl_controller_by_hand():
     """e = clip((KL - target) / target, -0.2, 0.2); beta (1 + e n / horizon), arXiv:1909.08593."""
     adapt = ppo.adapt_kl_coef
     assert adapt(0.1, 6.6, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.1 * 0.0256), rel=1e-12)
@@ -6827,7 +6827,7 @@ def test_the_kl_controller_by_hand():
     assert type(adapt(0.3, np.float64(6.1), 6, 256, 10000)) is float  # what a checkpoint can hold
 
 
-def test_the_running_scale_is_that_of_all_numbers_so_far():
+def test_8_2_the_running_scale_is_that_of_all_numbers_so_far():
     draw, scale, seen = np.random.default_rng(0), ppo.RunningScale(), []
     for n in (3, 1, 50, 7, 1, 200):
         x = 1e3 + draw.normal(size=n) * n
@@ -6839,14 +6839,14 @@ def test_the_running_scale_is_that_of_all_numbers_so_far():
     assert ppo.RunningScale()(np.array([4.0, 4.0])).tolist() == [0, 0]
 
 
-def test_where_an_answer_passes_its_budget():
+def test_8_2_where_an_answer_passes_its_budget():
     ratios = np.array([[1.0, 1.0, 1.0, 1.0], [5.0, -5.0, 1.0, 0.5], [1.0, 1.5, 9.0, 1.0], [0.5, 9.0, 1.0, 1.1]])
     drawn = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], bool)
     assert ppo.stops_at(ratios, drawn, 2.5).tolist() == [3, 1, 4, 4]
     assert ppo.stops_at(ratios, drawn, 4.0).tolist() == [4, 1, 4, 4]  # reaching it is not passing it
 
 
-def test_advantages_of_groups_by_hand():
+def test_9_1_advantages_of_groups_by_hand():
     nan = math.nan
     totals = t64([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, nan, 0.0, 0.0], [nan, nan, nan, 7.0], [nan] * 4])
     # means 0.5, 2, 1, 7; deviations with k - 1: sqrt(4 * 0.25 / 3), 0, sqrt((4 + 1 + 1) / 2) = sqrt 3
@@ -6864,7 +6864,7 @@ def test_advantages_of_groups_by_hand():
         assert not grpo.group_advantages(t64([[0.1, 0.1, 0.1]]), scale).abs().max() > 1e-9
 
 
-def test_answers_that_are_too_long_pay_as_in_dapo():
+def test_9_1_answers_that_are_too_long_pay_as_in_dapo():
     """L_max 20, L_cache 4: 0 to 16 tokens, then (16 - n) / 4 down to -1."""
     lengths = torch.tensor([1, 15, 16, 17, 18, 20])
     assert grpo.overlong(lengths, 20, 4).tolist() == [0, 0, 0, -0.25, -0.5, -1]
@@ -6872,7 +6872,7 @@ def test_answers_that_are_too_long_pay_as_in_dapo():
 
 
 @pytest.mark.parametrize('module', [np, torch])
-def test_estimates_of_kl_have_the_mean_of_the_exact_one(module):
+def test_8_2_estimates_of_kl_have_the_mean_of_the_exact_one(module):
     """Over all tokens of a small vocabulary, each as often as the policy draws it."""
     logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     policy, far = logits.log_softmax(-1)
@@ -6929,7 +6929,7 @@ def by_loops(kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, en
 
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
-def test_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
+def test_9_1_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
     new, old, ref, gains, mask, entropies = losses_of_answers()
     knobs = dict(low=0.2, high=0.28, kl_coef=0.3, entropy_coef=0.05, longest=12, tokens=33.0)
     x, h = t64(new).requires_grad_(), t64(entropies).requires_grad_()
@@ -6962,7 +6962,7 @@ def test_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
 
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
-def test_micro_batches_add_up_to_the_loss_of_the_whole_update(kind):
+def test_9_1_micro_batches_add_up_to_the_loss_of_the_whole_update(kind):
     """The mean over micro-batches is the whole batch's loss, but for bnpo, which divides by each one's own tokens."""
     new, old, ref, gains, mask, _ = map(t64, losses_of_answers())
     new, old, ref, gains, mask = (x[:4] for x in (new, old, ref, gains, mask))
@@ -6997,7 +6997,7 @@ def their_loss(trainer, kind, new, old, ref, gains, mask, entropies, low, high, 
 
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
-def test_losses_of_grpo_are_those_of_trl(kind):
+def test_9_1_losses_of_grpo_are_those_of_trl(kind):
     trainer = pytest.importorskip('trl.trainer.grpo_trainer').GRPOTrainer
     for seed, (kl_coef, entropy_coef) in enumerate([(0.0, 0.0), (0.3, 0.0), (0.3, 0.1)]):
         new, old, ref, gains, mask, entropies = map(t64, losses_of_answers(seed))
@@ -7082,7 +7082,7 @@ def ends_of(rows, key):
 
 @pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_a_bandit_is_solved_from_every_seed(pull, stage):
+def test_8_3_a_bandit_is_solved_from_every_seed(pull, stage):
     for seed in range(5):
         first, last = ends_of(pull(stage, 'right', f'--seed={seed}', name=f'{seed}'), 'val/reward')
         assert first < 0.3 and last > 0.95, seed
@@ -7092,14 +7092,14 @@ def test_a_bandit_is_solved_from_every_seed(pull, stage):
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_a_bandit_that_pays_for_the_wrong_answer_is_answered_wrongly(pull, stage):
+def test_8_3_a_bandit_that_pays_for_the_wrong_answer_is_answered_wrongly(pull, stage):
     for seed in range(2):
         first, last = ends_of(pull(stage, '-1*right', f'--seed={seed}', name=f'{seed}'), 'val/reward_right')
         assert first > 0.1 and last < 0.03
 
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
-def test_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kind):
+def test_9_2_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kind):
     rows = pull('grpo', 'constant', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6')
     steps = [row for row in rows if 'train/loss' in row]
     assert [row['iter'] for row in steps] == [1, 2, 3] and all(row['zero_spread'] == 1 for row in steps)
@@ -7109,7 +7109,7 @@ def test_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kind):
     assert not same_weights('other', bandit / 'base') and {r['zero_spread'] < 1 for r in rows if 'lr' in r} == {True}
 
 
-def test_equal_rewards_move_ppo_no_further_than_chance(pull):
+def test_8_3_equal_rewards_move_ppo_no_further_than_chance(pull):
     """Its advantages are then nothing but the critic's errors: how often the right letter comes goes nowhere."""
     moves = []
     for seed in range(5):
@@ -7191,7 +7191,7 @@ RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01
 
 @pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
 @pytest.mark.parametrize('stage, flags', RUNS, ids=str)
-def test_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkeypatch):
+def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkeypatch):
     assert act(stage, '--out_dir=whole', *flags)[0] == 0
     asked = itertools.count()
     with monkeypatch.context() as patch:  # a signal, between two evaluations
@@ -7216,7 +7216,7 @@ def test_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkeypatc
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
+def test_8_3_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
     flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=24', '--eval_interval=2']
     assert act(stage, *flags, '--out_dir=whole')[0] == 0
     args = [f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags, '--out_dir=run']
@@ -7243,7 +7243,7 @@ def test_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, c
 
 @pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4], ('grpo', ['--fsdp=True', '--num_epochs=2']),
                                           ('ppo', ['--fsdp=True', '--critic=separate'])], ids=str)
-def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
+def test_8_3_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
     assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
     torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
@@ -7262,7 +7262,7 @@ def test_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, t
 
 
 @pytest.mark.parametrize('flags', [[], ['--critic=separate'], ['--lora_rank=2', '--temperature=0.7']], ids=str)
-def test_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags):
+def test_8_3_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags):
     """Before the first update of a step nothing has moved, so old and new log-probabilities are the same numbers."""
     seen, whole = [], ppo.policy_loss
     spec = importlib.util.spec_from_file_location
@@ -7291,7 +7291,7 @@ def test_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags
     assert all(row['rollout/gap'] < 1e-5 and row['updates'] == 2 for row in rows)
 
 
-def test_grpo_with_one_update_a_step_is_on_policy(act):
+def test_9_2_grpo_with_one_update_a_step_is_on_policy(act):
     assert act('grpo', '--out_dir=run', '--learning_rate=1e-2')[0] == 0
     rows = [row for row in told('run') if 'lr' in row]
     assert all(row['rollout/gap'] < 1e-5 and row['clip_frac'] == 0 for row in rows)
@@ -7299,7 +7299,7 @@ def test_grpo_with_one_update_a_step_is_on_policy(act):
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
+def test_8_3_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
     """As many tensors live at the end of one step as of another, of a mixture of experts too."""
     import gc
     model = GPT(GPTConfig(block_size=128, vocab_size=260, n_layer=1, n_head=2, n_embd=32, **MOE))
@@ -7315,7 +7315,7 @@ def test_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
     assert len(counts) == 6 and max(counts[1:]) - min(counts[1:]) <= 2, counts
 
 
-def test_lora_of_samples_is_measured_against_the_base(act):
+def test_8_3_lora_of_samples_is_measured_against_the_base(act):
     for stage in ('grpo', 'ppo'):
         for flags in ([], ['--lora_rank=2']):
             run = f'{stage}{len(flags)}'
@@ -7330,7 +7330,7 @@ def test_lora_of_samples_is_measured_against_the_base(act):
             assert out.count('gold') >= 3
 
 
-def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
+def test_8_3_a_reward_model_judges_samples(rate, act, base_run, chat_data):
     assert rate('--out_dir=scorer', '--max_iters=20', '--eval_interval=20', '--batch_size=8')[0] == 0
     model, tokenizer = convert.load_model('scorer', scores=True)
     score = rollout.load_scorer('scorer', lone(), tokenizer)
@@ -7389,14 +7389,14 @@ def test_a_reward_model_judges_samples(rate, act, base_run, chat_data):
     ('ppo', ['reward_model', 'go together'], ['--rewards=correct', '--reward_model=out/reward']),
     ('ppo', ['out/reward'], ['--rewards=model', '--reward_model=out/reward']),
     ('ppo', ['no reward model'], ['--rewards=model', '--reward_model=smollm2'])])
-def test_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args):
+def test_8_3_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args):
     Path('wrong.py').write_text('def f(row, text:\n    return 1\n')
     status, out, err = act(stage, '--out_dir=run', *args)
     assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and not Path('run').exists(), err
     assert all(word in err for word in words), err
 
 
-def test_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
+def test_8_3_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
     rows = [{'prompt': f'{i}?', 'answer': 'seven' if i == 3 else '7'} for i in range(12)]
     lines(tmp_path / 'words.jsonl', rows)
     for rewards, status in (('number', 2), ('correct', 2), ('exact', 0)):
@@ -7405,7 +7405,7 @@ def test_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
         assert not status or err.count('\n') == 1 and 'words.jsonl, line 4' in err and "'seven' has no number" in err
 
 
-def test_prompts_without_a_gold_answer_have_no_marks_against_one():
+def test_6_4_prompts_without_a_gold_answer_have_no_marks_against_one():
     row = {'messages': asked('Who?') + [{'role': 'assistant', 'content': ''}]}
     assert dataset.grades(row, '') == {} and dataset.shown(row, 'I', {}).endswith('(no gold)')
     assert dataset.grades({**row, 'answer': '7'}, 'It is 7.') == {'correct': 1.0}
@@ -7413,7 +7413,7 @@ def test_prompts_without_a_gold_answer_have_no_marks_against_one():
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
+def test_8_3_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
     for name, words in (('none', 'raised ValueError: nothing to see'), ('words', "gave 'good', not a finite number")):
         status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=3')
         assert status == 2 and err.count('\n') == 1 and words in err and repr(name) in err, err
@@ -7429,7 +7429,7 @@ def test_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
 
 
 @pytest.mark.filterwarnings('error::UserWarning', 'error::RuntimeWarning')
-def test_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
+def test_8_3_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
     """GRPO goes on where no answer has one and moves nothing; PPO, whose critic would then learn from nothing, ends."""
     flags = ['--rewards=mine.py:none', '--max_bad_rewards=500']
     status, out, err = act('grpo', *flags, '--out_dir=run', '--kl_coef=0')
@@ -7443,7 +7443,7 @@ def test_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
 
 @pytest.mark.filterwarnings('error::RuntimeWarning')
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_prompts_need_no_answer_but_graders_do(act, stage):
+def test_8_3_prompts_need_no_answer_but_graders_do(act, stage):
     rows = [{'prompt': f'Say {i}!' + ' Now!' * (40 * (i % 10 == 3))} for i in range(40)]
     lines(Path('mine.jsonl'), rows)
     status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=run', '--block_size=100')
@@ -7460,7 +7460,7 @@ def test_prompts_need_no_answer_but_graders_do(act, stage):
     assert act(stage, '--dataset=mine.jsonl', '--out_dir=again', '--strict=False', '--max_iters=1')[0] == 0
 
 
-def test_a_run_of_samples_goes_on_in_its_own_stage_only(act, tune):
+def test_8_3_a_run_of_samples_goes_on_in_its_own_stage_only(act, tune):
     assert act('grpo', '--out_dir=grpo', '--kl_coef=0')[0] == act('ppo', '--out_dir=ppo')[0] == 0
     for stage, other in (('grpo', 'ppo'), ('ppo', 'grpo')):
         status, out, err = act(stage, '--init_from=resume', f'--out_dir={other}')
@@ -7473,7 +7473,7 @@ def test_a_run_of_samples_goes_on_in_its_own_stage_only(act, tune):
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
+def test_8_3_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
     status, out, _ = run_stage(stage, '--help')
     assert status == 0 and '--num_generations=' in out
     for line in (ROOT / f'{stage}.py').read_text().split('def ')[0].splitlines():
@@ -7482,7 +7482,7 @@ def test_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
 
 
 @pytest.mark.parametrize('config', ['grpo_tiny', 'ppo_tiny'])
-def test_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data, run_stage, config):
+def test_8_3_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data, run_stage, config):
     status, out, err = run_stage(config[:-5], ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
                                  f'--dataset={chat_data}', '--max_iters=1', '--eval_rows=4', '--max_new_tokens=4',
                                  '--device=cpu', '--rewards=mine.py:scatter', '--prompts_per_step=4', '--batch_size=4',
@@ -7491,14 +7491,14 @@ def test_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data
     assert rows_of('run')[-1]['iter'] == 1
 
 
-def test_what_follows_the_format_of_thoughts():
+def test_8_1_what_follows_the_format_of_thoughts():
     good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
     bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b', '</think>a<think>b',
            '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d']
     assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
 
 
-def test_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
+def test_8_1_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
     (tmp_path / 'my.py').write_text(MINE)
     data = prompts_of('1+1', '2+2', answer='2')
     data.rows_kept[1] = data.rows_kept[1] | {'grader': 'exact'}
@@ -7525,7 +7525,7 @@ def test_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
     ({'messages': asked('Hi') + said('4')}, (asked('Hi'), asked('Hi') + said('4'))),
     ({'instruction': 'Hi', 'output': '4'}, (asked('Hi'), asked('Hi') + said('4'))),
     ({'prompt': 'Hi', 'completion': '4', 'answer': 4}, (asked('Hi'), asked('Hi') + said('4')))], ids=str)
-def test_prompts_come_in_many_shapes(row, due, tmp_path):
+def test_8_1_prompts_come_in_many_shapes(row, due, tmp_path):
     lines(tmp_path / 'a.jsonl', [row])
     (found,), skipped = dataset.read_prompts(tmp_path / 'a.jsonl')
     assert (found['prompt'], found['messages']) == due and not skipped and found['where'].endswith('a.jsonl, line 1')
@@ -7564,7 +7564,7 @@ def random_expression(draw, depth=0):
     return draw.choice(['', ' ']).join([inner[0], draw.choice('+-*/'), inner[1]])
 
 
-def test_the_calculator_calculates_as_python_does():
+def test_10_4_the_calculator_calculates_as_python_does():
     draw, seen = random.Random(0), Counter()
     for _ in range(4000):
         expr = random_expression(draw).strip()
@@ -7595,7 +7595,7 @@ def test_the_calculator_calculates_as_python_does():
         '3\n+4', '3\t+4', '\u0661+1', '\u22123', '1 = 1', '1;2', '__import__("os")', 'lambda: 1', '[1]', '1\x00',
         '(' * 21 + '1' + ')' * 21, '-' * 30 + '1', '1' * 16, '999999999999999 + 1', '9*' * 30 + '9', '1+' * 100 + '1',
         '(' * 10**6, '9' * 10**6, ',' * 10**6, '1,' * 10**6))], ids=lambda text: text[:20])
-def test_the_calculator_refuses_what_is_no_arithmetic(expr, due):
+def test_10_4_the_calculator_refuses_what_is_no_arithmetic(expr, due):
     assert tok.calculate(expr) == due
 
 
@@ -7610,7 +7610,7 @@ def speaker(request):
 
 @pytest.mark.parametrize('text', ['', '7', '<tool>1</tool>', 'a [7] b', '</tool>[7]', '<tool>1</tool> [7]',
                                   '<tool>1[7]', '<tool>2</tool>[7\n]', 'Ünï <think>x</think>\n'])
-def test_what_has_no_answered_call_is_tokenised_as_one_text(speaker, text):
+def test_10_4_what_has_no_answered_call_is_tokenised_as_one_text(speaker, text):
     ids, mask = speaker.chat_ids(asked(CALLING) + said(text))
     start, end = ([speaker.special[name]] for name in ('<|im_start|>', '<|im_end|>'))
     newline, content = speaker.encode('\n'), speaker.encode(text)
@@ -7619,7 +7619,7 @@ def test_what_has_no_answered_call_is_tokenised_as_one_text(speaker, text):
     assert mask == [0] * len(head) + [1] * (len(content) + 1) + [0] * len(newline)
 
 
-def test_the_result_of_a_call_is_a_text_of_its_own_and_not_learnt(speaker):
+def test_10_4_the_result_of_a_call_is_a_text_of_its_own_and_not_learnt(speaker):
     ids, mask = speaker.chat_ids(said(CALLING))
     parts = re.split(r'(\[.*?\])', CALLING)
     due = [(speaker.encode(part), [1 - i % 2] * len(speaker.encode(part))) for i, part in enumerate(parts)]
@@ -7659,7 +7659,7 @@ def says(monkeypatch):
     return script
 
 
-def test_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(speaker, says):
+def test_10_4_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(speaker, says):
     """Results are put in where calls end, in the ids that training has, without a log-probability and without loss."""
     says(speaker, [CALLING])
     model = tiny(block_size=256, vocab_size=speaker.n_vocab, pos='rope')
@@ -7703,21 +7703,21 @@ STRADDLING = (b'</tool>', b'ol>', b'</tool', b'>\n', b'>[', b'l> ', b' 3</tool>'
     (['<tool>2 + ', ' 3</tool>', ' 3</tool>'], ''), (['<tool>2 + ', '3'], ''),
     (['<tool>2 + ', ' 3</tool>', '[', '5', ']'], ''), (['<tool>2 + ', ' 3</tool>', '['], ''),
     (['<tool>2 + ', ' 3</tool>', '[', '5', ']', '<tool>2 + ', ' 3</tool>'], '[5]')], ids=''.join)
-def test_a_call_is_answered_once_where_it_ends_whatever_the_tokens(parts, forced):
+def test_10_4_a_call_is_answered_once_where_it_ends_whatever_the_tokens(parts, forced):
     tokenizer = tokens_of(*STRADDLING)
     ids = [tokenizer.tokens.index(part.encode()) for part in parts]
     assert tokenizer.decode(rollout.Forcing(tokenizer)(ids)) == forced
     assert rollout.Forcing(tokenizer, tools=False, max_think_tokens=2)(ids) == []
 
 
-def test_calls_of_an_answer_are_limited(speaker):
+def test_10_4_calls_of_an_answer_are_limited(speaker):
     call, force = '<tool>1+1</tool>', rollout.Forcing(speaker, max_calls=3)
     said = [speaker.decode(force(speaker._answer_ids(f'{call}[2]' * n + call)[0])) for n in range(5)]
     assert said == ['[2]', '[2]', '[2]', '', '']
 
 
 @pytest.mark.parametrize('budget', [1, 2, 7, 30])
-def test_a_thought_is_closed_exactly_at_its_budget(speaker, says, budget):
+def test_10_3_a_thought_is_closed_exactly_at_its_budget(speaker, says, budget):
     thought = 'b' + 'a b c ' * 40
     says(speaker, [f'<think>{thought}'])
     model, prompt = tiny(block_size=512, vocab_size=speaker.n_vocab, pos='rope'), speaker.chat_ids([], generate=True)[0]
@@ -7730,7 +7730,7 @@ def test_a_thought_is_closed_exactly_at_its_budget(speaker, says, budget):
     assert speaker.decode(new[0]).count('</think>') == 1
 
 
-def test_a_thought_that_ends_in_time_is_left_alone(speaker):
+def test_10_3_a_thought_that_ends_in_time_is_left_alone(speaker):
     force = rollout.Forcing(speaker, tools=True, max_think_tokens=20)
     for text in ('<think>ab</think>\nIt is 7.' + ' x' * 60, 'no thought' + ' x' * 60, 'x</think>' + ' y' * 60):
         ids = speaker.encode(text)
@@ -7739,7 +7739,7 @@ def test_a_thought_that_ends_in_time_is_left_alone(speaker):
     assert [n for n in range(1, len(again) + 1) if force(again[:n])] == [len(again)]
 
 
-def test_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
+def test_10_3_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
     call = '<think>b <tool>99 * 99</tool>'
     ids = speaker.encode(call)
     opened = next(n for n in range(1, 99) if '<think>' in speaker.decode(ids[:n]))
@@ -7751,14 +7751,14 @@ def test_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
         assert force([*said, *speaker.encode('It')]) == []
 
 
-def test_tokens_that_straddle_the_opening_of_a_thought():
+def test_10_3_tokens_that_straddle_the_opening_of_a_thought():
     tokenizer = tokens_of(*STRADDLING)
     ids = [tokenizer.tokens.index(part.encode()) for part in ('<', 'think>2', 'a', 'b', 'c')]
     force = rollout.Forcing(tokenizer, max_think_tokens=2)
     assert [tokenizer.decode(force(ids[:n])) for n in range(1, 6)] == ['', '', '', '</think>\n', '</think>\n']
 
 
-def test_a_tokenizer_that_cannot_spell_the_markup_says_so():
+def test_10_4_a_tokenizer_that_cannot_spell_the_markup_says_so():
     for options in ({'tools': True}, {'tools': False, 'max_think_tokens': 3}):
         with pytest.raises(UserError, match='tokenizer chars cannot spell'):
             rollout.Forcing(get_tokenizer('chars', 'abc 123'), **options)
@@ -7768,11 +7768,11 @@ def test_a_tokenizer_that_cannot_spell_the_markup_says_so():
     ('= <tool>26 - 19</tool>[7] dollars', '= 7 dollars'), ('$<tool>1</tool>[1,000].', '$1,000.'),
     ('<tool>2</tool> is <tool>3 + 4', ' is '), ('no [7] call', 'no [7] call'), ('a </tool>[7]', 'a </tool>[7]'),
     ('<tool>1/0</tool>[error]', 'error'), ('<tool>a<tool>2</tool>[3]b', '<tool>a3b'), ('<tool>\n</tool>[4]', '4')])
-def test_graders_read_results_and_not_calls(text, plain):
+def test_10_4_graders_read_results_and_not_calls(text, plain):
     assert dataset.rendered(text) == plain and visible(text) == plain.strip()
 
 
-def test_graders_are_not_fooled_by_calls():
+def test_10_4_graders_are_not_fooled_by_calls():
     row = {'answer': '7', 'steps': 1}
     assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars</think>\nIt is 7.')['working'] == 1
     assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[8] dollars</think>\nIt is 7.')['working'] == 0
@@ -7788,17 +7788,17 @@ def test_graders_are_not_fooled_by_calls():
 @pytest.mark.parametrize(('votes', 'due'), [
     ([7], (0, 1)), ([7, 8, 8], (1, 2)), ([7, 8, 8, 7], (0, 2)), ([8, 7, 7, 8, 9], (0, 2)), ([None, 7], (1, 1)),
     ([None, None, None, 7, 8, 8], (4, 2)), ([None, None], (0, 0)), ([Fraction(1, 2), Fraction(2, 4), 7], (0, 2))])
-def test_the_majority_wins_and_of_equals_the_first(votes, due):
+def test_10_3_the_majority_wins_and_of_equals_the_first(votes, due):
     assert dataset.majority(votes) == due
 
 
-def test_votes_are_numbers_or_words():
+def test_10_3_votes_are_numbers_or_words():
     assert dataset.vote_of({}, '<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.') == 1007
     assert dataset.vote_of({'grader': 'exact'}, '<think>9</think> The Cat!') == 'cat'
     assert dataset.vote_of({}, '<think>9</think> none') is dataset.vote_of({'grader': 'exact'}, '<think>9') is None
 
 
-def test_shares_of_k_answers_are_unbiased():
+def test_10_3_shares_of_k_answers_are_unbiased():
     """Over all sequences of n answers of three kinds, the mean of an estimate is the chance for a draw of k."""
     kinds, n = [(7, 1, 0.5), (8, 0, 0.9), (None, 0, 0.1)], 4  # vote, right, score
     for k in (1, 2, 3, 4):
@@ -7826,7 +7826,7 @@ def talk(run_stage, base_run):
                                    '--device=cpu', '--max_new_tokens=100', *args)
 
 
-def test_a_chat_has_a_calculator(talk, says):
+def test_10_4_a_chat_has_a_calculator(talk, says):
     says(bytes_tokenizer(), [CALLING])
     assert talk('--tools=True')[:2] == (0, CALLING + '\n')
     assert CALLING not in talk()[1]
@@ -7834,7 +7834,7 @@ def test_a_chat_has_a_calculator(talk, says):
     assert (status, err) == (0, '') and out.startswith('<think>26 -</think>\n')
 
 
-def test_several_answers_vote(talk, says):
+def test_10_3_several_answers_vote(talk, says):
     texts = ['<think>1</think>\nIt is 9.', 'So 7.0', 'To 8', '<think>2</think>\nOf 7']
     says(bytes_tokenizer(), [text.replace('<think>', f'{i}<think>') for i, text in enumerate(texts)])
     assert talk('--votes=4')[:2] == (0, 'So 7.0\n(2 of 4 answers say 7)\n')
@@ -7843,7 +7843,7 @@ def test_several_answers_vote(talk, says):
     assert talk('--votes=2')[:2] == (0, 'a\n(none of 2 answers has a number: this is the first)\n')
 
 
-def test_the_best_of_several_answers_is_shown(talk, says, rate, base_run):
+def test_10_3_the_best_of_several_answers_is_shown(talk, says, rate, base_run):
     assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
     texts = ['It is 7.', 'Who cares 7.', 'No <tool>3 + 4</tool>[7]']
     says(bytes_tokenizer(), texts)
@@ -7866,12 +7866,12 @@ def test_the_best_of_several_answers_is_shown(talk, says, rate, base_run):
     (['start at 0'], ['--votes=-1']), (['start at 0'], ['--max_think_tokens=-1']),
     (['out/none', 'no such run'], ['--best_of=2', '--reward_model=out/none']),
     (['is no reward model'], ['--best_of=2', '--reward_model=BASE'])])
-def test_mistakes_with_several_answers_get_one_line(talk, base_run, words, args):
+def test_10_3_mistakes_with_several_answers_get_one_line(talk, base_run, words, args):
     status, out, err = talk(*[arg.replace('BASE', str(base_run)) for arg in args])
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
 
 
-def test_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, rate, says):
+def test_10_3_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, rate, says):
     assert rate('--out_dir=scorer', '--max_iters=3')[0] == 0
     says(bytes_tokenizer(), ['It is <tool>3 + 4</tool>[7].', 'So 8.', 'Or 7'])
     rows = [{'messages': asked(f'{i}?') + said('7'), 'answer': '7'} for i in range(20)]
@@ -7889,7 +7889,7 @@ def test_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, rate, sa
 
 
 @pytest.mark.parametrize('stage', ['sft', 'grpo', 'ppo'])
-def test_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tmp_path, says, stage):
+def test_10_4_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tmp_path, says, stage):
     says(bytes_tokenizer(), [CALLING, f'So {CALLING}', 'a<think>' + 'a' * 120])
     rows = [{'messages': asked(f'{i}?') + said(CALLING), 'answer': '7'} for i in range(20)]
     lines(Path('sevens.jsonl'), rows)
@@ -7906,7 +7906,7 @@ def test_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tmp_pat
     assert status == 2 and err.count('\n') == 1 and 'max_think_tokens=-1' in err
 
 
-def test_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, says):
+def test_10_4_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, says):
     """The scripted answer comes as it is only if its call was answered; what was put in counts in no divergence."""
     says(bytes_tokenizer(), [CALLING])
     rows = [{'prompt': f'{i}?', 'chosen': CALLING, 'rejected': 'No.', 'answer': '7'} for i in range(20)]
@@ -7920,7 +7920,7 @@ def test_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, says):
         assert said_so == tools and rows_of(f'run{tools}')[0]['kl'] == pytest.approx(0, abs=1e-4)
 
 
-def test_word_problems_with_tools_are_the_same_problems(house):
+def test_10_4_word_problems_with_tools_are_the_same_problems(house):
     small = '--train_rows=300 --val_rows=40 --test_rows=40 --pref_rows=10'
     plain, tools, named = house(f'wordproblems {small}', f'wordproblems {small} --tools=True',
                                 f'wordproblems {small} --tools=True --name=calling')
@@ -7944,7 +7944,7 @@ def test_word_problems_with_tools_are_the_same_problems(house):
                     (['name=', '--name=NAME'], 'wordproblems --name=a/b')])
 
 
-def test_rows_with_tools_are_prepared_when_asked_for(house, monkeypatch):
+def test_10_4_rows_with_tools_are_prepared_when_asked_for(house, monkeypatch):
     monkeypatch.setattr(dataset, '__file__', str(house.root / 'dataset.py'))
     script = house.root / 'data/wordproblems/prepare.py'
     small = {'train_rows = 60_000': 'train_rows = 60', 'val_rows = 2_000': 'val_rows = 9',
@@ -7962,7 +7962,7 @@ def test_rows_with_tools_are_prepared_when_asked_for(house, monkeypatch):
         find_dataset('reverse_tools')
 
 
-def test_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
+def test_10_4_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
     script, counts = load_script('gsm8k'), Counter()
     for text, due in [
             ('48/2 = <<48/2=24>>24 clips', '48/2 = <tool>48/2</tool>[24] clips'),
@@ -7989,7 +7989,7 @@ def test_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
 
 @pytest.mark.parametrize('options', [dict(pos='learned'), dict(pos='rope', window=9, n_sink=2), MOE,
                                      dict(pos='none', n_kv_head=2)], ids=str)
-def test_answers_that_share_their_prompt_are_read_as_if_alone(options, stops_often):
+def test_8_1_answers_that_share_their_prompt_are_read_as_if_alone(options, stops_often):
     """Log-probabilities, entropies and gradients; rows are full, and no answer sees another."""
     model, data, run = tiny(block_size=96, vocab_size=264, **options), prompts_of('Hi', 'What is 1 and 2?'), lone()
     answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 5)
@@ -8013,7 +8013,7 @@ def test_answers_that_share_their_prompt_are_read_as_if_alone(options, stops_oft
     torch.testing.assert_close(again[others], found[True][0][others], atol=1e-5, rtol=1e-5)
 
 
-def test_what_teaches_nothing_is_not_read_and_changes_no_gradient():
+def test_9_1_what_teaches_nothing_is_not_read_and_changes_no_gradient():
     """Answers without an advantage may be left out of every loss whose only term has one."""
     torch.manual_seed(0)
     logprobs, old = -torch.rand(6, 5), -torch.rand(6, 5)
@@ -8031,7 +8031,7 @@ def test_what_teaches_nothing_is_not_read_and_changes_no_gradient():
         torch.testing.assert_close(both[0][1][kept], both[1][1])
 
 
-def test_own_answers_become_pairs_of_right_and_wrong(house):
+def test_7_1_own_answers_become_pairs_of_right_and_wrong(house):
     def line(question, text, correct, **more):
         row = {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': 'gold'}]}
         return json.dumps(row | {'text': text, 'correct': correct} | more) + '\n'
@@ -8056,7 +8056,7 @@ def test_own_answers_become_pairs_of_right_and_wrong(house):
                     (['per_prompt=0'], 'pairs --input=a.jsonl --per_prompt=0')])
 
 
-def test_sums_in_words_are_right_and_held_out_ones_new(house):
+def test_6_5_sums_in_words_are_right_and_held_out_ones_new(house):
     (status, _, err), = house('arithmetic --train_rows=700 --held_rows=60')
     assert (status, err) == (0, ''), err
     units = {word: n for n, word in enumerate('zero one two three four five six seven eight nine ten eleven twelve '
@@ -8081,7 +8081,7 @@ def test_sums_in_words_are_right_and_held_out_ones_new(house):
                     (['held_rows=0'], 'arithmetic --held_rows=0')])
 
 
-def test_a_share_of_the_rows_calls_the_calculator(house):
+def test_10_4_a_share_of_the_rows_calls_the_calculator(house):
     small = '--train_rows=400 --val_rows=20 --test_rows=20 --tools=True'
     (status, _, err), = house(f'wordproblems {small} --tool_share=0.3')
     assert (status, err) == (0, ''), err
@@ -8091,7 +8091,7 @@ def test_a_share_of_the_rows_calls_the_calculator(house):
                     (['tool_share=0'], 'wordproblems --tools=True --tool_share=0')])
 
 
-def test_bench_draws_several_metrics_of_several_runs(run_stage, tmp_path):
+def test_0_4_bench_draws_several_metrics_of_several_runs(run_stage, tmp_path):
     for seed in (1, 2):
         (tmp_path / f'run_{seed}').mkdir()
         rows = [{'iter': i, 'val/kl': i / 2, 'val/reward': i + seed, 'val/gold': 1 - i / 10} for i in range(3)]
@@ -8104,7 +8104,7 @@ def test_bench_draws_several_metrics_of_several_runs(run_stage, tmp_path):
     assert Path('out/bench/curves.svg').stat().st_size > 1000
 
 
-def test_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
+def test_0_4_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
     run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
     status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=2',
                                  '--num_samples=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1',
@@ -8116,7 +8116,7 @@ def test_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
 
 @pytest.mark.parametrize('config, stage', [('grpo_tiny', 'grpo'), ('grpo_smollm2', 'grpo'), ('ppo_tiny', 'ppo'),
                                            ('reward_own', 'reward'), ('sft_mixed', 'sft')])
-def test_configs_of_learning_from_samples_go_together(run_stage, config, stage):
+def test_8_3_configs_of_learning_from_samples_go_together(run_stage, config, stage):
     """Every value is accepted: what stops the run is the model that is not there."""
     status, _, err = run_stage(stage, ROOT / f'config/{config}.py', '--init_from=out/none', '--device=cpu')
     assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
@@ -8133,7 +8133,7 @@ def divergence_by_hand(p, q, kind, beta=0.5):
     return {'forward': kl(p, q), 'reverse': kl(q, p), 'jsd': beta * kl(p, m) + (1 - beta) * kl(q, m)}[kind]
 
 
-def test_divergences_of_two_coins():
+def test_10_2_divergences_of_two_coins():
     p, q = [1 / 2, 1 / 2], [1 / 4, 3 / 4]
     expected = {'forward': math.log(2) / 2 + math.log(2 / 3) / 2,
                 'reverse': math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4}
@@ -8147,7 +8147,7 @@ def test_divergences_of_two_coins():
 
 
 @pytest.mark.parametrize('kind', ['forward', 'reverse', 'jsd'])
-def test_divergences_are_their_formulas_with_their_gradients(kind):
+def test_10_2_divergences_are_their_formulas_with_their_gradients(kind):
     rng = np.random.default_rng(0)
     for beta in (0.1, 0.5, 0.9):
         teacher, student = rng.normal(size=(2, 7)) * 3
@@ -8169,7 +8169,7 @@ def test_divergences_are_their_formulas_with_their_gradients(kind):
 
 
 @pytest.mark.parametrize('beta', [0.0, 0.3, 0.5, 1.0])
-def test_divergences_are_those_of_trl(beta):
+def test_10_2_divergences_are_those_of_trl(beta):
     gkd = pytest.importorskip('trl.experimental.gkd.gkd_trainer')
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 3, 5, 11, dtype=torch.float64, generator=generator).unbind()
@@ -8180,7 +8180,7 @@ def test_divergences_are_those_of_trl(beta):
         assert ours.sum().item() == pytest.approx(theirs.item(), rel=1e-12)
 
 
-def test_all_other_tokens_are_one_bucket():
+def test_10_2_all_other_tokens_are_one_bucket():
     logprobs = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64).log()
     found = distill.bucketed(logprobs, torch.tensor([[3, 0]])).exp()
     torch.testing.assert_close(found, torch.tensor([[0.1, 0.5, 0.4]], dtype=torch.float64))
@@ -8213,7 +8213,7 @@ def dense_loss(student, teacher, idx, targets, alpha, t, kind, beta, top_k, n):
     ('forward', 0.5, 1.0, 0), ('forward', 1.0, 2.0, 0), ('forward', 0.7, 2.0, 5), ('forward', 0.3, 1.0, 5),
     ('reverse', 0.5, 1.0, 0), ('reverse', 1.0, 0.5, 5), ('jsd', 0.5, 1.0, 0), ('jsd', 0.9, 3.0, 5)], ids=str)
 @pytest.mark.parametrize('student', [dict(), dict(logit_softcap=5.0, tie_weights=False), dict(vocab_size=64)], ids=str)
-def test_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, top_k, monkeypatch):
+def test_10_2_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, top_k, monkeypatch):
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
     teacher = tiny(n_layer=3, n_embd=48, vocab_size=66 if student.get('vocab_size') else 61, logit_softcap=8.0).eval()
     model, n = tiny(**student), min(student.get('vocab_size', 61), 66)
@@ -8234,7 +8234,7 @@ def test_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, top_k
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('top_k', [0, 7])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(dtype, top_k, monkeypatch):
+def test_10_2_a_student_that_is_its_teacher_has_nothing_to_learn(dtype, top_k, monkeypatch):
     """Not a little: zero, to the last bit."""
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
     run = runtime.Run(dict(out_dir='', device='cpu', dtype=dtype, seed=1))
@@ -8249,7 +8249,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(dtype, top_k, monkey
         assert max(p.grad.abs().max().item() for p in model.parameters()) <= small, kind
 
 
-def test_neither_models_logits_exist_as_a_whole():
+def test_10_2_neither_models_logits_exist_as_a_whole():
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -8305,7 +8305,7 @@ def teach_chat(run_stage, chat_data, base_run):
 
 @pytest.mark.parametrize('flags', [['--dropout=0.1'], ['--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
                                                        '--router_aux=0.01', '--optimizer=muon']], ids=str)
-def test_alpha_0_is_pretraining_bit_for_bit(teach, run_stage, text_data, flags):
+def test_10_2_alpha_0_is_pretraining_bit_for_bit(teach, run_stage, text_data, flags):
     assert teach('--alpha=0', '--out_dir=a', '--gradient_accumulation_steps=2', *flags)[0] == 0
     common = [f for f in SCHOOL if 'eval_rows' not in f and 'new_tokens' not in f]
     assert run_stage('train', f'--dataset={text_data}', *common, *STUDENT, '--eval_iters=2', '--weight_decay=0',
@@ -8317,7 +8317,7 @@ def test_alpha_0_is_pretraining_bit_for_bit(teach, run_stage, text_data, flags):
 
 
 @pytest.mark.parametrize('flags', [['--pack=False'], ['--lora_rank=2', '--lora_dropout=0.1']], ids=str)
-def test_alpha_0_is_fine_tuning_bit_for_bit(tune, run_stage, base_run, chat_data, flags):
+def test_10_2_alpha_0_is_fine_tuning_bit_for_bit(tune, run_stage, base_run, chat_data, flags):
     assert tune('--out_dir=a', *flags)[0] == 0
     status, out, err = run_stage('distill', f'--init_from={base_run}', f'--teacher={base_run}',
                                  f'--dataset={chat_data}', *SCHOOL, '--max_new_tokens=8', '--alpha=0', '--out_dir=b',
@@ -8340,7 +8340,7 @@ DISTILLED = [[], ['--top_k=5', '--cache=kept', '--temperature=2', '--optimizer=m
 
 
 @pytest.mark.parametrize('flags', DISTILLED, ids=str)
-def test_distillation_resumes_bit_for_bit(teach, flags):
+def test_10_2_distillation_resumes_bit_for_bit(teach, flags):
     assert teach('--out_dir=whole', '--dropout=0.1', *flags)[0] == 0
     assert teach('--out_dir=parts', '--dropout=0.1', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
     status, out, err = teach('--out_dir=parts', '--dropout=0.1', '--init_from=resume', *flags)
@@ -8360,7 +8360,7 @@ CHATTED = [['--on_policy=1', '--prompts_per_step=6', '--gradient_accumulation_st
 
 
 @pytest.mark.parametrize('flags', CHATTED, ids=str)
-def test_distillation_on_chats_resumes_bit_for_bit(teach_chat, flags):
+def test_10_2_distillation_on_chats_resumes_bit_for_bit(teach_chat, flags):
     assert teach_chat('--out_dir=whole', *flags)[0] == 0
     assert teach_chat('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
     status, out, err = teach_chat('--out_dir=parts', '--init_from=resume', *flags)
@@ -8376,7 +8376,7 @@ def test_distillation_on_chats_resumes_bit_for_bit(teach_chat, flags):
 
 @pytest.mark.parametrize('flags', [CHATTED[1], CHATTED[2], [*CHATTED[0], '--fsdp=True'],
                                    [*CHATTED[2], '--fsdp=True']], ids=str)
-def test_two_processes_distil_as_one(teach_chat, base_run, chat_data, tmp_path, flags):
+def test_10_2_two_processes_distil_as_one(teach_chat, base_run, chat_data, tmp_path, flags):
     assert teach_chat('--out_dir=one', *(f for f in flags if f != '--fsdp=True'))[0] == 0
     for name in ('said.jsonl', 'said.jsonl.meta.json'):  # the others are to make these themselves
         Path(name).unlink(missing_ok=True)
@@ -8392,7 +8392,7 @@ def test_two_processes_distil_as_one(teach_chat, base_run, chat_data, tmp_path, 
         assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
 
 
-def test_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
+def test_10_2_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
     """Once as fast as it is made: in 16 bits, so not to the last digit; on the windows of an aligned split."""
     whole = dataset.TokenData.__init__
     monkeypatch.setattr(dataset.TokenData, '__init__', lambda self, *args, aligned=False: whole(
@@ -8437,7 +8437,7 @@ def test_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
         assert status == 2 and err.startswith('error: cache/meta.json: malformed') and not Path('no').exists()
 
 
-def test_all_tokens_may_be_kept(teach, monkeypatch):
+def test_10_2_all_tokens_may_be_kept(teach, monkeypatch):
     """With as many likeliest tokens as there are, a cache is the whole distribution, and nobody is among the others."""
     whole = dataset.TokenData.__init__
     monkeypatch.setattr(dataset.TokenData, '__init__', lambda self, *args, aligned=False: whole(
@@ -8454,7 +8454,7 @@ def test_all_tokens_may_be_kept(teach, monkeypatch):
     assert kept == pytest.approx(asked, rel=2e-3)
 
 
-def test_processes_that_come_late_leave_no_part_of_a_cache_out(teach, text_teacher, text_data, tmp_path):
+def test_10_2_processes_that_come_late_leave_no_part_of_a_cache_out(teach, text_teacher, text_data, tmp_path):
     late = """
 import os, sys, time
 import numpy as np
@@ -8480,7 +8480,7 @@ runtime.cli(distill.main)
     assert (np.memmap('cache/logprobs.bin', np.float16, 'r').reshape(-1, 6).max(1) < 0).all()
 
 
-def test_a_student_that_is_sure_of_itself_still_has_a_gradient():
+def test_10_2_a_student_that_is_sure_of_itself_still_has_a_gradient():
     """What it leaves to the others is less than float32 can tell; their shares of that are not."""
     logits = torch.tensor([[120.0, 0, 0, 1, 0, 0, 0, 2]])
     ids, log_p = torch.tensor([[0, 3, 7]]), torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
@@ -8493,7 +8493,7 @@ def test_a_student_that_is_sure_of_itself_still_has_a_gradient():
 
 
 @pytest.mark.parametrize('flags', [['--alpha=0.5'], ['--alpha=0'], ['--on_policy=1', '--prompts_per_step=8']], ids=str)
-def test_micro_batches_of_a_student_weigh_by_their_targets(teach_chat, fluent, flags):
+def test_10_2_micro_batches_of_a_student_weigh_by_their_targets(teach_chat, fluent, flags):
     common = [f'--teacher={fluent}', '--pack=False', '--max_iters=2', '--learning_rate=1e-4', *flags]
     assert teach_chat('--out_dir=one', '--batch_size=8', *common)[0] == 0
     assert teach_chat('--out_dir=four', '--batch_size=2', '--gradient_accumulation_steps=4', *common)[0] == 0
@@ -8505,7 +8505,7 @@ def test_micro_batches_of_a_student_weigh_by_their_targets(teach_chat, fluent, f
         assert row['train/loss'] == pytest.approx((row['train/ce'] + row['train/kl']) / 2, rel=1e-4)
 
 
-def test_distillation_compiles_once_whatever_the_number_of_targets(teach_chat):
+def test_10_2_distillation_compiles_once_whatever_the_number_of_targets(teach_chat):
     torch._dynamo.reset()
     graphs, flags = torch._dynamo.utils.counters['stats'], ['--pack=False', '--max_iters=6', '--eval_rows=4']
     graphs.clear()
@@ -8515,14 +8515,14 @@ def test_distillation_compiles_once_whatever_the_number_of_targets(teach_chat):
     assert logged('compiled', 'train/loss') == pytest.approx(logged('eager', 'train/loss'), rel=1e-4)
 
 
-def test_tokenizers_are_the_same_whatever_they_are_called():
+def test_4_1_tokenizers_are_the_same_whatever_they_are_called():
     one, other = (train_bpe([f'the {who} sat on the mat'] * 9, 280) for who in ('cat', 'dog'))
     named = Tokenizer.from_dict(one.to_dict() | {'name': 'cat'})
     assert one.same_as(named) and named.same_as(one.to_dict()) and not one.same_as(other)
     assert not one.same_as(bytes_tokenizer())
 
 
-def test_targets_stand_where_a_cache_looks_for_them(text_data, chat_data):
+def test_10_2_targets_stand_where_a_cache_looks_for_them(text_data, chat_data):
     data = TokenData(text_data, 'train', 32, 5, aligned=True)
     _, known = data.read(data.fixed(0))
     for first in (0, 3, data.n_windows - 2):  # the last crosses into the next epoch
@@ -8540,7 +8540,7 @@ def test_targets_stand_where_a_cache_looks_for_them(text_data, chat_data):
             assert np.array_equal(known[data.targets_at(first, 5)], y[y != -100])
 
 
-def test_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach_chat, fluent, run_stage):
+def test_10_2_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach_chat, fluent, run_stage):
     flags = ['--answers=teacher', '--answers_file=said.jsonl', '--answer_prompts=30', f'--teacher={fluent}']
     status, out, err = teach_chat('--out_dir=a', *flags)
     assert (status, err) == (0, '') and 'answers of the teacher' in out
@@ -8579,7 +8579,7 @@ def test_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach_chat
     assert not Path('d').exists() and len(Path('said.jsonl').read_text().splitlines()) == 30
 
 
-def test_only_right_answers_of_the_teacher(teach_chat, run_stage, monkeypatch):
+def test_10_2_only_right_answers_of_the_teacher(teach_chat, run_stage, monkeypatch):
     def parrot(teacher, data, run, chosen, samples, *args):
         return [f'It is {i % 7}.' for i in range(len(chosen) * samples)]
     seen, whole = [], ChatData.__init__
@@ -8595,7 +8595,7 @@ def test_only_right_answers_of_the_teacher(teach_chat, run_stage, monkeypatch):
     assert f'{len(seen[0])} rows, with 300 answers of the teacher, of which only those that are right' in out
 
 
-def test_prompts_without_answers_teach_all_the_same(teach_chat, fluent):
+def test_10_2_prompts_without_answers_teach_all_the_same(teach_chat, fluent):
     """The teacher answers the held-out ones too, so that there is something to compare with."""
     rows = [{'prompt': f'What is {i} and {i + 1}?'} for i in range(40)]
     Path('prompts.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
@@ -8615,7 +8615,7 @@ def test_prompts_without_answers_teach_all_the_same(teach_chat, fluent):
     assert status == 2 and err.count('\n') == 1 and 'prompts.jsonl, line 1' in err
 
 
-def test_a_student_of_every_so_manieth_layer():
+def test_10_2_a_student_of_every_so_manieth_layer():
     for L, n, taken in ((12, 4, [0, 3, 6, 9]), (12, 6, [0, 2, 4, 6, 8, 10]), (5, 2, [0, 2]), (3, 3, [0, 1, 2])):
         teacher = tiny(n_layer=L, pos='rope')
         state = {'model': teacher.state_dict(), 'model_args': dataclasses.asdict(teacher.config), 'tokenizer': {}}
@@ -8635,7 +8635,7 @@ def test_a_student_of_every_so_manieth_layer():
                                    ['--pos=learned', '--n_kv_head=1', '--mlp=swiglu'],
                                    ['--pos=sinusoidal', '--norm_place=post', '--dtype=bfloat16'],
                                    ['--activation_checkpointing=True', '--window=8', '--pos=rope']], ids=str)
-def test_a_student_of_another_shape(teach, flags):
+def test_10_2_a_student_of_another_shape(teach, flags):
     status, out, err = teach('--out_dir=run', '--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2',
                              '--alpha=1', *flags)
     assert (status, err) == (0, ''), err
@@ -8643,7 +8643,7 @@ def test_a_student_of_another_shape(teach, flags):
     assert kl[-1] < 0.6 * kl[0]
 
 
-def test_a_dense_student_of_a_mixture_of_experts(run_stage, text_data, teach):
+def test_10_2_a_dense_student_of_a_mixture_of_experts(run_stage, text_data, teach):
     assert run_stage('train', f'--dataset={text_data}', *SMALL, '--n_expert=4', '--expert_dim=24', '--max_iters=40',
                      '--learning_rate=1e-2', '--out_dir=moe')[0] == 0
     status, out, err = teach('--teacher=moe', '--out_dir=run', '--max_iters=40', '--eval_interval=40', '--alpha=1',
@@ -8652,7 +8652,7 @@ def test_a_dense_student_of_a_mixture_of_experts(run_stage, text_data, teach):
 
 
 @pytest.mark.parametrize('kind', ['forward', 'reverse', 'jsd'])
-def test_on_its_own_samples_a_student_comes_to_speak_like_its_teacher(teach_chat, kind):
+def test_10_2_on_its_own_samples_a_student_comes_to_speak_like_its_teacher(teach_chat, kind):
     status, out, err = teach_chat('--on_policy=1', '--prompts_per_step=16', '--max_iters=40', '--eval_interval=40',
                                   '--learning_rate=3e-3', f'--divergence={kind}', '--out_dir=run')
     assert (status, err) == (0, '')
@@ -8660,7 +8660,7 @@ def test_on_its_own_samples_a_student_comes_to_speak_like_its_teacher(teach_chat
     assert np.mean(apart[-5:]) < 0.5 * np.mean(apart[:3])
 
 
-def test_a_student_with_lora_is_kept_without_its_base(run_stage, base_run, chat_data):
+def test_10_2_a_student_with_lora_is_kept_without_its_base(run_stage, base_run, chat_data):
     args = [f'--init_from={base_run}', f'--teacher={base_run}', f'--dataset={chat_data}', *SCHOOL, '--lora_rank=2']
     status, _, err = run_stage('distill', *args, '--alpha=0.3', '--out_dir=run')
     assert (status, err) == (0, '')
@@ -8668,7 +8668,7 @@ def test_a_student_with_lora_is_kept_without_its_base(run_stage, base_run, chat_
     assert convert.load_model('run')[0].config.lora_rank == 0
 
 
-def test_distillation_refuses_what_cannot_be(teach, teach_chat, run_stage, base_run, pair_data, chat_data, text_data):
+def test_10_2_distillation_refuses_what_cannot_be(teach, teach_chat, base_run, pair_data):
     other = train_bpe(['what one thinks of its tokens'] * 9, 300)
     state = torch.load(base_run / 'ckpt.pt', weights_only=True)
     Path('other').mkdir()
@@ -8715,7 +8715,7 @@ def test_distillation_refuses_what_cannot_be(teach, teach_chat, run_stage, base_
 
 
 @pytest.mark.parametrize('config', ['distill_tiny', 'distill_words', 'distill_smollm2'])
-def test_configs_of_distillation_hold_together(run_stage, config):
+def test_10_2_configs_of_distillation_hold_together(run_stage, config):
     """Every value is accepted: what stops the run is the teacher that is not there."""
     status, _, err = run_stage('distill', ROOT / f'config/{config}.py', '--teacher=out/none', '--device=cpu')
     assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
@@ -8724,7 +8724,7 @@ def test_configs_of_distillation_hold_together(run_stage, config):
 # ----------------------------------------------------------------------------------------------------------------------
 # lessons and pictures
 
-def test_self_attention_with_a_pencil():
+def test_1_2_self_attention_with_a_pencil():
     """Three tokens of two numbers; every intermediate is worked out here, and the module agrees."""
     x = np.array([[1, 0], [0, 1], [1, 1]])
     q, k, v = x, x, 12 * x
@@ -8744,7 +8744,7 @@ def test_self_attention_with_a_pencil():
     torch.testing.assert_close(attention(torch.tensor(x).float()[None])[0], torch.tensor(out).float())
 
 
-def test_heads_are_split_concatenated_and_projected_by_hand():
+def test_1_3_heads_are_split_concatenated_and_projected_by_hand():
     """Two heads of two numbers: each attends by its own half, and the projection mixes what they found."""
     rng = np.random.default_rng(0)
     x, w = rng.integers(-1, 2, (3, 4)).astype(float), rng.integers(-1, 2, (12, 4)).astype(float)
@@ -8763,7 +8763,7 @@ def test_heads_are_split_concatenated_and_projected_by_hand():
     np.testing.assert_allclose(attention(torch.tensor(x).float()[None])[0].detach().numpy(), expected, atol=1e-5)
 
 
-def test_rope_turns_pairs_by_hand():
+def test_3_2_rope_turns_pairs_by_hand():
     """A quarter turn per position: (1, 0) becomes (0, 1), then (-1, 0); products depend on the distance alone."""
     angle = torch.arange(5)[:, None] * math.pi / 2
     cos, sin = (f(angle.repeat(1, 2))[:, None] for f in (torch.cos, torch.sin))
@@ -8778,7 +8778,7 @@ def test_rope_turns_pairs_by_hand():
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=1e-4)
 
 
-def test_norms_and_mlps_by_hand():
+def test_3_1_norms_by_hand():
     x = torch.tensor([[3.0, -3.0, 3.0, -3.0], [1.0, 2.0, 3.0, 4.0]])
     norms = {kind: model_file.Norm(4, GPTConfig(norm=kind, norm_eps=0.0)) for kind in ('layernorm', 'rmsnorm')}
     # mean 2.5, deviations 1.5, 0.5, variance 1.25; root mean square of 1, 2, 3, 4: sqrt(7.5)
@@ -8786,6 +8786,9 @@ def test_norms_and_mlps_by_hand():
                          ('rmsnorm', np.array([1, 2, 3, 4]) / math.sqrt(7.5))):
         found = norms[kind](x).detach().numpy()
         np.testing.assert_allclose(found, [[1, -1, 1, -1], second], atol=1e-6)
+
+
+def test_3_3_activations_by_hand():
     up, gate = torch.tensor([-2.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
     gelu = [z / 2 * (1 + math.erf(z / math.sqrt(2))) for z in up.tolist()]
     swish = [z / (1 + math.exp(-z)) * u for z, u in zip(gate.tolist(), up.tolist(), strict=True)]
@@ -8799,7 +8802,7 @@ def run_model(*args):
     return found.returncode, found.stdout, found.stderr
 
 
-def test_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
+def test_1_2_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
     status, out, err = run_model()
     assert (status, err) == (0, '') and 'model.Attention gives the same.' in out
     assert re.search(r'sat +0\.25 +0\.25 +0\.5\n', out) and re.search(r'sat +9 +9\n', out)
@@ -8819,7 +8822,7 @@ def test_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
     dict(), dict(n_encoder_layer=2, pos='sinusoidal'), dict(n_expert=4, n_expert_shared=1, pos='rope', mlp='swiglu'),
     dict(lora_rank=2, adapter_dim=4), dict(lora_rank=2, quant='nf4', pos='rope'), dict(tie_weights=False, bias=False),
     dict(score_head='last')], ids=str)
-def test_the_anatomy_adds_up(options):
+def test_1_4_the_anatomy_adds_up(options):
     config = GPTConfig(**dict(block_size=24, vocab_size=61, n_layer=2, n_head=4, n_embd=32) | options)
     rows, _ = model_file.anatomy(config)
     assert sum(count for _, _, count in rows) == GPT(config).num_params()
@@ -8829,7 +8832,7 @@ def test_the_anatomy_adds_up(options):
 @pytest.mark.parametrize('options', [
     dict(), dict(pos='rope', n_kv_head=2, qk_norm=True), dict(pos='rope', window=4, window_pattern='LG'),
     dict(pos='rope', window=4, n_sink=2), dict(causal=False)], ids=str)
-def test_attention_maps_are_what_values_are_mixed_by(options):
+def test_1_2_attention_maps_are_what_values_are_mixed_by(options):
     """With each value set to its own token's unit vector, what attention gives is its map."""
     model = tiny(**dict(block_size=24, head_dim=24, bias=False) | options)
     text = ids(1, 12)[0].tolist()
@@ -8854,7 +8857,7 @@ def test_attention_maps_are_what_values_are_mixed_by(options):
         assert not maps[0][1][:, 11, :8].any() and maps[1][1][:, 11, :8].any()  # local, then global
 
 
-def test_an_encoder_decoders_maps_show_what_is_seen_of_the_source():
+def test_1_5_an_encoder_decoders_maps_show_what_is_seen_of_the_source():
     model = tiny(n_encoder_layer=1, pos='sinusoidal')
     maps = model.attention_maps([1, 2, 3], [4, 5, 6, 7])
     shapes = {name: tuple(weights.shape) for name, weights in maps}
@@ -8864,7 +8867,7 @@ def test_an_encoder_decoders_maps_show_what_is_seen_of_the_source():
     assert not maps[1][1].triu(1).any() and maps[0][1].triu(1).any()
 
 
-def test_the_probability_of_each_token_is_shown(run_stage, base_run):
+def test_2_6_the_probability_of_each_token_is_shown(run_stage, base_run):
     status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=probs', '--device=cpu',
                                  '--dtype=float32')
     assert (status, err) == (0, '')
@@ -8890,14 +8893,14 @@ def test_the_probability_of_each_token_is_shown(run_stage, base_run):
         assert status == 2 and err.count('\n') == 1 and words in err, (flags, err)
 
 
-def test_attention_is_drawn(run_stage, base_run):
+def test_1_2_attention_is_drawn(run_stage, base_run):
     status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=attention',
                                  '--show_file=maps.svg', '--device=cpu')
     assert (status, err) == (0, '') and 'maps.svg: 2 rows of layers, 2 heads, 5 tokens' in out
     assert Path('maps.svg').read_text().count('<image') == 4
 
 
-def test_all_that_runs_have_logged_is_drawn(run_stage, text_data, teach_chat, tmp_path):
+def test_0_4_all_that_runs_have_logged_is_drawn(run_stage, text_data, teach_chat, tmp_path):
     assert run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')[0] == 0
     status, out, err = teach_chat('--out_dir=other', '--on_policy=1', '--prompts_per_step=4')
     assert (status, err) == (0, '') and 'bench.py plot other' in out
@@ -8912,7 +8915,7 @@ def test_all_that_runs_have_logged_is_drawn(run_stage, text_data, teach_chat, tm
         assert status == 2 and err.count('\n') == 1 and words in err
 
 
-def test_every_metric_has_a_place_in_the_picture():
+def test_0_4_every_metric_has_a_place_in_the_picture():
     names = ['iter', 'seconds', 'train/loss', 'val/loss', 'val/correct', 'val/correct_low', 'val/correct_high', 'kl',
              'reward/mean', 'reward/gold', 'lr', 'grad_norm', 'response_len', 'clip_frac', 'something/new']
     panels = dict(bench.panels_of(names))
@@ -8922,7 +8925,7 @@ def test_every_metric_has_a_place_in_the_picture():
                       'something/new': ['something/new']}
 
 
-def test_variants_are_trained_side_by_side_once(run_stage, text_data):
+def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     flags = [f'--dataset={text_data}', '--max_iters=4', '--block_size=32', '--n_layer=2', '--n_embd=32',
              '--eval_iters=1', '--seeds=2', '--device=cpu', '--results=found']
     status, out, err = run_stage('bench', 'ablate', '--what=norm, position', *flags)

@@ -1,11 +1,11 @@
-"""A student of 30 M parameters learns half of tinyshakespeare from SmolLM2-135M, which reads it once.
+"""A student of 30 M parameters learns a quarter of tinyshakespeare from SmolLM2-135M, which reads it once.
 
     python convert.py smollm2 out/smollm2 && python convert.py out/smollm2 out/smollm2_hf
-    python data/text/prepare.py --input=input.txt --name=half --tokenizer=out/smollm2_hf --val_fraction=0.5
+    python data/text/prepare.py --input=input.txt --name=quarter --tokenizer=out/smollm2_hf --val_fraction=0.75
 """
 out_dir = 'out/distill_smollm2'
 teacher = 'smollm2'
-dataset = 'half'
+dataset = 'quarter'
 batch_size = 8
 block_size = 256
 alpha = 0.9
@@ -27,7 +27,7 @@ logit_softcap = 15.0
 init_std = 0.02
 zero_init = True
 
-max_iters = 225
+max_iters = 138
 optimizer = 'muon'
 muon_lr = 0.02
 learning_rate = 3e-3
@@ -38,5 +38,5 @@ grad_clip = 1.0
 lr_schedule = 'wsd'
 warmup_iters = 20
 
-eval_interval = 25
+eval_interval = 23
 eval_rows = 32
