@@ -804,7 +804,8 @@ def bench_curves(*_):
 # ----------------------------------------------------------------------------------------------------------------------
 # one change at a time
 
-# what is compared: {variant: flags over config/tiny.py}; the sizes of variants are equal where they can be
+ABLATED = str(Path(__file__).parent / 'config/tiny.py')
+# what is compared: {variant: flags over that}; the sizes of variants are equal where they can be
 ABLATIONS = {
     'norm': {'LayerNorm': ['--norm=layernorm', '--norm_affine=True', '--bias=True'],
              'RMSNorm': ['--norm=rmsnorm', '--norm_affine=True'], 'RMSNorm, no weights': ['--norm=rmsnorm']},
@@ -830,7 +831,7 @@ def ablated(name, variant, seed, steps, given):
     done = json.loads((folder / 'summary.json').read_text()) if (folder / 'summary.json').exists() else {}
     if done.get('iter') != steps:
         flags = [f'--{key}={value}' for key, value in given.items()]
-        command = [sys.executable, TRAIN, Path(__file__).parent / 'config/tiny.py', *flags, *ABLATIONS[name][variant],
+        command = [sys.executable, TRAIN, ABLATED, *flags, *ABLATIONS[name][variant],
                    f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}',
                    f'--out_dir={folder}', '--init_from=auto', '--keep_checkpoints=1', '--sample_tokens=0']
         alone = {'OMP_NUM_THREADS': '1'} if not torch.cuda.is_available() else {}
@@ -979,8 +980,9 @@ def main():
         raise UserError(f'mode {mode} is for one process: python bench.py {mode}')
     if Path(results).exists() and not Path(results).is_dir():
         raise UserError(f'results={results}: not a directory')
+    tiny = {key: value for key, value, _ in runtime.read_config(ABLATED) if mode == 'ablate' and key in MODEL_FIELDS}
     with runtime.user_errors():
-        GPTConfig(**model_args)  # a mistake is found before any data is fetched
+        GPTConfig(**tiny | model_args)  # a mistake is found before any data is fetched
     nanogpt = (Path(against) / 'configurator.py').is_file()
     if against == 'transformers' and mode == 'sample':
         if importlib.util.find_spec('transformers') is None or knobs.init_from == 'scratch':

@@ -251,7 +251,7 @@ def show_attention(model, tokenizer, ids, source=None):
     for row, (name, weights) in zip(panels, maps, strict=True):
         for head, axes in enumerate(row):
             if head < len(weights):
-                axes.imshow(weights[head].cpu(), cmap='Greys', vmin=0, vmax=1)
+                axes.imshow(weights[head].cpu().numpy(), cmap='Greys', vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(f'{name}, head {head}', fontsize=6)
