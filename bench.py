@@ -67,7 +67,7 @@ axis = 'seconds'  # mode curves: along 'seconds' of training, 'iter' or another 
 what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, optimizer, experts, warmup, batch, precision
 seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
-results = 'out/bench'  # where the results and the runs go; a picture of one run goes into it
+results = 'out/bench'  # where the results and the runs go; mode plot: of one run the picture goes to the run
 
 TRAIN = Path(__file__).parent / 'train.py'
 TRAIN_DEFAULTS = {key: default for key, (default, _) in runtime.knobs_of_file(TRAIN).items()}
@@ -684,16 +684,6 @@ def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) / n ** 0.5 * quantile if n > 1 else 0.0
 
 
-def new_figure(columns, rows=1, width=5, height=4):
-    """A figure of so many panels -> (figure, [[axes]]); needs no display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
-    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def logged(path):
     """The rows that a run has logged; a line cut short by a kill is left out."""
     file, rows = Path(path) / 'metrics.jsonl', []
@@ -713,7 +703,7 @@ PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss',
           ('held-out answers', ('val/correct', 'val/exact', 'val/f1', 'val/rouge_l', 'val/format')),
           ('accuracy', ('val/accuracy*', 'val/truth*', 'train/accuracy')),
           ('KL', ('kl', 'val/kl', 'train/kl*', 'approx_kl', 'kl_coef')), ('entropy', ('entropy', 'router/entropy')),
-          ('share clipped', ('clip_frac', 'value/clip_frac', '*clip_frac')), ('log-probability', ('*logp*',)),
+          ('share clipped', ('*clip_frac',)), ('log-probability', ('*logp*',)),
           ('answer length', ('response_len', 'val/response_len')), ('shares', ('ended', 'zero_spread', 'val/ended')),
           ('learning rate', ('lr',)), ('gradient norm', ('grad_norm',)),
           ('tokens/s', ('tok_per_sec', 'rollout/tok_per_sec')), ('perplexity', ('val/ppl',)),
@@ -725,8 +715,7 @@ def panels_of(names):
     """Names of metrics -> [(panel, names in it)]; what belongs to none has one of its own."""
     left, found = [n for n in names if not n.endswith(('_low', '_high')) and n not in NOT_DRAWN], []
     for panel, patterns in PANELS:
-        inside = [n for pattern in patterns for n in left if fnmatch.fnmatchcase(n, pattern)]
-        inside = list(dict.fromkeys(inside))
+        inside = list(dict.fromkeys(n for pattern in patterns for n in left if fnmatch.fnmatchcase(n, pattern)))
         left = [n for n in left if n not in inside]
         found += [(panel, inside)] if inside else []
     return found + [(name, [name]) for name in left]
@@ -742,7 +731,7 @@ def bench_plot(*_):
     if not chosen:
         raise UserError(f'{", ".join(told)}: nothing has been logged yet')
     columns = min(4, len(chosen))
-    figure, panels = new_figure(columns, -(-len(chosen) // columns), 3.6, 2.6)
+    figure, panels = runtime.new_figure(-(-len(chosen) // columns), columns, 3.6, 2.6)
     for axes, (panel, inside) in zip(panels.flat, chosen, strict=False):
         for color, (path, rows) in enumerate(told.items()):
             for style, name in enumerate(inside):
@@ -783,7 +772,7 @@ def bench_curves(*_):
         groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name), []).append(curve)
     if not groups:
         raise UserError(f'runs={runs}: no such directory; name runs, as --runs=out/tiny')
-    figure, ((*panels,),) = new_figure(len(metrics))
+    figure, ((*panels,),) = runtime.new_figure(1, len(metrics), 5, 4)
     table = []
     for number, (axes, drawn) in enumerate(zip(panels, metrics, strict=True), 1):
         for color, (name, curves) in enumerate(groups.items()):
@@ -805,6 +794,7 @@ def bench_curves(*_):
 # one change at a time
 
 ABLATED = str(Path(__file__).parent / 'config/tiny.py')
+BINS = 16  # places in a window that are averaged
 # what is compared: {variant: flags over that}; the sizes of variants are equal where they can be
 ABLATIONS = {
     'norm': {'LayerNorm': ['--norm=layernorm', '--norm_affine=True', '--bias=True'],
@@ -815,7 +805,8 @@ ABLATIONS = {
             'ReLU^2': ['--mlp=relu2', '--mlp_dim=512']},
     'heads': {'MHA': ['--n_head=4', '--n_kv_head=4'], 'GQA': ['--n_head=4', '--n_kv_head=2'],
               'MQA': ['--n_head=4', '--n_kv_head=1']},
-    'optimizer': {'AdamW': ['--optimizer=adamw'], 'Muon': ['--optimizer=muon']},
+    'optimizer': {**{f'AdamW, {rate}': ['--optimizer=adamw', f'--learning_rate={rate}'] for rate in (1e-3, 3e-3, 1e-2)},
+                  'Muon': ['--optimizer=muon']},
     'experts': {'dense': ['--mlp_dim=512'],
                 '2 of 8 experts': ['--n_expert=8', '--expert_dim=256', '--router_bias_rate=0.001']},
     'warmup': {f'{n} steps': [f'--warmup_iters={n}'] for n in (0, 20, 100)},
@@ -828,16 +819,17 @@ def ablated(name, variant, seed, steps, given):
     """Trains a variant, unless that is done already -> its directory."""
     words = re.sub('[^a-z0-9]+', '-', variant.lower())
     folder = Path(results) / 'ablate' / f'{name}_{words}_{seed}'
-    done = json.loads((folder / 'summary.json').read_text()) if (folder / 'summary.json').exists() else {}
-    if done.get('iter') != steps:
-        flags = [f'--{key}={value}' for key, value in given.items()]
-        command = [sys.executable, TRAIN, ABLATED, *flags, *ABLATIONS[name][variant],
-                   f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}',
-                   f'--out_dir={folder}', '--init_from=auto', '--keep_checkpoints=1', '--sample_tokens=0']
+    flags = [*(f'--{key}={value}' for key, value in given.items()), *ABLATIONS[name][variant], f'--max_iters={steps}',
+             f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
+    done = folder / 'flags.json'  # is written when the run is over
+    if not done.exists() or json.loads(done.read_text()) != flags:
+        command = [sys.executable, TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--keep_checkpoints=1',
+                   '--sample_tokens=0']
         alone = {'OMP_NUM_THREADS': '1'} if not torch.cuda.is_available() else {}
-        ran = subprocess.run(list(map(str, command)), env=os.environ | alone, capture_output=True, text=True)
+        ran = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True)
         if ran.returncode:
             raise UserError(f'{name}, {variant}: ' + (ran.stderr.strip().splitlines() or ['it failed'])[-1])
+        done.write_text(json.dumps(flags))
     return folder
 
 
@@ -850,14 +842,14 @@ def layer_gradients(folder, dataset):
     return [sum(p.grad.square().sum().item() for p in block.parameters()) ** 0.5 for block in model.blocks]
 
 
-def loss_by_place(folder, dataset, bins=16):
+def loss_by_place(folder, dataset):
     """A run's loss by the place in windows of twice its block -> [(place, nats)], means of bins; learned positions end
     where training did."""
     model, data = held_out(folder, dataset, longer=2)
     with torch.no_grad():
         losses = torch.cat([model(*map(torch.from_numpy, data.read(starts)), reduction='none')
                             for starts in np.array_split(data.fixed(96), 12)])
-    return [((i + 0.5) * bins, part.mean().item()) for i, part in enumerate(losses.split(bins, dim=1))]
+    return [((i + 0.5) * BINS, part.mean().item()) for i, part in enumerate(losses.split(BINS, dim=1))]
 
 
 def held_out(folder, dataset, longer=1):
@@ -878,7 +870,7 @@ def bench_ablate(knobs, model_args):
     if unknown := [name for name in names if name not in ABLATIONS]:
         raise UserError(f'what={what}: {unknown[0]!r} is not one of {", ".join(ABLATIONS)}')
     extra = [name for name in names if name in ('norm', 'position')]
-    figure, panels = new_figure(min(3, len(names + extra)), -(-len(names + extra) // 3), 4, 3)
+    figure, panels = runtime.new_figure(-(-len(names + extra) // 3), min(3, len(names + extra)), 4, 3)
     panels, table, dataset = iter(panels.flat), [], knobs.dataset
     given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
     steps = given.pop('max_iters', 400)
@@ -887,14 +879,16 @@ def bench_ablate(knobs, model_args):
         folders = dict(zip(jobs, pool.map(lambda job: ablated(*job, steps, given), jobs), strict=True))
 
     def draw(axes, color, label, curves):
-        """Curves of seeds, as a mean and a band."""
+        """Curves of seeds, as a mean and a band -> the mean's values."""
         x = [point[0] for point in curves[0]]
         middle, spread = zip(*(mean_and_spread(list(values)) for values in zip(
             *([y for _, y in curve] for curve in curves), strict=True)), strict=True)
         low, high = np.subtract(middle, spread), np.add(middle, spread)
         axes.plot(x, middle, color=f'C{color}', linewidth=1.2, label=label)
         axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
+        return middle
 
+    found = {}
     for name in names:
         axes, more = next(panels), next(panels) if name in extra else None
         for color, variant in enumerate(ABLATIONS[name]):
@@ -903,15 +897,23 @@ def bench_ablate(knobs, model_args):
             draw(axes, color, variant, [curve[1:] for curve in curves])
             mean, spread = mean_and_spread([curve[-1][1] for curve in curves])
             last = [json.loads((path / 'summary.json').read_text()) for path in paths]
-            row = {'compared': name, 'variant': variant, 'seeds': seeds, 'held-out loss': mean, 'low': mean - spread,
-                   'high': mean + spread, 'parameters': last[0]['parameters'],
-                   'tokens/s': statistics.mean(s['tokens'] / s['seconds'] for s in last)}
             config = load_model(str(paths[0] / 'ckpt.pt'))[0].config
-            table.append(row | {'cache bytes per token': 4 * config.n_layer * config.n_kv_head * config.head_dim})
+            table.append({'compared': name, 'variant': variant, 'seeds': seeds, 'held-out loss': mean,
+                          'low': mean - spread, 'high': mean + spread, 'parameters': last[0]['parameters'],
+                          'tokens/s': statistics.mean(s['tokens'] / s['seconds'] for s in last),
+                          'MB': statistics.mean(s['peak_memory_mb'] for s in last),
+                          'cache bytes per token': 4 * config.n_layer * config.n_kv_head * config.head_dim})
             if name == 'norm':
-                draw(more, color, variant, [list(enumerate(layer_gradients(path, dataset))) for path in paths])
+                norms = draw(more, color, variant, [list(enumerate(layer_gradients(path, dataset))) for path in paths])
+                found[f'{variant}: norm of the gradient, layer by layer'] = ', '.join(f'{n:.3f}' for n in norms)
             if name == 'position':
-                draw(more, color, variant, [loss_by_place(path, dataset) for path in paths])
+                by_place = [loss_by_place(path, dataset) for path in paths]
+                places = [place for place, _ in by_place[0]]
+                losses = list(zip(places, draw(more, color, variant, by_place), strict=True))
+                for part, low, high in (('as far as in training', 0.5, 1), ('twice as far', 1.5, 2)):
+                    block = config.block_size
+                    inside = [nats for place, nats in losses if low * block <= place < high * block]
+                    found[f'{variant}, {part}: loss'] = f'{statistics.mean(inside):.3f}' if inside else 'none'
         axes.set(xlabel='step', ylabel='held-out loss', title=name)
         axes.legend(frameon=False, fontsize=7)
         if name == 'norm':
@@ -924,7 +926,7 @@ def bench_ablate(knobs, model_args):
         axes.set_axis_off()
     Path(results).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(results) / 'ablate.svg')
-    return table, {'drawn to': str(Path(results) / 'ablate.svg')}
+    return table, found | {'drawn to': str(Path(results) / 'ablate.svg')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

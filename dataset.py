@@ -875,14 +875,17 @@ class ChatData:
 
     def n_targets(self, first, count):
         """How many targets that count `batch` has."""
-        rows = sum(self.blocks(first, count), []) if self.pack else self.rows(first, count)
-        return int(self.targets_in[rows].sum())
+        return int(self.targets_in[self._rows_of(first, count)].sum())
 
     def targets_at(self, first, count):
         """Where the targets of `batch` that count stand among those of all rows, one after another."""
-        rows = sum(self.blocks(first, count), []) if self.pack else self.rows(first, count)
         ends = np.cumsum(self.targets_in)
-        return np.concatenate([np.arange(ends[row] - self.targets_in[row], ends[row]) for row in rows])
+        return np.concatenate([np.arange(ends[row] - self.targets_in[row], ends[row])
+                               for row in self._rows_of(first, count)])
+
+    def _rows_of(self, first, count):
+        """The numbers of all rows in `batch`, in the order in which they stand there."""
+        return sum(self.blocks(first, count), []) if self.pack else self.rows(first, count)
 
     def fingerprint(self):
         """sha256 of all texts, and of what counts in them."""
@@ -1194,6 +1197,12 @@ def summarise(marks):
         values = [m[name] for m in marks if name in m]
         means[name], ranges[name] = sum(values) / len(values), interval(values)
     return means, ranges
+
+
+def as_metrics(means, ranges):
+    """What `summarise` gives, as a run logs it: {'val/NAME', 'val/NAME_low', 'val/NAME_high'} of each name."""
+    return {f'val/{name}{end}': value for name, mean in means.items()
+            for end, value in zip(('', '_low', '_high'), (mean, *ranges[name]), strict=True)}
 
 
 def by_value(rows, marks, key, name='correct'):

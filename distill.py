@@ -32,6 +32,7 @@ from dataset import (
     ChatData,
     PromptData,
     TokenData,
+    as_metrics,
     by_value,
     find_dataset,
     grade,
@@ -288,10 +289,9 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not fresh:
                 found = json.loads(path.read_text())
-                other = next((key for key in meta if not isinstance(found, dict) or found.get(key) != meta[key]), None)
                 if not isinstance(found, dict):
                     raise ValueError('no JSON object')
-                if other:
+                if other := next((key for key in meta if found.get(key) != meta[key]), ''):
                     raise UserError(f'cache={self.folder} was made for another {other} ({found.get(other)!s:.20}, not '
                                     f'{meta[other]!s:.20}): give another --cache')
             for name, (kind, shape) in self.shapes.items():
@@ -396,11 +396,11 @@ def answered_by(teacher, data, run, chosen, samples, heat, path, about):
         found = draw(teacher.model, data, part, run, max_new_tokens, samples, heat, number=first, force=force)
         done += found.texts
         if path and run.main:
-            lines = [json.dumps({key: rows[i][key] for key in rows[i] if key not in ('where', 'prompt')} | {
-                'messages': [*rows[i]['prompt'], {'role': 'assistant', 'content': text}]}, ensure_ascii=False) + '\n'
-                for i, text in zip(found.rows, found.texts, strict=True)]
+            taught = [with_answer(rows[i], text) for i, text in zip(found.rows, found.texts, strict=True)]
+            lines = [json.dumps({key: row[key] for key in row if key not in ('where', 'prompt')}, ensure_ascii=False)
+                     for row in taught]
             with open(path, 'ab') as f:
-                f.write(''.join(lines).encode())
+                f.write('\n'.join([*lines, '']).encode())
                 f.flush()
                 os.fsync(f.fileno())
         run.progress(f'the teacher has answered {first + len(part):,} of {len(chosen):,} prompts, {clock.read():.0f} s')
@@ -414,7 +414,8 @@ def with_answer(row, text):
 
 
 def chats_of(split, teacher, known_as, tokenizer, length, run, packed=False):
-    """A split of the dataset as (ChatData, PromptData), one of them None: which steps need it; tells what was left out.
+    """A split of the dataset as (ChatData, PromptData), of training either None where no step needs it; tells what was
+    left out.
 
     Where the knobs say so, or nobody has answered, the answers are the teacher's. known_as: its fingerprint.
     """
@@ -478,11 +479,11 @@ def losses_of(net, data, items, run, token_bytes, rule=None, teacher=None):
         sums[:, 2] = counts.sum(1)
         sums[:, 3] = (token_bytes[np.where(counts, arrays['targets'], 0)] * counts).sum(1)
         return sums
+    was_training = net.training
     net.eval()
     lengths = data.lengths[items] if isinstance(data, ChatData) else np.full(len(items), block_size)
     found = run.spread(lengths, work, max(batch_size, 4096 // block_size))
-    if teacher is not None:
-        net.train()
+    net.train(was_training)
     return found
 
 
@@ -623,9 +624,7 @@ def main():
             rows = [val_data.rows_kept[i] for i in chosen]
             marks = [grades(row, text) for row, text in zip(rows, found.texts, strict=True)]
             shares, ranges = summarise(marks)
-            for name, share in shares.items():
-                metrics |= {f'val/{name}': share, f'val/{name}_low': ranges[name][0],
-                            f'val/{name}_high': ranges[name][1]}
+            metrics |= as_metrics(shares, ranges)
             words += f', {in_words(shares, ranges)}'
             if by := by_value(rows, marks, 'steps'):
                 words += f', correct by steps: {by}'

@@ -23,6 +23,7 @@ from dataset import (
     GRADERS,
     PromptData,
     answered,
+    as_metrics,
     by_value,
     follows_format,
     grade,
@@ -448,9 +449,7 @@ def examine(net, model, reference, data, run, rewards, chosen, max_new_tokens, t
     marks = [grades(row, text) | ({'gold': quality(row, text)['gold']} if 'answer' in row else {})
              for row, text in zip(rows, greedy.texts, strict=True)]
     means, ranges = summarise(marks)
-    metrics = {}
-    for name, mean in means.items():
-        metrics |= {f'val/{name}': mean, f'val/{name}_low': ranges[name][0], f'val/{name}_high': ranges[name][1]}
+    metrics = as_metrics(means, ranges)
     totals, parts = rewards(data, sampled)
     moved, gold = np.array([]), gold_of(data, sampled)
     if reference is not None:

@@ -503,8 +503,8 @@ class Run:
 
         activation_checkpointing, compile, and several processes: DistributedDataParallel, or with fsdp=True shards of
         parameters, gradients and moments (FSDP2, arXiv:2304.11277). A model's blocks are its modules that have an
-        attribute `recompute` and a method `sublayers`. Optimizers are made afterwards. A frozen model is not copied
-        gradients of, but with fsdp sharded too.
+        attribute `recompute` and a method `sublayers`. Optimizers are made afterwards. A frozen model has no gradients
+        to share, so that DDP leaves it alone; fsdp shards it too.
         """
         compiled, blocks = self.config.get('compile'), [m for m in model.modules() if hasattr(m, 'recompute')]
         for block in blocks:
@@ -1064,6 +1064,16 @@ class Run:
             name = torch.cuda.get_device_name(self.device)
             return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         return None
+
+
+def new_figure(rows, columns, width, height):
+    """A matplotlib figure of so many panels, of width x height inches each -> (figure, [[axes]]); needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
+    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def elapsed(seconds):

@@ -234,10 +234,6 @@ def show_probs(model, tokenizer, ids):
 
 def show_attention(model, tokenizer, ids, source=None):
     """Draws what every head of every layer sees, a row of panels per layer, into show_file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('show=attention needs matplotlib: pip install matplotlib') from None
     longest = max(len(ids), len(source or []))
     if longest > min(128, model.config.block_size):
         raise UserError(f'{longest} tokens are too many to be told apart in a picture: give '
@@ -246,8 +242,7 @@ def show_attention(model, tokenizer, ids, source=None):
         maps = model.attention_maps(ids, source)
     said, read = ([tokenizer.decode([i]) for i in text] for text in (ids, source or ids))
     side = min(max(1.6, 0.09 * longest), 160 / max(len(maps), len(maps[0][1])))  # a picture of 16,000 points at most
-    figure = Figure(figsize=(1 + side * max(len(m) for _, m in maps), 0.3 + side * len(maps)), layout='constrained')
-    panels = figure.subplots(len(maps), max(len(m) for _, m in maps), squeeze=False)
+    figure, panels = runtime.new_figure(len(maps), max(len(weights) for _, weights in maps), side, side)
     for row, (name, weights) in zip(panels, maps, strict=True):
         for head, axes in enumerate(row):
             if head < len(weights):

@@ -27,6 +27,7 @@ import runtime
 from convert import start
 from dataset import (
     ChatData,
+    as_metrics,
     best_at_k,
     by_value,
     find_dataset,
@@ -248,8 +249,7 @@ def main():
         loss, rows, answers, marks = examine(net, model, val_data, run)
         means, ranges = summarise(marks)
         metrics = {'iter': step, 'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'seconds': clock.read()}
-        for name, mean in means.items():
-            metrics |= {f'val/{name}': mean, f'val/{name}_low': ranges[name][0], f'val/{name}_high': ranges[name][1]}
+        metrics |= as_metrics(means, ranges)
         words = [f'step {step}: val loss {loss:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of training']
         words += [f'correct by steps: {by}' for by in [by_value(rows, marks, 'steps')] if by]
         samples = [shown(*of) for of in zip(rows[:show_answers], [texts[0] for texts in answers], marks, strict=False)]

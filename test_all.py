@@ -7176,6 +7176,17 @@ def told(run):
     return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run)]
 
 
+def assert_two_are_one():
+    """The runs 'one' and 'two', of one process and of two, say the same and end in the same weights."""
+    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
+    for a, b in zip(told('one'), told('two'), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+    for name, w in weights('one').items():
+        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
+
+
 SAME = ('model', 'optimizers', 'iter', 'best', 'failed', 'reference')
 RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01']),
         ('grpo', ['--dynamic_sampling=2', '--overlong_buffer=3', '--num_epochs=2', '--loss_type=dapo',
@@ -7247,13 +7258,7 @@ def test_8_3_two_processes_learn_from_the_samples_of_one(act, base_run, chat_dat
     assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
     args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
     torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
-    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
-    for a, b in zip(told('one'), told('two'), strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
-    for name, w in weights('one').items():
-        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
+    assert_two_are_one()
     if '--dynamic_sampling=2' not in flags:
         return
     torchrun(2, *args, '--out_dir=parts', '--max_iters=2', '--lr_decay_iters=4', cwd=tmp_path, stage=f'{stage}.py')
@@ -8335,6 +8340,24 @@ def fluent(tune, tmp_path):
     return tmp_path / 'fluent'
 
 
+def test_10_2_routers_learn_beside_any_loss():
+    """With alpha=0 the rule is the cross-entropy: a mixture's gradient is that of it and of the routers' own losses."""
+    grads = []
+    for by_rule in (False, True):
+        model = tiny(n_expert=4, expert_dim=16, router_aux=0.1, router_z=0.1).train()
+        x, y = ids(3, 20), ids(3, 20, seed=1)
+        rule = distill.Distillation(0.0, top_k=1)
+        known = torch.zeros(60, 1, dtype=torch.long), torch.tensor([[0.5, 0.5]]).log().expand(60, 2)
+        loss = model(x, rule=rule, given=(torch.arange(60), y.flatten(), *known))[0] if by_rule else model(x, y)
+        grads.append(torch.autograd.grad(loss, [*model.parameters()]))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    alone = tiny(n_expert=4, expert_dim=16).train()
+    router = [i for i, (name, _) in enumerate(alone.named_parameters()) if 'router' in name][0]
+    without = torch.autograd.grad(alone(x, y), [*alone.parameters()])[router]
+    assert (grads[1][router] - without).abs().max() > 1e-4
+
+
 DISTILLED = [[], ['--top_k=5', '--cache=kept', '--temperature=2', '--optimizer=muon'],
              ['--divergence=jsd', '--alpha=1']]
 
@@ -8383,13 +8406,7 @@ def test_10_2_two_processes_distil_as_one(teach_chat, base_run, chat_data, tmp_p
     shutil.rmtree('kept', ignore_errors=True)
     args = [f'--teacher={base_run}', f'--dataset={chat_data}', '--init_from=teacher', '--n_layer=1', *SCHOOL, *flags]
     torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage='distill.py')
-    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
-    for a, b in zip(told('one'), told('two'), strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
-    for name, w in weights('one').items():
-        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
+    assert_two_are_one()
 
 
 def test_10_2_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
@@ -8794,6 +8811,125 @@ def test_3_3_activations_by_hand():
     swish = [z / (1 + math.exp(-z)) * u for z, u in zip(gate.tolist(), up.tolist(), strict=True)]
     for kind, expected in (('gelu', gelu), ('relu2', [0, 0, 4]), ('swiglu', swish)):
         np.testing.assert_allclose(model_file.activate(kind, up, gate).numpy(), expected, atol=1e-6)
+
+
+def test_1_4_a_block_by_hand():
+    """Two numbers a token: LayerNorm makes them 1 and -1, the larger one 1, and everything stays a fraction."""
+    config = dict(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3, bias=False, mlp='relu2', mlp_dim=2,
+                  norm_eps=0.0, attn_scale=math.log(2) / 2)
+    one = torch.eye(2)
+
+    def block(place):
+        made = model_file.Block(GPTConfig(norm_place=place, **config), 0)
+        made.attn.qkv.weight.data, made.attn.proj.weight.data = one.repeat(3, 1), one
+        made.mlp.up.weight.data, made.mlp.down.weight.data = 2 * one, one
+        return made
+    x = np.array([[3, 1], [0, 2], [5, 1]])
+    normed = np.array([[1, -1], [-1, 1], [1, -1]])
+    # dot products are 2 and -2, half of them exponents of 2: shares 1, then 1 : 4, then 4 : 1 : 4
+    mixed = np.array([[1, 0, 0], [1 / 5, 4 / 5, 0], [4 / 9, 1 / 9, 4 / 9]]) @ normed
+    assert np.allclose(mixed, [[1, -1], [-3 / 5, 3 / 5], [7 / 9, -7 / 9]])
+    between = x + mixed  # the first residual
+    again = np.array([[1, -1], [-1, 1], [1, -1]])  # its LayerNorm: the larger number is still the larger
+    learnt = np.square(np.maximum(2 * again, 0))  # 4 where it is 1, else 0
+    expected = between + learnt  # the second residual
+    assert np.allclose(expected, [[8, 0], [-0.6, 6.6], [9 + 7 / 9, 2 / 9]])
+    found = block('pre')(torch.tensor(x).float()[None])[0].detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # normed after the sum the block's output is 1 and -1 whatever went in
+    found = block('post')(torch.tensor(x).float()[None])[0].detach().numpy()
+    np.testing.assert_allclose(found, [[1, -1], [-1, 1], [1, -1]], atol=1e-5)
+
+
+def test_1_5_cross_attention_by_hand():
+    """Two tokens look at a source of three: no order among these, so nothing is hidden but padding."""
+    cross = model_file.CrossAttention(GPTConfig(n_layer=1, n_encoder_layer=1, n_head=1, n_embd=2, block_size=3,
+                                                bias=False, vocab_size=3, pos='sinusoidal', attn_scale=math.log(2)))
+    one = torch.eye(2)
+    cross.q.weight.data, cross.kv.weight.data, cross.proj.weight.data = one, torch.cat((one, 15 * one)), one
+    source, x = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]]), torch.tensor([[[1.0, 0], [0, 1]]])
+    # exponents 1, 0, 1 and 0, 1, 1: shares 2 : 1 : 2 and 1 : 2 : 2 of (15, 0), (0, 15), (15, 15)
+    np.testing.assert_allclose(cross(x, source)[0].detach().numpy(), [[12, 9], [9, 12]], atol=1e-5)
+    real = torch.tensor([True, True, False])[None, None, None]  # 2 : 1 and 1 : 2 of the first two
+    np.testing.assert_allclose(cross(x, source, real)[0].detach().numpy(), [[10, 5], [5, 10]], atol=1e-5)
+
+
+def test_2_2_targets_are_the_text_shifted_by_one_by_hand(tmp_path):
+    text = {'train': ['to be, or not'], 'val': ['that']}
+    write_dataset(tmp_path / 'play', bytes_tokenizer(), text, 'a play', eot=False)
+    x, y = TokenData(tmp_path / 'play', 'train', 4).read(np.array([0, 7]))
+    assert [bytes(row.tolist()) for row in x] == [b'to b', b'or n']
+    assert [bytes(row.tolist()) for row in y] == [b'o be', b'r no']
+
+
+def test_2_3_cross_entropy_and_perplexity_by_hand():
+    """A model that gives the right tokens probabilities of 1/2, 1/4 and 1/8 is as unsure as among four."""
+    model = tiny(vocab_size=4, n_embd=4, n_head=1, tie_weights=False)
+    model.head.weight.data = torch.eye(4)
+    logits = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().expand(1, 4, 4)
+    loss = model.cross_entropy(logits, torch.tensor([[0, 1, 2, -100]]))  # the last does not count
+    assert loss.item() == pytest.approx((1 + 2 + 3) / 3 * math.log(2), abs=1e-6)
+    assert loss.exp().item() == pytest.approx(4, abs=1e-5)
+
+
+def test_2_5_temperature_top_k_top_p_and_min_p_by_hand():
+    logits = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8]]).log()
+
+    def after(temperature=1, **options):
+        return model_file.filter_logits(logits / temperature, **options).softmax(-1)[0].numpy()
+    for options, expected in ((dict(temperature=0.5), np.array([16, 4, 1, 1]) / 22),  # squares, normalised
+                              (dict(temperature=2), np.sqrt([4, 2, 1, 1]) / (4 + math.sqrt(2))),
+                              (dict(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+                              (dict(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),  # 1/2 is less than 0.7, 3/4 is enough
+                              (dict(top_p=0.45), [1, 0, 0, 0]),
+                              (dict(min_p=0.4), [2 / 3, 1 / 3, 0, 0]),  # at least 0.4 times 1/2
+                              (dict(temperature=0.5, top_k=2), [4 / 5, 1 / 5, 0, 0])):
+        np.testing.assert_allclose(after(**options), expected, atol=1e-6, err_msg=str(options))
+
+
+def test_3_4_a_cache_by_hand():
+    """The example of self-attention again, a token at a time: what is stored are the keys and values read so far."""
+    attention, x = model_file.pencil(), torch.tensor(model_file.ROWS)
+    cache = model_file.KVCache(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3), 1, 3, 'cpu',
+                               torch.float32)
+    for t, expected in enumerate([[12, 0], [4, 8], [9, 9]]):
+        cache.begin(1)
+        with torch.no_grad():
+            y = attention(x[None, t:t + 1], cache=cache)
+        np.testing.assert_allclose(y[0, 0].numpy(), expected, atol=1e-5)
+        keys, values = cache.kv[0, :, 0, 0]
+        assert keys[:t + 1].tolist() == x[:t + 1].tolist() and not keys[t + 1:].any()
+        assert values[:t + 1].tolist() == (12 * x[:t + 1]).tolist()
+
+
+def test_3_5_a_window_and_a_sink_by_hand():
+    """Of four tokens with the example's numbers, each sees two; with a sink also the first."""
+    places = torch.arange(4)
+    seen = {n_sink: model_file.windowed(places, places, GPTConfig(pos='rope', window=2, n_sink=n_sink)).tril()
+            for n_sink in (0, 1)}
+    assert seen[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert seen[1].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+    x = torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, 1]])[None]
+    with torch.no_grad():
+        y = {n_sink: model_file.pencil()(x, mask=mask[None, None])[0] for n_sink, mask in seen.items()}
+    # the third: shares 2^1 : 2^2 of (0, 12) and (12, 12); the fourth: two like itself; with (12, 0), 1 : 2 : 2 of all
+    np.testing.assert_allclose(y[0].numpy(), [[12, 0], [4, 8], [8, 12], [12, 12]], atol=1e-5)
+    np.testing.assert_allclose(y[1].numpy(), [[12, 0], [4, 8], [9, 9], [12, 9.6]], atol=1e-5)
+
+
+def test_5_1_a_router_by_hand():
+    """Three experts that square what is positive and take it once, twice and three times; two are heard."""
+    experts = model_file.MoE(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=3, vocab_size=3, bias=False,
+                                       mlp='relu2', n_expert=3, n_expert_active=2, expert_dim=8))
+    one = torch.eye(8)  # kernels want widths of eight: five numbers of each token are 0
+    experts.router.weight.data, experts.up.data = one[:3], one.repeat(3, 1, 1)
+    experts.down.data = torch.stack([times * one for times in (1, 2, 3)])
+    x = F.pad(torch.tensor([[[4.0, 2.0, 1.0], [1.0, 4.0, 8.0]]]).log(), (0, 5))
+    # probabilities 4/7, 2/7, 1/7: the first two, as 2/3 and 1/3: (1 * 2 + 2 * 1) / 3 of the squares; then 8/13, 4/13,
+    # 1/13: the last two, (3 * 2 + 2 * 1) / 3
+    expected = np.stack([4 / 3 * np.log([4, 2, 1]) ** 2, 8 / 3 * np.log([1, 4, 8]) ** 2])
+    np.testing.assert_allclose(experts(x)[0, :, :3].detach().numpy(), expected, atol=1e-5)
+    assert experts.load.tolist() == [1, 2, 1]
 
 
 def run_model(*args):

@@ -1,0 +1,180 @@
+"""
+The whole life of a small model, command by command: pretraining, fine-tuning, preferences, rewards, distillation.
+
+    python pipeline.py                                                what is done already is not done again
+    python pipeline.py --only=train,sft                               some of the stages
+    python pipeline.py --flags="--max_iters=4 --eval_rows=8"          a walk through all of them, which teaches nothing
+
+It starts the commands that you would type, shows them, and then what each took, what held-out data say of it, and one
+sample: printed, in out/pipeline.md and as a figure in out/pipeline.svg. Interrupted, it goes on where it was.
+"""
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import runtime
+from tokenizer import UserError
+
+only = ''  # names of stages, with commas between; empty = all
+flags = ''  # added to every command that trains
+
+QUESTION = ('Sven has 14 walnuts and 29 markers. Alma has 18 walnuts and 8 markers. How many more items does Sven have '
+            'than Alma?')  # the third of the held-out rows that the stages show; 17
+ASK = f'sample.py --init_from={{run}} --chat=True --start={shlex.quote(QUESTION)} --temperature=0'
+CALCULATE = ASK + ' --tools=True'
+
+
+class Stage(NamedTuple):
+    """One step of the pipeline."""
+    name: str
+    after: tuple  # the stages whose models it needs
+    place: tuple  # column and row in the figure
+    commands: tuple  # the last one trains
+    run: str  # its directory
+    score: tuple  # a metric of summary.json, and how it is written
+    sample: str  # the command that shows what came out
+
+
+STAGES = (
+    Stage('train', (), (0, 1), ('train.py config/tiny.py',), 'out/tiny', ('val/bpb', '{:.2f} bits per byte'),
+          'sample.py --init_from={run} --start=ROMEO. --max_new_tokens=60'),
+    Stage('sft', ('train',), (1, 2), ('sft.py config/sft_tiny.py',), 'out/sft', ('val/correct', '{:.1%} correct'), ASK),
+    Stage('reward', ('sft',), (2, 2), ('reward.py config/reward_tiny.py',), 'out/reward',
+          ('val/accuracy', '{:.1%} of pairs'),
+          ASK.format(run='out/sft').replace('--temperature=0', '--best_of=16 --reward_model={run}')),
+    Stage('dpo', ('sft', 'reward'), (3, 2), ('dpo.py config/dpo_tiny.py --judge=out/reward',), 'out/dpo',
+          ('val/correct', '{:.1%} correct'), ASK),
+    Stage('sft_mixed', ('train',), (1, 0), ('sft.py config/sft_mixed.py',), 'out/sft_mixed',
+          ('val/correct', '{:.1%} correct'), CALCULATE),
+    Stage('reward_own', ('sft_mixed',), (2, 1),
+          ('sft.py --init_from=out/sft_mixed --dataset=wordproblems --eval_only=True --eval_split=train '
+           '--eval_rows=4000 --eval_samples=8 --eval_temperature=1 --tools=True --max_new_tokens=160 '
+           '--eval_file=out/answers.jsonl',
+           'data/pairs/prepare.py --input=out/answers.jsonl --name=own_pairs', 'reward.py config/reward_own.py'),
+          'out/reward_own', ('val/accuracy', '{:.1%} of pairs'),
+          CALCULATE.format(run='out/sft_mixed').replace('--temperature=0', '--best_of=16 --reward_model={run}')),
+    Stage('ppo', ('sft_mixed', 'reward_own'), (3, 1), ('ppo.py config/ppo_tiny.py',), 'out/ppo',
+          ('val/correct', '{:.1%} correct'), CALCULATE),
+    Stage('grpo', ('sft_mixed',), (2, 0), ('grpo.py config/grpo_tiny.py',), 'out/grpo',
+          ('val/correct', '{:.1%} correct'), CALCULATE),
+    Stage('distill', ('grpo',), (3, 0), ('distill.py config/distill_words.py',), 'out/distill_words',
+          ('val/correct', '{:.1%} correct'), CALCULATE))
+
+
+def python(command, **options):
+    """Runs a command of this project's, whose files lie beside this one, in the directory that one is in."""
+    file, *rest = shlex.split(command)
+    here = Path(__file__).parent
+    rest = [str(here / word) if word.startswith('config/') else word for word in rest]
+    return subprocess.run([sys.executable, str(here / file), *rest], **options)
+
+
+def work(stage, log, keep):
+    """Runs those commands of a stage that are not done; log, {command: [seconds, whether it is done]}, is kept by
+    keep() as it goes. Returns whether anything was run."""
+    ran = False
+    for number, command in enumerate(stage.commands, 1):
+        trains = number == len(stage.commands)
+        command += f' {flags}' * bool(flags and trains)
+        before, done = log.get(command, (0, False))
+        checkpoint = Path(stage.run) / 'ckpt.pt'
+        if done and not ran and checkpoint.exists():
+            continue
+        again = ' --init_from=resume' * (trains and bool(before) and not done and not ran and checkpoint.exists())
+        print(f'\n$ python {command}{again}', flush=True)
+        log[command], began = [before, False], time.perf_counter()
+        keep()
+        status = python(command + again).returncode
+        ran, log[command] = True, [before * bool(again) + time.perf_counter() - began, not status]
+        keep()
+        if status:
+            print(f'{stage.name} ended with status {status}: python pipeline.py goes on from there', file=sys.stderr)
+            raise SystemExit(status)
+    return ran
+
+
+def told(stage, log):
+    """What came out of a stage: {seconds, memory in MB, score in words, sample}."""
+    command = stage.commands[-1] + f' {flags}' * bool(flags)
+    summary = json.loads((Path(stage.run) / 'summary.json').read_text())
+    key, form = stage.score
+    sample = python(stage.sample.format(run=stage.run), capture_output=True, text=True)
+    if sample.returncode:
+        raise UserError(f'{stage.name}: {sample.stderr.strip()}')
+    return {'commands': [*stage.commands[:-1], command], 'memory': summary['peak_memory_mb'],
+            'seconds': sum(log[c][0] for c in (*stage.commands[:-1], command)),
+            'parameters': summary['parameters'], 'score': form.format(summary[key]), 'sample': sample.stdout.strip()}
+
+
+def draw(found, path):
+    """The stages as boxes in the order of their making, each with what it took and what came out."""
+    figure, ((axes,),) = runtime.new_figure(1, 1, 10, 4.4)
+    axes.set_axis_off()
+    axes.set(xlim=(-0.45, 3.45), ylim=(-0.45, 2.45))
+    known = {stage.name: stage for stage in STAGES}
+    for name, row in found.items():
+        stage = known[name]
+        for parent in stage.after:
+            if parent in found:
+                axes.annotate('', stage.place, known[parent].place, arrowprops=dict(
+                    arrowstyle='-|>', color='0.6', shrinkA=62, shrinkB=62))
+        text = (f'$\\bf{{{name.replace("_", chr(92) + "_")}}}$\n{stage.commands[-1].split(" --")[0]}\n{row["score"]}\n'
+                f'{runtime.elapsed(row["seconds"])} min, {row["memory"]:,.0f} MB')
+        axes.text(*stage.place, text, ha='center', va='center', fontsize=8, linespacing=1.5,
+                  bbox=dict(boxstyle='round,pad=0.6', facecolor='white', edgecolor=f'C{stage.place[0]}'))
+    axes.set_title(f'{sum(row["seconds"] for row in found.values()) / 60:.0f} minutes: from text to a model that '
+                   'calculates, and a smaller one that learns from it', fontsize=10)
+    figure.savefig(path)
+
+
+def main():
+    runtime.configure(globals())
+    known = [stage.name for stage in STAGES]
+    chosen = [name.strip() for name in only.split(',')] if only else known
+    for name in chosen:
+        if name not in known:
+            raise UserError(f'only={only}: {name!r} is not one of {", ".join(known)}')
+    record = Path('out/pipeline.json')
+    try:
+        log = json.loads(record.read_text()) if record.exists() else {}
+    except ValueError as error:
+        raise UserError(f'{record}: {error}: remove it, and all stages are run again') from None
+    record.parent.mkdir(exist_ok=True)
+
+    def keep():
+        runtime.write_atomic(record, lambda file: file.write(json.dumps(log, indent=1).encode()))
+
+    ran, found = set(), {}
+    for stage in STAGES:
+        if stage.name not in chosen:
+            continue
+        if missing := [name for name in stage.after if name not in chosen
+                       and not Path(STAGES[known.index(name)].run, 'ckpt.pt').exists()]:
+            raise UserError(f'only={only}: {stage.name} needs what {missing[0]} makes: add it')
+        if ran & set(stage.after):  # its models are others now
+            for command in stage.commands:
+                log.pop(command + f' {flags}' * bool(flags and command == stage.commands[-1]), None)
+        if work(stage, log, keep):
+            ran.add(stage.name)
+        found[stage.name] = told(stage, log)
+
+    lines = ['| stage | command | time | memory | held out |', '| --- | --- | --- | --- | --- |']
+    for name, row in found.items():
+        commands = ', then '.join(f'`python {command}`' for command in row['commands'])
+        lines.append(f'| {name} | {commands} | {row["seconds"]:.0f} s | {row["memory"]:,.0f} MB | {row["score"]} |')
+    lines += ['', f'{QUESTION}', '']
+    for name, row in found.items():
+        lines += [f'{name}:', '```', row['sample'], '```']
+    text = '\n'.join(lines) + '\n'
+    print(f'\n{text}')
+    runtime.write_atomic('out/pipeline.md', lambda file: file.write(text.encode()))
+    draw(found, 'out/pipeline.svg')
+    print('written to out/pipeline.md, drawn to out/pipeline.svg')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
