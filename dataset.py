@@ -977,6 +977,15 @@ class PrefData(ChatData):
         return self.ids[where], self.counts[where]
 
 
+def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say):
+    """A split of a dataset as PrefData; say(text) is told what was left out or cut."""
+    rows, skipped = load_prefs(dataset, split, strict, val_fraction)
+    data = PrefData(rows, tokenizer, length, seed)
+    if lost := data.left_out(skipped):
+        say(f'{dataset}, {split}: {lost}')
+    return data
+
+
 class PromptData(ChatData):
     """One split of prompts, tokenised, up to the header of the answer, which has room for max_new_tokens in block_size.
 

@@ -490,11 +490,8 @@ def losses_of(net, data, items, run, token_bytes, rule=None, teacher=None):
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
-    for name, value, allowed in (('divergence', divergence, ('forward', 'reverse', 'jsd')),
-                                 ('answers', answers, ('gold', 'teacher')),
-                                 ('too_long', too_long, ('drop', 'left', 'right'))):
-        if value not in allowed:
-            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    runtime.one_of(config, divergence=('forward', 'reverse', 'jsd'), answers=('gold', 'teacher'),
+                   too_long=('drop', 'left', 'right'))
     for name, value in (('alpha', alpha), ('on_policy', on_policy)):
         if not 0 <= value <= 1:
             raise UserError(f'{name}={value} lies between 0 and 1')
@@ -603,8 +600,9 @@ def main():
         step, items_seen, prompts_seen = (began.own[key] for key in ('iter', 'rows', 'prompts'))
         clock, began.own = runtime.Clock(began.own['seconds']), None
 
-    items_per_step, tokens_read, means = gradient_accumulation_steps * batch_size, 0, runtime.Means()
-    force, flops, rollout, micro_batches = forcing(tokenizer, tools), model.flops_per_token(length), None, None
+    items_per_step = gradient_accumulation_steps * batch_size
+    meter = runtime.Meter(run, clock, model.flops_per_token(length))
+    force, rollout, micro_batches = forcing(tokenizer, tools), None, None
     chosen = val_data.fixed(eval_rows)
     # the best weights give the most right answers, where that can be told: the loss on gold rises where a student comes
     # to speak like its teacher
@@ -665,19 +663,18 @@ def main():
     def micro_loss(number):
         """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
         over the step is that over its targets."""
-        nonlocal tokens_read
         if rollout is not None:
             part = rollout.take(micro_batches[number])
-            tokens_read += rollout.tokens(micro_batches[number])
+            meter.add(rollout.tokens(micro_batches[number]))
             share = part.drawn.sum() / (rollout.drawn.sum() / gradient_accumulation_steps)
             run.seed(prompts_seen + number)
             loss, told, _ = loss_on(net, run, lay_out(part, length)[0], of_samples, adviser)
-            means.add(**{'train/kl_sampled': told[:, 1].mean() * share})
+            meter.add(**{'train/kl_sampled': told[:, 1].mean() * share})
             return loss * share
         first = items_seen + number * batch_size
         names = ('idx', 'targets', 'positions', 'segments')
         arrays = dict(zip(names, train_data.batch(first, batch_size), strict=False))
-        tokens_read += real_tokens(arrays['targets'], arrays.get('segments'))
+        meter.add(real_tokens(arrays['targets'], arrays.get('segments')))
         share = train_data.n_targets(first, batch_size) / (
             train_data.n_targets(items_seen, items_per_step) / gradient_accumulation_steps)
         run.seed(first)
@@ -687,14 +684,15 @@ def main():
                 return net(**tensors) * share
         known = kept.batch(first, batch_size) if kept else ()
         loss, told, _ = loss_on(net, run, arrays, rule, adviser, known)
-        means.add(**dict(zip(('train/ce', 'train/kl'), told.mean(0) * share, strict=True)))
+        meter.add(**dict(zip(('train/ce', 'train/kl'), told.mean(0) * share, strict=True)))
         return loss * share
 
     if not resumed:
         look(*measured)
     settled = run.world_size == 1
     clock.resume()
-    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    meter.begin(step)
+    looked, stop = step, 0
     while step < max_iters and not (stop := run.stopping()):
         rollout = None
         if on_policy and np.random.default_rng([seed % (1 << 64), step]).random() < on_policy:
@@ -702,11 +700,11 @@ def main():
             rollout = draw(model, prompts, numbers, run, max_new_tokens, 1, sample_temperature, 1 + step, force=force)
             order = np.argsort(rollout.group_sizes, kind='stable')  # by length: little padding
             micro_batches = np.array_split(order, gradient_accumulation_steps)
-            means.add(response_len=rollout.lengths.mean(), ended=rollout.ended.mean())
+            meter.add(response_len=rollout.lengths.mean(), ended=rollout.ended.mean())
         if not settled:
-            before, means = (means, tokens_read), runtime.Means()
-            run.settle(net, lambda: micro_loss(run.rank))
-            (means, tokens_read), settled, model.router_stats = before, True, None  # that pass was no part of a step
+            with meter.aside():  # that pass is no part of a step
+                run.settle(net, lambda: micro_loss(run.rank))
+            settled, model.router_stats = True, None
         total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         if model.sparse:
             model.balance(run.total(model.routed())[:, :-1])
@@ -718,20 +716,13 @@ def main():
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            told = means.read()
-            loss, fed, *values = run.sum(total.item(), tokens_read, *told.values())  # waits for the device
-            seconds = clock.read()
-            rate = fed / (seconds - logged_seconds)
-            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                        **{k: v / run.world_size for k, v in zip(told, values, strict=True)},
-                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
-                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read, means = step, seconds, 0, runtime.Means()
+            meter.report(step, total, grad_norm)
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read, means = step, step, clock.read(), 0, runtime.Means()
+            looked = step
+            meter.begin(step)
 
     if stop and looked != step:
         clock.pause()

@@ -24,14 +24,13 @@ import torch.nn.functional as F
 import runtime
 from convert import start
 from dataset import (
-    PrefData,
     by_value,
     find_dataset,
     grades,
     in_words,
     interval,
-    load_prefs,
     pad_texts,
+    prefs_of,
     quality,
     shown,
     summarise,
@@ -242,22 +241,10 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def rows_of(split, tokenizer, length, run):
-    """A split of the dataset as PrefData; tells what was left out or cut."""
-    rows, skipped = load_prefs(dataset, split, strict, val_fraction)
-    data = PrefData(rows, tokenizer, length, seed)
-    if lost := data.left_out(skipped):
-        run.say(f'{dataset}, {split}: {lost}')
-    return data
-
-
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
-    for name, value, allowed in (('loss_type', loss_type, LOSSES),
-                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
-        if value not in allowed:
-            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    runtime.one_of(config, loss_type=LOSSES, eval_split=('val', 'test', 'train'))
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
     if beta <= 0 or not 0 <= label_smoothing < 0.5:
@@ -278,13 +265,17 @@ def main():
     judge_of = load_scorer(judge, run) if judge else None
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+
+    def rows_of(split):
+        return prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.say)
+
     if eval_only:
-        before, net, data = began.before(), run.wrap(model), rows_of(eval_split, tokenizer, length, run)
+        before, net, data = began.before(), run.wrap(model), rows_of(eval_split)
         before = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before}
         _, words, samples = measure_policy(model, net, before, [], data, run, judge_of)
         run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {words}')
         return run.say('\n'.join(samples))
-    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    train_data, val_data = (rows_of(split) for split in ('train', 'val'))
     net = run.wrap(model)
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
@@ -302,8 +293,8 @@ def main():
         if began.own['ref_texts'] == ref_texts:
             known = began.own['ref_logps']
         began.own = None
-    pairs_per_step, tokens_read, sums = gradient_accumulation_steps * batch_size, 0, 0.0
-    flops = model.flops_per_token(length)
+    pairs_per_step = gradient_accumulation_steps * batch_size
+    meter = runtime.Meter(run, clock, model.flops_per_token(length))
 
     def measure():
         metrics, words, samples = measure_policy(model, net, reference, val_reference, val_data, run, judge_of)
@@ -342,27 +333,26 @@ def main():
 
     def micro_loss(number):
         """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""
-        nonlocal tokens_read, sums
         first = pairs_seen + number * batch_size
         texts = train_data.texts(train_data.rows(first, batch_size))
         arrays = [train_data.example(text) for text in texts]
-        tokens_read += sum(len(ids) for ids, _ in arrays)
         run.seed(first)
         chosen, rejected = logps_of(net, run, arrays, length).chunk(2)
         n_chosen, n_rejected = run.to_device(train_data.targets_in[texts].astype(np.float32))[0].chunk(2)
         ref_chosen, ref_rejected = run.to_device(known[texts].float().numpy())[0].chunk(2)
         losses, up, down = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type,
                                            beta, label_smoothing, length_normalise, gamma)
-        told = torch.stack(((torch.sign(up - down).mean() + 1) / 2, (up - down).mean(), chosen.mean(), rejected.mean()))
-        sums = sums + told.detach() / run.micro_steps
+        told = {'accuracy': (torch.sign(up - down).mean() + 1) / 2, 'margin': (up - down).mean(),
+                'logp_chosen': chosen.mean(), 'logp_rejected': rejected.mean()}
+        meter.add(sum(len(ids) for ids, _ in arrays), **{f'train/{name}': x.detach() for name, x in told.items()})
         return (losses - sft_coef * chosen / n_chosen).mean()
 
     if not resumed:
         look(*measured)
     run.settle(net, lambda: micro_loss(run.rank))
-    tokens_read, sums = 0, 0.0
     clock.resume()
-    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    meter.begin(step)
+    looked, stop = step, 0
     while step < max_iters and not (stop := run.stopping()):
         total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         step, pairs_seen = step + 1, pairs_seen + pairs_per_step
@@ -371,21 +361,13 @@ def main():
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            # here the host waits for the device
-            loss, fed, *told = run.sum(total.item(), tokens_read, *(sums / (step - logged_step)).tolist())
-            seconds = clock.read()
-            rate = fed / (seconds - logged_seconds)
-            names = ('train/accuracy', 'train/margin', 'train/logp_chosen', 'train/logp_rejected')
-            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                        **{name: value / run.world_size for name, value in zip(names, told, strict=True)},
-                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
-                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read, sums = step, seconds, 0, 0.0
+            meter.report(step, total, grad_norm)
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read, sums = step, step, clock.read(), 0, 0.0
+            looked = step
+            meter.begin(step)
 
     if stop and looked != step:
         clock.pause()

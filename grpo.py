@@ -181,11 +181,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
-    for name, value, allowed in (('loss_type', loss_type, LOSSES),
-                                 ('scale_rewards', scale_rewards, ('group', 'batch', 'none')),
-                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
-        if value not in allowed:
-            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    runtime.one_of(config, loss_type=LOSSES, scale_rewards=('group', 'batch', 'none'),
+                   eval_split=('val', 'test', 'train'))
     for name, value, least in (('prompts_per_step', prompts_per_step, 1), ('num_generations', num_generations, 2),
                                ('max_new_tokens', max_new_tokens, 1), ('num_epochs', num_epochs, 1),
                                ('dynamic_sampling', dynamic_sampling, 0), ('clip_eps', clip_eps, 0),
@@ -248,7 +245,7 @@ def main():
         for name, tensor in (reference or {}).items():
             tensor.copy_(run.like(tensor, began.own['reference'][name]))
         began.own = None
-    flops = model.flops_per_token(min(length, SHARED_ROW))
+    meter = runtime.Meter(run, clock, model.flops_per_token(min(length, SHARED_ROW)))
 
     def measure():
         metrics, words, samples = whole(val_data, reference)
@@ -300,33 +297,30 @@ def main():
         parts = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         return joined([part for part in kept if len(part)]), torch.stack(totals), parts, flat
 
-    means = runtime.Means()
-
     def micro_loss(number):
         """The loss of the update's micro-batch of this number."""
-        nonlocal tokens_read
         part = micro_batches[number]
         logprobs, entropies, _ = read(net, run, answers, part, length, temperature)
         A = logprobs.shape[1]
         mask, gains, drawn, old, ref = (None if x is None else run.to_device(x[part].astype(np.float32))[0] for x in (
             counts[:, :A], advantages, answers.logprobs[:, :A], None if old_logprobs is None else old_logprobs[:, :A],
             None if ref_logprobs is None else ref_logprobs[:, :A]))
-        tokens_read += answers.tokens(part)
+        meter.add(answers.tokens(part))
         loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type,
                                clip_eps, clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
                                counts[chosen].sum() / gradient_accumulation_steps, batch_size)
         n = mask.sum().clamp(min=1)
-        means.add(entropy=(entropies.detach() * mask).sum() / n, **told)
+        meter.add(entropy=(entropies.detach() * mask).sum() / n, **told)
         if old is None:  # what drew the answers computes in another way
-            means.add(**{'rollout/gap': ((drawn - logprobs.detach()).abs() * mask).sum() / n})
+            meter.add(**{'rollout/gap': ((drawn - logprobs.detach()).abs() * mask).sum() / n})
         return loss
 
     if not resumed:
         look(*measured)
     settled, idle = run.world_size == 1, False
-    tokens_read = 0
     clock.resume()
-    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    meter.begin(step)
+    looked, stop = step, 0
     while step < max_iters and not (stop := run.stopping()):
         began_at = clock.read()
         answers, totals, parts, flat = groups()
@@ -341,7 +335,7 @@ def main():
         old_logprobs = ref_logprobs = None
         if updates > 1:
             old_logprobs = reread(net, run, answers, length, temperature)[0]
-            means.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean()})
+            meter.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean()})
         if reference is not None:
             with run.switched(model, reference):
                 ref_logprobs = reread(net, run, answers, length, temperature)[0]
@@ -352,11 +346,11 @@ def main():
         gold = gold_of(train_data, answers)
         totals = totals.numpy()
         if np.isfinite(totals).any():
-            means.add(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),
+            meter.add(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),
                          **{f'reward/{name}': np.nanmean(x) for name, x in parts.items()}})
         if np.isfinite(gold).any():
-            means.add(**{'reward/gold': np.nanmean(gold)})
-        means.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
+            meter.add(**{'reward/gold': np.nanmean(gold)})
+        meter.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
                   **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         for epoch in range(num_epochs):
             order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(prompts_per_step)
@@ -368,9 +362,9 @@ def main():
                 teach = teach[np.argsort(sizes[teach], kind='stable')]  # by length: little padding
                 micro_batches = np.array_split(teach, gradient_accumulation_steps)
                 if not settled:
-                    before, means = (means, tokens_read), runtime.Means()
-                    run.settle(net, lambda: micro_loss(run.rank))
-                    (means, tokens_read), settled = before, True  # that pass was no part of a step
+                    with meter.aside():  # that pass is no part of a step
+                        run.settle(net, lambda: micro_loss(run.rank))
+                    settled = True
                 total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         step += 1
         if step % max_bad_steps == 0:
@@ -378,20 +372,13 @@ def main():
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            told = means.read()
-            loss, fed, *values = run.sum(total.item(), tokens_read, *told.values())
-            seconds = clock.read()
-            rate = fed / (seconds - logged_seconds)
-            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                        **{k: v / run.world_size for k, v in zip(told, values, strict=True)}, 'failed': reward.failed,
-                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
-                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read, means = step, seconds, 0, runtime.Means()
+            meter.report(step, total, grad_norm, failed=reward.failed)
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read, means = step, step, clock.read(), 0, runtime.Means()
+            looked = step
+            meter.begin(step)
 
     if stop and looked != step:
         clock.pause()

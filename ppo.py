@@ -247,12 +247,8 @@ def make_critic(policy):
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
-    for name, value, allowed in (('critic', critic, ('shared', 'separate')),
-                                 ('kl_estimator', kl_estimator, ('k1', 'k3')),
-                                 ('kl_controller', kl_controller, ('fixed', 'adaptive')),
-                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
-        if value not in allowed:
-            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    runtime.one_of(config, critic=('shared', 'separate'), kl_estimator=('k1', 'k3'),
+                   kl_controller=('fixed', 'adaptive'), eval_split=('val', 'test', 'train'))
     for name, value, least in (('prompts_per_step', prompts_per_step, 1), ('num_generations', num_generations, 1),
                                ('max_new_tokens', max_new_tokens, 1), ('num_epochs', num_epochs, 1),
                                ('kl_horizon', kl_horizon, 1), *((name, config[name], 0) for name in (
@@ -325,7 +321,7 @@ def main():
             for name, tensor in reference.items():
                 tensor.copy_(run.like(tensor, own['reference'][name]))
         own = began.own = None
-    flops = policy.flops_per_token(min(length, SHARED_ROW))
+    meter = runtime.Meter(run, clock, policy.flops_per_token(min(length, SHARED_ROW)))
 
     def measure():
         metrics, words, samples = whole(val_data, reference)
@@ -355,24 +351,22 @@ def main():
                        {'reference': reference, 'critic': model.judge_state(), 'failed': reward.failed, 'kl_coef': coef,
                         'longest': longest, 'scale': scale.state})
 
-    means = runtime.Means()
-
     def micro_loss(number):
         """The loss of the update's micro-batch of this number, so that their mean is over the update's tokens."""
-        nonlocal tokens_read, moved
+        nonlocal moved
         part = chosen[number * batch_size:(number + 1) * batch_size]
         logprobs, entropies, values = read(net, run, answers, part, length, temperature, critic == 'shared')
         of_part = (np.ascontiguousarray(x[part, :logprobs.shape[1]], np.float32) for x in (
             counts, old_logprobs, advantages, old_values, returns))
         mask, old, gains, old_v, due = run.to_device(*of_part)
-        tokens_read += answers.tokens(part)
+        meter.add(answers.tokens(part))
         losses, held = policy_loss(logprobs, old, gains, clip_eps)
         errors, held_v = value_loss(values, old_v, due, clip_value)
         n = mask.sum().clamp(min=1)
         log_ratio = (logprobs.detach() - old) * mask
         far = kl_terms(torch.zeros_like(log_ratio), log_ratio).sum() / n  # KL(old || new): the old one drew them
         moved = moved + far / run.micro_steps
-        means.add(**{
+        meter.add(**{
             'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
             'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,
             'entropy': (entropies.detach() * mask).sum() / n, 'ratio': (log_ratio.exp() * mask).sum() / n})
@@ -383,9 +377,10 @@ def main():
     if not resumed:
         look(*measured)
     settled = run.world_size == 1
-    tokens_read, moved = 0, 0.0
+    moved = 0.0
     clock.resume()
-    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    meter.begin(step)
+    looked, stop = step, 0
     while step < max_iters and not (stop := run.stopping()):
         # answers, and what policy, critic and reference make of their tokens
         began_at = clock.read()
@@ -395,11 +390,11 @@ def main():
         old_logprobs, _, old_values = reread(net, run, answers, length, temperature, critic == 'shared')
         with run.switched(policy, reference):
             ref_logprobs = reread(net, run, answers, length, temperature, critic == 'shared')[0]
-        means.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean(),
+        meter.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean(),
                      'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
         if kl_budget:
             stops = np.minimum(stops_at(old_logprobs - ref_logprobs, answers.drawn, kl_budget), answers.lengths)
-            means.add(stopped=(stops < answers.lengths).mean())
+            meter.add(stopped=(stops < answers.lengths).mean())
             answers = answers.cut(stops, train_data)
             old_logprobs, old_values, ref_logprobs = (x[:, :answers.drawn.shape[1]] * answers.drawn
                                                       for x in (old_logprobs, old_values, ref_logprobs))
@@ -425,13 +420,13 @@ def main():
         mean_kl, gold = (old_logprobs - ref_logprobs).sum(1).mean(), gold_of(train_data, answers)
         if scored.any():
             spread, error = (x[mask.bool()].var(correction=0) for x in (due, due - of_values))
-            means.add(**{'reward/mean': totals[scored].mean(), 'reward/std': totals[scored].std(),
+            meter.add(**{'reward/mean': totals[scored].mean(), 'reward/std': totals[scored].std(),
                          'reward/with_kl': of_tokens.sum(1).numpy()[scored].mean(),
                          **{f'reward/{name}': x[scored].mean() for name, x in parts.items()},
                          'value/explained': 1 - (error / (spread + 1e-8)).item()})
         if np.isfinite(gold).any():
-            means.add(**{'reward/gold': np.nanmean(gold)})
-        means.add(kl=mean_kl, kl_coef=coef, response_len=answers.lengths.mean(), ended=answers.ended.mean(),
+            meter.add(**{'reward/gold': np.nanmean(gold)})
+        meter.add(kl=mean_kl, kl_coef=coef, response_len=answers.lengths.mean(), ended=answers.ended.mean(),
                   max_new_tokens=limit)
         if kl_controller == 'adaptive':
             coef = adapt_kl_coef(coef, mean_kl, kl_target, n_answers, kl_horizon)
@@ -447,9 +442,9 @@ def main():
                 if not counts[chosen].any():
                     continue
                 if not settled:
-                    before, means = (means, tokens_read), runtime.Means()
-                    run.settle(net, lambda: micro_loss(run.rank))
-                    (means, tokens_read), settled = before, True  # that pass was no part of a step
+                    with meter.aside():  # that pass is no part of a step
+                        run.settle(net, lambda: micro_loss(run.rank))
+                    settled = True
                 moved = 0.0
                 total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
                 done += 1
@@ -459,27 +454,20 @@ def main():
                 break
         if not done:
             raise UserError(f'step {step}: no answer had a reward: mend the rewards or the rows')
-        means.add(updates=done)
+        meter.add(updates=done)
         step += 1
         if step % max_bad_steps == 0:
             run.check_updates(step)
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            told = means.read()
-            loss, fed, *values = run.sum(total.item(), tokens_read, *told.values())
-            seconds = clock.read()
-            rate = fed / (seconds - logged_seconds)
-            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                        **{k: v / run.world_size for k, v in zip(told, values, strict=True)}, 'failed': reward.failed,
-                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
-                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read, means = step, seconds, 0, runtime.Means()
+            meter.report(step, total, grad_norm, failed=reward.failed)
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read, means = step, step, clock.read(), 0, runtime.Means()
+            looked = step
+            meter.begin(step)
 
     if stop and looked != step:
         clock.pause()

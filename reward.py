@@ -28,14 +28,13 @@ import torch.nn.functional as F
 import runtime
 from convert import CHANGEABLE, start
 from dataset import (
-    PrefData,
     answered,
     find_dataset,
     fraction_of,
     interval,
     last_number,
-    load_prefs,
     pad_texts,
+    prefs_of,
     visible,
 )
 from model import GPTConfig
@@ -296,22 +295,10 @@ def run_checks(net, model, data, tokenizer, length, run):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def rows_of(split, tokenizer, length, run):
-    """A split of the dataset as PrefData; tells what was left out or cut."""
-    rows, skipped = load_prefs(dataset, split, strict, val_fraction)
-    data = PrefData(rows, tokenizer, length, seed)
-    if lost := data.left_out(skipped):
-        run.say(f'{dataset}, {split}: {lost}')
-    return data
-
-
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
-    for name, value, allowed in (('loss_type', loss_type, ('bt', 'margin', 'bt_margin')),
-                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
-        if value not in allowed:
-            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    runtime.one_of(config, loss_type=('bt', 'margin', 'bt_margin'), eval_split=('val', 'test', 'train'))
     if not 0 < val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
     run = runtime.Run(config)
@@ -322,14 +309,18 @@ def main():
         raise UserError(f'{origin} is no reward model: train one first, and give its --init_from')
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+
+    def rows_of(split):
+        return prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.say)
+
     if eval_only or check:
-        net, data = run.wrap(model), rows_of(eval_split, tokenizer, length, run)
+        net, data = run.wrap(model), rows_of(eval_split)
         if eval_only:
             *pairs, metrics = measure_pairs(net, run, data, data.fixed(eval_rows))
             run.say(f'{init_from} on {len(pairs[0]):,} pairs of {dataset}, {eval_split}: {in_words(metrics)}\n'
                     + tables(*pairs, *model.score_scale.tolist()))
         return run_checks(net, model, data, tokenizer, length, run) if check else None
-    train_data, val_data = (rows_of(split, tokenizer, length, run) for split in ('train', 'val'))
+    train_data, val_data = (rows_of(split) for split in ('train', 'val'))
     missing = next((row['where'] for row in train_data.rows_kept + val_data.rows_kept if 'margin' not in row), None)
     if loss_type == 'bt_margin' and missing:
         raise UserError(f"{missing}: loss_type='bt_margin' needs a number as 'margin' in every row")
@@ -343,8 +334,8 @@ def main():
         run.restore(began.own, origin, optimizers)
         step, pairs_seen, clock = began.own['iter'], began.own['pairs'], runtime.Clock(began.own['seconds'])
         began.own = None
-    pairs_per_step, tokens_read, hits = gradient_accumulation_steps * batch_size, 0, 0.0
-    flops = model.flops_per_token(length)
+    pairs_per_step = gradient_accumulation_steps * batch_size
+    meter = runtime.Meter(run, clock, model.flops_per_token(length))
 
     def measure():
         """What today's weights make of held-out pairs; their scores give the gain and the bias."""
@@ -378,23 +369,22 @@ def main():
 
     def micro_loss(number):
         """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""
-        nonlocal tokens_read, hits
         first = pairs_seen + number * batch_size
         pairs = train_data.rows(first, batch_size)
         texts = [train_data.example(text) for text in train_data.texts(pairs)]
-        tokens_read += sum(len(ids) for ids, _ in texts)
         run.seed(first)
         chosen, rejected = scores_of(net, run, texts, length).chunk(2)
-        hits = hits + (torch.sign(chosen - rejected).mean().detach() + 1) / 2 / run.micro_steps
+        right = (torch.sign(chosen - rejected).mean().detach() + 1) / 2
+        meter.add(sum(len(ids) for ids, _ in texts), **{'train/accuracy': right})
         of_rows = run.to_device(grades[pairs])[0]
         return pair_loss(chosen, rejected, of_rows, loss_type, margin, center_coef).mean()
 
     if not resumed:
         look(*measured)
     run.settle(net, lambda: micro_loss(run.rank))
-    tokens_read, hits = 0, 0.0
     clock.resume()
-    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    meter.begin(step)
+    looked, stop = step, 0
     while step < max_iters and not (stop := run.stopping()):
         total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         step, pairs_seen = step + 1, pairs_seen + pairs_per_step
@@ -403,19 +393,13 @@ def main():
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            # here the host waits for the device
-            loss, fed, right = run.sum(total.item(), tokens_read, float(hits) / (step - logged_step))
-            seconds = clock.read()
-            rate = fed / (seconds - logged_seconds)
-            run.report({'iter': step, 'train/loss': loss / run.world_size, 'train/accuracy': right / run.world_size,
-                        'lr': run.lr, 'grad_norm': grad_norm.item(), 'tok_per_sec': rate, 'seconds': seconds,
-                        'flops': rate * flops}, (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read, hits = step, seconds, 0, 0.0
+            meter.report(step, total, grad_norm)
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read, hits = step, step, clock.read(), 0, 0.0
+            looked = step
+            meter.begin(step)
 
     if stop and looked != step:
         clock.pause()

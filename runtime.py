@@ -367,6 +367,13 @@ def check_loop(config):
             raise UserError(f'{key}={value} must not be negative')
 
 
+def one_of(config, **allowed):
+    """UserError where the value of a knob is none of those that are allowed for it."""
+    for name, values in allowed.items():
+        if config[name] not in values:
+            raise UserError(f'{name}={config[name]!r} is not one of {", ".join(map(repr, values))}')
+
+
 def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
     """The learning rate at a step as a share of its peak; warmup and decay in steps; floor = end / peak."""
     if step < warmup:
@@ -1096,6 +1103,43 @@ class Means:
     def read(self):
         """{name: mean}, in the order of the names: the same in every process."""
         return {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
+
+
+class Meter:
+    """What a loop adds up from one row of its log to the next: the tokens it reads, and means of numbers by name."""
+
+    def __init__(self, run, clock, flops, step=0):
+        self.run, self.clock, self.flops = run, clock, flops
+        self.begin(step)
+
+    def begin(self, step):
+        """Starts anew: when training begins, after a row and after an evaluation."""
+        self.step, self.seconds, self.tokens, self.means = step, self.clock.read(), 0, Means()
+
+    def add(self, tokens=0, **values):
+        self.tokens += tokens
+        self.means.add(**values)
+
+    @contextlib.contextmanager
+    def aside(self):
+        """What is added inside is no part of any row."""
+        kept, self.means = (self.tokens, self.means), Means()
+        yield
+        self.tokens, self.means = kept
+
+    def report(self, step, loss, grad_norm, **more):
+        """Logs the row of this step, of all processes: their mean loss, what was added and more; the host waits here
+        for the device."""
+        told = self.means.read()
+        loss, fed, *values = self.run.sum(loss.item(), self.tokens, *told.values())
+        seconds = self.clock.read()
+        rate = fed / (seconds - self.seconds)
+        left = (self.run.config['max_iters'] - step) * (seconds - self.seconds) / (step - self.step)
+        self.run.report({'iter': step, 'train/loss': loss / self.run.world_size, 'lr': self.run.lr,
+                         'grad_norm': grad_norm.item(),
+                         **{k: v / self.run.world_size for k, v in zip(told, values, strict=True)}, **more,
+                         'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * self.flops}, left)
+        self.begin(step)
 
 
 class Clock:

@@ -194,11 +194,8 @@ def evaluate_only(model, net, tokenizer, length, run):
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_loop(config)
-    for name, value, allowed in (('too_long', too_long, ('drop', 'left', 'right')),
-                                 ('curriculum', curriculum, ('none', 'length', 'steps', 'loss')),
-                                 ('eval_split', eval_split, ('val', 'test', 'train'))):
-        if value not in allowed:
-            raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+    runtime.one_of(config, too_long=('drop', 'left', 'right'), curriculum=('none', 'length', 'steps', 'loss'),
+                   eval_split=('val', 'test', 'train'))
     if not 0 < val_fraction < 1 or not 0 < curriculum_start <= 1:
         raise UserError('val_fraction and curriculum_start lie between 0 and 1')
     if max_new_tokens < 1:
@@ -227,7 +224,7 @@ def main():
         difficulty, began.own = began.own['difficulty'], None
 
     # the order of the rows
-    items_per_step, tokens_read = gradient_accumulation_steps * batch_size, 0
+    items_per_step = gradient_accumulation_steps * batch_size
     per_item = length / train_data.lengths.mean() if pack else 1  # rows
     if curriculum != 'none':
         if difficulty is None and curriculum == 'steps':
@@ -242,7 +239,7 @@ def main():
             difficulty = torch.from_numpy(train_data.lengths.astype(float))
         paced = (curriculum_iters or max_iters // 2) * items_per_step
         train_data.pace(difficulty.numpy(), int(paced * per_item), curriculum_start)
-    flops = model.flops_per_token(length)
+    meter = runtime.Meter(run, clock, model.flops_per_token(length))
 
     def measure():
         """The loss on held-out rows of today's weights, and what their answers are worth."""
@@ -279,10 +276,9 @@ def main():
     def micro_loss(number):
         """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
         over the step is that over its targets."""
-        nonlocal tokens_read
         first = items_seen + number * batch_size
         arrays = train_data.batch(first, batch_size)
-        tokens_read += real_tokens(arrays[1], *arrays[3:])
+        meter.add(real_tokens(arrays[1], *arrays[3:]))
         of_step = train_data.n_targets(items_seen, items_per_step) / gradient_accumulation_steps
         run.seed(first)
         return loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)
@@ -290,9 +286,9 @@ def main():
     if not resumed:
         look(*measured)
     run.settle(net, lambda: micro_loss(run.rank))
-    tokens_read = 0
     clock.resume()
-    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
+    meter.begin(step)
+    looked, stop = step, 0
     while step < max_iters and not (stop := run.stopping()):
         total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
         step, items_seen = step + 1, items_seen + items_per_step
@@ -301,18 +297,13 @@ def main():
 
         if step % log_interval == 0 or step == max_iters:
             run.check_updates(step)
-            loss, fed = run.sum(total.item(), tokens_read)  # here the host waits for the device
-            seconds = clock.read()
-            rate = fed / (seconds - logged_seconds)
-            run.report({'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                        'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops},
-                       (max_iters - step) * (seconds - logged_seconds) / (step - logged_step))
-            logged_step, logged_seconds, tokens_read = step, seconds, 0
+            meter.report(step, total, grad_norm)
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()
             look(*measure())
             clock.resume()
-            looked, logged_step, logged_seconds, tokens_read = step, step, clock.read(), 0
+            looked = step
+            meter.begin(step)
 
     if stop and looked != step:
         clock.pause()
