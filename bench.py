@@ -917,7 +917,8 @@ def bench_ablate(knobs, model_args):
         axes.set(xlabel='step', ylabel='held-out loss', title=name)
         axes.legend(frameon=False, fontsize=7)
         if name == 'norm':
-            more.set(xlabel='layer', ylabel='norm of its gradient', title='norm: gradients at the end')
+            more.set(xlabel='layer', ylabel='norm of its gradient', title='norm: gradients at the end',
+                     xticks=range(config.n_layer))
         if name == 'position':
             more.set(xlabel='place in the window', ylabel='held-out loss', title='position: twice the length')
         if more is not None:
