@@ -1810,11 +1810,13 @@ def anatomy(config):
         model = GPT(config)
     parts = {}
     names = {'tok_emb': 'token embedding', 'pos_emb': 'positions', 'head': 'head', 'attn': 'attention',
-             'cross': 'cross-attention', 'mlp': 'experts' if config.n_expert else 'MLP', 'score': 'score'}
+             'cross': 'cross-attention', 'mlp': 'MLP', 'experts': 'experts', 'score': 'score'}
     seen = set()
     for name, p in model.named_parameters(remove_duplicate=False):
         block = name.split('.')[0] in ('blocks', 'encoder')
         part = name.split('.')[2 if block else 0]
+        if part == 'mlp' and name.startswith('blocks') and config.is_sparse(int(name.split('.')[1])):
+            part = 'experts'
         part = 'LoRA and adapters' if is_small(name) and 'score' not in name else names.get(part, 'norms')
         owners, count = parts.setdefault(part, (set(), 0))
         owners.add('.'.join(name.split('.')[:3 if block else 1]))

@@ -66,63 +66,67 @@ STAGES = (
 
 
 def python(command, **options):
-    """Runs a command of this project's, whose files lie beside this one, in the directory that one is in."""
+    """Runs a command of this project's, whose files lie beside this one, where this one is run -> (what it printed,
+    where options ask for that, and its status)."""
     file, *rest = shlex.split(command)
     here = Path(__file__).parent
     rest = [str(here / word) if word.startswith('config/') else word for word in rest]
-    return subprocess.run([sys.executable, str(here / file), *rest], **options)
+    with subprocess.Popen([sys.executable, str(here / file), *rest], **options) as child:
+        while True:
+            try:
+                return child.communicate()[0], child.returncode
+            except KeyboardInterrupt:  # the child has heard it too: it saves, and ends
+                continue
 
 
 def work(stage, log, keep):
-    """Runs those commands of a stage that are not done; log, {command: [seconds, whether it is done]}, is kept by
-    keep() as it goes. Returns whether anything was run."""
+    """Runs those commands of a stage that are not done; log, {command: {began, and when it is done seconds}}, is kept
+    by keep() as it goes. Returns whether anything was run."""
     ran = False
     for number, command in enumerate(stage.commands, 1):
-        trains = number == len(stage.commands)
-        command += f' {flags}' * bool(flags and trains)
-        before, done = log.get(command, (0, False))
-        checkpoint = Path(stage.run) / 'ckpt.pt'
-        if done and not ran and checkpoint.exists():
+        known, checkpoint = log.get(command, {}), Path(stage.run) / 'ckpt.pt'
+        if 'seconds' in known and not ran and checkpoint.exists():
             continue
-        again = ' --init_from=resume' * (trains and bool(before) and not done and not ran and checkpoint.exists())
-        print(f'\n$ python {command}{again}', flush=True)
-        log[command], began = [before, False], time.perf_counter()
+        cut_short = 'began' in known and 'seconds' not in known and not ran and number == len(stage.commands)
+        again = cut_short and checkpoint.exists() and checkpoint.stat().st_mtime > known['began']
+        resume = ' --init_from=resume' if again else ''
+        print(f'\n$ python {command}{resume}', flush=True)
+        ran, began = True, time.time()
+        log[command] = {'began': known['began'] if again else began}
         keep()
-        status = python(command + again).returncode
-        ran, log[command] = True, [before * bool(again) + time.perf_counter() - began, not status]
-        keep()
+        _, status = python(command + resume)
         if status:
             print(f'{stage.name} ended with status {status}: python pipeline.py goes on from there', file=sys.stderr)
             raise SystemExit(status)
+        log[command]['seconds'] = time.time() - began
+        keep()
     return ran
 
 
 def told(stage, log):
     """What came out of a stage: {seconds, memory in MB, score in words, sample}."""
-    command = stage.commands[-1] + f' {flags}' * bool(flags)
     summary = json.loads((Path(stage.run) / 'summary.json').read_text())
     key, form = stage.score
-    sample = python(stage.sample.format(run=stage.run), capture_output=True, text=True)
-    if sample.returncode:
-        raise UserError(f'{stage.name}: {sample.stderr.strip()}')
-    return {'commands': [*stage.commands[:-1], command], 'memory': summary['peak_memory_mb'],
-            'seconds': sum(log[c][0] for c in (*stage.commands[:-1], command)),
-            'parameters': summary['parameters'], 'score': form.format(summary[key]), 'sample': sample.stdout.strip()}
+    sample, status = python(stage.sample.format(run=stage.run), stdout=subprocess.PIPE, text=True)
+    if status:
+        raise SystemExit(status)
+    seconds = summary['total_seconds'] + sum(log[command]['seconds'] for command in stage.commands[:-1])
+    return {'seconds': seconds, 'memory': summary['peak_memory_mb'], 'score': form.format(summary[key]),
+            'sample': sample.strip()}
 
 
-def draw(found, path):
-    """The stages as boxes in the order of their making, each with what it took and what came out."""
+def draw(stages, found, path):
+    """The stages as boxes with arrows to those that go on from them, each with what it took and what came out."""
     figure, ((axes,),) = runtime.new_figure(1, 1, 10, 4.4)
     axes.set_axis_off()
     axes.set(xlim=(-0.45, 3.45), ylim=(-0.45, 2.45))
-    known = {stage.name: stage for stage in STAGES}
-    for name, row in found.items():
-        stage = known[name]
-        for parent in stage.after:
-            if parent in found:
-                axes.annotate('', stage.place, known[parent].place, arrowprops=dict(
-                    arrowstyle='-|>', color='0.6', shrinkA=62, shrinkB=62))
-        text = (f'$\\bf{{{name.replace("_", chr(92) + "_")}}}$\n{stage.commands[-1].split(" --")[0]}\n{row["score"]}\n'
+    places = {stage.name: stage.place for stage in stages}
+    for stage in stages:
+        row = found[stage.name]
+        for parent in set(stage.after) & set(places):
+            axes.annotate('', stage.place, places[parent], arrowprops=dict(arrowstyle='-|>', color='0.6', shrinkA=62,
+                                                                           shrinkB=62))
+        text = (f'{stage.commands[-1].split(" --")[0]}\n{row["score"]}\n'
                 f'{runtime.elapsed(row["seconds"])} min, {row["memory"]:,.0f} MB')
         axes.text(*stage.place, text, ha='center', va='center', fontsize=8, linespacing=1.5,
                   bbox=dict(boxstyle='round,pad=0.6', facecolor='white', edgecolor=f'C{stage.place[0]}'))
@@ -133,11 +137,17 @@ def draw(found, path):
 
 def main():
     runtime.configure(globals())
-    known = [stage.name for stage in STAGES]
-    chosen = [name.strip() for name in only.split(',')] if only else known
-    for name in chosen:
+    known = {stage.name: stage for stage in STAGES}
+    names = [name.strip() for name in only.split(',')] if only else list(known)
+    for name in names:
         if name not in known:
             raise UserError(f'only={only}: {name!r} is not one of {", ".join(known)}')
+    stages = [stage._replace(commands=(*stage.commands[:-1], f'{stage.commands[-1]} {flags}'.rstrip()))
+              for stage in STAGES if stage.name in names]
+    for stage in stages:
+        for parent in stage.after:
+            if parent not in names and not Path(known[parent].run, 'ckpt.pt').exists():
+                raise UserError(f'only={only}: {stage.name} needs what {parent} makes: add it')
     record = Path('out/pipeline.json')
     try:
         log = json.loads(record.read_text()) if record.exists() else {}
@@ -149,30 +159,26 @@ def main():
         runtime.write_atomic(record, lambda file: file.write(json.dumps(log, indent=1).encode()))
 
     ran, found = set(), {}
-    for stage in STAGES:
-        if stage.name not in chosen:
-            continue
-        if missing := [name for name in stage.after if name not in chosen
-                       and not Path(STAGES[known.index(name)].run, 'ckpt.pt').exists()]:
-            raise UserError(f'only={only}: {stage.name} needs what {missing[0]} makes: add it')
-        if ran & set(stage.after):  # its models are others now
+    for stage in stages:
+        if ran & set(stage.after):  # what it began from has changed
             for command in stage.commands:
-                log.pop(command + f' {flags}' * bool(flags and command == stage.commands[-1]), None)
+                log.pop(command, None)
         if work(stage, log, keep):
             ran.add(stage.name)
         found[stage.name] = told(stage, log)
 
     lines = ['| stage | command | time | memory | held out |', '| --- | --- | --- | --- | --- |']
-    for name, row in found.items():
-        commands = ', then '.join(f'`python {command}`' for command in row['commands'])
-        lines.append(f'| {name} | {commands} | {row["seconds"]:.0f} s | {row["memory"]:,.0f} MB | {row["score"]} |')
+    for stage in stages:
+        row, commands = found[stage.name], ', then '.join(f'`python {command}`' for command in stage.commands)
+        took = f'{row["seconds"]:.0f} s | {row["memory"]:,.0f} MB'
+        lines.append(f'| {stage.name} | {commands} | {took} | {row["score"]} |')
     lines += ['', f'{QUESTION}', '']
-    for name, row in found.items():
-        lines += [f'{name}:', '```', row['sample'], '```']
+    for stage in stages:
+        lines += [f'{stage.name}:', '```', found[stage.name]['sample'], '```']
     text = '\n'.join(lines) + '\n'
     print(f'\n{text}')
     runtime.write_atomic('out/pipeline.md', lambda file: file.write(text.encode()))
-    draw(found, 'out/pipeline.svg')
+    draw(stages, found, 'out/pipeline.svg')
     print('written to out/pipeline.md, drawn to out/pipeline.svg')
 
 

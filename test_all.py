@@ -1427,12 +1427,13 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
     (tmp_path / 'out/first/ckpt.pt').unlink()  # and with it goes what came of it
     assert run_stage('pipeline', '--flags=--max_iters=2')[0] == 0
     assert {name for name in before if made()[name] != before[name]} == {'first', 'second'}
-    log = json.loads(Path('out/pipeline.json').read_text())
+    log, before = json.loads(Path('out/pipeline.json').read_text()), made()
     cut = next(command for command in log if 'apart' in command)
-    Path('out/pipeline.json').write_text(json.dumps(log | {cut: [100.0, False]}))  # as a kill leaves it
-    assert run_stage('pipeline', '--flags=--max_iters=2', '--only=apart')[0] == 0
-    seconds, done = json.loads(Path('out/pipeline.json').read_text())[cut]
-    assert done and 100 < seconds < 200
+    for began, goes_on in ((0, True), (time.time() + 1000, False)):  # a kill came after its first checkpoint, or before
+        Path('out/pipeline.json').write_text(json.dumps(log | {cut: {'began': began}}))
+        assert run_stage('pipeline', '--flags=--max_iters=2', '--only=apart')[0] == 0
+        assert 'seconds' in json.loads(Path('out/pipeline.json').read_text())[cut]
+        assert (made()['apart'] == before['apart']) == goes_on
     for flags, words in ((['--only=third'], "'third' is not one of first, second, apart"),
                          (['--only=second', '--flags=--max_iters=0'], 'ended with status 2')):
         status, _, err = run_stage('pipeline', *flags)
@@ -1747,6 +1748,9 @@ def test_1_4_the_anatomy_adds_up(options):
     rows, _ = model_file.anatomy(config)
     assert sum(count for _, _, count in rows) == GPT(config).num_params()
     assert {'token embedding', 'attention'} <= {part for part, _, _ in rows}
+    if config.n_expert:
+        rows, _ = model_file.anatomy(dataclasses.replace(config, dense_layers=1))
+        assert [count for part, count, _ in rows if part in ('MLP', 'experts')] == [1, 1]
 
 
 # 1.5 encoder, decoder, cross-attention
