@@ -123,7 +123,7 @@ class GPTConfig:
             raise ValueError(f'n_expert_active={self.n_expert_active} must be between 1 and n_expert={self.n_expert}')
         if self.n_expert and (self.n_embd % 8 or self.expert_dim % 8):
             raise ValueError(f'n_embd={self.n_embd} and expert_dim={self.expert_dim} must be multiples of 8, as '
-                             'grouped matrix products want them')
+                             'grouped matrix products in 16 bits want them')
         if self.expert_every < 1:
             raise ValueError(f'expert_every={self.expert_every} must be at least 1')
         if not self.window_pattern or set(self.window_pattern) - set('LG'):

@@ -1,15 +1,16 @@
 """
 The whole life of a small model, command by command: pretraining, fine-tuning, preferences, rewards, distillation.
 
-    python pipeline.py                                                what is done already is not done again
-    python pipeline.py --only=train,sft                               some of the stages
-    python pipeline.py --flags="--max_iters=4 --eval_rows=8"          a walk through all of them, which teaches nothing
+    python pipeline.py                          what is done already is not done again
+    python pipeline.py --only=train,sft         some of the stages
+    python pipeline.py --flags=--seed=2         another seed; what was made with other flags is made again
 
 It starts the commands that you would type, shows them, and then what each took, what held-out data say of it, and one
 sample: printed, in out/pipeline.md and as a figure in out/pipeline.svg. Interrupted, it goes on where it was.
 """
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -67,50 +68,75 @@ STAGES = (
 
 def python(command, **options):
     """Runs a command of this project's, whose files lie beside this one, where this one is run -> (what it printed,
-    where options ask for that, and its status)."""
+    where options ask for that, its status, the number of a signal that came meanwhile or 0)."""
     file, *rest = shlex.split(command)
-    here = Path(__file__).parent
+    here, heard = Path(__file__).parent, []
     rest = [str(here / word) if word.startswith('config/') else word for word in rest]
+
+    def hear(number, _):
+        heard.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C goes to the child by itself; after either it saves, and ends
+            child.terminate()
+
     with subprocess.Popen([sys.executable, str(here / file), *rest], **options) as child:
-        while True:
-            try:
-                return child.communicate()[0], child.returncode
-            except KeyboardInterrupt:  # the child has heard it too: it saves, and ends
-                continue
+        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            printed = child.communicate()[0]
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    status = child.returncode
+    return printed, 128 - status if status < 0 else status, heard[0] if heard else 0
+
+
+def forget(log, name):
+    """Takes out of the log what was made from a stage that is made anew."""
+    stale = {name}
+    for stage in STAGES:
+        if stale & set(stage.after):
+            stale.add(stage.name)
+            log.pop(stage.name, None)
 
 
 def work(stage, log, keep):
-    """Runs those commands of a stage that are not done; log, {command: {began, and when it is done seconds}}, is kept
-    by keep() as it goes. Returns whether anything was run."""
-    ran = False
-    for number, command in enumerate(stage.commands, 1):
-        known, checkpoint = log.get(command, {}), Path(stage.run) / 'ckpt.pt'
-        if 'seconds' in known and not ran and checkpoint.exists():
+    """Runs those commands of a stage that are not done. log: {stage: {command: {began, and when it is done seconds}}},
+    kept by keep() as it goes."""
+    *_, last = stage.commands
+    checkpoint, done = Path(stage.run) / 'ckpt.pt', log.get(stage.name, {})
+    whole = all('seconds' in done.get(command, {}) for command in stage.commands)
+    if whole and checkpoint.exists():
+        return
+    done = log[stage.name] = {} if whole else {key: done[key] for key in stage.commands if key in done}
+    forget(log, stage.name)
+    for command in stage.commands:
+        known = done.get(command, {})
+        if 'seconds' in known:
             continue
-        cut_short = 'began' in known and 'seconds' not in known and not ran and number == len(stage.commands)
-        again = cut_short and checkpoint.exists() and checkpoint.stat().st_mtime > known['began']
-        resume = ' --init_from=resume' if again else ''
+        # what was cut short after its first save
+        again = command == last and 'began' in known and checkpoint.exists() and (
+            checkpoint.stat().st_mtime > known['began'])
+        began, resume = time.time(), ' --init_from=resume' if again else ''
         print(f'\n$ python {command}{resume}', flush=True)
-        ran, began = True, time.time()
-        log[command] = {'began': known['began'] if again else began}
+        done[command] = {'began': known['began'] if again else began}
         keep()
-        _, status = python(command + resume)
-        if status:
-            print(f'{stage.name} ended with status {status}: python pipeline.py goes on from there', file=sys.stderr)
-            raise SystemExit(status)
-        log[command]['seconds'] = time.time() - began
-        keep()
-    return ran
+        _, status, stop = python(command + resume)
+        if not status:
+            done[command]['seconds'] = time.time() - began
+            keep()
+        if status or stop:
+            goes_on = '' if status == 2 else f'; go on with: {shlex.join(["python", *sys.argv])}'
+            print(f'{stage.name} ended with status {status}{goes_on}', file=sys.stderr)
+            raise SystemExit(status or 128 + stop)
 
 
 def told(stage, log):
     """What came out of a stage: {seconds, memory in MB, score in words, sample}."""
     summary = json.loads((Path(stage.run) / 'summary.json').read_text())
     key, form = stage.score
-    sample, status = python(stage.sample.format(run=stage.run), stdout=subprocess.PIPE, text=True)
-    if status:
-        raise SystemExit(status)
-    seconds = summary['total_seconds'] + sum(log[command]['seconds'] for command in stage.commands[:-1])
+    sample, status, stop = python(stage.sample.format(run=stage.run), stdout=subprocess.PIPE, text=True)
+    if status or stop:
+        raise SystemExit(status or 128 + stop)
+    seconds = summary['total_seconds'] + sum(log[stage.name][command]['seconds'] for command in stage.commands[:-1])
     return {'seconds': seconds, 'memory': summary['peak_memory_mb'], 'score': form.format(summary[key]),
             'sample': sample.strip()}
 
@@ -130,13 +156,16 @@ def draw(stages, found, path):
                 f'{runtime.elapsed(row["seconds"])} min, {row["memory"]:,.0f} MB')
         axes.text(*stage.place, text, ha='center', va='center', fontsize=8, linespacing=1.5,
                   bbox=dict(boxstyle='round,pad=0.6', facecolor='white', edgecolor=f'C{stage.place[0]}'))
-    axes.set_title(f'{sum(row["seconds"] for row in found.values()) / 60:.0f} minutes: from text to a model that '
-                   'calculates, and a smaller one that learns from it', fontsize=10)
+    axes.set_title(f'{sum(row["seconds"] for row in found.values()) / 60:.0f} minutes in all', fontsize=10)
     figure.savefig(path)
 
 
 def main():
     runtime.configure(globals())
+    try:
+        shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f'flags={flags}: {error}') from None
     known = {stage.name: stage for stage in STAGES}
     names = [name.strip() for name in only.split(',')] if only else list(known)
     for name in names:
@@ -144,27 +173,25 @@ def main():
             raise UserError(f'only={only}: {name!r} is not one of {", ".join(known)}')
     stages = [stage._replace(commands=(*stage.commands[:-1], f'{stage.commands[-1]} {flags}'.rstrip()))
               for stage in STAGES if stage.name in names]
-    for stage in stages:
-        for parent in stage.after:
-            if parent not in names and not Path(known[parent].run, 'ckpt.pt').exists():
-                raise UserError(f'only={only}: {stage.name} needs what {parent} makes: add it')
+    runtime.new_figure(1, 1, 1, 1)  # what cannot be drawn is better said now
     record = Path('out/pipeline.json')
     try:
         log = json.loads(record.read_text()) if record.exists() else {}
     except ValueError as error:
         raise UserError(f'{record}: {error}: remove it, and all stages are run again') from None
+    for stage in stages:
+        for parent in set(stage.after) - set(names):
+            begun = log.get(parent, {}).values()
+            if not Path(known[parent].run, 'ckpt.pt').exists() or not all('seconds' in command for command in begun):
+                raise UserError(f'only={only}: {stage.name} needs what {parent} makes: add it')
     record.parent.mkdir(exist_ok=True)
 
     def keep():
         runtime.write_atomic(record, lambda file: file.write(json.dumps(log, indent=1).encode()))
 
-    ran, found = set(), {}
+    found = {}
     for stage in stages:
-        if ran & set(stage.after):  # what it began from has changed
-            for command in stage.commands:
-                log.pop(command, None)
-        if work(stage, log, keep):
-            ran.add(stage.name)
+        work(stage, log, keep)
         found[stage.name] = told(stage, log)
 
     lines = ['| stage | command | time | memory | held out |', '| --- | --- | --- | --- | --- |']

@@ -1108,9 +1108,9 @@ class Means:
 class Meter:
     """What a loop adds up from one row of its log to the next: the tokens it reads, and means of numbers by name."""
 
-    def __init__(self, run, clock, flops, step=0):
+    def __init__(self, run, clock, flops):
         self.run, self.clock, self.flops = run, clock, flops
-        self.begin(step)
+        self.begin(0)
 
     def begin(self, step):
         """Starts anew: when training begins, after a row and after an evaluation."""

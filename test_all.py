@@ -1428,14 +1428,24 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
     assert run_stage('pipeline', '--flags=--max_iters=2')[0] == 0
     assert {name for name in before if made()[name] != before[name]} == {'first', 'second'}
     log, before = json.loads(Path('out/pipeline.json').read_text()), made()
-    cut = next(command for command in log if 'apart' in command)
     for began, goes_on in ((0, True), (time.time() + 1000, False)):  # a kill came after its first checkpoint, or before
-        Path('out/pipeline.json').write_text(json.dumps(log | {cut: {'began': began}}))
-        assert run_stage('pipeline', '--flags=--max_iters=2', '--only=apart')[0] == 0
-        assert 'seconds' in json.loads(Path('out/pipeline.json').read_text())[cut]
-        assert (made()['apart'] == before['apart']) == goes_on
+        Path('out/pipeline.json').write_text(json.dumps(log | {'apart': {next(iter(log['apart'])): {'began': began}}}))
+        status, _, err = run_stage('pipeline', '--flags=--max_iters=2')
+        assert (status, err) == (0, '') and (made() == before) == goes_on
+        assert made()['second'] == before['second']
+    # stages of other flags are others, and what came of the first goes with it though it is not run yet
+    assert run_stage('pipeline', '--flags=--max_iters=1', '--only=first')[0] == 0
+    assert set(json.loads(Path('out/pipeline.json').read_text())) == {'first', 'apart'}
+    assert run_stage('pipeline', '--flags=--max_iters=2', '--only=first')[0] == 0
+    assert rows_of('out/first')[-1]['iter'] == 2
+    log = json.loads(Path('out/pipeline.json').read_text())
+    Path('out/pipeline.json').write_text(json.dumps(log | {'first': {'x': {'began': 1}}}))
+    status, _, err = run_stage('pipeline', '--only=second')
+    assert status == 2 and err.count('\n') == 1 and 'second needs what first makes: add it' in err
+    Path('out/pipeline.json').write_text(json.dumps(log))
     for flags, words in ((['--only=third'], "'third' is not one of first, second, apart"),
-                         (['--only=second', '--flags=--max_iters=0'], 'ended with status 2')):
+                         (["--flags=--seed='2"], 'No closing quotation'),
+                         (['--only=second', '--flags=--max_iters=0'], 'second ended with status 2\n')):
         status, _, err = run_stage('pipeline', *flags)
         assert status == 2 and words in err
     shutil.rmtree('out/first')
