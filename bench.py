@@ -805,7 +805,7 @@ ABLATIONS = {
             'ReLU^2': ['--mlp=relu2', '--mlp_dim=512']},
     'heads': {'MHA': ['--n_head=4', '--n_kv_head=4'], 'GQA': ['--n_head=4', '--n_kv_head=2'],
               'MQA': ['--n_head=4', '--n_kv_head=1']},
-    'optimizer': {**{f'AdamW, {rate}': ['--optimizer=adamw', f'--learning_rate={rate}'] for rate in (1e-3, 3e-3, 1e-2)},
+    'optimizer': {**{f'AdamW, {rate}': ['--optimizer=adamw', f'--learning_rate={rate}'] for rate in (3e-3, 1e-2, 3e-2)},
                   'Muon': ['--optimizer=muon']},
     'experts': {'dense': ['--mlp_dim=512'],
                 '2 of 8 experts': ['--n_expert=8', '--expert_dim=256', '--router_bias_rate=0.001']},

@@ -146,17 +146,22 @@ def draw(stages, found, path):
     figure, ((axes,),) = runtime.new_figure(1, 1, 10, 4.4)
     axes.set_axis_off()
     axes.set(xlim=(-0.45, 3.45), ylim=(-0.45, 2.45))
-    places = {stage.name: stage.place for stage in stages}
+    boxes = {}
     for stage in stages:
         row = found[stage.name]
-        for parent in set(stage.after) & set(places):
-            axes.annotate('', stage.place, places[parent], arrowprops=dict(arrowstyle='-|>', color='0.6', shrinkA=62,
-                                                                           shrinkB=62))
         text = (f'{stage.commands[-1].split(" --")[0]}\n{row["score"]}\n'
                 f'{runtime.elapsed(row["seconds"])} min, {row["memory"]:,.0f} MB')
-        axes.text(*stage.place, text, ha='center', va='center', fontsize=8, linespacing=1.5,
-                  bbox=dict(boxstyle='round,pad=0.6', facecolor='white', edgecolor=f'C{stage.place[0]}'))
-    axes.set_title(f'{sum(row["seconds"] for row in found.values()) / 60:.0f} minutes in all', fontsize=10)
+        frame = dict(boxstyle='round,pad=0.6', facecolor='white', edgecolor=f'C{stage.place[0]}')
+        boxes[stage.name] = axes.text(*stage.place, text, ha='center', va='center', fontsize=8, linespacing=1.5,
+                                      bbox=frame)
+    figure.draw_without_rendering()  # boxes have their sizes now, from which arrows begin and where they end
+    for stage in stages:
+        for parent in [known for known in STAGES if known.name in stage.after and known.name in boxes]:
+            bend = 0.25 if parent.place[1] == stage.place[1] and stage.place[0] - parent.place[0] > 1 else 0
+            axes.annotate('', stage.place, parent.place, zorder=0, arrowprops=dict(
+                arrowstyle='-|>', color='0.6', shrinkA=2, shrinkB=2, connectionstyle=f'arc3,rad={-bend}',
+                patchA=boxes[parent.name].get_bbox_patch(), patchB=boxes[stage.name].get_bbox_patch()))
+    axes.text(-0.45, 2.3, f'{sum(row["seconds"] for row in found.values()) / 60:.0f} minutes in all', fontsize=10)
     figure.savefig(path)
 
 
