@@ -23,9 +23,12 @@ from tokenizer import UserError
 only = ''  # names of stages, with commas between; empty = all
 flags = ''  # added to every command that trains
 
-QUESTION = ('Sven has 14 walnuts and 29 markers. Alma has 18 walnuts and 8 markers. How many more items does Sven have '
-            'than Alma?')  # the third of the held-out rows that the stages show; 17
-ASK = f'sample.py --init_from={{run}} --chat=True --start={shlex.quote(QUESTION)} --temperature=0'
+# the second and the third of the held-out rows: 58 and 17
+QUESTIONS = ('Giulia picks 27 strawberries, and Yara picks 4 more than Giulia. How many strawberries do the two of '
+             'them pick in all?',
+             'Sven has 14 walnuts and 29 markers. Alma has 18 walnuts and 8 markers. How many more items does Sven '
+             'have than Alma?')
+ASK = 'sample.py --init_from={run} --chat=True --start={question} --temperature=0'
 CALCULATE = ASK + ' --tools=True'
 
 
@@ -46,7 +49,7 @@ STAGES = (
     Stage('sft', ('train',), (1, 2), ('sft.py config/sft_tiny.py',), 'out/sft', ('val/correct', '{:.1%} correct'), ASK),
     Stage('reward', ('sft',), (2, 2), ('reward.py config/reward_tiny.py',), 'out/reward',
           ('val/accuracy', '{:.1%} of pairs'),
-          ASK.format(run='out/sft').replace('--temperature=0', '--best_of=16 --reward_model={run}')),
+          ASK.replace('{run}', 'out/sft').replace('--temperature=0', '--best_of=16 --reward_model={run}')),
     Stage('dpo', ('sft', 'reward'), (3, 2), ('dpo.py config/dpo_tiny.py --judge=out/reward',), 'out/dpo',
           ('val/correct', '{:.1%} correct'), ASK),
     Stage('sft_mixed', ('train',), (1, 0), ('sft.py config/sft_mixed.py',), 'out/sft_mixed',
@@ -57,7 +60,7 @@ STAGES = (
            '--eval_file=out/answers.jsonl',
            'data/pairs/prepare.py --input=out/answers.jsonl --name=own_pairs', 'reward.py config/reward_own.py'),
           'out/reward_own', ('val/accuracy', '{:.1%} of pairs'),
-          CALCULATE.format(run='out/sft_mixed').replace('--temperature=0', '--best_of=16 --reward_model={run}')),
+          CALCULATE.replace('{run}', 'out/sft_mixed').replace('--temperature=0', '--best_of=16 --reward_model={run}')),
     Stage('ppo', ('sft_mixed', 'reward_own'), (3, 1), ('ppo.py config/ppo_tiny.py',), 'out/ppo',
           ('val/correct', '{:.1%} correct'), CALCULATE),
     Stage('grpo', ('sft_mixed',), (2, 0), ('grpo.py config/grpo_tiny.py',), 'out/grpo',
@@ -130,15 +133,19 @@ def work(stage, log, keep):
 
 
 def told(stage, log):
-    """What came out of a stage: {seconds, memory in MB, score in words, sample}."""
+    """What came out of a stage: {seconds, memory in MB, score in words, sample or answers}."""
     summary = json.loads((Path(stage.run) / 'summary.json').read_text())
     key, form = stage.score
-    sample, status, stop = python(stage.sample.format(run=stage.run), stdout=subprocess.PIPE, text=True)
-    if status or stop:
-        raise SystemExit(status or 128 + stop)
+    samples = []
+    for question in QUESTIONS if '{question}' in stage.sample else ['']:
+        command = stage.sample.format(run=stage.run, question=shlex.quote(question))
+        printed, status, stop = python(command, stdout=subprocess.PIPE, text=True)
+        if status or stop:
+            raise SystemExit(status or 128 + stop)
+        samples.append(printed.strip())
     seconds = summary['total_seconds'] + sum(log[stage.name][command]['seconds'] for command in stage.commands[:-1])
     return {'seconds': seconds, 'memory': summary['peak_memory_mb'], 'score': form.format(summary[key]),
-            'sample': sample.strip()}
+            'sample': '\n\n'.join(samples)}
 
 
 def draw(stages, found, path):
@@ -204,7 +211,7 @@ def main():
         row, commands = found[stage.name], ', then '.join(f'`python {command}`' for command in stage.commands)
         took = f'{row["seconds"]:.0f} s | {row["memory"]:,.0f} MB'
         lines.append(f'| {stage.name} | {commands} | {took} | {row["score"]} |')
-    lines += ['', f'{QUESTION}', '']
+    lines += ['', *QUESTIONS, '']
     for stage in stages:
         lines += [f'{stage.name}:', '```', found[stage.name]['sample'], '```']
     text = '\n'.join(lines) + '\n'
