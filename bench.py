@@ -828,8 +828,11 @@ def ablated(name, variant, seed, steps, given):
         alone = {'OMP_NUM_THREADS': '1'} if not torch.cuda.is_available() else {}
         ran = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True)
         if ran.returncode:
-            raise UserError(f'{name}, {variant}: ' + (ran.stderr.strip().splitlines() or ['it failed'])[-1])
+            told = (ran.stderr.strip().splitlines() or ['it failed'])[-1]
+            raise UserError(f'{name}, {variant}: {told.removeprefix("error: ")}')
         done.write_text(json.dumps(flags))
+        loss = json.loads((folder / 'summary.json').read_text())['val/loss']
+        print(f'{name}, {variant}, seed {seed}: held-out loss {loss:.3f}', flush=True)
     return folder
 
 
@@ -869,6 +872,8 @@ def bench_ablate(knobs, model_args):
     names = list(ABLATIONS) if what == 'all' else [name.strip() for name in what.split(',')]
     if unknown := [name for name in names if name not in ABLATIONS]:
         raise UserError(f'what={what}: {unknown[0]!r} is not one of {", ".join(ABLATIONS)}')
+    if seeds < 1:
+        raise UserError(f'seeds={seeds}: it starts at 1')
     extra = [name for name in names if name in ('norm', 'position')]
     figure, panels = runtime.new_figure(-(-len(names + extra) // 3), min(3, len(names + extra)), 4, 3)
     panels, table, dataset = iter(panels.flat), [], knobs.dataset

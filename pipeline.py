@@ -109,6 +109,7 @@ def work(stage, log, keep):
     whole = all('seconds' in done.get(command, {}) for command in stage.commands)
     if whole and checkpoint.exists():
         return
+    before = json.dumps(log)
     done = log[stage.name] = {} if whole else {key: done[key] for key in stage.commands if key in done}
     forget(log, stage.name)
     for command in stage.commands:
@@ -125,6 +126,10 @@ def work(stage, log, keep):
         _, status, stop = python(command + resume)
         if not status:
             done[command]['seconds'] = time.time() - began
+            keep()
+        if status == 2 and not (checkpoint.exists() and checkpoint.stat().st_mtime > began):
+            log.clear()  # a mistake, told before anything was touched: what there is stays what it was
+            log.update(json.loads(before))
             keep()
         if status or stop:
             goes_on = '' if status == 2 else f'; go on with: {shlex.join(["python", *sys.argv])}'

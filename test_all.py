@@ -1448,6 +1448,7 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
                          (['--only=second', '--flags=--max_iters=0'], 'second ended with status 2\n')):
         status, _, err = run_stage('pipeline', *flags)
         assert status == 2 and words in err
+        assert json.loads(Path('out/pipeline.json').read_text()) == log
     shutil.rmtree('out/first')
     status, _, err = run_stage('pipeline', '--only=second')
     assert status == 2 and err.count('\n') == 1 and 'second needs what first makes: add it' in err
@@ -3010,6 +3011,8 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     assert {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')} == before
     status, _, err = run_stage('bench', 'ablate', '--what=colour', *flags)
     assert status == 2 and err.count('\n') == 1 and "'colour' is not one of norm" in err
+    status, _, err = run_stage('bench', 'ablate', '--what=norm', *flags, '--seeds=0')
+    assert status == 2 and err == 'error: seeds=0: it starts at 1\n'
     status, _, err = run_stage('bench', 'ablate', '--what=mlp', *flags, '--n_head=3')
     assert status == 2 and 'n_head=3' in err
 
