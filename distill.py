@@ -715,7 +715,6 @@ def main():
             run.check_updates(step)
 
         if step % log_interval == 0 or step == max_iters:
-            run.check_updates(step)
             meter.report(step, total, grad_norm)
         if step % eval_interval == 0 or step == max_iters:
             clock.pause()

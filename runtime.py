@@ -1090,23 +1090,9 @@ def elapsed(seconds):
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-class Means:
-    """Means of numbers by name, between two reports; tensors stay on the device until they are read."""
-
-    def __init__(self):
-        self.sums, self.counts = {}, {}
-
-    def add(self, **values):
-        for name, value in values.items():
-            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
-
-    def read(self):
-        """{name: mean}, in the order of the names: the same in every process."""
-        return {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
-
-
 class Meter:
-    """What a loop adds up from one row of its log to the next: the tokens it reads, and means of numbers by name."""
+    """What a loop adds up from one row of its log to the next: the tokens it reads, and means of numbers by name, whose
+    tensors stay on the device until they are read."""
 
     def __init__(self, run, clock, flops):
         self.run, self.clock, self.flops = run, clock, flops
@@ -1114,23 +1100,27 @@ class Meter:
 
     def begin(self, step):
         """Starts anew: when training begins, after a row and after an evaluation."""
-        self.step, self.seconds, self.tokens, self.means = step, self.clock.read(), 0, Means()
+        self.step, self.seconds = step, self.clock.read()
+        self.tokens, self.sums, self.counts = 0, {}, {}
 
     def add(self, tokens=0, **values):
         self.tokens += tokens
-        self.means.add(**values)
+        for name, value in values.items():
+            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
 
     @contextlib.contextmanager
     def aside(self):
         """What is added inside is no part of any row."""
-        kept, self.means = (self.tokens, self.means), Means()
+        kept, self.sums, self.counts = (self.tokens, self.sums, self.counts), {}, {}
         yield
-        self.tokens, self.means = kept
+        self.tokens, self.sums, self.counts = kept
 
     def report(self, step, loss, grad_norm, **more):
         """Logs the row of this step, of all processes: their mean loss, what was added and more; the host waits here
-        for the device."""
-        told = self.means.read()
+        for the device. UserError after too many bad updates."""
+        self.run.check_updates(step)
+        # the order of the names is the same in every process
+        told = {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
         loss, fed, *values = self.run.sum(loss.item(), self.tokens, *told.values())
         seconds = self.clock.read()
         rate = fed / (seconds - self.seconds)

@@ -3005,6 +3005,16 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
         assert row['held-out loss'] == pytest.approx(np.mean(ends), rel=1e-6)
         half = 12.706 * np.std(ends, ddof=1) / math.sqrt(2)  # Student's t with one degree of freedom
         assert row['high'] - row['held-out loss'] == pytest.approx(half, rel=1e-3, abs=1e-9)
+    result, ends = json.loads(Path('found/ablate.json').read_text())['result'], []
+    for seed in (1, 2):  # the last quarter of windows of twice the length, by torch's own loss
+        model, _ = convert.load_model(f'found/ablate/position_rope_{seed}/ckpt.pt', block_size=64)
+        data = TokenData(text_data, 'val', 64)
+        x, y = map(torch.from_numpy, data.read(data.fixed(96)))
+        with torch.no_grad():
+            ends.append(F.cross_entropy(model.eval()(x).transpose(1, 2), y, reduction='none')[:, 48:].mean().item())
+    assert float(result['rope, twice as far: loss']) == pytest.approx(np.mean(ends), abs=2e-3)
+    assert result['learned, twice as far: loss'] == 'none' and float(result['learned, as far as in training: loss']) > 0
+    assert len(result['RMSNorm: norm of the gradient, layer by layer'].split(', ')) == 2
     before = {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')}
     assert len(before) == 14 and Path('found/ablate.svg').stat().st_size > 10_000
     assert run_stage('bench', 'ablate', '--what=norm', *flags)[0] == 0
