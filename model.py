@@ -23,6 +23,7 @@ loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks
 """
 import functools
 import math
+import time
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -176,6 +177,39 @@ class GPTConfig:
     def is_sparse(self, layer):
         """Whether this layer has experts."""
         return self.n_expert > 0 and layer >= self.dense_layers and (layer + 1) % self.expert_every == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the processor is good at
+
+@functools.cache
+def fast_bfloat16(device):
+    """Whether matrix products on this device ('cpu', 'cuda:0', …) are faster in bfloat16 than in float32.
+
+    Most processors have no 16-bit arithmetic: there PyTorch converts number by number, and a product takes up to thirty
+    times as long. Everything that may choose its precision asks here.
+    """
+    kind = device.split(':')[0]
+    if kind != 'cpu':
+        return kind != 'cuda' or torch.cuda.is_bf16_supported()
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False  # oneDNN multiplies; it also knows of limits that the environment sets (ONEDNN_MAX_CPU_ISA)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    if found.get('architecture') in ('x86_64', 'x86'):
+        return bool(found.get('avx512_bf16') or found.get('amx_bf16'))
+    if 'bf16' in found and not found['bf16']:  # Arm
+        return False
+    return product_seconds(torch.bfloat16) < product_seconds(torch.float32)  # the instructions alone do not tell
+
+
+def product_seconds(dtype, size=384, repeats=5):
+    """The shortest of some times of a (size, size) matrix product on the CPU."""
+    a, seconds = torch.ones(size, size, dtype=dtype), []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])  # the first prepares the kernel
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -871,7 +905,8 @@ class Muon(torch.optim.Muon):
         sharded = hasattr(momenta[0], 'full_tensor')
         stack = torch.stack([m.full_tensor() for m in momenta] if sharded else momenta)
         rate = group['lr'] * math.sqrt(max(1, stack.shape[-2] / stack.shape[-1]))
-        flat = orthogonalize(stack.flatten(0, -3), group['ns_coefficients'], group['ns_steps'], group['eps'])
+        dtype = torch.bfloat16 if fast_bfloat16(str(stack.device)) else torch.float32
+        flat = orthogonalize(stack.flatten(0, -3), group['ns_coefficients'], group['ns_steps'], group['eps'], dtype)
         updates = (flat.view(stack.shape).float() * (rate * keep)).unbind()
         if sharded:
             from torch.distributed.tensor import distribute_tensor
@@ -880,11 +915,11 @@ class Muon(torch.optim.Muon):
         return updates
 
 
-def orthogonalize(x, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7):
-    """(n, rows, columns) -> about U V^T of each matrix U S V^T, bfloat16, by Newton-Schulz iterations (Muon's)."""
+def orthogonalize(x, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7, dtype=torch.bfloat16):
+    """(n, rows, columns) -> about U V^T of each matrix U S V^T, in dtype, by Newton-Schulz iterations (Muon's)."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
-    x = x.bfloat16()
+    x = x.to(dtype)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values of at most 1
     for _ in range(steps):

@@ -37,6 +37,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from model import fast_bfloat16
 from tokenizer import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,10 +415,9 @@ def pick_dtype(name, device, weights=None):
         name = 'float32'
         if device.startswith('cuda'):
             name = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
-        elif device == 'cpu' and hasattr(torch.cpu, 'get_capabilities'):
-            found = torch.cpu.get_capabilities()
+        elif device == 'cpu':
             few = weights is not None and weights < 1 << 22
-            name = 'bfloat16' if (found.get('avx512_bf16') or found.get('amx_bf16')) and not few else 'float32'
+            name = 'bfloat16' if fast_bfloat16(device) and not few else 'float32'
     if name not in dtypes:
         raise UserError(f'dtype={name!r} is not one of auto, {", ".join(dtypes)}')
     return name, dtypes[name]
