@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import http.server
 import importlib.util
@@ -22,6 +23,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -86,7 +88,9 @@ from dataset import (
 from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, LoRALinear, RollingCache, filter_logits, sinusoidal
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
-torch.set_num_threads(2)
+# Tests run side by side, a process each on a core; what a test starts reads the environment.
+torch.set_num_threads(1)
+os.environ['OMP_NUM_THREADS'] = '1'
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -229,46 +233,134 @@ def no_proxy(monkeypatch):
 
 
 FORK = '''
-import json, os, runpy, sys, traceback
-import runtime
-for request in map(json.loads, sys.stdin):
-    status = []
-    for i, (script, *arguments) in enumerate(request['commands']):
-        child = os.fork()
-        if not child:
-            code = 1
-            os.chdir(request['folder'])
-            os.environ.update(request['env'])
-            for stream, name in ((1, 'out'), (2, 'err')):
-                os.dup2(os.open(f'{i}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            try:
-                sys.argv = [script, *arguments]
-                runpy.run_path(script, run_name='__main__')
-                code = 0
-            except SystemExit as e:
-                code = e.code
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        status.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    print(json.dumps(status), flush=True)
+import gc, json, os, runpy, signal, sys, time, traceback
+
+import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.nn.attention.flex_attention
+import bench, convert, dataset, model, rollout, runtime, sample
+
+def run(script, *arguments):
+    """What `python script arguments` does; ends this process."""
+    code = 1
+    try:
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name='__main__')
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+def start(command, folder, env, out, err):
+    pid = os.fork()
+    if pid:
+        ended[pid] = None
+        return pid
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    run(*command)
+
+def wait(pids, seconds):
+    """The statuses of processes, None for those that go on; waits no longer once one has failed."""
+    until = time.monotonic() + seconds
+    while True:
+        for pid in pids:
+            if ended[pid] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                ended[pid] = os.waitstatus_to_exitcode(status) if done else None
+        found = [ended[pid] for pid in pids]
+        if None not in found or any(found) or time.monotonic() > until:
+            return found
+        time.sleep(0.002)
+
+ended = {}
+gc.freeze()
+for line in sys.stdin:
+    name, arguments = json.loads(line)
+    print(json.dumps({'start': start, 'wait': wait}[name](*arguments)), flush=True)
+for pid in ended:
+    if ended[pid] is None:
+        os.kill(pid, signal.SIGKILL)
 '''
 
 
-@pytest.fixture(scope='module')
+@functools.cache
 def forker():
-    """A process that has imported torch, once for all scripts, and forks one for every command line."""
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'no_proxy': '127.0.0.1'}
-    with subprocess.Popen([sys.executable, '-c', FORK], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as process:
-        yield process
-        process.stdin.close()
+    """A process that has imported torch and what stages share, once for all tests, and forks one for every command
+    line. It never computes, for a fork would miss the threads that do; it ends with the tests."""
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'}
+    return subprocess.Popen([sys.executable, '-c', FORK], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True)
+
+
+def ask(name, *arguments):
+    """Calls a function of the forker."""
+    forker().stdin.write(json.dumps([name, arguments]) + '\n')
+    forker().stdin.flush()
+    return json.loads(forker().stdout.readline())
+
+
+class Forked:
+    """Forked processes that run one script, one for each of envs; for a test they are together what a subprocess.Popen
+    is. A process that fails takes the others with it."""
+
+    def __init__(self, script, *args, cwd, envs=({},)):
+        self.args, self.folder = [str(ROOT / script), *map(str, args)], tempfile.TemporaryDirectory()
+        self.out, self.err = (Path(self.folder.name, name) for name in ('out', 'err'))
+        self.out.touch(), self.err.touch()
+        self.pids = [ask('start', self.args, str(cwd), os.environ | env, str(self.out), str(self.err)) for env in envs]
+
+    def poll(self, seconds=0):
+        """The status, of several the first that is not 0; None after so many seconds."""
+        status = ask('wait', self.pids, seconds)
+        if None in status and any(status):
+            self.kill()
+        return None if not any(status) and None in status else next(filter(None, status), 0)
+
+    def wait(self, timeout=300):
+        status = self.poll(timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return status
+
+    def communicate(self, timeout=300):
+        self.returncode = self.wait(timeout)
+        return self.out.read_text(), self.err.read_text()
+
+    @property
+    def stdout(self):
+        """Lines as they come, from the first."""
+        with open(self.out) as file:
+            line, ended = '', False
+            while True:
+                line += file.readline()
+                if line.endswith('\n'):
+                    yield line
+                    line = ''
+                elif ended:
+                    return
+                else:
+                    ended = self.poll(0.002) is not None
+
+    def send_signal(self, number):
+        for pid, status in zip(self.pids, ask('wait', self.pids, 0), strict=True):
+            if status is None:  # else the number may be another's by now
+                os.kill(pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+        for pid in self.pids:
+            ask('wait', [pid], 60)
 
 
 @pytest.fixture
-def house(tmp_path, forker):
+def house(tmp_path):
     """Copies of the prepare scripts in a folder of the test, into which they write: call it with command lines."""
     for script in ROOT.glob('data/*/prepare.py'):
         copy = tmp_path / script.relative_to(ROOT)
@@ -277,14 +369,12 @@ def house(tmp_path, forker):
 
     def run(*commands, **env):
         """Runs scripts, a process each -> [(status, out, err)]."""
-        commands = [[f'data/{c.split()[0]}/prepare.py', *c.split()[1:]] for c in commands]
-        forker.stdin.write(json.dumps({'folder': str(tmp_path), 'env': env, 'commands': commands}) + '\n')
-        forker.stdin.flush()
         results = []
-        for i, status in enumerate(json.loads(forker.stdout.readline())):
-            out, err = tmp_path / f'{i}.out', tmp_path / f'{i}.err'
-            results.append((status, out.read_text(), err.read_text()))
-            out.unlink(), err.unlink()
+        for command in commands:
+            name, *args = command.split()
+            process = Forked(tmp_path / f'data/{name}/prepare.py', *args, cwd=tmp_path, envs=[env])
+            out, err = process.communicate()
+            results.append((process.returncode, out, err))
         return results
 
     run.root = tmp_path
@@ -380,16 +470,31 @@ def logged(run, key):
     return [row[key] for row in rows_of(run) if key in row]
 
 
-def launch(n, *args, cwd, options=(), stage='train.py', **popen):
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
+def launch(n, *args, cwd, options=(), stage='train.py'):
+    """torchrun itself: an agent, and n processes that begin with `import torch`."""
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-                             *options, ROOT / stage, *map(str, args)], cwd=cwd, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+                             *options, ROOT / stage, *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def torchrun(n, *args, cwd, **options):
-    process = launch(n, *args, cwd=cwd, **options)
-    out, err = process.communicate(timeout=300)
+@functools.cache
+def store():
+    """Where the processes of all runs meet."""
+    return torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+
+
+RUN_NUMBERS = itertools.count()
+
+
+def torchrun(n, *args, cwd, stage='train.py'):
+    """What a script prints in n processes. They find what torchrun would give them: places, and a store of a process
+    beside them, where each run has keys of its own as each restart has under torchrun."""
+    shared = {'WORLD_SIZE': n, 'LOCAL_WORLD_SIZE': n, 'GROUP_RANK': 0, 'GROUP_WORLD_SIZE': 1,
+              'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': store().port, 'TORCHELASTIC_USE_AGENT_STORE': 'True',
+              'TORCHELASTIC_RESTART_COUNT': next(RUN_NUMBERS)}
+    envs = [{k: str(v) for k, v in shared.items()} | {'RANK': str(i), 'LOCAL_RANK': str(i)} for i in range(n)]
+    process = Forked(stage, *args, cwd=cwd, envs=envs)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     return out
 
@@ -3359,8 +3464,7 @@ def test_4_3_weights_of_another_run_are_a_start(run_stage, text_data):
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_4_3_a_signal_saves_and_says_how_to_go_on(run_stage, text_data, tmp_path, number, status):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=3000', '--eval_interval=3000', '--lr_schedule=constant']
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = Forked('train.py', *args, '--out_dir=run', cwd=tmp_path)
     for line in process.stdout:
         if line.startswith('step 10/'):
             process.send_signal(number)
@@ -3384,8 +3488,7 @@ def test_4_3_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
     rng, begun, kills = random.Random(0), [], 0
     while True:
-        process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args, '--out_dir=run'], cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = Forked('train.py', *args, '--out_dir=run', cwd=tmp_path)
         for line in process.stdout:
             if line.startswith('step ') and '|' in line:  # training, saving and sampling from here on
                 break
@@ -3585,8 +3688,7 @@ def test_4_3_weights_that_are_not_finite_are_never_saved(run_stage, text_data):
 
 def test_4_3_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=100000', '--eval_interval=100000', '--out_dir=run']
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *args], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE)
+    process = Forked('train.py', *args, cwd=tmp_path)
     try:
         next(line for line in process.stdout if line.startswith('step 10/'))
         for init_from in ('scratch', 'auto'):
@@ -3594,7 +3696,6 @@ def test_4_3_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
             assert status == 2 and err.count('\n') == 1 and 'another run is writing there' in err
     finally:
         process.kill()
-        process.communicate()
     assert run_stage('train', *args, '--init_from=auto', '--max_iters=1')[0] == 0  # a dead process holds nothing
 
 
@@ -7699,7 +7800,7 @@ runtime.cli(distill.main)
     Path('late.py').write_text(late)
     args = [f'--dataset={text_data}', f'--teacher={text_teacher}', *SCHOOL, *STUDENT, '--top_k=5', '--cache=cache',
             '--max_iters=1', '--gradient_accumulation_steps=2', '--out_dir=two']
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'ROOT': str(ROOT)}
+    env = os.environ | {'ROOT': str(ROOT)}
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'late.py', *args]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
