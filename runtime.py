@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import inspect
 import io
 import json
@@ -56,18 +57,30 @@ def _evaluate(node, names):
     return ast.literal_eval(node)
 
 
-def _knobs_of(source, defaults):
-    """{name: (default, comment)} for the lower-case top-level assignments of a module's or dataclass's source."""
+@functools.cache
+def _assignments(source):
+    """{name: comment} for the lower-case top-level assignments of a module's or dataclass's source."""
     comments = {tok.start[0]: tok.string.lstrip('# ') for tok in
                 tokenize.generate_tokens(io.StringIO(source).readline) if tok.type == tokenize.COMMENT}
     tree = ast.parse(source)
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else tree.body
-    knobs = {}
+    found = {}
     for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
         if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith('_'):
-            knobs[target.id] = (defaults[target.id], comments.get(node.lineno, ''))
-    return knobs
+            found[target.id] = comments.get(node.lineno, '')
+    return found
+
+
+@functools.cache
+def _source_of(cls):
+    """A class's source; to find it the whole file is parsed."""
+    return inspect.cleandoc(inspect.getsource(cls))
+
+
+def _knobs_of(source, defaults):
+    """{name: (default, comment)} of the knobs in a module's or dataclass's source."""
+    return {name: (defaults[name], comment) for name, comment in _assignments(source).items()}
 
 
 def _convert(key, value, default, where):
@@ -136,7 +149,7 @@ def configure(namespace, *others, argv=None):
             fields |= knobs_of_file(other)
         else:
             defaults = {f.name: f.default for f in dataclasses.fields(other)}
-            fields |= _knobs_of(inspect.cleandoc(inspect.getsource(other)), defaults)
+            fields |= _knobs_of(_source_of(other), defaults)
     knobs, given = stage | {k: v for k, v in fields.items() if k not in stage}, {}
     if '--help' in argv or '-h' in argv:
         _help(namespace, knobs)
