@@ -183,11 +183,12 @@ class GPTConfig:
 # what the processor is good at
 
 @functools.cache
-def fast_bfloat16(device):
-    """Whether matrix products on this device ('cpu', 'cuda:0', …) are faster in bfloat16 than in float32.
+def fast_bfloat16(device, rows=512):
+    """Whether products of so many rows with a matrix are faster in bfloat16 than in float32 on this device ('cpu', …).
 
-    Most processors have no 16-bit arithmetic: there PyTorch converts number by number, and a product takes up to thirty
-    times as long. Everything that may choose its precision asks here.
+    Most processors have no 16-bit arithmetic: PyTorch converts number by number, and a product takes up to thirty times
+    as long. Some multiply 16 bits at half the speed of 32, yet read them twice as fast, which is what counts for the
+    few rows of a step of generation. Everything that may choose its precision asks here.
     """
     kind = device.split(':')[0]
     if kind != 'cpu':
@@ -195,21 +196,29 @@ def fast_bfloat16(device):
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False  # oneDNN multiplies; it also knows of limits that the environment sets (ONEDNN_MAX_CPU_ISA)
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    if found.get('architecture') in ('x86_64', 'x86'):
-        return bool(found.get('avx512_bf16') or found.get('amx_bf16'))
-    if 'bf16' in found and not found['bf16']:  # Arm
+    if found.get('amx_bf16'):
+        return True
+    if found and not found.get('avx512_bf16') and not found.get('bf16'):  # the latter is Arm's
         return False
-    return product_seconds(torch.bfloat16) < product_seconds(torch.float32)  # the instructions alone do not tell
+    return _bfloat16_is_faster(rows)  # AVX512-BF16 has twice the speed of float32 on one processor, half on another
 
 
-def product_seconds(dtype, size=384, repeats=5):
-    """The shortest of some times of a (size, size) matrix product on the CPU."""
-    a, seconds = torch.ones(size, size, dtype=dtype), []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])  # the first prepares the kernel
+@torch.inference_mode()
+def _bfloat16_is_faster(rows, n=1024, repeats=3):
+    """Times a product of (rows, n) with a matrix packed as for generation, in both precisions by turns."""
+    products, best = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = nn.utils.skip_init(nn.Linear, n, n, bias=False, dtype=dtype)  # draws no random numbers
+        layer.weight.fill_(1.0)
+        products[dtype] = functools.partial(PackedLinear(layer), torch.ones(rows, n, dtype=dtype))
+        products[dtype]()  # the first call prepares the kernel
+        best[dtype] = math.inf
+    for _ in range(repeats):
+        for dtype, product in products.items():
+            start = time.perf_counter()
+            product()
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.bfloat16] < best[torch.float32]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -429,8 +429,11 @@ def pick_dtype(name, device, weights=None):
         if device.startswith('cuda'):
             name = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
         elif device == 'cpu':
-            few = weights is not None and weights < 1 << 22
-            name = 'bfloat16' if fast_bfloat16(device) and not few else 'float32'
+            if weights is None:
+                fast = fast_bfloat16(device)
+            else:
+                fast = weights >= 1 << 22 and fast_bfloat16(device, rows=1)
+            name = 'bfloat16' if fast else 'float32'
     if name not in dtypes:
         raise UserError(f'dtype={name!r} is not one of auto, {", ".join(dtypes)}')
     return name, dtypes[name]
