@@ -1,0 +1,650 @@
+"""
+Tests of the tests: does the suite notice when something is wrong? Each fault below is one small mistake that a person
+could make, in one place of the source; a suite that passes all the same has a hole there.
+
+    python faults.py                             every fault against the tests that should catch it: about ten minutes
+    python faults.py rope_pair gae_lambda        these faults only
+    python faults.py rope_pair --all-tests       against the whole suite: does anything at all notice?
+
+For each fault the tree is copied to a temporary folder, one piece of text there is replaced, and pytest runs the tests
+that are named beside it. 'caught': a test failed. 'NOT CAUGHT': all passed, or none was selected. 'DOES NOT APPLY': the
+text is not in the file exactly once: the source has moved on, mend the table. 'BROKEN': the fault is no honest one, it
+does not even run (a syntax error, an unknown name), or pytest itself did not. The same tests must pass without a fault,
+which is checked in one run over all of them. Exit status 1 unless all faults are caught.
+
+A new promise deserves a fault here beside its test. Nothing collects this file: it is no part of the suite.
+"""
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent
+LEFT_BEHIND = shutil.ignore_patterns('.git', '.venv', 'out', 'figures', 'wandb', '*.bin', '*.pt', '*.jsonl')
+PATIENCE = 600  # seconds that a trial may take
+# what takes most of the time that a run of pytest here needs to begin; nothing of this project's own
+IMPORTED_ONCE = ('torch._dynamo', 'torch.distributed.fsdp', 'torch.nn.attention.flex_attention', 'transformers',
+                 'tokenizers', 'gguf', 'safetensors.torch', 'tiktoken', 'requests')
+# a failure for one of these reasons says that the fault is misspelled, not that a test has noticed it
+SLIPS = re.compile(r'^E +((?:Syntax|Name|UnboundLocal|Import|ModuleNotFound)Error.*)', re.M)
+
+
+class Fault(NamedTuple):
+    """old -> new, once, in a file; tests: the pytest -k expression of those that should notice."""
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    # model.py
+    Fault('sinusoidal_order', 'model.py', 'torch.stack((a.sin(), a.cos()), dim=-1)',
+          'torch.stack((a.cos(), a.sin()), dim=-1)', 'test_1_1'),
+    Fault('rope_pair', 'model.py', 'x.roll(x.shape[-1] // 2, -1)', 'x.roll(1, -1)', 'test_3_2'),
+    Fault('rope_sign', 'model.py', 'torch.cat((-sin, sin), -1)', 'torch.cat((sin, -sin), -1)',
+          'test_3_2 or test_1_4 and transformers and llama'),
+    Fault('llama3_blend', 'model.py', 'f = f * stay + f / config.rope_factor * (1 - stay)',
+          'f = f * (1 - stay) + f / config.rope_factor * stay', 'test_1_4 and transformers and llama3'),
+    Fault('yarn_sharpness', 'model.py', 'sharpen = 0.1 * math.log(config.rope_factor) + 1', 'sharpen = 1.0',
+          'test_1_4 and transformers and yarn'),
+    Fault('window_off_by_one', 'model.py', 'keys[..., None, :] < config.window)',
+          'keys[..., None, :] <= config.window)', 'test_3_5 and hand'),
+    Fault('sink_off_by_one', 'model.py', '(keys < config.n_sink)[..., None, :]',
+          '(keys < config.n_sink - 1)[..., None, :]', 'test_3_5 and hand'),
+    Fault('mask_sees_next', 'model.py',
+          'mask = mask & torch.ones(T, T, dtype=torch.bool, device=device).tril()',
+          'mask = mask & torch.ones(T, T, dtype=torch.bool, device=device).tril(1)',
+          'test_6_2 and packed_conversations or test_1_2 and future'),
+    Fault('encoder_is_causal', 'model.py', 'config.causal and not encoder,', 'config.causal,',
+          'test_1_5 and real_sources'),
+    Fault('encoder_mask_ignored', 'model.py', 'None if source_mask is None else source_mask[:, None, None]',
+          'None', 'test_1_5 and real_sources'),
+    Fault('memory_mask_ignored', 'model.py',
+          'memory_mask = None if memory_mask is None else memory_mask[:, None, None]', 'memory_mask = None',
+          'test_1_5 and real_sources'),
+    Fault('dropout_in_evaluation', 'model.py',
+          'y = attend(q, k, v, mask, self.causal, self.scale, self.dropout if self.training else 0.0)',
+          'y = attend(q, k, v, mask, self.causal, self.scale, self.dropout)', 'test_2_5 and dropout'),
+    Fault('k_norm_forgotten', 'model.py', 'qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)',
+          'qk = torch.cat((self.q_norm(q), self.q_norm(k)), dim=2)', 'test_1_4 and transformers and qwen3'),
+    Fault('gqa_head_order_maps', 'model.py', 'k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)',
+          'k = k.repeat(1, q.shape[1] // k.shape[1], 1, 1)', 'test_1_2 and maps'),
+    Fault('gqa_head_order_16_bits', 'model.py', 'q, gqa = q.reshape(shape[0], k.shape[1], -1, shape[3]), False',
+          'q, gqa = q.reshape(shape[0], -1, k.shape[1], shape[3]).transpose(1, 2), False',
+          'test_3_6 and 16_bits'),
+    Fault('post_norm_order', 'model.py', 'return self.norm2(x + self.adapter2(self.drop(self.mlp(x))))',
+          'return x + self.norm2(self.adapter2(self.drop(self.mlp(x))))', 'test_1_4 and torch'),
+    Fault('relu_not_squared', 'model.py', 'F.relu(up).square()', 'F.relu(up)', 'test_3_3'),
+    Fault('residual_init_unscaled', 'model.py', 'std / math.sqrt(2 * config.n_layer) if into_residual else std',
+          'std', 'test_1_4 and initialisation'),
+    Fault('pooled_with_padding', 'model.py', '.sum(1) / mask.sum(1, keepdim=True)', '.sum(1) / mask.shape[1]',
+          'test_1_5 and pooled'),
+    Fault('router_renorm_ignored', 'model.py', 'if self.renorm:', 'if not self.renorm:', 'test_5_1'),
+    Fault('choice_bias_in_weights', 'model.py', 'weights = probs.gather(1, chosen)',
+          'weights = (probs + self.choice_bias).gather(1, chosen)', 'test_5_1'),
+    Fault('balance_loss_scale', 'model.py', 'balance = E * (load', 'balance = (load',
+          'test_5_2 and router_losses'),
+    Fault('z_loss_not_squared', 'model.py', 'logits.logsumexp(-1).square().mean()',
+          'logits.logsumexp(-1).mean()', 'test_5_2 and router_losses'),
+    Fault('choice_bias_sign', 'model.py', '(counts.mean() - counts).sign()', '(counts - counts.mean()).sign()',
+          'test_5_2 and choice_bias'),
+    Fault('softcap_slope', 'model.py', 'slope = 1 - (logits / cap).square() if cap',
+          'slope = torch.ones_like(logits) if cap', 'test_2_3 and chunked'),
+    Fault('padding_in_loss', 'model.py',
+          'chosen = flat[padded].index_fill(0, torch.arange(len(kept), len(padded)), -100)',
+          'chosen = flat[padded]', 'test_2_3 and chunked or test_6_2 and share_a_row'),
+    Fault('temperature_slope', 'model.py', 'return d / temperature if temperature != 1 else d', 'return d',
+          'test_8_1 and details'),
+    Fault('entropy_slope', 'model.py', 'd = d.mul_(-(g[1][rows] * valid)[:, None])',
+          'd = d.mul_((g[1][rows] * valid)[:, None])', 'test_8_1 and details'),
+    Fault('router_loss_dropped', 'model.py', 'losses = losses + (aux - aux.detach())',
+          'losses = losses + 0 * aux', 'test_5_2 and router_losses or test_10_2 and routers'),
+    Fault('decay_on_biases', 'model.py', "'weight_decay': weight_decay if is_matrix else 0.0",
+          "'weight_decay': weight_decay", 'test_4_2 and adamw'),
+    Fault('embed_lr_ignored', 'model.py', "'lr': embed_lr if is_embedding and embed_lr else learning_rate",
+          "'lr': learning_rate", 'test_4_2 and (adamw or muon)'),
+    Fault('muon_momentum', 'model.py', "torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])",
+          "torch._foreach_lerp_(momenta, grads, group['momentum'])", 'test_4_2 and muon'),
+    Fault('muon_rate', 'model.py', 'math.sqrt(max(1, stack.shape[-2] / stack.shape[-1]))', '1.0',
+          'test_4_2 and muon'),
+    Fault('muon_takes_bad_gradients', 'model.py', 'keep = 1 if self.found_inf is None else 1 - self.found_inf',
+          'keep = 1', 'test_2_4 and not_finite'),
+    Fault('muon_over_embeddings', 'model.py', "if n.startswith(('blocks.', 'encoder.')) and p.ndim >= 2\n",
+          'if p.ndim >= 2\n', 'test_4_2 and muon'),
+    Fault('dropout_in_rollouts', 'model.py', 'self.eval()  # dropout must not reach a sample', 'self.train()',
+          'test_2_5 and dropout'),
+    Fault('top_k_off_by_one', 'model.py', 'logits.topk(min(top_k, logits.shape[-1]))',
+          'logits.topk(min(top_k + 1, logits.shape[-1]))', 'test_2_5 and (hand or filters)'),
+    Fault('top_p_off_by_one', 'model.py', 'outside = probs.cumsum(-1) - probs >= top_p',
+          'outside = probs.cumsum(-1) >= top_p', 'test_2_5 and (hand or filters)'),
+    Fault('min_p_absolute', 'model.py', 'probs < min_p * probs.amax(-1, keepdim=True)', 'probs < min_p',
+          'test_2_5 and (hand or filters)'),
+    Fault('repetition_penalty_sign', 'model.py',
+          'row[seen] / repetition_penalty, row[seen] * repetition_penalty)',
+          'row[seen] / repetition_penalty, row[seen] / repetition_penalty)', 'test_2_5 and (hand or filters)'),
+    Fault('vocab_limit_ignored', 'model.py', 'logits = logits[:, :vocab_limit] if vocab_limit else logits',
+          'pass', 'test_2_5 and (distribution or starts) or test_8_1 and recorded'),
+    Fault('logprobs_without_temperature', 'model.py', 'F.log_softmax(logits / (temperature or 1.0), dim=-1)',
+          'F.log_softmax(logits, dim=-1)', 'test_8_1 and recorded'),
+    Fault('seeds_shared_by_rows', 'model.py', 'generator=torch.Generator().manual_seed(s)) for s in seed]',
+          'generator=torch.Generator().manual_seed(seed[0])) for s in seed]', 'test_8_1 and sample_depends'),
+    Fault('first_stop_id_only', 'model.py', 'set(stop_ids), seed', 'set(tuple(stop_ids)[:1]), seed',
+          'test_2_5 and row_does_not_depend or test_2_5 and chat'),
+    Fault('cache_mask_off_by_one', 'model.py', '(keys <= self.positions[..., None])',
+          '(keys < self.positions[..., None])', 'test_3_4 and cached_logits'),
+    Fault('cache_not_selected', 'model.py', 'self.kv = self.kv[:, :, rows]',
+          'self.kv = self.kv[:, :, sorted(rows)]',
+          'test_2_5 and row_does_not_depend or test_3_4 and generation_with'),
+    Fault('cross_cache_of_layer_1', 'model.py', 'cache.source.get(self)',
+          'next(iter(cache.source.values()), None)', 'test_3_4 and cached_encoder_decoder'),
+    Fault('ring_slot', 'model.py', '(lengths - 1 - slots) % self.config.window',
+          '(lengths - slots) % self.config.window', 'test_3_5 and caches'),
+    Fault('sinks_too_near', 'model.py', 'far, is_sink = at.clamp(max=farthest), at < config.n_sink',
+          'far, is_sink = at.clamp(max=farthest - 1), at < config.n_sink',
+          'test_3_5 and (caches or hides or hand or flex)'),
+    Fault('int8_scale', 'model.py', 'weight.float().abs().amax(1) / 127', 'weight.float().abs().amax() / 127',
+          'test_3_4 and int8'),
+    Fault('lora_scale', 'model.py', '(math.sqrt(rank) if config.lora_rs else rank)',
+          '(rank if config.lora_rs else math.sqrt(rank))', 'test_6_7 and formula'),
+    Fault('lora_dropout_always', 'model.py', 'F.dropout(x, self.dropout, self.training)',
+          'F.dropout(x, self.dropout, True)', 'test_6_7 and dropout'),
+    Fault('lora_merged_unscaled', 'model.py', 'self.lora_a.flatten(0, 1).float(), alpha=self.scale)',
+          'self.lora_a.flatten(0, 1).float())', 'test_6_7 and merged'),
+    Fault('frozen_base_learns', 'model.py', 'p.requires_grad_(is_small(name))', 'p.requires_grad_(True)',
+          'test_6_7 and frozen_base'),
+    Fault('nf4_level', 'model.py', '0.07958029955625534', '0.08958029955625534',
+          'test_6_8 and (levels or nearest)'),
+    Fault('nf4_nibbles', 'model.py', 'return high << 4 | low, scales', 'return low << 4 | high, scales',
+          'test_6_8 and nearest'),
+    Fault('nf4_mean_of_scales', 'model.py', '* steps[:, None] + mean).flatten()', '* steps[:, None]).flatten()',
+          'test_6_8 and (scales or nearest)'),
+    Fault('flops_of_attention', 'model.py', 'matmul + 12 * layers', 'matmul + 6 * layers',
+          'test_0_4 and flops'),
+    Fault('score_one_early', 'model.py', 'last = (mask * torch.arange(x.shape[1], device=x.device)).argmax(1)',
+          'last = (mask * torch.arange(x.shape[1], device=x.device)).argmax(1) - 1', 'test_7_3'),
+    Fault('likelihood_sign', 'model.py', 'return scores - self.score_gain.float()',
+          'return scores + self.score_gain.float()', 'test_7_3 and likelihood'),
+    Fault('values_look_ahead', 'model.py', 'F.pad(losses, (1, 0))[:, :-1]', 'losses',
+          'test_8_1 and (values or knows_nothing)'),
+    # runtime.py
+    Fault('exit_status', 'runtime.py', "int(os.environ.get('RANK', 0)), 2\n",
+          "int(os.environ.get('RANK', 0)), 1\n", 'test_0_1 and bad_knobs'),
+    Fault('knob_of_config_lost', 'runtime.py', '            given[key] = value',
+          '            given.setdefault(key, value)', 'test_0_1 and command_line'),
+    Fault('warmup_from_zero', 'runtime.py', 'return (step + 1) / (warmup + 1)', 'return step / (warmup + 1)',
+          'test_4_2 and schedules'),
+    Fault('decay_off_by_one', 'runtime.py', '(step - begin) / max(1, decay - begin)',
+          '(step + 1 - begin) / max(1, decay - begin)', 'test_4_2 and schedules'),
+    Fault('min_lr_ignored', 'runtime.py', 'return floor + (1 - floor) *', 'return 0 * floor +',
+          'test_4_2 and schedules'),
+    Fault('accumulation_not_divided', 'runtime.py', 'micro_step) / self.micro_steps', 'micro_step)',
+          'test_4_2 and accumulation'),
+    Fault('bad_gradient_not_skipped', 'runtime.py', 'skip = 1 - torch.isfinite(norm).float()',
+          'skip = torch.zeros_like(norm)', 'test_2_4 and not_finite'),
+    Fault('grad_clip_ignored', 'runtime.py', 'torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)',
+          'pass', 'test_2_4 and learns or test_4_2 and accumulation'),
+    Fault('clip_norm_of_a_shard', 'runtime.py', 'norm = norm.full_tensor()', 'norm = norm.to_local()',
+          'test_4_4 and share_the_batch and fsdp and not muon'),
+    Fault('ddp_first_micro_batch', 'runtime.py', 'last=micro_step == self.micro_steps - 1',
+          'last=micro_step == 0', 'test_4_4 and share_the_batch and adamw and not fsdp'),
+    Fault('micro_batches_of_rank_0', 'runtime.py', 'micro_loss(self.rank * self.micro_steps + micro_step)',
+          'micro_loss(micro_step)', 'test_4_4 and share_the_batch and adamw and not fsdp'),
+    Fault('dropout_same_every_step', 'runtime.py', "SeedSequence([self.config['seed'], index])",
+          "SeedSequence([self.config['seed']])", 'test_4_3 and resume_is_exact or test_4_3 and batch_size'),
+    Fault('save_not_atomic', 'runtime.py', '        os.replace(temporary, path)\n    except BaseException',
+          '        path.write_bytes(temporary.read_bytes())\n'
+          '        temporary.unlink()\n'
+          '    except BaseException', 'test_4_3 and every_instant'),
+    Fault('save_not_flushed', 'runtime.py', '            os.fsync(file.fileno())\n', '',
+          'test_4_3 and every_instant'),
+    Fault('checksum_not_read', 'runtime.py', 'damaged = archive.testzip()', "damaged = ''",
+          'test_4_3 and damaged_checkpoint'),
+    Fault('moments_not_restored', 'runtime.py', 'optimizers.load_moments(saved)', 'pass',
+          'test_4_3 and resume_is_exact and adamw'),
+    Fault('best_not_restored', 'runtime.py', "self.best = state['best']", 'pass',
+          'test_4_3 and resume_is_exact'),
+    Fault('best_by_wrong_sign', 'runtime.py', 'if score < self.best and', 'if not score < self.best and',
+          'test_2_4 and learns or test_4_3 and full_disk_costs'),
+    Fault('last_is_always_best', 'runtime.py', 'if score < self.best and', 'if score < math.inf and',
+          'test_2_4 and learns or test_4_3 and full_disk_costs'),
+    Fault('bad_weights_saved', 'runtime.py',
+          "bad = not_finite({k: v for k, v in state.items() if k in ('model', 'optimizers')})", "bad = ''",
+          'test_4_3 and not_finite'),
+    Fault('metrics_not_rewound', 'runtime.py', "if json.loads(row)['iter'] <= step:",
+          "if json.loads(row)['iter'] <= step + 4:", 'test_4_3 and resume_is_exact'),
+    Fault('older_checkpoints', 'runtime.py', 'for i in range(keep - 1, 1, -1):', 'for i in range(1, keep):',
+          'test_4_3 and as_asked'),
+    Fault('answers_number_ignored', 'runtime.py', "[self.config['seed'] % (1 << 64), number]",
+          "[self.config['seed'] % (1 << 64)]", 'test_8_1 and answers_depend'),
+    Fault('meter_sums', 'runtime.py', 'float(self.sums[name]) / self.counts[name]', 'float(self.sums[name])',
+          'test_7_4 and learns'),
+    # dataset.py
+    Fault('targets_not_shifted', 'dataset.py', 'rows[:, 1:].astype(np.int64)', 'rows[:, :-1].astype(np.int64)',
+          'test_2_2 and hand'),
+    Fault('epochs_alike', 'dataset.py', 'key = _mix(self.key + epoch.astype(np.uint64))',
+          'key = _mix(self.key + 0 * epoch.astype(np.uint64))', 'test_2_2 and epoch'),
+    Fault('windows_overlap', 'dataset.py', '+ offset.astype(np.int64) + i * self.block_size)',
+          '+ offset.astype(np.int64) + i)', 'test_2_2 and epoch'),
+    Fault('validation_from_the_start', 'dataset.py', '_locate(np.arange(count) * n // count, self.fit)',
+          '_locate(np.arange(count), self.fit)', 'test_2_6'),
+    Fault('documents_run_together', 'dataset.py', 'if end and eot:', 'if end and not eot:',
+          'test_0_2 and same_every_time'),
+    Fault('answer_without_end', 'dataset.py', '            targets[i, len(target)] = eot\n', '',
+          'test_1_5 and padded'),
+    Fault('source_mask_of_padding', 'dataset.py', 'mask[i, :len(source)] = source, True',
+          'mask[i] = source, True', 'test_1_5 and padded'),
+    Fault('prompt_in_the_loss', 'dataset.py', 'bool) | train_on_prompt', 'bool) | True',
+          'test_6_2 and learned'),
+    Fault('train_on_prompt_ignored', 'dataset.py', 'bool) | train_on_prompt', 'bool)', 'test_6_2 and learned'),
+    Fault('cut_off_by_one', 'dataset.py', "slice(-block_size - 1, None) if too_long == 'left'",
+          "slice(-block_size, None) if too_long == 'left'", 'test_6_2 and too_long'),
+    Fault('packed_positions_go_on', 'dataset.py', 'positions[b, begin:end] = np.arange(end - begin)',
+          'positions[b, begin:end] = np.arange(begin, end)', 'test_6_2 and packed'),
+    Fault('packed_rows_see_each_other', 'dataset.py', 'segments[b, begin:end] = number',
+          'segments[b, begin:end] = 1', 'test_6_2 and packed'),
+    Fault('first_fit', 'dataset.py', 'place = bisect.bisect_left(rooms, (length,))',
+          'place = max(0, len(rooms) - 1) if rooms and rooms[-1][0] >= length else len(rooms)',
+          'test_6_2 and best_fit'),
+    Fault('curriculum_linear', 'dataset.py', 'share = np.minimum(1, np.sqrt(', 'share = np.minimum(1, (',
+          'test_6_3'),
+    Fault('prompt_in_both_splits', 'dataset.py', "(h < first) == (split == 'val')",
+          "(h < first if split == 'val' else True)", 'test_6_1 and single_file'),
+    Fault('chosen_and_rejected', 'dataset.py', "for key in ('chosen', 'rejected')]\n            cut",
+          "for key in ('rejected', 'chosen')]\n            cut", 'test_7_1 and (long_prompt or every_epoch)'),
+    Fault('earlier_answers_count', 'dataset.py', 'mask[:before] = False', 'mask[:0] = False',
+          'test_7_1 and several_turns'),
+    Fault('padding_counts', 'dataset.py',
+          'real = np.arange(padded_width(int(lengths.max()), block_size)) < lengths[:, None]',
+          'real = np.arange(padded_width(int(lengths.max()), block_size)) <= lengths[:, None]',
+          'test_7_3 and padding or test_10_1 and those_of_the_model'),
+    Fault('any_number_is_right', 'dataset.py', 'and last_number(text) == due',
+          'and last_number(text) is not None', 'test_6_4 and graded'),
+    Fault('minus_lost', 'dataset.py', 'return (-above if found[-1][1] else above) / below',
+          'return above / below', 'test_6_4 and last_number'),
+    Fault('thoughts_are_graded', 'dataset.py', 'return GRADERS[grader](visible(text), str(gold))',
+          'return GRADERS[grader](text, str(gold))', 'test_6_4 and (graded or thoughts)'),
+    Fault('wilson_interval', 'dataset.py', 'mean + z * z / (2 * n), z *', 'mean + z * z / n, z *',
+          'test_6_4 and intervals'),
+    Fault('normal_interval', 'dataset.py', 'max(1, n - 1) / n)', 'n / n)', 'test_6_4 and intervals'),
+    Fault('pass_at_k_biased', 'dataset.py', 'return 1 - math.comb(n - c, k) / math.comb(n, k)',
+          'return 1 - (1 - c / n) ** k', 'test_6_4 and pass_at_k'),
+    Fault('best_of_k_ties', 'dataset.py', 'math.comb(worse, k - 1)', 'math.comb(worse + 1, k)',
+          'test_10_3 and unbiased'),
+    Fault('vote_of_last_drawn', 'dataset.py', 'return (votes.index(winner), counts[winner])',
+          'return (len(votes) - 1 - votes[::-1].index(winner), counts[winner])', 'test_10_3 and majority'),
+    Fault('f1_counts_once', 'dataset.py', 'common = sum((Counter(said) & Counter(due)).values())',
+          'common = len(set(said) & set(due))', 'test_6_4 and f1'),
+    Fault('rude_is_polite', 'dataset.py', "'polite': float(not RUDE.search(text))",
+          "'polite': float(not RUDE.search(said))", 'test_7_1 and quality'),
+    # tokenizer.py
+    Fault('bpe_merge_order', 'tokenizer.py', 'heap = [(-n, pair) for pair, n in count.items()]',
+          'heap = [(-n, pair[::-1]) for pair, n in count.items()]', 'test_4_1 and merges'),
+    Fault('bpe_count_not_reduced', 'tokenizer.py', '            count[old] -= count[fresh]\n', '',
+          'test_4_1 and merges'),
+    Fault('short_special_first', 'tokenizer.py', 'sorted(special, key=len, reverse=True)',
+          'sorted(special, key=len)', 'test_4_1 and longest'),
+    Fault('specials_in_plain_text', 'tokenizer.py', 'if not allow_special:', 'if allow_special:',
+          'test_4_1 and special'),
+    Fault('specials_have_bytes', 'tokenizer.py',
+          'np.array([len(token) for token in self.tokens], dtype=np.int32)',
+          'np.array([len(self.bytes_of[i]) for i in range(self.n_vocab)], dtype=np.int32)',
+          'test_4_1 and token_bytes'),
+    Fault('half_a_character', 'tokenizer.py',
+          'return self.decoder.decode(self.tokenizer.decode_bytes([token]))',
+          'return self.tokenizer.decode([token])', 'test_2_1 and streaming'),
+    Fault('end_of_turn_not_learned', 'tokenizer.py', 'counts + [1] + [0] * len(newline)',
+          'counts + [0] + [0] * len(newline)', 'test_6_1 and mask'),
+    Fault('tool_results_learned', 'tokenizer.py', 'counts + [1] * len(said) + [0] * len(result)',
+          'counts + [1] * len(said) + [1] * len(result)', 'test_10_4 and not_learnt'),
+    Fault('calculator_precedence', 'tokenizer.py', 'value = _bounded(value + _product(tokens, depth) if',
+          'value = _bounded(value + _sum(tokens, depth) if', 'test_10_4 and calculat'),
+    Fault('calculator_minus', 'tokenizer.py', 'else value - _product(tokens, depth))',
+          'else value - _sum(tokens, depth))', 'test_10_4 and calculat'),
+    Fault('tokenizer_told_by_name', 'tokenizer.py', "if key != 'name'}", "if key == 'kind'}",
+          'test_4_1 and same'),
+    # convert.py
+    Fault('conv1d_not_transposed', 'convert.py', "tensor.T if family == 'gpt2'", "tensor.T if family == 'gpt3'",
+          'test_10_5 and same_here and gpt2'),
+    Fault('gguf_pairs_not_permuted', 'convert.py', "fields['general.architecture'] == 'llama':  # pairs",
+          "fields['general.architecture'] == 'lama':  # pairs", 'test_10_5 and gguf and same_here'),
+    Fault('qkv_order', 'convert.py', "for c, view in zip('qkv', tensor.split(rows), strict=True)]",
+          "for c, view in zip('qvk', tensor.split(rows), strict=True)]",
+          'test_10_5 and same_here and llama and not gguf'),
+    Fault('w1_and_w3', 'convert.py',
+          "experts.*.w1',\n        'blocks.#.mlp.up*': LAYER + 'block_sparse_moe.experts.*.w3'",
+          "experts.*.w3',\n        'blocks.#.mlp.up*': LAYER + 'block_sparse_moe.experts.*.w1'",
+          'test_10_5 and same_here and mixtral'),
+    Fault('default_of_eps', 'convert.py', 'mlp_dim=11008, norm_eps=1e-6', 'mlp_dim=11008, norm_eps=1e-5',
+          'test_10_5 and leaves_out'),
+    Fault('window_layers_off_by_one', 'convert.py', 'local if window and i >= first else full',
+          'local if window and i > first else full', 'test_10_5 and same_here and qwen2'),
+    Fault('norms_of_zeros', 'convert.py', 'else torch.ones(like.shape, dtype=dtype)',
+          'else torch.zeros(like.shape, dtype=dtype)', 'test_10_5 and trained_here'),
+    Fault('another_base_is_taken', 'convert.py', "['sha256'] != base['sha256']:", "['sha256'] == '':",
+          'test_6_7 and base_that_is_gone'),
+    Fault('peft_alpha', 'convert.py', 'alpha * (math.sqrt(n) if config.lora_rs else n)', 'alpha',
+          'test_6_7 and peft'),
+    # train.py
+    Fault('evaluation_with_dropout', 'train.py', '    model.eval()\n    for i in range(0, share, rows):',
+          '    for i in range(0, share, rows):', 'test_2_4 and learns or test_4_3 and resume_is_exact'),
+    Fault('training_without_dropout', 'train.py', '    model.train()\n    nats, tokens', '    nats, tokens',
+          'test_4_3 and resume_is_exact and adamw'),
+    Fault('validation_on_train_split', 'train.py', 'val_loss, bpb = evaluate(net, val_data,',
+          'val_loss, bpb = evaluate(net, train_data,', 'test_2_4 and learns or test_2_6 and evenly'),
+    Fault('bits_are_nats', 'train.py', 'return nats / tokens, nats / math.log(2) / max(1, n_bytes)',
+          'return nats / tokens, nats / max(1, n_bytes)', 'test_2_4 and learns'),
+    Fault('resume_replays_batches', 'train.py', "rows_seen = state.get('rows', tokens_seen // block_size)",
+          'rows_seen = 0', 'test_4_3 and resume_is_exact and adamw'),
+    Fault('pairs_weigh_alike', 'train.py',
+          'loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)',
+          'loss_on(net, run, arrays)', 'test_1_5 and weigh'),
+    Fault('exact_match_of_beginnings', 'train.py', 'sum(answer == [*target, eot] for',
+          'sum(answer[:len(target)] == target for', 'test_1_5 and exact_match'),
+    Fault('evaluation_with_batch_mean', 'train.py',
+          "loss = loss_on(model, run, arrays, reduction='sum').item()",
+          'loss = loss_on(model, run, arrays).item()', 'test_2_4 and learns'),
+    # sft.py
+    Fault('rows_weigh_alike', 'sft.py',
+          'loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)',
+          'loss_on(net, run, arrays)', 'test_6_2 and packing_changes or test_6_6 and learns'),
+    Fault('sft_evaluation_with_dropout', 'sft.py', '    model.eval()\n    nats, counts = run.spread',
+          '    nats, counts = run.spread', 'test_6_6 and (learns or resumes) or test_6_4 and evaluation'),
+    Fault('segments_not_passed', 'sft.py', "('idx', 'targets', 'positions', 'segments')[:len(arrays)]",
+          "('idx', 'targets', 'positions')[:min(3, len(arrays))]",
+          'test_6_2 and (packed_conversations or packing)'),
+    Fault('eval_split_ignored', 'sft.py', 'data = rows_of(eval_split, tokenizer, length, run)',
+          "data = rows_of('val', tokenizer, length, run)", 'test_6_4 and evaluation or test_6_6 and mistakes'),
+    Fault('curriculum_forgotten', 'sft.py',
+          'train_data.pace(difficulty.numpy(), int(paced * per_item), curriculum_start)', 'pass',
+          'test_6_3 or test_6_6 and resumes'),
+    Fault('max_length_ignored', 'sft.py', 'length = began.row_length(max_length)',
+          'length = began.row_length(0)', 'test_6_6 and mistakes'),
+    # reward.py
+    Fault('bradley_terry_sign', 'reward.py', 'F.logsigmoid(chosen - rejected - margins)',
+          'F.logsigmoid(rejected - chosen - margins)', 'test_7_2'),
+    Fault('margins_sign', 'reward.py', 'F.logsigmoid(chosen - rejected - margins)',
+          'F.logsigmoid(chosen - rejected + margins)', 'test_7_2'),
+    Fault('ranking_margin_sign', 'reward.py', 'F.relu(margin - (chosen - rejected))',
+          'F.relu(margin + (chosen - rejected))', 'test_7_2'),
+    Fault('center_of_differences', 'reward.py', '(chosen + rejected).square()', '(chosen - rejected).square()',
+          'test_7_2'),
+    Fault('flipped_labels_are_true', 'reward.py', "true = [1 - h if row.get('flipped') else h",
+          "true = [h if row.get('flipped') else h", 'test_7_4 and learns'),
+    Fault('score_bias_sign', 'reward.py', 'torch.tensor([1 / std, -mean / std])',
+          'torch.tensor([1 / std, mean / std])', 'test_7_4 and learns'),
+    Fault('calibration_by_count', 'reward.py', 'sum(n * abs(sure - share) for', 'sum(abs(sure - share) for',
+          'test_7_4 and calibration'),
+    Fault('scores_with_dropout', 'reward.py', '    net.eval()\n    scores =', '    scores =',
+          'test_7_4 and (learns or resume)'),
+    Fault('ties_are_right', 'reward.py', 'return (np.sign(margins) + 1) / 2', 'return (margins >= 0) * 1.0',
+          'test_7_4 and calibration'),
+    # dpo.py
+    Fault('beta_ignored', 'dpo.py', 'x = beta * h -', 'x = h -', 'test_10_1 and formulas'),
+    Fault('label_smoothing_swapped', 'dpo.py',
+          '-(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)',
+          '-label_smoothing * F.logsigmoid(x) - (1 - label_smoothing) * F.logsigmoid(-x)',
+          'test_10_1 and formulas'),
+    Fault('ipo_target', 'dpo.py', '(h - 1 / (2 * beta)).square()', '(h - 1 / beta).square()',
+          'test_10_1 and formulas'),
+    Fault('simpo_margin_sign', 'dpo.py', "(gamma if loss_type == 'simpo' else 0.0)",
+          "(-gamma if loss_type == 'simpo' else 0.0)", 'test_10_1 and formulas'),
+    Fault('reward_margin_sign', 'dpo.py', 'hits = ((torch.sign(up - down) + 1) / 2).tolist()',
+          'hits = ((torch.sign(down - up) + 1) / 2).tolist()', 'test_10_1 and preferred'),
+    Fault('dpo_reference_with_dropout', 'dpo.py', '    net.eval()\n    found = run.spread',
+          '    found = run.spread', 'test_10_1 and (resumes or learns or begin or base)'),
+    Fault('answer_shifted', 'dpo.py', 'targets[:, :-1][counts[:, 1:]] = idx[:, 1:][counts[:, 1:]]',
+          'targets[:, :-1][counts[:, 1:]] = idx[:, :-1][counts[:, 1:]]', 'test_10_1 and those_of_the_model'),
+    Fault('sft_term_sign', 'dpo.py', 'return (losses - sft_coef * chosen / n_chosen).mean()',
+          'return (losses + sft_coef * chosen / n_chosen).mean()', 'test_10_1 and learns'),
+    Fault('dpo_reference_moves', 'dpo.py', 'reference = {name: p.detach().clone() for',
+          'reference = {name: p.detach() for', 'test_10_1 and (begin or base or learns)'),
+    # ppo.py
+    Fault('gae_off_by_one', 'ppo.py', 'advantage = rewards[:, t] + gamma * value - values[:, t]',
+          'advantage = rewards[:, t] + gamma * values[:, t] - values[:, t]', 'test_8_2'),
+    Fault('gae_lambda', 'ppo.py', '+ gamma * gae_lambda * after', '+ gae_lambda * after', 'test_8_2'),
+    Fault('gae_over_forced_tokens', 'ppo.py',
+          'after, value = torch.where(here, advantage, after), torch.where(here, values[:, t], value)',
+          'after, value = advantage, values[:, t]', 'test_8_2'),
+    Fault('returns_without_values', 'ppo.py', 'return found, (found + values) * mask',
+          'return found, found * mask', 'test_8_2'),
+    Fault('whitened_with_padding', 'ppo.py', 'n = mask.sum().clamp(min=1)\n    mean',
+          'n = mask.numel()\n    mean', 'test_8_2'),
+    Fault('ratio_clipped_above_only', 'ppo.py', '-ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages',
+          '-ratio.clamp(max=1 + clip_eps) * advantages', 'test_8_2'),
+    Fault('value_clip_around_returns', 'ppo.py', 'clipped = (old_values + (values - old_values)',
+          'clipped = (returns + (values - old_values)', 'test_8_2'),
+    Fault('kl_is_paid_out', 'ppo.py', 'rewards = -kl_coef * kl * drawn', 'rewards = kl_coef * kl * drawn',
+          'test_8_2'),
+    Fault('score_on_last_column', 'ppo.py', 'last = (drawn * torch.arange(1, drawn.shape[1] + 1)).argmax(1)',
+          'last = drawn.shape[1] - 1', 'test_8_2'),
+    Fault('kl_controller_sign', 'ppo.py', 'max(-0.2, kl / target - 1)', 'max(-0.2, 1 - kl / target)',
+          'test_8_2'),
+    Fault('running_variance', 'ppo.py', '+ delta ** 2 * count * len(x) / total]', ']', 'test_8_2'),
+    Fault('eos_penalty_sign', 'ppo.py', '- eos_penalty * ~answers.ended', '+ eos_penalty * ~answers.ended',
+          'test_8_3 and bandit and ppo or test_8_3 and resumes and ppo'),
+    Fault('vf_coef_ignored', 'ppo.py', 'losses = losses + vf_coef * errors', 'losses = losses + errors',
+          'test_8_3 and equal_rewards'),
+    Fault('ppo_entropy_sign', 'ppo.py', 'losses = losses - entropy_coef * entropies if',
+          'losses = losses + entropy_coef * entropies if', 'test_8_3 and equal_rewards'),
+    Fault('best_by_reward_sign', 'ppo.py', "save(-metrics.get('val/reward', -math.inf))",
+          "save(metrics.get('val/reward', -math.inf))", 'test_8_3 and resumes and ppo'),
+    # grpo.py
+    Fault('advantages_of_all', 'grpo.py', '(n - 1).clamp(min=1)', 'n.clamp(min=1)', 'test_9_1 and hand'),
+    Fault('advantages_not_centred', 'grpo.py',
+          'centred = (values - values.sum(1, keepdim=True) / n.clamp(min=1)) * known',
+          'centred = values * known', 'test_9_1 and hand'),
+    Fault('clip_eps_high_ignored', 'grpo.py', 'low, high = 1 - clip_eps, 1 + clip_eps_high',
+          'low, high = 1 - clip_eps, 1 + clip_eps', 'test_9_1 and formulas'),
+    Fault('maximum_of_ratios', 'grpo.py', 'losses = -torch.minimum(ratio * a,',
+          'losses = -torch.maximum(ratio * a,', 'test_9_1 and formulas'),
+    Fault('grpo_kl_sign', 'grpo.py', 'losses = losses + kl_coef * k3', 'losses = losses - kl_coef * k3',
+          'test_9_1 and formulas'),
+    Fault('grpo_entropy_sign', 'grpo.py', 'losses = losses - entropy_coef * entropies',
+          'losses = losses + entropy_coef * entropies', 'test_9_1 and formulas'),
+    Fault('padding_in_answers_mean', 'grpo.py', '(losses.sum(1) / mask.sum(1).clamp(min=1)).sum()',
+          'losses.mean(1).sum()', 'test_9_1 and formulas'),
+    Fault('overlong_sign', 'grpo.py', 'return -((lengths - (longest - buffer)) / buffer).clamp(0, 1)',
+          'return ((lengths - (longest - buffer)) / buffer).clamp(0, 1)', 'test_9_1 and too_long'),
+    Fault('mask_truncated_ignored', 'grpo.py', '    if mask_truncated:\n', '    if False:\n', 'test_9_2'),
+    Fault('gspo_of_tokens', 'grpo.py', "    if loss_type == 'gspo':\n        log_ratio",
+          "    if loss_type == 'gspo!':\n        log_ratio", 'test_9_1 and formulas'),
+    Fault('cispo_gradient_of_ratio', 'grpo.py', 'losses = -ratio.clamp(max=high).detach() * a * logprobs',
+          'losses = -ratio.clamp(max=high) * a * logprobs', 'test_9_1 and formulas'),
+    # rollout.py
+    Fault('k3_sign', 'rollout.py', 'else np.exp(log_r)) - 1 - log_r', 'else np.exp(log_r)) - 1 + log_r',
+          'test_8_2 and estimates'),
+    Fault('k1_sign', 'rollout.py', "    if kind == 'k1':\n        return -log_r",
+          "    if kind == 'k1':\n        return log_r", 'test_8_2 and estimates'),
+    Fault('read_at_temperature_1', 'rollout.py', "net(**tensors, reduction='details', temperature=temperature)",
+          "net(**tensors, reduction='details')", 'test_8_1 and recorded'),
+    Fault('answers_one_further', 'rollout.py', 'positions[b, here] = np.arange(len(ids)) + len(prompt) - 1',
+          'positions[b, here] = np.arange(len(ids)) + len(prompt)', 'test_8_1 and share_their_prompt'),
+    Fault('answers_see_each_other', 'rollout.py',
+          'seen = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)',
+          'seen = segments[:, None, :] >= 0', 'test_8_1 and share_their_prompt'),
+    Fault('forced_tokens_learned', 'rollout.py',
+          'targets[b, here] = np.where(part.drawn[i, :len(ids)], ids, -100)', 'targets[b, here] = ids',
+          'test_8_1 and forced'),
+    Fault('weights_of_rewards', 'rollout.py',
+          'return table @ np.array([weight for weight, _, _ in self.terms])', 'return table.sum(1)',
+          'test_8_1 and rewards_are'),
+    Fault('cut_one_further', 'rollout.py', 'inside = np.arange(self.drawn.shape[1]) < lengths[:, None]',
+          'inside = np.arange(self.drawn.shape[1]) <= lengths[:, None]', 'test_8_1 and cut'),
+    Fault('all_answers_ended', 'rollout.py', 'np.array([x[-1] in ends for x in ids]))',
+          'np.array([len(x) > 0 for x in ids]))', 'test_8_1 and (answers_are or answers_depend)'),
+    Fault('thought_one_longer', 'rollout.py', 'due = len(ids) - self.max_think_tokens',
+          'due = len(ids) - self.max_think_tokens - 1', 'test_10_3 and budget'),
+    # distill.py
+    Fault('kl_direction', 'distill.py', 'return (p * (log_p - log_q)).sum(-1), q - p',
+          'return (q * (log_q - log_p)).sum(-1), q - p', 'test_10_2 and divergences'),
+    Fault('jsd_mixture', 'distill.py', 'torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))',
+          'torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))', 'test_10_2 and divergences'),
+    Fault('temperature_not_squared', 'distill.py', 'self.alpha * self.t ** 2 * distance',
+          'self.alpha * self.t * distance', 'test_10_2 and dense'),
+    Fault('distill_temperature_slope', 'distill.py', 'slope.mul_(self.alpha * self.t)',
+          'slope.mul_(self.alpha)', 'test_10_2 and dense'),
+    Fault('rest_bucket', 'distill.py', 'logprobs.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)',
+          'logprobs.logsumexp(-1, keepdim=True)', 'test_10_2 and bucket'),
+    Fault('alpha_swapped', 'distill.py', 'total = (1 - self.alpha) * losses +', 'total = self.alpha * losses +',
+          'test_10_2 and dense'),
+    Fault('first_layers', 'distill.py', '[i * config.n_layer // n_layer for i in range(n_layer)]',
+          '[i for i in range(n_layer)]', 'test_10_2 and manieth'),
+    Fault('teacher_with_dropout', 'distill.py', 'model.requires_grad_(False).eval(), None',
+          'model.requires_grad_(False), None', 'test_10_2 and (resumes or cache)'),
+    Fault('wrong_answers_kept', 'distill.py',
+          "(not graded or grade(text, row['answer'], row.get('grader', 'number')))", '(not graded or text)',
+          'test_10_2 and only_right'),
+    Fault('cache_not_renormalised', 'distill.py',
+          '        logprobs -= np.log(np.exp(logprobs).sum(1, keepdims=True))  # 16 bits have rounded them\n',
+          '', 'test_10_2 and cache_is'),
+    # sample.py
+    Fault('system_message_dropped', 'sample.py', 'del seen[first:first + 2]', 'del seen[:2]',
+          'test_2_5 and system'),
+    Fault('chat_runs_on', 'sample.py', 'return tokenizer.turn_ids if chat else tokenizer.stop_ids',
+          'return tokenizer.stop_ids', 'test_2_5 and test_2_5_chat'),
+    Fault('probabilities_shifted', 'sample.py', 'logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])',
+          'logprobs[1:].gather(1, torch.tensor(ids[1:])[:, None])', 'test_2_6 and probability'),
+    Fault('worst_of_several', 'sample.py', 'first = int(scores.argmax())', 'first = int(scores.argmin())',
+          'test_10_3 and best_of'),
+    Fault('context_forgotten', 'sample.py', 'context = ids + out[0]', 'context = ids',
+          'test_2_5 and keeps_the_context'),
+    Fault('bos_forgotten', 'sample.py', 'ids = [tokenizer.bos, *ids]', 'pass', 'test_2_5 and starts'),
+    # bench.py
+    Fault('overlap_counts_twice', 'bench.py', 'total += max(0.0, finish - max(begin, end))',
+          'total += finish - begin', 'test_0_4 and overlap'),
+    Fault('t_interval', 'bench.py', 'statistics.stdev(values) / n ** 0.5 * quantile',
+          'statistics.stdev(values) / n * quantile', 'test_0_4 and several_metrics'),
+    Fault('t_quantile', 'bench.py', '[*STUDENT, 1.96][min(n, 11) - 2]', '[*STUDENT, 1.96][min(n, 11) - 1]',
+          'test_0_4 and several_metrics'),
+    Fault('memory_of_moments', 'bench.py', "'moments': (8 * n -", "'moments': (4 * n -", 'test_0_3 and memory'),
+    # pipeline.py
+    Fault('stale_stages_kept', 'pipeline.py', '            stale.add(stage.name)\n', '',
+          'test_0_4 and pipeline'),
+]
+
+
+def make_tree(tree, fault=None):
+    """Copies the project to tree, with the fault in it -> '' or what is wrong with the fault."""
+    shutil.copytree(ROOT, tree, ignore=LEFT_BEHIND)  # with __pycache__: what is compiled already need not be again
+    if fault is None:
+        return ''
+    path = tree / fault.file
+    source = path.read_text(encoding='utf-8')
+    if (count := source.count(fault.old)) != 1:
+        return f'its text is {count} times in {fault.file}'
+    source = source.replace(fault.old, fault.new)
+    path.write_text(source, encoding='utf-8')
+    try:
+        compile(source, fault.file, 'exec')
+    except SyntaxError as error:
+        return f'it makes a syntax error: {error}'
+    return ''
+
+
+class Trial:
+    """A run of pytest in a tree of its own, in a process forked from this one, which has imported what takes long."""
+
+    def __init__(self, fault, selection, *options):
+        self.fault, self.selection, self.began = fault, selection, time.monotonic()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        folder, self.pid = Path(self.folder.name), 0
+        self.output = folder / 'output'
+        self.output.touch()
+        self.misfit = make_tree(folder / 'tree', fault)
+        if self.misfit:
+            return
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.setsid()
+        os.chdir(folder / 'tree')
+        sys.path[0] = str(folder / 'tree')
+        os.environ['OMP_NUM_THREADS'] = '1'  # a core for each trial
+        with open(self.output, 'wb') as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        # plain asserts: no verdict needs more, and rewriting them takes longer than most tests
+        status = pytest.main(['-q', '-p', 'no:cacheprovider', '--assert=plain', f'--basetemp={folder / "tmp"}',
+                              *options, 'test_all.py', *(['-k', selection] if selection else [])])
+        sys.stdout.flush()
+        os._exit(status)
+
+    def ended(self):
+        """None while the tests run, then the exit status of pytest; -1 where they had to be stopped."""
+        done, status = os.waitpid(self.pid, os.WNOHANG)
+        if not done and time.monotonic() - self.began < PATIENCE:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # with the processes that tests have started
+        if not done:
+            os.waitpid(self.pid, 0)
+            return -1
+        return os.waitstatus_to_exitcode(status)
+
+    def verdict(self, status):
+        """What the exit status and the output of pytest say of the fault -> (verdict, why)."""
+        printed = self.output.read_text(encoding='utf-8', errors='replace')
+        last = (printed.strip().splitlines() or ['nothing was printed'])[-1]
+        failed = re.findall(r'^(?:FAILED|ERROR) test_all\.py::(\S+)', printed, re.M)
+        slip = SLIPS.search(printed)
+        if status == 0:
+            return 'NOT CAUGHT', last
+        if status == 5:
+            return 'NOT CAUGHT', f'no test is selected by {self.selection!r}'
+        if status == -1:
+            return 'BROKEN', f'no end after {PATIENCE} seconds'
+        if status != 1 or not failed or slip:
+            return 'BROKEN', f'pytest ended with status {status}: {slip[1] if slip else last}'
+        return 'caught', f'by {", ".join(failed)}'
+
+
+def main():
+    all_tests, names = '--all-tests' in sys.argv[1:], [word for word in sys.argv[1:] if word != '--all-tests']
+    unknown = sorted(set(names) - {fault.name for fault in FAULTS})
+    if unknown:
+        sys.exit(f'error: {unknown[0]!r} is no fault: {", ".join(fault.name for fault in FAULTS)}')
+    faults = [fault for fault in FAULTS if not names or fault.name in names]
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
+    # first, and without a fault, the tests of all faults, which must pass
+    union = ' or '.join(dict.fromkeys(f'({fault.tests})' for fault in faults))
+    waiting = [(None, union), *((fault, None if all_tests else fault.tests) for fault in faults)]
+    running, counts, sound, began = [], Counter(), '', time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < os.cpu_count():
+            fault, selection = waiting.pop(0)
+            running.append(Trial(fault, selection, *(['-x'] if fault else [])))
+        time.sleep(0.05)
+        for trial in list(running):
+            status = None
+            if not trial.misfit and (status := trial.ended()) is None:
+                continue
+            running.remove(trial)
+            verdict, why = ('DOES NOT APPLY', trial.misfit) if trial.misfit else trial.verdict(status)
+            trial.folder.cleanup()
+            seconds = time.monotonic() - trial.began
+            if trial.fault is None:
+                sound = 'all pass' if status == 0 else f'{verdict} {why}'
+                continue
+            counts[verdict] += 1
+            print(f'{verdict:<14} {trial.fault.file:<12} {trial.fault.name:<30} {seconds:4.0f} s  {why}', flush=True)
+    summary = ', '.join(f'{n} {verdict}' for verdict, n in counts.most_common())
+    print(f'{len(faults)} faults in {time.monotonic() - began:.0f} s: {summary}; without any fault: {sound}')
+    sys.exit(0 if counts['caught'] == len(faults) and sound == 'all pass' else 1)
+
+
+if __name__ == '__main__':
+    main()
