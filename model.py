@@ -224,6 +224,38 @@ def _bfloat16_is_faster(rows, n=1024, repeats=3):
 # ----------------------------------------------------------------------------------------------------------------------
 # parts of a block
 
+class CPURMSNorm(torch.autograd.Function):
+    """F.rms_norm for float32 on a CPU, where PyTorch strings it together from small operations: the time goes to
+    reading and writing memory, and this passes over it half as often."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        """x (…, D); weight (D,), or any shape that broadcasts to x."""
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        """With y = w x s and s = (mean(x^2) + eps)^(-1/2): dx = g w s - x s^3 mean(g w x), dw = sum(g x s)."""
+        x, weight, scale = ctx.saved_tensors
+        gx = g * x
+        through_scale = (gx * weight).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
+        dx = (g * weight).mul_(scale).addcmul_(x, through_scale)
+        return dx, gx.mul_(scale).sum_to_size(weight.shape), None
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467); weight None = 1."""
+    plain = x.device.type == 'cpu' and x.dtype == torch.float32 and torch.is_grad_enabled()
+    if plain and weight is not None and not torch.compiler.is_compiling():
+        return CPURMSNorm.apply(x, weight, eps)
+    if weight is None or weight.ndim == 1:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+
+
 class Norm(nn.Module):
     """LayerNorm, or RMSNorm (arXiv:1910.07467), over the last dimension; weight and bias as the config says."""
 
@@ -237,7 +269,7 @@ class Norm(nn.Module):
         # weights and x may differ: autocast makes queries and keys 16 bits wide, sharding the weights
         weight, bias = (None if p is None else p.type_as(x) for p in (self.weight, self.bias))
         if self.rms:
-            return F.rms_norm(x, self.shape, weight, self.eps)
+            return rms_norm(x, weight, self.eps)
         return F.layer_norm(x, self.shape, weight, bias, self.eps)
 
 
@@ -536,6 +568,13 @@ class Attention(nn.Module):
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.watched = None  # a list that takes the weights of each forward, see `GPT.attention_maps`
 
+    def qk_weight(self, qk):
+        """The weights of q_norm and k_norm, a row for each head: (n_head + n_kv_head, D), or None."""
+        if self.q_norm.weight is None:
+            return None
+        rows = self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv_head, -1)
+        return torch.cat(rows).type_as(qk)
+
     def forward(self, x, rope=None, mask=None, cache=None):
         """rope: cos, sin (…, T, 1, D) or None; where sinks are further away than a window, as local layers see them,
         also cos and sin of the queries that meet them, and which keys are sinks (…, 1, S, 1)."""
@@ -543,8 +582,8 @@ class Attention(nn.Module):
         heads = (self.n_head, self.n_kv_head)
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         qk, v = qkv.split((sum(heads), self.n_kv_head), dim=2)
-        if self.q_norm is not None and self.q_norm.weight is None:
-            qk = self.q_norm(qk)  # without weights the two norms are one
+        if self.q_norm is not None and self.q_norm.rms:
+            qk = rms_norm(qk, self.qk_weight(qk), self.q_norm.eps)  # one pass over both
         elif self.q_norm is not None:
             q, k = qk.split(heads, dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
