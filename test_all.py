@@ -567,6 +567,18 @@ def state_of(model):
             'tokenizer': bytes_tokenizer().to_dict()}
 
 
+def with_and_without_dropout(call):
+    """Runs a stage for one step without dropout and with much of it -> what each of the two measured before that, but
+    for seconds, and the losses of the step."""
+    measured = []
+    for dropout in (0, 0.5):
+        status, _, err = call(f'--dropout={dropout}', f'--out_dir=dropout_{dropout}', '--max_iters=1',
+                              '--eval_interval=1', '--log_interval=1')
+        assert (status, err) == (0, ''), err
+        measured.append({k: v for k, v in rows_of(f'dropout_{dropout}')[0].items() if k != 'seconds'})
+    return *measured, [logged(f'dropout_{dropout}', 'train/loss')[0] for dropout in (0, 0.5)]
+
+
 def said(text):
     return [{'role': 'assistant', 'content': text}]
 
@@ -2499,6 +2511,16 @@ def test_2_3_chunked_loss_in_bfloat16_rounds_only_its_operands(per_token, monkey
         assert abs(ratio - 1) < 2e-3 and got.dtype == torch.bfloat16
 
 
+def test_2_3_only_targets_that_count_are_in_the_loss():
+    model, idx, targets = tiny(block_size=40), ids(3, 40), ids(3, 40, seed=1)
+    counts = ids(3, 40, vocab=3, seed=2) == 0
+    counts[0, 0] = True
+    targets = targets.masked_fill(~counts, -100)
+    for reduction in ('mean', 'sum'):
+        expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), reduction=reduction)
+        torch.testing.assert_close(model(idx, targets, reduction=reduction), expected)
+
+
 # 2.4 the loop
 
 def test_2_4_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_path):
@@ -2583,6 +2605,32 @@ def test_2_4_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
     assert last < first - 0.1
     assert json.loads(Path('run/summary.json').read_text())['parameters'] == parameters
     shutil.rmtree('run')
+
+
+def test_2_4_the_gradient_is_clipped_to_its_norm():
+    for clip, moved in ((0.0, 5.0), (1.0, 1.0), (7.0, 5.0)):
+        run = runtime.Run({'out_dir': '', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
+        layer = torch.nn.Linear(2, 1, bias=False)
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.tensor([[3.0, -4.0]])
+        optimizers = model_file.Optimizers([torch.optim.SGD(layer.parameters(), lr=1.0)])
+        assert run.update(layer, optimizers, clip).item() == 5  # the norm as it was
+        assert (before - layer.weight).norm().item() == pytest.approx(moved, rel=1e-4)
+
+
+def test_2_4_dropout_is_drawn_anew_for_every_micro_batch():
+    run = runtime.Run({'out_dir': '', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
+    drawn = []
+    for index in (0, 1, 2, 1):
+        run.seed(index)
+        drawn.append(F.dropout(torch.ones(64)).tolist())
+    assert drawn[3] == drawn[1] and drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
+def test_2_4_dropout_is_on_in_training_and_off_in_evaluation(run_stage, text_data):
+    without, with_dropout, losses = with_and_without_dropout(
+        lambda *args: run_stage('train', f'--dataset={text_data}', *SMALL, *args))
+    assert without == with_dropout and losses[0] != losses[1]
 
 
 # 2.5 sampling
@@ -2794,6 +2842,15 @@ def test_2_6_the_probability_of_each_token_is_shown(run_stage, base_run):
                          (['--show=attention', '--start=To be', '--show_file=x.xyz'], 'x.xyz')):
         status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--device=cpu', *flags)
         assert status == 2 and err.count('\n') == 1 and words in err, (flags, err)
+
+
+def test_2_6_validation_reads_what_was_held_out(run_stage, tmp_path):
+    """Train on one pair of letters, hold out another: what is learnt is of no use there."""
+    write_dataset(tmp_path / 'letters', bytes_tokenizer(), {'train': ['ab' * 2000], 'val': ['cd' * 200]}, 'letters')
+    status, _, err = run_stage('train', f'--dataset={tmp_path / "letters"}', *SMALL, '--learning_rate=1e-2',
+                               '--out_dir=run')
+    assert (status, err) == (0, '')
+    assert logged('run', 'train/eval_loss')[-1] < 5 < logged('run', 'val/loss')[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3130,6 +3187,14 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     assert status == 2 and err == 'error: seeds=0: it starts at 1\n'
     status, _, err = run_stage('bench', 'ablate', '--what=mlp', *flags, '--n_head=3')
     assert status == 2 and 'n_head=3' in err
+
+
+def test_3_6_bands_are_students_intervals():
+    assert bench.mean_and_spread([5.0]) == (5.0, 0.0)
+    for values, quantile in (([1, 2], 12.706), ([1, 2, 3], 4.303), (list(range(10)), 2.262), (list(range(30)), 1.96)):
+        mean, half = bench.mean_and_spread(values)
+        assert mean == pytest.approx(np.mean(values))
+        assert half == pytest.approx(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5174,6 +5239,28 @@ def test_6_6_a_run_of_before_a_field_existed_goes_on(tune):
     assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 6
 
 
+def test_6_6_dropout_is_on_in_training_and_off_where_answers_and_losses_are_measured(tune):
+    without, with_dropout, losses = with_and_without_dropout(tune)
+    assert without == with_dropout and losses[0] != losses[1]
+
+
+def test_6_6_evaluation_alone_reads_the_split_asked_for(tune):
+    found = []
+    for split in ('train', 'val'):
+        status, out, err = tune('--eval_only=True', f'--eval_split={split}', '--max_new_tokens=1')
+        assert (status, err) == (0, '')
+        found.append(re.search(rf', {split}: loss (\d+\.\d+)', out)[1])
+    assert found[0] != found[1]
+
+
+def test_6_6_a_curriculum_changes_what_is_learnt_first(tune):
+    for curriculum in ('none', 'length'):
+        status, _, err = tune(f'--curriculum={curriculum}', '--curriculum_iters=2', '--max_iters=2',
+                              f'--out_dir={curriculum}')
+        assert (status, err) == (0, '')
+    assert not same_weights('none', 'length')
+
+
 # 6.7 LoRA and adapters
 
 def test_6_7_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, base_run):
@@ -6122,6 +6209,11 @@ def test_7_4_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data
         assert (status, err) == (0, ''), err
 
 
+def test_7_4_dropout_is_on_in_training_and_off_where_pairs_are_scored(rate):
+    without, with_dropout, losses = with_and_without_dropout(rate)
+    assert without == with_dropout and losses[0] != losses[1]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. PPO, and answers of its own
 
@@ -6758,6 +6850,34 @@ def test_8_3_equal_rewards_move_ppo_no_further_than_chance(pull):
     gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10')
     first, last = ends_of(gained, 'val/reward')
     assert abs(np.mean(moves)) < 3 * np.std(moves, ddof=1) / math.sqrt(5) and abs(np.mean(moves)) < (last - first) / 4
+
+
+def test_8_3_knobs_of_ppo_reach_its_loss(pull):
+    """All answers get 0.37, and none ends by itself."""
+    def first_step(*args, steps=1):
+        return [row for row in pull('ppo', '0*right, constant', f'--max_iters={steps}', f'--eval_interval={steps}',
+                                    '--eval_rows=4', *args) if 'value/loss' in row]
+    assert first_step('--eos_penalty=0.37')[0]['value/loss'] < 1e-6  # a critic that says 0 is right then
+    rows = first_step('--vf_coef=0', '--critic_lr=1e-2', steps=3)
+    assert [row['value/loss'] for row in rows] == pytest.approx([0.37 ** 2 / 2] * 3, rel=1e-3)  # it does not learn
+    rows = first_step('--vf_coef=0', '--entropy_coef=1', steps=5)
+    assert rows[-1]['entropy'] > rows[0]['entropy'] + 0.1
+
+
+def test_8_3_answers_that_are_cut_off_teach_nothing_where_they_are_masked(pull):
+    for masked in (True, False):
+        rows = pull('grpo', 'right', f'--mask_truncated={masked}', '--max_iters=1', '--eval_interval=1',
+                    '--eval_rows=4')
+        norms = [row['grad_norm'] for row in rows if 'grad_norm' in row]
+        assert len(norms) == 1 and (norms[0] == 0) == masked
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_8_3_the_best_checkpoint_has_the_highest_reward(pull, stage):
+    rows = pull(stage, 'right', '--max_iters=6', '--eval_interval=2', '--eval_rows=30')
+    rewards = {row['iter']: row['val/reward'] for row in rows if 'val/reward' in row}
+    best = torch.load('run/best.pt', weights_only=True)
+    assert rewards[best['iter']] == max(rewards.values()) > min(rewards.values())
 
 
 STEPS = ['--max_iters=4', '--eval_interval=2', '--log_interval=1', '--eval_rows=4', '--warmup_iters=2',
@@ -7456,6 +7576,17 @@ def test_10_1_a_policy_is_measured_against_the_model_it_began_with(prefer, flags
         [last['val/loss'], 100 * last['val/accuracy'], last['kl']], abs=0.06)
 
 
+def test_10_1_dropout_is_on_in_training_and_off_where_pairs_are_measured(prefer):
+    without, with_dropout, losses = with_and_without_dropout(prefer)
+    assert without == with_dropout and losses[0] != losses[1]
+    assert without['val/loss'] == pytest.approx(math.log(2), abs=1e-4)  # a policy that has not moved
+
+
+def test_10_1_the_cross_entropy_of_chosen_answers_is_added(prefer):
+    assert prefer('--sft_coef=0.5', '--max_iters=1', '--out_dir=run')[0] == 0
+    assert logged('run', 'train/loss')[0] > math.log(2) + 0.5 * 4  # a model that knows nothing: ln 260 per token
+
+
 # 10.2 distillation
 
 def divergence_by_hand(p, q, kind, beta=0.5):
@@ -7624,6 +7755,22 @@ def teach(run_stage, text_data, text_teacher):
     return lambda *args: run_stage('distill', f'--dataset={text_data}', f'--teacher={text_teacher}', *SCHOOL,
                                    *(f for f in STUDENT if f.split('=')[0] not in [a.split('=')[0] for a in args]
                                      and '--init_from=teacher' not in args), *args)
+
+
+def test_10_2_dropout_is_on_in_training_and_off_in_teachers_and_evaluation(run_stage, text_data, tmp_path):
+    for name, dropout in (('calm', 0.0), ('noisy', 0.5)):
+        torch.manual_seed(0)
+        save_run(tmp_path / name, state_of(GPT(GPTConfig(vocab_size=260, block_size=32, n_layer=1, n_head=2, n_embd=32,
+                                                         init_std=0.1, dropout=dropout))))
+    found = {}
+    for name in ('calm', 'noisy'):
+        found[name] = with_and_without_dropout(lambda *args, name=name: run_stage(
+            'distill', f'--dataset={text_data}', f'--teacher={tmp_path / name}', *SCHOOL, *STUDENT, *args))
+        without, with_dropout, losses = found[name]
+        assert without == with_dropout and losses[0] != losses[1]
+        for dropout in (0, 0.5):
+            shutil.rmtree(f'dropout_{dropout}')
+    assert found['calm'] == found['noisy']
 
 
 @pytest.mark.parametrize('flags', [['--dropout=0.1'], ['--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01',
