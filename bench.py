@@ -28,6 +28,7 @@ import importlib.util
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 import statistics
@@ -48,7 +49,7 @@ import torch.nn.functional as F
 import runtime
 from convert import load_model, to_hf
 from dataset import TokenData, find_dataset
-from model import GPT, GPTConfig, RollingCache, check_prompts
+from model import GPT, GPTConfig, RollingCache, check_prompts, fast_bfloat16
 from tokenizer import UserError, train_bpe
 
 against = ''  # checkout of nanoGPT or of this project to compare with; mode sample: also 'transformers'
@@ -93,6 +94,15 @@ def seconds_of(work, device, times=5):
         synchronize(device)
         best = min(best, time.perf_counter() - began) if i else best
     return best
+
+
+def processor():
+    """One line: the processor, the instruction set PyTorch runs with, threads, and what multiplies faster."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    name = found.get('cpu_name') or platform.processor() or platform.machine()
+    faster = 'bfloat16' if fast_bfloat16('cpu') else 'float32'
+    return (f'{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, '
+            f'{faster} products are the faster ones')
 
 
 def matmul_peak(device, dtype):
@@ -797,8 +807,8 @@ ABLATED = str(Path(__file__).parent / 'config/tiny.py')
 BINS = 16  # places in a window that are averaged
 # what is compared: {variant: flags over that}; the sizes of variants are equal where they can be
 ABLATIONS = {
-    'norm': {'LayerNorm': ['--norm=layernorm', '--norm_affine=True', '--bias=True'],
-             'RMSNorm': ['--norm=rmsnorm', '--norm_affine=True'], 'RMSNorm, no weights': ['--norm=rmsnorm']},
+    'norm': {'LayerNorm': ['--norm=layernorm', '--bias=True'], 'RMSNorm': ['--norm=rmsnorm'],
+             'RMSNorm, no weights': ['--norm=rmsnorm', '--norm_affine=False']},
     'place': {'pre': ['--norm_place=pre'], 'post': ['--norm_place=post']},
     'position': {pos: [f'--pos={pos}'] for pos in ('learned', 'sinusoidal', 'rope', 'none')},
     'mlp': {'GELU': ['--mlp=gelu', '--mlp_dim=512'], 'SwiGLU': ['--mlp=swiglu', '--mlp_dim=344'],
@@ -950,6 +960,7 @@ def report(mode, rows, result):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for line in table:
             print('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    result = result | {'processor': processor()}
     for key, value in result.items():
         print(f'{key}: {text(value)}')
     Path(results).mkdir(parents=True, exist_ok=True)

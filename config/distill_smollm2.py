@@ -17,13 +17,10 @@ n_head = 6
 n_embd = 384
 pos = 'rope'
 norm = 'rmsnorm'
-norm_affine = False
 qk_norm = True
-mlp = 'relu2'
+mlp = 'swiglu'
 bias = False
 tie_weights = True
-attn_scale = 0.12
-logit_softcap = 15.0
 init_std = 0.02
 zero_init = True
 

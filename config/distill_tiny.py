@@ -14,13 +14,10 @@ n_head = 2
 n_embd = 128
 pos = 'rope'
 norm = 'rmsnorm'
-norm_affine = False
 qk_norm = True
-mlp = 'relu2'
+mlp = 'swiglu'
 bias = False
 tie_weights = False
-attn_scale = 0.12
-logit_softcap = 15.0
 init_std = 0.0
 zero_init = True
 
