@@ -1173,6 +1173,37 @@ def test_0_2_a_text_alone_decides_its_fraction():
 
 # 0.3 precision, compiling, memory
 
+@pytest.mark.parametrize('onednn, found, timed, fast', [
+    (False, {'avx512_bf16': True, 'amx_bf16': True}, True, False),  # the environment forbids the instructions
+    (True, {'architecture': 'x86_64', 'avx2': True, 'avx512_bf16': False, 'amx_bf16': False}, True, False),
+    (True, {'architecture': 'x86_64', 'avx512_bf16': True, 'amx_bf16': True}, False, True),  # not timed at all
+    (True, {'architecture': 'x86_64', 'avx512_bf16': True, 'amx_bf16': False}, True, True),
+    (True, {'architecture': 'x86_64', 'avx512_bf16': True, 'amx_bf16': False}, False, False),
+    (True, {'architecture': 'arm64', 'bf16': True}, True, True),
+    (True, {'architecture': 'arm64', 'bf16': True}, False, False),
+    (True, {'architecture': 'arm64', 'bf16': False}, True, False), (True, {}, True, True), (True, {}, False, False)])
+def test_0_3_bfloat16_is_taken_where_it_is_faster(monkeypatch, onednn, found, timed, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: onednn)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: found, raising=False)
+    monkeypatch.setattr(model_file, '_bfloat16_is_faster', lambda rows: timed)
+    answers = model_file.fast_bfloat16.__wrapped__  # without what it remembers
+    monkeypatch.setattr(runtime, 'fast_bfloat16', answers)
+    assert answers('cpu') == answers('cpu', 1) == fast
+    assert runtime.pick_dtype('auto', 'cpu')[0] == ('bfloat16' if fast else 'float32')
+    assert runtime.pick_dtype('auto', 'cpu', 1 << 22)[0] == ('bfloat16' if fast else 'float32')
+    assert runtime.pick_dtype('auto', 'cpu', (1 << 22) - 1)[0] == 'float32'
+    for name in ('float32', 'bfloat16', 'float16'):
+        assert runtime.pick_dtype(name, 'cpu') == (name, getattr(torch, name))
+
+
+def test_0_3_timing_products_draws_no_random_numbers():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert model_file._bfloat16_is_faster(2) in (False, True)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_0_3_experts_and_windows_compile_without_a_break():
     model = tiny(**MOE | dict(router_aux=0.1, router_bias_rate=0.1, window=6, n_sink=2)).train()
     x = ids(2, 24)
@@ -2868,6 +2899,19 @@ def test_3_1_norms_by_hand():
         np.testing.assert_allclose(found, [[1, -1, 1, -1], second], atol=1e-6)
 
 
+@pytest.mark.parametrize('shape, weight', [((2, 5, 16), (16,)), ((2, 5, 3, 8), (3, 8)), ((2, 5, 3, 8), (8,))])
+def test_3_1_rms_norm_on_a_cpu_has_the_derivative_of_its_formula(shape, weight):
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in (shape, weight))
+    assert torch.autograd.gradcheck(lambda x, w: model_file.CPURMSNorm.apply(x, w, 1e-5), (x, w))
+    formula = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w
+    torch.testing.assert_close(model_file.CPURMSNorm.apply(x, w, 1e-5), formula)
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            y = model_file.rms_norm(x.float(), w.float(), 1e-5)
+        torch.testing.assert_close(y, formula.float(), rtol=1e-5, atol=1e-5)
+
+
 # 3.2 rotary positions
 
 def test_3_2_rope_turns_pairs_by_hand():
@@ -3459,8 +3503,9 @@ def test_4_2_accumulation_equals_a_large_batch(run_stage, text_data):
     np.testing.assert_allclose(large, small, rtol=1e-4)
 
 
-def test_4_2_muon_equals_torch_muon():
+def test_4_2_muon_equals_torch_muon(monkeypatch):
     """Matrices of one shape together, tall ones and wide ones, with decay: what torch computes one by one."""
+    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device: True)  # torch always orthogonalises in bfloat16
     ours, theirs = tiny(n_embd=48, n_head=2), tiny(n_embd=48, n_head=2)
     mine = ours.configure_optimizers('muon', muon_lr=0.02, weight_decay=0.1)[1]
     matrices = [dict(theirs.named_parameters())[n] for n, p in ours.named_parameters()
@@ -3475,6 +3520,29 @@ def test_4_2_muon_equals_torch_muon():
         library.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def newton_schulz(x, steps=5):
+    """Muon's iteration (arXiv:2502.16982, section 2.1) of one wide matrix, in NumPy's float64."""
+    x = x / np.linalg.norm(x)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
+
+
+@pytest.mark.parametrize('fast, tolerance', [(False, 1e-4), (True, 0.05)])
+def test_4_2_muon_computes_in_16_bits_only_where_they_are_fast(monkeypatch, fast, tolerance):
+    asked = []
+    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device: asked.append(device) or fast)
+    w = torch.nn.Parameter(torch.zeros(3, 24, 40))
+    w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    optimizer = model_file.Muon([torch.nn.Parameter(torch.zeros(1, 1))], lr=1.0, momentum=0.0, weight_decay=0.0)
+    optimizer.add_param_group({'params': [w]})
+    optimizer.step()
+    for found, grad in zip(w.detach(), w.grad, strict=True):
+        np.testing.assert_allclose(-found, newton_schulz(grad.double().numpy()), rtol=0, atol=tolerance)
+    assert asked and (w.detach().bfloat16().float() == w.detach()).all() == fast
 
 
 # 4.3 checkpoints and resuming
@@ -4050,7 +4118,8 @@ def test_5_2_choice_bias_moves_towards_idle_experts():
     assert not model.sparse[1].choice_bias.any() and 'blocks.0.mlp.choice_bias' in model.state_dict()
 
 
-def test_5_2_muon_takes_each_expert_of_a_stack_for_a_matrix():
+def test_5_2_muon_takes_each_expert_of_a_stack_for_a_matrix(monkeypatch):
+    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device: True)  # torch always orthogonalises in bfloat16
     torch.manual_seed(0)
     stack = torch.nn.Parameter(torch.randn(3, 8, 12))
     matrices = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
