@@ -2697,11 +2697,12 @@ def test_2_5_filters_equal_transformers():
                          (dict(min_p=0.05), hf.MinPLogitsWarper(0.05)), (dict(top_k=1000), hf.TopKLogitsWarper(1000)),
                          (dict(top_p=1e-6), hf.TopPLogitsWarper(1e-6))):
         assert torch.equal(filter_logits(logits, **mine), theirs(None, logits)), mine
-    texts = [[1, 5, 5], [2], [3, 60], [0], [9]]
-    penalised = torch.cat([hf.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([t]), row[None])
-                           for t, row in zip(texts, logits, strict=True)])
-    greedy, _ = model_file.sample(logits.clone(), texts, None, 0, 0, 0, 1.0, 0.0, 1.7)
-    assert greedy == penalised.argmax(-1).tolist()
+    few, most = [[1, 5, 5], [2], [3, 60], [0], [9]], [[t for t in range(61) if t % 5 != row] for row in range(5)]
+    for texts, values in ((few, logits), (most, -1 - logits.abs())):  # negative logits become less likely, too
+        penalised = torch.cat([hf.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([t]), row[None])
+                               for t, row in zip(texts, values, strict=True)])
+        greedy, _ = model_file.sample(values.clone(), texts, None, 0, 0, 0, 1.0, 0.0, 1.7)
+        assert greedy == penalised.argmax(-1).tolist()
 
 
 def test_2_5_samples_have_the_models_distribution():
