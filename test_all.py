@@ -2690,6 +2690,16 @@ def test_2_5_a_row_does_not_depend_on_when_others_stop():
     assert len(stopped[0]) == free[0].index(free[0][2]) + 1 and model.generate([[1], [2], [3]], 20, seed=6) != free
 
 
+def test_2_5_any_of_several_ids_ends_a_row():
+    model = tiny()
+    free = model.generate([[1, 2], [3], [4, 5, 6]], 20, temperature=1.0, seed=0)
+    stop_ids = [free[row][5 + row] for row in range(3)]
+    ended = model.generate([[1, 2], [3], [4, 5, 6]], 20, temperature=1.0, seed=0, stop_ids=stop_ids)
+    for row, short in zip(free, ended, strict=True):
+        end = next(i for i, token in enumerate(row) if token in stop_ids)
+        assert short == row[:end + 1]
+
+
 def test_2_5_filters_equal_transformers():
     logits = torch.randn(5, 61, generator=torch.Generator().manual_seed(0)) * 3
     from transformers.generation import logits_process as hf
