@@ -5047,8 +5047,10 @@ def read_rows(folder, *splits):
 
 
 def test_6_5_word_problems_are_prepared(house):
-    folder, small = house.root / 'data/wordproblems', 'wordproblems --train_rows=300 --val_rows=60 --test_rows=70'
+    folder = house.root / 'data/wordproblems'
+    small = 'wordproblems --train_rows=300 --val_rows=60 --test_rows=70 --pref_rows=80'
     assert house(small)[0][::2] == (0, '')
+    assert [len(read_rows(folder, f'prefs_{split}')) for split in ('train', 'val', 'test')] == [80, 60, 70]
     assert [len(read_rows(folder, split)) for split in ('train', 'val', 'test')] == [300, 60, 70]
     before, digest = contents(folder), json.loads((folder / 'meta.json').read_text())['sha256']
     assert house(small)[0][0] == 0 and contents(folder) == before
@@ -5231,11 +5233,11 @@ def test_6_5_sums_in_words_are_right_and_held_out_ones_new(house):
 # 6.6 fine-tuning as a whole
 
 def test_6_6_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_stage, base_run):
-    status, out, err = tune('--max_iters=150', '--eval_interval=150', '--batch_size=8', '--learning_rate=3e-3',
-                           '--out_dir=run', '--eval_rows=0', '--max_new_tokens=48')
+    status, out, err = tune('--max_iters=80', '--eval_interval=80', '--learning_rate=1e-2', '--out_dir=run',
+                            '--eval_rows=0', '--max_new_tokens=48')
     assert (status, err) == (0, '')
     first, last = [row for row in rows_of('run') if 'val/loss' in row]
-    assert abs(first['val/loss'] - math.log(260)) < 0.3 and last['val/loss'] < 0.4 * first['val/loss']
+    assert abs(first['val/loss'] - math.log(260)) < 0.3 and last['val/loss'] < 0.1 * first['val/loss']
     assert first['val/correct'] == 0 and last['val/rouge_l'] > 0.5 > first['val/rouge_l']
     assert last['val/f1_low'] <= last['val/f1'] <= last['val/f1_high']
     assert 'gold' in Path('run/samples.txt').read_text() and 'correct by steps: 1: ' in out
@@ -5377,18 +5379,18 @@ def test_6_7_new_fields_change_no_initial_weight():
 @pytest.mark.parametrize('rs', [False, True])
 def test_6_7_lora_is_the_papers_formula_for_each_of_q_k_and_v(rs):
     config = GPTConfig(n_embd=8, n_head=2, lora_rank=3, lora_alpha=6.0, lora_targets='q,v', lora_rs=rs)
-    layer = model_file.linear(config, 8, True, q=8, k=4, v=4)
     torch.manual_seed(0)
+    layer = model_file.linear(config, 8, True, q=8, k=4, v=4).double()
     torch.nn.init.normal_(layer.lora_a)
     torch.nn.init.normal_(layer.lora_b)
-    x = torch.randn(5, 8)
-    w, b, a_q, a_v = (t.double() for t in (layer.weight, layer.bias, *layer.lora_a))
-    b_q, b_v = layer.lora_b.double().split((8, 4))
+    x = torch.randn(5, 8).double()
+    a_q, a_v = layer.lora_a
+    b_q, b_v = layer.lora_b.split((8, 4))
     scale = 6 / math.sqrt(3) if rs else 2
-    y = x.double() @ w.T + b
-    y[:, :8] += scale * (x.double() @ a_q.T @ b_q.T)
-    y[:, 12:] += scale * (x.double() @ a_v.T @ b_v.T)
-    torch.testing.assert_close(layer(x).double(), y, atol=1e-6, rtol=1e-6)
+    y = x @ layer.weight.T + layer.bias
+    y[:, :8] += scale * (x @ a_q.T @ b_q.T)
+    y[:, 12:] += scale * (x @ a_v.T @ b_v.T)
+    torch.testing.assert_close(layer(x), y, atol=1e-12, rtol=1e-12)
 
 
 def test_6_7_adapters_are_a_bottleneck_with_a_residual_behind_each_sublayer():
@@ -5588,7 +5590,9 @@ def test_6_7_a_run_of_small_tensors_loads_as_a_whole_model(options, tmp_path):
     whole = convert.complete(runtime.load_checkpoint(run), str(run))  # what a stage resumes from
     torch.testing.assert_close(GPT.from_state(whole).eval()(x), model(x))
     second, again = lora_run(tmp_path / 'second', run, lora_rank=1)  # a run on a run on a base
-    torch.testing.assert_close(convert.load_model(str(second))[0].eval()(x), again(x), atol=1e-5, rtol=1e-5)
+    loaded, _ = convert.load_model(str(second))
+    loaded, again = loaded.eval().double(), again.double()  # what float32 rounds would come near the bounds
+    torch.testing.assert_close(loaded(x), again(x), atol=1e-5, rtol=1e-5)
 
 
 def test_6_7_a_base_that_is_gone_or_another_is_named(tmp_path, monkeypatch):
