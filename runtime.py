@@ -517,6 +517,8 @@ class Run:
         self.unsaved, self._damaged, self._mute = {}, [], set()
         self.best, self.lr = math.inf, 0.0
         self.began = time.perf_counter()
+        if config['dtype'] == 'bfloat16' and self.device == 'cpu' and not fast_bfloat16('cpu'):
+            self.say('dtype=bfloat16: this processor multiplies float32 faster; --dtype=auto takes what is fast')
 
     # ------------------------------------------------------------------------------------------------------------------
     # the loop: forward, backward, update
