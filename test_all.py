@@ -5349,7 +5349,7 @@ def test_6_7_only_small_weights_are_saved_and_the_base_stays(tune, run_stage, ba
     before = (base_run / 'ckpt.pt').read_bytes()
     for name, flags in {'lora': ['--lora_rank=4'], 'qlora': ['--lora_rank=4', '--quant=nf4'],
                         'adapters': ['--adapter_dim=8']}.items():
-        status, out, err = tune('--max_iters=30', '--eval_interval=30', '--learning_rate=1e-2', f'--out_dir={name}',
+        status, out, err = tune('--max_iters=20', '--eval_interval=20', '--learning_rate=2e-2', f'--out_dir={name}',
                                *flags)
         assert (status, err) == (0, ''), err
         first, last = [row['val/loss'] for row in rows_of(name) if 'val/loss' in row]
