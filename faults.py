@@ -264,7 +264,7 @@ FAULTS = [
     # sft.py
     Fault('rows_weigh_alike', 'sft.py',
           'loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)',
-          'loss_on(net, run, arrays)', 'test_6_2 and packing_changes or test_6_6 and learns'),
+          'loss_on(net, run, arrays)', 'test_6_6 and weighs_alike'),
     Fault('sft_evaluation_with_dropout', 'sft.py', '    model.eval()\n    nats, counts = run.spread',
           '    nats, counts = run.spread', 'test_6_6 and dropout'),
     Fault('eval_split_ignored', 'sft.py', 'data = rows_of(eval_split, tokenizer, length, run)',

@@ -5261,6 +5261,14 @@ def test_6_6_fine_tuning_resumes_bit_for_bit(tune, flags):
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
 
 
+def test_6_6_every_target_of_a_step_weighs_alike_however_it_is_cut(tune):
+    for name, rows, parts in (('whole', 4, 1), ('halves', 2, 2), ('rows', 1, 4)):
+        assert tune(f'--batch_size={rows}', f'--gradient_accumulation_steps={parts}', f'--out_dir={name}',
+                    '--max_iters=3', '--eval_interval=3')[0] == 0
+        for key in ('train/loss', 'grad_norm', 'val/loss'):
+            assert logged(name, key) == pytest.approx(logged('whole', key), rel=1e-4), (name, key)
+
+
 def test_6_6_auto_starts_from_base_and_then_goes_on(tune, base_run):
     for steps in (3, 6):
         status, out, err = tune('--init_from=auto', f'--base={base_run}', '--out_dir=auto', f'--max_iters={steps}')
