@@ -189,6 +189,9 @@ def fast_bfloat16(device, rows=512):
     Most processors have no 16-bit arithmetic: PyTorch converts number by number, and a product takes up to thirty times
     as long. Some multiply 16 bits at half the speed of 32, yet read them twice as fast, which is what counts for the
     few rows of a step of generation. Everything that may choose its precision asks here.
+
+    rows=0: the processor's kind alone decides. A timing may come out one way today and the other tomorrow, or in the
+    process beside, but a run that is resumed has to compute what it would have computed.
     """
     kind = device.split(':')[0]
     if kind != 'cpu':
@@ -200,7 +203,8 @@ def fast_bfloat16(device, rows=512):
         return True
     if found and not found.get('avx512_bf16') and not found.get('bf16'):  # the latter is Arm's
         return False
-    return _bfloat16_is_faster(rows)  # AVX512-BF16 has twice the speed of float32 on one processor, half on another
+    # AVX512-BF16 has twice the speed of float32 on one processor, half on another
+    return rows > 0 and _bfloat16_is_faster(rows)
 
 
 @torch.inference_mode()
@@ -953,7 +957,7 @@ class Muon(torch.optim.Muon):
         sharded = hasattr(momenta[0], 'full_tensor')
         stack = torch.stack([m.full_tensor() for m in momenta] if sharded else momenta)
         rate = group['lr'] * math.sqrt(max(1, stack.shape[-2] / stack.shape[-1]))
-        dtype = torch.bfloat16 if fast_bfloat16(str(stack.device)) else torch.float32
+        dtype = torch.bfloat16 if fast_bfloat16(str(stack.device), rows=0) else torch.float32
         flat = orthogonalize(stack.flatten(0, -3), group['ns_coefficients'], group['ns_steps'], group['eps'], dtype)
         updates = (flat.view(stack.shape).float() * (rate * keep)).unbind()
         if sharded:

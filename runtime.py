@@ -504,7 +504,8 @@ class Run:
             if not dist.is_initialized():
                 join_processes('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
         self.device, self.device_type = device, device.split(':')[0]
-        self.dtype, self._torch_dtype = pick_dtype(config['dtype'], self.device)
+        chosen = self.on_main(lambda: pick_dtype(config['dtype'], self.device)[0])  # a timing may be another elsewhere
+        self.dtype, self._torch_dtype = pick_dtype(chosen, self.device)
         if self.fsdp and self.dtype == 'float16':
             raise UserError('fsdp=True goes with dtype=bfloat16 or float32: float16 would need a loss scale per shard')
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == 'float16')
