@@ -43,6 +43,7 @@ import safetensors.torch as safetensors_torch
 import tiktoken
 import tokenizers as hf
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
@@ -236,13 +237,22 @@ FORK = '''
 import gc, json, os, runpy, signal, sys, time, traceback
 
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.nn.attention.flex_attention
-import bench, convert, dataset, model, rollout, runtime, sample
+import bench, convert, dataset, model, rollout, runtime, sample, train
+
+runtime.configure(vars(train), model.GPTConfig, argv=[])  # reads the sources once for all
+root = os.path.dirname(runtime.__file__)
+shared = [name for name, module in sys.modules.items() if getattr(module, '__file__', None) == f'{root}/{name}.py']
 
 def run(script, *arguments):
     """What `python script arguments` does; ends this process."""
     code = 1
     try:
         sys.argv = [script, *arguments]
+        folder = os.path.dirname(script)
+        sys.path.insert(0, folder)
+        for name in shared:  # another checkout's are its own
+            if folder != root and os.path.exists(f'{folder}/{name}.py'):
+                del sys.modules[name]
         runpy.run_path(script, run_name='__main__')
         code = 0
     except SystemExit as end:
@@ -277,7 +287,7 @@ def wait(pids, seconds):
         found = [ended[pid] for pid in pids]
         if None not in found or any(found) or time.monotonic() > until:
             return found
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 ended = {}
 gc.freeze()
@@ -299,11 +309,15 @@ def forker():
                             text=True)
 
 
+ASKING = threading.Lock()
+
+
 def ask(name, *arguments):
     """Calls a function of the forker."""
-    forker().stdin.write(json.dumps([name, arguments]) + '\n')
-    forker().stdin.flush()
-    return json.loads(forker().stdout.readline())
+    with ASKING:
+        forker().stdin.write(json.dumps([name, arguments]) + '\n')
+        forker().stdin.flush()
+        return json.loads(forker().stdout.readline())
 
 
 class Forked:
@@ -314,7 +328,8 @@ class Forked:
         self.args, self.folder = [str(ROOT / script), *map(str, args)], tempfile.TemporaryDirectory()
         self.out, self.err = (Path(self.folder.name, name) for name in ('out', 'err'))
         self.out.touch(), self.err.touch()
-        self.pids = [ask('start', self.args, str(cwd), os.environ | env, str(self.out), str(self.err)) for env in envs]
+        self.pids = [ask('start', self.args, str(Path(cwd).absolute()), os.environ | env, str(self.out), str(self.err))
+                     for env in envs]
 
     def poll(self, seconds=0):
         """The status, of several the first that is not 0; None after so many seconds."""
@@ -346,17 +361,39 @@ class Forked:
                 elif ended:
                     return
                 else:
-                    ended = self.poll(0.002) is not None
+                    ended = self.poll(0.01) is not None
 
     def send_signal(self, number):
         for pid, status in zip(self.pids, ask('wait', self.pids, 0), strict=True):
             if status is None:  # else the number may be another's by now
                 os.kill(pid, number)
 
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
     def kill(self):
         self.send_signal(signal.SIGKILL)
         for pid in self.pids:
             ask('wait', [pid], 60)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+
+
+class ForkedScripts:
+    """What a stage needs of the module subprocess in order to run Python scripts."""
+    PIPE = subprocess.PIPE
+
+    def Popen(command, cwd='.', env=None, **_):
+        return Forked(*command[1:], cwd=cwd, envs=[dict(env or {})])
+
+    def run(command, **options):
+        process = ForkedScripts.Popen(command, **options)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture
@@ -408,7 +445,7 @@ def text_data(tmp_path_factory):
 
 SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--max_iters=8',
          '--eval_interval=4', '--eval_iters=2', '--log_interval=2', '--warmup_iters=2', '--sample_tokens=8',
-         '--device=cpu']
+         '--device=cpu', '--dtype=float32']
 
 
 @pytest.fixture
@@ -471,10 +508,9 @@ def logged(run, key):
 
 
 def launch(n, *args, cwd, options=(), stage='train.py'):
-    """torchrun itself: an agent, and n processes that begin with `import torch`."""
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-                             *options, ROOT / stage, *map(str, args)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """torchrun itself: its agent, and n processes that begin with `import torch`."""
+    return Forked(torch.distributed.run.__file__, '--standalone', f'--nproc_per_node={n}', *options, ROOT / stage,
+                  *args, cwd=cwd)
 
 
 @functools.cache
@@ -1189,6 +1225,7 @@ def test_0_3_bfloat16_is_taken_where_it_is_faster(monkeypatch, onednn, found, ti
     answers = model_file.fast_bfloat16.__wrapped__  # without what it remembers
     monkeypatch.setattr(runtime, 'fast_bfloat16', answers)
     assert answers('cpu') == answers('cpu', 1) == fast
+    assert answers('cpu', 0) == (fast and found.get('amx_bf16', False))  # what must not depend on a timing
     assert runtime.pick_dtype('auto', 'cpu')[0] == ('bfloat16' if fast else 'float32')
     assert runtime.pick_dtype('auto', 'cpu', 1 << 22)[0] == ('bfloat16' if fast else 'float32')
     assert runtime.pick_dtype('auto', 'cpu', (1 << 22) - 1)[0] == 'float32'
@@ -1390,22 +1427,20 @@ BENCH = ['--repeats=1', '--steps=2', '--device=cpu']
 
 
 def test_0_4_bench_measures_training(run_stage, text_data):
+    run_stage.given = {'subprocess': ForkedScripts}
     status, out, err = run_stage('bench', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--vocab_size=50304',
-                                 '--block_size=256', '--profile')
+                                 '--block_size=256', '--batch_size=2', '--profile')
     assert (status, err) == (0, '')
     found = json.loads(Path('out/bench/train.json').read_text())['rows'][0]
     assert sum(found[f'{part} %'] for part in ('data', 'forward', 'backward', 'optimizer')) == pytest.approx(100)
-    assert found['tokens/s'] == pytest.approx(4 * 256 / found['ms/step'] * 1000) and 0 < found['MFU %'] < 100
-    assert found['memory ratio'] < 0.6 and found['with all logits MB'] > 3 * 4 * 4 * 256 * 50304 / 2 ** 20
+    assert found['tokens/s'] == pytest.approx(2 * 256 / found['ms/step'] * 1000) and 0 < found['MFU %'] < 100
+    assert found['memory ratio'] < 0.6 and found['with all logits MB'] > 3 * 4 * 2 * 256 * 50304 / 2 ** 20
     assert json.loads(Path('out/bench/trace.json').read_text())['traceEvents'] and 'aten::' in out
 
 
 def test_0_4_bench_measures_processes(text_data, tmp_path):
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           ROOT / 'bench.py', 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--fsdp',
-                           '--gradient_accumulation_steps=2'], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    torchrun(2, 'train', *SMALL, f'--dataset={text_data}', *BENCH, '--fsdp', '--gradient_accumulation_steps=2',
+             cwd=tmp_path, stage='bench.py')
     found = json.loads((tmp_path / 'out/bench/train.json').read_text())['rows'][0]
     assert found['communication ms/step'] > 0 and found['processes'] == 2
 
@@ -1431,6 +1466,7 @@ def test_0_4_bench_compares_checkouts(run_stage, text_data, tmp_path):
     other.mkdir()
     for path in (*ROOT.glob('*.py'), ROOT / 'config'):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, other / path.name)
+    run_stage.given = {'subprocess': ForkedScripts}
     args = [*SMALL, f'--dataset={text_data}', '--against=other', '--repeats=1', '--device=cpu']
     status, out, err = run_stage('bench', 'train', *args, '--steps=1')
     assert (status, err) == (0, '') and 'tokens/s ratio, mean' in out
@@ -1558,7 +1594,7 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
               Stage('second', ('first',), (1, 0), (f'{learn} --out_dir=out/second --init_from=out/first',),
                     'out/second', score, look),
               Stage('apart', (), (1, 1), (f'{learn} --out_dir=out/apart --seed=2',), 'out/apart', score, look))
-    run_stage.given = {'STAGES': stages}
+    run_stage.given = {'STAGES': stages, 'subprocess': ForkedScripts}
 
     def made():
         return {path.parent.name: path.stat().st_mtime_ns for path in Path('out').glob('*/ckpt.pt')}
@@ -1594,6 +1630,7 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
     for flags, words in ((['--only=third'], "'third' is not one of first, second, apart"),
                          (["--flags=--seed='2"], 'No closing quotation'),
                          (['--only=second', '--flags=--max_iters=0'], 'second ended with status 2\n')):
+        run_stage.given['subprocess'] = subprocess
         status, _, err = run_stage('pipeline', *flags)
         assert status == 2 and words in err
         assert json.loads(Path('out/pipeline.json').read_text()) == log
@@ -1679,14 +1716,13 @@ def test_1_2_future_and_padding_change_nothing(options):
         torch.testing.assert_close(encoder(x, mask=keys)[:, :13], alone, atol=1e-4, rtol=1e-4)
 
 
-def run_model(*args):
-    found = subprocess.run([sys.executable, ROOT / 'model.py', *map(str, args)], capture_output=True, text=True,
-                           env=os.environ | {'OMP_NUM_THREADS': '1'})
+def run_model(*args, run=ForkedScripts.run):
+    found = run([sys.executable, str(ROOT / 'model.py'), *map(str, args)], capture_output=True, text=True)
     return found.returncode, found.stdout, found.stderr
 
 
 def test_1_2_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
-    status, out, err = run_model()
+    status, out, err = run_model(run=subprocess.run)
     assert (status, err) == (0, '') and 'model.Attention gives the same.' in out
     assert re.search(r'sat +0\.25 +0\.25 +0\.5\n', out) and re.search(r'sat +9 +9\n', out)
     assert re.search(r'all +124,439,808\n', out)  # as GPT-2 is: 124 M
@@ -2621,21 +2657,26 @@ def test_2_4_an_update_that_is_not_finite_is_skipped_and_counted(run_stage, text
     assert not runtime.not_finite(torch.load('stop/ckpt.pt', weights_only=True))
 
 
-@pytest.mark.parametrize('config, parameters', [('gpt2', 124_475_904), ('gpt2_modern', 162_201_600)])
+@pytest.mark.parametrize('config, parameters', [('gpt2', 124_475_904), ('gpt2_modern', 162_223_872)])
 def test_2_4_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
-    """The whole model at its whole context, on a shard as llm.c writes them; only fewer windows, and not compiled."""
+    """The recipe and its whole vocabulary, on a shard as llm.c writes them; one narrow block, a quarter of the context,
+    fewer windows, and not compiled."""
+    path = ROOT / f'config/{config}.py'
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**{key: value for key, value, _ in runtime.read_config(str(path))
+                                 if key in GPTConfig.__dataclass_fields__}))
+    assert model.num_params() == parameters
     Path('fineweb').mkdir()
     for split in ('train', 'val'):
         Path(f'fineweb/fineweb_{split}_000001.bin').write_bytes(llmc_bytes([i % 250 for i in range(5000)]))
     bytes_tokenizer().save(Path('fineweb/tokenizer.json'))
-    status, out, err = run_stage('train', ROOT / f'config/{config}.py', '--dataset=fineweb', '--out_dir=run',
-                                 '--batch_size=1', '--gradient_accumulation_steps=2', '--max_iters=1', '--eval_iters=1',
-                                 '--sample_tokens=0', '--compile=False', '--warmup_iters=0', '--device=cpu')
+    status, out, err = run_stage('train', path, '--dataset=fineweb', '--out_dir=run', '--n_layer=1', '--n_embd=96',
+                                 '--block_size=256', '--batch_size=1', '--gradient_accumulation_steps=2',
+                                 '--max_iters=1', '--eval_iters=1', '--sample_tokens=0', '--compile=False',
+                                 '--warmup_iters=0', '--device=cpu')
     assert (status, err) == (0, '')
     first, last = logged('run', 'val/loss')
     assert last < first - 0.1
-    assert json.loads(Path('run/summary.json').read_text())['parameters'] == parameters
-    shutil.rmtree('run')
 
 
 def test_2_4_the_gradient_is_clipped_to_its_norm():
@@ -3209,6 +3250,7 @@ def test_3_6_heads_that_share_keys_attend_alike_in_16_bits():
 
 
 def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
+    run_stage.given = {'subprocess': ForkedScripts}
     flags = [f'--dataset={text_data}', '--max_iters=4', '--block_size=32', '--n_layer=2', '--n_embd=32',
              '--eval_iters=1', '--seeds=2', '--device=cpu', '--results=found']
     status, out, err = run_stage('bench', 'ablate', '--what=norm, position', *flags)
@@ -3516,7 +3558,7 @@ def test_4_2_accumulation_equals_a_large_batch(run_stage, text_data):
 
 def test_4_2_muon_equals_torch_muon(monkeypatch):
     """Matrices of one shape together, tall ones and wide ones, with decay: what torch computes one by one."""
-    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device: True)  # torch always orthogonalises in bfloat16
+    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device, rows: True)  # torch's orthogonalises in bfloat16
     ours, theirs = tiny(n_embd=48, n_head=2), tiny(n_embd=48, n_head=2)
     mine = ours.configure_optimizers('muon', muon_lr=0.02, weight_decay=0.1)[1]
     matrices = [dict(theirs.named_parameters())[n] for n, p in ours.named_parameters()
@@ -3545,7 +3587,7 @@ def newton_schulz(x, steps=5):
 @pytest.mark.parametrize('fast, tolerance', [(False, 1e-4), (True, 0.05)])
 def test_4_2_muon_computes_in_16_bits_only_where_they_are_fast(monkeypatch, fast, tolerance):
     asked = []
-    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device: asked.append(device) or fast)
+    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device, rows: asked.append(device) or fast)
     w = torch.nn.Parameter(torch.zeros(3, 24, 40))
     w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
     optimizer = model_file.Muon([torch.nn.Parameter(torch.zeros(1, 1))], lr=1.0, momentum=0.0, weight_decay=0.0)
@@ -3628,7 +3670,7 @@ DURABLE = [*SMALL, '--dropout=0.1', '--gradient_accumulation_steps=2', '--log_in
 
 def test_4_3_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_path):
     """A run that is killed again and again ends in the same weights and moments, and each time something loads."""
-    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=200', '--eval_interval=3', '--eval_iters=1']
+    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=100', '--eval_interval=3', '--eval_iters=1']
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
     rng, begun, kills = random.Random(0), [], 0
     while True:
@@ -3637,7 +3679,7 @@ def test_4_3_kill_9_at_random_moments_changes_nothing(run_stage, text_data, tmp_
             if line.startswith('step ') and '|' in line:  # training, saving and sampling from here on
                 break
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=rng.uniform(0, 0.6))
+            process.communicate(timeout=rng.uniform(0, 0.3))
         process.kill()
         if process.wait() == 0:
             break
@@ -3928,8 +3970,8 @@ DISTRIBUTED = [*SMALL, '--log_interval=1', '--gradient_accumulation_steps=4', '-
 def test_4_4_processes_share_the_batch_of_one(run_stage, text_data, tmp_path, n, options):
     """1 x 4, 2 x 2 and 4 x 1 micro-batches: the same windows, the same curve; and any may go on with another's run."""
     optimizer, *options = options
-    # 50,304 tokens: the loss runs over chunks
-    args = [f'--dataset={text_data}', *DISTRIBUTED, '--vocab_size=50304', '--lr_decay_iters=8', optimizer]
+    # 4,096 tokens: the loss runs over chunks
+    args = [f'--dataset={text_data}', *DISTRIBUTED, '--vocab_size=4096', '--lr_decay_iters=8', optimizer]
     run_stage('train', *args, '--out_dir=one')
     out = torchrun(n, *args, '--out_dir=many', *options, cwd=tmp_path)
     assert out.count('step 8/8') == 1  # ranks log once
@@ -3984,21 +4026,24 @@ def workers(launched, run):
     for pid in pids_of(f'--out_dir={run}'):
         with contextlib.suppress(OSError):
             rank = re.search(rb'\0RANK=(\d+)', Path(f'/proc/{pid}/environ').read_bytes())
-            if rank and pid != launched.pid:
+            if rank and pid not in launched.pids:
                 found[int(rank[1])] = pid
     return found
 
 
-@pytest.mark.parametrize('rank', [0, 1])
-def test_4_4_a_rank_that_dies_costs_nothing(text_data, tmp_path, rank):
-    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=150', '--eval_interval=5', '--eval_iters=1',
+def test_4_4_ranks_that_die_cost_nothing(text_data, tmp_path):
+    """First rank 0, which writes the checkpoints, then rank 1."""
+    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=60', '--eval_interval=5', '--eval_iters=1',
             f'--out_dir={tmp_path}/run']
     process = launch(2, *args, cwd=tmp_path, options=['--max-restarts=3'])
-    next(line for line in process.stdout if line.startswith('step 40/'))
-    os.kill(workers(process, f'{tmp_path}/run')[rank], signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
+    printed = process.stdout
+    for rank, step in ((0, 15), (1, 30)):
+        next(line for line in printed if line.startswith(f'step {step}/'))
+        os.kill(workers(process, f'{tmp_path}/run')[rank], signal.SIGKILL)
+    out, err = process.communicate()
     assert process.returncode == 0, err
-    assert 'parameters from' in out and re.search(r'ckpt.pt, step [1-9]', out)  # it went on, not from scratch
+    # both times it went on, not from scratch
+    assert out.count('parameters from') == 3 and len(re.findall(r'ckpt.pt, step [1-9]', out)) == 2
     torchrun(2, *args[:-1], f'--out_dir={tmp_path}/whole', cwd=tmp_path)
     assert digest(tmp_path / 'run') == digest(tmp_path / 'whole')
     assert logged(tmp_path / 'run', 'train/loss') == logged(tmp_path / 'whole', 'train/loss')
@@ -4130,7 +4175,7 @@ def test_5_2_choice_bias_moves_towards_idle_experts():
 
 
 def test_5_2_muon_takes_each_expert_of_a_stack_for_a_matrix(monkeypatch):
-    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device: True)  # torch always orthogonalises in bfloat16
+    monkeypatch.setattr(model_file, 'fast_bfloat16', lambda device, rows: True)  # torch's orthogonalises in bfloat16
     torch.manual_seed(0)
     stack = torch.nn.Parameter(torch.randn(3, 8, 12))
     matrices = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
