@@ -208,13 +208,19 @@ def fast_bfloat16(device, rows=512):
 
 
 @torch.inference_mode()
-def _bfloat16_is_faster(rows, n=1024, repeats=3):
-    """Times a product of (rows, n) with a matrix packed as for generation, in both precisions by turns."""
-    products, best = {}, {}
+def _bfloat16_is_faster(rows, repeats=12):
+    """Times a product of so many rows with a matrix packed as for generation, in both precisions by turns.
+
+    It is short and repeated, by one thread, and the shortest time counts, so that a busy machine gives the same answer
+    as a quiet one.
+    """
+    products, best, threads = {}, {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    n = 1024 if rows < 16 else 512  # few rows are about reading the matrix, many about multiplying
     for dtype in (torch.float32, torch.bfloat16):
         layer = nn.utils.skip_init(nn.Linear, n, n, bias=False, dtype=dtype)  # draws no random numbers
         layer.weight.fill_(1.0)
-        products[dtype] = functools.partial(PackedLinear(layer), torch.ones(rows, n, dtype=dtype))
+        products[dtype] = functools.partial(PackedLinear(layer), torch.ones(min(rows, 256), n, dtype=dtype))
         products[dtype]()  # the first call prepares the kernel
         best[dtype] = math.inf
     for _ in range(repeats):
@@ -222,6 +228,7 @@ def _bfloat16_is_faster(rows, n=1024, repeats=3):
             start = time.perf_counter()
             product()
             best[dtype] = min(best[dtype], time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return best[torch.bfloat16] < best[torch.float32]
 
 
