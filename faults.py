@@ -163,7 +163,11 @@ FAULTS = [
           'skip = torch.zeros_like(norm)', 'test_2_4 and not_finite'),
     Fault('grad_clip_ignored', 'runtime.py', 'torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)',
           'pass', 'test_2_4 and clipped'),
-    Fault('clip_norm_of_a_shard', 'runtime.py', 'norm = norm.full_tensor()', 'norm = norm.to_local()',
+    Fault('clip_norm_of_a_shard', 'runtime.py',
+          'norm = torch.nn.utils.get_total_norm([p.grad for p in params])\n'
+          '        if self.fsdp:\n'
+          '            norm = norm.full_tensor()',
+          'norm = torch.nn.utils.get_total_norm([p.grad.to_local() if self.fsdp else p.grad for p in params])',
           'test_4_4 and share_the_batch and fsdp and not muon'),
     Fault('ddp_first_micro_batch', 'runtime.py', 'last=micro_step == self.micro_steps - 1',
           'last=micro_step == 0', 'test_4_4 and share_the_batch and adamw and not fsdp'),
