@@ -61,6 +61,8 @@ NAMES = {  # every sixth is for val and test
           'Bilal Jan Minh Daniel Enzo Kofi Tane Felix Jack Budi Emil Nikhil Gustav Amir Kojo Oscar Idris Noah Themba '
           'Milan Sung Tomas Kai Haruto Dmitri'}
 PERSONS = {name: who for who in NAMES for name in NAMES[who].split()}
+HELD_NAMES = list(PERSONS)[5::6]
+LEARNED_NAMES = [name for name in PERSONS if name not in HELD_NAMES]
 PRONOUNS = {'she': {'he': 'she', 'him': 'her', 'his': 'her'}, 'he': {'he': 'he', 'him': 'him', 'his': 'his'}}
 POOLS = {
     'toy': 'marble, sticker, pencil, crayon, seashell, stamp, coin, trading card, balloon, ribbon, bead, badge, '
@@ -478,25 +480,15 @@ def fill(text, scene, draw):
 
 
 def draw_problem(template, split, draw):
-    """A question, the lines of its working, and result(values) -> the sentence that gives these results, and values."""
+    """A question, the lines of its working, its scene, in which the template's result is to be filled, and values."""
     values = draw_values(template, split, draw)
-    names = [name for i, name in enumerate(PERSONS) if (i % 6 == 5) == (split != 'train')]
-    scene = dict(zip('ABC', draw.sample(names, 3), strict=True)) | values
+    scene = dict(zip('ABC', draw.sample(LEARNED_NAMES if split == 'train' else HELD_NAMES, 3), strict=True)) | values
     scene |= PRONOUNS[PERSONS[scene['A']]]
     question, lines = fill(template['question'], scene, draw), []
     for name, rest, x, op, y, unit in template['plan']:
         result = f'{values[name]} remainder {values[rest]}' if rest else phrase(f'{name} {unit}'.strip(), scene, draw)
         lines.append(f'{values.get(x, x)} {op} {values.get(y, y)} = {result}')
-    state = draw.getstate()
-
-    def result(values):
-        now = draw.getstate()
-        draw.setstate(state)  # in the same words whenever it is asked for
-        text = fill(template['result'], scene | values, draw)
-        if now != state:
-            draw.setstate(now)
-        return text
-    return question, lines, result, values
+    return question, lines, scene, values
 
 
 def with_call(line):
@@ -512,10 +504,10 @@ def with_call(line):
 
 
 def draw_row(template, split, draw):
-    question, lines, result, values = draw_problem(template, split, draw)
+    question, lines, scene, values = draw_problem(template, split, draw)
     lines = [with_call(line) for line in lines] if tools and fraction_of(question) < tool_share else lines
     return {'messages': [{'role': 'user', 'content': question},
-                         {'role': 'assistant', 'content': solution(lines, result(values))}],
+                         {'role': 'assistant', 'content': solution(lines, fill(template['result'], scene, draw))}],
             'answer': str(values[asked(template)]), 'grader': 'number', 'steps': len(lines), 'kind': template['kind']}
 
 
@@ -530,7 +522,17 @@ def asked(template):
 
 def draw_pref(template, split, draw):
     """A pair of answers to one question, the worse one with a defect, now and then labelled the wrong way round."""
-    question, lines, result, values = draw_problem(template, split, draw)
+    question, lines, scene, values = draw_problem(template, split, draw)
+    state = draw.getstate()
+
+    def result(values):
+        """The sentence that gives these results, in the same words whenever it is asked for."""
+        now = draw.getstate()
+        draw.setstate(state)
+        text = fill(template['result'], scene | values, draw)
+        if now != state:
+            draw.setstate(now)
+        return text
     name, (defect,) = asked(template), draw.choices(list(DEFECTS), list(DEFECTS.values()))
     better, answer = solution(lines, result(values)), values[name]
     while True:
