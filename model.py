@@ -1228,6 +1228,8 @@ class GPT(nn.Module):
         Matrices in 4 bits stay zero: they come with a state.
         """
         config = self.config
+        if self.tok_emb.weight.is_meta:
+            return  # there is nothing to fill: the weights come with a state
 
         def fill(name, p):
             into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))

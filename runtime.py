@@ -705,8 +705,9 @@ class Run:
 
     def seed(self, index):
         """Seeds dropout as a function of the seed and the micro-batch's number in the whole run, never of history."""
-        state = np.random.SeedSequence([self.config['seed'], index]).generate_state(1)
-        torch.manual_seed(int(state[0]))
+        state = int(np.random.SeedSequence([self.config['seed'], index]).generate_state(1)[0])
+        # torch.manual_seed takes a trace of the stack for each kind of device that is not in use
+        (torch.default_generator if self.device_type == 'cpu' else torch).manual_seed(state)
 
     def to_device(self, *arrays):
         """NumPy arrays -> tensors on the device; the copy to a GPU is asynchronous, from pinned memory."""

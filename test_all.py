@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import http.server
 import importlib.util
@@ -581,12 +582,14 @@ def base_run(tmp_path_factory):
     return folder
 
 
+TUNED = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
+         '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+
+
 @pytest.fixture
 def tune(run_stage, base_run, chat_data):
     """tune('--key=value', …) -> (exit status, stdout, stderr) of a short run of sft.py."""
-    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=8',
-             '--warmup_iters=2', '--max_new_tokens=8', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
-    return lambda *args: run_stage('sft', f'--init_from={base_run}', f'--dataset={chat_data}', *small, *args)
+    return lambda *args: run_stage('sft', f'--init_from={base_run}', f'--dataset={chat_data}', *TUNED, *args)
 
 
 def learned(model, std=0.2):
@@ -643,12 +646,35 @@ def pref_data(tmp_path_factory):
     return folder
 
 
+RATED = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
+         '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
+
+
 @pytest.fixture
 def rate(run_stage, base_run, pref_data):
     """rate('--key=value', …) -> (exit status, stdout, stderr) of a short run of reward.py."""
-    small = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
-             '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
-    return lambda *args: run_stage('reward', f'--init_from={base_run}', f'--dataset={pref_data}', *small, *args)
+    return lambda *args: run_stage('reward', f'--init_from={base_run}', f'--dataset={pref_data}', *RATED, *args)
+
+
+def finished(script, *args, cwd):
+    """Runs a script in a process of its own, which has to end well and without a warning."""
+    process = Forked(script, *args, cwd=cwd)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, '')
+
+
+@pytest.fixture(scope='module')
+def rated(base_run, pref_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('rated')
+    finished('reward.py', f'--init_from={base_run}', f'--dataset={pref_data}', *RATED, '--max_iters=20',
+             '--eval_interval=20', '--batch_size=8', '--out_dir=scorer', cwd=folder)
+    return folder / 'scorer'
+
+
+@pytest.fixture
+def scorer(rated, tmp_path):
+    """The run of a reward model in the test's own folder."""
+    return shutil.copytree(rated, tmp_path / 'scorer')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4268,20 +4294,30 @@ def all_splits(vocab):
             if t[:i] in vocab and t[i:] in vocab]
 
 
-def train_tokenizer(style, folder, **change):
-    """A small tokenizer of that style in folder; returns its tokenizer.json."""
+# bytes that no token of SmolLM's tokenizer has
+LOST = defaultdict(set, smollm={tok.SPELLING[b] for b in (4, 6, 0x1d, 0xc0, 0xf2, 0xff)})
+
+
+@functools.cache
+def trained_merges(style):
+    """What tokenizers trains with the words of that style, the text of a tokenizer.json."""
     t = hf.Tokenizer(hf.models.BPE())
     d = json.loads(t.to_str()) | {'pre_tokenizer': PRE[style]}
     if style == 'qwen2':
         d['normalizer'] = {'type': 'NFC'}
     t = hf.Tokenizer.from_str(json.dumps(d))
     specials = ['<|endoftext|>', '<|im_start|>', '<|im_end|>'] * (style == 'smollm')
-    lost = {tok.SPELLING[b] for b in (4, 6, 0x1d, 0xc0, 0xf2, 0xff)} if style == 'smollm' else set()
+    lost = LOST[style]
     alphabet = sorted(set(hf.pre_tokenizers.ByteLevel.alphabet()) - lost)
     t.train_from_iterator([ENGLISH + ''.join(stress(1)[:300])], hf.trainers.BpeTrainer(
         vocab_size=1200, special_tokens=specials, initial_alphabet=[] if lost else alphabet, show_progress=False))
-    d = json.loads(t.to_str())
-    for c in sorted(lost):
+    return t.to_str()
+
+
+def train_tokenizer(style, folder, **change):
+    """A small tokenizer of that style in folder; returns its tokenizer.json."""
+    d = json.loads(trained_merges(style))
+    for c in sorted(LOST[style]):
         d['model']['merges'] = [m for m in d['model']['merges'] if c not in ''.join(m)]
         d['model']['vocab'] = {v: i for v, i in d['model']['vocab'].items() if c not in v}
     vocab = d['model']['vocab']
@@ -5926,7 +5962,7 @@ def prefs(problems):
     script, _ = problems
     templates = script.read_templates()
     return {split: list(script.draw_rows(split, count, templates, script.draw_pref, 'prefs '))
-            for split, count in (('train', 6000), ('val', 1000), ('test', 500))}
+            for split, count in (('train', 3000), ('val', 500), ('test', 300))}
 
 
 def test_7_1_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
@@ -6322,9 +6358,8 @@ def test_7_4_mistakes_with_reward_models_get_one_line(rate, base_run, words, arg
     assert all(word in err for word in words), err
 
 
-def test_7_4_a_reward_model_is_no_policy_and_a_policy_no_reward_model(rate, prefer, run_stage, base_run, chat_data,
+def test_7_4_a_reward_model_is_no_policy_and_a_policy_no_reward_model(scorer, prefer, run_stage, base_run, chat_data,
                                                                       text_data):
-    assert rate('--out_dir=scorer', '--max_iters=1')[0] == 0
     for stage, args in (('sft', [f'--dataset={chat_data}']), ('dpo', []), ('train', [f'--dataset={text_data}']),
                         ('sample', ['--start=a'])):
         status, out, err = run_stage(stage, '--init_from=scorer', '--device=cpu', *args)
@@ -7081,26 +7116,24 @@ def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkey
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
 def test_8_3_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
-    flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=24', '--eval_interval=2']
+    flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=12', '--eval_interval=2']
     assert act(stage, *flags, '--out_dir=whole')[0] == 0
     args = [f'--dataset={chat_data}', *STEPS, *STAGES[stage], *flags, '--out_dir=run']
     kills = 0
     while True:
-        process = subprocess.Popen([sys.executable, ROOT / f'{stage}.py', *args], cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = Forked(f'{stage}.py', *args, cwd=tmp_path)
         seen = 0
         for line in process.stdout:
             seen += line.startswith('step ') and '|' in line
-            if seen == 7 and kills < 2:
+            if seen == 3 and kills < 2:
                 time.sleep(0.02 * kills)
                 break
         if kills == 2:
-            assert process.wait() == 0 and process.stderr.read() == ''  # no warning either
+            assert process.wait() == 0 and process.err.read_text() == ''  # no warning either
             break
         process.kill()
-        process.wait()
         kills += 1
-        assert 0 < runtime.load_checkpoint('run/ckpt.pt')['iter'] < 24
+        assert 0 < runtime.load_checkpoint('run/ckpt.pt')['iter'] < 12
     assert digest('run', SAME) == digest('whole', SAME) and told('run') == told('whole')
     assert Path('run/samples.txt').read_text() == Path('whole/samples.txt').read_text()
 
@@ -7163,7 +7196,6 @@ def test_8_3_the_first_ratio_of_every_step_is_one(run_stage, act, monkeypatch, f
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
 def test_8_3_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
     """As many tensors live at the end of one step as of another, of a mixture of experts too."""
-    import gc
     model = GPT(GPTConfig(block_size=128, vocab_size=260, n_layer=1, n_head=2, n_embd=32, **MOE))
     save_run(Path('moe'), state_of(model))
     counts = []
@@ -7173,7 +7205,11 @@ def test_8_3_nothing_of_a_step_is_left_after_it(act, stage, monkeypatch):
         counts.append(sum(type(x) in (torch.Tensor, torch.nn.Parameter) for x in gc.get_objects()))
         return 0
     monkeypatch.setattr(runtime.Run, 'stopping', stopping)
-    assert act(stage, '--init_from=moe', '--out_dir=run', '--max_iters=6', '--eval_interval=6')[0] == 0
+    gc.freeze()  # what was there before is not looked at
+    try:
+        assert act(stage, '--init_from=moe', '--out_dir=run', '--max_iters=6', '--eval_interval=6')[0] == 0
+    finally:
+        gc.unfreeze()
     assert len(counts) == 6 and max(counts[1:]) - min(counts[1:]) <= 2, counts
 
 
@@ -7192,8 +7228,7 @@ def test_8_3_lora_of_samples_is_measured_against_the_base(act):
             assert out.count('gold') >= 3
 
 
-def test_8_3_a_reward_model_judges_samples(rate, act, base_run, chat_data):
-    assert rate('--out_dir=scorer', '--max_iters=20', '--eval_interval=20', '--batch_size=8')[0] == 0
+def test_8_3_a_reward_model_judges_samples(scorer, act, base_run, chat_data):
     model, tokenizer = convert.load_model('scorer', scores=True)
     score = rollout.load_scorer('scorer', lone(), tokenizer)
     with torch.no_grad():
@@ -7667,8 +7702,7 @@ def test_10_1_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-4), (name, key)
 
 
-def test_10_1_a_judge_scores_the_answers(rate, prefer):
-    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
+def test_10_1_a_judge_scores_the_answers(scorer, prefer):
     status, out, err = prefer('--judge=scorer', '--eval_only=True', '--out_dir=nothing')
     assert (status, err) == (0, '') and 'judge_share' in out and 'KL -0.00' in out.replace('KL 0.00', 'KL -0.00')
     assert not Path('nothing').exists()
@@ -7876,14 +7910,19 @@ def test_10_2_neither_models_logits_exist_as_a_whole():
 STUDENT = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32']
 
 
+@pytest.fixture(scope='module')
+def taught(text_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('taught')
+    finished('train.py', f'--dataset={text_data}', *SMALL, '--n_embd=64', '--block_size=48', '--pos=rope',
+             '--max_iters=60', '--learning_rate=5e-3', '--batch_size=8', '--eval_interval=60', '--out_dir=teacher',
+             cwd=folder)
+    return folder / 'teacher'
+
+
 @pytest.fixture
-def text_teacher(run_stage, text_data, tmp_path):
+def text_teacher(taught, tmp_path):
     """The run of a model of bytes that has learnt a little English."""
-    status, _, err = run_stage('train', f'--dataset={text_data}', *SMALL, '--n_embd=64', '--block_size=48',
-                               '--pos=rope', '--max_iters=60', '--learning_rate=5e-3', '--batch_size=8',
-                               '--out_dir=teacher')
-    assert (status, err) == (0, '')
-    return tmp_path / 'teacher'
+    return shutil.copytree(taught, tmp_path / 'teacher')
 
 
 @pytest.fixture
@@ -8004,8 +8043,17 @@ def test_10_2_two_processes_distil_as_one(teach_chat, base_run, chat_data, tmp_p
     assert_two_are_one()
 
 
-def test_10_2_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
+@pytest.fixture(scope='module')
+def short_text(tmp_path_factory):
+    """Running text of seven parts of a cache, the last not a whole one."""
+    folder = tmp_path_factory.mktemp('data') / 'short'
+    write_dataset(folder, bytes_tokenizer(), {'train': [ENGLISH[:26_000]], 'val': [ENGLISH[26_000:30_000]]}, 'topics')
+    return folder
+
+
+def test_10_2_a_cache_is_what_the_teacher_would_say(teach, short_text, monkeypatch):
     """Once as fast as it is made: in 16 bits, so not to the last digit; on the windows of an aligned split."""
+    teach = functools.partial(teach, f'--dataset={short_text}')
     whole = dataset.TokenData.__init__
     monkeypatch.setattr(dataset.TokenData, '__init__', lambda self, *args, aligned=False: whole(
         self, *args, aligned=aligned or args[1] == 'train'))
@@ -8049,8 +8097,9 @@ def test_10_2_a_cache_is_what_the_teacher_would_say(teach, monkeypatch):
         assert status == 2 and err.startswith('error: cache/meta.json: malformed') and not Path('no').exists()
 
 
-def test_10_2_all_tokens_may_be_kept(teach, monkeypatch):
+def test_10_2_all_tokens_may_be_kept(teach, short_text, monkeypatch):
     """With as many likeliest tokens as there are, a cache is the whole distribution, and nobody is among the others."""
+    teach = functools.partial(teach, f'--dataset={short_text}')
     whole = dataset.TokenData.__init__
     monkeypatch.setattr(dataset.TokenData, '__init__', lambda self, *args, aligned=False: whole(
         self, *args, aligned=aligned or args[1] == 'train'))
@@ -8070,24 +8119,20 @@ def test_10_2_processes_that_come_late_leave_no_part_of_a_cache_out(teach, text_
     late = """
 import os, sys, time
 import numpy as np
-sys.argv[0], sys.path[0] = f'{os.environ["ROOT"]}/distill.py', os.environ['ROOT']
 whole = np.memmap
 def slow(*args, **more):
     if 'done.bin' in str(args[0]):
-        time.sleep(3 * int(os.environ['RANK']))
+        time.sleep(int(os.environ['RANK']))
     return whole(*args, **more)
 np.memmap = slow
 import runtime, distill
-distill.__file__ = sys.argv[0]
+sys.argv[0] = distill.__file__
 runtime.cli(distill.main)
 """
     Path('late.py').write_text(late)
     args = [f'--dataset={text_data}', f'--teacher={text_teacher}', *SCHOOL, *STUDENT, '--top_k=5', '--cache=cache',
             '--max_iters=1', '--gradient_accumulation_steps=2', '--out_dir=two']
-    env = os.environ | {'ROOT': str(ROOT)}
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'late.py', *args]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    torchrun(2, *args, cwd=tmp_path, stage=tmp_path / 'late.py')
     assert np.memmap('cache/done.bin', np.uint8, 'r').all()
     assert (np.memmap('cache/logprobs.bin', np.float16, 'r').reshape(-1, 6).max(1) < 0).all()
 
@@ -8104,11 +8149,13 @@ def test_10_2_a_student_that_is_sure_of_itself_still_has_a_gradient():
     torch.testing.assert_close(slope.double(), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.fixture
-def fluent(tune, tmp_path):
+@pytest.fixture(scope='module')
+def fluent(base_run, chat_data, tmp_path_factory):
     """The run of a model that answers something."""
-    assert tune('--max_iters=40', '--eval_interval=40', '--learning_rate=1e-2', '--out_dir=fluent')[0] == 0
-    return tmp_path / 'fluent'
+    folder = tmp_path_factory.mktemp('fluent')
+    finished('sft.py', f'--init_from={base_run}', f'--dataset={chat_data}', *TUNED, '--max_iters=40',
+             '--eval_interval=40', '--learning_rate=1e-2', '--out_dir=fluent', cwd=folder)
+    return folder / 'fluent'
 
 
 @pytest.mark.parametrize('flags', [['--alpha=0.5'], ['--alpha=0'], ['--on_policy=1', '--prompts_per_step=8']], ids=str)
@@ -8124,7 +8171,8 @@ def test_10_2_micro_batches_of_a_student_weigh_by_their_targets(teach_chat, flue
         assert row['train/loss'] == pytest.approx((row['train/ce'] + row['train/kl']) / 2, rel=1e-4)
 
 
-def test_10_2_distillation_compiles_once_whatever_the_number_of_targets(teach_chat):
+def test_10_2_distillation_compiles_once_whatever_the_number_of_targets(teach_chat, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))  # graphs, no kernels
     torch._dynamo.reset()
     graphs, flags = torch._dynamo.utils.counters['stats'], ['--pack=False', '--max_iters=6', '--eval_rows=4']
     graphs.clear()
@@ -8470,8 +8518,7 @@ def test_10_3_several_answers_vote(talk, says):
     assert talk('--votes=2')[:2] == (0, 'a\n(none of 2 answers has a number: this is the first)\n')
 
 
-def test_10_3_the_best_of_several_answers_is_shown(talk, says, rate, base_run):
-    assert rate('--out_dir=scorer', '--max_iters=30', '--eval_interval=30', '--batch_size=8')[0] == 0
+def test_10_3_the_best_of_several_answers_is_shown(talk, says, scorer):
     texts = ['It is 7.', 'Who cares 7.', 'No <tool>3 + 4</tool>[7]']
     says(bytes_tokenizer(), texts)
     run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
@@ -8498,8 +8545,7 @@ def test_10_3_mistakes_with_several_answers_get_one_line(talk, base_run, words, 
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
 
 
-def test_10_3_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, rate, says):
-    assert rate('--out_dir=scorer', '--max_iters=3')[0] == 0
+def test_10_3_evaluation_tells_what_votes_and_a_reward_model_are_worth(tune, scorer, says):
     says(bytes_tokenizer(), ['It is <tool>3 + 4</tool>[7].', 'So 8.', 'Or 7'])
     rows = [{'messages': asked(f'{i}?') + said('7'), 'answer': '7'} for i in range(20)]
     lines(Path('sevens.jsonl'), rows)
@@ -9458,20 +9504,25 @@ def test_10_5_a_damaged_gguf_is_one_line(tmp_path):
         convert.from_gguf(path)
 
 
-def test_10_5_smollm2_has_the_weights_that_transformers_reads(smollm2):
+def test_10_5_smollm2_has_the_weights_that_transformers_reads(smollm2, monkeypatch):
     ours, tokenizer = convert.from_gguf(smollm2)
+    ids = tokenizer.encode('The capital of France is')
+    assert tokenizer.decode(ours.generate([ids], 1, temperature=0)[0]) == ' Paris'
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    reader = gguf.GGUFReader(smollm2)  # once for config and weights; of the 30 blocks four are enough
+    blocks = {str(i) for i in (0, 1, 10, 29)}
+    reader.tensors = [t for t in reader.tensors if t.name[:4] != 'blk.' or t.name.split('.')[1] in blocks]
+    monkeypatch.setattr(gguf, 'GGUFReader', lambda path: reader)
     config = transformers.AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     with torch.device('meta'):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     wanted = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=theirs)['tensors']
+    assert len(wanted) == 2 + 4 * 9
     for name, tensor in ours.state_dict().items():
         if name != 'head.weight':
             for key, part in convert.parts(name, tensor, ours.config, 'llama'):
-                assert torch.equal(part, wanted.pop(key)), key
+                assert key not in wanted or torch.equal(part, wanted.pop(key)), key
     assert not wanted
-    ids = tokenizer.encode('The capital of France is')
-    assert tokenizer.decode(ours.generate([ids], 1, temperature=0)[0]) == ' Paris'
 
 
 def test_10_5_the_command_line_goes_both_ways(tmp_path, monkeypatch):
@@ -9494,9 +9545,9 @@ def test_10_5_the_command_line_goes_both_ways(tmp_path, monkeypatch):
             command(monkeypatch, *args)
     with pytest.raises(UserError, match='did you mean dropout'):
         convert.load_model(tmp_path / 'run', drop_out=0.1)
-    done = subprocess.run([sys.executable, convert.__file__, tmp_path / 'no', tmp_path / 'x'], capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+    process = Forked('convert.py', tmp_path / 'no', tmp_path / 'x', cwd=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 2 and err.startswith('error: ') and err.count('\n') == 1
 
 
 def test_10_5_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
