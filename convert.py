@@ -602,6 +602,7 @@ def from_gguf(path, dtype=torch.float32, **overrides):
         raise UserError(f'{path}: reading GGUF needs the package gguf: pip install gguf') from None
     class Reader(gguf.GGUFReader):  # which takes what lies behind the end of a file for an empty array
         def _get(self, offset, dtype, count=1, override_order=None):
+            self.data = np.asarray(self.data)  # slices of a memmap itself would cost three times as much
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError('it ends too early')
             return super()._get(offset, dtype, count, override_order)

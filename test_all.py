@@ -6270,8 +6270,8 @@ def test_7_4_calibration_by_hand():
                                     '--n_layer=1']])
 def test_7_4_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
     base = f'--base={base_run}' if '--init_from=scratch' in flags else '--seed=1'
-    status, out, err = rate('--max_iters=60', '--eval_interval=60', '--batch_size=8', '--out_dir=run', '--eval_rows=0',
-                            '--learning_rate=2e-3', *flags, base)
+    status, out, err = rate('--max_iters=30', '--eval_interval=30', '--batch_size=8', '--out_dir=run', '--eval_rows=0',
+                            '--learning_rate=4e-3', *flags, base)
     assert (status, err) == (0, ''), err
     first, last = [row for row in rows_of('run') if 'val/loss' in row]
     assert 0.97 < last['val/true_accuracy'] and last['val/label_noise'] == 0.1
@@ -6969,8 +6969,8 @@ def bandit(tmp_path_factory):
 @pytest.fixture
 def pull(run_stage, bandit):
     """pull('grpo', 'right', '--key=value', …) -> the rows of metrics of a run on the bandit that evaluates twice."""
-    small = ['--max_iters=32', '--eval_interval=32', '--eval_rows=0', '--max_new_tokens=1', '--device=cpu',
-             '--dtype=float32', '--warmup_iters=2', '--kl_coef=0', '--learning_rate=8e-3', '--lr_schedule=linear']
+    small = ['--max_iters=20', '--eval_interval=20', '--eval_rows=0', '--max_new_tokens=1', '--device=cpu',
+             '--dtype=float32', '--warmup_iters=2', '--kl_coef=0', '--learning_rate=1.4e-2', '--lr_schedule=linear']
     shape = {'grpo': ['--prompts_per_step=6', '--num_generations=8', '--batch_size=48',
                       '--gradient_accumulation_steps=1'],
              'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2',
@@ -7014,12 +7014,12 @@ def test_8_3_equal_rewards_move_ppo_no_further_than_chance(pull):
     moves = []
     for seed in range(5):
         rows = pull('ppo', '0*right, constant', f'--seed={seed}', '--max_iters=10', '--eval_interval=10',
-                    '--critic_lr=1e-2', name=f'{seed}')
+                    '--learning_rate=8e-3', '--critic_lr=1e-2', name=f'{seed}')
         first, last = ends_of(rows, 'val/reward_right')
         moves.append(last - first)
         errors = [row['value/loss'] for row in rows if 'value/loss' in row]
         assert errors[0] > 0.05 and errors[-1] < 0.3 * errors[0]  # the critic learns what is paid, 0.37
-    gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10')
+    gained = pull('ppo', 'right', '--max_iters=10', '--eval_interval=10', '--learning_rate=8e-3')
     first, last = ends_of(gained, 'val/reward')
     assert abs(np.mean(moves)) < 3 * np.std(moves, ddof=1) / math.sqrt(5) and abs(np.mean(moves)) < (last - first) / 4
 
@@ -7644,8 +7644,8 @@ def test_10_1_log_probabilities_of_answers_are_those_of_the_model(base_run, pref
                                    ['--loss_type=simpo', '--beta=2', '--label_smoothing=0.1'],
                                    ['--loss_type=orpo', '--beta=1'], ['--sft_coef=0.5', '--lora_rank=4']])
 def test_10_1_a_policy_learns_what_is_preferred(prefer, flags):
-    status, out, err = prefer('--max_iters=40', '--eval_interval=40', '--batch_size=8', '--out_dir=run',
-                              '--eval_rows=40', '--learning_rate=2e-3', *flags)
+    status, out, err = prefer('--max_iters=20', '--eval_interval=20', '--batch_size=8', '--out_dir=run',
+                              '--eval_rows=40', '--learning_rate=4e-3', *flags)
     assert (status, err) == (0, ''), err
     first, last = [row for row in rows_of('run') if 'val/loss' in row]
     assert last['val/loss'] < first['val/loss'] and last['val/accuracy'] >= 0.85
