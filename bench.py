@@ -61,7 +61,7 @@ batches = [1, 8]  # mode sample: texts at a time
 contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones; those that fit into block_size
 max_new_tokens = 64  # mode sample: tokens to add to each text
 num_samples = 1  # mode sample against transformers: above 1, so many continuations of each text, drawn: a rollout
-quant = ''  # mode sample: 'int8', weights in 8 bits
+quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
 runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'; names that differ in a number are one
 metric = 'val/loss'  # mode curves: what to draw of them; several, as 'val/reward,val/gold', side by side
 axis = 'seconds'  # mode curves: along 'seconds' of training, 'iter' or another metric, as 'kl'
@@ -418,7 +418,7 @@ def bench_sample(knobs, model_args):
     with runtime.user_errors():
         model.pack(quant)
     if quant:
-        weight_bytes //= size
+        weight_bytes = weight_bytes // size * (2 if quant == 'fp16' else 1)
     config, bandwidth, rows = model.config, read_bandwidth(device), []
     with runtime.user_errors():
         check_prompts([[0]], config)

@@ -666,7 +666,12 @@ class MLP(nn.Module):
         self.down = linear(config, dim, config.bias, down=config.n_embd)
 
     def forward(self, x):
-        return self.down(activate(self.kind, self.up(x), self.gate(x) if self.gate is not None else None))
+        up, gate = self.up(x), None
+        if self.gate is not None:
+            gate = self.gate(x)
+        elif self.kind == 'swiglu':  # packed: both in one product
+            gate, up = up.chunk(2, -1)
+        return self.down(activate(self.kind, up, gate))
 
 
 class MoE(nn.Module):
@@ -1141,31 +1146,44 @@ class RollingCache(KVCache):
         return k, v
 
 
-class PackedLinear(nn.Module):
-    """An nn.Linear that can do nothing but multiply, faster: on a CPU, for generation, see `GPT.pack`.
+def has_fp16_kernels():
+    """Whether this PyTorch can multiply float32 by weights that it keeps in float16 (FBGEMM: x86)."""
+    return 'fbgemm' in torch.backends.quantized.supported_engines
 
-    Its weights lie in the order in which oneDNN's kernels read them, or as int8 with a scale per output channel.
+
+class PackedLinear(nn.Module):
+    """One or several nn.Linear over the same input that can do nothing but multiply, faster: on a CPU, for generation,
+    see `GPT.pack`.
+
+    quant '': the weights lie in the order in which oneDNN's kernels read them. 'fp16': in float16, which changes no
+    number by more than 1/2048, half as many bytes to read; products and sums are float32. 'int8': rounded to 8 bits
+    with a scale per output channel; the kernel reads bfloat16 and adds up in float32.
     """
 
-    def __init__(self, linear, quant=''):
+    def __init__(self, *linears, quant=''):
         super().__init__()
-        weight, self.shape = linear.weight.detach(), linear.weight.shape
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        self.scale = None
-        if quant:
-            self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).to(weight.dtype)
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.quant, self.scale = quant, None
+        if quant == 'int8':
+            self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
             weight = (weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        elif quant == 'fp16':
+            weight = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
         else:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.clone(), 16)  # for about so many rows of input
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # for about so many rows of input
         self.packed = weight
 
     def forward(self, x):
-        if self.scale is None:
+        if self.quant == 'fp16':
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        if not self.quant:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
         rows = x.flatten(0, -2)
         if len(rows) > 16:  # the kernel of int8 is made for few
             return F.linear(x, self.packed.to(x.dtype) * self.scale[:, None], self.bias)
-        y = torch._weight_int8pack_mm(rows, self.packed, self.scale).view(*x.shape[:-1], -1)
+        y = torch._weight_int8pack_mm(rows.bfloat16(), self.packed, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -1633,25 +1651,33 @@ class GPT(nn.Module):
     def pack(self, quant=''):
         """Makes this model faster at generation and unfit for anything else; returns it. Changes nothing on a GPU.
 
-        quant: '' keeps the numbers; 'int8' rounds each matrix to int8 with a scale per output channel, and needs
-        bfloat16 on a CPU. ValueError where that cannot be.
+        quant: '' keeps the numbers; 'fp16' keeps float32 weights in float16; 'int8' rounds each matrix to int8 with a
+        scale per output channel. Both need a CPU. ValueError where that cannot be.
         """
         weight = self.tok_emb.weight
         if self.config.lora_rank or self.config.quant:
             name = 'lora_rank' if self.config.lora_rank else 'quant'
             raise ValueError(f'{name}={getattr(self.config, name)!r}: fold it in first, with model.merged()')
-        if quant not in ('', 'int8'):
-            raise ValueError(f"quant={quant!r} is not one of '', 'int8'")
-        if quant and (weight.device.type != 'cpu' or weight.dtype != torch.bfloat16):
-            raise ValueError(f"quant='int8' needs device=cpu and dtype=bfloat16, not {weight.device}, {weight.dtype}")
+        fitting = {'': (weight.dtype,), 'fp16': (torch.float32,), 'int8': (torch.float32, torch.bfloat16)}
+        if quant not in fitting:
+            raise ValueError(f"quant={quant!r} is not one of '', 'fp16', 'int8'")
+        if quant and weight.device.type != 'cpu':
+            raise ValueError(f'quant={quant!r} needs device=cpu, not {weight.device}')
+        if weight.dtype not in fitting[quant]:
+            names = ' or '.join(str(dtype).removeprefix('torch.') for dtype in fitting[quant])
+            raise ValueError(f'quant={quant!r} needs dtype={names}, not {str(weight.dtype).removeprefix("torch.")}')
+        if quant == 'fp16' and not has_fp16_kernels():
+            raise ValueError("quant='fp16' needs a PyTorch with FBGEMM, which this processor's has not: leave it out")
         kernels = torch.backends.mkldnn.is_available() and (
             weight.dtype == torch.float32
             or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self.n_params = self.num_params()
         for module in list(self.modules()) if weight.device.type == 'cpu' and (quant or kernels) else ():
+            if isinstance(module, MLP) and module.gate is not None:  # one product of both
+                module.gate, module.up = None, PackedLinear(module.gate, module.up, quant=quant)
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear) and name not in ('router', 'score'):
-                    setattr(module, name, PackedLinear(child, quant))
+                    setattr(module, name, PackedLinear(child, quant=quant))
         return self.requires_grad_(False)
 
     def num_params(self, learning=False):

@@ -57,7 +57,7 @@ show_file = 'attention.png'  # of 'attention': where the picture goes, .png or .
 seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
-quant = ''  # 'int8': weights in 8 bits, faster for a single text on a CPU
+quant = 'auto'  # on a CPU: weights in 16 bits ('fp16') or 8 ('int8'); '' = as in dtype, auto = as is fast and exact
 
 
 def read_text(key, text):
@@ -85,7 +85,8 @@ def load(path, device, **overrides):
         runtime.keep_freed_memory()  # or a stream's buffers, of one size after the other, would scatter over the heap
     model, tokenizer = load_model(path, **overrides)
     with runtime.user_errors(path):
-        model = model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval().pack(quant)
+        how = runtime.pick_quant(quant, dtype, device, model.num_params())
+        model = model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval().pack(how)
     return model, tokenizer
 
 
