@@ -3197,11 +3197,10 @@ def smollm2():
 
 def test_3_4_int8_costs_a_real_model_less_than_a_hundredth_of_its_perplexity(smollm2):
     model, tokenizer = convert.from_gguf(smollm2)
-    x = torch.tensor(tokenizer.encode(ENGLISH)[:2 * 385]).view(2, 385)
+    x = torch.tensor(tokenizer.encode(ENGLISH)[:385])[None]
     with torch.no_grad():
         exact = model.eval()(x[:, :-1], x[:, 1:])
         rounded = model.pack('int8')(x[:, :-1], x[:, 1:])
-    print(math.exp(rounded-exact)-1)
     assert abs(math.exp(rounded - exact) - 1) < 0.01
 
 
