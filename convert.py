@@ -31,8 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import runtime
 import tokenizer as tokenizers
@@ -383,6 +381,7 @@ def safetensors_of(folder, name='model.safetensors'):
                         'transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)')
     else:
         raise UserError(f'{folder}: no {single.name} in this directory')
+    from safetensors import safe_open
     tensors = {}
     for file in files:
         try:
@@ -553,6 +552,7 @@ def to_hf(model, directory, tokenizer=None):
                 tensors[theirs] = part.detach().cpu().contiguous()
 
     def write(folder):
+        from safetensors.torch import save_file
         save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
         if tokenizer:
             tokenizer.to_hf(folder)
@@ -1028,6 +1028,7 @@ def to_peft(model_or_state, directory, base_name):
               'fan_in_fan_out': family == 'gpt2', 'inference_mode': True}
 
     def write(folder):
+        from safetensors.torch import save_file
         save_file({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
                   folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
         _write_json(folder / 'adapter_config.json', values)

@@ -19,7 +19,6 @@ import bisect
 import contextlib
 import difflib
 import hashlib
-import http.client
 import json
 import math
 import mmap
@@ -29,7 +28,6 @@ import shutil
 import string
 import subprocess
 import sys
-import urllib.request
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -1309,6 +1307,8 @@ def fetch_url(url, path, size=None, sha256=None):
     A connection that breaks is taken up again as long as it brings something. The length that the server gives is
     checked, and size (bytes) and sha256 if given. UserError names the remedy.
     """
+    import http.client
+    import urllib.request
     part = Path(f'{path}.part')
     part.parent.mkdir(parents=True, exist_ok=True)
     print(f'fetching {url}', flush=True)

@@ -29,7 +29,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 LORA_TARGETS = ('q', 'k', 'v', 'proj', 'gate', 'up', 'down')
@@ -350,6 +349,7 @@ def attend(q, k, v, mask, causal, scale, dropout=0.0):
     """softmax(q k^T scale) v over q (B, H, T, D) and k, v (B, Hkv, S, D); mask: bool (…, T, S), a BlockMask or None."""
     gqa = q.shape[1] != k.shape[1]
     if mask is not None and not isinstance(mask, torch.Tensor):
+        from torch.nn.attention.flex_attention import flex_attention  # here, for it takes a second to import
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
         return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
     shape = q.shape
@@ -371,6 +371,7 @@ def attention_weights(q, k, mask, causal, scale):
 
 @functools.cache
 def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention)  # only so does it leave out the blocks that nobody sees
 
 
@@ -1349,6 +1350,7 @@ class GPT(nn.Module):
     def block_mask(self, T, device):
         """The window's pattern for flex_attention, which skips what nobody sees instead of masking it."""
         if T not in self.block_masks:
+            from torch.nn.attention.flex_attention import create_block_mask  # here, for it takes a second to import
             window, n_sink = self.config.window, self.config.n_sink
             self.block_masks[T] = create_block_mask(
                 lambda b, h, q, k: (q >= k) & ((q - k < window) | (k < n_sink)), None, None, T, T, device=device)
@@ -1464,7 +1466,10 @@ class GPT(nn.Module):
         if targets is None and rule is None:
             return self.logits(hidden)
         if rule is not None:
-            losses, told = self.loss_of(hidden, rule, *given)
+            loss_of = self.loss_of
+            if torch.compiler.is_compiling():  # it would be compiled anew for every number of places
+                loss_of = torch.compiler.disable(loss_of)
+            losses, told = loss_of(hidden, rule, *given)
             losses, reduction = losses / len(told), 'mean'
         else:
             losses = self.cross_entropy(hidden, targets, reduction, temperature)
@@ -1478,7 +1483,6 @@ class GPT(nn.Module):
             return losses, told
         return (*losses, hidden) if reduction == 'details' else losses
 
-    @torch.compiler.disable  # it would be compiled anew for every number of places
     def loss_of(self, hidden, rule, places, *given):
         """Hidden states (B, T, C) -> the sum of the losses by a rule at these places of (B * T,), and what it tells."""
         h, w, learning = self.products(hidden.flatten(0, 1)[places])

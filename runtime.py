@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import difflib
 import errno
-import fcntl
 import functools
 import inspect
 import io
@@ -19,7 +18,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -33,8 +31,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -277,6 +273,17 @@ def write_atomic(path, write, keep=1):
         os.close(folder)
 
 
+def lock_file(file):
+    """Takes an open file for this process; BlockingIOError or PermissionError where another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def older(path, i):
     """The name of the i-th version before a file's latest: ckpt.pt -> ckpt.1.pt."""
     return path.with_name(f'{path.stem}.{i}{path.suffix}')
@@ -453,13 +460,20 @@ def pick_quant(name, dtype, device, weights):
 
 
 def peak_memory_mb(device='cpu'):
-    """The largest memory this process has held, in MiB: on CUDA what was allocated there, else resident memory."""
+    """The largest memory this process has held, in MiB: on CUDA what was allocated there, else resident memory.
+
+    0.0 on Windows, where Python has no module that knows.
+    """
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated() / 2 ** 20
     with contextlib.suppress(OSError):  # Linux: getrusage would count the parent's memory before exec
         for line in Path('/proc/self/status').read_text().splitlines():
             if line.startswith('VmHWM'):
                 return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage / (2 ** 20 if sys.platform == 'darwin' else 1024)
 
@@ -551,6 +565,7 @@ class Run:
             if compiled and self.world_size > 1:  # one by one: gradients travel while the next block computes its own
                 block.sublayers = torch.compile(block.sublayers)
         if self.fsdp:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # which take a second
             mesh = init_device_mesh(self.device_type, (self.world_size,))
             # Blocks travel in 16 bits; embeddings, head and the residual stream stay float32, as without sharding.
             half = MixedPrecisionPolicy(param_dtype=self._torch_dtype, reduce_dtype=torch.float32,
@@ -666,17 +681,25 @@ class Run:
     def like(self, tensor, whole):
         """A whole tensor of a checkpoint, placed as this one is: on the device, and of a sharded one a shard."""
         whole = whole.to(self.device)
-        return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None) if hasattr(
-            tensor, 'full_tensor') else whole
+        if not hasattr(tensor, 'full_tensor'):
+            return whole
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+    def shards(self, model):
+        """The modules of a model that `wrap` has sharded; without fsdp none."""
+        if not self.fsdp:
+            return []
+        from torch.distributed.fsdp import FSDPModule
+        return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
     @contextlib.contextmanager
     def switched(self, model, values):
         """Inside, these parameters {name: tensor, placed as the model's} have changed places with the model's own, so
         that two models take the memory of what they differ in."""
         def swap():
-            for m in model.modules():
-                if isinstance(m, FSDPModule):
-                    m.reshard()
+            for m in self.shards(model):
+                m.reshard()
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if name in values:
@@ -692,7 +715,7 @@ class Run:
     @contextlib.contextmanager
     def gathered(self, model):
         """Inside, a sharded model is whole in every process, which may call any of its methods, alone or not."""
-        shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        shards = self.shards(model)
         hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in shards]
         for m in shards:
             m.unshard()
@@ -904,7 +927,7 @@ class Run:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._locked = open(self.out_dir / '.lock', 'w')
         try:
-            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._locked)
         except (BlockingIOError, PermissionError):
             raise UserError(f'out_dir={self.out_dir}: another run is writing there; stop it, or give another '
                             '--out_dir') from None

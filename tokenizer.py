@@ -23,9 +23,6 @@ from collections import Counter, defaultdict
 from fractions import Fraction
 
 import numpy as np
-import regex
-import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
 
 
 class UserError(ValueError):
@@ -176,16 +173,18 @@ class Tokenizer:
         if kind == 'chars':
             self.id_of = {token.decode(): i for i, token in enumerate(tokens) if token}
         elif kind != 'bytes':
+            import regex
+            import tiktoken  # here, for most commands do without
             self.id_of = {token: i for i, token in enumerate(tokens) if token}
             # tiktoken merges by rank; where ids are in another order it sees the ranks, and `_ids` makes them ids.
             ranks = self.id_of if order is None else {tokens[i]: rank for rank, i in enumerate(order)}
             self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks)
             try:
                 self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-                empty = regex.match(pattern, '')  # of which tiktoken would die
+                self.words = regex.compile(pattern)
             except (ValueError, regex.error) as error:
                 raise UserError(f"'pattern' is no regular expression: {' '.join(str(error).split())}") from None
-            if empty:
+            if self.words.match(''):  # of which tiktoken would die
                 raise UserError("'pattern' must not match an empty text")
 
     def encode(self, text, allow_special=False):
@@ -211,7 +210,7 @@ class Tokenizer:
             text = unicodedata.normalize('NFC', text)
         ids, data = [], text.encode('utf-8', 'surrogateescape') if self.lost else b''
         if len(data.translate(None, self.lost)) < len(data):  # Hugging Face drops such bytes after cutting into words
-            for word in regex.finditer(self.pattern, text):
+            for word in self.words.finditer(text):
                 if data := word.group().encode('utf-8', 'surrogateescape').translate(None, self.lost):
                     ids += self._ids(self.encoding._encode_single_piece(data))
             return ids
@@ -377,6 +376,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json: transformers' AutoTokenizer reads the same ids from them."""
         if self.kind == 'chars':
             raise UserError("Hugging Face has no such tokenizer as 'chars': train with 'bpe' or 'bytes' to export")
+        from tiktoken_ext.openai_public import r50k_pat_str
         spell = {token: ''.join([SPELLING[b] for b in token]) for token in self.tokens if token}
         rank = {self.tokens[i]: n for n, i in enumerate(self.order or range(self.n_vocab)) if self.tokens[i]}
         merges = [_parts(token, rank, rank[token]) for token in rank if len(token) > 1]
@@ -512,6 +512,7 @@ def train_bpe(texts, vocab_size, pattern=GPT4_PATTERN):
 
 def _count_words(texts, pattern):
     """Counter of the words that `pattern` cuts the texts into."""
+    import regex
     words = Counter()
     split, split_ascii = regex.compile(pattern).findall, None
     if pattern == GPT4_PATTERN:
@@ -608,6 +609,7 @@ def get_tokenizer(name, texts=None, vocab_size=None):
         if vocab_size is None:
             raise UserError("tokenizer 'bpe' needs a vocab_size, for example 4096")
         return train_bpe(texts, vocab_size)
+    import tiktoken
     names = ['bytes', 'chars', 'bpe', *tiktoken.list_encoding_names()]
     if name not in names:
         nearest = difflib.get_close_matches(name, names, 1, 0)[0]
