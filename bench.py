@@ -49,7 +49,7 @@ import torch.nn.functional as F
 import runtime
 from convert import load_model, to_hf
 from dataset import TokenData, find_dataset
-from model import GPT, GPTConfig, RollingCache, check_prompts, fast_bfloat16
+from model import GPT, GPTConfig, RollingCache, check_prompts, fast_bfloat16, on_meta
 from tokenizer import UserError, train_bpe
 
 against = ''  # checkout of nanoGPT or of this project to compare with; mode sample: also 'transformers'
@@ -641,7 +641,7 @@ def memory_per_gpu(config, batch_size, world_size=1, fsdp=False, activation_chec
     checkpointing the inputs of all blocks and one block's whole. What one operation needs for an instant (a chunk of
     logits: 0.5 GB on a GPU) and what the allocator wastes come on top.
     """
-    with torch.device('meta'):
+    with on_meta():
         model = GPT(config)
     n = model.num_params()
     block = sum(p.numel() for p in model.blocks[0].parameters())

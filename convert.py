@@ -34,7 +34,7 @@ import torch
 
 import runtime
 import tokenizer as tokenizers
-from model import GPT, LORA_TARGETS, GPTConfig, LoRALinear, rope_tables
+from model import GPT, LORA_TARGETS, GPTConfig, LoRALinear, on_meta, rope_tables
 from tokenizer import Tokenizer, UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def build(args, overrides, family, sources, dtype, where):
         if config.block_size > 1 << 24:
             raise ValueError(f'impossible block_size={config.block_size}')
         try:
-            with torch.device('meta'):
+            with on_meta():
                 model = GPT(config)
             tables = rope_tables(config) if config.pos == 'rope' else ()
         except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes that no machine has
@@ -543,7 +543,7 @@ def to_hf(model, directory, tokenizer=None):
         'dtype': name_of_dtype, 'bos_token_id': tokenizer and tokenizer.bos, 'pad_token_id': None,
         'eos_token_id': ends[0] if len(ends) == 1 else ends or None}
     state, tensors = runtime.plain(model.state_dict()), {}
-    with torch.device('meta'):
+    with on_meta():
         whole = GPT(dataclasses.replace(config, norm_affine=True)).state_dict()
     for name, like in whole.items():
         if name != 'head.weight' or not config.tie_weights:
@@ -982,7 +982,7 @@ def _peft_modules(config, tensors):
     """
     plain = {f.name: f.default for f in dataclasses.fields(config) if f.name == 'quant' or f.name.startswith('lora_')}
     family = hf_family(dataclasses.replace(config, **plain))
-    with torch.device('meta'):
+    with on_meta():
         model = GPT(dataclasses.replace(config, quant=''))
     model.load_state_dict(tensors, strict=False, assign=True)
     return [PeftModule(name, module, config, family) for name, module in model.named_modules()

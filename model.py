@@ -21,6 +21,7 @@ Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (
 loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453), adapters
 (arXiv:1902.00751), LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), QLoRA (arXiv:2305.14314).
 """
+import contextlib
 import functools
 import math
 import time
@@ -229,6 +230,28 @@ def _bfloat16_is_faster(rows, repeats=12):
             best[dtype] = min(best[dtype], time.perf_counter() - start)
     torch.set_num_threads(threads)
     return best[torch.bfloat16] < best[torch.float32]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modules without memory
+
+class SkipInit(torch.overrides.TorchFunctionMode):
+    """Inside, the functions of torch.nn.init leave a tensor as it is."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__module__', '') == 'torch.nn.init':
+            return kwargs['tensor']
+        return function(*args, **kwargs or {})
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Inside, modules are made on the meta device: their parameters have shapes and no values.
+
+    Nothing is drawn for them, which there would first import PyTorch's compiler, for a second.
+    """
+    with torch.device('meta'), SkipInit():
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1246,6 +1269,8 @@ class GPT(nn.Module):
         The rest is drawn as if there were no LoRA and no adapters, and these afterwards, so that they change nothing.
         Matrices in 4 bits stay zero: they come with a state.
         """
+        if self.tok_emb.weight.is_meta:  # there are no values
+            return
         config = self.config
         if self.tok_emb.weight.is_meta:
             return  # there is nothing to fill: the weights come with a state
@@ -1596,7 +1621,7 @@ class GPT(nn.Module):
         Computed in float32, one matrix at a time.
         """
         plain = {f.name: f.default for f in fields(GPTConfig) if f.name == 'quant' or f.name.startswith('lora_')}
-        with torch.device('meta'):
+        with on_meta():
             model = GPT(replace(self.config, **plain))
         own, weights = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers()), {}
         for name in model.state_dict():
@@ -1932,7 +1957,7 @@ def attention_by_hand(attention, x):
 def anatomy(config):
     """What a model consists of, without making it -> rows (part, how many of it, parameters of all of them), and the
     model on the meta device."""
-    with torch.device('meta'):
+    with on_meta():
         model = GPT(config)
     parts = {}
     names = {'tok_emb': 'token embedding', 'pos_emb': 'positions', 'head': 'head', 'attn': 'attention',
