@@ -754,6 +754,49 @@ def test_0_1_bad_knobs(run_stage, text_data, args, words):
     assert contents(Path('.')) == {'run/ckpt.pt': b'an earlier run'}
 
 
+STARTED = """
+import sys
+
+heavy = sys.argv.pop(1).split()
+import torch
+
+present = [name for name in heavy if name in sys.modules]  # what PyTorch itself imports nobody can save
+import runpy
+
+import runtime
+
+for stage in sys.argv.pop(1).split():
+    for flag, status in (('--help', 0), ('--lerning_rate=1', 2)):
+        sys.argv = [stage + '.py', *['train'] * (stage == 'bench'), flag]
+        try:
+            runtime.cli(__import__(stage).main)
+            ended = 0
+        except SystemExit as end:
+            ended = end.code
+        print('ENDED', stage, flag, ended == status)
+    print('IMPORTED', stage, [name for name in heavy if name in sys.modules and name not in present])
+for args in ([], ['--n_layer=2']):
+    sys.argv = ['model.py', *args]
+    runpy.run_path('model.py', run_name='__main__')
+print('IMPORTED model', [name for name in heavy if name in sys.modules and name not in present])
+"""
+
+
+def test_0_1_nothing_is_imported_before_it_is_used():
+    """Help, a typo and `python model.py` take as long as importing torch does, of which the compiler is no part."""
+    heavy = ('torch._dynamo torch.distributed.fsdp torch.distributed.tensor torch.nn.attention.flex_attention gguf '
+             'safetensors tiktoken regex wandb tensorboard matplotlib transformers tokenizers huggingface_hub')
+    stages = ['train', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill', 'sample', 'bench', 'pipeline', 'convert']
+    found = subprocess.run([sys.executable, '-c', STARTED, heavy, ' '.join(stages)], cwd=ROOT, text=True,
+                           capture_output=True)
+    assert found.returncode == 0, found.stderr
+    lines = [line for line in found.stdout.splitlines() if line.startswith(('ENDED', 'IMPORTED'))]
+    expected = [line for stage in stages for line in (
+        f'ENDED {stage} --help True', f'ENDED {stage} --lerning_rate=1 True', f'IMPORTED {stage} []')]
+    assert lines == [*expected, 'IMPORTED model []']
+    assert found.stderr.count("unknown key 'lerning_rate'") == len(stages) - 1  # convert.py prints its help
+
+
 def test_0_1_small_configs_run_shortened(run_stage, text_data):
     """config/*.py name only knobs that exist, with values that go together."""
     for config in sorted((ROOT / 'config').glob('*.py')):
