@@ -9413,7 +9413,7 @@ def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
     def full_disk(tensors, path, metadata):
         Path(path).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(convert, 'save_file', full_disk)
+    monkeypatch.setattr(safetensors_torch, 'save_file', full_disk)
     with pytest.raises(UserError, match='No space left'):
         convert.to_hf(ours, tmp_path / 'new')
     assert [p.name for p in tmp_path.iterdir()] == ['full']
