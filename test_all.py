@@ -3760,6 +3760,27 @@ def test_4_3_resume_is_exact(run_stage, text_data, options):
     assert not same_weights('whole', 'other')
 
 
+def test_4_3_the_best_score_so_far_is_remembered(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--eval_interval=2', '--out_dir=run']
+    assert run_stage('train', *args, '--max_iters=2')[0] == 0
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    runtime.save_checkpoint(Path('run/ckpt.pt'), state | {'best': 0.5})  # which nothing here will beat
+    Path('run/best.pt').unlink()
+    assert run_stage('train', *args, '--max_iters=4', '--init_from=resume')[0] == 0
+    assert torch.load('run/ckpt.pt', weights_only=True)['best'] == 0.5 and not Path('run/best.pt').exists()
+
+
+def test_4_3_what_was_logged_after_the_checkpoint_is_dropped(run_stage, text_data):
+    args = [f'--dataset={text_data}', *SMALL, '--eval_interval=4', '--out_dir=run']
+    assert run_stage('train', *args, '--max_iters=4')[0] == 0
+    shutil.copy('run/ckpt.pt', 'earlier.pt')
+    assert run_stage('train', *args, '--init_from=resume')[0] == 0
+    shutil.copy('earlier.pt', 'run/ckpt.pt')  # as if the run had been killed before its last save
+    assert run_stage('train', *args, '--init_from=resume')[0] == 0
+    assert [row['iter'] for row in rows_of('run') if 'tok_per_sec' in row] == [2, 4, 6, 8]
+    assert re.findall('--- step ([0-9]+)', Path('run/samples.txt').read_text()) == ['0', '4', '8']
+
+
 def test_4_3_resume_says_what_changed(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
     run_stage('train', *args, '--dtype=float32')
@@ -6116,6 +6137,11 @@ def test_7_1_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
         assert tokenizer.decode(ids_[counted].tolist()) == ['a' * 20, 'b' * 30, 'yes', 'no'][i] + '<|im_end|>'
     assert data.texts([1, 0]).tolist() == [2, 0, 3, 1] and data.left_out(['bad']) == (
         '2 rows; left out: 1 malformed, 1 too long; truncated: 1; the first malformed one: bad')
+
+
+def test_7_1_what_the_assistant_said_earlier_in_a_prompt_does_not_count():
+    tokens, counts = dataset.answered(bytes_tokenizer(), [*asked('One?'), *said('1'), *asked('Two?')], '2')
+    assert bytes_tokenizer().decode(tokens[counts].tolist()) == '2<|im_end|>'
 
 
 def test_7_1_every_epoch_has_every_pair_once():
