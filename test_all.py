@@ -2922,6 +2922,13 @@ def test_2_5_mistakes_in_generation_are_one_line(run_stage, tmp_path, args, word
     assert status == 2 and err.count('\n') == 1 and words in err
 
 
+def test_2_5_an_answer_of_a_chat_ends_with_its_turn_and_a_text_does_not(monkeypatch):
+    special = bytes_tokenizer().special
+    for chat, ends in ((True, {'<|endoftext|>', '<|im_end|>'}), (False, {'<|endoftext|>'})):
+        monkeypatch.setattr(sample, 'chat', chat)
+        assert {*sample.stops(bytes_tokenizer())} == {special[end] for end in ends}
+
+
 @pytest.mark.parametrize('pos', ['learned', 'rope'])
 def test_2_5_starts_of_samples(run_stage, text_data, pos, monkeypatch):
     run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', f'--pos={pos}', '--max_iters=1')
@@ -6731,6 +6738,7 @@ def test_8_1_forced_tokens_teach_nothing():
     assert all(ids[4:7] == [65, 66, 67] and ids[9] == 68 for ids in answers.ids)
     assert [(~row).nonzero()[0].tolist() for row in answers.drawn] == [at] * 2
     assert not answers.logprobs[:, at].any() and (answers.logprobs[answers.drawn] < 0).all()
+    assert (rollout.lay_out(answers, 96)[0]['targets'] != -100).sum() == answers.drawn.sum()
     logprobs, entropies, _ = rollout.read(model, run, answers, range(2), 96)
     assert not logprobs[:, at].any() and not entropies[:, at].any()
     np.testing.assert_allclose(logprobs.detach().numpy(), answers.logprobs, atol=1e-4)
@@ -6814,6 +6822,8 @@ def test_8_1_answers_are_taken_joined_and_cut_whole(stops_often):
         assert short.logprobs[i].tolist() == np.pad(whole.logprobs[i], (0, 5))[:5].tolist()
         assert short.drawn[i].tolist() == (np.arange(5) < n).tolist()
     assert (whole.lengths > 5).any() and (whole.lengths < 5).any()
+    uneven = np.minimum(whole.lengths, np.arange(1, 10))
+    assert whole.cut(uneven, data).drawn.sum(1).tolist() == uneven.tolist()
     with torch.no_grad():
         read = rollout.read(model, run, short, range(9), 96)[0].numpy()
     np.testing.assert_allclose(read, short.logprobs, atol=1e-4)
