@@ -2929,6 +2929,14 @@ def test_2_5_an_answer_of_a_chat_ends_with_its_turn_and_a_text_does_not(monkeypa
         assert {*sample.stops(bytes_tokenizer())} == {special[end] for end in ends}
 
 
+def test_2_5_a_text_begins_with_the_tokenizers_bos(run_stage):
+    tokenizer = bytes_tokenizer()
+    tokenizer.bos = tokenizer.eot
+    run_stage.given = {'load': lambda *args, **options: (tiny(vocab_size=260), tokenizer)}
+    status, out, _ = run_stage('sample', '--start=ab', '--show=probs', '--device=cpu')
+    assert status == 0 and out.splitlines()[1].strip() == "'<|endoftext|>'"
+
+
 @pytest.mark.parametrize('pos', ['learned', 'rope'])
 def test_2_5_starts_of_samples(run_stage, text_data, pos, monkeypatch):
     run_stage('train', f'--dataset={text_data}', *SMALL, '--out_dir=run', f'--pos={pos}', '--max_iters=1')
@@ -3039,6 +3047,14 @@ def test_3_1_rms_norm_on_a_cpu_has_the_derivative_of_its_formula(shape, weight):
         with torch.set_grad_enabled(learning):
             y = model_file.rms_norm(x.float(), w.float(), 1e-5)
         torch.testing.assert_close(y, formula.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+def test_3_1_queries_and_keys_have_norms_of_their_own(norm):
+    attention = tiny(qk_norm=True, norm=norm, n_kv_head=2).blocks[0].attn
+    attention(torch.randn(2, 5, 32)).square().sum().backward()
+    q, k = attention.q_norm.weight.grad, attention.k_norm.weight.grad
+    assert q is not None and k is not None and q.abs().min() > 0 and k.abs().min() > 0
 
 
 # 3.2 rotary positions
