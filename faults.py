@@ -180,7 +180,7 @@ FAULTS = [
           '        temporary.unlink()\n'
           '    except BaseException', 'test_4_3 and every_instant'),
     Fault('save_not_flushed', 'runtime.py', '            os.fsync(file.fileno())\n', '',
-          'test_4_3 and every_instant'),
+          'test_4_3 and on_the_disk'),
     Fault('checksum_not_read', 'runtime.py', 'damaged = archive.testzip()', "damaged = ''",
           'test_4_3 and damaged_checkpoint'),
     Fault('moments_not_restored', 'runtime.py', 'optimizers.load_moments(saved)', 'pass',

@@ -4049,6 +4049,17 @@ def test_4_3_as_many_checkpoints_stay_as_asked(run_stage, text_data):
         assert sorted(steps) == [0, 2, 4, 6, 8][-keep:]
 
 
+def test_4_3_a_save_is_on_the_disk_before_it_takes_its_name(monkeypatch, tmp_path):
+    calls = []
+    for name in ('fsync', 'replace'):
+        def recorded(*args, name=name, real=getattr(os, name)):
+            calls.append(name)
+            return real(*args)
+        monkeypatch.setattr(os, name, recorded)
+    runtime.write_atomic(tmp_path / 'file', lambda file: file.write(b'whole'))
+    assert calls[:2] == ['fsync', 'replace'] and (tmp_path / 'file').read_bytes() == b'whole'
+
+
 def test_4_3_weights_that_are_not_finite_are_never_saved(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--dtype=float32']
     status, _, err = run_stage('train', *args, '--learning_rate=1e38', '--grad_clip=0', '--max_iters=40',
