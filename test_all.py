@@ -4052,7 +4052,9 @@ def test_4_3_as_many_checkpoints_stay_as_asked(run_stage, text_data):
 def test_4_3_a_save_is_on_the_disk_before_it_takes_its_name(monkeypatch, tmp_path):
     calls = []
     for name in ('fsync', 'replace'):
-        def recorded(*args, name=name, real=getattr(os, name)):
+        real = getattr(os, name)
+
+        def recorded(*args, name=name, real=real):
             calls.append(name)
             return real(*args)
         monkeypatch.setattr(os, name, recorded)
