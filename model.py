@@ -281,7 +281,8 @@ class CPURMSNorm(torch.autograd.Function):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467); weight None = 1."""
-    plain = x.device.type == 'cpu' and x.dtype == torch.float32 and torch.is_grad_enabled()
+    # a student and its teacher, with and without gradients, round alike; generation has other kernels anyhow
+    plain = x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_inference_mode_enabled()
     if plain and weight is not None and not torch.compiler.is_compiling():
         return CPURMSNorm.apply(x, weight, eps)
     if weight is None or weight.ndim == 1:

@@ -4195,7 +4195,7 @@ def test_4_4_resume_is_exact_with_three_processes(text_data, tmp_path, options):
     args = [f'--dataset={text_data}', *DISTRIBUTED, '--gradient_accumulation_steps=6', '--init_from=auto',
             '--lr_decay_iters=6', '--max_iters=6', '--batch_size=4', *options]
     torchrun(3, *args, '--out_dir=whole', cwd=tmp_path)
-    for steps in (2, 3, 6):
+    for steps in (3, 6) if options else (2, 3, 6):
         torchrun(3, *args, '--out_dir=parts', f'--max_iters={steps}', cwd=tmp_path)
     assert digest(tmp_path / 'whole') == digest(tmp_path / 'parts')
 
@@ -4230,19 +4230,17 @@ def workers(launched, run):
     return found
 
 
-def test_4_4_ranks_that_die_cost_nothing(text_data, tmp_path):
-    """First rank 0, which writes the checkpoints, then rank 1."""
-    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=60', '--eval_interval=5', '--eval_iters=1',
+@pytest.mark.parametrize('rank', [0, 1])
+def test_4_4_a_rank_that_dies_costs_nothing(text_data, tmp_path, rank):
+    """Rank 0, which writes the checkpoints, or rank 1."""
+    args = [f'--dataset={text_data}', *DURABLE, '--max_iters=24', '--eval_interval=5', '--eval_iters=1',
             f'--out_dir={tmp_path}/run']
     process = launch(2, *args, cwd=tmp_path, options=['--max-restarts=3'])
-    printed = process.stdout
-    for rank, step in ((0, 15), (1, 30)):
-        next(line for line in printed if line.startswith(f'step {step}/'))
-        os.kill(workers(process, f'{tmp_path}/run')[rank], signal.SIGKILL)
+    next(line for line in process.stdout if line.startswith('step 12/'))
+    os.kill(workers(process, f'{tmp_path}/run')[rank], signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    # both times it went on, not from scratch
-    assert out.count('parameters from') == 3 and len(re.findall(r'ckpt.pt, step [1-9]', out)) == 2
+    assert out.count('parameters from') == 2 and len(re.findall(r'ckpt.pt, step [1-9]', out)) == 1  # not from scratch
     torchrun(2, *args[:-1], f'--out_dir={tmp_path}/whole', cwd=tmp_path)
     assert digest(tmp_path / 'run') == digest(tmp_path / 'whole')
     assert logged(tmp_path / 'run', 'train/loss') == logged(tmp_path / 'whole', 'train/loss')
@@ -4253,7 +4251,7 @@ def test_4_4_sigterm_to_torchrun_saves(text_data, tmp_path, options, everyone):
     args = [f'--dataset={text_data}', *DURABLE, '--max_iters=100000', '--eval_interval=100000', '--eval_iters=1',
             '--lr_schedule=constant', *options]
     process = launch(2, *args, '--out_dir=run', cwd=tmp_path)
-    next(line for line in process.stdout if line.startswith('step 10/'))
+    next(line for line in process.stdout if line.startswith('step 4/'))
     if everyone:  # as Slurm does; torchrun then passes its own signal on
         for pid in workers(process, 'run').values():
             os.kill(pid, signal.SIGTERM)
@@ -4261,7 +4259,7 @@ def test_4_4_sigterm_to_torchrun_saves(text_data, tmp_path, options, everyone):
     out, err = process.communicate(timeout=120)
     assert process.returncode and 'stopped at step' in out
     steps = torch.load(tmp_path / 'run/ckpt.pt', weights_only=True)['iter']
-    assert 10 <= steps < 100000
+    assert 4 <= steps < 100000
     for run in ('run', 'whole'):
         torchrun(2, *args, f'--out_dir={run}', f'--max_iters={steps + 2}', cwd=tmp_path)
     assert same_weights(tmp_path / 'run', tmp_path / 'whole')
