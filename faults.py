@@ -403,7 +403,7 @@ FAULTS = [
           'statistics.stdev(values) / n * quantile', 'test_3_6 and students'),
     # pipeline.py
     Fault('stale_stages_kept', 'pipeline.py', '            stale.add(stage.name)\n', '',
-          'test_0_4 and pipeline'),
+          'test_0_4 and forgotten'),
 ]
 
 

@@ -1708,6 +1708,16 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
     assert status == 2 and err.count('\n') == 1 and 'second needs what first makes: add it' in err
 
 
+def test_0_4_all_that_came_of_a_stage_is_forgotten_with_it(monkeypatch):
+    pipeline = importlib.import_module('pipeline')
+    stages = [types.SimpleNamespace(name=name, after=after) for name, after in
+              (('first', ()), ('second', ('first',)), ('third', ('second',)), ('apart', ()))]
+    monkeypatch.setattr(pipeline, 'STAGES', stages)
+    log = {stage.name: {} for stage in stages}
+    pipeline.forget(log, 'first')
+    assert set(log) == {'first', 'apart'}
+
+
 def test_0_4_stages_of_the_pipeline_go_together():
     stages = {stage.run: stage for stage in importlib.import_module('pipeline').STAGES}
     for stage in stages.values():
