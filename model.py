@@ -276,15 +276,17 @@ class CPURMSNorm(torch.autograd.Function):
         gx = g * x
         through_scale = (gx * weight).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
         dx = (g * weight).mul_(scale).addcmul_(x, through_scale)
-        return dx, gx.mul_(scale).sum_to_size(weight.shape), None
+        return dx, gx.mul_(scale).sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None, None
 
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467); weight None = 1."""
-    # a student and its teacher, with and without gradients, round alike; generation has other kernels anyhow
-    plain = x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_inference_mode_enabled()
-    if plain and weight is not None and not torch.compiler.is_compiling():
-        return CPURMSNorm.apply(x, weight, eps)
+    if torch.compiler.is_compiling():  # which makes one kernel of it by itself
+        plain = False
+    else:  # a student and its teacher, with and without gradients, round alike; generation has other kernels anyhow
+        plain = x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_inference_mode_enabled()
+    if plain:
+        return CPURMSNorm.apply(x, x.new_ones(x.shape[-1]) if weight is None else weight, eps)
     if weight is None or weight.ndim == 1:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight
