@@ -1,4 +1,4 @@
-"""The tokens and layers of config/gpt2.py with the recipe of config/tiny.py: rotary positions, QK-norm, ReLU^2, Muon.
+"""The tokens and layers of config/gpt2.py with the recipe of config/tiny.py: rotary positions, QK-norm, SwiGLU, Muon.
 
     python data/fineweb/prepare.py --num_shards=103
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_modern.py
