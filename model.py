@@ -1272,8 +1272,6 @@ class GPT(nn.Module):
         The rest is drawn as if there were no LoRA and no adapters, and these afterwards, so that they change nothing.
         Matrices in 4 bits stay zero: they come with a state.
         """
-        if self.tok_emb.weight.is_meta:  # there are no values
-            return
         config = self.config
         if self.tok_emb.weight.is_meta:
             return  # there is nothing to fill: the weights come with a state
