@@ -42,11 +42,12 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import runtime
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runtime
 from convert import load_model, to_hf
 from dataset import TokenData, find_dataset
 from model import GPT, GPTConfig, RollingCache, check_prompts, fast_bfloat16, on_meta

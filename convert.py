@@ -29,10 +29,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import runtime
+
 import numpy as np
 import torch
 
-import runtime
 import tokenizer as tokenizers
 from model import GPT, LORA_TARGETS, GPTConfig, LoRALinear, on_meta, rope_tables
 from tokenizer import Tokenizer, UserError

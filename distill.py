@@ -22,11 +22,12 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import runtime
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runtime
 from convert import fingerprint, load_model, start
 from dataset import (
     ChatData,

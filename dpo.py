@@ -17,11 +17,12 @@ Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305
 import math
 from pathlib import Path
 
+import runtime
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runtime
 from convert import start
 from dataset import (
     by_value,

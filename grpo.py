@@ -19,10 +19,11 @@ DAPO (arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585), GSPO (arXiv:2507.
 import math
 from pathlib import Path
 
+import runtime
+
 import numpy as np
 import torch
 
-import runtime
 from convert import start
 from dataset import find_dataset
 from model import GPTConfig

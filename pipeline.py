@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import runtime
+
 from tokenizer import UserError
 
 only = ''  # names of stages, with commas between; empty = all

@@ -20,11 +20,12 @@ summarize (arXiv:2009.01325), InstructGPT (arXiv:2203.02155), The N implementati
 import math
 from pathlib import Path
 
+import runtime
+
 import numpy as np
 import torch
 from torch import nn
 
-import runtime
 from convert import load_model, start
 from dataset import find_dataset
 from model import GPT, GPTConfig, Optimizers

@@ -21,11 +21,12 @@ import random
 import re
 from pathlib import Path
 
+import runtime
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runtime
 from convert import CHANGEABLE, start
 from dataset import (
     answered,

@@ -25,9 +25,10 @@ import random
 import sys
 from pathlib import Path
 
+import runtime
+
 import torch
 
-import runtime
 from convert import load_model
 from dataset import majority, vote_of
 from model import GPTConfig

@@ -20,10 +20,11 @@ import json
 import math
 from pathlib import Path
 
+import runtime
+
 import numpy as np
 import torch
 
-import runtime
 from convert import start
 from dataset import (
     ChatData,

@@ -35,6 +35,8 @@ from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import runtime
+
 import gguf
 import numpy as np
 import pytest
@@ -60,7 +62,6 @@ import model as model_file
 import ppo
 import reward
 import rollout
-import runtime
 import sample
 import tokenizer as tok
 import train
@@ -795,6 +796,17 @@ def test_0_1_nothing_is_imported_before_it_is_used():
         f'ENDED {stage} --help True', f'ENDED {stage} --lerning_rate=1 True', f'IMPORTED {stage} []')]
     assert lines == [*expected, 'IMPORTED model []']
     assert found.stderr.count("unknown key 'lerning_rate'") == len(stages) - 1  # convert.py prints its help
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the threads of libgomp')
+@pytest.mark.parametrize('given, spins', [({}, '1000'), ({'GOMP_SPINCOUNT': '7'}, '7'),
+                                          ({'OMP_WAIT_POLICY': 'passive'}, '0')])
+def test_0_1_threads_that_wait_leave_the_processor_to_others(given, spins):
+    """What libgomp itself says that it took, in a process that runs a stage; what the user chose is left alone."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('OMP_', 'GOMP_'))}
+    found = subprocess.run([sys.executable, 'train.py', '--help'], cwd=ROOT, text=True, capture_output=True,
+                           env=env | {'OMP_DISPLAY_ENV': 'verbose'} | given)
+    assert re.findall("GOMP_SPINCOUNT = '([0-9]+)'", found.stderr) == [spins]
 
 
 def test_0_1_small_configs_run_shortened(run_stage, text_data):

@@ -14,9 +14,10 @@ Muon (arXiv:2502.16982).
 import math
 from dataclasses import asdict
 
+import runtime
+
 import torch
 
-import runtime
 from convert import load_state
 from dataset import PairData, TokenData, find_dataset, kind_of
 from model import GPT, GPTConfig, check_prompts

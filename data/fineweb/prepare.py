@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
+
 from dataset import fetch_url, find_shards, llmc_shard
 from tokenizer import UserError
 

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
+
 from dataset import UNSIGNED, check_sha256, fetch_url, folder_for, fraction_of, last_number, write_rows
 from tokenizer import UserError, calculate
 

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
+
 from dataset import folder_for, fraction_of, write_rows
 from tokenizer import UserError
 

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
+
 from dataset import check_sha256, fetch_url, folder_for, write_dataset
 from tokenizer import UserError, get_tokenizer
 

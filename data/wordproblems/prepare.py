@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
+
 from dataset import folder_for, fraction_of, quality, rendered, write_rows
 from tokenizer import UserError, calculate
 
