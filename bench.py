@@ -127,7 +127,8 @@ def training(knobs, model_args):
     if model_args.get('n_encoder_layer'):
         raise UserError(f'n_encoder_layer={model_args["n_encoder_layer"]}: language models on running text are '
                         'measured here; only with --against do encoder-decoders run')
-    run = runtime.Run(vars(knobs))
+    run = runtime.Run(knobs.out_dir, knobs.device, knobs.dtype, knobs.seed, knobs.fsdp)
+    run.check_accumulation(knobs.gradient_accumulation_steps)
     run.on_main(lambda: find_dataset(knobs.dataset))
     block_size = model_args.get('block_size', GPTConfig.block_size)
     data = TokenData(find_dataset(knobs.dataset), 'train', block_size, knobs.seed)
@@ -136,7 +137,7 @@ def training(knobs, model_args):
                         f'{knobs.dataset}')
     with runtime.user_errors():
         model = GPT(GPTConfig(**{'vocab_size': data.tokenizer.n_vocab} | model_args))
-        net = run.wrap(model)
+        net = run.wrap(model, knobs.compile, knobs.activation_checkpointing)
         optimizers = model.configure_optimizers(knobs.optimizer, knobs.learning_rate, knobs.weight_decay,
                                                 (knobs.beta1, knobs.beta2), knobs.embed_lr, knobs.muon_lr,
                                                 knobs.muon_momentum)
@@ -145,19 +146,21 @@ def training(knobs, model_args):
     n = [0]
 
     def step(lap=lambda part: None):
-        for micro_step in range(run.micro_steps):
+        micro_steps = knobs.gradient_accumulation_steps // run.world_size
+        for number in run.micro_batches(net, knobs.gradient_accumulation_steps):
             lap('')
-            index = (n[0] * run.world_size + run.rank) * run.micro_steps + micro_step
+            index = n[0] * knobs.gradient_accumulation_steps + number
             x, y = run.to_device(*data.batch(index * knobs.batch_size, knobs.batch_size))
-            run.seed(index)
+            run.seed_dropout(index)
             lap('data')
-            with run.accumulating(net, micro_step == run.micro_steps - 1):
-                with run.autocast(data.block_size):
-                    loss = net(x, y) / run.micro_steps
-                lap('forward')
-                run.backward(loss)
+            with run.autocast(data.block_size):
+                loss = net(x, y) / micro_steps
+            lap('forward')
+            run.backward(loss)
             lap('backward')
-        run.update(model, optimizers, knobs.grad_clip)
+        grad_norm = run.clip_grad_norm(model, optimizers, knobs.grad_clip)
+        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.zero_grad()
         lap('optimizer')
         n[0] += 1
     return run, data, model, step

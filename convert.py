@@ -543,7 +543,7 @@ def to_hf(model, directory, tokenizer=None):
         'architectures': [FAMILIES[family][0]], 'model_type': family, 'torch_dtype': name_of_dtype,
         'dtype': name_of_dtype, 'bos_token_id': tokenizer and tokenizer.bos, 'pad_token_id': None,
         'eos_token_id': ends[0] if len(ends) == 1 else ends or None}
-    state, tensors = runtime.plain(model.state_dict()), {}
+    state, tensors = runtime.full_state(model.state_dict()), {}
     with on_meta():
         whole = GPT(dataclasses.replace(config, norm_affine=True)).state_dict()
     for name, like in whole.items():
@@ -845,37 +845,37 @@ CHANGEABLE = ('adapter_dim', 'quant', 'dropout', 'block_size', 'window', 'window
 
 @dataclasses.dataclass
 class Start:
-    """What a stage after pretraining begins with, or goes on from.
+    """The model that a stage after pretraining trains, and where it is from.
 
-    origin: where the model is from, and step, how many it had there; own: of a run that goes on, what its checkpoint
-    holds beside the model, else None; stage: the name of this one; base: 'init_from' and 'sha256' of the model that the
-    run began with; past: the same, and its stage, of the run that the model is from, or {}; fresh_head: whether
-    there is a part of its score that nobody has trained.
+    origin: that place in words, and step, how many it had made there; checkpoint: of a run that goes on, what its
+    checkpoint holds beside the model, else None; stage: the name of this one; base: 'init_from' and 'sha256' of the
+    model that the run began with; previous: the same, and its stage, of the run that the model is from, or {};
+    new_head: whether there is a part of its score that nobody has trained.
     """
     model: GPT
     tokenizer: Tokenizer
     origin: str
     step: int
-    own: dict | None
+    checkpoint: dict | None
     stage: str
     base: dict
-    past: dict
-    fresh_head: bool = False
+    previous: dict
+    new_head: bool = False
 
-    def state(self):
-        """What every checkpoint of the run holds of its model, only the small tensors where these alone learn."""
+    def model_state(self):
+        """What a checkpoint holds of the model: only the small tensors where LoRA or adapters alone are trained."""
         small = self.model.num_params(learning=True) < self.model.num_params()
         state = {'model': self.model.small_state() if small else self.model.state_dict(),
                  'model_args': dataclasses.asdict(self.model.config), 'tokenizer': self.tokenizer.to_dict(),
                  'stage': self.stage}
         return state | ({'base': self.base} if small else {'began_with': self.base})
 
-    def before(self):
-        """{name: tensor} of what learns as it was when the run of this stage began that the model is from; {} where it
-        is from no such run. UserError where that model is not there any more."""
-        if self.past.get('stage') != self.stage or self.own is not None:
+    def initial_weights(self):
+        """{name: tensor} of the trained parameters as they were when the run of this stage began that the model is
+        from; {} where it is from no such run. UserError where that model is not there any more."""
+        if self.previous.get('stage') != self.stage or self.checkpoint is not None:
             return {}
-        then = _load_base(self.past['init_from'], self.origin)['model']
+        then = _load_base(self.previous['init_from'], self.origin)['model']
         return {name: then[name].to(p) if name in then else torch.zeros_like(p)  # adapters that are zero change nothing
                 for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -886,81 +886,107 @@ class Start:
             raise UserError(f'max_length={max_length} is more than the block_size={block_size} of {self.origin}')
         return max_length or block_size
 
-    def words(self):
-        """Two lines on the model: what learns, and the memory it takes."""
-        n, learn = self.model.num_params(), self.model.num_params(learning=True)
-        return (f'{n:,} parameters from {self.origin}, step {self.step:,}: {learn:,} learn, {n - learn:,} are frozen\n'
-                f'memory in MB: weights {self.model.memory() / 1e6:,.1f}, gradients {learn * 4 / 1e6:,.1f}, moments '
-                f'{learn * 8 / 1e6:,.1f}')
+    def summary(self):
+        """Two lines on the model: what is trained, and the memory it takes."""
+        n, trained = self.model.num_params(), self.model.num_params(learning=True)
+        return (f'{n:,} parameters from {self.origin}, step {self.step:,}: {trained:,} learn, {n - trained:,} are '
+                f'frozen\nmemory in MB: weights {self.model.memory() / 1e6:,.1f}, gradients {trained * 4 / 1e6:,.1f}, '
+                f'moments {trained * 8 / 1e6:,.1f}')
 
 
-def start(run, stage, base, given, changeable=CHANGEABLE, scores=False, new=None):
-    """The model that a runtime.Run's init_from names, `base` where 'auto' finds no run yet, frozen where it has LoRA or
-    adapters -> Start.
-
-    stage: its name, 'sft'; only a run of the same one can go on. given: fields of GPTConfig; those in changeable may
-    differ from the model's, but not when a run goes on. scores: whether the stage has a reward model; it may begin with
-    any, and from 'scratch', new weights of base's shape but for what is given. Others begin with a causal decoder.
-    new: {a word for init_from and base: a function that gives such a state, its 'model' None for new weights}.
-    UserError says in one line what cannot be.
-    """
-    fresh, new = run.config['init_from'] == 'scratch', new or {}
-    if fresh and not (scores or new):
-        raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
-
-    def load(name):
-        return new[name]() if name in new else load_state(name)
-    state, origin, resumed = run.begin(load)
-    if state is None:
-        origin = 'scratch' if fresh and new else base
-        state = load(origin)
-    fresh = fresh or state['model'] is None
-    own = {k: v for k, v in state.items() if k != 'model'} if resumed else None
-    its = state.get('stage') or ('sft' if 'difficulty' in state else 'train')
-    if resumed and its != stage:
-        raise UserError(f'{origin} is of a run of {its}.py, which {stage}.py cannot go on with: give another '
-                        f'--out_dir, and --init_from={run.config["out_dir"]} for its weights')
-    source = state.get('base') or state.get('began_with') if resumed else None
-    if resumed:
-        state = complete(state, origin)
-    args = state['model_args']
-    if args.get('score_head') and not scores:
-        raise UserError(NO_WRITER.format(origin))
-    if scores:
-        given = {'score_head': args.get('score_head') or 'last'} | given
-        if not given['score_head']:
-            raise UserError("score_head='': a reward model has one: 'last' or 'mean'")
-        if fresh and (given.get('lora_rank') or given.get('adapter_dim')):
-            raise UserError("init_from='scratch' with lora_rank or adapter_dim: all weights are new, so all must learn")
-    elif given.get('score_head'):
-        raise UserError(f'score_head={given["score_head"]!r} makes a reward model, which this stage does not train: '
-                        'drop --score_head')
-    with runtime.user_errors():
-        config = GPTConfig(**args | given)
-    if config.n_encoder_layer or not config.causal and not scores:
-        raise UserError(f'{origin} is no causal decoder alone: it cannot chat')
-    with runtime.user_errors(origin):
-        tokenizer = Tokenizer.from_dict(state['tokenizer'])
-    for key, value in given.items() if not fresh else ():
+def check_overrides(given, args, origin, changeable=CHANGEABLE):
+    """UserError where a given field of GPTConfig would change what no training changes in a model with these args."""
+    for key, value in given.items():
         changes = key in changeable or key.startswith(('lora_', 'rope_', 'router_'))
         if not changes and value != args.get(key, value):
             raise UserError(f'{key}={value}: {origin} has {key}={args[key]}, which this stage does not change: drop '
                             f'--{key}')
-    if resumed:
-        for field in dataclasses.fields(config):
-            key, value = field.name, getattr(config, field.name)
-            if args.get(key, field.default) != value and 'dropout' not in key:
-                raise UserError(f'{origin} was trained with {key}={args.get(key)}, not {value}: drop --{key}, or '
-                                'start a new run')
-    torch.manual_seed(run.config['seed'])  # fresh weights, whatever was drawn while the model was read
+
+
+def check_same_model(config, args, origin):
+    """UserError where a run would go on with another GPTConfig than its checkpoint's args; dropout may change."""
+    for field in dataclasses.fields(config):
+        key, value = field.name, getattr(config, field.name)
+        if args.get(key, field.default) != value and 'dropout' not in key:
+            raise UserError(f'{origin} was trained with {key}={args.get(key)}, not {value}: drop --{key}, or start a '
+                            'new run')
+
+
+def load_to_train(stage, init_from, resume_from, given, seed, new=None):
+    """The causal decoder that a stage trains, its own weights frozen where it has LoRA or adapters -> Start.
+
+    stage: its name, 'sft'; init_from: as for `load_state`, or one of new, {a word: a function that gives such a state,
+    its 'model' None for new weights}; resume_from: the path of the run's own checkpoint to go on from, or None. given:
+    fields of GPTConfig that somebody set. UserError says in one line what cannot be.
+    """
+    state, origin, own, base = _load_start(stage, init_from, resume_from, new or {})
+    if state['model_args'].get('score_head'):
+        raise UserError(NO_WRITER.format(origin))
+    if given.get('score_head'):
+        raise UserError(f'score_head={given["score_head"]!r} makes a reward model, which this stage does not train: '
+                        'drop --score_head')
+    return _build(stage, state, origin, own, base, given, seed, CHANGEABLE)
+
+
+def load_to_score(stage, init_from, resume_from, given, seed, base=''):
+    """As `load_to_train`, a reward model; it may begin with any model, or for 'scratch' with new weights of the shape
+    of the model that base names, but for what is given."""
+    fresh = init_from == 'scratch' and resume_from is None
+    state, origin, own, began_with = _load_start(stage, base if fresh else init_from, resume_from, {})
+    given = {'score_head': state['model_args'].get('score_head') or 'last'} | given
+    if not given['score_head']:
+        raise UserError("score_head='': a reward model has one: 'last' or 'mean'")
+    if fresh and (given.get('lora_rank') or given.get('adapter_dim')):
+        raise UserError("init_from='scratch' with lora_rank or adapter_dim: all weights are new, so all must learn")
+    return _build(stage, state, origin, own, began_with, given, seed,
+                  (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood'), fresh)
+
+
+def _load_start(stage, init_from, resume_from, new):
+    """The state to begin with, its place, what else a checkpoint of the run itself holds, and what it began with."""
+    if resume_from is not None:
+        state = runtime.load_checkpoint(resume_from, mmap='RANK' in os.environ)  # read once for all processes
+        its = stage_of(state)
+        if its != stage:
+            raise UserError(f'{resume_from} is of a run of {its}.py, which {stage}.py cannot go on with: give another '
+                            f'--out_dir, and --init_from={resume_from.parent} for its weights')
+        own = {k: v for k, v in state.items() if k != 'model'}
+        base = state.get('base') or state.get('began_with')
+        return complete(state, resume_from), resume_from, own, base
+    if init_from == 'scratch' and 'scratch' not in new:
+        raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
+    state = new[init_from]() if init_from in new else load_state(init_from)
+    return state, init_from, None, None
+
+
+def stage_of(state):
+    """The name of the stage that a checkpoint is of."""
+    return state.get('stage') or ('sft' if 'difficulty' in state else 'train')
+
+
+def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False):
+    """The model of a state, with what is given, and all that a Start knows of it."""
+    args, scores = state['model_args'], bool(given.get('score_head'))
+    fresh = fresh or state['model'] is None
+    with runtime.user_errors():
+        config = GPTConfig(**args | given)
+    if config.n_encoder_layer or not config.causal and not scores:
+        raise UserError(f'{origin} is not a causal decoder alone: it cannot chat')
+    with runtime.user_errors(origin):
+        tokenizer = Tokenizer.from_dict(state['tokenizer'])
+    if not fresh:
+        check_overrides(given, args, origin, changeable)
+    if own is not None:
+        check_same_model(config, args, origin)
+    torch.manual_seed(seed)  # new weights are the same, whatever was drawn while the model was read
     with runtime.user_errors(origin):
         model = GPT(config) if fresh else GPT.from_state(state, **given)
     if config.vocab_size < tokenizer.n_vocab:
         raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
     untrained = [name for name in ('score_head', 'score_likelihood') if getattr(config, name) and not args.get(name)]
     return Start(model.freeze(), tokenizer, f'new weights like {origin}' if fresh and scores else str(origin),
-                 0 if fresh else state['iter'], own, stage, source or base_of(origin, state),
-                 {} if fresh else (state.get('began_with') or {}) | {'stage': its},
+                 0 if fresh else state['iter'], own, stage, base or base_of(origin, state),
+                 {} if fresh else (state.get('began_with') or {}) | {'stage': stage_of(state)},
                  fresh or bool(untrained))
 
 

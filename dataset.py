@@ -825,9 +825,9 @@ class ChatData:
         self.row_tokens = self.n_tokens / self.n_rows
         self.key, self.pace_key, self.chunk_key = _mix(np.array([[seed % (1 << 64)]], np.uint64)
                                                        ^ np.array([[0], [1 << 62], [1 << 63]], np.uint64))
-        self.pace(np.zeros(self.n_rows), 0)
+        self.set_curriculum(np.zeros(self.n_rows), 0)
 
-    def pace(self, difficulty, count, start=0.2):
+    def set_curriculum(self, difficulty, count, start=0.2):
         """From now on the first count rows of the sequence are drawn from easy ones, more and more of them: a
         competence-based curriculum (arXiv:1903.09848). Ordinary epochs follow.
 

@@ -15,6 +15,7 @@ Papers: Distilling the Knowledge in a Neural Network (arXiv:1503.02531), sequenc
 every other layer (DistilBERT, arXiv:1910.01108), reverse KL (MiniLLM, arXiv:2306.08543), on-policy distillation and the
 generalised Jensen-Shannon divergence (arXiv:2306.13649).
 """
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convert import fingerprint, load_model, start
+from convert import fingerprint, load_model, load_to_train
 from dataset import (
     ChatData,
     PromptData,
@@ -47,7 +48,7 @@ from dataset import (
     summarise,
 )
 from model import GPTConfig, check_prompts, chunk_rows
-from rollout import draw, forcing, lay_out
+from rollout import forcing, generate_rollouts, lay_out
 from tokenizer import UserError
 
 # where and what
@@ -99,7 +100,7 @@ warmup_iters = 20  # steps of linear warmup
 lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
 min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
-# looking at it
+# evaluation and logging
 eval_interval = 250  # steps between evaluations, each with a sample or answers and a checkpoint
 eval_rows = 160  # held-out windows, or rows, whose prompts are answered too, the same every time; 0 = all
 max_new_tokens = 128  # longest answer
@@ -120,6 +121,15 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the d
 compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+RANGES = runtime.RANGES | {
+    **dict.fromkeys(('alpha', 'on_policy'), '>= 0 and <= 1'),
+    **dict.fromkeys(('jsd_beta', 'val_fraction'), '> 0 and < 1'),
+    **dict.fromkeys(('temperature', 'sample_temperature'), '> 0'),
+    **dict.fromkeys(('max_new_tokens', 'num_answers', 'prompts_per_step'), '>= 1'),
+    **dict.fromkeys(('top_k', 'answer_prompts', 'answer_temperature', 'max_length', 'eval_rows', 'show_answers',
+                     'sample_tokens'), '>= 0'),
+    'divergence': ('forward', 'reverse', 'jsd'), 'answers': ('gold', 'teacher'), 'too_long': ('drop', 'left', 'right')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +168,7 @@ class Distillation:
     vocabularies padded differently the ids that both have count. given: targets (n,), then what is known of the
     teacher: its hidden states (n, C), with its `head` (V, C), the head's soft-cap and top_k; or the ids (n, k) of its
     likeliest tokens and log-probabilities (n, k + 1) at t. vocab: how many ids both have; 0 = all of the teacher's.
-    What is told of a token: its cross-entropy, its divergence.
+    Its stats of a token: its cross-entropy, its divergence.
     """
 
     def __init__(self, alpha, temperature=1.0, kind='forward', beta=0.5, top_k=0, vocab=0):
@@ -180,7 +190,7 @@ class Distillation:
         return ids, bucketed(logprobs, ids)
 
     def __call__(self, logits, learning, targets, *known):
-        """What `model.LinearLoss` asks for: losses, what is told of each token, the derivative by the logits."""
+        """What `model.LinearLoss` asks for: losses, stats of each token (n, 2), the derivative by the logits."""
         n = self.vocab or logits.shape[-1]
         if len(known) == 1:
             known = self.likeliest(*known) if self.top_k else (None, self.expected(*known))
@@ -190,10 +200,10 @@ class Distillation:
         full = whole if self.t == 1 and n == logits.shape[-1] else (logits[:, :n] / self.t).log_softmax(-1)
         log_q = full if ids is None else bucketed(full, ids)
         distance, slope = divergence_of(log_p, log_q, self.kind, self.beta)
-        told = torch.stack((losses, distance), 1)
+        stats = torch.stack((losses, distance), 1)
         total = (1 - self.alpha) * losses + self.alpha * self.t ** 2 * distance
         if not learning:
-            return total, told, None
+            return total, stats, None
         if ids is not None:  # the others share what is theirs as the student has shared it
             shares = (full - log_q[:, -1:]).exp_()  # of the others; what stands at ids is written over
             slope = shares.mul_(slope[:, -1:]).scatter_(-1, ids, slope[:, :-1])
@@ -201,7 +211,7 @@ class Distillation:
         if self.alpha < 1:
             d = d.add_(whole.exp_(), alpha=1 - self.alpha)
             d.scatter_add_(1, targets[:, None], torch.full_like(d[:, :1], self.alpha - 1))
-        return total, told, d
+        return total, stats, d
 
 
 class Teacher:
@@ -225,16 +235,16 @@ class Teacher:
         return hidden.to(self.head.dtype)
 
 
-def loss_on(net, run, arrays, rule, teacher, known=()):
-    """A batch of NumPy arrays {'idx', 'targets', …} -> (its mean loss, what the rule told of each target (N, 2), their
-    places in the flattened (B * T,)). known: what was kept of the teacher for these targets, else it is asked."""
+def distillation_loss(net, run, arrays, rule, teacher, known=()):
+    """A batch of NumPy arrays {'idx', 'targets', …} -> (its mean loss, the rule's stats of each target (N, 2), their
+    places in the flattened (B * T,)). known: what was cached of the teacher for these targets, else it is asked."""
     places = np.flatnonzero(arrays['targets'].reshape(-1) != -100)
     tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
     at, targets, *known = run.to_device(places, arrays['targets'].reshape(-1)[places], *known)
     with run.autocast(arrays['idx'].shape[1]):
         known = known or [teacher(tensors, at, rule)]
-        loss, told = net(**tensors, rule=rule, given=(at, targets, *known))
-    return loss, told, places
+        loss, stats = net(**tensors, rule=rule, given=(at, targets, *known))
+    return loss, stats, places
 
 
 def thinned(state, n_layer):
@@ -358,7 +368,7 @@ class Cache:
 AT_ONCE = 512  # prompts that the teacher answers before they are written down
 
 
-def answered_by(teacher, data, run, chosen, samples, heat, path, about):
+def teacher_answers(teacher, data, run, chosen, samples, temperature, path, about):
     """The teacher's answers to these prompts of a PromptData, samples of each, drawn at a temperature -> texts.
 
     They are appended to the file at path, if it has a name, a few hundred at a time, and what is there is taken from
@@ -366,7 +376,8 @@ def answered_by(teacher, data, run, chosen, samples, heat, path, about):
     """
     meta, rows = Path(f'{path}.meta.json'), data.rows_kept
 
-    def look():
+    def read_answers():
+        """Those that are in the file already."""
         if not path:
             return []
         try:
@@ -390,11 +401,12 @@ def answered_by(teacher, data, run, chosen, samples, heat, path, about):
             raise
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f'answers_file={path}: malformed ({error}): delete it and {meta.name}') from None
-    done, force, clock = run.on_main(look), forcing(data.tokenizer, tools), teacher.clock
+    done, force, clock = run.on_main(read_answers), forcing(data.tokenizer, tools), teacher.clock
     clock.resume()
     for first in range(len(done) // samples, len(chosen), AT_ONCE):
         part = chosen[first:first + AT_ONCE]
-        found = draw(teacher.model, data, part, run, max_new_tokens, samples, heat, number=first, force=force)
+        found = generate_rollouts(teacher.model, data, part, run, max_new_tokens, samples, temperature, number=first,
+                                  force=force)
         done += found.texts
         if path and run.main:
             taught = [with_answer(rows[i], text) for i, text in zip(found.rows, found.texts, strict=True)]
@@ -429,18 +441,20 @@ def chats_of(split, teacher, known_as, tokenizer, length, run, packed=False):
     if writes or silent or training and on_policy:
         prompts = PromptData(silent or rows, tokenizer, length, max_new_tokens, seed)
         if lost := prompts.left_out(skipped):
-            run.say(f'{dataset}, {split}, prompts: {lost}')
+            run.print0(f'{dataset}, {split}, prompts: {lost}')
     if writes or silent:
-        count, samples, heat = (answer_prompts, num_answers, answer_temperature) if writes else (eval_rows, 1, 0.0)
+        count, samples, temperature = eval_rows, 1, 0.0
+        if writes:
+            count, samples, temperature = answer_prompts, num_answers, answer_temperature
         graded, chosen = writes and correct_only, prompts.fixed(count)
         path = answers_file if writes else ''
         missing = next((prompts.rows_kept[i]['where'] for i in chosen if 'answer' not in prompts.rows_kept[i]), '')
         if graded and missing:
             raise UserError(f'{missing}: it has no "answer", so correct_only=True cannot tell whether one is right')
         about = {'teacher': known_as, 'data': prompts.fingerprint(), 'prompts': len(chosen),
-                 'num_answers': samples, 'answer_temperature': heat, 'max_new_tokens': max_new_tokens, 'tools': tools,
-                 'seed': seed} if path else {}
-        texts = answered_by(teacher, prompts, run, chosen, samples, heat, path, about)
+                 'num_answers': samples, 'answer_temperature': temperature, 'max_new_tokens': max_new_tokens,
+                 'tools': tools, 'seed': seed} if path else {}
+        texts = teacher_answers(teacher, prompts, run, chosen, samples, temperature, path, about)
         taught = [(prompts.rows_kept[i], text) for i, text in zip(np.repeat(chosen, samples), texts, strict=True)]
         rows = [row for row in rows if not writes and row['messages'][-1]['content']]
         rows += [with_answer(row, text) for row, text in taught if text.strip()
@@ -448,20 +462,20 @@ def chats_of(split, teacher, known_as, tokenizer, length, run, packed=False):
         if not rows:
             raise UserError(f'{dataset}, {split}: the teacher has no answer that says something'
                             + ' and is right (correct_only=True)' * graded)
-        run.say(f'{dataset}, {split}: {len(rows):,} rows, with {len(texts):,} answers of the teacher'
+        run.print0(f'{dataset}, {split}: {len(rows):,} rows, with {len(texts):,} answers of the teacher'
                 + ', of which only those that are right are kept' * graded)
     if prompts_only:
         return None, prompts
     data = ChatData(rows, tokenizer, length, seed, too_long, False, packed)
     if lost := data.left_out(skipped):
-        run.say(f'{dataset}, {split}: {lost}')
+        run.print0(f'{dataset}, {split}: {lost}')
     return data, prompts if training and on_policy else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def losses_of(net, data, items, run, token_bytes, rule=None, teacher=None):
+def item_losses(net, data, items, run, token_bytes, batch_size, rule=None, teacher=None):
     """Of these windows or rows, float64 (n, 4): summed cross-entropy and divergence, both in nats, targets and their
     bytes. Without a teacher no divergence."""
     block_size = data.block_size
@@ -475,261 +489,306 @@ def losses_of(net, data, items, run, token_bytes, rule=None, teacher=None):
                 idx, targets = run.to_device(*arrays.values())
                 sums[:, 0] = net(idx, targets, reduction='none').double().sum(1).cpu().numpy()
         else:
-            _, told, places = loss_on(net, run, arrays, rule, teacher)
-            np.add.at(sums, (places // counts.shape[1], slice(2)), told.cpu().double().numpy())
+            _, stats, places = distillation_loss(net, run, arrays, rule, teacher)
+            np.add.at(sums, (places // counts.shape[1], slice(2)), stats.cpu().double().numpy())
         sums[:, 2] = counts.sum(1)
         sums[:, 3] = (token_bytes[np.where(counts, arrays['targets'], 0)] * counts).sum(1)
         return sums
     was_training = net.training
     net.eval()
     lengths = data.lengths[items] if isinstance(data, ChatData) else np.full(len(items), block_size)
-    found = run.spread(lengths, work, max(batch_size, 4096 // block_size))
+    found = run.distributed_map(work, lengths, max(batch_size, 4096 // block_size))
     net.train(was_training)
     return found
 
 
-def main():
-    config, given = runtime.configure(globals(), GPTConfig)
-    runtime.check_loop(config)
-    runtime.one_of(config, divergence=('forward', 'reverse', 'jsd'), answers=('gold', 'teacher'),
-                   too_long=('drop', 'left', 'right'))
-    for name, value in (('alpha', alpha), ('on_policy', on_policy)):
-        if not 0 <= value <= 1:
-            raise UserError(f'{name}={value} lies between 0 and 1')
-    if temperature <= 0 or sample_temperature <= 0:
-        name = 'temperature' if temperature <= 0 else 'sample_temperature'
-        raise UserError(f'{name}={config[name]} must be above 0')
-    if not 0 < jsd_beta < 1 or not 0 < val_fraction < 1:
-        raise UserError(f'jsd_beta={jsd_beta} and val_fraction={val_fraction} lie between 0 and 1')
-    for name in ('max_new_tokens', 'num_answers', 'prompts_per_step'):
-        if config[name] < 1:
-            raise UserError(f'{name}={config[name]}: it starts at 1')
+def evaluate(net, model, teacher, data, chosen, run, rule, chats, token_bytes, force):
+    """Loss on held-out windows or rows, how far the student is from the teacher, and a sample, or answers with their
+    grades -> (metrics, words, samples)."""
+    nats, divergence_sum, count, n_bytes = item_losses(net, data, chosen, run, token_bytes, batch_size, rule,
+                                                       teacher).sum(0)
+    loss, kl, tokenizer = nats / count, divergence_sum / count, data.tokenizer
+    metrics = {'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'val/kl': kl,
+               'val/bpb': nats / math.log(2) / max(1, n_bytes)}
+    words = f'val loss {loss:.4f}, KL from the teacher {kl:.4f}'
+    if chats:
+        answers = generate_rollouts(model, data, chosen, run, max_new_tokens, temperature=0, force=force)
+        rows = [data.rows_kept[i] for i in chosen]
+        marks = [grades(row, text) for row, text in zip(rows, answers.texts, strict=True)]
+        means, ranges = summarise(marks)
+        metrics |= as_metrics(means, ranges)
+        words += f', {in_words(means, ranges)}'
+        if by := by_value(rows, marks, 'steps'):
+            words += f', correct by steps: {by}'
+        samples = list(map(shown, rows, answers.texts, marks))
+        return metrics, words, samples[:show_answers]
+    words += f', perplexity {metrics["val/ppl"]:.2f}, {metrics["val/bpb"]:.4f} bits per byte'
+    if not sample_tokens:
+        return metrics, words, []
+    start_ids = tokenizer.encode(sample_start) or [tokenizer.eot]
+    with run.unsharded(model):
+        new_ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
+                                 vocab_limit=tokenizer.n_vocab)[0]
+    return metrics, words, [sample_start + tokenizer.decode([t for t in new_ids if t != tokenizer.eot])]
+
+
+def check_knobs():
+    """UserError for knobs that do not go together."""
     if num_answers > 1 and not answer_temperature:
         raise UserError(f'num_answers={num_answers} would all be the same: set answer_temperature above 0')
     if cache and not top_k:
         raise UserError(f'cache={cache} keeps the likeliest tokens: set top_k, as --top_k=32 (the size of the '
                         'vocabulary keeps all of them)')
-    if cache and (not alpha or on_policy == 1):
-        raise UserError(f'cache={cache}: ' + ('alpha=0 asks the teacher nothing' if not alpha else
-                                              "on_policy=1 learns from the student's own answers") + ': drop --cache')
-    for name in ('answers_file', 'answer_prompts', 'answer_temperature', 'correct_only'):
-        if config[name] and answers != 'teacher':
-            raise UserError(f"{name}={config[name]} is about the teacher's answers: add --answers=teacher")
-    if num_answers > 1 and answers != 'teacher':
-        raise UserError(f"num_answers={num_answers} is about the teacher's answers: add --answers=teacher")
+    if cache and not alpha:
+        raise UserError(f'cache={cache}: alpha=0 asks the teacher nothing: drop --cache')
+    if cache and on_policy == 1:
+        raise UserError(f"cache={cache}: on_policy=1 learns from the student's own answers: drop --cache")
+    of_answers = {'answers_file': answers_file, 'answer_prompts': answer_prompts,
+                  'answer_temperature': answer_temperature, 'correct_only': correct_only,
+                  'num_answers': num_answers if num_answers > 1 else 0}
+    for name, value in of_answers.items():
+        if value and answers != 'teacher':
+            raise UserError(f"{name}={value} is about the teacher's answers: add --answers=teacher")
     if on_policy == 1 and answers == 'teacher':
         raise UserError("on_policy=1 learns from the student's own answers alone, so answers='teacher' would be left")
     if on_policy and prompts_per_step < gradient_accumulation_steps:
         raise UserError(f'prompts_per_step={prompts_per_step} is less than gradient_accumulation_steps='
                         f'{gradient_accumulation_steps}: raise it')
-    run = runtime.Run(config)
 
-    # the teacher, and what both read
-    lecturer, tokenizer = load_model(teacher)
-    if lecturer.config.n_encoder_layer or not lecturer.config.causal:
-        raise UserError(f'teacher={teacher} is no causal decoder alone: it cannot say what comes next')
-    folder, chats = dataset, Path(dataset).suffix in ('.json', '.jsonl')
-    if not chats:
-        run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-        folder = find_dataset(dataset)
-        if kind_of(folder) == 'pairs':
-            raise UserError(f'{folder} holds pairs of source and target: distill.py learns from running text or chats')
-        chats = kind_of(folder) == 'chats'
+
+def find_data(run, dataset):
+    """The folder or file of a dataset, prepared where it is not yet -> (path, whether it holds chats)."""
+    if Path(dataset).suffix in ('.json', '.jsonl'):
+        return dataset, True
+    run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+    folder = find_dataset(dataset)
+    if kind_of(folder) == 'pairs':
+        raise UserError(f'{folder} holds pairs of source and target: distill.py learns from running text or chats')
+    chats = kind_of(folder) == 'chats'
     if not chats and (answers == 'teacher' or on_policy):
         key = "answers='teacher'" if answers == 'teacher' else f'on_policy={on_policy}'
         raise UserError(f'{key} needs prompts, and {folder} holds running text')
+    return folder, chats
 
+
+def new_students(teacher_model, tokenizer, given):
+    """What init_from may say beside models: {'scratch', 'teacher': a function that gives the student's state}.
+
+    UserError where such a student is to be trained by LoRA or the like.
+    """
     def new_weights():
-        args = {'vocab_size': lecturer.config.vocab_size}
+        args = {'vocab_size': teacher_model.config.vocab_size}
         return {'model': None, 'model_args': args, 'tokenizer': tokenizer.to_dict(), 'iter': 0}
 
-    def every_so_manieth_layer():
+    def thinned_teacher():
         if 'n_layer' not in given:
-            raise UserError(f"init_from='teacher': say how many of the teacher's {lecturer.config.n_layer} layers the "
-                            'student has, as --n_layer=2')
-        return thinned({'model': lecturer.state_dict(), 'model_args': asdict(lecturer.config),
+            raise UserError(f"init_from='teacher': say how many of the teacher's {teacher_model.config.n_layer} layers "
+                            'the student has, as --n_layer=2')
+        return thinned({'model': teacher_model.state_dict(), 'model_args': asdict(teacher_model.config),
                         'tokenizer': tokenizer.to_dict()}, given['n_layer'])
-    new = {'scratch': new_weights, 'teacher': every_so_manieth_layer}
+    new = {'scratch': new_weights, 'teacher': thinned_teacher}
     names = {init_from, base} & set(new) if init_from == 'auto' else {init_from} & set(new)
-    for key in ('lora_rank', 'adapter_dim', 'quant'):
-        if names and (given.get(key) or getattr(lecturer.config, key) and 'teacher' in names):
-            raise UserError(f'{key}: a student from {names.pop()!r} learns with all its weights: drop --{key}'
-                            if given.get(key) else f'teacher={teacher} has {key}: make a whole model of it first, with '
-                            'convert.py')
-    began = start(run, 'distill', base, given, new=new)
-    model, origin, length = began.model, began.origin, began.row_length(max_length if chats else 0)
-    if not began.tokenizer.same_as(tokenizer):
-        raise UserError(f'{origin} has another tokenizer ({began.tokenizer.name}, {began.tokenizer.n_vocab:,} tokens) '
-                        f'than teacher={teacher} ({tokenizer.name}, {tokenizer.n_vocab:,}): what one thinks of its '
-                        'tokens says nothing about those of the other; give a student with the same')
-    if length > lecturer.config.block_size:
-        raise UserError(f'rows of {length} tokens are more than teacher={teacher} reads, {lecturer.config.block_size}: '
-                        f'lower {"max_length" if chats else "block_size"}')
-    shape = json.dumps(asdict(lecturer.config), sort_keys=True)
-    known_as = fingerprint(lecturer.state_dict(), shape) if cache or answers_file else ''
-    adviser, prompts = Teacher(lecturer, run), None
+    for key in ('lora_rank', 'adapter_dim', 'quant') if names else ():
+        if given.get(key):
+            raise UserError(f'{key}: a student from {names.pop()!r} learns with all its weights: drop --{key}')
+        if getattr(teacher_model.config, key) and 'teacher' in names:
+            raise UserError(f'teacher={teacher} has {key}: make a whole model of it first, with convert.py')
+    return new
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_ranges(config, RANGES)
+    check_knobs()
+    run = runtime.Run(out_dir, device, dtype, seed, fsdp)
+    run.check_accumulation(gradient_accumulation_steps)
+
+    # teacher and student
+    teacher_model, tokenizer = load_model(teacher)
+    if teacher_model.config.n_encoder_layer or not teacher_model.config.causal:
+        raise UserError(f'teacher={teacher} is not a causal decoder alone: it cannot say what comes next')
+    folder, chats = find_data(run, dataset)
+    resume_from = run.find_checkpoint(init_from)
+    start = load_to_train('distill', base if init_from == 'auto' else init_from, resume_from, given, seed,
+                          new_students(teacher_model, tokenizer, given))
+    model = start.model
+    length = start.row_length(max_length if chats else 0)
+    if not start.tokenizer.same_as(tokenizer):
+        raise UserError(f'{start.origin} has another tokenizer ({start.tokenizer.name}, {start.tokenizer.n_vocab:,} '
+                        f'tokens) than teacher={teacher} ({tokenizer.name}, {tokenizer.n_vocab:,}): what one thinks of '
+                        'its tokens says nothing about those of the other; give a student with the same')
+    if length > teacher_model.config.block_size:
+        raise UserError(f'rows of {length} tokens are more than teacher={teacher} reads, '
+                        f'{teacher_model.config.block_size}: lower {"max_length" if chats else "block_size"}')
+    teacher_sha256 = ''
+    if cache or answers_file:
+        shape = json.dumps(asdict(teacher_model.config), sort_keys=True)
+        teacher_sha256 = fingerprint(teacher_model.state_dict(), shape)
+    frozen_teacher = Teacher(teacher_model, run)
+
+    # data
+    prompts = None
     if chats:
-        train_data, prompts = chats_of('train', adviser, known_as, tokenizer, length, run, pack)
-        val_data, _ = chats_of('val', adviser, known_as, tokenizer, length, run)
+        train_data, prompts = chats_of('train', frozen_teacher, teacher_sha256, tokenizer, length, run, pack)
+        val_data, _ = chats_of('val', frozen_teacher, teacher_sha256, tokenizer, length, run)
     else:
         train_data = TokenData(folder, 'train', length, seed, aligned=bool(cache))
         val_data = TokenData(folder, 'val', length, seed)
         if not train_data.tokenizer.same_as(tokenizer):
             raise UserError(f'{folder} is prepared with another tokenizer ({train_data.tokenizer.name}) than teacher='
                             f'{teacher} has ({tokenizer.name}): prepare the text with that one (README shows how)')
-    n_both = min(model.config.vocab_size, lecturer.config.vocab_size)
-    rule = Distillation(alpha, temperature, divergence, jsd_beta, top_k, n_both)
-    of_samples = Distillation(1.0, temperature, divergence, jsd_beta, top_k, n_both)
-    plainly = Distillation(1.0, vocab=n_both)  # how far apart both are, for the eye
-    kept = None
-    if cache:
-        about = {'teacher': known_as, 'temperature': temperature, 'top_k': min(top_k, n_both), 'vocab': n_both}
-        kept = Cache(cache, train_data, run, about)
-        kept.fill(adviser, rule)
-    start_ids, token_bytes = tokenizer.encode(sample_start) or [tokenizer.eot], tokenizer.token_bytes()
-    if not chats:
         with runtime.user_errors():
-            check_prompts([start_ids], model.config)
-    net = run.wrap(model)
+            check_prompts([tokenizer.encode(sample_start) or [tokenizer.eot]], model.config)
+
+    # losses
+    vocab = min(model.config.vocab_size, teacher_model.config.vocab_size)  # ids that both have
+    rule = Distillation(alpha, temperature, divergence, jsd_beta, top_k, vocab)
+    rule_of_samples = Distillation(1.0, temperature, divergence, jsd_beta, top_k, vocab)
+    rule_of_evaluation = Distillation(1.0, vocab=vocab)  # the KL of whole distributions, whatever is trained on
+    teacher_cache = None
+    if cache:
+        about = {'teacher': teacher_sha256, 'temperature': temperature, 'top_k': min(top_k, vocab), 'vocab': vocab}
+        teacher_cache = Cache(cache, train_data, run, about)
+        teacher_cache.fill(frozen_teacher, rule)
+
+    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    step, items_seen, prompts_seen, resumed = 0, 0, 0, began.own is not None
-    clock = runtime.Clock(adviser.clock.read())  # what the teacher did for this run is part of its training
-    if resumed:
-        run.restore(began.own, origin, optimizers)
-        step, items_seen, prompts_seen = (began.own[key] for key in ('iter', 'rows', 'prompts'))
-        clock, began.own = runtime.Clock(began.own['seconds']), None
 
-    items_per_step = gradient_accumulation_steps * batch_size
-    meter = runtime.Meter(run, clock, model.flops_per_token(length))
-    force, rollout, micro_batches = forcing(tokenizer, tools), None, None
+    # where it goes on
+    step, items_seen, prompts_seen = 0, 0, 0
+    clock = runtime.Clock(frozen_teacher.clock.read())  # what the teacher did for this run is part of its training
+    if resume_from:
+        own = start.checkpoint
+        run.resume(own, start.origin, optimizers, config)
+        step, items_seen, prompts_seen = own['iter'], own['rows'], own['prompts']
+        clock = runtime.Clock(own['seconds'])
+        own = start.checkpoint = None  # its memory is free for training
+    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+
+    micro_steps = gradient_accumulation_steps // run.world_size
+    items_per_step = gradient_accumulation_steps * batch_size  # windows, or rows, packed or not
+    force = forcing(tokenizer, tools)
+    token_bytes = tokenizer.token_bytes()
     chosen = val_data.fixed(eval_rows)
-    # the best weights give the most right answers, where that can be told: the loss on gold rises where a student comes
-    # to speak like its teacher
-    judge = 'correct' if chats and all('answer' in val_data.rows_kept[i] for i in chosen) else 'loss'
-
-    def measure():
-        """Loss of today's weights on held-out windows or rows, how far they are from the teacher, and a sample, or
-        answers with their grades."""
-        nats, apart, count, n_bytes = losses_of(net, val_data, chosen, run, token_bytes, plainly, adviser).sum(0)
-        loss = nats / count
-        metrics = {'iter': step, 'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'val/kl': apart / count,
-                   'val/bpb': nats / math.log(2) / max(1, n_bytes), 'seconds': clock.read()}
-        words = f'step {step}: val loss {loss:.4f}, KL from the teacher {apart / count:.4f}'
-        samples = []
-        if chats:
-            found = draw(model, val_data, chosen, run, max_new_tokens, temperature=0, force=force)
-            rows = [val_data.rows_kept[i] for i in chosen]
-            marks = [grades(row, text) for row, text in zip(rows, found.texts, strict=True)]
-            shares, ranges = summarise(marks)
-            metrics |= as_metrics(shares, ranges)
-            words += f', {in_words(shares, ranges)}'
-            if by := by_value(rows, marks, 'steps'):
-                words += f', correct by steps: {by}'
-            samples = [shown(*of) for of in zip(rows, found.texts, marks, strict=True)][:show_answers]
-        else:
-            words += f', perplexity {metrics["val/ppl"]:.2f}, {metrics["val/bpb"]:.4f} bits per byte'
-            if sample_tokens:
-                with run.gathered(model):
-                    ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
-                                         seed=seed, vocab_limit=tokenizer.n_vocab)[0] if run.main else []
-                samples = [sample_start + tokenizer.decode([t for t in ids if t != tokenizer.eot])]
-        return metrics, f'{words}, {clock.read():.1f} s of training', samples
-
-    clock.pause()
-    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    nats, _, count, _ = losses_of(adviser.net, val_data, chosen, run, token_bytes).sum(0)
-    run.open(step if resumed else None)
+    # the best weights give the most correct answers, where that can be told: the loss on gold rises where a student
+    # comes to speak like its teacher
+    best_by = 'correct' if chats and all('answer' in val_data.rows_kept[i] for i in chosen) else 'loss'
+    nats, _, count, _ = item_losses(frozen_teacher.net, val_data, chosen, run, token_bytes, batch_size).sum(0)
+    teacher_loss = nats / count
+    run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
-    what = [f'{prompts.n_rows:,} prompts to answer'] if prompts is not None else []
+    what = []
     if train_data is not None:
-        what.insert(0, f'{train_data.n_rows:,} rows' if chats else f'{train_data.n_tokens:,} tokens')
-    run.say(f'{folder}: {", ".join(what)} ({tokenizer.name})\n'
-            f'teacher {teacher}: {lecturer.num_params():,} parameters, held-out loss {nats / count:.4f}\n'
-            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n{max_iters:,} steps')
+        what.append(f'{train_data.n_rows:,} rows' if chats else f'{train_data.n_tokens:,} tokens')
+    if prompts is not None:
+        what.append(f'{prompts.n_rows:,} prompts to answer')
+    run.print0(
+        f'{folder}: {", ".join(what)} ({tokenizer.name})\n'
+        f'teacher {teacher}: {teacher_model.num_params():,} parameters, held-out loss {teacher_loss:.4f}\n'
+        f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n{max_iters:,} steps')
 
-    def look(metrics, words, samples):
-        """Logs what was measured after `step` steps, shows samples and saves the state."""
-        run.log(metrics | {'teacher/loss': nats / count})
-        run.say(words)
-        if samples:
-            run.sample(step, '\n'.join(samples))
-        save(metrics['val/loss'] if judge == 'loss' else -metrics[f'val/{judge}'])
-
-    def save(score=math.inf):
-        run.checkpoint(began.state() | {'iter': step, 'rows': items_seen, 'prompts': prompts_seen,
-                                        'seconds': clock.read()}, optimizers, score)
-
-    def micro_loss(number):
-        """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
-        over the step is that over its targets."""
-        if rollout is not None:
-            part = rollout.take(micro_batches[number])
-            meter.add(rollout.tokens(micro_batches[number]))
-            share = part.drawn.sum() / (rollout.drawn.sum() / gradient_accumulation_steps)
-            run.seed(prompts_seen + number)
-            loss, told, _ = loss_on(net, run, lay_out(part, length)[0], of_samples, adviser)
-            meter.add(**{'train/kl_sampled': told[:, 1].mean() * share})
-            return loss * share
-        first = items_seen + number * batch_size
-        names = ('idx', 'targets', 'positions', 'segments')
-        arrays = dict(zip(names, train_data.batch(first, batch_size), strict=False))
-        meter.add(real_tokens(arrays['targets'], arrays.get('segments')))
-        share = train_data.n_targets(first, batch_size) / (
-            train_data.n_targets(items_seen, items_per_step) / gradient_accumulation_steps)
-        run.seed(first)
-        if not alpha:  # what train.py and sft.py do
-            tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
-            with run.autocast(arrays['idx'].shape[1]):
-                return net(**tensors) * share
-        known = kept.batch(first, batch_size) if kept else ()
-        loss, told, _ = loss_on(net, run, arrays, rule, adviser, known)
-        meter.add(**dict(zip(('train/ce', 'train/kl'), told.mean(0) * share, strict=True)))
-        return loss * share
-
-    if not resumed:
-        look(*measured)
-    settled = run.world_size == 1
+    meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
+    warmed_up = not run.ddp
     clock.resume()
-    meter.begin(step)
-    looked, stop = step, 0
-    while step < max_iters and not (stop := run.stopping()):
-        rollout = None
-        if on_policy and np.random.default_rng([seed % (1 << 64), step]).random() < on_policy:
-            numbers = prompts.rows(prompts_seen, prompts_per_step)
-            rollout = draw(model, prompts, numbers, run, max_new_tokens, 1, sample_temperature, 1 + step, force=force)
-            order = np.argsort(rollout.group_sizes, kind='stable')  # by length: little padding
-            micro_batches = np.array_split(order, gradient_accumulation_steps)
-            meter.add(response_len=rollout.lengths.mean(), ended=rollout.ended.mean())
-        if not settled:
-            with meter.aside():  # that pass is no part of a step
-                run.settle(net, lambda: micro_loss(run.rank))
-            settled, model.router_stats = True, None
-        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
-        if model.sparse:
-            model.balance(run.total(model.routed())[:, :-1])
-        step += 1
-        items_seen, prompts_seen = (items_seen + items_per_step, prompts_seen) if rollout is None else (
-            items_seen, prompts_seen + prompts_per_step)
-        if step % max_bad_steps == 0:
-            run.check_updates(step)
-
-        if step % log_interval == 0 or step == max_iters:
-            meter.report(step, total, grad_norm)
-        if step % eval_interval == 0 or step == max_iters:
+    meter.restart(step)
+    while True:
+        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf
+        if evaluating:
             clock.pause()
-            look(*measure())
+            metrics, words, samples = evaluate(net, model, frozen_teacher, val_data, chosen, run, rule_of_evaluation,
+                                               chats, token_bytes, force)
+            run.log({'iter': step, 'seconds': clock.read(), 'teacher/loss': teacher_loss} | metrics)
+            run.print0(f'step {step}: {words}, {clock.read():.1f} s of training')
+            if samples:
+                run.sample(step, '\n'.join(samples))
+            score = metrics['val/loss'] if best_by == 'loss' else -metrics['val/correct']
+            evaluated = step
+        stop = run.stop_signal()
+        if evaluating or stop and step > evaluated:
+            clock.pause()
+            run.save_checkpoint(start.model_state() | {'iter': step, 'rows': items_seen, 'prompts': prompts_seen,
+                                                       'seconds': clock.read()}, optimizers, score, keep_checkpoints)
             clock.resume()
-            looked = step
-            meter.begin(step)
+            meter.restart(step)
+        if stop or step >= max_iters:
+            break
 
-    if stop and looked != step:
-        clock.pause()
-        save()
+        # the learning rate of this step
+        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
+                                     min_lr / learning_rate, decay_frac)
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * lr_scale
+
+        # a step on the student's own answers, or on the data; which one is a function of the seed and the step
+        answers = None
+        if on_policy and np.random.default_rng([seed % (1 << 64), step]).random() < on_policy:
+            rows = prompts.rows(prompts_seen, prompts_per_step)
+            answers = generate_rollouts(model, prompts, rows, run, max_new_tokens, 1, sample_temperature, 1 + step,
+                                        force=force)
+            order = np.argsort(answers.group_sizes, kind='stable')  # by length: little padding
+            micro_batches = np.array_split(order, gradient_accumulation_steps)
+            n_targets = answers.response_mask.sum()
+            meter.add(response_len=answers.lengths.mean(), ended=answers.ended.mean())
+        else:
+            n_targets = train_data.n_targets(items_seen, items_per_step)
+
+        # forward and backward, over this process's micro-batches; before the first step DDP's warm-up
+        step_loss = 0.0
+        warm_up = [] if warmed_up else [run.rank]
+        for number in itertools.chain(warm_up, run.micro_batches(net, gradient_accumulation_steps)):
+            if answers is not None:
+                part = answers.take(micro_batches[number])
+                run.seed_dropout(prompts_seen + number)
+                share = part.response_mask.sum() / (n_targets / gradient_accumulation_steps)
+                loss, stats, _ = distillation_loss(net, run, lay_out(part, length)[0], rule_of_samples, frozen_teacher)
+                n_read, means = answers.tokens(micro_batches[number]), {'train/kl_sampled': stats[:, 1].mean() * share}
+            else:
+                first = items_seen + number * batch_size  # a function of the step alone: a resumed run repeats no row
+                names = ('idx', 'targets', 'positions', 'segments')
+                arrays = dict(zip(names, train_data.batch(first, batch_size), strict=False))
+                run.seed_dropout(first)
+                share = train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps)
+                n_read, means = real_tokens(arrays['targets'], arrays.get('segments')), {}
+                if alpha:
+                    known = teacher_cache.batch(first, batch_size) if teacher_cache else ()
+                    loss, stats, _ = distillation_loss(net, run, arrays, rule, frozen_teacher, known)
+                    means = dict(zip(('train/ce', 'train/kl'), stats.mean(0) * share, strict=True))
+                else:  # what train.py and sft.py do
+                    with run.autocast(arrays['idx'].shape[1]):
+                        loss = net(**dict(zip(arrays, run.to_device(*arrays.values()), strict=True)))
+            if not warmed_up:
+                run.warm_up_ddp(net, loss)
+                model.router_stats, warmed_up = None, True
+                continue
+            # a micro-batch with more targets weighs more: the step's loss is the mean over all its tokens
+            loss = loss * share / micro_steps
+            run.backward(loss)
+            step_loss += loss.detach()
+            meter.add(n_read, **means)
+
+        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
+        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.zero_grad()
+        if model.sparse:
+            model.balance(run.all_reduce(model.routed())[:, :-1])
+        step += 1
+        if answers is None:
+            items_seen += items_per_step
+        else:
+            prompts_seen += prompts_per_step
+
+        if step % max_bad_steps == 0 or step % log_interval == 0:
+            run.check_skipped(step, max_bad_steps)
+        if step % log_interval == 0 or step == max_iters:
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)
+
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
-    run.say(f'done: best val/{judge} {abs(run.best):.4f}; loss of the teacher {nats / count:.4f}; talk to it: '
-            f'python sample.py --init_from={out_dir}{" --chat=True" * chats}{" --tools=True" * tools}')
+    run.print0(f'done: best val/{best_by} {abs(run.best):.4f}; loss of the teacher {teacher_loss:.4f}; talk to it: '
+               f'python sample.py --init_from={out_dir}{" --chat=True" * chats}{" --tools=True" * tools}')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ Direct preference optimisation: a model learns from pairs of answers which to gi
 
 The reference is the model that the run begins with. Of the pairs that training will draw its log-probabilities are
 taken once and kept in the checkpoint. Held-out prompts are answered greedily, to be graded, and by sampling at
-temperature 1, to measure how far the policy has moved: the KL divergence to the reference on its own samples.
+temperature 1, to measure how far the policy has kl: the KL divergence to the reference on its own samples.
 
 Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305.10425), KTO (arXiv:2402.01306), SimPO
 (arXiv:2405.14734), ORPO (arXiv:2403.07691), the SFT term (arXiv:2404.19733), cDPO's label smoothing (Mitchell 2023).
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convert import start
+from convert import load_to_train
 from dataset import (
     by_value,
     find_dataset,
@@ -37,7 +37,7 @@ from dataset import (
     summarise,
 )
 from model import GPTConfig
-from rollout import divergence, draw, forcing, gold_of, load_scorer
+from rollout import divergence, forcing, generate_rollouts, gold_scores, load_scorer
 from tokenizer import UserError
 
 # where and what
@@ -77,12 +77,12 @@ warmup_iters = 20  # steps of linear warmup
 lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
 min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
-# looking at it
+# evaluation and logging
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out pairs that are measured, and whose prompts are answered, the same every time; 0 = all
 eval_only = False  # measure init_from and train nothing
 eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
-judge = ''  # a run of reward.py, which scores the greedy answers
+reward_model = ''  # a run of reward.py, which scores the greedy answers
 max_new_tokens = 128  # longest answer
 tools = False  # in answers, the calculator answers <tool>…</tool>
 show_answers = 3  # answers shown at an evaluation
@@ -103,6 +103,11 @@ fsdp = False  # under torchrun: shard parameters, gradients and moments over the
 
 LOSSES = ('sigmoid', 'ipo', 'hinge', 'kto_pair', 'simpo', 'orpo')
 FREE = ('simpo', 'orpo')  # of these, those that need no reference
+
+RANGES = runtime.RANGES | {
+    'val_fraction': '> 0 and < 1', 'beta': '> 0', 'label_smoothing': '>= 0 and < 0.5', 'max_new_tokens': '>= 1',
+    **dict.fromkeys(('max_length', 'gamma', 'sft_coef', 'eval_rows', 'show_answers'), '>= 0'),
+    'loss_type': LOSSES, 'eval_split': ('val', 'test', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +158,7 @@ def log1mexp(x):
 # ----------------------------------------------------------------------------------------------------------------------
 # log-probabilities
 
-def logps_of(model, run, texts, block_size):
+def compute_logps(model, run, texts, block_size):
     """Log-probabilities of the tokens that count, summed over each of a batch of (ids, counts): (B,) on the device."""
     idx, _, counts = pad_texts(texts, block_size)
     targets = np.full(idx.shape, -100)
@@ -163,17 +168,17 @@ def logps_of(model, run, texts, block_size):
 
 
 @torch.no_grad()
-def logps(net, run, texts, block_size):
+def compute_all_logps(net, run, texts, block_size):
     """Of many (ids, counts), shared by the processes: float64 array (n,)."""
     net.eval()
-    found = run.spread([len(ids) for ids, _ in texts], lambda part: logps_of(
-        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None])
+    logps = run.distributed_map(lambda part: compute_logps(
+        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None], [len(ids) for ids, _ in texts])
     net.train()
-    return found[:, 0]
+    return logps[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# measuring
+# evaluation
 
 def pair_metrics(policy, reference, n_tokens):
     """Of held-out pairs, log-probabilities (2, n) under both models, chosen then rejected -> metrics."""
@@ -187,17 +192,17 @@ def pair_metrics(policy, reference, n_tokens):
             'val/logp_chosen': float(policy[0].mean()), 'val/logp_rejected': float(policy[1].mean())}
 
 
-def grade_answers(data, answers, judged):
-    """Grades of answers (Rollout) to pairs' prompts -> (rows, marks); judged: scores (n,) or None."""
+def grade_answers(data, answers, scores):
+    """Grades of answers (Rollout) to pairs' prompts -> (rows, marks); scores: of the reward model, (n,), or None."""
     rows, marks = [data.rows_kept[i] for i in answers.rows], []
     for i, (row, text) in enumerate(zip(rows, answers.texts, strict=True)):
         marks.append(quality(row, text) | grades(row, text) if 'answer' in row else grades(row, text))
-        marks[-1] |= {} if judged is None else {'judge': float(judged[i]), 'judge_share': float(judged[i] > 0)}
+        marks[-1] |= {} if scores is None else {'model': float(scores[i]), 'model_share': float(scores[i] > 0)}
     return rows, marks
 
 
-def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
-    """Everything that is measured of a policy on held-out pairs -> (metrics, words, samples).
+def evaluate(model, net, reference, ref_logps, data, run, scorer):
+    """A policy on held-out pairs, and its answers to their prompts -> (metrics, words, samples).
 
     reference: what learns, as it was in the beginning, which with LoRA is the base alone; ref_logps: a list that keeps
     the log-probabilities of the pairs under it, from the first call on.
@@ -206,35 +211,35 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
     pairs = data.texts(chosen)
     texts = [data.example(text) for text in pairs]
     n_tokens, block_size = data.targets_in[pairs].reshape(2, -1).astype(float), model.config.block_size
-    policy = logps(net, run, texts, block_size).reshape(2, -1)
+    policy = compute_all_logps(net, run, texts, block_size).reshape(2, -1)
     if not ref_logps:
-        with run.switched(model, reference):
-            ref_logps.append(logps(net, run, texts, block_size).reshape(2, -1))
+        with run.swapped_weights(model, reference):
+            ref_logps.append(compute_all_logps(net, run, texts, block_size).reshape(2, -1))
     force = forcing(data.tokenizer, tools)
-    sampled, greedy = (draw(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (1.0, 0))
-    moved = divergence(net, model, reference, run, sampled, block_size).sum(1)
-    judged = None
-    if judge_of is not None:
+    sampled, greedy = (generate_rollouts(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (1.0, 0))
+    kl = divergence(net, model, reference, run, sampled, block_size).sum(1)
+    scores = None
+    if scorer is not None:
         prompts = [data.rows_kept[i]['messages'][:-1] for i in chosen]
-        judged = judge_of(list(zip(prompts, greedy.texts, strict=True)))
-    rows, marks = grade_answers(data, greedy, judged)
+        scores = scorer(list(zip(prompts, greedy.texts, strict=True)))
+    rows, marks = grade_answers(data, greedy, scores)
     means, ranges = summarise(marks)
-    half = 1.96 * moved.std() / math.sqrt(max(1, len(moved) - 1))
-    low, high = moved.mean() - half, moved.mean() + half
+    half = 1.96 * kl.std() / math.sqrt(max(1, len(kl) - 1))
+    low, high = kl.mean() - half, kl.mean() + half
     metrics = pair_metrics(policy, ref_logps[0], n_tokens) | {
-        'kl': float(moved.mean()), 'kl_low': float(low), 'kl_high': float(high),
+        'kl': float(kl.mean()), 'kl_low': float(low), 'kl_high': float(high),
         'response_len': float(greedy.lengths.mean())}
     if 'gold' in means:
-        metrics['reward/gold_sampled'] = float(np.nanmean(gold_of(data, sampled)))
+        metrics['reward/gold_sampled'] = float(np.nanmean(gold_scores(data, sampled)))
     for name, mean in means.items():
-        key = f'reward/{name}' if name in ('gold', 'judge', 'judge_share') else f'val/{name}'
+        key = f'reward/{name}' if name in ('gold', 'model', 'model_share') else f'val/{name}'
         metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
     words = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%}, margin '
              f'{metrics["val/margin"]:.2f}, log-probabilities {metrics["val/logp_chosen"]:.1f} and '
              f'{metrics["val/logp_rejected"]:.1f}, KL {metrics["kl"]:.2f} ({low:.2f} to {high:.2f})\n')
-    told = {k: v for k, v in means.items() if k in ('gold', 'correct', 'f1', 'judge_share')}
-    words += f'greedy answers: {in_words(told, ranges)}'
-    words += f', judged {means["judge"]:.2f}' if judged is not None else ''
+    shown_means = {k: v for k, v in means.items() if k in ('gold', 'correct', 'f1', 'model_share')}
+    words += f'greedy answers: {in_words(shown_means, ranges)}'
+    words += f', reward {means["model"]:.2f}' if scores is not None else ''
     by_steps = by_value(rows, marks, 'steps')
     words += f'; correct by steps: {by_steps}' if by_steps else ''
     return metrics, words, [shown(*of) for of in zip(rows[:show_answers], greedy.texts, marks, strict=False)]
@@ -244,137 +249,152 @@ def measure_policy(model, net, reference, ref_logps, data, run, judge_of):
 
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
-    runtime.check_loop(config)
-    runtime.one_of(config, loss_type=LOSSES, eval_split=('val', 'test', 'train'))
-    if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
-    if beta <= 0 or not 0 <= label_smoothing < 0.5:
-        raise UserError(f'beta={beta}, label_smoothing={label_smoothing}: beta must be positive, label_smoothing from '
-                        '0 to below 0.5')
+    runtime.check_ranges(config, RANGES)
     if label_smoothing and loss_type not in ('sigmoid', 'simpo'):
         raise UserError(f"label_smoothing={label_smoothing} goes with loss_type='sigmoid' or 'simpo', not "
                         f'{loss_type!r}')
-    if max_new_tokens < 1:
-        raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
-    run = runtime.Run(config)
-    began = start(run, 'dpo', base, given)
-    model, tokenizer, origin = began.model, began.tokenizer, began.origin
-    length = began.row_length(max_length)
+    run = runtime.Run(out_dir, device, dtype, seed, fsdp)
+    run.check_accumulation(gradient_accumulation_steps)
+
+    # model
+    resume_from = run.find_checkpoint(init_from)
+    start = load_to_train('dpo', base if init_from == 'auto' else init_from, resume_from, given, seed)
+    model, tokenizer = start.model, start.tokenizer
+    length = start.row_length(max_length)
     if max_new_tokens >= model.config.block_size:
         raise UserError(f'max_new_tokens={max_new_tokens} leaves no room for a prompt in block_size='
                         f'{model.config.block_size}: lower it')
-    judge_of = load_scorer(judge, run) if judge else None
+    scorer = load_scorer(reward_model, run) if reward_model else None
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-
-    def rows_of(split):
-        return prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.say)
-
     if eval_only:
-        before, net, data = began.before(), run.wrap(model), rows_of(eval_split)
-        before = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before}
-        _, words, samples = measure_policy(model, net, before, [], data, run, judge_of)
-        run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {words}')
-        return run.say('\n'.join(samples))
-    train_data, val_data = (rows_of(split) for split in ('train', 'val'))
-    net = run.wrap(model)
+        before, net = start.initial_weights(), run.wrap(model, compile)
+        data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
+        reference = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before}
+        _, words, samples = evaluate(model, net, reference, [], data, run, scorer)
+        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {words}')
+        return run.print0('\n'.join(samples))
+
+    # data
+    train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0)
+                            for split in ('train', 'val'))
+    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
+
+    # the reference: the policy as it is before its first step. Only what is trained is kept twice
     reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    # of the training texts, under the reference; nan where it is not known yet
-    known = torch.full((2 * train_data.n_rows,), math.nan, dtype=torch.float64)
+    ref_logps = torch.full((2 * train_data.n_rows,), math.nan, dtype=torch.float64)  # nan where not computed yet
     ref_texts = train_data.fingerprint()
-    step, pairs_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
-    if resumed:
-        run.restore(began.own, origin, optimizers)
-        step, pairs_seen, clock = began.own['iter'], began.own['pairs'], runtime.Clock(began.own['seconds'])
+
+    # where it goes on
+    step, pairs_seen, clock = 0, 0, runtime.Clock()
+    if resume_from:
+        own = start.checkpoint
+        run.resume(own, start.origin, optimizers, config)
+        step, pairs_seen, clock = own['iter'], own['pairs'], runtime.Clock(own['seconds'])
         for name, tensor in reference.items():
-            tensor.copy_(run.like(tensor, began.own['reference'][name]))
-        if began.own['ref_texts'] == ref_texts:
-            known = began.own['ref_logps']
-        began.own = None
+            tensor.copy_(run.like(tensor, own['reference'][name]))
+        if own['ref_texts'] == ref_texts:
+            ref_logps = own['ref_logps']
+        own = start.checkpoint = None  # its memory is free for training
+    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+
+    micro_steps = gradient_accumulation_steps // run.world_size
     pairs_per_step = gradient_accumulation_steps * batch_size
-    meter = runtime.Meter(run, clock, model.flops_per_token(length))
-
-    def measure():
-        metrics, words, samples = measure_policy(model, net, reference, val_reference, val_data, run, judge_of)
-        words = f'step {step}, {clock.read():.1f} s of training: {words}'
-        return metrics | {'iter': step, 'seconds': clock.read()}, words, samples
-
-    clock.pause()
-    val_reference = []
-    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    run.open(step if resumed else None)
+    run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * pairs_per_step / train_data.n_rows
-    run.say(f'{dataset}: {train_data.n_rows:,} pairs to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
-            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
-            f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
+    run.print0(
+        f'{dataset}: {train_data.n_rows:,} pairs to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+        f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+        f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
+
+    # the reference never changes, so its log-probabilities are computed once, of the pairs that training comes to
     clock.resume()
-    due = np.unique(train_data.rows(0, max_iters * pairs_per_step))
-    due = train_data.texts(due)
-    due = due[torch.isnan(known[due]).numpy()]
-    if len(due) and loss_type not in FREE:
-        with run.switched(model, reference):
-            known[due] = torch.from_numpy(logps(net, run, [train_data.example(text) for text in due], length))
-        run.say(f'log-probabilities of {len(due):,} answers under the reference, {clock.read():.1f} s')
-    clock.pause()
+    texts = train_data.texts(np.unique(train_data.rows(0, max_iters * pairs_per_step)))
+    texts = texts[torch.isnan(ref_logps[texts]).numpy()]
+    if len(texts) and loss_type not in FREE:
+        with run.swapped_weights(model, reference):
+            ref_logps[texts] = torch.from_numpy(compute_all_logps(
+                net, run, [train_data.example(text) for text in texts], length))
+        run.print0(f'log-probabilities of {len(texts):,} answers under the reference, {clock.read():.1f} s')
 
-    def look(metrics, words, samples):
-        """Logs what was measured after `step` steps, shows answers and saves the state."""
-        run.log(metrics)
-        run.say(words)
-        run.sample(step, '\n'.join(samples))
-        save(metrics['val/loss'])
-
-    def save(val_loss=math.inf):
-        run.checkpoint(began.state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()}, optimizers,
-                       val_loss, {'reference': reference, 'ref_logps': known, 'ref_texts': ref_texts})
-
-    def micro_loss(number):
-        """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""
-        first = pairs_seen + number * batch_size
-        texts = train_data.texts(train_data.rows(first, batch_size))
-        arrays = [train_data.example(text) for text in texts]
-        run.seed(first)
-        chosen, rejected = logps_of(net, run, arrays, length).chunk(2)
-        n_chosen, n_rejected = run.to_device(train_data.targets_in[texts].astype(np.float32))[0].chunk(2)
-        ref_chosen, ref_rejected = run.to_device(known[texts].float().numpy())[0].chunk(2)
-        losses, up, down = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type,
-                                           beta, label_smoothing, length_normalise, gamma)
-        told = {'accuracy': (torch.sign(up - down).mean() + 1) / 2, 'margin': (up - down).mean(),
-                'logp_chosen': chosen.mean(), 'logp_rejected': rejected.mean()}
-        meter.add(sum(len(ids) for ids, _ in arrays), **{f'train/{name}': x.detach() for name, x in told.items()})
-        return (losses - sft_coef * chosen / n_chosen).mean()
-
-    if not resumed:
-        look(*measured)
-    run.settle(net, lambda: micro_loss(run.rank))
-    clock.resume()
-    meter.begin(step)
-    looked, stop = step, 0
-    while step < max_iters and not (stop := run.stopping()):
-        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
-        step, pairs_seen = step + 1, pairs_seen + pairs_per_step
-        if step % max_bad_steps == 0:
-            run.check_updates(step)
-
-        if step % log_interval == 0 or step == max_iters:
-            meter.report(step, total, grad_norm)
-        if step % eval_interval == 0 or step == max_iters:
+    if run.ddp:
+        first = pairs_seen + run.rank * batch_size
+        run.seed_dropout(first)
+        examples = [train_data.example(text) for text in train_data.texts(train_data.rows(first, batch_size))]
+        run.warm_up_ddp(net, compute_logps(net, run, examples, length).mean())
+    meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
+    val_ref_logps = []
+    meter.restart(step)
+    while True:
+        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf
+        if evaluating:
             clock.pause()
-            look(*measure())
+            metrics, words, samples = evaluate(model, net, reference, val_ref_logps, val_data, run, scorer)
+            run.log(metrics | {'iter': step, 'seconds': clock.read()})
+            run.print0(f'step {step}, {clock.read():.1f} s of training: {words}')
+            run.sample(step, '\n'.join(samples))
+            score, evaluated = metrics['val/loss'], step
+        stop = run.stop_signal()
+        if evaluating or stop and step > evaluated:
+            clock.pause()
+            run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()},
+                                optimizers, score, keep_checkpoints,
+                                {'reference': reference, 'ref_logps': ref_logps, 'ref_texts': ref_texts})
             clock.resume()
-            looked = step
-            meter.begin(step)
+            meter.restart(step)
+        if stop or step >= max_iters:
+            break
 
-    if stop and looked != step:
-        clock.pause()
-        save()
+        # the learning rate of this step
+        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
+                                     min_lr / learning_rate, decay_frac)
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * lr_scale
+
+        # forward and backward, over this process's micro-batches
+        step_loss = 0.0
+        for number in run.micro_batches(net, gradient_accumulation_steps):
+            first = pairs_seen + number * batch_size  # a function of the step alone: a resumed run repeats no pair
+            texts = train_data.texts(train_data.rows(first, batch_size))
+            examples = [train_data.example(text) for text in texts]
+            run.seed_dropout(first)
+            # both answers of all pairs in one forward pass: the chosen ones, then the rejected ones
+            chosen, rejected = compute_logps(net, run, examples, length).chunk(2)
+            n_chosen, n_rejected = run.to_device(train_data.targets_in[texts].astype(np.float32))[0].chunk(2)
+            ref_chosen, ref_rejected = run.to_device(ref_logps[texts].float().numpy())[0].chunk(2)
+            losses, chosen_rewards, rejected_rewards = preference_loss(
+                chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type, beta, label_smoothing,
+                length_normalise, gamma)
+            # a margin can grow while both answers get less likely: this term holds the chosen one up (arXiv:2404.19733)
+            loss = (losses - sft_coef * chosen / n_chosen).mean()
+            loss = loss / micro_steps
+            run.backward(loss)
+            step_loss += loss.detach()
+            margins = chosen_rewards - rejected_rewards
+            meter.add(sum(len(ids) for ids, _ in examples),
+                      **{'train/accuracy': (torch.sign(margins).mean() + 1) / 2, 'train/margin': margins.mean(),
+                         'train/logp_chosen': chosen.detach().mean(), 'train/logp_rejected': rejected.detach().mean()})
+
+        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
+        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.zero_grad()
+        step += 1
+        pairs_seen += pairs_per_step
+
+        if step % max_bad_steps == 0 or step % log_interval == 0:
+            run.check_skipped(step, max_bad_steps)
+        if step % log_interval == 0 or step == max_iters:
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)
+
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
-    run.say(f'done: best validation loss {run.best:.4f}; talk to it: '
-            f'python sample.py --init_from={out_dir} --chat=True')
+    run.print0(f'done: best validation loss {run.best:.4f}; talk to it: '
+               f'python sample.py --init_from={out_dir} --chat=True')
 
 
 if __name__ == '__main__':

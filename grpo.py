@@ -24,10 +24,22 @@ import runtime
 import numpy as np
 import torch
 
-from convert import start
+from convert import load_to_train
 from dataset import find_dataset
 from model import GPTConfig
-from rollout import SHARED_ROW, Rewards, draw, examine, forcing, gold_of, joined, kl_terms, prompts_of, read, reread
+from rollout import (
+    SHARED_ROW,
+    Rewards,
+    compute_all_logprobs,
+    compute_logprobs,
+    evaluate_policy,
+    forcing,
+    generate_rollouts,
+    gold_scores,
+    join_rollouts,
+    kl_terms,
+    load_prompt_data,
+)
 from tokenizer import UserError
 
 # where and what
@@ -80,7 +92,7 @@ warmup_iters = 5  # steps of linear warmup
 lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
 min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
-# looking at it
+# evaluation and logging
 eval_interval = 25  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out prompts that are answered, the same every time; 0 = all
 eval_only = False  # measure init_from and train nothing
@@ -101,6 +113,16 @@ activation_checkpointing = False  # compute each block again in the backward pas
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
 LOSSES = ('grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo', 'gspo')
+# Those whose value and gradient stay the same without the answers that have no advantage, so that these need not be
+# read. A loss with a denominator that counts the answers or tokens of its micro-batch, as 'bnpo', must not be here.
+SKIPS_ZERO_ADVANTAGE = ('grpo', 'dr_grpo', 'dapo', 'cispo', 'gspo')
+
+RANGES = runtime.RANGES | {
+    'val_fraction': '> 0 and < 1', 'temperature': '> 0', 'num_generations': '>= 2',
+    **dict.fromkeys(('prompts_per_step', 'max_new_tokens', 'num_epochs'), '>= 1'),
+    **dict.fromkeys(('dynamic_sampling', 'clip_eps', 'clip_eps_high', 'kl_coef', 'overlong_buffer', 'max_bad_rewards',
+                     'max_think_tokens', 'eval_rows', 'show_answers'), '>= 0'),
+    'loss_type': LOSSES, 'scale_rewards': ('group', 'batch', 'none'), 'eval_split': ('val', 'test', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,22 +171,24 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
     takes the place of B where some were left out because they would add nothing.
     """
     log_ratio = (logprobs - old_logprobs) * mask
-    if loss_type == 'gspo':
+    if loss_type == 'gspo':  # one ratio for the whole answer, as the reward is one
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio, a = log_ratio.exp(), advantages[:, None]
+    ratio = log_ratio.exp()
+    advantages = advantages[:, None]
     low, high = 1 - clip_eps, 1 + clip_eps_high
     if loss_type == 'cispo':
-        losses = -ratio.clamp(max=high).detach() * a * logprobs
-        cut = (ratio > high) & (a != 0)
+        losses = -ratio.clamp(max=high).detach() * advantages * logprobs
+        clipped = (ratio > high) & (advantages != 0)
     else:
-        losses = -torch.minimum(ratio * a, ratio.clamp(low, high) * a)
-        cut = (ratio > high) & (a > 0) | (ratio < low) & (a < 0)
-    losses, count = losses.expand_as(mask), mask.sum().clamp(min=1)
-    told = {'clip_frac': (cut * mask).sum() / count}
+        losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+        clipped = (ratio > high) & (advantages > 0) | (ratio < low) & (advantages < 0)
+    losses = losses.expand_as(mask)
+    n_tokens = mask.sum().clamp(min=1)
+    stats = {'clip_frac': (clipped * mask).sum() / n_tokens}
     if ref_logprobs is not None:
         k3 = kl_terms(logprobs, ref_logprobs, 'k3')
         losses = losses + kl_coef * k3
-        told['kl'] = (k3.detach() * mask).sum() / count
+        stats['kl'] = (k3.detach() * mask).sum() / n_tokens
     if entropies is not None and entropy_coef:
         losses = losses - entropy_coef * entropies
     losses = losses * mask
@@ -173,219 +197,246 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
     elif loss_type == 'dr_grpo':
         loss = losses.sum() / ((n_answers or len(losses)) * longest)
     else:
-        loss = losses.sum() / (count if loss_type == 'bnpo' or tokens is None else max(1.0, tokens))
-    return loss, told
+        loss = losses.sum() / (n_tokens if loss_type == 'bnpo' or tokens is None else max(1.0, tokens))
+    return loss, stats
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+def generate_groups(model, data, prompts_seen, step, run, reward, force):
+    """num_generations answers to each of the next prompts, and their rewards -> (answers, totals (P, k), their parts,
+    the share of groups whose rewards are all equal, prompts_seen).
+
+    With dynamic_sampling groups whose rewards are equal, which teach nothing, give way to those of later prompts.
+    """
+    kept, totals, parts, zero_spread = [], [], [], 0.0
+    for attempt in range(dynamic_sampling + 1):
+        missing = prompts_per_step - len(totals)
+        number = 1 + step * (dynamic_sampling + 1) + attempt  # 0 is the evaluation's
+        new = generate_rollouts(model, data, data.rows(prompts_seen, missing), run, max_new_tokens, num_generations,
+                                temperature, number, force=force)
+        prompts_seen += missing
+        values, terms = reward(data, new)
+        if overlong_buffer:
+            values = values + overlong(torch.from_numpy(new.lengths), max_new_tokens, overlong_buffer).numpy()
+        values = torch.from_numpy(values).view(-1, num_generations)
+        differ = has_spread(values)
+        zero_spread = zero_spread or 1 - differ.double().mean().item()
+        last = attempt == dynamic_sampling
+        chosen = [i for i in range(missing) if last or differ[i]]
+        kept.append(new.take([i * num_generations + k for i in chosen for k in range(num_generations)]))
+        totals += [values[i] for i in chosen]
+        parts.append({name: x.reshape(-1, num_generations)[chosen].flatten() for name, x in terms.items()})
+        if len(totals) == prompts_per_step:
+            break
+    parts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return join_rollouts([part for part in kept if len(part)]), torch.stack(totals), parts, zero_spread, prompts_seen
+
+
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
-    runtime.check_loop(config)
-    runtime.one_of(config, loss_type=LOSSES, scale_rewards=('group', 'batch', 'none'),
-                   eval_split=('val', 'test', 'train'))
-    for name, value, least in (('prompts_per_step', prompts_per_step, 1), ('num_generations', num_generations, 2),
-                               ('max_new_tokens', max_new_tokens, 1), ('num_epochs', num_epochs, 1),
-                               ('dynamic_sampling', dynamic_sampling, 0), ('clip_eps', clip_eps, 0),
-                               ('clip_eps_high', clip_eps_high, 0), ('kl_coef', kl_coef, 0),
-                               ('overlong_buffer', overlong_buffer, 0)):
-        if value < least:
-            raise UserError(f'{name}={value}: it must be at least {least}')
-    if temperature <= 0:
-        raise UserError(f'temperature={temperature}: answers are drawn, so it must be above 0')
-    if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
+    runtime.check_ranges(config, RANGES)
     if overlong_buffer > max_new_tokens:
         raise UserError(f'overlong_buffer={overlong_buffer} is more than max_new_tokens={max_new_tokens}')
     if given.get('dropout') or given.get('lora_dropout'):
         raise UserError('dropout and lora_dropout are off here: a ratio of probabilities is to be that of the weights')
-    n_answers, per_update = prompts_per_step * num_generations, batch_size * gradient_accumulation_steps
-    if n_answers % per_update:
-        raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are no multiple of batch_size * '
-                        f'gradient_accumulation_steps = {per_update}: change one of them')
-    updates = n_answers // per_update * num_epochs  # of a step
-    run = runtime.Run(config)
-    began = start(run, 'grpo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
-    model, tokenizer, origin = began.model, began.tokenizer, began.origin
-    length = model.config.block_size
+    n_answers = prompts_per_step * num_generations
+    answers_per_update = batch_size * gradient_accumulation_steps
+    if n_answers % answers_per_update:
+        raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are not a multiple of batch_size * '
+                        f'gradient_accumulation_steps = {answers_per_update}: change one of them')
+    updates_per_step = n_answers // answers_per_update * num_epochs
+    run = runtime.Run(out_dir, device, dtype, seed, fsdp)
+    run.check_accumulation(gradient_accumulation_steps)
+
+    # model and rewards
+    resume_from = run.find_checkpoint(init_from)
+    start = load_to_train('grpo', base if init_from == 'auto' else init_from, resume_from,
+                          given | {'dropout': 0.0, 'lora_dropout': 0.0}, seed)
+    model, tokenizer = start.model, start.tokenizer
+    block_size = model.config.block_size
     force = forcing(tokenizer, tools, max_think_tokens)
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-
-    def whole(data, reference):
-        """What is measured of the policy on held-out prompts."""
-        return examine(net, model, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature,
-                       force)
-
     if eval_only:
-        net, data = run.wrap(model), prompts_of(eval_split, tokenizer, length, run)
+        net = run.wrap(model, compile)
+        data = load_prompt_data(run, dataset, eval_split, tokenizer, block_size, max_new_tokens, seed, strict,
+                                val_fraction)
         reward.check(data.rows_kept)
-        before = began.before()
-        _, words, samples = whole(data, {name: run.like(p, before[name]) for name, p in model.named_parameters()
-                                         if name in before} or None)
-        run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
-        return run.say('\n'.join(samples[:show_answers]))
-    train_data, val_data = (prompts_of(split, tokenizer, length, run) for split in ('train', 'val'))
+        before = start.initial_weights()
+        reference = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before} or None
+        _, words, samples = evaluate_policy(net, model, reference, data, run, reward, data.fixed(eval_rows),
+                                            max_new_tokens, temperature, force)
+        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
+        return run.print0('\n'.join(samples[:show_answers]))
+
+    # data
+    train_data, val_data = (load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed, strict,
+                                             val_fraction) for split in ('train', 'val'))
     for data in (train_data, val_data):
         reward.check(data.rows_kept)
-    net = run.wrap(model)
+    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    reference = None
+    reference = None  # the policy as it is before its first step; only what is trained is kept twice
     if kl_coef:
         reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    step, prompts_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
-    if resumed:
-        run.restore(began.own, origin, optimizers)
-        step, prompts_seen, clock = began.own['iter'], began.own['prompts'], runtime.Clock(began.own['seconds'])
-        reward.failed = began.own['failed']
-        if reference is not None and began.own['reference'] is None:
-            raise UserError(f'{origin} was trained with kl_coef=0 and holds no reference: resume with that')
+
+    # where it goes on
+    step, prompts_seen, clock = 0, 0, runtime.Clock()
+    if resume_from:
+        own = start.checkpoint
+        run.resume(own, start.origin, optimizers, config)
+        step, prompts_seen, clock = own['iter'], own['prompts'], runtime.Clock(own['seconds'])
+        reward.failed = own['failed']
+        if reference is not None and own['reference'] is None:
+            raise UserError(f'{start.origin} was trained with kl_coef=0 and holds no reference: resume with that')
         for name, tensor in (reference or {}).items():
-            tensor.copy_(run.like(tensor, began.own['reference'][name]))
-        began.own = None
-    meter = runtime.Meter(run, clock, model.flops_per_token(min(length, SHARED_ROW)))
+            tensor.copy_(run.like(tensor, own['reference'][name]))
+        own = start.checkpoint = None  # its memory is free for training
+    evaluated = step if resume_from else -1  # the step after which it was evaluated last
 
-    def measure():
-        metrics, words, samples = whole(val_data, reference)
-        words = f'step {step}, {clock.read():.1f} s of training: {words}'
-        return metrics | {'iter': step, 'seconds': clock.read()}, words, samples[:show_answers]
-
-    clock.pause()
-    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    run.open(step if resumed else None)
+    micro_steps = gradient_accumulation_steps // run.world_size
+    run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * prompts_per_step / train_data.n_rows
-    run.say(f'{dataset}: {train_data.n_rows:,} prompts to learn from, {val_data.n_rows:,} held out ({tokenizer.name})\n'
-            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
-            f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and {updates} '
-            f'updates: {epochs:.2f} epochs')
+    run.print0(
+        f'{dataset}: {train_data.n_rows:,} prompts to learn from, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+        f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+        f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and '
+        f'{updates_per_step} updates: {epochs:.2f} epochs')
 
-    def look(metrics, words, samples):
-        """Logs what was measured after `step` steps, shows answers and saves the state."""
-        run.log(metrics)
-        run.say(words)
-        run.sample(step, '\n'.join(samples))
-        save(-metrics.get('val/reward', -math.inf))
-
-    def save(score=math.inf):
-        run.checkpoint(began.state() | {'iter': step, 'prompts': prompts_seen, 'seconds': clock.read()}, optimizers,
-                       score, {'reference': reference, 'failed': reward.failed})
-
-    def groups():
-        """The answers of a step and their rewards (P, k), the parts of these, and how many groups had no spread."""
-        nonlocal prompts_seen
-        kept, totals, parts, flat = [], [], [], 0.0
-        for attempt in range(dynamic_sampling + 1):
-            missing = prompts_per_step - len(totals)
-            new = draw(model, train_data, train_data.rows(prompts_seen, missing), run, max_new_tokens, num_generations,
-                       temperature, 1 + step * (dynamic_sampling + 1) + attempt, force=force)
-            prompts_seen += missing
-            values, of = reward(train_data, new)
-            if overlong_buffer:
-                values = values + overlong(torch.from_numpy(new.lengths), max_new_tokens, overlong_buffer).numpy()
-            values = torch.from_numpy(values).view(-1, num_generations)
-            spread, last = has_spread(values), attempt == dynamic_sampling
-            flat = flat or 1 - spread.double().mean().item()
-            chosen = [i for i in range(missing) if last or spread[i]]
-            kept.append(new.take([i * num_generations + k for i in chosen for k in range(num_generations)]))
-            totals += [values[i] for i in chosen]
-            parts.append({name: x.reshape(-1, num_generations)[chosen].flatten() for name, x in of.items()})
-            if len(totals) == prompts_per_step:
-                break
-        parts = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return joined([part for part in kept if len(part)]), torch.stack(totals), parts, flat
-
-    def micro_loss(number):
-        """The loss of the update's micro-batch of this number."""
-        part = micro_batches[number]
-        logprobs, entropies, _ = read(net, run, answers, part, length, temperature)
-        A = logprobs.shape[1]
-        mask, gains, drawn, old, ref = (None if x is None else run.to_device(x[part].astype(np.float32))[0] for x in (
-            counts[:, :A], advantages, answers.logprobs[:, :A], None if old_logprobs is None else old_logprobs[:, :A],
-            None if ref_logprobs is None else ref_logprobs[:, :A]))
-        meter.add(answers.tokens(part))
-        loss, told = grpo_loss(logprobs, logprobs.detach() if old is None else old, ref, gains, mask, loss_type,
-                               clip_eps, clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
-                               counts[chosen].sum() / gradient_accumulation_steps, batch_size)
-        n = mask.sum().clamp(min=1)
-        meter.add(entropy=(entropies.detach() * mask).sum() / n, **told)
-        if old is None:  # what drew the answers computes in another way
-            meter.add(**{'rollout/gap': ((drawn - logprobs.detach()).abs() * mask).sum() / n})
-        return loss
-
-    if not resumed:
-        look(*measured)
-    settled, idle = run.world_size == 1, False
+    meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(min(block_size, SHARED_ROW)))
+    warmed_up, told_of_zero_spread = not run.ddp, False
     clock.resume()
-    meter.begin(step)
-    looked, stop = step, 0
-    while step < max_iters and not (stop := run.stopping()):
-        began_at = clock.read()
-        answers, totals, parts, flat = groups()
-        drawn_at = clock.read()
+    meter.restart(step)
+    while True:
+        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf
+        if evaluating:
+            clock.pause()
+            metrics, words, samples = evaluate_policy(net, model, reference, val_data, run, reward,
+                                                      val_data.fixed(eval_rows), max_new_tokens, temperature, force)
+            run.log(metrics | {'iter': step, 'seconds': clock.read()})
+            run.print0(f'step {step}, {clock.read():.1f} s of training: {words}')
+            run.sample(step, '\n'.join(samples[:show_answers]))
+            score = -metrics.get('val/reward', -math.inf)
+            evaluated = step
+        stop = run.stop_signal()
+        if evaluating or stop and step > evaluated:
+            clock.pause()
+            run.save_checkpoint(start.model_state() | {'iter': step, 'prompts': prompts_seen, 'seconds': clock.read()},
+                                optimizers, score, keep_checkpoints, {'reference': reference, 'failed': reward.failed})
+            clock.resume()
+            meter.restart(step)
+        if stop or step >= max_iters:
+            break
+
+        # rollouts: a group of answers to each prompt, and their rewards
+        began = clock.read()
+        answers, totals, parts, zero_spread, prompts_seen = generate_groups(model, train_data, prompts_seen, step, run,
+                                                                            reward, force)
+        seconds = clock.read() - began
         advantages = group_advantages(totals, scale_rewards).flatten().numpy()
-        counts = answers.drawn * np.isfinite(totals.numpy()).reshape(-1, 1)
-        if mask_truncated:
-            counts = counts * answers.ended[:, None]
-        # what has neither an advantage nor another term in its loss is not read; a mean over a micro-batch wants all
-        sizes = answers.group_sizes
-        teaches = (advantages != 0) & counts.any(1) | bool(kl_coef or entropy_coef or loss_type == 'bnpo')
-        old_logprobs = ref_logprobs = None
-        if updates > 1:
-            old_logprobs = reread(net, run, answers, length, temperature)[0]
-            meter.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean()})
-        if reference is not None:
-            with run.switched(model, reference):
-                ref_logprobs = reread(net, run, answers, length, temperature)[0]
-        if flat == 1 and not idle:
-            run.say(f'step {step}: all answers to each prompt have equal rewards: there is nothing to learn from until '
-                    'some differ (zero_spread)')
-            idle = True
-        gold = gold_of(train_data, answers)
         totals = totals.numpy()
+        # tokens that were forced on the policy, and answers whose reward failed (nan), carry no loss
+        response_mask = answers.response_mask * np.isfinite(totals).reshape(-1, 1)
+        if mask_truncated:
+            response_mask = response_mask * answers.ended[:, None]
+
+        # A single update is made by the policy that wrote the answers: its ratios are 1, and its own log-probabilities
+        # stand for the old ones. Further updates need those from before the first. The training forward computes them
+        # again, because the sampler rounds in another way and a ratio would see that.
+        old_logprobs = ref_logprobs = None
+        if updates_per_step > 1:
+            old_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
+            gap = np.abs(old_logprobs - answers.logprobs)[answers.response_mask].mean()
+            meter.add(**{'rollout/gap': gap})
+        if reference is not None:
+            with run.swapped_weights(model, reference):
+                ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
+
+        if zero_spread == 1 and not told_of_zero_spread:
+            run.print0(f'step {step}: all answers to each prompt have equal rewards: there is nothing to learn from '
+                       'until some differ (zero_spread)')
+            told_of_zero_spread = True
+        gold = gold_scores(train_data, answers)
         if np.isfinite(totals).any():
             meter.add(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals),
                          **{f'reward/{name}': np.nanmean(x) for name, x in parts.items()}})
         if np.isfinite(gold).any():
             meter.add(**{'reward/gold': np.nanmean(gold)})
-        meter.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=flat,
-                  **{'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
+        meter.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=zero_spread,
+                  **{'rollout/tok_per_sec': answers.lengths.sum() / seconds})
+
+        # the learning rate of this step, for all its updates
+        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
+                                     min_lr / learning_rate, decay_frac)
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * lr_scale
+
+        # answers that add nothing to the loss are not read: no advantage, and no other term that pulls at them
+        matters = (advantages != 0) & response_mask.any(1)
+        if kl_coef or entropy_coef or loss_type not in SKIPS_ZERO_ADVANTAGE:
+            matters[:] = True
+        sizes = answers.group_sizes
         for epoch in range(num_epochs):
             order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(prompts_per_step)
             order = (order[:, None] * num_generations + np.arange(num_generations)).flatten()  # groups stay together
-            for first in range(0, n_answers, per_update):
-                chosen = order[first:first + per_update]
-                teach = chosen[teaches[chosen]]
-                teach = teach if len(teach) >= gradient_accumulation_steps else chosen
-                teach = teach[np.argsort(sizes[teach], kind='stable')]  # by length: little padding
-                micro_batches = np.array_split(teach, gradient_accumulation_steps)
-                if not settled:
-                    with meter.aside():  # that pass is no part of a step
-                        run.settle(net, lambda: micro_loss(run.rank))
-                    settled = True
-                total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
+            for first in range(0, n_answers, answers_per_update):
+                chosen = order[first:first + answers_per_update]
+                read = chosen[matters[chosen]]
+                if len(read) < gradient_accumulation_steps:
+                    read = chosen
+                read = read[np.argsort(sizes[read], kind='stable')]  # by length: little padding
+                micro_batches = np.array_split(read, gradient_accumulation_steps)
+                # the denominators are those of the whole update, whatever was left out of it and however it is cut
+                tokens_per_micro_batch = response_mask[chosen].sum() / gradient_accumulation_steps
+                if not warmed_up:
+                    logprobs, _, _ = compute_logprobs(net, run, answers, micro_batches[run.rank], block_size,
+                                                      temperature)
+                    run.warm_up_ddp(net, logprobs.mean())
+                    warmed_up = True
+
+                # forward and backward, over this process's micro-batches
+                step_loss = 0.0
+                for number in run.micro_batches(net, gradient_accumulation_steps):
+                    part = micro_batches[number]
+                    logprobs, entropies, _ = compute_logprobs(net, run, answers, part, block_size, temperature)
+                    width = logprobs.shape[1]  # tokens of the longest answer of this part
+                    mask, sampled, old, ref = (
+                        None if x is None else run.to_device(x[part][:, :width].astype(np.float32))[0]
+                        for x in (response_mask, answers.logprobs, old_logprobs, ref_logprobs))
+                    loss, stats = grpo_loss(
+                        logprobs, logprobs.detach() if old is None else old, ref,
+                        run.to_device(advantages[part].astype(np.float32))[0], mask, loss_type, clip_eps,
+                        clip_eps_high or clip_eps, kl_coef, entropies, entropy_coef, max_new_tokens,
+                        tokens_per_micro_batch, batch_size)
+                    loss = loss / micro_steps
+                    run.backward(loss)
+                    step_loss += loss.detach()
+                    n_tokens = mask.sum().clamp(min=1)
+                    meter.add(answers.tokens(part), entropy=(entropies.detach() * mask).sum() / n_tokens, **stats)
+                    if old is None:  # how far the sampler's arithmetic is from that of training
+                        gap = ((sampled - logprobs.detach()).abs() * mask).sum() / n_tokens
+                        meter.add(**{'rollout/gap': gap})
+
+                # update; where the gradient is not finite it is skipped, decided on the device without waiting for it
+                grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
+                optimizers.step(skip=run.skips(grad_norm))
+                optimizers.zero_grad()
         step += 1
-        if step % max_bad_steps == 0:
-            run.check_updates(step)
 
+        if step % max_bad_steps == 0 or step % log_interval == 0:
+            run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
-            meter.report(step, total, grad_norm, failed=reward.failed)
-        if step % eval_interval == 0 or step == max_iters:
-            clock.pause()
-            look(*measure())
-            clock.resume()
-            looked = step
-            meter.begin(step)
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale, failed=reward.failed)
 
-    if stop and looked != step:
-        clock.pause()
-        save()
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
-    run.say(f'done: best held-out reward {-run.best:.4f}; talk to it: '
-            f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
+    run.print0(f'done: best held-out reward {-run.best:.4f}; talk to it: '
+               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
 
 
 if __name__ == '__main__':

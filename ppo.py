@@ -26,10 +26,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from convert import load_model, start
+from convert import load_model, load_to_train
 from dataset import find_dataset
 from model import GPT, GPTConfig, Optimizers
-from rollout import SHARED_ROW, Rewards, draw, examine, forcing, gold_of, kl_terms, prompts_of, read, reread
+from rollout import (
+    SHARED_ROW,
+    Rewards,
+    compute_all_logprobs,
+    compute_logprobs,
+    evaluate_policy,
+    forcing,
+    generate_rollouts,
+    gold_scores,
+    kl_terms,
+    load_prompt_data,
+)
 from tokenizer import UserError
 
 # where and what
@@ -96,7 +107,7 @@ warmup_iters = 5  # steps of linear warmup
 lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
 min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
-# looking at it
+# evaluation and logging
 eval_interval = 25  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out prompts that are answered, the same every time; 0 = all
 eval_only = False  # measure init_from and train nothing
@@ -116,6 +127,16 @@ compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
+RANGES = runtime.RANGES | {
+    **dict.fromkeys(('temperature', 'kl_target', 'critic_lr'), '> 0'), 'val_fraction': '> 0 and < 1',
+    **dict.fromkeys(('gamma', 'gae_lambda'), '>= 0 and <= 1'),
+    **dict.fromkeys(('prompts_per_step', 'num_generations', 'max_new_tokens', 'num_epochs', 'kl_horizon'), '>= 1'),
+    **dict.fromkeys(('clip_eps', 'clip_value', 'kl_coef', 'kl_budget', 'kl_stop', 'reward_clip', 'vf_coef',
+                     'eos_penalty', 'entropy_coef', 'max_bad_rewards', 'max_think_tokens', 'eval_rows',
+                     'show_answers'), '>= 0'),
+    'critic': ('shared', 'separate'), 'kl_estimator': ('k1', 'k3'), 'kl_controller': ('fixed', 'adaptive'),
+    'eval_split': ('val', 'test', 'train')}
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the maths
@@ -127,13 +148,16 @@ def gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95):
     V_t, an advantage is delta_t + gamma lambda (that of the next token); a return is it plus V_t. Nothing follows an
     answer's last token. Tokens that mask leaves out, such as what a tool said, are no steps: the sums pass over them.
     """
-    found, after, value = torch.zeros_like(values), torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 1, -1, -1):
-        here = mask[:, t].bool()
-        advantage = rewards[:, t] + gamma * value - values[:, t] + gamma * gae_lambda * after
-        found[:, t] = torch.where(here, advantage, 0.0)
-        after, value = torch.where(here, advantage, after), torch.where(here, values[:, t], value)
-    return found, (found + values) * mask
+        is_step = mask[:, t].bool()
+        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * gae_lambda * next_advantage
+        advantages[:, t] = torch.where(is_step, advantage, 0.0)
+        next_advantage = torch.where(is_step, advantage, next_advantage)
+        next_value = torch.where(is_step, values[:, t], next_value)
+    return advantages, (advantages + values) * mask
 
 
 def whiten(x, mask, shift_mean=True):
@@ -148,26 +172,27 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_eps=0.2):
     """max(-r a, -clip(r, 1 - eps, 1 + eps) a) per token, r = exp(logprobs - old_logprobs), all (B, A)
     (arXiv:1707.06347, eq. 7) -> (losses, where the clip holds the ratio back)."""
     ratio = (logprobs - old_logprobs).exp()
-    free, clipped = -ratio * advantages, -ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    return torch.maximum(free, clipped), clipped > free
+    losses = -ratio * advantages
+    clipped = -ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    return torch.maximum(losses, clipped), clipped > losses
 
 
 def value_loss(values, old_values, returns, clip_value=0.2):
     """Half the square of the critic's error per token, (B, A), the larger of that of the value and of the value no
-    further than clip_value from old_values, what it said when the answers were drawn -> (losses, where that is larger).
+    further than clip_value from old_values, those of the rollout -> (losses, where that is larger).
     """
-    free = (values - returns).square() / 2
+    losses = (values - returns).square() / 2
     if not clip_value:
-        return free, torch.zeros_like(free, dtype=torch.bool)
+        return losses, torch.zeros_like(losses, dtype=torch.bool)
     clipped = (old_values + (values - old_values).clamp(-clip_value, clip_value) - returns).square() / 2
-    return torch.maximum(free, clipped), clipped > free
+    return torch.maximum(losses, clipped), clipped > losses
 
 
-def token_rewards(scores, kl, drawn, kl_coef):
-    """Scores of answers (B,), a KL term per token and the tokens the policy drew (B, A) -> rewards (B, A): each token
-    pays kl_coef times its KL, the last that was drawn gets the score (arXiv:1909.08593)."""
-    rewards = -kl_coef * kl * drawn
-    last = (drawn * torch.arange(1, drawn.shape[1] + 1)).argmax(1)
+def token_rewards(scores, kl, response_mask, kl_coef):
+    """Scores of answers (B,), a KL term per token and the tokens that the policy sampled (B, A) -> rewards (B, A): each
+    token pays kl_coef times its KL, the last that was sampled gets the score (arXiv:1909.08593)."""
+    rewards = -kl_coef * kl * response_mask
+    last = (response_mask * torch.arange(1, response_mask.shape[1] + 1)).argmax(1)
     rewards[torch.arange(len(scores)), last] += scores
     return rewards
 
@@ -178,10 +203,10 @@ def adapt_kl_coef(kl_coef, kl, target, n, horizon):
     return float(kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * n / horizon))  # no NumPy number: it is saved
 
 
-def stops_at(log_ratios, drawn, budget):
+def stops_at(log_ratios, response_mask, budget):
     """How many tokens of each answer there are up to the first whose summed log-ratio to the reference is above budget,
-    that one included: log_ratios and drawn (n, A) arrays -> int (n,), A where none is."""
-    over = np.cumsum(log_ratios * drawn, 1) > budget
+    that one included: log_ratios and response_mask (n, A) arrays -> int (n,), A where none is."""
+    over = np.cumsum(log_ratios * response_mask, 1) > budget
     return np.where(over.any(1), over.argmax(1) + 1, over.shape[1])
 
 
@@ -222,7 +247,7 @@ class ActorCritic(nn.Module):
         with torch.autocast(idx.device.type, enabled=False):
             return losses, entropies, self.value(hidden.float())[..., 0]
 
-    def judge_state(self):
+    def critic_state(self):
         """The tensors of what is not the policy."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith('policy.')}
 
@@ -237,7 +262,7 @@ def make_critic(policy):
             model = GPT.from_state({'model': merged.state_dict(), 'model_args': vars(merged.config)}, score_head='last')
         nn.init.zeros_(model.score.weight)
     if not model.config.causal:
-        raise UserError(f"critic='separate': {reward_model} has causal=False and cannot judge an answer that is not "
+        raise UserError(f"critic='separate': {reward_model} has causal=False and cannot value an answer that is not "
                         'finished: take a causal reward model')
     if model.config.block_size < policy.config.block_size:
         raise UserError(f"critic='separate': {reward_model} reads block_size={model.config.block_size} tokens, the "
@@ -245,236 +270,266 @@ def make_critic(policy):
     return model
 
 
-def main():
-    config, given = runtime.configure(globals(), GPTConfig)
-    runtime.check_loop(config)
-    runtime.one_of(config, critic=('shared', 'separate'), kl_estimator=('k1', 'k3'),
-                   kl_controller=('fixed', 'adaptive'), eval_split=('val', 'test', 'train'))
-    for name, value, least in (('prompts_per_step', prompts_per_step, 1), ('num_generations', num_generations, 1),
-                               ('max_new_tokens', max_new_tokens, 1), ('num_epochs', num_epochs, 1),
-                               ('kl_horizon', kl_horizon, 1), *((name, config[name], 0) for name in (
-                                   'clip_eps', 'clip_value', 'kl_coef', 'kl_budget', 'kl_stop', 'reward_clip',
-                                   'vf_coef'))):
-        if value < least:
-            raise UserError(f'{name}={value}: it must be at least {least}')
-    if temperature <= 0 or kl_target <= 0 or critic_lr <= 0:
-        raise UserError(f'temperature={temperature}, kl_target={kl_target} and critic_lr={critic_lr} must be above 0')
-    if not (0 < val_fraction < 1 and 0 <= gamma <= 1 and 0 <= gae_lambda <= 1):
-        raise UserError('val_fraction, gamma and gae_lambda lie between 0 and 1')
+def check_knobs(n_answers, answers_per_update, given):
+    """UserError for knobs that do not go together."""
     if given.get('dropout') or given.get('lora_dropout'):
         raise UserError('dropout and lora_dropout are off here: a ratio of probabilities is to be that of the weights')
-    n_answers, per_update = prompts_per_step * num_generations, batch_size * gradient_accumulation_steps
-    if n_answers % per_update:
-        raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are no multiple of batch_size * '
-                        f'gradient_accumulation_steps = {per_update}: change one of them')
+    if n_answers % answers_per_update:
+        raise UserError(f'prompts_per_step * num_generations = {n_answers} answers are not a multiple of batch_size * '
+                        f'gradient_accumulation_steps = {answers_per_update}: change one of them')
     if kl_controller == 'adaptive' and not kl_coef:
         raise UserError("kl_controller='adaptive' multiplies kl_coef, which is 0: give one above 0 to begin with")
     if kl_controller == 'adaptive' and n_answers >= 5 * kl_horizon:
         raise UserError(f'kl_horizon={kl_horizon}: at {n_answers} answers a step kl_coef could fall to 0 at once: give '
                         f'at least {n_answers // 5 + 1}')
-    run = runtime.Run(config)
-    began = start(run, 'ppo', base, given | {'dropout': 0.0, 'lora_dropout': 0.0})
-    policy, tokenizer, origin = began.model, began.tokenizer, began.origin
-    length = policy.config.block_size
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_ranges(config, RANGES)
+    n_answers = prompts_per_step * num_generations
+    answers_per_update = batch_size * gradient_accumulation_steps
+    check_knobs(n_answers, answers_per_update, given)
+    run = runtime.Run(out_dir, device, dtype, seed, fsdp)
+    run.check_accumulation(gradient_accumulation_steps)
+
+    # policy, critic and rewards
+    resume_from = run.find_checkpoint(init_from)
+    start = load_to_train('ppo', base if init_from == 'auto' else init_from, resume_from,
+                          given | {'dropout': 0.0, 'lora_dropout': 0.0}, seed)
+    policy, tokenizer = start.model, start.tokenizer
+    block_size = policy.config.block_size
     force = forcing(tokenizer, tools, max_think_tokens)
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     model = ActorCritic(policy, make_critic(policy) if critic == 'separate' else None)
-
-    def whole(data, reference):
-        """What is measured of the policy on held-out prompts."""
-        return examine(net, policy, reference, data, run, reward, data.fixed(eval_rows), max_new_tokens, temperature,
-                       force)
-
+    share_prompts = critic == 'shared'  # a critic of its own reads one answer to a row
     if eval_only:
-        net, data, before = run.wrap(model), prompts_of(eval_split, tokenizer, length, run), began.before()
+        net = run.wrap(model, compile)
+        data = load_prompt_data(run, dataset, eval_split, tokenizer, block_size, max_new_tokens, seed, strict,
+                                val_fraction)
         reward.check(data.rows_kept)
-        _, words, samples = whole(data, {name: run.like(p, before[name]) for name, p in policy.named_parameters()
-                                         if name in before} or None)
-        run.say(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
-        return run.say('\n'.join(samples[:show_answers]))
-    train_data, val_data = (prompts_of(split, tokenizer, length, run) for split in ('train', 'val'))
+        before = start.initial_weights()
+        reference = {name: run.like(p, before[name]) for name, p in policy.named_parameters() if name in before} or None
+        _, words, samples = evaluate_policy(net, policy, reference, data, run, reward, data.fixed(eval_rows),
+                                            max_new_tokens, temperature, force)
+        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
+        return run.print0('\n'.join(samples[:show_answers]))
+
+    # data
+    train_data, val_data = (load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed, strict,
+                                             val_fraction) for split in ('train', 'val'))
     for data in (train_data, val_data):
         reward.check(data.rows_kept)
-    net = run.wrap(model)
+    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
     with runtime.user_errors():
         optimizers = policy.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                  muon_lr, muon_momentum)
-        judge = torch.optim.AdamW([p for name, p in model.named_parameters() if not name.startswith('policy.')],
-                                  critic_lr, (beta1, beta2), weight_decay=0.0, fused=run.device_type in ('cuda', 'cpu'))
-        judge.param_groups[0]['peak_lr'] = critic_lr
-        optimizers = Optimizers([*optimizers, judge])
+    critic_parameters = [p for name, p in model.named_parameters() if not name.startswith('policy.')]
+    critic_optimizer = torch.optim.AdamW(critic_parameters, critic_lr, (beta1, beta2), weight_decay=0.0,
+                                         fused=run.device_type in ('cuda', 'cpu'))
+    critic_optimizer.param_groups[0]['peak_lr'] = critic_lr
+    optimizers = Optimizers([*optimizers, critic_optimizer])
+    # the reference: the policy as it is before its first step. Only what is trained is kept twice
     reference = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
-    step, clock, resumed, scale = 0, runtime.Clock(), began.own is not None, RunningScale()
-    coef, longest = kl_coef, max_new_tokens
-    if resumed:
-        own = began.own
-        then, now = ({name: tensor.shape for name, tensor in of.items()} for of in (own['critic'], model.judge_state()))
-        if then != now:
-            raise UserError(f'{origin} was trained with another critic than critic={critic!r}: resume with that')
-        run.restore(own, origin, optimizers)
+
+    # where it goes on
+    step, clock, scale = 0, runtime.Clock(), RunningScale()
+    kl_coef_now, longest = kl_coef, max_new_tokens  # which the controller and adapt_length change
+    if resume_from:
+        own = start.checkpoint
+        then = {name: tensor.shape for name, tensor in own['critic'].items()}
+        if then != {name: tensor.shape for name, tensor in model.critic_state().items()}:
+            raise UserError(f'{start.origin} was trained with another critic than critic={critic!r}: resume with that')
+        run.resume(own, start.origin, optimizers, config)
         step, clock, reward.failed = own['iter'], runtime.Clock(own['seconds']), own['failed']
-        coef, longest, scale = own['kl_coef'], own['longest'], RunningScale(own['scale'])
+        kl_coef_now, longest, scale = own['kl_coef'], own['longest'], RunningScale(own['scale'])
         with torch.no_grad():
-            for name, tensor in model.judge_state().items():
+            for name, tensor in model.critic_state().items():
                 tensor.copy_(run.like(tensor, own['critic'][name]))
             for name, tensor in reference.items():
                 tensor.copy_(run.like(tensor, own['reference'][name]))
-        own = began.own = None
-    meter = runtime.Meter(run, clock, policy.flops_per_token(min(length, SHARED_ROW)))
+        own = start.checkpoint = None  # its memory is free for training
+    evaluated = step if resume_from else -1  # the step after which it was evaluated last
 
-    def measure():
-        metrics, words, samples = whole(val_data, reference)
-        words = f'step {step}, {clock.read():.1f} s of training: {words}'
-        return metrics | {'iter': step, 'seconds': clock.read()}, words, samples[:show_answers]
-
-    clock.pause()
-    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    run.open(step if resumed else None)
+    micro_steps = gradient_accumulation_steps // run.world_size
+    run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * prompts_per_step / train_data.n_rows
-    run.say(f'{dataset}: {train_data.n_rows:,} prompts to learn from, {val_data.n_rows:,} held out ({tokenizer.name})\n'
-            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
-            f'critic: {sum(p.numel() for p in judge.param_groups[0]["params"]):,} parameters, {critic}\n'
-            f'{max_iters:,} steps of {n_answers} answers and {n_answers // per_update * num_epochs} updates: '
-            f'{epochs:.2f} epochs')
+    run.print0(
+        f'{dataset}: {train_data.n_rows:,} prompts to learn from, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+        f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+        f'critic: {sum(p.numel() for p in critic_parameters):,} parameters, {critic}\n'
+        f'{max_iters:,} steps of {n_answers} answers and {n_answers // answers_per_update * num_epochs} updates: '
+        f'{epochs:.2f} epochs')
 
-    def look(metrics, words, samples):
-        """Logs what was measured after `step` steps, shows answers and saves the state."""
-        run.log(metrics)
-        run.say(words)
-        run.sample(step, '\n'.join(samples))
-        save(-metrics.get('val/reward', -math.inf))
-
-    def save(score=math.inf):
-        run.checkpoint(began.state() | {'iter': step, 'seconds': clock.read()}, optimizers, score,
-                       {'reference': reference, 'critic': model.judge_state(), 'failed': reward.failed, 'kl_coef': coef,
-                        'longest': longest, 'scale': scale.state})
-
-    def micro_loss(number):
-        """The loss of the update's micro-batch of this number, so that their mean is over the update's tokens."""
-        nonlocal moved
-        part = chosen[number * batch_size:(number + 1) * batch_size]
-        logprobs, entropies, values = read(net, run, answers, part, length, temperature, critic == 'shared')
-        of_part = (np.ascontiguousarray(x[part, :logprobs.shape[1]], np.float32) for x in (
-            counts, old_logprobs, advantages, old_values, returns))
-        mask, old, gains, old_v, due = run.to_device(*of_part)
-        meter.add(answers.tokens(part))
-        losses, held = policy_loss(logprobs, old, gains, clip_eps)
-        errors, held_v = value_loss(values, old_v, due, clip_value)
-        n = mask.sum().clamp(min=1)
-        log_ratio = (logprobs.detach() - old) * mask
-        far = kl_terms(torch.zeros_like(log_ratio), log_ratio).sum() / n  # KL(old || new): the old one drew them
-        moved = moved + far / run.micro_steps
-        meter.add(**{
-            'policy/loss': (losses.detach() * mask).sum() / n, 'value/loss': (errors.detach() * mask).sum() / n,
-            'clip_frac': (held * mask).sum() / n, 'value/clip_frac': (held_v * mask).sum() / n, 'approx_kl': far,
-            'entropy': (entropies.detach() * mask).sum() / n, 'ratio': (log_ratio.exp() * mask).sum() / n})
-        losses = losses + vf_coef * errors
-        losses = losses - entropy_coef * entropies if entropy_coef else losses
-        return (losses * mask).sum() / (counts[chosen].sum() / gradient_accumulation_steps)
-
-    if not resumed:
-        look(*measured)
-    settled = run.world_size == 1
-    moved = 0.0
+    meter = runtime.Meter(run, clock, max_iters, policy.flops_per_token(min(block_size, SHARED_ROW)))
+    warmed_up = not run.ddp
     clock.resume()
-    meter.begin(step)
-    looked, stop = step, 0
-    while step < max_iters and not (stop := run.stopping()):
-        # answers, and what policy, critic and reference make of their tokens
-        began_at = clock.read()
+    meter.restart(step)
+    while True:
+        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf
+        if evaluating:
+            clock.pause()
+            metrics, words, samples = evaluate_policy(net, policy, reference, val_data, run, reward,
+                                                      val_data.fixed(eval_rows), max_new_tokens, temperature, force)
+            run.log(metrics | {'iter': step, 'seconds': clock.read()})
+            run.print0(f'step {step}, {clock.read():.1f} s of training: {words}')
+            run.sample(step, '\n'.join(samples[:show_answers]))
+            score = -metrics.get('val/reward', -math.inf)
+            evaluated = step
+        stop = run.stop_signal()
+        if evaluating or stop and step > evaluated:
+            clock.pause()
+            run.save_checkpoint(start.model_state() | {'iter': step, 'seconds': clock.read()}, optimizers, score,
+                                keep_checkpoints,
+                                {'reference': reference, 'critic': model.critic_state(), 'failed': reward.failed,
+                                 'kl_coef': kl_coef_now, 'longest': longest, 'scale': scale.state})
+            clock.resume()
+            meter.restart(step)
+        if stop or step >= max_iters:
+            break
+
+        # rollouts, and what policy, critic and reference make of their tokens. The training forward computes the
+        # log-probabilities again, because the sampler rounds in another way and a ratio would see that
+        began = clock.read()
         rows = train_data.rows(step * prompts_per_step, prompts_per_step)
-        answers = draw(policy, train_data, rows, run, longest, num_generations, temperature, 1 + step, force=force)
-        drawn_at = clock.read()
-        old_logprobs, _, old_values = reread(net, run, answers, length, temperature, critic == 'shared')
-        with run.switched(policy, reference):
-            ref_logprobs = reread(net, run, answers, length, temperature, critic == 'shared')[0]
-        meter.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.drawn].mean(),
-                     'rollout/tok_per_sec': answers.lengths.sum() / (drawn_at - began_at)})
+        answers = generate_rollouts(policy, train_data, rows, run, longest, num_generations, temperature, 1 + step,
+                                    force=force)
+        seconds = clock.read() - began
+        old_logprobs, _, old_values = compute_all_logprobs(net, run, answers, block_size, temperature, share_prompts)
+        with run.swapped_weights(policy, reference):
+            ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature, share_prompts)[0]
+        meter.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.response_mask].mean(),
+                     'rollout/tok_per_sec': answers.lengths.sum() / seconds})
         if kl_budget:
-            stops = np.minimum(stops_at(old_logprobs - ref_logprobs, answers.drawn, kl_budget), answers.lengths)
+            stops = stops_at(old_logprobs - ref_logprobs, answers.response_mask, kl_budget)
+            stops = np.minimum(stops, answers.lengths)
             meter.add(stopped=(stops < answers.lengths).mean())
             answers = answers.cut(stops, train_data)
-            old_logprobs, old_values, ref_logprobs = (x[:, :answers.drawn.shape[1]] * answers.drawn
+            old_logprobs, old_values, ref_logprobs = (x[:, :answers.response_mask.shape[1]] * answers.response_mask
                                                       for x in (old_logprobs, old_values, ref_logprobs))
         limit = longest
         if adapt_length:
             longest = min(max_new_tokens, int(1.25 * answers.lengths.max()) + 1)
 
-        # rewards and advantages
+        # rewards of answers
         totals, parts = reward(train_data, answers)
         scored = np.isfinite(totals)
-        counts = answers.drawn * scored[:, None]  # an answer without a reward teaches nothing
+        response_mask = answers.response_mask * scored[:, None]  # an answer without a reward carries no loss
         scores = np.where(scored, totals, 0.0) - eos_penalty * ~answers.ended
         if running_rewards and scored.any():
             scores[scored] = scale(scores[scored])
-        scores = scores.clip(-reward_clip, reward_clip) if reward_clip else scores
-        mask, of_scores, of_values, kl = map(torch.from_numpy, (
-            counts.astype(float), scores * scored, old_values, kl_terms(old_logprobs, ref_logprobs, kl_estimator)))
-        of_tokens = token_rewards(of_scores, kl, mask, coef)
+        if reward_clip:
+            scores = scores.clip(-reward_clip, reward_clip)
+
+        # rewards of tokens. The KL is part of the reward here, not of the loss: so the critic learns to expect it, and
+        # a token answers for the distance of all that follow it
+        mask = torch.from_numpy(response_mask.astype(float))
+        values = torch.from_numpy(old_values)
+        kl = torch.from_numpy(kl_terms(old_logprobs, ref_logprobs, kl_estimator))
+        rewards_of_tokens = token_rewards(torch.from_numpy(scores * scored), kl, mask, kl_coef_now)
         if whiten_rewards:
-            of_tokens = whiten(of_tokens, mask, shift_mean=False)
-        found, due = gae(of_tokens, of_values, mask, gamma, gae_lambda)
-        advantages, returns = (whiten(found, mask) if whiten_advantages else found).numpy(), due.numpy()
-        mean_kl, gold = (old_logprobs - ref_logprobs).sum(1).mean(), gold_of(train_data, answers)
+            rewards_of_tokens = whiten(rewards_of_tokens, mask, shift_mean=False)
+        advantages, returns = gae(rewards_of_tokens, values, mask, gamma, gae_lambda)
         if scored.any():
-            spread, error = (x[mask.bool()].var(correction=0) for x in (due, due - of_values))
+            variance, error = (x[mask.bool()].var(correction=0) for x in (returns, returns - values))
             meter.add(**{'reward/mean': totals[scored].mean(), 'reward/std': totals[scored].std(),
-                         'reward/with_kl': of_tokens.sum(1).numpy()[scored].mean(),
+                         'reward/with_kl': rewards_of_tokens.sum(1).numpy()[scored].mean(),
                          **{f'reward/{name}': x[scored].mean() for name, x in parts.items()},
-                         'value/explained': 1 - (error / (spread + 1e-8)).item()})
+                         'value/explained': 1 - (error / (variance + 1e-8)).item()})
+        if whiten_advantages:
+            advantages = whiten(advantages, mask)
+        advantages, returns = advantages.numpy(), returns.numpy()
+        mean_kl = (old_logprobs - ref_logprobs).sum(1).mean()
+        gold = gold_scores(train_data, answers)
         if np.isfinite(gold).any():
             meter.add(**{'reward/gold': np.nanmean(gold)})
-        meter.add(kl=mean_kl, kl_coef=coef, response_len=answers.lengths.mean(), ended=answers.ended.mean(),
+        meter.add(kl=mean_kl, kl_coef=kl_coef_now, response_len=answers.lengths.mean(), ended=answers.ended.mean(),
                   max_new_tokens=limit)
         if kl_controller == 'adaptive':
-            coef = adapt_kl_coef(coef, mean_kl, kl_target, n_answers, kl_horizon)
+            kl_coef_now = adapt_kl_coef(kl_coef_now, mean_kl, kl_target, n_answers, kl_horizon)
 
-        # updates
-        done, sizes = 0, answers.group_sizes
+        # the learning rate of this step, for all its updates
+        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
+                                     min_lr / learning_rate, decay_frac)
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * lr_scale
+
+        updates, sizes, too_far = 0, answers.group_sizes, False
         for epoch in range(num_epochs):
             order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(prompts_per_step)
-            order = (order[:, None] * num_generations + np.arange(num_generations)).flatten()
-            for first in range(0, n_answers, per_update):
-                chosen = order[first:first + per_update]
+            order = (order[:, None] * num_generations + np.arange(num_generations)).flatten()  # groups stay together
+            for first in range(0, n_answers, answers_per_update):
+                chosen = order[first:first + answers_per_update]
                 chosen = chosen[np.argsort(sizes[chosen], kind='stable')]  # by length: little padding
-                if not counts[chosen].any():
+                if not response_mask[chosen].any():
                     continue
-                if not settled:
-                    with meter.aside():  # that pass is no part of a step
-                        run.settle(net, lambda: micro_loss(run.rank))
-                    settled = True
-                moved = 0.0
-                total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
-                done += 1
-                if kl_stop and (moved := run.sum(float(moved))[0] / run.world_size) > kl_stop:
+                if not warmed_up:
+                    part = chosen[run.rank * batch_size:(run.rank + 1) * batch_size]
+                    logprobs, _, new_values = compute_logprobs(net, run, answers, part, block_size, temperature,
+                                                               share_prompts)
+                    run.warm_up_ddp(net, logprobs.mean() + new_values.mean())
+                    warmed_up = True
+
+                # forward and backward, over this process's micro-batches
+                step_loss = approx_kl = 0.0
+                tokens_per_micro_batch = response_mask[chosen].sum() / gradient_accumulation_steps
+                for number in run.micro_batches(net, gradient_accumulation_steps):
+                    part = chosen[number * batch_size:(number + 1) * batch_size]
+                    logprobs, entropies, new_values = compute_logprobs(net, run, answers, part, block_size, temperature,
+                                                                       share_prompts)
+                    width = logprobs.shape[1]  # tokens of the longest answer of this part
+                    mask, old, advantage, old_value, target = run.to_device(*(
+                        np.ascontiguousarray(x[part, :width], np.float32)
+                        for x in (response_mask, old_logprobs, advantages, old_values, returns)))
+                    losses, clipped = policy_loss(logprobs, old, advantage, clip_eps)
+                    errors, value_clipped = value_loss(new_values, old_value, target, clip_value)
+                    total = losses + vf_coef * errors
+                    if entropy_coef:
+                        total = total - entropy_coef * entropies
+                    # the mean over the tokens of the whole update, so that short micro-batches do not weigh more
+                    loss = (total * mask).sum() / tokens_per_micro_batch
+                    loss = loss / micro_steps
+                    run.backward(loss)
+                    step_loss += loss.detach()
+
+                    n_tokens = mask.sum().clamp(min=1)
+                    log_ratio = (logprobs.detach() - old) * mask
+                    kl = kl_terms(torch.zeros_like(log_ratio), log_ratio).sum() / n_tokens  # of old policy and new
+                    approx_kl = approx_kl + kl / micro_steps
+                    meter.add(answers.tokens(part), approx_kl=kl, clip_frac=(clipped * mask).sum() / n_tokens,
+                              entropy=(entropies.detach() * mask).sum() / n_tokens,
+                              ratio=(log_ratio.exp() * mask).sum() / n_tokens,
+                              **{'policy/loss': (losses.detach() * mask).sum() / n_tokens,
+                                 'value/loss': (errors.detach() * mask).sum() / n_tokens,
+                                 'value/clip_frac': (value_clipped * mask).sum() / n_tokens})
+
+                # update; where the gradient is not finite it is skipped, decided on the device without waiting for it
+                grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
+                optimizers.step(skip=run.skips(grad_norm))
+                optimizers.zero_grad()
+                updates += 1
+                too_far = kl_stop and run.sum(float(approx_kl))[0] / run.world_size > kl_stop
+                if too_far:
                     break
-            if kl_stop and moved > kl_stop:
+            if too_far:
                 break
-        if not done:
-            raise UserError(f'step {step}: no answer had a reward: mend the rewards or the rows')
-        meter.add(updates=done)
+        if not updates:
+            raise UserError(f'step {step}: no answer had a reward: fix the rewards or the rows')
+        meter.add(updates=updates)
         step += 1
-        if step % max_bad_steps == 0:
-            run.check_updates(step)
 
+        if step % max_bad_steps == 0 or step % log_interval == 0:
+            run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
-            meter.report(step, total, grad_norm, failed=reward.failed)
-        if step % eval_interval == 0 or step == max_iters:
-            clock.pause()
-            look(*measure())
-            clock.resume()
-            looked = step
-            meter.begin(step)
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale, failed=reward.failed)
 
-    if stop and looked != step:
-        clock.pause()
-        save()
     run.finish(step, stop, parameters=policy.num_params(), trainable=policy.num_params(learning=True))
-    run.say(f'done: best held-out reward {-run.best:.4f}; talk to it: '
-            f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
+    run.print0(f'done: best held-out reward {-run.best:.4f}; talk to it: '
+               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convert import CHANGEABLE, start
+from convert import load_to_score
 from dataset import (
     answered,
     find_dataset,
@@ -75,7 +75,7 @@ warmup_iters = 20  # steps of linear warmup
 lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
 min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
-# looking at it
+# evaluation and logging
 eval_interval = 100  # steps between evaluations, each with a checkpoint
 eval_rows = 512  # held-out pairs that are scored, the same every time; 0 = all
 eval_only = False  # measure init_from and train nothing
@@ -94,6 +94,11 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the d
 compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+
+RANGES = runtime.RANGES | {
+    'val_fraction': '> 0 and < 1',
+    **dict.fromkeys(('max_length', 'margin', 'center_coef', 'eval_rows'), '>= 0'),
+    'loss_type': ('bt', 'margin', 'bt_margin'), 'eval_split': ('val', 'test', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def calibration(margins, bins=10):
     half right.
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    hits, which = right(margins), np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    hits, which = pair_accuracy(margins), np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows = []
     for b in range(bins):
         of = which == b
@@ -137,12 +142,12 @@ def calibration(margins, bins=10):
     return rows, sum(n * abs(sure - share) for _, _, n, sure, share in rows) / len(margins)
 
 
-def right(margins):
+def pair_accuracy(margins):
     """Whether pairs are ordered rightly: margins (…) -> 1, 0, or 1/2 for a tie."""
     return (np.sign(margins) + 1) / 2
 
 
-def spread_of(scores):
+def quantiles(scores):
     """Mean, standard deviation and quantiles of scores, in words."""
     low, *quarters, high = np.quantile(scores, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
     inner = ', '.join(f'{q:.2f}' for q in quarters)
@@ -150,9 +155,9 @@ def spread_of(scores):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# scoring and measuring
+# scoring and evaluation
 
-def scores_of(model, run, texts, block_size):
+def compute_scores(model, run, texts, block_size):
     """The model's scores of a batch of (ids, which are the answer's): (B,) float32 on the device."""
     idx, real, answer = run.to_device(*pad_texts(texts, block_size))
     with run.autocast(idx.shape[1]):
@@ -160,24 +165,24 @@ def scores_of(model, run, texts, block_size):
 
 
 @torch.no_grad()
-def score_all(net, run, texts, block_size):
+def compute_all_scores(net, run, texts, block_size):
     """Raw scores of many such texts, shared by the processes: float64 array (n,)."""
     net.eval()
-    scores = run.spread([len(ids) for ids, _ in texts], lambda part: scores_of(
-        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None])
+    scores = run.distributed_map(lambda part: compute_scores(
+        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None], [len(ids) for ids, _ in texts])
     net.train()
     return scores[:, 0]
 
 
-def measure_pairs(net, run, data, chosen_rows):
+def evaluate_pairs(net, run, data, chosen_rows):
     """Scores of the pairs of these numbers, and what they are worth -> (chosen (n,), rejected (n,), rows, metrics)."""
     texts = data.texts(chosen_rows)
-    scores = score_all(net, run, [data.example(text) for text in texts], data.block_size)
+    scores = compute_all_scores(net, run, [data.example(text) for text in texts], data.block_size)
     chosen, rejected = scores.reshape(2, -1)
     rows = [data.rows_kept[i] for i in chosen_rows]
     grades = torch.tensor([float(row.get('margin', 0)) for row in rows], dtype=torch.float64)
     losses = pair_loss(torch.from_numpy(chosen), torch.from_numpy(rejected), grades, loss_type, margin, center_coef)
-    hits = right(chosen - rejected).tolist()
+    hits = pair_accuracy(chosen - rejected).tolist()
     low, high = interval(hits)
     metrics = {'val/loss': losses.mean().item(), 'val/accuracy': float(np.mean(hits)), 'val/accuracy_low': low,
                'val/accuracy_high': high, 'val/margin': float((chosen - rejected).mean()),
@@ -205,7 +210,7 @@ def tables(chosen, rejected, rows, gain, bias):
     for c, r, row in zip(chosen, rejected, rows, strict=True):
         sign = -1 if row.get('flipped') else 1
         if 'defect' in row:
-            by.setdefault(row['defect'], []).append(float(right(sign * (c - r))))
+            by.setdefault(row['defect'], []).append(float(pair_accuracy(sign * (c - r))))
     for defect, hits in sorted(by.items()):
         low, high = interval(hits)
         lines.append(f'{defect:>14}: {np.mean(hits):6.1%} right of {len(hits):,} ({low:.1%} to {high:.1%})')
@@ -213,7 +218,7 @@ def tables(chosen, rejected, rows, gain, bias):
     for begin, end, n, sure, share in calibration(chosen - rejected)[0]:
         lines.append(f'{begin:.2f} to {end:.2f} {n:6,} {sure:6.1%} {share:6.1%}')
     for name, scores in (('chosen', chosen), ('rejected', rejected)):
-        lines.append(f'{name}: {spread_of(gain * scores + bias)}')
+        lines.append(f'{name}: {quantiles(gain * scores + bias)}')
     return '\n'.join(lines)
 
 
@@ -236,7 +241,7 @@ def checks(reward, rows, tokenizer):
         which = list(range(len(rows)) if which is None else which)
         if not which:
             return found.append((name, None, 'no row of this data has one'))
-        wins = right(gold[which] - reward([(prompts[i], answers[i]) for i in which])).mean()
+        wins = pair_accuracy(gold[which] - reward([(prompts[i], answers[i]) for i in which])).mean()
         return found.append((name, wins >= least, f'the better answer beats it in {wins:.1%} of {len(which):,} '
                                                   f'(at least {least:.0%})'))
 
@@ -270,7 +275,7 @@ def checks(reward, rows, tokenizer):
     if half.all() or not half.any():
         found.append(('two halves agree', None, 'too few rows'))
     else:
-        hits = right(gold - bad)
+        hits = pair_accuracy(gold - bad)
         (a, spread_a), (b, spread_b) = ((part.mean(), part.var() / len(part)) for part in (hits[half], hits[~half]))
         error = 1.96 * math.sqrt(spread_a + spread_b)
         found.append(('two halves agree', abs(a - b) <= max(error, 1e-9) and min(a, b) > 0.5,
@@ -286,127 +291,139 @@ def run_checks(net, model, data, tokenizer, length, run):
 
     def reward(pairs):
         texts = [answered(tokenizer, messages, answer, length) for messages, answer in pairs]
-        return gain * score_all(net, run, texts, length) + bias
+        return gain * compute_all_scores(net, run, texts, length) + bias
     found = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
     for name, ok, figures in found:
-        run.say(f'{"  --" if ok is None else "pass" if ok else "WARN"}  {name:<27} {figures}')
+        run.print0(f'{"  --" if ok is None else "pass" if ok else "WARN"}  {name:<27} {figures}')
     passed = [bool(ok) for _, ok, _ in found if ok is not None]
-    run.say(f'{sum(passed)} of {len(passed)} checks pass on {dataset}, {eval_split}')
+    run.print0(f'{sum(passed)} of {len(passed)} checks pass on {dataset}, {eval_split}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
-    runtime.check_loop(config)
-    runtime.one_of(config, loss_type=('bt', 'margin', 'bt_margin'), eval_split=('val', 'test', 'train'))
-    if not 0 < val_fraction < 1:
-        raise UserError(f'val_fraction={val_fraction} lies between 0 and 1')
-    run = runtime.Run(config)
-    began = start(run, 'reward', base, given, (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood'), scores=True)
-    model, tokenizer, origin = began.model, began.tokenizer, began.origin
-    length = began.row_length(max_length)
-    if (eval_only or check) and began.fresh_head:
-        raise UserError(f'{origin} is no reward model: train one first, and give its --init_from')
+    runtime.check_ranges(config, RANGES)
+    run = runtime.Run(out_dir, device, dtype, seed, fsdp)
+    run.check_accumulation(gradient_accumulation_steps)
+
+    # model
+    resume_from = run.find_checkpoint(init_from)
+    start = load_to_score('reward', base if init_from == 'auto' else init_from, resume_from, given, seed, base)
+    model, tokenizer = start.model, start.tokenizer
+    length = start.row_length(max_length)
+    if (eval_only or check) and start.new_head:
+        raise UserError(f'{start.origin} is not a reward model: train one first, and give its --init_from')
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-
-    def rows_of(split):
-        return prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.say)
-
     if eval_only or check:
-        net, data = run.wrap(model), rows_of(eval_split)
+        net = run.wrap(model, compile)
+        data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
         if eval_only:
-            *pairs, metrics = measure_pairs(net, run, data, data.fixed(eval_rows))
-            run.say(f'{init_from} on {len(pairs[0]):,} pairs of {dataset}, {eval_split}: {in_words(metrics)}\n'
-                    + tables(*pairs, *model.score_scale.tolist()))
+            *pairs, metrics = evaluate_pairs(net, run, data, data.fixed(eval_rows))
+            run.print0(f'{init_from} on {len(pairs[0]):,} pairs of {dataset}, {eval_split}: {in_words(metrics)}\n'
+                       + tables(*pairs, *model.score_scale.tolist()))
         return run_checks(net, model, data, tokenizer, length, run) if check else None
-    train_data, val_data = (rows_of(split) for split in ('train', 'val'))
+
+    # data
+    train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0)
+                            for split in ('train', 'val'))
     missing = next((row['where'] for row in train_data.rows_kept + val_data.rows_kept if 'margin' not in row), None)
     if loss_type == 'bt_margin' and missing:
         raise UserError(f"{missing}: loss_type='bt_margin' needs a number as 'margin' in every row")
     grades = np.array([float(row.get('margin', 0)) for row in train_data.rows_kept], np.float32)
-    net = run.wrap(model)
+
+    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    step, pairs_seen, clock, resumed = 0, 0, runtime.Clock(), began.own is not None
-    if resumed:
-        run.restore(began.own, origin, optimizers)
-        step, pairs_seen, clock = began.own['iter'], began.own['pairs'], runtime.Clock(began.own['seconds'])
-        began.own = None
+
+    # where it goes on
+    step, pairs_seen, clock = 0, 0, runtime.Clock()
+    if resume_from:
+        run.resume(start.checkpoint, start.origin, optimizers, config)
+        step, pairs_seen = start.checkpoint['iter'], start.checkpoint['pairs']
+        clock = runtime.Clock(start.checkpoint['seconds'])
+        start.checkpoint = None  # its memory is free for training
+    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+
+    micro_steps = gradient_accumulation_steps // run.world_size
     pairs_per_step = gradient_accumulation_steps * batch_size
-    meter = runtime.Meter(run, clock, model.flops_per_token(length))
-
-    def measure():
-        """What today's weights make of held-out pairs; their scores give the gain and the bias."""
-        chosen, rejected, rows, metrics = measure_pairs(net, run, val_data, val_data.fixed(eval_rows))
-        mean, std = metrics['reward/mean'], max(metrics['reward/std'], 1e-6)
-        with torch.no_grad():
-            model.score_scale.copy_(torch.tensor([1 / std, -mean / std]))
-        words = f'step {step}: {in_words(metrics)}, {clock.read():.1f} s of training'
-        table = tables(chosen, rejected, rows, 1 / std, -mean / std)
-        return metrics | {'iter': step, 'seconds': clock.read()}, words, table
-
-    clock.pause()
-    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    run.open(step if resumed else None)
+    run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * pairs_per_step / train_data.n_rows
-    run.say(f'{dataset}: {train_data.n_rows:,} pairs to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
-            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
-            f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
+    run.print0(
+        f'{dataset}: {train_data.n_rows:,} pairs to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+        f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+        f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
 
-    def look(metrics, words, table):
-        """Logs what was measured after `step` steps, shows it and saves the state."""
-        run.log(metrics)
-        run.say(words)
-        run.sample(step, table)
-        save(metrics['val/loss'])
-
-    def save(val_loss=math.inf):
-        run.checkpoint(began.state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()}, optimizers,
-                       val_loss)
-
-    def micro_loss(number):
-        """The mean loss of the step's micro-batch of this number, both answers of all its pairs in one forward pass."""
-        first = pairs_seen + number * batch_size
-        pairs = train_data.rows(first, batch_size)
-        texts = [train_data.example(text) for text in train_data.texts(pairs)]
-        run.seed(first)
-        chosen, rejected = scores_of(net, run, texts, length).chunk(2)
-        right = (torch.sign(chosen - rejected).mean().detach() + 1) / 2
-        meter.add(sum(len(ids) for ids, _ in texts), **{'train/accuracy': right})
-        of_rows = run.to_device(grades[pairs])[0]
-        return pair_loss(chosen, rejected, of_rows, loss_type, margin, center_coef).mean()
-
-    if not resumed:
-        look(*measured)
-    run.settle(net, lambda: micro_loss(run.rank))
+    if run.ddp:
+        first = pairs_seen + run.rank * batch_size
+        run.seed_dropout(first)
+        texts = [train_data.example(text) for text in train_data.texts(train_data.rows(first, batch_size))]
+        run.warm_up_ddp(net, compute_scores(net, run, texts, length).mean())
+    meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
     clock.resume()
-    meter.begin(step)
-    looked, stop = step, 0
-    while step < max_iters and not (stop := run.stopping()):
-        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
-        step, pairs_seen = step + 1, pairs_seen + pairs_per_step
-        if step % max_bad_steps == 0:
-            run.check_updates(step)
-
-        if step % log_interval == 0 or step == max_iters:
-            meter.report(step, total, grad_norm)
-        if step % eval_interval == 0 or step == max_iters:
+    meter.restart(step)
+    stop = 0
+    while True:
+        # a checkpoint has the gain and the bias that belong to its weights: so it is evaluated before it stops, too
+        stop = run.stop_signal()
+        if step > evaluated and (stop or step % eval_interval == 0 or step == max_iters):
             clock.pause()
-            look(*measure())
+            chosen, rejected, rows, metrics = evaluate_pairs(net, run, val_data, val_data.fixed(eval_rows))
+            # rewards are scores with mean 0 and variance 1 on held-out answers, whatever scale training has found
+            mean, std = metrics['reward/mean'], max(metrics['reward/std'], 1e-6)
+            with torch.no_grad():
+                model.score_scale.copy_(torch.tensor([1 / std, -mean / std]))
+            run.log(metrics | {'iter': step, 'seconds': clock.read()})
+            run.print0(f'step {step}: {in_words(metrics)}, {clock.read():.1f} s of training')
+            run.sample(step, tables(chosen, rejected, rows, 1 / std, -mean / std))
+            run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()},
+                                optimizers, metrics['val/loss'], keep_checkpoints)
+            evaluated = step
             clock.resume()
-            looked = step
-            meter.begin(step)
+            meter.restart(step)
+        if stop or step >= max_iters:
+            break
 
-    if stop and looked != step:
-        clock.pause()
-        look(*measure())  # the gain and the bias belong to the weights
+        # the learning rate of this step
+        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
+                                     min_lr / learning_rate, decay_frac)
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * lr_scale
+
+        # forward and backward, over this process's micro-batches
+        step_loss = 0.0
+        for number in run.micro_batches(net, gradient_accumulation_steps):
+            first = pairs_seen + number * batch_size  # a function of the step alone: a resumed run repeats no pair
+            pairs = train_data.rows(first, batch_size)
+            texts = [train_data.example(text) for text in train_data.texts(pairs)]
+            run.seed_dropout(first)
+            # both answers of all pairs in one forward pass: the chosen ones, then the rejected ones
+            chosen, rejected = compute_scores(net, run, texts, length).chunk(2)
+            loss = pair_loss(chosen, rejected, run.to_device(grades[pairs])[0], loss_type, margin, center_coef).mean()
+            loss = loss / micro_steps
+            run.backward(loss)
+            step_loss += loss.detach()
+            meter.add(sum(len(ids) for ids, _ in texts),
+                      **{'train/accuracy': (torch.sign(chosen - rejected).mean().detach() + 1) / 2})
+
+        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
+        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.zero_grad()
+        step += 1
+        pairs_seen += pairs_per_step
+
+        if step % max_bad_steps == 0 or step % log_interval == 0:
+            run.check_skipped(step, max_bad_steps)
+        if step % log_interval == 0 or step == max_iters:
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)
+
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
-    run.say(f'done: best validation loss {run.best:.4f}; check it: python reward.py --init_from={out_dir} '
-            f'--dataset={dataset} --check=True')
+    run.print0(f'done: best validation loss {run.best:.4f}; check it: python reward.py --init_from={out_dir} '
+               f'--dataset={dataset} --check=True')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,12 @@
 """
-A policy's own answers: drawn, rewarded, read again by the model that learns from them. What the stages share that learn
-from samples, ppo.py and grpo.py, and whoever lets a reward model judge, a calculator answer or a thought end in time.
+What stages that learn from samples share: a policy's answers to prompts, their rewards, and their log-probabilities
+under the model that is trained.
 
     rewards = Rewards('number, 0.2*format', policy_tokenizer, run, max_new_tokens=96)
-    answers = draw(model, data, data.rows(0, 8), run, max_new_tokens=96, num_samples=4)
+    answers = generate_rollouts(model, data, data.rows(0, 8), run, max_new_tokens=96, num_samples=4)
     totals, parts = rewards(data, answers)
-    logprobs, entropies, _ = read(net, run, answers, range(8), block_size)      with gradients; `reread`: all, without
+    logprobs, entropies, _ = compute_logprobs(net, run, answers, range(8), block_size)      with gradients
+    logprobs, entropies = compute_all_logprobs(net, run, answers, block_size)               of all, without
 
 Rewards never contain `dataset.quality`'s gold: that judges a run and is kept from it (arXiv:2210.10760).
 """
@@ -14,6 +15,8 @@ import importlib.util
 import math
 import numbers
 from pathlib import Path
+
+import runtime
 
 import numpy as np
 import torch
@@ -48,15 +51,15 @@ class Rollout:
     """n answers to prompts. Arrays (n, A) hold a number for each token of an answer, A being those of the longest.
 
     rows: the numbers of their prompts in the data, int (n,); prompts, ids: lists of n lists of ids; texts: the answers
-    as texts; drawn: bool (n, A), which tokens the policy chose itself: the rest was forced on it, or is padding;
-    logprobs: float64 (n, A), of those as they were drawn, at the sampling temperature, 0 elsewhere; ended: bool (n,),
+    as texts; response_mask: bool (n, A), which tokens the policy sampled: the rest was forced on it, or is padding;
+    logprobs: float64 (n, A), of those as they were sampled, at that temperature, 0 elsewhere; ended: bool (n,),
     whether an answer came to its end by itself.
     """
     rows: np.ndarray
     prompts: list
     ids: list
     texts: list
-    drawn: np.ndarray
+    response_mask: np.ndarray
     logprobs: np.ndarray
     ended: np.ndarray
 
@@ -86,15 +89,15 @@ class Rollout:
         chosen = np.asarray(chosen, int)
         longest = max((len(self.ids[i]) for i in chosen), default=0)
         return Rollout(self.rows[chosen], *([of[i] for i in chosen] for of in (self.prompts, self.ids, self.texts)),
-                       self.drawn[chosen, :longest], self.logprobs[chosen, :longest], self.ended[chosen])
+                       self.response_mask[chosen, :longest], self.logprobs[chosen, :longest], self.ended[chosen])
 
     def cut(self, lengths, data):
         """The same with answers that end after so many tokens, int (n,); what is cut off did not end by itself."""
         keep = lengths < self.lengths
         ids = [ids[:n] for ids, n in zip(self.ids, lengths, strict=True)]
         texts = [data.text(part) if k else text for part, text, k in zip(ids, self.texts, keep, strict=True)]
-        inside = np.arange(self.drawn.shape[1]) < lengths[:, None]
-        return dataclasses.replace(self, ids=ids, texts=texts, drawn=self.drawn & inside,
+        inside = np.arange(self.response_mask.shape[1]) < lengths[:, None]
+        return dataclasses.replace(self, ids=ids, texts=texts, response_mask=self.response_mask & inside,
                                    logprobs=self.logprobs * inside, ended=self.ended & ~keep).take(range(len(self)))
 
 
@@ -149,36 +152,62 @@ def forcing(tokenizer, tools, max_think_tokens=0):
     return Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
 
 
-def joined(parts):
+def join_rollouts(parts):
     """Several Rollouts as one."""
-    longest = max(part.drawn.shape[1] for part in parts)
-    wide = [[np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in (part.drawn, part.logprobs)] for part in parts]
+    longest = max(part.response_mask.shape[1] for part in parts)
+    wide = [[np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in (part.response_mask, part.logprobs)]
+            for part in parts]
     return Rollout(np.concatenate([part.rows for part in parts]),
                    *(sum((getattr(part, name) for part in parts), []) for name in ('prompts', 'ids', 'texts')),
                    *(np.concatenate(x) for x in zip(*wide, strict=True)), np.concatenate([p.ended for p in parts]))
 
 
-def prompts_of(split, tokenizer, length, run):
-    """A split of the run's dataset as PromptData; tells what was left out."""
-    config = run.config
-    rows, skipped = load_prompts(config['dataset'], split, config['strict'], config['val_fraction'])
-    data = PromptData(rows, tokenizer, length, config['max_new_tokens'], config['seed'])
+def load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed=0, strict=True, val_fraction=0.1):
+    """A split of a dataset as PromptData; says what was left out."""
+    rows, skipped = load_prompts(dataset, split, strict, val_fraction)
+    data = PromptData(rows, tokenizer, block_size, max_new_tokens, seed)
     if lost := data.left_out(skipped):
-        run.say(f'{config["dataset"]}, {split}: {lost}')
+        run.print0(f'{dataset}, {split}: {lost}')
     return data
 
 
-def draw(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, number=0, at_once=64, force=None):
+def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, number=0, at_once=32, **options):
+    """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids, with return_logprobs of
+    pairs (ids, their log-probabilities); options of `GPT.generate`.
+
+    A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts,
+    at_once at a time; what is sampled depends on the seed, `number` and a prompt's place, not on how many processes
+    there are. Of a prompt that is longer than the model reads the end counts.
+    """
+    with run.unsharded(model):
+        dtype = runtime.pick_dtype(run.dtype_asked, run.device, model.num_params())[1]
+        writer = model.merged(dtype).to(run.device).eval().pack()
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    seeds = np.random.SeedSequence([run.seed % (1 << 64), number]).generate_state(len(prompts)).tolist()
+    at_once = max(1, min(at_once, -(-len(order) // run.world_size)))
+    for first in range(run.rank * at_once, len(order), run.world_size * at_once):
+        part = order[first:first + at_once]
+        new = writer.generate([prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
+                              num_samples=num_samples, seed=[seeds[i] for i in part], **options)
+        new = list(zip(*new, strict=True)) if options.get('return_logprobs') else new
+        for k, i in enumerate(part):
+            found[i] = new[k * num_samples:(k + 1) * num_samples]
+    found = run.collect(found)
+    return [found[i] for i in range(len(prompts))]
+
+
+def generate_rollouts(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, number=0, at_once=64,
+                      force=None):
     """num_samples answers to each of these prompts of a PromptData, side by side -> Rollout, the same in every process.
 
     A prompt that leaves no room for an answer loses its beginning. temperature 0: the likeliest tokens. number: what is
-    drawn is a function of the seed and of this. force: see `GPT.generate`.
+    sampled is a function of the seed and of this. force: see `GPT.generate`.
     """
     tokenizer, room = data.tokenizer, model.config.block_size - max_new_tokens
     prompts = [data.prompt(i)[-room:] for i in rows]
-    found = run.answers(model, prompts, max_new_tokens, num_samples, number, at_once, return_logprobs=True,
-                        temperature=temperature, stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab,
-                        force=force)
+    found = generate_answers(model, prompts, run, max_new_tokens, num_samples, number, at_once, return_logprobs=True,
+                             temperature=temperature, stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab,
+                             force=force)
     ids, logprobs = zip(*(pair for of in found for pair in of), strict=True)
     inside = np.arange(max(map(len, ids))) < np.array([len(x) for x in ids])[:, None]
     table = np.full(inside.shape, np.nan)
@@ -195,7 +224,7 @@ SHARED_ROW = 512  # tokens of a row in which several answers share their prompt:
 def lay_out(part, block_size, share=True):
     """The answers of a Rollout as rows for a training forward -> (arrays, at): arrays {'idx', 'targets'}, int64 (B, T),
     and where answers share a row also 'positions' (B, T) and 'mask', bool (B, 1, T, T); at, int64 (n, A), where in the
-    flattened (B * T,) stands what the model says of each token. Targets are the tokens that were drawn.
+    flattened (B * T,) stands what the model says of each token. Targets are the tokens that were sampled.
 
     With share, answers to one prompt that follow one another stand side by side after it, as many as fit, and each sees
     it and itself: it is read once for all of them (arXiv:2506.05433). An answer begins with the prompt's last token,
@@ -213,7 +242,7 @@ def lay_out(part, block_size, share=True):
     T = padded_width(max(sizes), block_size)
     idx, targets = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -100)
     positions, segments = np.zeros_like(idx), np.full_like(idx, -1)  # 0 is the prompt, answers follow
-    at = np.zeros(part.drawn.shape, np.int64)
+    at = np.zeros(part.response_mask.shape, np.int64)
     for b, row in enumerate(rows):
         prompt = part.prompts[row[0]]
         end = len(prompt) - 1
@@ -222,7 +251,7 @@ def lay_out(part, block_size, share=True):
             ids = part.ids[i]
             here = slice(end, end + len(ids))
             idx[b, here], segments[b, here] = [prompt[-1], *ids[:-1]], number
-            targets[b, here] = np.where(part.drawn[i, :len(ids)], ids, -100)
+            targets[b, here] = np.where(part.response_mask[i, :len(ids)], ids, -100)
             positions[b, here] = np.arange(len(ids)) + len(prompt) - 1
             at[i, :len(ids)] = b * T + np.arange(here.start, here.stop)
             end = here.stop
@@ -233,9 +262,9 @@ def lay_out(part, block_size, share=True):
     return arrays, at
 
 
-def read(net, run, answers, chosen, block_size, temperature=1.0, share=True):
+def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, share=True):
     """The training forward over these answers of a Rollout -> (logprobs, entropies, extra), tensors (B, A) on the
-    device, A as in answers.take(chosen); 0 where a token is not drawn.
+    device, A as in answers.take(chosen); 0 where a token was not sampled.
 
     net(idx, targets, reduction='details', temperature=…) gives losses and entropies (B, T) and something of one number
     per token (B, T), which becomes extra, or else extra is None: what it says before the token. share: see `lay_out`.
@@ -243,24 +272,24 @@ def read(net, run, answers, chosen, block_size, temperature=1.0, share=True):
     part = answers.take(chosen)
     arrays, at = lay_out(part, block_size, share)
     tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
-    at, drawn = run.to_device(at, part.drawn)
+    at, response_mask = run.to_device(at, part.response_mask)
     with run.autocast(tensors['idx'].shape[1]):
         losses, entropies, extra = net(**tensors, reduction='details', temperature=temperature)
     found = [-losses, entropies, extra if extra.ndim == 2 else None]
-    return [None if x is None else x.float().flatten()[at] * drawn for x in found]
+    return [None if x is None else x.float().flatten()[at] * response_mask for x in found]
 
 
 @torch.no_grad()
-def reread(net, run, answers, block_size, temperature=1.0, share=True):
-    """As `read`, of all answers, shared by the processes, without gradients: float64 arrays (n, A)."""
-    A = answers.drawn.shape[1]
+def compute_all_logprobs(net, run, answers, block_size, temperature=1.0, share=True):
+    """As `compute_logprobs`, of all answers, shared by the processes, without gradients: float64 arrays (n, A)."""
+    A = answers.response_mask.shape[1]
 
     def work(part):
-        found = read(net, run, answers, part, block_size, temperature, share)
+        found = compute_logprobs(net, run, answers, part, block_size, temperature, share)
         wide = [np.pad(x.cpu().double().numpy(), ((0, 0), (0, A - x.shape[1]))) for x in found if x is not None]
         return np.concatenate(wide, 1)
     net.eval()
-    found = run.spread(answers.group_sizes, work, 32)
+    found = run.distributed_map(work, answers.group_sizes, 32)
     net.train()
     return np.split(found, found.shape[1] // A, 1)
 
@@ -301,7 +330,7 @@ def load_scorer(path, run, tokenizer=None):
             arrays = pad_texts([texts[i] for i in part], length)
             with run.autocast(arrays[0].shape[1]):
                 return model.rewards(*run.to_device(*arrays)).cpu().double().numpy()[:, None]
-        return run.spread([len(ids) for ids, _ in texts], work, 32)[:, 0]
+        return run.distributed_map(work, [len(ids) for ids, _ in texts], 32)[:, 0]
     return score
 
 
@@ -394,7 +423,7 @@ class Rewards:
             self.failed += 1
             if (name, problem) not in self.told:
                 self.told.add((name, problem))
-                self.run.say(f'{where}: the reward {name!r} {problem}: such answers are left out')
+                self.run.print0(f'{where}: the reward {name!r} {problem}: such answers are left out')
             if self.failed > self.limit:
                 raise UserError(f'{where}: the reward {name!r} {problem}; {self.failed} answers had no reward '
                                 f'(max_bad_rewards={self.limit}): mend the function or the rows')
@@ -421,9 +450,9 @@ class Rewards:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# measuring
+# evaluation
 
-def gold_of(data, answers):
+def gold_scores(data, answers):
     """`dataset.quality`'s gold of answers, float64 (n,), nan where a row has no `answer`."""
     rows = [data.rows_kept[i] for i in answers.rows]
     return np.array([quality(row, text)['gold'] if 'answer' in row else math.nan
@@ -431,38 +460,39 @@ def gold_of(data, answers):
 
 
 def divergence(net, model, reference, run, answers, block_size, temperature=1.0):
-    """log policy - log reference of each drawn token, float64 (n, A); reference: see `runtime.Run.switched`."""
-    ours = reread(net, run, answers, block_size, temperature)[0]
-    with run.switched(model, reference):
-        return ours - reread(net, run, answers, block_size, temperature)[0]
+    """log policy - log reference of each sampled token, float64 (n, A); reference: as `Run.swapped_weights` has it."""
+    ours = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
+    with run.swapped_weights(model, reference):
+        return ours - compute_all_logprobs(net, run, answers, block_size, temperature)[0]
 
 
-def examine(net, model, reference, data, run, rewards, chosen, max_new_tokens, temperature=1.0, force=None):
+def evaluate_policy(net, model, reference, data, run, rewards, chosen, max_new_tokens, temperature=1.0, force=None):
     """A policy on held-out prompts of these numbers: greedy answers are graded, sampled ones rewarded and compared with
     the reference, where there is one -> (metrics, words, greedy answers as they are shown).
 
     val/correct, val/gold, val/f1 … and val/response_len are of greedy answers; val/reward and its parts,
     val/gold_sampled and val/kl, nats per answer, of sampled ones.
     """
-    greedy, sampled = (draw(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (0, temperature))
+    greedy, sampled = (generate_rollouts(model, data, chosen, run, max_new_tokens, 1, t, force=force)
+                       for t in (0, temperature))
     rows = [data.rows_kept[i] for i in chosen]
     marks = [grades(row, text) | ({'gold': quality(row, text)['gold']} if 'answer' in row else {})
              for row, text in zip(rows, greedy.texts, strict=True)]
     means, ranges = summarise(marks)
     metrics = as_metrics(means, ranges)
     totals, parts = rewards(data, sampled)
-    moved, gold = np.array([]), gold_of(data, sampled)
+    kl, gold = np.array([]), gold_scores(data, sampled)
     if reference is not None:
-        moved = divergence(net, model, reference, run, sampled, model.config.block_size, temperature).sum(1)
-        metrics['val/kl_low'], metrics['val/kl_high'] = interval(moved.tolist())
-    for name, values in (('reward', totals), *((f'reward_{k}', v) for k, v in parts.items()), ('kl', moved),
+        kl = divergence(net, model, reference, run, sampled, model.config.block_size, temperature).sum(1)
+        metrics['val/kl_low'], metrics['val/kl_high'] = interval(kl.tolist())
+    for name, values in (('reward', totals), *((f'reward_{k}', v) for k, v in parts.items()), ('kl', kl),
                          ('gold_sampled', gold)):
         values = values[np.isfinite(values)]
         if len(values):
             metrics[f'val/{name}'] = float(values.mean())
     metrics |= {'val/response_len': float(greedy.lengths.mean()), 'val/ended': float(sampled.ended.mean())}
-    told = in_words({k: v for k, v in means.items() if k in ('correct', 'gold', 'f1')}, ranges)
-    words = f'held-out: {told}; sampled: reward {metrics.get("val/reward", math.nan):.3f}'
+    graded = in_words({k: v for k, v in means.items() if k in ('correct', 'gold', 'f1')}, ranges)
+    words = f'held-out: {graded}; sampled: reward {metrics.get("val/reward", math.nan):.3f}'
     words += f', KL {metrics["val/kl"]:.3f}' if 'val/kl' in metrics else ''
     words += f', gold {metrics["val/gold_sampled"]:.3f}' if 'val/gold_sampled' in metrics else ''
     if by := by_value(rows, marks, 'steps'):

@@ -16,6 +16,7 @@ import inspect
 import io
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -345,12 +346,12 @@ def load_checkpoint(path, map_location='cpu', mmap=False):
     return state
 
 
-def plain(state, keep=True):
+def full_state(state, keep=True):
     """A nested state with every sharded tensor (DTensor) whole, on the CPU; keep=False: only helps the others."""
     if isinstance(state, dict):
-        return {k: plain(v, keep) for k, v in state.items()}
+        return {k: full_state(v, keep) for k, v in state.items()}
     if isinstance(state, list):
-        return [plain(v, keep) for v in state]
+        return [full_state(v, keep) for v in state]
     if hasattr(state, 'full_tensor'):
         whole = state.full_tensor()
         return whole.cpu() if keep else None
@@ -365,6 +366,12 @@ def not_finite(state, name=''):
     return next(filter(None, (not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
 
 
+def kinds_of(state):
+    """What tells the state of one torch optimizer from that of another: the options and parameters of its groups."""
+    return [(sorted(key for key in group if key.endswith(('betas', 'momentum'))), len(group['params']))
+            for group in state['param_groups']]
+
+
 @contextlib.contextmanager
 def user_errors(where=''):
     """Turns a ValueError of the model (an impossible configuration, a misshapen tensor) into a UserError."""
@@ -377,28 +384,41 @@ def user_errors(where=''):
 # ----------------------------------------------------------------------------------------------------------------------
 # what all loops have in common
 
-def check_loop(config):
-    """UserError for shared knobs that make no sense, before anything is read or written."""
-    if config['lr_schedule'] not in ('cosine', 'linear', 'wsd', 'constant'):
-        raise UserError(f"lr_schedule={config['lr_schedule']!r} is not one of 'cosine', 'linear', 'wsd', 'constant'")
-    for key, value in config.items():
-        counts = key in ('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval',
-                         'max_bad_steps', 'keep_checkpoints')
-        if counts and value < 1:
-            raise UserError(f'{key}={value}: it starts at 1')
-        if key == 'learning_rate' and value <= 0:
-            raise UserError(f'learning_rate={value} must be positive')
-        if key == 'seed' and not 0 <= value < 2 ** 63:
-            raise UserError(f'seed={value} must be from 0 to 2^63 - 1')
-        if isinstance(value, (int, float)) and value < 0:
-            raise UserError(f'{key}={value} must not be negative')
+RELATIONS = {'>=': operator.ge, '>': operator.gt, '<=': operator.le, '<': operator.lt}
+
+# of the knobs that stages share: what a value must be, or those it must be one of
+RANGES = {
+    'seed': '>= 0 and < 2**63',
+    **dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval',
+                     'keep_checkpoints', 'max_bad_steps'), '>= 1'),
+    'learning_rate': '> 0',
+    **dict.fromkeys(('embed_lr', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters'),
+                    '>= 0'),
+    **dict.fromkeys(('muon_momentum', 'beta1', 'beta2'), '>= 0 and < 1'),
+    'decay_frac': '>= 0 and <= 1',
+    'optimizer': ('adamw', 'muon'),
+    'lr_schedule': ('cosine', 'linear', 'wsd', 'constant'),
+}
 
 
-def one_of(config, **allowed):
-    """UserError where the value of a knob is none of those that are allowed for it."""
-    for name, values in allowed.items():
-        if config[name] not in values:
-            raise UserError(f'{name}={config[name]!r} is not one of {", ".join(map(repr, values))}')
+def check_ranges(config, ranges):
+    """UserError for the first knob in config whose value is outside its range.
+
+    ranges: {name: '>= 0 and < 1', or a tuple of the values that are allowed}; names that are no knob are passed over.
+    """
+    for name, allowed in ranges.items():
+        if name not in config:
+            continue
+        value = config[name]
+        if not isinstance(allowed, str):
+            if value not in allowed:
+                raise UserError(f'{name}={value!r} is not one of {", ".join(map(repr, allowed))}')
+            continue
+        for condition in allowed.split(' and '):
+            relation, bound = condition.split()
+            base, _, power = bound.partition('**')
+            if not RELATIONS[relation](value, int(base) ** int(power) if power else float(bound)):
+                raise UserError(f'{name}={value} must be {allowed}')
 
 
 def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
@@ -512,22 +532,16 @@ def join_processes(backend):
 class Run:
     """One run of a stage: its place among the processes, its precision, its directory and what it tells the world.
 
-    rank, world_size, main (rank 0); micro_steps: this process's share of gradient_accumulation_steps, which counts
-    those of all processes; device, device_type, dtype; fsdp; stop: the signal that asks for an end, or 0; skipped,
-    skipped_in_row: updates left out because a gradient was not finite (tensors on the device); best: the lowest score
-    of a checkpoint; lr: the learning rate of the last step.
+    rank, world_size, main (rank 0), ddp: whether `wrap` made the model one of DistributedDataParallel; device,
+    device_type, dtype; fsdp; stop: the signal that asks for an end, or 0; skipped, skipped_in_row: updates left out
+    because a gradient was not finite (tensors on the device); best: the lowest score of a checkpoint.
     """
 
-    def __init__(self, config):
-        self.config, self.out_dir = config, Path(config['out_dir'])
+    def __init__(self, out_dir, device='auto', dtype='auto', seed=0, fsdp=False):
+        self.out_dir, self.seed, self.fsdp = Path(out_dir), seed, fsdp
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.main, self.fsdp, device = self.rank == 0, config.get('fsdp', False), config['device']
-        accumulation = config.get('gradient_accumulation_steps', self.world_size)
-        if accumulation % self.world_size:
-            raise UserError(f'gradient_accumulation_steps={accumulation} counts the micro-batches of all processes '
-                            f'together: make it a multiple of {self.world_size}')
-        self.micro_steps = accumulation // self.world_size
-        if self.fsdp and 'RANK' not in os.environ:
+        self.main, self.ddp = self.rank == 0, False
+        if fsdp and 'RANK' not in os.environ:
             raise UserError('fsdp=True shards a model over processes: start it with torchrun (README shows how)')
         device = pick_device(device)
         if 'RANK' in os.environ:  # under torchrun
@@ -537,38 +551,41 @@ class Run:
             if not dist.is_initialized():
                 join_processes('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
         self.device, self.device_type = device, device.split(':')[0]
-        chosen = self.on_main(lambda: pick_dtype(config['dtype'], self.device)[0])  # a timing may be another elsewhere
+        self.dtype_asked = dtype
+        chosen = self.on_main(lambda: pick_dtype(dtype, self.device)[0])  # a timing may be another elsewhere
         self.dtype, self._torch_dtype = pick_dtype(chosen, self.device)
-        if self.fsdp and self.dtype == 'float16':
+        if fsdp and self.dtype == 'float16':
             raise UserError('fsdp=True goes with dtype=bfloat16 or float32: float16 would need a loss scale per shard')
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == 'float16')
         if self.device_type == 'cpu':
             keep_freed_memory()
         torch.set_float32_matmul_precision('high')  # TF32 where the device has it
-        torch.manual_seed(config['seed'])  # the same initial weights in every process
+        torch.manual_seed(seed)  # the same initial weights in every process
         self.skipped = self.skipped_in_row = torch.zeros((), device=self.device)
         self.stop, self.last, self._wandb, self._tensorboard, self._line = 0, {}, None, None, False
         self.unsaved, self._damaged, self._mute = {}, [], set()
-        self.best, self.lr = math.inf, 0.0
+        self._recomputes, self._prepare, self.config = False, None, {}
+        self.best = math.inf
         self.began = time.perf_counter()
-        if config['dtype'] == 'bfloat16' and self.device == 'cpu' and not fast_bfloat16('cpu'):
-            self.say('dtype=bfloat16: this processor multiplies float32 faster; --dtype=auto takes what is fast')
+        if dtype == 'bfloat16' and self.device == 'cpu' and not fast_bfloat16('cpu'):
+            self.print0('dtype=bfloat16: this processor multiplies float32 faster; --dtype=auto takes what is fast')
 
     # ------------------------------------------------------------------------------------------------------------------
-    # the loop: forward, backward, update
+    # what a training step needs
 
-    def wrap(self, model):
-        """Moves a model to the device, prepares it as the knobs say, and returns what training calls in its place.
+    def wrap(self, model, compile=False, activation_checkpointing=False):
+        """Moves a model to the device, prepares it for training, and returns what is called in its place.
 
-        activation_checkpointing, compile, and several processes: DistributedDataParallel, or with fsdp=True shards of
-        parameters, gradients and moments (FSDP2, arXiv:2304.11277). A model's blocks are its modules that have an
-        attribute `recompute` and a method `sublayers`. Optimizers are made afterwards. A frozen model has no gradients
-        to share, so that DDP leaves it alone; fsdp shards it too.
+        compile; activation_checkpointing (arXiv:1604.06174); several processes: DistributedDataParallel, or with
+        fsdp=True shards of parameters, gradients and moments (FSDP2, arXiv:2304.11277). A model's blocks are its
+        modules that have an attribute `recompute` and a method `sublayers`. Optimizers are made afterwards. A frozen
+        model has no gradients to share, so that DDP leaves it alone; fsdp shards it too.
         """
-        compiled, blocks = self.config.get('compile'), [m for m in model.modules() if hasattr(m, 'recompute')]
+        blocks = [m for m in model.modules() if hasattr(m, 'recompute')]
+        self._recomputes = activation_checkpointing
         for block in blocks:
-            block.recompute = self.config.get('activation_checkpointing', False)
-            if compiled and self.world_size > 1:  # one by one: gradients travel while the next block computes its own
+            block.recompute = activation_checkpointing
+            if compile and self.world_size > 1:  # one by one: gradients travel while the next block computes its own
                 block.sublayers = torch.compile(block.sublayers)
         if self.fsdp:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # which take a second
@@ -586,88 +603,84 @@ class Run:
         if self.world_size > 1 and any(p.requires_grad for p in model.parameters()):
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # before 2.13
+            self.ddp = True
             return DistributedDataParallel(model, device_ids=[self.device] if self.device_type == 'cuda' else None,
                                            gradient_as_bucket_view=True, **{buffers: False})
-        return torch.compile(model) if compiled else model
+        return torch.compile(model) if compile else model
 
-    def settle(self, net, loss):
-        """One backward pass of loss() before the first step, whose gradients are forgotten; needed with DDP only.
+    def micro_batches(self, net, gradient_accumulation_steps):
+        """The numbers of this process's micro-batches among those of the step, which all processes share.
+
+        Under DDP gradients travel between processes with the backward pass of the last one alone.
+        """
+        count = gradient_accumulation_steps // self.world_size
+        for i in range(count):
+            if isinstance(net, DistributedDataParallel):
+                net.require_backward_grad_sync = i == count - 1
+            yield self.rank * count + i
+
+    def check_accumulation(self, gradient_accumulation_steps):
+        """UserError where the processes cannot share the micro-batches of a step."""
+        if gradient_accumulation_steps % self.world_size:
+            raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts the micro-batches of '
+                            f'all processes together: make it a multiple of {self.world_size}')
+
+    def warm_up_ddp(self, net, loss):
+        """A backward pass before the first step, whose gradients are forgotten.
 
         DDP packs gradients in the order in which its first backward pass made them, and where a number lies decides in
         which order three or more processes sum it: so a resumed run sums as the run that was never stopped.
         """
-        if isinstance(net, DistributedDataParallel):
-            self.backward(loss())
-            for p in net.parameters():
-                p.grad = None
-
-    def accumulating(self, net, last):
-        """The context of a micro-batch: with DDP, gradients travel between processes only after a step's last one."""
-        if last or not isinstance(net, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return net.no_sync()
+        self.backward(loss)
+        for p in net.parameters():
+            p.grad = None
 
     def backward(self, loss):
-        """loss.backward(), where a loss that is not finite makes every gradient so: `update` then sees it anywhere."""
+        """loss.backward(), scaled for float16.
+
+        A loss that is not finite makes every gradient so, which `clip_grad_norm` then sees in any process.
+        """
         self.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
 
-    def update(self, model, optimizers, grad_clip=0.0):
-        """Clips the gradients, steps the optimizers and clears the gradients; returns the norm before, on the device.
-
-        Where the norm is not finite, parameters and moments stay as they are and the step counts as skipped, in every
-        process alike. The host does not wait for the device.
+    def clip_grad_norm(self, model, optimizers, max_norm=0.0):
+        """Scales gradients down to max_norm (0 = as they are), over all shards; returns the norm before, on the device.
         """
         self.scaler.unscale_(optimizers)
         params = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         if self.fsdp:
             norm = norm.full_tensor()
-        if grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
-        skip = 1 - torch.isfinite(norm).float()
-        self.skipped, self.skipped_in_row = self.skipped + skip, (self.skipped_in_row + 1) * skip
-        optimizers.step(skip)
-        self.scaler.update()
-        optimizers.zero_grad()
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm
 
-    def step(self, net, model, optimizers, micro_loss, step):
-        """Optimizer step number `step` (from 0), over this process's micro-batches -> (loss, norm of the gradient).
+    def skips(self, grad_norm):
+        """1 where the norm is not finite, else 0, in every process alike, for `Optimizers.step`; counts such updates.
 
-        micro_loss(number): the mean loss on the micro-batch of this number, of those of all processes. Both results are
-        on the device; the loss is the mean over this process.
+        It stays on the device: the host does not wait.
         """
-        config, total = self.config, 0.0
-        factor = lr_factor(step, config['lr_schedule'], config['warmup_iters'],
-                           config['lr_decay_iters'] or config['max_iters'], config['min_lr'] / config['learning_rate'],
-                           config['decay_frac'])
-        for group in optimizers.param_groups:
-            group['lr'] = group['peak_lr'] * factor
-        self.lr = config['learning_rate'] * factor
-        for micro_step in range(self.micro_steps):
-            with self.accumulating(net, last=micro_step == self.micro_steps - 1):
-                loss = micro_loss(self.rank * self.micro_steps + micro_step) / self.micro_steps
-                self.backward(loss)
-            total += loss.detach()
-        return total, self.update(model, optimizers, config['grad_clip'])
+        skip = 1 - torch.isfinite(grad_norm).float()
+        self.skipped, self.skipped_in_row = self.skipped + skip, (self.skipped_in_row + 1) * skip
+        self.scaler.update()
+        return skip
 
-    def check_updates(self, step):
-        """Raises UserError after max_bad_steps updates in a row that were skipped; returns how many were in all."""
-        in_row, limit = int(self.skipped_in_row), self.config.get('max_bad_steps', 10)
-        if in_row >= limit:
+    def check_skipped(self, step, max_bad_steps=10):
+        """UserError where the last max_bad_steps updates were all skipped; the host waits here for the device."""
+        in_row = int(self.skipped_in_row)
+        if in_row >= max_bad_steps:
             raise UserError(f'step {step}: the last {in_row} updates were skipped, their loss or gradient was not '
-                            f'finite (max_bad_steps={limit}); {self.out_dir} keeps its last checkpoint: lower '
+                            f'finite (max_bad_steps={max_bad_steps}); {self.out_dir} keeps its last checkpoint: lower '
                             'learning_rate, set grad_clip or look at the data')
-        return int(self.skipped)
 
-    def restore(self, state, origin, optimizers):
+    def resume(self, state, origin, optimizers, config):
         """Takes from a checkpoint of this run the moments, each process its shard of them, and what has been counted;
-        tells which knobs have changed since. UserError where it holds no moments of today's optimizer."""
-        before, optimizer, saved = state.get('config', {}), self.config['optimizer'], state.get('optimizers')
-        if before.get('optimizer') != optimizer or saved is None:
-            raise UserError(f'{origin} holds no moments of optimizer={optimizer!r} but {before.get("optimizer")!r}: '
-                            f'resume with that, or take its weights only: --init_from={self.out_dir} and a new '
-                            '--out_dir')
+        tells which of the knobs in config have changed since. UserError where it holds no moments of this optimizer.
+        """
+        before, saved = state.get('config', {}), state.get('optimizers') or []
+        if [kinds_of(old) for old in saved] != [kinds_of(new) for new in optimizers.state_dict()]:
+            raise UserError(f'{origin} holds no moments of this optimizer, it was trained with optimizer='
+                            f'{before.get("optimizer")!r}: resume with that, or take its weights only: --init_from='
+                            f'{self.out_dir} and a new --out_dir')
         if self.fsdp:
             for part, old in zip(optimizers, saved, strict=True):
                 params = [p for group in part.param_groups for p in group['params']]
@@ -679,10 +692,10 @@ class Run:
         self.best = state['best']
         self.began -= state['total_seconds']
         self.skipped = self.skipped + state.get('skipped', 0)
-        changed = [f'{k} {before[k]} -> {v}' for k, v in self.config.items()
+        changed = [f'{k} {before[k]} -> {v}' for k, v in config.items()
                    if before.get(k, v) != v and k != 'init_from']
         if changed:
-            self.say(f'changed since the checkpoint: {", ".join(changed)}')
+            self.print0(f'changed since the checkpoint: {", ".join(changed)}')
 
     def like(self, tensor, whole):
         """A whole tensor of a checkpoint, placed as this one is: on the device, and of a sharded one a shard."""
@@ -700,7 +713,7 @@ class Run:
         return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
     @contextlib.contextmanager
-    def switched(self, model, values):
+    def swapped_weights(self, model, values):
         """Inside, these parameters {name: tensor, placed as the model's} have changed places with the model's own, so
         that two models take the memory of what they differ in."""
         def swap():
@@ -719,7 +732,7 @@ class Run:
             swap()
 
     @contextlib.contextmanager
-    def gathered(self, model):
+    def unsharded(self, model):
         """Inside, a sharded model is whole in every process, which may call any of its methods, alone or not."""
         shards = self.shards(model)
         hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in shards]
@@ -739,15 +752,16 @@ class Run:
         stack = contextlib.ExitStack()
         if self.dtype != 'float32':
             stack.enter_context(torch.autocast(self.device_type, self._torch_dtype))
-            if self.device_type == 'cpu' and T <= 128 and not self.config.get('activation_checkpointing'):
+            if self.device_type == 'cpu' and T <= 128 and not self._recomputes:
                 # the fused attention kernel is made for long rows: up to here plain products in 16 bits are faster; but
                 # what is computed again in a backward pass would not know of this choice
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
 
-    def seed(self, index):
-        """Seeds dropout as a function of the seed and the micro-batch's number in the whole run, never of history."""
-        state = int(np.random.SeedSequence([self.config['seed'], index]).generate_state(1)[0])
+    def seed_dropout(self, index):
+        """Makes dropout a function of the seed and of a number in the whole run, as that of its first row, never of
+        history."""
+        state = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
         # torch.manual_seed takes a trace of the stack for each kind of device that is not in use
         (torch.default_generator if self.device_type == 'cpu' else torch).manual_seed(state)
 
@@ -765,8 +779,8 @@ class Run:
             dist.all_reduce(total)
         return total.tolist()
 
-    def total(self, tensor):
-        """The sum of a tensor over all processes, without waiting for it."""
+    def all_reduce(self, tensor):
+        """The sum of a tensor over all processes, in place, without waiting for it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -779,8 +793,8 @@ class Run:
             dist.all_gather_object(parts, items)
         return {key: value for part in parts for key, value in part.items()}
 
-    def spread(self, lengths, work, size=16):
-        """Work on items 0 … n-1 that are shared by the processes, those of about one length together -> what it gives.
+    def distributed_map(self, work, lengths, size=16):
+        """work on items 0 … n-1 of these lengths, shared by the processes, those of about one length together.
 
         work(numbers) of at most about size items gives (len(numbers), k); the result is a float64 array (n, k).
         """
@@ -796,30 +810,6 @@ class Run:
                 found |= dict(zip(part.tolist(), np.asarray(values, np.float64), strict=True))
         found = self.collect(found)
         return np.stack([found[i] for i in range(len(order))])
-
-    def answers(self, model, prompts, max_new_tokens, num_samples=1, number=0, at_once=32, **options):
-        """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids, with return_logprobs of
-        pairs (ids, their log-probabilities); options of `GPT.generate`.
-
-        A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts,
-        at_once at a time; what is sampled depends on the seed, `number` and a prompt's place, not on how many processes
-        there are. Of a prompt that is longer than the model reads the end counts.
-        """
-        with self.gathered(model):
-            dtype = pick_dtype(self.config['dtype'], self.device, model.num_params())[1]
-            writer = model.merged(dtype).to(self.device).eval().pack()
-        order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-        seeds = np.random.SeedSequence([self.config['seed'] % (1 << 64), number]).generate_state(len(prompts)).tolist()
-        at_once = max(1, min(at_once, -(-len(order) // self.world_size)))
-        for first in range(self.rank * at_once, len(order), self.world_size * at_once):
-            part = order[first:first + at_once]
-            new = writer.generate([prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
-                                  num_samples=num_samples, seed=[seeds[i] for i in part], **options)
-            new = list(zip(*new, strict=True)) if options.get('return_logprobs') else new
-            for k, i in enumerate(part):
-                found[i] = new[k * num_samples:(k + 1) * num_samples]
-        found = self.collect(found)
-        return [found[i] for i in range(len(prompts))]
 
     def on_main(self, work):
         """Calls work() in rank 0 while the others wait; all of them return its result or raise its UserError."""
@@ -838,21 +828,19 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # the directory: checkpoints, metrics, samples
 
-    def begin(self, load):
-        """The checkpoint that init_from asks for -> (state, its path, whether this run goes on from it).
+    def find_checkpoint(self, init_from):
+        """The path of the checkpoint that this run goes on from, the same in every process, or None.
 
-        load: reads what is neither this run's own nor one of the words below.
-
-        'scratch', or 'auto' without a checkpoint: (None, 'scratch', False). 'auto' passes over a damaged checkpoint and
-        takes the one before it, 'resume' says so and raises UserError, as for any other that is missing or damaged.
+        'resume': the latest, UserError where it is missing or damaged. 'auto': the latest that is whole, None where
+        there is none at all; it passes over damaged ones and says so. Anything else names no checkpoint of this run.
         """
-        init_from, latest = self.config['init_from'], self.out_dir / 'ckpt.pt'
-        if init_from not in ('scratch', 'resume', 'auto'):
-            return load(init_from), init_from, False
+        if init_from not in ('resume', 'auto'):
+            return None
+        latest = self.out_dir / 'ckpt.pt'
         past = sorted(self.out_dir.glob('ckpt.*.pt'), key=lambda path: (len(path.name), path.name))
         found = [path for path in (latest, *past) if path.exists()]
-        if init_from == 'scratch' or init_from == 'auto' and not found:
-            return None, 'scratch', False
+        if init_from == 'auto' and not found:
+            return None
 
         def choose():
             errors = []
@@ -866,20 +854,25 @@ class Run:
                     errors.append(str(error))
                 else:
                     for error in errors:
-                        self.say(f'{error}: going on from {path}, step {step}')
+                        self.print0(f'{error}: going on from {path}, step {step}')
                     return path, found[:len(errors)]
             raise UserError(errors[0])
         path, self._damaged = self.on_main(choose)  # all processes go on from the same one, or none does
-        return load_checkpoint(path, mmap=self.fsdp), path, True
+        return path
 
-    def open(self, step=None):
+    def open(self, config, step=None, tensorboard_log=False, wandb_log=False, wandb_project='flatgpt',
+             wandb_run_name=None):
         """Makes the run's directory ready and starts the loggers.
 
-        step: of the checkpoint that the run goes on from; what was logged later is dropped. Without one the run is new,
-        and an earlier one in the same place is moved aside. UserError where another process is writing there.
+        config: the knobs, for wandb and for whoever reads a checkpoint. step: of the checkpoint that the run goes on
+        from; what was logged later is dropped. Without one the run is new: then all this happens when it first writes,
+        so that a mistake that shows in its first evaluation costs nothing, and an earlier run in the same place is
+        moved aside. UserError where another process is writing there.
         """
+        self.config = config
+
         def work():
-            if self.config['wandb_log']:
+            if wandb_log:
                 try:
                     import wandb
                 except ImportError:
@@ -887,11 +880,11 @@ class Run:
                 known = self.out_dir / 'wandb_id'  # a run that goes on goes on there too
                 id = known.read_text() if step is not None and known.exists() else None
                 try:
-                    self._wandb = wandb.init(project=self.config['wandb_project'], config=self.config, id=id,
-                                             name=self.config['wandb_run_name'], resume='allow')
+                    self._wandb = wandb.init(project=wandb_project, config=config, id=id, name=wandb_run_name,
+                                             resume='allow')
                 except wandb.Error as error:
                     raise UserError(f'wandb_log=True: {str(error).splitlines()[0]}') from None
-            if self.config['tensorboard_log']:
+            if tensorboard_log:
                 try:
                     from torch.utils.tensorboard import SummaryWriter
                 except ImportError:
@@ -907,7 +900,7 @@ class Run:
                     except OSError as error:  # a mounted disk; nothing is copied, nothing deleted
                         raise UserError(f'out_dir={self.out_dir}: the earlier run there cannot be moved aside '
                                         f'({error.strerror}): give another --out_dir') from None
-                    self.say(f'moved the earlier run in {self.out_dir} to {place}.{n}')
+                    self.print0(f'moved the earlier run in {self.out_dir} to {place}.{n}')
                     self._lock()
                 write_atomic(self.out_dir / '.writable', lambda file: None)
                 (self.out_dir / '.writable').unlink()
@@ -924,9 +917,17 @@ class Run:
                     write_atomic(self.out_dir / 'wandb_id', lambda file: file.write(self._wandb.id.encode()))
             except OSError as error:
                 raise UserError(f'out_dir={self.out_dir}: cannot write there ({error.strerror})') from None
-            if self.config['tensorboard_log']:
+            if tensorboard_log:
                 self._tensorboard = SummaryWriter(self.out_dir / 'tensorboard', purge_step=(step or 0) + 1)
-        self.on_main(work)
+        self._prepare = work
+        if step is not None:
+            self._before_writing()
+
+    def _before_writing(self):
+        """What `open` has put off, once; every process comes here."""
+        if self._prepare:
+            work, self._prepare = self._prepare, None
+            self.on_main(work)
 
     def _lock(self):
         """Takes the directory for this process; the system frees it when the process ends, however it ends."""
@@ -938,7 +939,7 @@ class Run:
             raise UserError(f'out_dir={self.out_dir}: another run is writing there; stop it, or give another '
                             '--out_dir') from None
         except OSError:
-            self.say(f'{self.out_dir} is on a file system without locks: start no second run there')
+            self.print0(f'{self.out_dir} is on a file system without locks: start no second run there')
 
     def _rewind(self, step):
         """Drops what was logged after a step, so that no row of metrics and no sample occurs twice."""
@@ -969,11 +970,12 @@ class Run:
             self._mute.discard(name)
         except OSError as error:
             if name not in self._mute:
-                self.say(f'{path}: not written ({error.strerror}); training goes on')
+                self.print0(f'{path}: not written ({error.strerror}); training goes on')
             self._mute.add(name)
 
     def log(self, metrics):
-        """Appends a row to metrics.jsonl and passes it to wandb and TensorBoard."""
+        """Appends a row to metrics.jsonl and passes it to wandb and TensorBoard; every process calls it."""
+        self._before_writing()
         if not self.main:
             return
         metrics = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in metrics.items()}
@@ -989,10 +991,10 @@ class Run:
                     if key != 'iter' and not isinstance(value, list):
                         self._tensorboard.add_scalar(key, value, metrics['iter'])
             except OSError as error:
-                self.say(f'{self.out_dir}/tensorboard: not written ({error.strerror}); training goes on without it')
+                self.print0(f'{self.out_dir}/tensorboard: not written ({error.strerror}); training goes on without it')
                 self._tensorboard = None
 
-    def report(self, metrics, seconds_left):
+    def log_step(self, metrics, max_iters, seconds_left):
         """Logs the metrics of a step of training and draws its line of progress."""
         peak, skipped, step = self.peak_flops(), int(self.skipped), metrics['iter']
         metrics |= {'skipped': skipped} if skipped else {}
@@ -1001,7 +1003,7 @@ class Run:
         metrics.pop('flops', None)
         self.log(metrics)
         past, left = elapsed(metrics['seconds']), elapsed(seconds_left)
-        self.progress(f'step {step}/{self.config["max_iters"]} | {past} elapsed, {left} left | '
+        self.progress(f'step {step}/{max_iters} | {past} elapsed, {left} left | '
                       + (f'reward {metrics["reward/mean"]:.3f} | ' if 'reward/mean' in metrics else '')
                       + f'loss {metrics["train/loss"]:.4f} | lr {metrics["lr"]:.1e} | '
                       + f'{metrics["tok_per_sec"]:,.0f} tok/s'
@@ -1017,7 +1019,7 @@ class Run:
         else:
             self._print(line)
 
-    def say(self, text):
+    def print0(self, text):
         """Prints from rank 0, below the progress line."""
         self._print(('\n' if self._line else '') + text)
         self._line = False
@@ -1029,7 +1031,7 @@ class Run:
 
     def sample(self, step, text):
         """Shows a sample of the model and appends it to samples.txt."""
-        self.say('\n'.join(f'  | {line}' for line in text.strip('\n').split('\n')))
+        self.print0('\n'.join(f'  | {line}' for line in text.strip('\n').split('\n')))
         if self.main:
             self._append('samples.txt', f'--- step {step}\n{text}\n')
 
@@ -1049,7 +1051,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handle)
 
-    def stopping(self):
+    def stop_signal(self):
         """The signal that asks for an end, or 0, the same in every process."""
         if self.world_size == 1:
             return self.stop
@@ -1057,14 +1059,15 @@ class Run:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)  # self.stop keeps a signal that came meanwhile, for the next step
 
-    def save(self, name, state):
+    def save(self, name, state, keep=1):
         """Writes a checkpoint into the run's directory from rank 0; returns in every process whether it is there.
 
-        state: a nested dict, whose sharded tensors are gathered. Of ckpt.pt the last keep_checkpoints versions stay. An
-        error of the disk leaves the earlier ones as they are, is told and kept in `unsaved` (name: what was wrong); the
-        run goes on and its next save tries again. UserError rather than weights or moments that are not finite.
+        state: a nested dict, whose sharded tensors are gathered. keep: how many versions of it stay. An error of the
+        disk leaves the earlier ones as they are, is told and kept in `unsaved` (name: what was wrong); the run goes on
+        and its next save tries again. UserError rather than weights or moments that are not finite.
         """
-        state = plain(state, self.main) if self.fsdp else state
+        self._before_writing()
+        state = full_state(state, self.main) if self.fsdp else state
 
         def work():
             bad = not_finite({k: v for k, v in state.items() if k in ('model', 'optimizers')})
@@ -1072,51 +1075,54 @@ class Run:
                 raise UserError(f'step {state["iter"]}: {bad} is not finite and was not saved; {self.out_dir} keeps '
                                 'its last checkpoint: lower learning_rate or set grad_clip')
             try:
-                save_checkpoint(self.out_dir / name, state, self.config.get('keep_checkpoints', 1)
-                                if name == 'ckpt.pt' else 1)
+                save_checkpoint(self.out_dir / name, state, keep)
             except OSError as error:
                 return f'{self.out_dir / name}: not saved ({error.strerror})'
             return ''
         error = self.on_main(work)
         if error:
             self.unsaved[name] = error
-            self.say(f'{error}; training goes on, the next save tries again')
+            self.print0(f'{error}; training goes on, the next save tries again')
         else:
             self.unsaved.pop(name, None)
         return not error
 
-    def checkpoint(self, state, optimizers, score=math.inf, more=None):
+    def save_checkpoint(self, state, optimizers, score=math.inf, keep=2, resume_state=None):
         """Writes ckpt.pt, and best.pt first where score is the lowest so far: a run that is killed between the two
-        writes best.pt again. state: what both hold; what only this run needs to go on, and more, is added to ckpt.pt.
+        writes best.pt again.
+
+        state: what both hold. ckpt.pt also has what only this run needs to go on, as moments, and resume_state. keep:
+        how many versions of it stay.
         """
         state, score = state | {'config': self.config}, float(score)  # a NumPy number could not be loaded safely
         if score < self.best and self.save('best.pt', state):
             self.best = score
-        self.save('ckpt.pt', state | (more or {}) | {
+        self.save('ckpt.pt', state | (resume_state or {}) | {
             'optimizers': optimizers.state_dict(), 'scaler': self.scaler.state_dict(), 'best': self.best,
-            'skipped': int(self.skipped), 'total_seconds': self.total_seconds()})
+            'skipped': int(self.skipped), 'total_seconds': self.total_seconds()}, keep)
 
     def finish(self, step, stop=0, **final):
         """Writes summary.json: the last value of every metric and the totals given; closes the loggers.
 
         Ends the process with 128 + stop after a signal, and with 1 where the last save failed.
         """
+        self._before_writing()
         if self.main:
             summary = self.last | final | {'total_seconds': round(self.total_seconds(), 1),
                                            'peak_memory_mb': round(peak_memory_mb(self.device), 1)}
             try:
                 write_atomic(self.out_dir / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
             except OSError as error:
-                self.say(f'{self.out_dir}/summary.json: not written ({error.strerror})')
+                self.print0(f'{self.out_dir}/summary.json: not written ({error.strerror})')
             if self._wandb:
                 self._wandb.finish()
             if self._tensorboard:
                 self._tensorboard.close()
-        self.say(f'all it has logged in one picture: python bench.py plot {self.out_dir}')
+        self.print0(f'all it has logged in one picture: python bench.py plot {self.out_dir}')
         if stop:
             again = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
             program = f'torchrun --nproc_per_node={self.world_size}' if self.world_size > 1 else 'python'
-            self.say(f'stopped at step {step}; go on with: {program} {again}')
+            self.print0(f'stopped at step {step}; go on with: {program} {again}')
         for error in self.unsaved.values():
             if self.main:
                 print(f'error: the last save failed: {error}', file=sys.stderr, flush=True)
@@ -1154,13 +1160,16 @@ def elapsed(seconds):
 
 class Meter:
     """What a loop adds up from one row of its log to the next: the tokens it reads, and means of numbers by name, whose
-    tensors stay on the device until they are read."""
+    tensors stay on the device until they are read.
 
-    def __init__(self, run, clock, flops):
-        self.run, self.clock, self.flops = run, clock, flops
-        self.begin(0)
+    flops_per_token: of training, for the share of the device's peak.
+    """
 
-    def begin(self, step):
+    def __init__(self, run, clock, max_iters, flops_per_token):
+        self.run, self.clock, self.max_iters, self.flops_per_token = run, clock, max_iters, flops_per_token
+        self.restart(0)
+
+    def restart(self, step):
         """Starts anew: when training begins, after a row and after an evaluation."""
         self.step, self.seconds = step, self.clock.read()
         self.tokens, self.sums, self.counts = 0, {}, {}
@@ -1171,34 +1180,33 @@ class Meter:
             self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
 
     @contextlib.contextmanager
-    def aside(self):
+    def paused(self):
         """What is added inside is no part of any row."""
         kept, self.sums, self.counts = (self.tokens, self.sums, self.counts), {}, {}
         yield
         self.tokens, self.sums, self.counts = kept
 
-    def report(self, step, loss, grad_norm, **more):
+    def log(self, step, loss, grad_norm, lr, **more):
         """Logs the row of this step, of all processes: their mean loss, what was added and more; the host waits here
-        for the device. UserError after too many bad updates."""
-        self.run.check_updates(step)
+        for the device."""
         # the order of the names is the same in every process
-        told = {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
-        loss, fed, *values = self.run.sum(loss.item(), self.tokens, *told.values())
+        means = {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
+        loss, tokens, *values = self.run.sum(loss.item(), self.tokens, *means.values())
         seconds = self.clock.read()
-        rate = fed / (seconds - self.seconds)
-        left = (self.run.config['max_iters'] - step) * (seconds - self.seconds) / (step - self.step)
-        self.run.report({'iter': step, 'train/loss': loss / self.run.world_size, 'lr': self.run.lr,
-                         'grad_norm': grad_norm.item(),
-                         **{k: v / self.run.world_size for k, v in zip(told, values, strict=True)}, **more,
-                         'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * self.flops}, left)
-        self.begin(step)
+        rate = tokens / (seconds - self.seconds)
+        seconds_left = (self.max_iters - step) * (seconds - self.seconds) / (step - self.step)
+        means = {name: value / self.run.world_size for name, value in zip(means, values, strict=True)}
+        self.run.log_step({'iter': step, 'train/loss': loss / self.run.world_size, 'lr': lr,
+                           'grad_norm': grad_norm.item(), **means, **more, 'tok_per_sec': rate, 'seconds': seconds,
+                           'flops': rate * self.flops_per_token}, self.max_iters, seconds_left)
+        self.restart(step)
 
 
 class Clock:
-    """Seconds of training, without what happens between pause() and resume(): evaluations, samples, saves."""
+    """Seconds of training, between resume() and pause(): not of evaluations, samples and saves."""
 
     def __init__(self, seconds=0.0):
-        self.seconds, self.started = seconds, time.perf_counter()
+        self.seconds, self.started = seconds, None
 
     def read(self):
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0)

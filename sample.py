@@ -309,8 +309,7 @@ def main():
     force = forcing(tokenizer, tools, max_think_tokens)
     scorer = None
     if best_of:
-        run = runtime.Run({'out_dir': '.', 'seed': random.getrandbits(32) if seed < 0 else seed, 'device': device,
-                           'dtype': dtype})
+        run = runtime.Run('.', device, dtype, random.getrandbits(32) if seed < 0 else seed)
         scorer = load_scorer(reward_model, run, tokenizer)
     if talk:
         return session(model, tokenizer, force)

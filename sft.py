@@ -25,7 +25,7 @@ import runtime
 import numpy as np
 import torch
 
-from convert import start
+from convert import load_to_train
 from dataset import (
     ChatData,
     as_metrics,
@@ -44,7 +44,7 @@ from dataset import (
     vote_of,
 )
 from model import GPTConfig
-from rollout import forcing, load_scorer
+from rollout import forcing, generate_answers, load_scorer
 from tokenizer import UserError
 
 # where and what
@@ -83,7 +83,7 @@ warmup_iters = 20  # steps of linear warmup
 lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
 min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
-# looking at it
+# evaluation and logging
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out rows whose loss is taken, and whose prompts are answered, the same every time; 0 = all
 eval_only = False  # measure init_from and train nothing
@@ -111,80 +111,110 @@ activation_checkpointing = False  # compute each block again in the backward pas
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
 
-def loss_on(model, run, arrays, **options):
-    """The model's loss on a batch of NumPy arrays: (idx, targets), of packed rows also (positions, segments)."""
+RANGES = runtime.RANGES | {
+    'val_fraction': '> 0 and < 1', 'curriculum_start': '> 0 and <= 1', 'max_new_tokens': '>= 1',
+    **dict.fromkeys(('max_length', 'curriculum_iters', 'eval_rows', 'eval_samples', 'eval_temperature',
+                     'max_think_tokens', 'show_answers'), '>= 0'),
+    'too_long': ('drop', 'left', 'right'), 'curriculum': ('none', 'length', 'steps', 'loss'),
+    'eval_split': ('val', 'test', 'train')}
+
+
+def tensors_of(run, arrays):
+    """NumPy arrays (idx, targets), of packed rows also (positions, segments) -> {name: tensor on the device}.
+
+    targets are -100 where nothing is learnt: in prompts and padding.
+    """
     names = ('idx', 'targets', 'positions', 'segments')[:len(arrays)]
-    with run.autocast(arrays[0].shape[1]):
-        return model(**dict(zip(names, run.to_device(*arrays), strict=True)), **options)
+    return dict(zip(names, run.to_device(*arrays), strict=True))
 
 
 @torch.no_grad()
-def losses_of(model, data, rows, run):
+def row_losses(model, data, rows, run):
     """The summed loss of each of these rows, in nats, and how many targets it has: two float64 arrays."""
     def work(part):
         arrays = data.read(np.asarray(rows)[part])
-        losses = loss_on(model, run, arrays, reduction='none').sum(1).cpu().double().numpy()
-        return np.stack((losses, (arrays[1] != -100).sum(1)), 1)
+        with run.autocast(arrays[0].shape[1]):
+            losses = model(**tensors_of(run, arrays), reduction='none')
+        return np.stack((losses.sum(1).cpu().double().numpy(), (arrays[1] != -100).sum(1)), 1)
     model.eval()
-    nats, counts = run.spread(data.lengths[rows], work).T
+    nats, counts = run.distributed_map(work, data.lengths[rows]).T
     model.train()
     return nats, counts
 
 
-def examine(net, model, data, run, samples=0):
-    """Loss on eval_rows of a split, and answers to them -> (nats per target, rows, answers, grades of the first)."""
-    chosen = data.fixed(eval_rows)
-    nats, counts = losses_of(net, data, chosen, run)
-    rows, prompts = [data.rows_kept[i] for i in chosen], [data.prompt(i) for i in chosen]
-    force = forcing(data.tokenizer, tools, max_think_tokens)
-    ids = run.answers(model, prompts, max_new_tokens, temperature=eval_temperature if samples else 0,
-                      stop_ids=data.tokenizer.turn_ids, num_samples=samples or 1, vocab_limit=data.tokenizer.n_vocab,
-                      force=force)
-    answers = [[data.text(answer) for answer in of] for of in ids]
+def evaluate(net, model, data, run, n_rows, max_new_tokens, num_samples=0, temperature=0.0, force=None):
+    """Loss on held-out rows, and answers to their prompts -> (nats per target, rows, answers, grades of the first)."""
+    chosen = data.fixed(n_rows)
+    nats, counts = row_losses(net, data, chosen, run)
+    ids = generate_answers(model, [data.prompt(i) for i in chosen], run, max_new_tokens, num_samples or 1,
+                           temperature=temperature if num_samples else 0, stop_ids=data.tokenizer.turn_ids,
+                           vocab_limit=data.tokenizer.n_vocab, force=force)
+    rows = [data.rows_kept[i] for i in chosen]
+    answers = [[data.text(answer) for answer in samples] for samples in ids]
     marks = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
     return float(nats.sum() / counts.sum()), rows, answers, marks
 
 
-def rows_of(split, tokenizer, length, run, packed=False):
-    """A split of the dataset as ChatData; tells what was left out."""
+def load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train_on_prompt, pack, strict, val_fraction):
+    """A split of a dataset as ChatData; says what was left out."""
     rows, skipped = load_chats(dataset, split, strict, val_fraction)
-    data = ChatData(rows, tokenizer, length, seed, too_long, train_on_prompt, packed)
+    data = ChatData(rows, tokenizer, length, seed, too_long, train_on_prompt, pack)
     if lost := data.left_out(skipped):
-        run.say(f'{dataset}, {split}: {lost}')
+        run.print0(f'{dataset}, {split}: {lost}')
     return data
 
 
-def evaluate_only(model, net, tokenizer, length, run):
+def difficulty_of(curriculum, net, data, run):
+    """How hard each row is: its 'length', its 'steps', or its 'loss' under the model as it is -> float64 (n_rows,)."""
+    if curriculum == 'length':
+        return torch.from_numpy(data.lengths.astype(float))
+    if curriculum == 'steps':
+        missing = next((row['where'] for row in data.rows_kept if 'steps' not in row), None)
+        if missing:
+            raise UserError(f"{missing}: curriculum='steps' needs a number of 'steps' in every row")
+        return torch.tensor([float(row['steps']) for row in data.rows_kept])
+    nats, counts = row_losses(net, data, np.arange(data.n_rows), run)
+    return torch.from_numpy(nats / counts)
+
+
+def samples_at_k(rows, answers, scorer, num_samples):
+    """What k of num_samples answers are worth, k = 1, 2, 4 …: pass@k, maj@k and, with a scorer, best@k, a line each."""
+    graded = [(row, texts) for row, texts in zip(rows, answers, strict=True) if 'answer' in row]
+    correct = [[int(grades(row, text)['correct']) for text in texts] for row, texts in graded]
+    votes = [[vote_of(row, text) for text in texts] for row, texts in graded]
+    scores = None
+    if scorer:
+        scores = scorer([(row['messages'][:-1], text) for row, texts in graded for text in texts])
+        scores = scores.reshape(-1, num_samples).tolist()
+    lines = []
+    for k in [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < num_samples] + [num_samples]:
+        shares = {'pass': [pass_at_k(num_samples, sum(hits), k) for hits in correct],
+                  'maj': [maj_at_k(vote, hits, k) for vote, hits in zip(votes, correct, strict=True)]}
+        if scores:
+            shares['best'] = [best_at_k(score, hits, k) for score, hits in zip(scores, correct, strict=True)]
+        words = []
+        for name, values in shares.items():
+            low, high = interval(values)
+            words.append(f'{name}@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
+        lines.append(', '.join(words))
+    return lines
+
+
+def evaluate_only(model, net, data, run, scorer, force):
     """What eval_only prints of a model and writes to eval_file."""
-    scorer = load_scorer(reward_model, run, tokenizer) if reward_model else None
-    data = rows_of(eval_split, tokenizer, length, run)
-    loss, rows, answers, marks = examine(net, model, data, run, eval_samples)
+    loss, rows, answers, marks = evaluate(net, model, data, run, eval_rows, max_new_tokens, eval_samples,
+                                          eval_temperature, force)
     means, ranges = summarise(marks)
-    run.say(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
-            + in_words(means, ranges))
+    run.print0(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
+               + in_words(means, ranges))
     for key in ('steps', 'kind'):
         if words := by_value(rows, marks, key):
-            run.say(f'correct by {key}: {words}')
+            run.print0(f'correct by {key}: {words}')
     if eval_samples and 'correct' in means:
-        graded = [(row, texts) for row, texts in zip(rows, answers, strict=True) if 'answer' in row]
-        right = [[int(grades(row, text)['correct']) for text in texts] for row, texts in graded]
-        votes = [[vote_of(row, text) for text in texts] for row, texts in graded]
-        scores = None
-        if scorer:
-            scores = scorer([(row['messages'][:-1], text) for row, texts in graded for text in texts])
-            scores = scores.reshape(-1, eval_samples).tolist()
-        for k in [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < eval_samples] + [eval_samples]:
-            shares = {'pass': [pass_at_k(eval_samples, sum(hits), k) for hits in right],
-                      'maj': [maj_at_k(of, hits, k) for of, hits in zip(votes, right, strict=True)]}
-            if scores:
-                shares['best'] = [best_at_k(of, hits, k) for of, hits in zip(scores, right, strict=True)]
-            words = []
-            for how, values in shares.items():
-                low, high = interval(values)
-                words.append(f'{how}@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
-            run.say(', '.join(words))
+        for line in samples_at_k(rows, answers, scorer, eval_samples):
+            run.print0(line)
     for row, texts, mark in list(zip(rows, answers, marks, strict=True))[:show_answers]:
-        run.say(shown(row, texts[0], mark))
+        run.print0(shown(row, texts[0], mark))
     if eval_file and run.main:
         lines = [json.dumps({key: row[key] for key in row if key != 'where'} | {'text': text, **grades(row, text)},
                             ensure_ascii=False)
@@ -194,123 +224,135 @@ def evaluate_only(model, net, tokenizer, length, run):
 
 def main():
     config, given = runtime.configure(globals(), GPTConfig)
-    runtime.check_loop(config)
-    runtime.one_of(config, too_long=('drop', 'left', 'right'), curriculum=('none', 'length', 'steps', 'loss'),
-                   eval_split=('val', 'test', 'train'))
-    if not 0 < val_fraction < 1 or not 0 < curriculum_start <= 1:
-        raise UserError('val_fraction and curriculum_start lie between 0 and 1')
-    if max_new_tokens < 1:
-        raise UserError(f'max_new_tokens={max_new_tokens}: it starts at 1')
+    runtime.check_ranges(config, RANGES)
     if reward_model and not (eval_only and eval_samples):
         raise UserError(f'reward_model={reward_model!r} chooses among answers: add --eval_only=True --eval_samples=K')
-    run = runtime.Run(config)
-    began = start(run, 'sft', base, given)
-    model, tokenizer, origin = began.model, began.tokenizer, began.origin
-    length = began.row_length(max_length)
+    run = runtime.Run(out_dir, device, dtype, seed, fsdp)
+    run.check_accumulation(gradient_accumulation_steps)
+
+    # model
+    resume_from = run.find_checkpoint(init_from)
+    start = load_to_train('sft', base if init_from == 'auto' else init_from, resume_from, given, seed)
+    model, tokenizer = start.model, start.tokenizer
+    length = start.row_length(max_length)
+    force = forcing(tokenizer, tools, max_think_tokens)
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-    trainable = model.num_params(learning=True)
     if eval_only:
-        return evaluate_only(model, run.wrap(model), tokenizer, length, run)
-    train_data, val_data = (rows_of(split, tokenizer, length, run, pack and split == 'train')
+        scorer = load_scorer(reward_model, run, tokenizer) if reward_model else None
+        data = load_chat_data(run, dataset, eval_split, tokenizer, length, seed, too_long, train_on_prompt, False,
+                              strict, val_fraction)
+        return evaluate_only(model, run.wrap(model, compile), data, run, scorer, force)
+
+    # data: training rows may be packed, held-out rows stand alone, each with its own loss
+    train_data, val_data = (load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train_on_prompt,
+                                           pack and split == 'train', strict, val_fraction)
                             for split in ('train', 'val'))
-    net = run.wrap(model)
+    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
-    step, items_seen, clock, difficulty, resumed = 0, 0, runtime.Clock(), None, began.own is not None
-    if resumed:
-        run.restore(began.own, origin, optimizers)
-        step, items_seen, clock = began.own['iter'], began.own['rows'], runtime.Clock(began.own['seconds'])
-        difficulty, began.own = began.own['difficulty'], None
 
-    # the order of the rows
+    # where it goes on
+    step, items_seen, difficulty, clock = 0, 0, None, runtime.Clock()
+    if resume_from:
+        run.resume(start.checkpoint, start.origin, optimizers, config)
+        step, items_seen = start.checkpoint['iter'], start.checkpoint['rows']
+        difficulty, clock = start.checkpoint['difficulty'], runtime.Clock(start.checkpoint['seconds'])
+        start.checkpoint = None  # its memory is free for training
+    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+
+    # the order of the rows; an item of a batch is a row, or when packed a row of max_length with several rows in it
     items_per_step = gradient_accumulation_steps * batch_size
-    per_item = length / train_data.lengths.mean() if pack else 1  # rows
+    rows_per_item = length / train_data.lengths.mean() if pack else 1
     if curriculum != 'none':
-        if difficulty is None and curriculum == 'steps':
-            missing = next((row['where'] for row in train_data.rows_kept if 'steps' not in row), None)
-            if missing:
-                raise UserError(f"{missing}: curriculum='steps' needs a number of 'steps' in every row")
-            difficulty = torch.tensor([float(row['steps']) for row in train_data.rows_kept])
-        elif difficulty is None and curriculum == 'loss':
-            nats, counts = losses_of(net, train_data, np.arange(train_data.n_rows), run)
-            difficulty = torch.from_numpy(nats / counts)
-        elif difficulty is None:
-            difficulty = torch.from_numpy(train_data.lengths.astype(float))
-        paced = (curriculum_iters or max_iters // 2) * items_per_step
-        train_data.pace(difficulty.numpy(), int(paced * per_item), curriculum_start)
-    meter = runtime.Meter(run, clock, model.flops_per_token(length))
+        if difficulty is None:
+            difficulty = difficulty_of(curriculum, net, train_data, run)
+        paced_items = (curriculum_iters or max_iters // 2) * items_per_step
+        train_data.set_curriculum(difficulty.numpy(), int(paced_items * rows_per_item), curriculum_start)
 
-    def measure():
-        """The loss on held-out rows of today's weights, and what their answers are worth."""
-        loss, rows, answers, marks = examine(net, model, val_data, run)
-        means, ranges = summarise(marks)
-        metrics = {'iter': step, 'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'seconds': clock.read()}
-        metrics |= as_metrics(means, ranges)
-        words = [f'step {step}: val loss {loss:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of training']
-        words += [f'correct by steps: {by}' for by in [by_value(rows, marks, 'steps')] if by]
-        samples = [shown(*of) for of in zip(rows[:show_answers], [texts[0] for texts in answers], marks, strict=False)]
-        return metrics, '\n'.join(words), samples
-
-    clock.pause()
-    measured = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    run.open(step if resumed else None)
+    micro_steps = gradient_accumulation_steps // run.world_size
+    run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
-    epochs = max_iters * items_per_step * per_item / train_data.n_rows
+    epochs = max_iters * items_per_step * rows_per_item / train_data.n_rows
     packed = f' of {length} tokens, packed' if pack else ''
-    run.say(f'{dataset}: {train_data.n_rows:,} rows to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
-            f'{began.words()}; on {run.world_size} x {run.device}, {run.dtype}\n'
-            f'{max_iters:,} steps of {items_per_step} rows{packed}: {epochs:.2f} epochs')
+    run.print0(
+        f'{dataset}: {train_data.n_rows:,} rows to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+        f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
+        f'{max_iters:,} steps of {items_per_step} rows{packed}: {epochs:.2f} epochs')
 
-    def look(metrics, words, samples):
-        """Logs what was measured after `step` steps, shows answers and saves the state."""
-        run.log(metrics)
-        run.say(words)
-        run.sample(step, '\n'.join(samples))
-        save(metrics['val/loss'])
-
-    def save(val_loss=math.inf):
-        run.checkpoint(began.state() | {'iter': step, 'rows': items_seen, 'seconds': clock.read(),
-                                        'difficulty': difficulty}, optimizers, val_loss)
-
-    def micro_loss(number):
-        """Of the step's micro-batches, of all processes, that of this number: its mean loss, weighted so that the mean
-        over the step is that over its targets."""
-        first = items_seen + number * batch_size
-        arrays = train_data.batch(first, batch_size)
-        meter.add(real_tokens(arrays[1], *arrays[3:]))
-        of_step = train_data.n_targets(items_seen, items_per_step) / gradient_accumulation_steps
-        run.seed(first)
-        return loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)
-
-    if not resumed:
-        look(*measured)
-    run.settle(net, lambda: micro_loss(run.rank))
+    if run.ddp:
+        first = items_seen + run.rank * batch_size
+        run.seed_dropout(first)
+        with run.autocast(length):
+            run.warm_up_ddp(net, net(**tensors_of(run, train_data.batch(first, batch_size))))
+    meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
     clock.resume()
-    meter.begin(step)
-    looked, stop = step, 0
-    while step < max_iters and not (stop := run.stopping()):
-        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
-        step, items_seen = step + 1, items_seen + items_per_step
-        if step % max_bad_steps == 0:
-            run.check_updates(step)
-
-        if step % log_interval == 0 or step == max_iters:
-            meter.report(step, total, grad_norm)
-        if step % eval_interval == 0 or step == max_iters:
+    meter.restart(step)
+    while True:
+        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf
+        if evaluating:
             clock.pause()
-            look(*measure())
+            score, rows, answers, marks = evaluate(net, model, val_data, run, eval_rows, max_new_tokens, force=force)
+            means, ranges = summarise(marks)
+            run.log({'iter': step, 'val/loss': score, 'val/ppl': math.exp(min(score, 99)), 'seconds': clock.read()}
+                    | as_metrics(means, ranges))
+            run.print0(f'step {step}: val loss {score:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of '
+                       'training')
+            if words := by_value(rows, marks, 'steps'):
+                run.print0(f'correct by steps: {words}')
+            first_answers = [texts[0] for texts in answers]
+            run.sample(step, '\n'.join(map(shown, rows[:show_answers], first_answers, marks)))
+            evaluated = step
+        stop = run.stop_signal()
+        if evaluating or stop and step > evaluated:
+            clock.pause()
+            run.save_checkpoint(start.model_state() | {'iter': step, 'rows': items_seen, 'seconds': clock.read(),
+                                                       'difficulty': difficulty}, optimizers, score, keep_checkpoints)
             clock.resume()
-            looked = step
-            meter.begin(step)
+            meter.restart(step)
+        if stop or step >= max_iters:
+            break
 
-    if stop and looked != step:
-        clock.pause()
-        save()
-    run.finish(step, stop, parameters=model.num_params(), trainable=trainable)
-    run.say(f'done: best validation loss {run.best:.4f}; talk to it: '
-            f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
+        # the learning rate of this step
+        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
+                                     min_lr / learning_rate, decay_frac)
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * lr_scale
+
+        # forward and backward, over this process's micro-batches
+        step_loss = 0.0
+        n_targets = train_data.n_targets(items_seen, items_per_step)
+        for number in run.micro_batches(net, gradient_accumulation_steps):
+            first = items_seen + number * batch_size  # which rows depends on the step alone: a resumed run repeats none
+            arrays = train_data.batch(first, batch_size)
+            run.seed_dropout(first)
+            with run.autocast(arrays[0].shape[1]):
+                loss = net(**tensors_of(run, arrays))
+            # answers differ in length: a micro-batch with more targets weighs more, so that the step's loss is the mean
+            # over all its tokens, whatever micro-batches it is cut into
+            loss = loss * (train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps))
+            loss = loss / micro_steps
+            run.backward(loss)
+            step_loss += loss.detach()
+            meter.add(real_tokens(arrays[1], *arrays[3:]))
+
+        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
+        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.zero_grad()
+        step += 1
+        items_seen += items_per_step
+
+        if step % max_bad_steps == 0 or step % log_interval == 0:
+            run.check_skipped(step, max_bad_steps)
+        if step % log_interval == 0 or step == max_iters:
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)
+
+    run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
+    run.print0(f'done: best validation loss {run.best:.4f}; talk to it: '
+               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
 
 
 if __name__ == '__main__':

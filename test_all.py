@@ -2358,11 +2358,9 @@ def test_1_5_exact_match_counts_whole_answers(tmp_path, monkeypatch):
     model = tiny(n_encoder_layer=1, vocab_size=data.tokenizer.n_vocab)
     monkeypatch.setattr(GPT, 'generate', lambda self, prompts, n, sources, **options: [
         [*source, data.tokenizer.eot][:n] for source in sources])
-    config = dict(out_dir=str(tmp_path), device='cpu', dtype='float32', seed=1)
-    monkeypatch.setattr(train, 'batch_size', 2)
-    run = train.runtime.Run(config)
-    assert train.exact_match(model, data, 0, run) == pytest.approx(2 / 5)
-    assert train.exact_match(model, data, 1, run) == 1
+    run = runtime.Run(tmp_path, 'cpu', 'float32', 1)
+    assert train.exact_match(model, data, 0, run, batch_size=2) == pytest.approx(2 / 5)
+    assert train.exact_match(model, data, 1, run, batch_size=2) == 1
 
 
 @pytest.fixture(scope='module')
@@ -2773,20 +2771,22 @@ def test_2_4_a_step_of_gpt2_on_a_cpu(run_stage, config, parameters):
 
 def test_2_4_the_gradient_is_clipped_to_its_norm():
     for clip, moved in ((0.0, 5.0), (1.0, 1.0), (7.0, 5.0)):
-        run = runtime.Run({'out_dir': '', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
+        run = runtime.Run('', 'cpu', 'float32', 1)
         layer = torch.nn.Linear(2, 1, bias=False)
         before = layer.weight.detach().clone()
         layer.weight.grad = torch.tensor([[3.0, -4.0]])
         optimizers = model_file.Optimizers([torch.optim.SGD(layer.parameters(), lr=1.0)])
-        assert run.update(layer, optimizers, clip).item() == 5  # the norm as it was
+        norm = run.clip_grad_norm(layer, optimizers, clip)
+        optimizers.step(skip=run.skips(norm))
+        assert norm.item() == 5  # as it was before
         assert (before - layer.weight).norm().item() == pytest.approx(moved, rel=1e-4)
 
 
 def test_2_4_dropout_is_drawn_anew_for_every_micro_batch():
-    run = runtime.Run({'out_dir': '', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
+    run = runtime.Run('', 'cpu', 'float32', 1)
     drawn = []
     for index in (0, 1, 2, 1):
-        run.seed(index)
+        run.seed_dropout(index)
         drawn.append(F.dropout(torch.ones(64)).tolist())
     assert drawn[3] == drawn[1] and drawn[0] != drawn[1] != drawn[2] != drawn[0]
 
@@ -4173,13 +4173,13 @@ def test_4_3_a_stage_goes_on_with_its_own_runs_only(rate, prefer, tune):
 # 4.4 many processes
 
 def test_4_4_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch, run_stage):
-    run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'float32', 'seed': 1})
+    run = runtime.Run('x', 'cpu', 'float32', 1)
     run.world_size = 2
     run.catch_signals()
     monkeypatch.setattr(runtime.dist, 'all_reduce', lambda *a: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.stopping() == 0
+    assert run.stop_signal() == 0
     monkeypatch.setattr(runtime.dist, 'all_reduce', lambda *a: None)
-    assert run.stopping() == signal.SIGTERM
+    assert run.stop_signal() == signal.SIGTERM
 
 
 DISTRIBUTED = [*SMALL, '--log_interval=1', '--gradient_accumulation_steps=4', '--optimizer=muon', '--dropout=0.1',
@@ -4306,14 +4306,14 @@ def test_4_5_wandb_hears_every_metric(run_stage, text_data, monkeypatch):
 
 
 def test_4_5_progress_redraws_on_a_terminal_only(monkeypatch, capsys):
-    run = runtime.Run({'out_dir': 'x', 'device': 'cpu', 'dtype': 'auto', 'seed': 1})
+    run = runtime.Run('x', 'cpu', 'auto', 1)
     run.progress('step 1')
-    run.say('evaluated')
+    run.print0('evaluated')
     assert capsys.readouterr().out == 'step 1\nevaluated\n'
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
     run.progress('step 2')
     run.progress('step 3')
-    run.say('evaluated')
+    run.print0('evaluated')
     assert re.fullmatch(r'\rstep 2 *\rstep 3 *\nevaluated\n', capsys.readouterr().out)
 
 
@@ -4875,7 +4875,7 @@ def test_6_2_an_item_depends_on_seed_and_number_only(pack, curriculum, monkeypat
     def fresh(seed=5):
         data = ChatData(random_chats(50), bytes_tokenizer(), 400, seed, pack=pack)
         if curriculum:
-            data.pace(np.arange(data.n_rows)[::-1], 120)
+            data.set_curriculum(np.arange(data.n_rows)[::-1], 120)
         return data
     n = 260 if not pack else 90
     stream = sum([conversations([a[[i]] for a in arrays]) for arrays in [fresh().batch(0, n)] for i in range(n)], [])
@@ -5013,7 +5013,7 @@ def test_6_3_a_curriculum_starts_with_easy_rows_and_ends_with_all():
     data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3)
     before = data.rows(0, 3 * n).tolist()
     difficulty = np.random.RandomState(0).permutation(n) // 2  # each twice: the lower number is the easier
-    data.pace(difficulty, count, start)
+    data.set_curriculum(difficulty, count, start)
     order = sorted(range(n), key=lambda row: (difficulty[row], row))
     rank = {row: place for place, row in enumerate(order)}
     ranks = np.array([rank[row] for row in data.rows(0, count + 2 * n).tolist()])
@@ -5027,11 +5027,11 @@ def test_6_3_a_curriculum_starts_with_easy_rows_and_ends_with_all():
     assert sorted(ranks[count:count + n]) == sorted(ranks[count + n:]) == list(range(n))
     draws = np.array([data.rows(0, 1)[0] for data.pace_key in (data.pace_key + np.uint64(k) for k in range(2000))])
     assert set(draws) == set(order[:40]) and max(Counter(draws.tolist()).values()) < 80  # 50 in the mean
-    data.pace(difficulty, 0)
+    data.set_curriculum(difficulty, 0)
     assert data.rows(0, 3 * n).tolist() == before
     data = ChatData([chat(f'{i}', 'b') for i in range(n)], bytes_tokenizer(), 64, seed=3, pack=True)
     data.blocks(0, 5)
-    data.pace(difficulty, count, start)  # forgets the blocks of before
+    data.set_curriculum(difficulty, count, start)  # forgets the blocks of before
     # the first chunk has all 80 rows that come first: 80 · sqrt(0.75 · 0.08 + 0.25) = 44.5
     assert max(rank[row] for block in data.blocks(0, 10) for row in block) < 44.5
 
@@ -6547,7 +6547,7 @@ def test_7_4_the_reward_of_two_processes_is_that_of_one(rate, base_run, pref_dat
 @pytest.mark.parametrize(('words', 'args'), [
     (["loss_type='hinge'", 'bt_margin'], ['--loss_type=hinge']), (['n_head'], ['--n_head=4']),
     (['max_length=500', 'block_size=192'], ['--max_length=500']), (["score_head='first'"], ['--score_head=first']),
-    (['is no reward model'], ['--check=True']), (['is no reward model'], ['--eval_only=True']),
+    (['is not a reward model'], ['--check=True']), (['is not a reward model'], ['--eval_only=True']),
     (["score_head=''"], ['--score_head=']), (['all must learn'], ['--init_from=scratch', '--lora_rank=2']),
     (['eval_split'], ['--eval_split=dev']), (['vocab_size=9'], ['--init_from=scratch', '--vocab_size=9']),
     (['batch_size=0'], ['--batch_size=0']), (['window'], ['--causal=False', '--window=4'])])
@@ -6563,8 +6563,8 @@ def test_7_4_a_reward_model_is_no_policy_and_a_policy_no_reward_model(scorer, pr
                         ('sample', ['--start=a'])):
         status, out, err = run_stage(stage, '--init_from=scorer', '--device=cpu', *args)
         assert status == 2 and err.count('\n') == 1 and 'scorer' in err and 'reward model' in err, err
-    status, out, err = prefer(f'--judge={base_run}', '--out_dir=never')
-    assert status == 2 and err.count('\n') == 1 and f'{base_run} is no reward model' in err
+    status, out, err = prefer(f'--reward_model={base_run}', '--out_dir=never')
+    assert status == 2 and err.count('\n') == 1 and f'{base_run} is not a reward model' in err
     for stage in ('sft', 'dpo', 'train'):
         status, out, err = run_stage(stage, f'--init_from={base_run}', '--score_head=last')
         assert status == 2 and err.count('\n') == 1 and 'score_head' in err, err
@@ -6590,9 +6590,9 @@ def test_7_4_dropout_is_on_in_training_and_off_where_pairs_are_scored(rate):
 
 # 8.1 answers drawn, rewarded, read again
 
-def lone(**config):
+def lone(dtype='float32', seed=0):
     """A Run that is only there to compute."""
-    return runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'} | config)
+    return runtime.Run('none', 'cpu', dtype, seed)
 
 
 def prompts_of(*texts, block_size=96, max_new_tokens=24, **more):
@@ -6623,14 +6623,15 @@ def test_8_1_reading_an_answer_again_gives_what_the_sampler_recorded(options, te
     """Ragged prompts and answers: the sampler with and without a cache, the training forward, and each text alone."""
     model = learned(tiny(block_size=96, vocab_size=264, **options)).train()
     data, run = prompts_of('Hi', 'What is 1 and 2 and 3?', 'Yes or no?'), lone()
-    answers = rollout.draw(model, data, np.array([2, 0, 1, 0]), run, 24, 3, temperature, number=4)
+    answers = rollout.generate_rollouts(model, data, np.array([2, 0, 1, 0]), run, 24, 3, temperature, number=4)
     assert answers.rows.tolist() == [2] * 3 + [0] * 3 + [1] * 3 + [0] * 3 and len(answers) == 12
     assert len(set(answers.lengths)) > 4 and 0 < answers.ended.sum() < 12 and answers.lengths.max() == 24
     assert answers.ids[3:6] != answers.ids[9:12]  # a prompt that comes twice has answers of its own
-    uncached = run.answers(model, [data.prompt(i) for i in (2, 0, 1, 0)], 24, 3, 4, return_logprobs=True,
-                           use_cache=False, temperature=temperature, stop_ids=data.tokenizer.turn_ids, vocab_limit=260)
-    logprobs, entropies, extra = rollout.read(model, run, answers, range(12), 96, temperature)
-    again = rollout.reread(model, run, answers, 96, temperature)
+    uncached = rollout.generate_answers(model, [data.prompt(i) for i in (2, 0, 1, 0)], run, 24, 3, 4,
+                                        return_logprobs=True, use_cache=False, temperature=temperature,
+                                        stop_ids=data.tokenizer.turn_ids, vocab_limit=260)
+    logprobs, entropies, extra = rollout.compute_logprobs(model, run, answers, range(12), 96, temperature)
+    again = rollout.compute_all_logprobs(model, run, answers, 96, temperature)
     assert extra is None and len(again) == 2 and model.training
     model.eval()
     for i, (ids, (same, others)) in enumerate(zip(answers.ids, sum(uncached, []), strict=True)):
@@ -6647,7 +6648,7 @@ def test_8_1_reading_an_answer_again_gives_what_the_sampler_recorded(options, te
         for found in (entropies[i].detach().numpy(), again[1][i]):
             np.testing.assert_allclose(found[:n], spread, atol=1e-4)
             assert not found[n:].any()
-        assert answers.drawn[i].tolist() == [True] * n + [False] * (24 - n)
+        assert answers.response_mask[i].tolist() == [True] * n + [False] * (24 - n)
 
 
 @pytest.mark.parametrize('cap', [0.0, 3.0])
@@ -6686,10 +6687,10 @@ def test_8_1_details_and_their_gradients_are_those_of_a_categorical_distribution
 
 def test_8_1_gradients_of_read_are_those_of_each_answer_alone(stops_often):
     model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'What is 1 and 2 and 3?'), lone()
-    answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 2)
-    weights = torch.randn(2, *answers.drawn.shape, generator=torch.Generator().manual_seed(1))
+    answers = rollout.generate_rollouts(model, data, np.array([0, 1]), run, 24, 2)
+    weights = torch.randn(2, *answers.response_mask.shape, generator=torch.Generator().manual_seed(1))
     chosen = [3, 0, 2]
-    logprobs, entropies, _ = rollout.read(model, run, answers, chosen, 96, 0.8)
+    logprobs, entropies, _ = rollout.compute_logprobs(model, run, answers, chosen, 96, 0.8)
     A = logprobs.shape[1]
     assert A == answers.lengths[chosen].max()
     (logprobs * weights[0, chosen, :A] + entropies * weights[1, chosen, :A]).sum().backward()
@@ -6716,10 +6717,10 @@ def test_8_1_what_is_read_at_a_token_knows_nothing_of_it_or_of_what_follows(crit
         for name, p in net.named_parameters():
             if name.startswith('value.') or 'score' in name:
                 p.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    answers = rollout.draw(policy, data, np.array([0, 1]), run, 12)
+    answers = rollout.generate_rollouts(policy, data, np.array([0, 1]), run, 12)
     j = 5
     other = dataclasses.replace(answers, ids=[x[:j] + [(x[j] + 1) % 256] + x[j + 1:] for x in answers.ids])
-    before, after = (rollout.reread(net, run, a, 96) for a in (answers, other))
+    before, after = (rollout.compute_all_logprobs(net, run, a, 96) for a in (answers, other))
     assert min(answers.lengths) > j + 2 and len(before) == 3
     for what, first in (0, j), (1, j + 1), (2, j + 1):  # log-probabilities, entropies, values
         np.testing.assert_allclose(before[what][:, :first], after[what][:, :first], atol=1e-5)
@@ -6783,16 +6784,16 @@ def test_8_1_forced_tokens_teach_nothing():
 
     def force(new):
         return [65, 66, 67] if len(new) == 4 else [68] if len(new) == 9 else []
-    answers = rollout.draw(model, data, np.array([0, 1]), run, 12, number=1, force=force)
+    answers = rollout.generate_rollouts(model, data, np.array([0, 1]), run, 12, number=1, force=force)
     at = [4, 5, 6, 9]
     assert all(ids[4:7] == [65, 66, 67] and ids[9] == 68 for ids in answers.ids)
-    assert [(~row).nonzero()[0].tolist() for row in answers.drawn] == [at] * 2
-    assert not answers.logprobs[:, at].any() and (answers.logprobs[answers.drawn] < 0).all()
-    assert (rollout.lay_out(answers, 96)[0]['targets'] != -100).sum() == answers.drawn.sum()
-    logprobs, entropies, _ = rollout.read(model, run, answers, range(2), 96)
+    assert [(~row).nonzero()[0].tolist() for row in answers.response_mask] == [at] * 2
+    assert not answers.logprobs[:, at].any() and (answers.logprobs[answers.response_mask] < 0).all()
+    assert (rollout.lay_out(answers, 96)[0]['targets'] != -100).sum() == answers.response_mask.sum()
+    logprobs, entropies, _ = rollout.compute_logprobs(model, run, answers, range(2), 96)
     assert not logprobs[:, at].any() and not entropies[:, at].any()
     np.testing.assert_allclose(logprobs.detach().numpy(), answers.logprobs, atol=1e-4)
-    mask = torch.from_numpy(answers.drawn).float()
+    mask = torch.from_numpy(answers.response_mask).float()
     loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), None, torch.tensor([1.0, -2.0]), mask, 'bnpo')
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters()]
@@ -6804,7 +6805,7 @@ def test_8_1_forced_tokens_teach_nothing():
         torch.testing.assert_close(grad, p.grad, atol=1e-4, rtol=1e-3)
     last = dataclasses.replace(answers, ids=[x[:9] + [99] + x[10:] for x in answers.ids])  # another forced token
     with torch.no_grad():
-        moved = rollout.read(model, run, last, range(2), 96)[0]
+        moved = rollout.compute_logprobs(model, run, last, range(2), 96)[0]
     assert torch.allclose(moved[:, :10], logprobs[:, :10], atol=1e-5)  # is read, but itself counts nowhere
     assert (moved[:, 10] - logprobs[:, 10]).abs().min() > 1e-4
 
@@ -6835,7 +6836,8 @@ def test_8_1_a_sample_depends_on_its_seed_and_prompt_alone():
 
 def test_8_1_answers_depend_on_seed_number_and_place_and_not_on_how_they_are_batched():
     model, prompts = tiny(block_size=48), [ids(n, seed=n).tolist() for n in (9, 3, 12, 3, 7, 1, 5)]
-    found = {name: lone(seed=seed).answers(model, prompts, 10, 2, number, at_once, return_logprobs=True)
+    found = {name: rollout.generate_answers(model, prompts, lone(seed=seed), 10, 2, number, at_once,
+                                            return_logprobs=True)
              for name, (seed, number, at_once) in dict(a=(1, 5, 64), b=(1, 5, 2), c=(1, 6, 64), d=(2, 5, 64)).items()}
     for one, other in zip(found['a'], found['b'], strict=True):
         for (ids_a, logs_a), (ids_b, logs_b) in zip(one, other, strict=True):
@@ -6843,39 +6845,40 @@ def test_8_1_answers_depend_on_seed_number_and_place_and_not_on_how_they_are_bat
             np.testing.assert_allclose(logs_a, logs_b, atol=1e-5)
     a, c, d = ([[x[0] for x in of] for of in found[name]] for name in 'acd')
     assert a != c and a != d and c != d
-    bare = lone(seed=1).answers(model, prompts, 10, 2, 5)
+    bare = rollout.generate_answers(model, prompts, lone(seed=1), 10, 2, 5)
     assert bare == a
-    long = lone().answers(model, [ids(60).tolist()], 4, temperature=0)  # the end of a long prompt counts
-    assert long == lone().answers(model, [ids(60)[-48:].tolist()], 4, temperature=0)
+    long = rollout.generate_answers(model, [ids(60).tolist()], lone(), 4, temperature=0)
+    # the end of a long prompt counts
+    assert long == rollout.generate_answers(model, [ids(60)[-48:].tolist()], lone(), 4, temperature=0)
 
 
 def test_8_1_answers_are_taken_joined_and_cut_whole(stops_often):
     model, data, run = tiny(block_size=96, vocab_size=264), prompts_of('Hi', 'Who?', 'Why?'), lone()
-    whole = rollout.draw(model, data, np.array([0, 1, 2]), run, 24, 3)
+    whole = rollout.generate_rollouts(model, data, np.array([0, 1, 2]), run, 24, 3)
     parts = [whole.take([0, 1, 2]), whole.take([5]), whole.take([8, 3])]
-    assert parts[1].drawn.shape == (1, len(whole.ids[5])) and whole.take([]).drawn.shape == (0, 0)
-    again, order = rollout.joined(parts), [0, 1, 2, 5, 8, 3]
+    assert parts[1].response_mask.shape == (1, len(whole.ids[5])) and whole.take([]).response_mask.shape == (0, 0)
+    again, order = rollout.join_rollouts(parts), [0, 1, 2, 5, 8, 3]
     wide = max(len(whole.ids[i]) for i in order)
     for name in ('rows', 'ended'):
         assert getattr(again, name).tolist() == getattr(whole, name)[order].tolist()
     for name in ('ids', 'prompts', 'texts'):
         assert getattr(again, name) == [getattr(whole, name)[i] for i in order]
-    assert np.array_equal(again.drawn, whole.drawn[order, :wide])
+    assert np.array_equal(again.response_mask, whole.response_mask[order, :wide])
     assert np.array_equal(again.logprobs, whole.logprobs[order, :wide])
     lengths = np.minimum(whole.lengths, 5)
     short = whole.cut(lengths, data)
-    assert short.lengths.tolist() == lengths.tolist() and short.drawn.shape == (9, 5)
+    assert short.lengths.tolist() == lengths.tolist() and short.response_mask.shape == (9, 5)
     for i in range(9):
         n = len(whole.ids[i])
         assert short.ids[i] == whole.ids[i][:5] and short.texts[i] == data.text(whole.ids[i][:5])
         assert short.ended[i] == (n <= 5 and whole.ended[i])
         assert short.logprobs[i].tolist() == np.pad(whole.logprobs[i], (0, 5))[:5].tolist()
-        assert short.drawn[i].tolist() == (np.arange(5) < n).tolist()
+        assert short.response_mask[i].tolist() == (np.arange(5) < n).tolist()
     assert (whole.lengths > 5).any() and (whole.lengths < 5).any()
     uneven = np.minimum(whole.lengths, np.arange(1, 10))
-    assert whole.cut(uneven, data).drawn.sum(1).tolist() == uneven.tolist()
+    assert whole.cut(uneven, data).response_mask.sum(1).tolist() == uneven.tolist()
     with torch.no_grad():
-        read = rollout.read(model, run, short, range(9), 96)[0].numpy()
+        read = rollout.compute_logprobs(model, run, short, range(9), 96)[0].numpy()
     np.testing.assert_allclose(read, short.logprobs, atol=1e-4)
 
 
@@ -6960,7 +6963,7 @@ def test_8_1_prompts_come_in_many_shapes(row, due, tmp_path):
 def test_8_1_answers_that_share_their_prompt_are_read_as_if_alone(options, stops_often):
     """Log-probabilities, entropies and gradients; rows are full, and no answer sees another."""
     model, data, run = tiny(block_size=96, vocab_size=264, **options), prompts_of('Hi', 'What is 1 and 2?'), lone()
-    answers = rollout.draw(model, data, np.array([0, 1]), run, 24, 5)
+    answers = rollout.generate_rollouts(model, data, np.array([0, 1]), run, 24, 5)
     arrays, at = rollout.lay_out(answers, 96)
     apart, _ = rollout.lay_out(answers, 96, share=False)
     assert len(arrays['idx']) < len(apart['idx']) == 10 and 'mask' not in apart and arrays['idx'].shape[1] <= 96
@@ -6969,14 +6972,14 @@ def test_8_1_answers_that_share_their_prompt_are_read_as_if_alone(options, stops
     assert (arrays['targets'] != -100).sum() == answers.lengths.sum()
     found = {}
     for share in (True, False):
-        logprobs, entropies, _ = rollout.read(model, run, answers, range(10), 96, 0.7, share)
+        logprobs, entropies, _ = rollout.compute_logprobs(model, run, answers, range(10), 96, 0.7, share)
         weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
         grads = torch.autograd.grad(((logprobs + entropies) * weights).sum(), [*model.parameters()], allow_unused=True)
         found[share] = [logprobs, entropies, *(g for g in grads if g is not None)]
     for a, b in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
     answers.ids[1] = [*answers.ids[1][:-1], 77]  # nothing of the others moves
-    again = rollout.read(model, run, answers, range(10), 96, 0.7)[0]
+    again = rollout.compute_logprobs(model, run, answers, range(10), 96, 0.7)[0]
     others = [i for i in range(10) if i != 1]
     torch.testing.assert_close(again[others], found[True][0][others], atol=1e-5, rtol=1e-5)
 
@@ -7839,7 +7842,7 @@ def test_10_1_log_probabilities_of_answers_are_those_of_the_model(base_run, pref
     data, run = dataset.PrefData(rows, tokenizer, 192), runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32',
                                                                      'out_dir': 'none'})
     texts = [data.example(i) for i in range(10)]
-    found = dpo.logps(model, run, texts, 192)
+    found = dpo.compute_all_logps(model, run, texts, 192)
     for (tokens, counted), value in zip(texts, found, strict=True):
         with torch.no_grad():
             logprobs = model(torch.from_numpy(tokens)[None].long())[0].double().log_softmax(-1)
@@ -7867,15 +7870,15 @@ def test_10_1_a_policy_learns_what_is_preferred(prefer, flags):
 
 
 def test_10_1_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run, pref_data, tmp_path):
-    assert prefer('--out_dir=run', '--lora_rank=2', '--judge=')[0] == 0
+    assert prefer('--out_dir=run', '--lora_rank=2', '--reward_model=')[0] == 0
     state = torch.load('run/ckpt.pt', weights_only=True)
     known, asked = state['ref_logps'], ~torch.isnan(state['ref_logps'])
     assert asked.sum() == 2 * 6 * 4  # those that were drawn, and no others
     model, tokenizer = convert.load_model(base_run)
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    run = lone()
     data = dataset.PrefData(dataset.load_prefs(pref_data, 'train')[0], tokenizer, 192)
     texts = asked.nonzero()[:, 0].tolist()
-    due = dpo.logps(model, run, [data.example(i) for i in texts], 192)
+    due = dpo.compute_all_logps(model, run, [data.example(i) for i in texts], 192)
     assert known[asked].numpy() == pytest.approx(due, rel=1e-5)
     assert all('lora' in name for name in state['reference'])
     assert sum(t.numel() for t in state['reference'].values()) < 9000
@@ -7911,8 +7914,8 @@ def test_10_1_dpo_with_two_processes_is_dpo_with_one(prefer, base_run, pref_data
 
 
 def test_10_1_a_judge_scores_the_answers(scorer, prefer):
-    status, out, err = prefer('--judge=scorer', '--eval_only=True', '--out_dir=nothing')
-    assert (status, err) == (0, '') and 'judge_share' in out and 'KL -0.00' in out.replace('KL 0.00', 'KL -0.00')
+    status, out, err = prefer('--reward_model=scorer', '--eval_only=True', '--out_dir=nothing')
+    assert (status, err) == (0, '') and 'model_share' in out and 'KL -0.00' in out.replace('KL 0.00', 'KL -0.00')
     assert not Path('nothing').exists()
 
 
@@ -7920,8 +7923,8 @@ def test_10_1_a_judge_scores_the_answers(scorer, prefer):
     (["loss_type='dpo'", 'kto_pair'], ['--loss_type=dpo']), (['beta=0'], ['--beta=0']), (['beta'], ['--beta=-1']),
     (['label_smoothing=0.1', 'ipo'], ['--label_smoothing=0.1', '--loss_type=ipo']),
     (['scratch'], ['--init_from=scratch']), (['label_smoothing'], ['--label_smoothing=0.6']),
-    (['out/none', 'no such run'], ['--judge=out/none']),
-    (['smollm2 is no reward model'], ['--judge=smollm2']),
+    (['out/none', 'no such run'], ['--reward_model=out/none']),
+    (['smollm2 is not a reward model'], ['--reward_model=smollm2']),
     (['max_new_tokens=192', 'room'], ['--max_new_tokens=192']),
     (['max_new_tokens=0'], ['--max_new_tokens=0']), (['no such dataset'], ['--dataset=nowhere'])])
 def test_10_1_mistakes_with_preferences_get_one_line(prefer, words, args):
@@ -7937,11 +7940,11 @@ def test_10_1_the_reference_of_other_texts_is_asked_anew(prefer, base_run, tmp_p
     assert prefer('--out_dir=run', '--init_from=resume', f'--dataset={tmp_path}/other')[0] == 0
     known = torch.load('run/ckpt.pt', weights_only=True)['ref_logps']
     model, tokenizer = convert.load_model(base_run)
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    run = lone()
     data = dataset.PrefData(dataset.load_prefs(tmp_path / 'other', 'train')[0], tokenizer, 192)
     texts = (~torch.isnan(known)).nonzero()[:, 0].tolist()
     assert known[texts].numpy() == pytest.approx(
-        dpo.logps(model, run, [data.example(i) for i in texts], 192), rel=1e-5)
+        dpo.compute_all_logps(model, run, [data.example(i) for i in texts], 192), rel=1e-5)
 
 
 @pytest.mark.parametrize('flags', [[], ['--lora_rank=2'], ['--adapter_dim=4']])
@@ -8060,15 +8063,14 @@ def test_10_2_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, 
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
     teacher = tiny(n_layer=3, n_embd=48, vocab_size=66 if student.get('vocab_size') else 61, logit_softcap=8.0).eval()
     model, n = tiny(**student), min(student.get('vocab_size', 61), 66)
-    config = dict(out_dir='', device='cpu', dtype='float32', seed=1)
-    run = runtime.Run(config)
+    run = runtime.Run('', 'cpu', 'float32', 1)
     idx, targets = ids(4, 20), ids(4, 20, seed=1)
     targets[0, :13] = targets[2] = -100
     dense, apart = dense_loss(model, teacher, idx, targets, alpha, t, kind, 0.3, top_k, n)
     expected = torch.autograd.grad(dense, list(model.parameters()))
     rule = distill.Distillation(alpha, t, kind, 0.3, top_k, n)
     arrays = {'idx': idx.numpy(), 'targets': targets.numpy()}
-    loss, told, places = distill.loss_on(model, run, arrays, rule, distill.Teacher(teacher, run))
+    loss, told, places = distill.distillation_loss(model, run, arrays, rule, distill.Teacher(teacher, run))
     assert loss.item() == pytest.approx(dense.item(), rel=1e-5) and len(told) == (targets != -100).sum() == len(places)
     assert told[:, 1].mean().item() == pytest.approx(apart.item(), rel=1e-4)
     for got, want in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
@@ -8080,12 +8082,12 @@ def test_10_2_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, 
 def test_10_2_a_student_that_is_its_teacher_has_nothing_to_learn(dtype, top_k, monkeypatch):
     """Not a little: zero, to the last bit."""
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: 16)
-    run = runtime.Run(dict(out_dir='', device='cpu', dtype=dtype, seed=1))
+    run = runtime.Run('', 'cpu', dtype, 1)
     for kind, t in itertools.product(('forward', 'reverse', 'jsd'), (1.0, 2.0)):
         model, twin = (tiny(pos='rope', norm='rmsnorm', logit_softcap=15.0) for _ in range(2))
         rule = distill.Distillation(1.0, t, kind, top_k=top_k)
         arrays = {'idx': ids(3, 20).numpy(), 'targets': ids(3, 20, seed=1).numpy()}
-        loss, told, _ = distill.loss_on(model, run, arrays, rule, distill.Teacher(twin, run))
+        loss, told, _ = distill.distillation_loss(model, run, arrays, rule, distill.Teacher(twin, run))
         loss.backward()
         small = 0 if kind != 'jsd' else 1e-7  # the mixture of twice the same rounds
         assert abs(told[:, 1]).max() <= small and abs(loss.item()) <= small, kind
@@ -8105,11 +8107,11 @@ def test_10_2_neither_models_logits_exist_as_a_whole():
             return out
     torch.manual_seed(0)
     teacher, model = (GPT(GPTConfig(vocab_size=8192, block_size=256, n_layer=1, n_head=2, n_embd=n)) for n in (32, 16))
-    run = runtime.Run(dict(out_dir='', device='cpu', dtype='float32', seed=1))
+    run = runtime.Run('', 'cpu', 'float32', 1)
     arrays = {'idx': ids(8, 256, vocab=8192).numpy(), 'targets': ids(8, 256, vocab=8192, seed=1).numpy()}
     for top_k in (0, 16):
         with Watch():
-            loss, _, _ = distill.loss_on(model, run, arrays, distill.Distillation(0.5, top_k=top_k),
+            loss, _, _ = distill.distillation_loss(model, run, arrays, distill.Distillation(0.5, top_k=top_k),
                                          distill.Teacher(teacher, run))
             loss.backward()
     assert largest <= 8192 * 256 < 8 * 256 * 8192 / 7
@@ -8729,7 +8731,7 @@ def test_10_3_several_answers_vote(talk, says):
 def test_10_3_the_best_of_several_answers_is_shown(talk, says, scorer):
     texts = ['It is 7.', 'Who cares 7.', 'No <tool>3 + 4</tool>[7]']
     says(bytes_tokenizer(), texts)
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    run = lone()
     scores = rollout.load_scorer('scorer', run, bytes_tokenizer())([(asked('How many?'), text) for text in texts])
     status, out, err = talk('--best_of=3', '--reward_model=scorer', '--tools=True', '--dtype=float32')
     assert (status, err) == (0, '') and len(set(scores)) == 3
@@ -8747,7 +8749,7 @@ def test_10_3_the_best_of_several_answers_is_shown(talk, says, scorer):
     (['votes=2', 'temperature=0'], ['--votes=2', '--temperature=0']),
     (['start at 0'], ['--votes=-1']), (['start at 0'], ['--max_think_tokens=-1']),
     (['out/none', 'no such run'], ['--best_of=2', '--reward_model=out/none']),
-    (['is no reward model'], ['--best_of=2', '--reward_model=BASE'])])
+    (['is not a reward model'], ['--best_of=2', '--reward_model=BASE'])])
 def test_10_3_mistakes_with_several_answers_get_one_line(talk, base_run, words, args):
     status, out, err = talk(*[arg.replace('BASE', str(base_run)) for arg in args])
     assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
@@ -8861,25 +8863,26 @@ def test_10_4_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(s
     """Results are put in where calls end, in the ids that training has, without a log-probability and without loss."""
     says(speaker, [CALLING])
     model = tiny(block_size=256, vocab_size=speaker.n_vocab, pos='rope')
-    run = runtime.Run({'seed': 0, 'device': 'cpu', 'dtype': 'float32', 'out_dir': 'none'})
+    run = lone()
     rows = [{'messages': asked('q') + said(CALLING), 'prompt': asked('q'), 'answer': '7', 'where': 'w'}]
     data = dataset.PromptData(rows, speaker, 256, 200)
     force = rollout.Forcing(speaker)
-    answers = rollout.draw(model, data, [0], run, 200, 3, force=force)
+    answers = rollout.generate_rollouts(model, data, [0], run, 200, 3, force=force)
     ids, mask = speaker._answer_ids(CALLING)
     assert answers.ids == [[*ids, speaker.special['<|im_end|>']]] * 3 and answers.texts == [CALLING] * 3
-    assert (answers.drawn == np.array([*mask, 1], bool)).all() and 0 < mask.count(0) < 20
+    assert (answers.response_mask == np.array([*mask, 1], bool)).all() and 0 < mask.count(0) < 20
     prompt = speaker.chat_ids(asked('q'), generate=True)[0]
     assert speaker.chat_ids(asked('q') + said(CALLING))[0][:-len(speaker.encode('\n'))] == prompt + answers.ids[0]
     new, logprobs = model.generate([prompt], 200, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
     assert [math.isnan(x) for x in logprobs[0]] == [not m for m in [*mask, 1]] and new == answers.ids[:1]
-    found, entropies, _ = rollout.read(lambda *a, **k: (*model(*a, **k)[:2], torch.zeros(1)), run, answers, [0], 256)
+    found, entropies, _ = rollout.compute_logprobs(lambda *a, **k: (*model(*a, **k)[:2], torch.zeros(1)), run, answers,
+                                                   [0], 256)
     assert ((found != 0) == torch.tensor([[*mask, 1]])).all() and ((entropies != 0) == (found != 0)).all()
     gain = torch.autograd.grad(found.sum(), model.head.weight, retain_graph=True)[0]
     own = torch.autograd.grad((found * torch.tensor([[*mask, 1]])).sum(), model.head.weight)[0]
     assert torch.equal(gain, own) and gain.abs().sum() > 0
-    without = rollout.draw(model, data, [0], run, 200, 1)
-    assert without.texts != [CALLING] and without.drawn.all()
+    without = rollout.generate_rollouts(model, data, [0], run, 200, 1)
+    assert without.texts != [CALLING] and without.response_mask.all()
 
 
 @pytest.mark.parametrize(('parts', 'forced'), [

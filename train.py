@@ -48,7 +48,7 @@ warmup_iters = 100  # steps of linear warmup
 lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
 min_lr = 0.0  # final learning rate, in proportion for every group
 decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
-# looking at it
+# evaluation and logging
 eval_interval = 250  # steps between evaluations, each with a sample and a checkpoint
 eval_iters = 20  # batches per evaluation and split, the same ones every time; 0 = as many as the held-out split has
 eval_pairs = 256  # of pairs: held-out sources to answer greedily for val/exact, the same ones every time; 0 = all
@@ -69,14 +69,17 @@ activation_checkpointing = False  # compute each block again in the backward pas
 fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
 
 
-def loss_on(model, run, arrays, **options):
-    """The model's loss on a batch of NumPy arrays: (idx, targets), of pairs also (source, source_mask)."""
+RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens'), '>= 0')
+
+
+def tensors_of(run, arrays):
+    """NumPy arrays (idx, targets), of pairs also (source, source_mask) -> {name: tensor on the device}."""
     names = ('idx', 'targets', 'source', 'source_mask')[:len(arrays)]
-    return model(**dict(zip(names, run.to_device(*arrays), strict=True)), **options)
+    return dict(zip(names, run.to_device(*arrays), strict=True))
 
 
 @torch.no_grad()
-def evaluate(model, data, windows, run, token_bytes):
+def evaluate(model, data, windows, run, token_bytes, batch_size=12):
     """Loss on evenly spaced windows, or pairs, of a split, the same every time -> (nats per token, bits per byte)."""
     starts = data.fixed(windows)
     mine, share = starts[run.rank::run.world_size], -(-len(starts) // run.world_size)
@@ -87,17 +90,19 @@ def evaluate(model, data, windows, run, token_bytes):
         counts = i < len(mine)  # shards are gathered by all processes together, so each makes as many passes
         arrays = data.read(mine[i:i + rows] if counts else starts[:1])
         with run.autocast(data.block_size):
-            loss = loss_on(model, run, arrays, reduction='sum').item()
+            loss = model(**tensors_of(run, arrays), reduction='sum').item()
         if counts:
             y = arrays[1][arrays[1] != -100]
-            nats, tokens, n_bytes = nats + loss, tokens + y.size, n_bytes + int(token_bytes[y].sum())
+            nats += loss
+            tokens += y.size
+            n_bytes += int(token_bytes[y].sum())
     model.train()
     nats, tokens, n_bytes = run.sum(nats, tokens, n_bytes)
     return nats / tokens, nats / math.log(2) / max(1, n_bytes)
 
 
-def router_metrics(stats, due):
-    """What `GPT.routed` summed up (n_sparse, E + 1), and how many tokens were due at an expert -> metrics.
+def router_metrics(stats, expected):
+    """What `GPT.routed` summed up (n_sparse, E + 1), and how many tokens experts were to compute -> metrics.
 
     router/max_load: the fullest expert's load over the mean, of the worst layer; router/load: each expert's share, a
     row per layer; router/entropy: nats of a token's distribution over experts; router/dropped: tokens nobody computed.
@@ -106,14 +111,14 @@ def router_metrics(stats, due):
     total = load.sum(1, keepdim=True)
     rows = [[round(x, 4) for x in row] for row in (load / total).tolist()]
     return {'router/max_load': (load / total).max().item() * load.shape[1], 'router/load': rows,
-            'router/entropy': (stats[:, -1:] / total).mean().item(), 'router/dropped': due - int(load.sum())}
+            'router/entropy': (stats[:, -1:] / total).mean().item(), 'router/dropped': expected - int(load.sum())}
 
 
-def exact_match(model, data, count, run):
+def exact_match(model, data, count, run, batch_size=12):
     """The share of evenly spaced held-out pairs whose greedy answer is the target, to its last token and no further."""
     chosen, eot, right = data.fixed(count), data.tokenizer.eot, 0
     mine, rows = chosen[run.rank::run.world_size], max(batch_size, 4096 // data.block_size)
-    with run.gathered(model):
+    with run.unsharded(model):
         for i in range(0, len(mine), rows):
             sources, targets = zip(*map(data.pair, mine[i:i + rows]), strict=True)
             answers = model.generate([[eot]] * len(sources), max(map(len, targets)) + 1, temperature=0, stop_ids=(eot,),
@@ -122,168 +127,198 @@ def exact_match(model, data, count, run):
     return run.sum(right)[0] / len(chosen)
 
 
-def main():
-    config, given = runtime.configure(globals(), GPTConfig)
-    runtime.check_loop(config)
-    for key in ('lora_rank', 'quant'):
-        if given.get(key):
-            raise UserError(f'{key}={given[key]!r} freezes the model, and pretraining trains all of it: drop --{key}')
-    run = runtime.Run(config)
-    if compile and given.get('n_expert') and run.dtype == 'float32':
-        raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
-    state, origin, resumed = run.begin(load_state)
-    if given.get('score_head') or state and state['model_args'].get('score_head'):
-        what = 'score_head' if given.get('score_head') else f'{origin}, a reward model'
-        raise UserError(f'{what}: scores are learnt from preferences, with reward.py')
-
-    # data and model
-    model_args = (state['model_args'] if state else {}) | given
-    with runtime.user_errors():
-        model_config = GPTConfig(**model_args)  # a mistake is found before anything is fetched
-    block_size, n_encoder_layer = model_config.block_size, model_config.n_encoder_layer
+def load_data(run, dataset, block_size, n_encoder_layer, seed):
+    """The folder of a dataset, prepared where it is not yet, and its two splits -> (folder, train, val)."""
     run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     folder, pairs = find_dataset(dataset), n_encoder_layer > 0
     kind = kind_of(folder)
     if kind == 'chats':
         raise UserError(f'{folder} holds chats, which are for sft.py: train.py learns from running text or from pairs')
-    if pairs != (kind == 'pairs'):
-        raise UserError(f'n_encoder_layer={n_encoder_layer} ' + (
-            f'needs pairs of source and target, and {folder} holds running text: --dataset=reverse has some' if pairs
-            else f'leaves nothing to read the sources of {folder}, which holds pairs: set it to 1 or more'))
-    train_data, val_data = ((PairData if pairs else TokenData)(folder, split, block_size, seed)
-                            for split in ('train', 'val'))
+    if pairs and kind != 'pairs':
+        raise UserError(f'n_encoder_layer={n_encoder_layer} needs pairs of source and target, and {folder} holds '
+                        'running text: --dataset=reverse has some')
+    if kind == 'pairs' and not pairs:
+        raise UserError(f'n_encoder_layer={n_encoder_layer} leaves nothing to read the sources of {folder}, which '
+                        'holds pairs: set it to 1 or more')
+    data = PairData if pairs else TokenData
+    return folder, *(data(folder, split, block_size, seed) for split in ('train', 'val'))
+
+
+def check_checkpoint(state, origin, model_args, tokenizer, folder):
+    """UserError where a checkpoint's model or vocabulary is another than that of this run; dropout may change."""
+    if state['model_args'].get('score_head'):
+        raise UserError(f'{origin}, a reward model: scores are learnt from preferences, with reward.py')
+    for key, value in state['model_args'].items():
+        if model_args.get(key) != value and key != 'dropout':
+            raise UserError(f'{origin} was trained with {key}={value}, not {model_args.get(key)}: drop --{key}, or '
+                            'start a new run with --init_from=scratch')
+    if not tokenizer.same_as(state['tokenizer']):
+        raise UserError(f'{origin} was trained with another vocabulary ({state["tokenizer"].get("name")}) than '
+                        f'{folder} is prepared with ({tokenizer.name})')
+
+
+def main():
+    config, given = runtime.configure(globals(), GPTConfig)
+    runtime.check_ranges(config, RANGES)
+    for key in ('lora_rank', 'quant', 'score_head'):
+        if given.get(key):
+            raise UserError(f'{key}={given[key]!r}: pretraining trains all weights of a language model: drop --{key}')
+    run = runtime.Run(out_dir, device, dtype, seed, fsdp)
+    run.check_accumulation(gradient_accumulation_steps)
+    if compile and given.get('n_expert') and run.dtype == 'float32':
+        raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
+
+    # what it starts from
+    resume_from = run.find_checkpoint(init_from)
+    state, origin = None, resume_from or init_from
+    if resume_from:
+        state = runtime.load_checkpoint(resume_from, mmap=fsdp)
+    elif init_from not in ('scratch', 'auto'):
+        state = load_state(init_from)
+
+    # data
+    model_args = (state['model_args'] if state else {}) | given
+    with runtime.user_errors():
+        model_config = GPTConfig(**model_args)  # a mistake is found before anything is fetched
+    block_size = model_config.block_size
+    folder, train_data, val_data = load_data(run, dataset, block_size, model_config.n_encoder_layer, seed)
     tokenizer = train_data.tokenizer
+    token_bytes = tokenizer.token_bytes()
+
+    # model
     model_args.setdefault('vocab_size', tokenizer.n_vocab)
     if model_args['vocab_size'] < tokenizer.n_vocab:
         raise UserError(f'vocab_size={model_args["vocab_size"]} is smaller than the {tokenizer.n_vocab} tokens of '
                         f'{folder}')
-    start_text, start_ids, sources = sample_start, tokenizer.encode(sample_start) or [tokenizer.eot], None
-    if pairs:
-        start_ids, sources = [tokenizer.eot], [val_data.pair(0)[0]]
-        start_text = f'{tokenizer.decode(sources[0])} -> '
+    pairs = model_config.n_encoder_layer > 0
+    start_ids = [tokenizer.eot] if pairs else tokenizer.encode(sample_start) or [tokenizer.eot]
+    sources = [val_data.pair(0)[0]] if pairs else None
     with runtime.user_errors():
         model_args = asdict(GPTConfig(**model_args))
-        # the live sample's, and that the model is causal at all
-        check_prompts([start_ids], GPTConfig(**model_args), sources)
+        check_prompts([start_ids], GPTConfig(**model_args), sources)  # the live sample's; and that the model is causal
     if state:
-        for key, value in state['model_args'].items():
-            if model_args.get(key) != value and key != 'dropout':
-                raise UserError(f'{origin} was trained with {key}={value}, not {model_args.get(key)}: drop --{key}, or '
-                                'start a new run with --init_from=scratch')
-        if not tokenizer.same_as(state['tokenizer']):
-            raise UserError(f'{origin} was trained with another vocabulary ({state["tokenizer"].get("name")}) than '
-                            f'{folder} is prepared with ({tokenizer.name})')
+        check_checkpoint(state, origin, model_args, tokenizer, folder)
     with runtime.user_errors(origin):
         model = GPT.from_state(state, **model_args) if state else GPT(GPTConfig(**model_args))
-    net = run.wrap(model)
+    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
+
+    # where it goes on
     step, tokens_seen, rows_seen, clock = 0, 0, 0, runtime.Clock()
-    if resumed:
-        run.restore(state, origin, optimizers)
+    if resume_from:
+        run.resume(state, origin, optimizers, config)
         step, tokens_seen, clock = state['iter'], state['tokens'], runtime.Clock(state['seconds'])
         rows_seen = state.get('rows', tokens_seen // block_size)
+    evaluated = step if resume_from else -1  # the step after which it was evaluated last
     origin = f'{origin}, step {state["iter"]:,}' if state else 'scratch'
-    state = None
+    state = None  # its memory is free for training
 
-    # of pairs the targets count, in the mean
-    rows_per_step, tokens_read = gradient_accumulation_steps * batch_size, 0
-    tokens_per_step = round(rows_per_step * train_data.row_tokens)
-    token_bytes = tokenizer.token_bytes()
-    flops = model.flops_per_token(round(train_data.row_tokens))
-
-    def measure():
-        """Losses of today's weights on the fixed windows of both splits."""
-        windows = eval_iters * batch_size or len(val_data.fixed(0))
-        train_loss, _ = evaluate(net, train_data, windows, run, token_bytes)
-        val_loss, bpb = evaluate(net, val_data, windows, run, token_bytes)
-        metrics = {'iter': step, 'train/eval_loss': train_loss, 'val/loss': val_loss,
-                   'val/ppl': math.exp(min(val_loss, 99)), 'val/bpb': bpb, 'seconds': clock.read()}
-        return metrics | ({'val/exact': exact_match(model, val_data, eval_pairs, run)} if pairs else {})
-
-    clock.pause()
-    metrics = None if resumed else measure()  # before anything is written: what is wrong with the data shows here
-    run.open(step if resumed else None)
+    micro_steps = gradient_accumulation_steps // run.world_size
+    rows_per_step = gradient_accumulation_steps * batch_size
+    tokens_per_step = round(rows_per_step * train_data.row_tokens)  # of pairs the targets, in the mean
+    run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * tokens_per_step / train_data.n_tokens
-    run.say(f'{folder}: {train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
-            f'{model.num_params():,} parameters from {origin} on {run.world_size} x {run.device}, {run.dtype}; '
-            f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs')
+    run.print0(
+        f'{folder}: {train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
+        f'{model.num_params():,} parameters from {origin} on {run.world_size} x {run.device}, {run.dtype}; '
+        f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs')
 
-    def look(metrics):
-        """Logs what was measured after `step` steps, shows a sample and saves the state."""
-        run.log(metrics)
-        run.say('step {iter}: train loss {train/eval_loss:.4f}, val loss {val/loss:.4f}, perplexity {val/ppl:.2f}, '
-                '{val/bpb:.4f} bits per byte, {seconds:.1f} s of training'.format_map(metrics)
-                + (f', {metrics["val/exact"]:.1%} exact' if pairs else ''))
-        if sample_tokens:
-            with run.gathered(model):
-                if run.main:
-                    ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
-                                         seed=seed, vocab_limit=tokenizer.n_vocab, sources=sources)[0]
-                    run.sample(step, start_text + tokenizer.decode([t for t in ids if t != tokenizer.eot]))
-        save(metrics['val/loss'])
-
-    def save(val_loss=math.inf):
-        run.checkpoint({'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
-                        'iter': step, 'tokens': tokens_seen, 'rows': rows_seen, 'seconds': clock.read()},
-                       optimizers, val_loss)
-
-    def micro_loss(number):
-        """Of the step's micro-batches, of all processes, that of this number: its mean loss.
-
-        Where micro-batches differ in tokens (pairs), it is weighted so that the mean over the step is that over tokens.
-        """
-        nonlocal tokens_read
-        first = rows_seen + number * batch_size  # counts all rows of the run, whatever its batches were
-        arrays = train_data.batch(first, batch_size)
-        tokens_read += arrays[0].size
-        of_step = train_data.n_targets(rows_seen, rows_per_step) / gradient_accumulation_steps
-        run.seed(first)
+    if run.ddp:
+        run.seed_dropout(rows_seen + run.rank * batch_size)
         with run.autocast(block_size):
-            return loss_on(net, run, arrays) * (train_data.n_targets(first, batch_size) / of_step)
-
-    if not resumed:
-        look(metrics)
-    run.settle(net, lambda: micro_loss(run.rank))
-    model.router_stats, routed, tokens_read = None, None, 0
+            first_batch = tensors_of(run, train_data.batch(rows_seen + run.rank * batch_size, batch_size))
+            run.warm_up_ddp(net, net(**first_batch))
+        model.router_stats = None
+    meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(round(train_data.row_tokens)))
+    routed, tokens_routed = None, 0
     clock.resume()
-    logged_step, logged_seconds, looked, stop = step, clock.read(), step, 0
-    while step < max_iters and not (stop := run.stopping()):
-        total, grad_norm = run.step(net, model, optimizers, micro_loss, step)
-        if model.sparse:
-            stats = run.total(model.routed())
+    meter.restart(step)
+    while True:
+        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf
+        if evaluating:
+            clock.pause()
+            windows = eval_iters * batch_size or len(val_data.fixed(0))
+            train_loss, _ = evaluate(net, train_data, windows, run, token_bytes, batch_size)
+            score, bits_per_byte = evaluate(net, val_data, windows, run, token_bytes, batch_size)
+            metrics = {'iter': step, 'train/eval_loss': train_loss, 'val/loss': score,
+                       'val/ppl': math.exp(min(score, 99)), 'val/bpb': bits_per_byte, 'seconds': clock.read()}
+            words = (f'step {step}: train loss {train_loss:.4f}, val loss {score:.4f}, perplexity '
+                     f'{metrics["val/ppl"]:.2f}, {bits_per_byte:.4f} bits per byte, {clock.read():.1f} s of training')
+            if pairs:
+                metrics['val/exact'] = exact_match(model, val_data, eval_pairs, run, batch_size)
+                words += f', {metrics["val/exact"]:.1%} exact'
+            run.log(metrics)
+            run.print0(words)
+            if sample_tokens:
+                with run.unsharded(model):
+                    new_ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
+                                             seed=seed, vocab_limit=tokenizer.n_vocab, sources=sources)[0]
+                start_text = f'{tokenizer.decode(sources[0])} -> ' if pairs else sample_start
+                run.sample(step, start_text + tokenizer.decode([t for t in new_ids if t != tokenizer.eot]))
+            evaluated = step
+        stop = run.stop_signal()
+        if evaluating or stop and step > evaluated:
+            clock.pause()
+            checkpoint = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
+                          'iter': step, 'tokens': tokens_seen, 'rows': rows_seen, 'seconds': clock.read()}
+            run.save_checkpoint(checkpoint, optimizers, score, keep_checkpoints)
+            clock.resume()
+            meter.restart(step)
+        if stop or step >= max_iters:
+            break
+
+        # the learning rate of this step
+        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
+                                     min_lr / learning_rate, decay_frac)
+        for group in optimizers.param_groups:
+            group['lr'] = group['peak_lr'] * lr_scale
+
+        # forward and backward, over this process's micro-batches
+        step_loss = 0.0
+        n_targets = train_data.n_targets(rows_seen, rows_per_step)
+        for number in run.micro_batches(net, gradient_accumulation_steps):
+            first = rows_seen + number * batch_size  # which rows depends on the step alone: a resumed run repeats none
+            arrays = train_data.batch(first, batch_size)
+            run.seed_dropout(first)
+            with run.autocast(block_size):
+                loss = net(**tensors_of(run, arrays))
+            # a micro-batch with more targets weighs more, so that the step's loss is the mean over all its tokens
+            loss = loss * (train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps))
+            loss = loss / micro_steps
+            run.backward(loss)
+            step_loss += loss.detach()
+            meter.add(int((arrays[1] != -100).sum()))
+            tokens_routed += arrays[0].size
+
+        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
+        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.zero_grad()
+        if model.sparse:  # steer the router towards equal loads without a loss of its own (arXiv:2408.15664)
+            stats = run.all_reduce(model.routed())
             model.balance(stats[:, :-1])
             routed = stats.double() if routed is None else routed + stats
         step += 1
-        tokens_seen, rows_seen = tokens_seen + tokens_per_step, rows_seen + rows_per_step
-        if step % max_bad_steps == 0:
-            run.check_updates(step)
+        tokens_seen += tokens_per_step
+        rows_seen += rows_per_step
 
+        if step % max_bad_steps == 0 or step % log_interval == 0:
+            run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
-            run.check_updates(step)
-            loss, fed = run.sum(total.item(), tokens_read)  # here the host waits for the device
-            seconds = clock.read()
-            rate = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
-            metrics = {'iter': step, 'train/loss': loss / run.world_size, 'lr': run.lr, 'grad_norm': grad_norm.item(),
-                       'tok_per_sec': rate, 'seconds': seconds, 'flops': rate * flops}
+            more = {}
             if routed is not None:
-                metrics |= router_metrics(routed, int(fed) * model.config.n_expert_active * len(model.sparse))
-            run.report(metrics, (max_iters - step) * tokens_per_step / rate)
-            logged_step, logged_seconds, routed, tokens_read = step, seconds, None, 0
-        if step % eval_interval == 0 or step == max_iters:
-            clock.pause()
-            look(measure())
-            clock.resume()
-            looked, logged_step, logged_seconds = step, step, clock.read()
+                expected = int(run.sum(tokens_routed)[0]) * model.config.n_expert_active * len(model.sparse)
+                more = router_metrics(routed, expected)
+                routed, tokens_routed = None, 0
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale, **more)
 
-    if stop and looked != step:
-        clock.pause()
-        save()
     run.finish(step, stop, parameters=model.num_params(), tokens=tokens_seen)
-    run.say(f'done: best validation loss {run.best:.4f}; read what it writes: python sample.py --init_from={out_dir}'
-            + ' --source=TEXT' * pairs)
+    run.print0(f'done: best validation loss {run.best:.4f}; read what it writes: python sample.py --init_from={out_dir}'
+               + ' --source=TEXT' * pairs)
 
 
 if __name__ == '__main__':
