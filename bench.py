@@ -887,7 +887,7 @@ def bench_ablate(knobs, model_args):
     if unknown := [name for name in names if name not in ABLATIONS]:
         raise UserError(f'what={what}: {unknown[0]!r} is not one of {", ".join(ABLATIONS)}')
     if seeds < 1:
-        raise UserError(f'seeds={seeds}: it starts at 1')
+        raise UserError(f'seeds={seeds} must be >= 1')
     extra = [name for name in names if name in ('norm', 'position')]
     figure, panels = runtime.new_figure(-(-len(names + extra) // 3), min(3, len(names + extra)), 4, 3)
     panels, table, dataset = iter(panels.flat), [], knobs.dataset

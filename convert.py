@@ -715,7 +715,7 @@ def fetch_smollm2():
     return target
 
 
-NO_SCORER = '{} is no reward model: give a run of reward.py'
+NO_SCORER = '{} is not a reward model: give a run of reward.py'
 NO_WRITER = '{} is a reward model, which scores answers and writes none: give a model that does'
 
 

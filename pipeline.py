@@ -51,7 +51,7 @@ STAGES = (
     Stage('reward', ('sft',), (2, 2), ('reward.py config/reward_tiny.py',), 'out/reward',
           ('val/accuracy', '{:.1%} of pairs'),
           ASK.replace('{run}', 'out/sft').replace('--temperature=0', '--best_of=16 --reward_model={run}')),
-    Stage('dpo', ('sft', 'reward'), (3, 2), ('dpo.py config/dpo_tiny.py --judge=out/reward',), 'out/dpo',
+    Stage('dpo', ('sft', 'reward'), (3, 2), ('dpo.py config/dpo_tiny.py --reward_model=out/reward',), 'out/dpo',
           ('val/correct', '{:.1%} correct'), ASK),
     Stage('sft_mixed', ('train',), (1, 0), ('sft.py config/sft_mixed.py',), 'out/sft_mixed',
           ('val/correct', '{:.1%} correct'), CALCULATE),

@@ -146,8 +146,6 @@ def load_data(run, dataset, block_size, n_encoder_layer, seed):
 
 def check_checkpoint(state, origin, model_args, tokenizer, folder):
     """UserError where a checkpoint's model or vocabulary is another than that of this run; dropout may change."""
-    if state['model_args'].get('score_head'):
-        raise UserError(f'{origin}, a reward model: scores are learnt from preferences, with reward.py')
     for key, value in state['model_args'].items():
         if model_args.get(key) != value and key != 'dropout':
             raise UserError(f'{origin} was trained with {key}={value}, not {model_args.get(key)}: drop --{key}, or '
@@ -175,6 +173,8 @@ def main():
         state = runtime.load_checkpoint(resume_from, mmap=fsdp)
     elif init_from not in ('scratch', 'auto'):
         state = load_state(init_from)
+    if state and state['model_args'].get('score_head'):
+        raise UserError(f'{origin} is a reward model: scores are learnt from preferences, with reward.py')
 
     # data
     model_args = (state['model_args'] if state else {}) | given
