@@ -978,7 +978,7 @@ def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False
         check_overrides(given, args, origin, changeable)
     if own is not None:
         check_same_model(config, args, origin)
-    torch.manual_seed(seed)  # new weights are the same, whatever was drawn while the model was read
+    torch.manual_seed(seed)  # new weights are the same, whatever was sampled while the model was read
     with runtime.user_errors(origin):
         model = GPT(config) if fresh else GPT.from_state(state, **given)
     if config.vocab_size < tokenizer.n_vocab:

@@ -369,7 +369,7 @@ AT_ONCE = 512  # prompts that the teacher answers before they are written down
 
 
 def teacher_answers(teacher, data, run, chosen, samples, temperature, path, about):
-    """The teacher's answers to these prompts of a PromptData, samples of each, drawn at a temperature -> texts.
+    """The teacher's answers to these prompts of a PromptData, samples of each, sampled at a temperature -> texts.
 
     They are appended to the file at path, if it has a name, a few hundred at a time, and what is there is taken from
     there: `about` says in a second file what they are of, UserError where that is something else.
@@ -382,7 +382,7 @@ def teacher_answers(teacher, data, run, chosen, samples, temperature, path, abou
             return []
         try:
             if meta.exists() and json.loads(meta.read_text()) != about:
-                raise UserError(f'answers_file={path} has answers of another teacher, to other prompts or drawn in '
+                raise UserError(f'answers_file={path} has answers of another teacher, to other prompts or sampled in '
                                 'another way: give another file')
             if not meta.exists() and Path(path).exists():
                 raise UserError(f'answers_file={path} is there without {meta.name}, which says what its answers are '
@@ -427,8 +427,9 @@ def with_answer(row, text):
 
 
 def chats_of(split, teacher, known_as, tokenizer, length, run, packed=False):
-    """A split of the dataset as (ChatData, PromptData), of training either None where no step needs it; tells what was
-    left out.
+    """A split of the dataset as (ChatData, PromptData); reports what was left out.
+
+    Of training, either is None where no step needs it.
 
     Where the knobs say so, or nobody has answered, the answers are the teacher's. known_as: its fingerprint.
     """
@@ -673,7 +674,7 @@ def main():
     token_bytes = tokenizer.token_bytes()
     chosen = val_data.fixed(eval_rows)
     # the best weights give the most correct answers, where that can be told: the loss on gold rises where a student
-    # comes to speak like its teacher
+    # becomes like its teacher
     best_by = 'correct' if chats and all('answer' in val_data.rows_kept[i] for i in chosen) else 'loss'
     nats, _, count, _ = item_losses(frozen_teacher.net, val_data, chosen, run, token_bytes, batch_size).sum(0)
     teacher_loss = nats / count

@@ -3,13 +3,13 @@ Direct preference optimisation: a model learns from pairs of answers which to gi
 
     python dpo.py config/dpo_tiny.py                               word problems, from the model of config/sft_tiny.py
     python dpo.py config/dpo_tiny.py --beta=0.5 --loss_type=ipo
-    python dpo.py config/dpo_tiny.py --judge=out/reward            … whose answers a model of reward.py scores, too
+    python dpo.py config/dpo_tiny.py --reward_model=out/reward     … whose answers a model of reward.py scores, too
     python dpo.py config/dpo_smollm2.py --dataset=data/mine        SmolLM2-135M learns your pairs with LoRA
     torchrun --standalone --nproc_per_node=2 dpo.py config/dpo_tiny.py --gradient_accumulation_steps=2
 
 The reference is the model that the run begins with. Of the pairs that training will draw its log-probabilities are
 taken once and kept in the checkpoint. Held-out prompts are answered greedily, to be graded, and by sampling at
-temperature 1, to measure how far the policy has kl: the KL divergence to the reference on its own samples.
+temperature 1, to measure how far the policy has moved: the KL divergence to the reference on its own samples.
 
 Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305.10425), KTO (arXiv:2402.01306), SimPO
 (arXiv:2405.14734), ORPO (arXiv:2403.07691), the SFT term (arXiv:2404.19733), cDPO's label smoothing (Mitchell 2023).

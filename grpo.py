@@ -8,10 +8,10 @@ Group relative policy optimisation: a model learns from its own answers which of
     python grpo.py config/grpo_smollm2.py                          SmolLM2-135M learns with LoRA
     torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_tiny.py
 
-A step draws num_generations answers to each of prompts_per_step prompts, rewards them, and takes as the advantage of an
-answer, all its tokens alike, how far its reward lies above the mean of its group. There is no value model. Rewards are
-named in `rewards` (see rollout.py); the true quality of answers to word problems is logged as reward/gold and is never
-learnt from.
+A step samples num_generations answers to each of prompts_per_step prompts, rewards them, and takes as the advantage of
+an answer, all its tokens alike, how far its reward lies above the mean of its group. There is no value model. Rewards
+are named in `rewards` (see rollout.py); the true quality of answers to word problems is logged as reward/gold and is
+never learnt from.
 
 Papers: DeepSeekMath's GRPO (arXiv:2402.03300), the k3 estimator of KL (Schulman 2020), Dr. GRPO (arXiv:2503.20783),
 DAPO (arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585), GSPO (arXiv:2507.18071), PPO's clip (arXiv:1707.06347).
@@ -59,7 +59,7 @@ overlong_buffer = 0  # DAPO: from so many tokens before max_new_tokens on the re
 prompts_per_step = 32  # prompts of a step
 num_generations = 8  # answers to each
 max_new_tokens = 128  # longest answer
-tools = False  # in answers, the calculator answers <tool>…</tool>; what it says carries no loss
+tools = False  # in answers, the calculator answers <tool>…</tool>; its results carry no loss
 max_think_tokens = 0  # in answers, tokens after which <think> is closed, which carries no loss; 0 = whenever it likes
 temperature = 1.0  # of sampling, and of every log-probability
 mask_truncated = False  # answers that did not end carry no loss

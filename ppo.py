@@ -7,11 +7,11 @@ Proximal policy optimisation: a model learns from rewards of its own answers, to
     python ppo.py config/ppo_tiny.py --kl_controller=adaptive --kl_target=2
     torchrun --standalone --nproc_per_node=2 ppo.py config/ppo_tiny.py --batch_size=64 --gradient_accumulation_steps=2
 
-A step draws answers to prompts_per_step prompts. Each token costs kl_coef times how much likelier it is to the policy
+A step samples answers to prompts_per_step prompts. Each token costs kl_coef times how much likelier it is to the policy
 than to the reference, the model that the run begins with, and the last one earns the reward of the answer. The critic
-says before each token what is still to come; generalised advantage estimation compares. Then num_epochs passes over
-the answers move the policy, as far as the clip lets it. Rewards are named in `rewards` (see rollout.py); the true
-quality of answers to word problems is logged as reward/gold and is never learnt from.
+estimates before each token the rewards still to come; generalised advantage estimation compares. Then num_epochs
+passes over the answers move the policy, as far as the clip lets it. Rewards are named in `rewards` (see rollout.py);
+the true quality of answers to word problems is logged as reward/gold and is never learnt from.
 
 Papers: PPO (arXiv:1707.06347), GAE (arXiv:1506.02438), fine-tuning from preferences (arXiv:1909.08593), learning to
 summarize (arXiv:2009.01325), InstructGPT (arXiv:2203.02155), The N implementation details of RLHF with PPO
@@ -63,7 +63,7 @@ whiten_rewards = False  # the tokens' rewards, KL included, over their standard 
 prompts_per_step = 256  # prompts of a step
 num_generations = 1  # answers to each
 max_new_tokens = 128  # longest answer
-tools = False  # in answers, the calculator answers <tool>…</tool>; what it says carries no loss
+tools = False  # in answers, the calculator answers <tool>…</tool>; its results carry no loss
 max_think_tokens = 0  # in answers, tokens after which <think> is closed, which carries no loss; 0 = whenever it likes
 adapt_length = False  # the next answers may take a quarter more tokens than the longest of these, up to max_new_tokens
 temperature = 1.0  # of sampling, and of every log-probability
@@ -146,7 +146,8 @@ def gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95):
 
     rewards of each token and values, what the critic expected before it: (B, A). With delta_t = r_t + gamma V_t+1 -
     V_t, an advantage is delta_t + gamma lambda (that of the next token); a return is it plus V_t. Nothing follows an
-    answer's last token. Tokens that mask leaves out, such as what a tool said, are no steps: the sums pass over them.
+    answer's last token. Tokens that mask leaves out, such as the result of a tool, are not steps: the sums pass over
+    them.
     """
     advantages = torch.zeros_like(values)
     next_advantage = torch.zeros_like(values[:, 0])
@@ -227,8 +228,11 @@ class RunningScale:
 
 
 class ActorCritic(nn.Module):
-    """A policy, and what tells before each token how its answer will end: a linear function of the policy's own last
-    hidden state, zero at first, or a reward model's score of the text so far."""
+    """A policy and a critic, which estimates before each token the return that follows.
+
+    The critic is a linear function of the policy's own last hidden state, zero at first, or a reward model's score of
+    the text so far.
+    """
 
     def __init__(self, policy, critic=None):
         super().__init__()

@@ -235,7 +235,7 @@ def checks(reward, rows, tokenizer):
               for key in ('chosen', 'rejected')[::-1 if row.get('flipped') else 1]] for row in rows]
     gold, bad = (reward([pair[k] for pair in pairs]) for k in (0, 1))
     prompts, better = zip(*(pair[0] for pair in pairs), strict=True)
-    found, draw = [], random.Random(0)
+    found, rng = [], random.Random(0)
 
     def beats(name, answers, least, which=None):
         which = list(range(len(rows)) if which is None else which)
@@ -262,9 +262,9 @@ def checks(reward, rows, tokenizer):
                    if prompts[(i + k) % len(rows)] != prompts[i] and better[(i + k) % len(rows)] != better[i]), '')
              for i in range(len(rows))]
     beats('answer to another question', other, 0.9)
-    beats('shuffled words', [' '.join(draw.sample(words, len(words))) for words in map(str.split, better)], 0.95,
+    beats('shuffled words', [' '.join(rng.sample(words, len(words))) for words in map(str.split, better)], 0.95,
           [i for i, answer in enumerate(better) if len(set(answer.split())) > 1])
-    changed = [re.sub(r'\d+(?!.*\d)', lambda m: str(int(m[0]) + draw.choice([1, 2, 10])), answer, flags=re.S)
+    changed = [re.sub(r'\d+(?!.*\d)', lambda m: str(int(m[0]) + rng.choice([1, 2, 10])), answer, flags=re.S)
                for answer in better]
     beats('wrong number', changed, 0.9, [i for i, row in enumerate(rows) if row.get('grader', 'number') == 'number'
                                          and 'answer' in row and last_number(visible(better[i])) is not None])

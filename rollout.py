@@ -8,7 +8,7 @@ under the model that is trained.
     logprobs, entropies, _ = compute_logprobs(net, run, answers, range(8), block_size)      with gradients
     logprobs, entropies = compute_all_logprobs(net, run, answers, block_size)               of all, without
 
-Rewards never contain `dataset.quality`'s gold: that judges a run and is kept from it (arXiv:2210.10760).
+Rewards never contain `dataset.quality`'s gold: that measures a run, which never learns from it (arXiv:2210.10760).
 """
 import dataclasses
 import importlib.util
@@ -110,7 +110,8 @@ class Forcing:
     max_think_tokens: <think> that is still open so many tokens after the one that completes it is closed, by the
     '</think>' and newline of the data; after the result of a call that is being answered then. 0 = whenever it likes.
 
-    It keeps no state: the end of an answer says what is due. UserError for a tokenizer that cannot spell these.
+    It keeps no state: what follows is a function of the end of an answer. UserError for a tokenizer that cannot spell
+    these.
     """
 
     def __init__(self, tokenizer, tools=True, max_think_tokens=0, max_calls=32):
@@ -136,11 +137,11 @@ class Forcing:
         return self.tokenizer.encode(f'[{calculate(calls[-1][1])}]')
 
     def _closing(self, ids):
-        # <think> is complete within the first `due` tokens; not long before, or it has been closed: at most the result
+        # <think> is complete within the first `end` tokens; not long before, or it has been closed: at most the result
         # of a call was still to be said, of up to 25 bytes
-        due = len(ids) - self.max_think_tokens
-        first = max(0, due - 25 - len(b'<think>'))
-        begun = self.tokenizer.decode_bytes(ids[first:max(0, due)])
+        end = len(ids) - self.max_think_tokens
+        first = max(0, end - 25 - len(b'<think>'))
+        begun = self.tokenizer.decode_bytes(ids[first:max(0, end)])
         opened = begun.rfind(b'<think>')
         if opened < 0 or b'</think>' in self.tokenizer.decode_bytes(ids[first:])[opened:]:
             return []
@@ -224,7 +225,7 @@ SHARED_ROW = 512  # tokens of a row in which several answers share their prompt:
 def lay_out(part, block_size, share=True):
     """The answers of a Rollout as rows for a training forward -> (arrays, at): arrays {'idx', 'targets'}, int64 (B, T),
     and where answers share a row also 'positions' (B, T) and 'mask', bool (B, 1, T, T); at, int64 (n, A), where in the
-    flattened (B * T,) stands what the model says of each token. Targets are the tokens that were sampled.
+    flattened (B * T,) the model's output for each token stands. Targets are the tokens that were sampled.
 
     With share, answers to one prompt that follow one another stand side by side after it, as many as fit, and each sees
     it and itself: it is read once for all of them (arXiv:2506.05433). An answer begins with the prompt's last token,
@@ -266,8 +267,8 @@ def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, sha
     """The training forward over these answers of a Rollout -> (logprobs, entropies, extra), tensors (B, A) on the
     device, A as in answers.take(chosen); 0 where a token was not sampled.
 
-    net(idx, targets, reduction='details', temperature=…) gives losses and entropies (B, T) and something of one number
-    per token (B, T), which becomes extra, or else extra is None: what it says before the token. share: see `lay_out`.
+    net(idx, targets, reduction='details', temperature=…) gives losses and entropies (B, T) and, where it has a critic,
+    its value before each token (B, T), which becomes extra, or else extra is None. share: see `lay_out`.
     """
     part = answers.take(chosen)
     arrays, at = lay_out(part, block_size, share)
@@ -365,7 +366,7 @@ class Rewards:
     """
 
     def __init__(self, words, tokenizer, run, max_new_tokens, reward_model='', max_bad_rewards=20):
-        self.run, self.longest, self.limit, self.failed, self.told = run, max_new_tokens, max_bad_rewards, 0, set()
+        self.run, self.longest, self.limit, self.failed, self.reported = run, max_new_tokens, max_bad_rewards, 0, set()
         self.terms, self.scorer = [], None
         for term in words.split(','):
             weight, times, name = term.rpartition('*')
@@ -401,7 +402,7 @@ class Rewards:
                 grader = row.get('grader', 'number') if graded == 'correct' else graded
                 if grader == 'number' and last_number(str(row['answer'])) is None:
                     raise UserError(f'{row["where"]}: its "answer" {row["answer"]!r:.40} has no number, so the grader '
-                                    "'number' finds nothing right: mend it or give another \"grader\"")
+                                    "'number' finds nothing right: fix it or give another \"grader\"")
 
     def __call__(self, data, answers):
         """Answers (Rollout) to prompts of data -> (totals (n,), {name: (n,)}), float64, nan where a reward failed."""
@@ -421,12 +422,12 @@ class Rewards:
             table[:, self.names.index('model')] = self.scorer(pairs)
         for where, name, problem in wrong.values():
             self.failed += 1
-            if (name, problem) not in self.told:
-                self.told.add((name, problem))
+            if (name, problem) not in self.reported:
+                self.reported.add((name, problem))
                 self.run.print0(f'{where}: the reward {name!r} {problem}: such answers are left out')
             if self.failed > self.limit:
                 raise UserError(f'{where}: the reward {name!r} {problem}; {self.failed} answers had no reward '
-                                f'(max_bad_rewards={self.limit}): mend the function or the rows')
+                                f'(max_bad_rewards={self.limit}): fix the function or the rows')
         return table @ np.array([weight for weight, _, _ in self.terms]), dict(zip(self.names, table.T, strict=True))
 
     def _value(self, name, function, row, text, length):

@@ -223,7 +223,7 @@ def cli(main):
             status = 128 + signal.SIGPIPE
         elif isinstance(error, OSError) and not error.filename:
             raise
-        else:  # a file that cannot be reached is the user's to mend, whoever stumbled on it
+        else:  # a file that cannot be read or written: the user can fix that
             rank, status = int(os.environ.get('RANK', 0)), 2
             text = error if isinstance(error, UserError) else f'{error.filename}: {error.strerror}'
             text = f'error: {text}' if rank == 0 else f'rank {rank}: error: {text}'
@@ -530,7 +530,7 @@ def join_processes(backend):
 
 
 class Run:
-    """One run of a stage: its place among the processes, its precision, its directory and what it tells the world.
+    """One run of a stage: its place among the processes, its precision, its directory, its log.
 
     rank, world_size, main (rank 0), ddp: whether `wrap` made the model one of DistributedDataParallel; device,
     device_type, dtype; fsdp; stop: the signal that asks for an end, or 0; skipped, skipped_in_row: updates left out
@@ -670,11 +670,11 @@ class Run:
         if in_row >= max_bad_steps:
             raise UserError(f'step {step}: the last {in_row} updates were skipped, their loss or gradient was not '
                             f'finite (max_bad_steps={max_bad_steps}); {self.out_dir} keeps its last checkpoint: lower '
-                            'learning_rate, set grad_clip or look at the data')
+                            'learning_rate, set grad_clip or check the data')
 
     def resume(self, state, origin, optimizers, config):
         """Takes from a checkpoint of this run the moments, each process its shard of them, and what has been counted;
-        tells which of the knobs in config have changed since. UserError where it holds no moments of this optimizer.
+        reports which of the knobs in config have changed since. UserError where it has no moments of this optimizer.
         """
         before, saved = state.get('config', {}), state.get('optimizers') or []
         if [kinds_of(old) for old in saved] != [kinds_of(new) for new in optimizers.state_dict()]:
@@ -959,7 +959,7 @@ class Run:
             write_atomic(path, lambda file: file.write(''.join(keep).encode()))
 
     def _append(self, name, text):
-        """Appends to a file of the run; a disk that fails is told once and costs the text, not the run."""
+        """Appends to a file of the run; a full disk is reported once and costs the text, not the run."""
         path = self.out_dir / name
         try:
             with open(path, 'ab', buffering=0) as file:
@@ -1063,8 +1063,8 @@ class Run:
         """Writes a checkpoint into the run's directory from rank 0; returns in every process whether it is there.
 
         state: a nested dict, whose sharded tensors are gathered. keep: how many versions of it stay. An error of the
-        disk leaves the earlier ones as they are, is told and kept in `unsaved` (name: what was wrong); the run goes on
-        and its next save tries again. UserError rather than weights or moments that are not finite.
+        disk leaves the earlier ones as they are, is reported and kept in `unsaved` (name: what was wrong); the run goes
+        on and its next save tries again. UserError rather than weights or moments that are not finite.
         """
         self._before_writing()
         state = full_state(state, self.main) if self.fsdp else state
@@ -1181,7 +1181,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self):
-        """What is added inside is no part of any row."""
+        """What is added inside is not part of any row."""
         kept, self.sums, self.counts = (self.tokens, self.sums, self.counts), {}, {}
         yield
         self.tokens, self.sums, self.counts = kept
