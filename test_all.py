@@ -8512,7 +8512,7 @@ def test_10_2_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach
     assert (status, err) == (0, '') and 'prompts, ' not in out and same_weights('a', 'c')
     status, _, err = teach_chat('--out_dir=d', *flags, '--max_new_tokens=5')
     assert status == 2 and err.count('\n') == 1
-    assert err.startswith('error: answers_file=said.jsonl has answers of another') and 'drawn in another way' in err
+    assert err.startswith('error: answers_file=said.jsonl has answers of another') and 'sampled in another way' in err
     Path('said.jsonl.meta.json').unlink()
     status, _, err = teach_chat('--out_dir=d', *flags)
     assert status == 2 and 'without said.jsonl.meta.json' in err
