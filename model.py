@@ -182,6 +182,21 @@ class GPTConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 # what the processor is good at
 
+def has_bfloat16(device):
+    """Whether a device ('cpu', …) has fast bfloat16 products: True, False, or None where only a timing can tell."""
+    kind = device.split(':')[0]
+    if kind != 'cpu':
+        return kind != 'cuda' or torch.cuda.is_bf16_supported()
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False  # oneDNN multiplies; it also knows of limits that the environment sets (ONEDNN_MAX_CPU_ISA)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    if found.get('amx_bf16'):
+        return True
+    if found and not found.get('avx512_bf16') and not found.get('bf16'):  # the latter is Arm's
+        return False
+    return None  # AVX512-BF16 has twice the speed of float32 on one processor, half on another
+
+
 @functools.cache
 def fast_bfloat16(device, rows=512):
     """Whether products of so many rows with a matrix are faster in bfloat16 than in float32 on this device ('cpu', …).
@@ -193,18 +208,8 @@ def fast_bfloat16(device, rows=512):
     rows=0: the processor's kind alone decides. A timing may come out one way today and the other tomorrow, or in the
     process beside, but a run that is resumed has to compute what it would have computed.
     """
-    kind = device.split(':')[0]
-    if kind != 'cpu':
-        return kind != 'cuda' or torch.cuda.is_bf16_supported()
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False  # oneDNN multiplies; it also knows of limits that the environment sets (ONEDNN_MAX_CPU_ISA)
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    if found.get('amx_bf16'):
-        return True
-    if found and not found.get('avx512_bf16') and not found.get('bf16'):  # the latter is Arm's
-        return False
-    # AVX512-BF16 has twice the speed of float32 on one processor, half on another
-    return rows > 0 and _bfloat16_is_faster(rows)
+    known = has_bfloat16(device)
+    return (rows > 0 and _bfloat16_is_faster(rows)) if known is None else known
 
 
 @torch.inference_mode()
@@ -216,19 +221,21 @@ def _bfloat16_is_faster(rows, repeats=12):
     """
     products, best, threads = {}, {}, torch.get_num_threads()
     torch.set_num_threads(1)
-    n = 1024 if rows < 16 else 512  # few rows are about reading the matrix, many about multiplying
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = nn.utils.skip_init(nn.Linear, n, n, bias=False, dtype=dtype)  # draws no random numbers
-        layer.weight.fill_(1.0)
-        products[dtype] = functools.partial(PackedLinear(layer), torch.ones(min(rows, 256), n, dtype=dtype))
-        products[dtype]()  # the first call prepares the kernel
-        best[dtype] = math.inf
-    for _ in range(repeats):
-        for dtype, product in products.items():
-            start = time.perf_counter()
-            product()
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    torch.set_num_threads(threads)
+    try:
+        n = 1024 if rows < 16 else 512  # few rows are about reading the matrix, many about multiplying
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = nn.utils.skip_init(nn.Linear, n, n, bias=False, dtype=dtype)  # draws no random numbers
+            layer.weight.fill_(1.0)
+            products[dtype] = functools.partial(PackedLinear(layer), torch.ones(min(rows, 256), n, dtype=dtype))
+            products[dtype]()  # the first call prepares the kernel
+            best[dtype] = math.inf
+        for _ in range(repeats):
+            for dtype, product in products.items():
+                start = time.perf_counter()
+                product()
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return best[torch.bfloat16] < best[torch.float32]
 
 

@@ -16,8 +16,6 @@ import math
 import numbers
 from pathlib import Path
 
-import runtime
-
 import numpy as np
 import torch
 
@@ -181,7 +179,7 @@ def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, number=
     there are. Of a prompt that is longer than the model reads the end counts.
     """
     with run.unsharded(model):
-        dtype = runtime.pick_dtype(run.dtype_asked, run.device, model.num_params())[1]
+        dtype = run.decode_dtype(model.num_params())
         writer = model.merged(dtype).to(run.device).eval().pack()
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     seeds = np.random.SeedSequence([run.seed % (1 << 64), number]).generate_state(len(prompts)).tolist()

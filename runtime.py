@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from model import fast_bfloat16, has_fp16_kernels
+from model import fast_bfloat16, has_bfloat16, has_fp16_kernels
 from tokenizer import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,6 +450,9 @@ def pick_device(name):
     return name
 
 
+LARGE = 1 << 22  # weights of a model that outgrows a CPU's cache
+
+
 def pick_dtype(name, device, weights=None):
     """'auto' -> 16 bits where the device multiplies them faster, else float32. Returns (name, torch dtype).
 
@@ -465,7 +468,7 @@ def pick_dtype(name, device, weights=None):
             if weights is None:
                 fast = fast_bfloat16(device)
             else:
-                fast = weights >= 1 << 22 and fast_bfloat16(device, rows=1)
+                fast = weights >= LARGE and fast_bfloat16(device, rows=1)
             name = 'bfloat16' if fast else 'float32'
     if name not in dtypes:
         raise UserError(f'dtype={name!r} is not one of auto, {", ".join(dtypes)}')
@@ -482,7 +485,7 @@ def pick_quant(name, dtype, device, weights):
     if name != 'auto':
         return name
     slow = dtype == 'auto' and device == 'cpu' and pick_dtype(dtype, device, weights)[0] == 'float32'
-    return 'fp16' if slow and weights >= 1 << 22 and has_fp16_kernels() else ''
+    return 'fp16' if slow and weights >= LARGE and has_fp16_kernels() else ''
 
 
 def peak_memory_mb(device='cpu'):
@@ -552,8 +555,8 @@ class Run:
                 join_processes('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
         self.device, self.device_type = device, device.split(':')[0]
         self.dtype_asked = dtype
-        chosen = self.on_main(lambda: pick_dtype(dtype, self.device)[0])  # a timing may be another elsewhere
-        self.dtype, self._torch_dtype = pick_dtype(chosen, self.device)
+        # one process chooses for all: where it takes a timing, that may come out otherwise elsewhere
+        self._set_dtypes(*self.on_main(lambda: (pick_dtype(dtype, device)[0], pick_dtype(dtype, device, LARGE)[0])))
         if fsdp and self.dtype == 'float16':
             raise UserError('fsdp=True goes with dtype=bfloat16 or float32: float16 would need a loss scale per shard')
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == 'float16')
@@ -569,6 +572,14 @@ class Run:
         self.began = time.perf_counter()
         if dtype == 'bfloat16' and self.device == 'cpu' and not fast_bfloat16('cpu'):
             self.print0('dtype=bfloat16: this processor multiplies float32 faster; --dtype=auto takes what is fast')
+
+    def _set_dtypes(self, training, decoding):
+        self.dtype, self._torch_dtype = pick_dtype(training, self.device)
+        self._decode_dtype = decoding
+
+    def decode_dtype(self, weights):
+        """The torch dtype in which a model with so many weights generates, the same in every process."""
+        return pick_dtype(self._decode_dtype if weights >= LARGE else self.dtype_asked, self.device, weights)[1]
 
     # ------------------------------------------------------------------------------------------------------------------
     # what a training step needs
@@ -846,7 +857,7 @@ class Run:
             errors = []
             for path in found or [latest]:
                 try:
-                    step = load_checkpoint(path, mmap=True)['iter']
+                    state = load_checkpoint(path, mmap=True)
                 except Damaged as error:
                     if init_from == 'resume':
                         hint = f'; --init_from=auto goes on from {found[1]} if that one is whole' if found[1:] else ''
@@ -854,10 +865,12 @@ class Run:
                     errors.append(str(error))
                 else:
                     for error in errors:
-                        self.print0(f'{error}: going on from {path}, step {step}')
-                    return path, found[:len(errors)]
+                        self.print0(f'{error}: going on from {path}, step {state["iter"]}')
+                    return path, found[:len(errors)], state.get('dtypes')
             raise UserError(errors[0])
-        path, self._damaged = self.on_main(choose)  # all processes go on from the same one, or none does
+        path, self._damaged, dtypes = self.on_main(choose)  # all processes go on from the same one, or none does
+        if dtypes and self.dtype_asked == 'auto' and has_bfloat16(self.device) is None:
+            self._set_dtypes(*dtypes)  # timed again, they could be others than when the run began
         return path
 
     def open(self, config, step=None, tensorboard_log=False, wandb_log=False, wandb_project='flatgpt',
@@ -1099,7 +1112,8 @@ class Run:
             self.best = score
         self.save('ckpt.pt', state | (resume_state or {}) | {
             'optimizers': optimizers.state_dict(), 'scaler': self.scaler.state_dict(), 'best': self.best,
-            'skipped': int(self.skipped), 'total_seconds': self.total_seconds()}, keep)
+            'dtypes': [self.dtype, self._decode_dtype], 'skipped': int(self.skipped),
+            'total_seconds': self.total_seconds()}, keep)
 
     def finish(self, step, stop=0, **final):
         """Writes summary.json: the last value of every metric and the totals given; closes the loggers.

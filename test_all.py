@@ -3806,6 +3806,27 @@ def test_4_3_resume_is_exact(run_stage, text_data, options):
     assert not same_weights('whole', 'other')
 
 
+def test_4_3_a_resumed_run_keeps_its_precision(run_stage, text_data, monkeypatch):
+    """Where a timing chooses the precision, it may come out otherwise when the run goes on."""
+    faster = [True]
+    monkeypatch.setattr(runtime, 'has_bfloat16', lambda device: None)
+    monkeypatch.setattr(runtime, 'fast_bfloat16', lambda device, rows=512: faster[0])
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=4', '--eval_interval=2', '--eval_iters=1']
+    assert run_stage('train', *args, '--out_dir=whole')[0] == 0
+    assert run_stage('train', *args, '--out_dir=run', '--max_iters=2')[0] == 0
+    faster[0] = False
+    status, out, err = run_stage('train', *args, '--out_dir=run', '--init_from=resume')
+    assert (status, err) == (0, '') and 'bfloat16' in out and 'changed' in out and 'dtype' not in out
+    assert digest('run') == digest('whole')
+    assert torch.load('run/ckpt.pt', weights_only=True)['dtypes'] == ['bfloat16', 'bfloat16']
+    status, out, _ = run_stage('train', *args, '--out_dir=run', '--init_from=resume', '--dtype=float32',
+                               '--max_iters=5')
+    assert status == 0 and 'float32' in out and 'dtype auto -> float32' in out  # asked for, so taken
+    monkeypatch.setattr(runtime, 'has_bfloat16', lambda device: False)  # another processor, which cannot
+    assert run_stage('train', *args, '--out_dir=whole', '--init_from=resume', '--max_iters=5')[0] == 0
+    assert torch.load('whole/ckpt.pt', weights_only=True)['dtypes'] == ['float32', 'float32']
+
+
 def test_4_3_the_best_score_so_far_is_remembered(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--eval_interval=2', '--out_dir=run']
     assert run_stage('train', *args, '--max_iters=2')[0] == 0
