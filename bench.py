@@ -159,7 +159,7 @@ def training(knobs, model_args):
             run.backward(loss)
             lap('backward')
         grad_norm = run.clip_grad_norm(model, optimizers, knobs.grad_clip)
-        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.step(found_inf=run.found_inf(grad_norm))
         optimizers.zero_grad()
         lap('optimizer')
         n[0] += 1

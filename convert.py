@@ -862,9 +862,14 @@ class Start:
     previous: dict
     new_head: bool = False
 
+    @property
+    def frozen(self):
+        """Whether some weights are not trained: LoRA or adapters alone are, and a checkpoint has only those."""
+        return self.model.num_params(learning=True) < self.model.num_params()
+
     def model_state(self):
         """What a checkpoint holds of the model: only the small tensors where LoRA or adapters alone are trained."""
-        small = self.model.num_params(learning=True) < self.model.num_params()
+        small = self.frozen
         state = {'model': self.model.small_state() if small else self.model.state_dict(),
                  'model_args': dataclasses.asdict(self.model.config), 'tokenizer': self.tokenizer.to_dict(),
                  'stage': self.stage}
@@ -978,6 +983,10 @@ def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False
         check_overrides(given, args, origin, changeable)
     if own is not None:
         check_same_model(config, args, origin)
+    balances = stage in ('sft', 'distill') and not (config.lora_rank or config.adapter_dim)
+    if given.get('router_bias_rate') and not balances:
+        raise UserError(f'router_bias_rate={given["router_bias_rate"]}: only train.py, sft.py and distill.py move the '
+                        'biases of routers, where all weights are trained: drop --router_bias_rate')
     torch.manual_seed(seed)  # new weights are the same, whatever was sampled while the model was read
     with runtime.user_errors(origin):
         model = GPT(config) if fresh else GPT.from_state(state, **given)

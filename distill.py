@@ -23,7 +23,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import runtime
+import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
 import numpy as np
 import torch
@@ -56,9 +56,9 @@ out_dir = 'out/distill'  # directory of the run: checkpoints, metrics, samples
 teacher = 'out/teacher'  # the model to learn from: sample.py's
 init_from = 'scratch'  # the student: 'scratch', 'teacher' (n_layer of its layers), a model; or 'resume', 'auto'
 base = 'scratch'  # the student that 'auto' starts from where there is no run yet
-dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
-val_fraction = 0.1  # of a single file: the share of its prompts that is held out
-seed = 1337  # decides new weights, the order of the data, dropout and samples
+dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
+seed = 1337  # of new weights, the order of the data, dropout and samples
 # what is learnt from the teacher
 alpha = 0.5  # weight of the divergence; that of the data's own tokens is 1 - alpha
 temperature = 1.0  # both distributions are softened by it
@@ -77,51 +77,52 @@ sample_temperature = 1.0  # of those answers
 prompts_per_step = 64  # of those answers, over all processes
 # rows
 max_length = 0  # of chats, tokens of the longest row; 0 = the model's block_size
-too_long = 'drop'  # rows that are longer: 'drop' them, or cut tokens at their 'left' or 'right' end
-strict = True  # a malformed row ends the run; False: it is left out and counted
-pack = True  # several conversations in a row of max_length, none of which sees another; False: a row each, padded
+too_long = 'drop'  # rows longer than max_length: 'drop', or truncate on the 'left' or 'right'
+strict = True  # stop at a malformed row; False: skip and count it
+pack = True  # concatenate conversations up to max_length, attention masked between them; False: one per row, padded
 # batches
 batch_size = 8  # windows, or rows (packed: of max_length), per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
 max_iters = 900  # steps
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
-learning_rate = 6e-4  # peak of AdamW's
-embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
-muon_lr = 0.02  # peak of Muon's
+learning_rate = 6e-4  # peak learning rate of AdamW
+embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
-weight_decay = 0.0  # on matrices only
-beta1 = 0.9  # AdamW's decay of the mean
-beta2 = 0.99  # AdamW's decay of the variance
-grad_clip = 1.0  # largest norm of the gradient; 0 = off
+weight_decay = 0.0  # applied to matrices only
+beta1 = 0.9  # AdamW: decay rate of the first moment
+beta2 = 0.99  # AdamW: decay rate of the second moment
+grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
 # schedule
 lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
 warmup_iters = 20  # steps of linear warmup
-lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
-min_lr = 0.0  # final learning rate, in proportion for every group
-decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+lr_decay_iters = 0  # step at which the learning rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate; every group decays by the same factor
+decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 250  # steps between evaluations, each with a sample or answers and a checkpoint
 eval_rows = 160  # held-out windows, or rows, whose prompts are answered too, the same every time; 0 = all
-max_new_tokens = 128  # longest answer
-tools = False  # in answers, the calculator answers <tool>…</tool>
-show_answers = 3  # answers shown at an evaluation
+max_new_tokens = 128  # maximum length of an answer, in tokens
+tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
+show_answers = 3  # answers printed at each evaluation
 sample_start = '\n'  # of running text: text that the live sample continues
 sample_tokens = 100  # of running text: length of the live sample; 0 = none
-log_interval = 10  # steps between lines of progress
-keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
-max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
-tensorboard_log = False  # write out_dir/tensorboard
-wandb_log = False  # report to Weights & Biases
-wandb_project = 'flatgpt'  # its project
-wandb_run_name = 'distill'  # its name for this run
+log_interval = 10  # steps between lines of the log
+keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
+max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
+tensorboard_log = False  # log to out_dir/tensorboard
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'flatgpt'  # Weights & Biases: project
+wandb_run_name = 'distill'  # Weights & Biases: name of the run
 # machine
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
 compile = False  # torch.compile: slow to start, then faster
-activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
-fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
+# allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | {
     **dict.fromkeys(('alpha', 'on_policy'), '>= 0 and <= 1'),
     **dict.fromkeys(('jsd_beta', 'val_fraction'), '> 0 and < 1'),
@@ -221,7 +222,7 @@ class Teacher:
     def __init__(self, model, run):
         self.model, self.head, self.clock = model.requires_grad_(False).eval(), None, runtime.Clock()
         self.net, self.copies = run.wrap(model), run.fsdp
-        self.clock.pause()
+        self.clock.stop()
 
     @torch.no_grad()
     def __call__(self, tensors, places, rule):
@@ -329,7 +330,7 @@ class Cache:
         """Asks the teacher for what is missing; each process its share of the parts."""
         run, clock = self.run, teacher.clock
         missing = run.on_main(lambda: np.flatnonzero(self.files['done'] == 0))  # before anybody has begun
-        clock.resume()
+        clock.start()
         for i in range(-(-len(missing) // run.world_size)):
             number = i * run.world_size + run.rank
             part = missing[number] if number < len(missing) else missing[0]  # a sharded teacher is gathered by all
@@ -352,7 +353,7 @@ class Cache:
                 done = min(len(missing), (i + 1) * run.world_size)
                 run.progress(f'{self.folder}: the teacher has read part {done} of {len(missing)}, {clock.read():.0f} s')
         run.sum(0)  # nobody reads before all have written
-        clock.pause()
+        clock.stop()
         if not self.files['done'].all():
             raise UserError(f'cache={self.folder}: other processes wrote elsewhere: give a directory that all of them '
                             'share')
@@ -402,11 +403,11 @@ def teacher_answers(teacher, data, run, chosen, samples, temperature, path, abou
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f'answers_file={path}: malformed ({error}): delete it and {meta.name}') from None
     done, force, clock = run.on_main(read_answers), forcing(data.tokenizer, tools), teacher.clock
-    clock.resume()
+    clock.start()
     for first in range(len(done) // samples, len(chosen), AT_ONCE):
         part = chosen[first:first + AT_ONCE]
-        found = generate_rollouts(teacher.model, data, part, run, max_new_tokens, samples, temperature, number=first,
-                                  force=force)
+        found = generate_rollouts(teacher.model, data, part, run, max_new_tokens, samples, temperature,
+                                  sample_seed=first, force=force)
         done += found.texts
         if path and run.main:
             taught = [with_answer(rows[i], text) for i, text in zip(found.rows, found.texts, strict=True)]
@@ -417,7 +418,7 @@ def teacher_answers(teacher, data, run, chosen, samples, temperature, path, abou
                 f.flush()
                 os.fsync(f.fileno())
         run.progress(f'the teacher has answered {first + len(part):,} of {len(chosen):,} prompts, {clock.read():.0f} s')
-    clock.pause()
+    clock.stop()
     return done
 
 
@@ -505,32 +506,32 @@ def item_losses(net, data, items, run, token_bytes, batch_size, rule=None, teach
 
 def evaluate(net, model, teacher, data, chosen, run, rule, chats, token_bytes, force):
     """Loss on held-out windows or rows, how far the student is from the teacher, and a sample, or answers with their
-    grades -> (metrics, words, samples)."""
+    grades -> (metrics, summary, samples)."""
     nats, divergence_sum, count, n_bytes = item_losses(net, data, chosen, run, token_bytes, batch_size, rule,
                                                        teacher).sum(0)
     loss, kl, tokenizer = nats / count, divergence_sum / count, data.tokenizer
     metrics = {'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'val/kl': kl,
                'val/bpb': nats / math.log(2) / max(1, n_bytes)}
-    words = f'val loss {loss:.4f}, KL from the teacher {kl:.4f}'
+    summary = f'val loss {loss:.4f}, KL from the teacher {kl:.4f}'
     if chats:
         answers = generate_rollouts(model, data, chosen, run, max_new_tokens, temperature=0, force=force)
         rows = [data.rows_kept[i] for i in chosen]
         marks = [grades(row, text) for row, text in zip(rows, answers.texts, strict=True)]
         means, ranges = summarise(marks)
         metrics |= as_metrics(means, ranges)
-        words += f', {in_words(means, ranges)}'
+        summary += f', {in_words(means, ranges)}'
         if by := by_value(rows, marks, 'steps'):
-            words += f', correct by steps: {by}'
+            summary += f', correct by steps: {by}'
         samples = list(map(shown, rows, answers.texts, marks))
-        return metrics, words, samples[:show_answers]
-    words += f', perplexity {metrics["val/ppl"]:.2f}, {metrics["val/bpb"]:.4f} bits per byte'
+        return metrics, summary, samples[:show_answers]
+    summary += f', perplexity {metrics["val/ppl"]:.2f}, {metrics["val/bpb"]:.4f} bits per byte'
     if not sample_tokens:
-        return metrics, words, []
+        return metrics, summary, []
     start_ids = tokenizer.encode(sample_start) or [tokenizer.eot]
     with run.unsharded(model):
         new_ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
                                  vocab_limit=tokenizer.n_vocab)[0]
-    return metrics, words, [sample_start + tokenizer.decode([t for t in new_ids if t != tokenizer.eot])]
+    return metrics, summary, [sample_start + tokenizer.decode([t for t in new_ids if t != tokenizer.eot])]
 
 
 def check_knobs():
@@ -598,6 +599,7 @@ def new_students(teacher_model, tokenizer, given):
 
 
 def main():
+    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
     check_knobs()
@@ -652,12 +654,12 @@ def main():
         teacher_cache = Cache(cache, train_data, run, about)
         teacher_cache.fill(frozen_teacher, rule)
 
-    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
+    net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
 
-    # where it goes on
+    # resume
     step, items_seen, prompts_seen = 0, 0, 0
     clock = runtime.Clock(frozen_teacher.clock.read())  # what the teacher did for this run is part of its training
     if resume_from:
@@ -665,10 +667,10 @@ def main():
         run.resume(own, start.origin, optimizers, config)
         step, items_seen, prompts_seen = own['iter'], own['rows'], own['prompts']
         clock = runtime.Clock(own['seconds'])
-        own = start.checkpoint = None  # its memory is free for training
-    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+        own = start.checkpoint = None  # frees its memory
+    last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
 
-    micro_steps = gradient_accumulation_steps // run.world_size
+    micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     items_per_step = gradient_accumulation_steps * batch_size  # windows, or rows, packed or not
     force = forcing(tokenizer, tools)
     token_bytes = tokenizer.token_bytes()
@@ -692,40 +694,40 @@ def main():
 
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
     warmed_up = not run.ddp
-    clock.resume()
-    meter.restart(step)
+    clock.start()
+    meter.reset(step)
     while True:
-        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
-        score = math.inf
+        evaluating = step > last_eval and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
-            clock.pause()
-            metrics, words, samples = evaluate(net, model, frozen_teacher, val_data, chosen, run, rule_of_evaluation,
+            clock.stop()
+            metrics, summary, samples = evaluate(net, model, frozen_teacher, val_data, chosen, run, rule_of_evaluation,
                                                chats, token_bytes, force)
             run.log({'iter': step, 'seconds': clock.read(), 'teacher/loss': teacher_loss} | metrics)
-            run.print0(f'step {step}: {words}, {clock.read():.1f} s of training')
+            run.print0(f'step {step}: {summary}, {clock.read():.1f} s of training')
             if samples:
                 run.sample(step, '\n'.join(samples))
             score = metrics['val/loss'] if best_by == 'loss' else -metrics['val/correct']
-            evaluated = step
+            last_eval = step
         stop = run.stop_signal()
-        if evaluating or stop and step > evaluated:
-            clock.pause()
+        if evaluating or (stop and step > last_eval):
+            clock.stop()
             run.save_checkpoint(start.model_state() | {'iter': step, 'rows': items_seen, 'prompts': prompts_seen,
                                                        'seconds': clock.read()}, optimizers, score, keep_checkpoints)
-            clock.resume()
-            meter.restart(step)
+            clock.start()
+            meter.reset(step)
         if stop or step >= max_iters:
             break
 
         # the learning rate of this step
         lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
                                      min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:
+        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
         # a step on the student's own answers, or on the data; which one is a function of the seed and the step
         answers = None
-        if on_policy and np.random.default_rng([seed % (1 << 64), step]).random() < on_policy:
+        if on_policy and np.random.default_rng([seed, step]).random() < on_policy:
             rows = prompts.rows(prompts_seen, prompts_per_step)
             answers = generate_rollouts(model, prompts, rows, run, max_new_tokens, 1, sample_temperature, 1 + step,
                                         force=force)
@@ -750,7 +752,7 @@ def main():
                 first = items_seen + number * batch_size  # a function of the step alone: a resumed run repeats no row
                 names = ('idx', 'targets', 'positions', 'segments')
                 arrays = dict(zip(names, train_data.batch(first, batch_size), strict=False))
-                run.seed_dropout(first)
+                run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
                 share = train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps)
                 n_read, means = real_tokens(arrays['targets'], arrays.get('segments')), {}
                 if alpha:
@@ -762,7 +764,7 @@ def main():
                         loss = net(**dict(zip(arrays, run.to_device(*arrays.values()), strict=True)))
             if not warmed_up:
                 run.warm_up_ddp(net, loss)
-                model.router_stats, warmed_up = None, True
+                warmed_up = True
                 continue
             # a micro-batch with more targets weighs more: the step's loss is the mean over all its tokens
             loss = loss * share / micro_steps
@@ -770,11 +772,12 @@ def main():
             step_loss += loss.detach()
             meter.add(n_read, **means)
 
-        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
+        # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
         grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.step(found_inf=run.found_inf(grad_norm))
         optimizers.zero_grad()
-        if model.sparse:
+        if model.sparse and not start.frozen:  # as in pretraining: a bias for experts with too little load
             model.balance(run.all_reduce(model.routed())[:, :-1])
         step += 1
         if answers is None:
@@ -782,7 +785,7 @@ def main():
         else:
             prompts_seen += prompts_per_step
 
-        if step % max_bad_steps == 0 or step % log_interval == 0:
+        if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
             meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)

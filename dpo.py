@@ -17,7 +17,7 @@ Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305
 import math
 from pathlib import Path
 
-import runtime
+import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
 import numpy as np
 import torch
@@ -42,14 +42,14 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/dpo'  # directory of the run: checkpoints, metrics, samples
-init_from = 'out/sft'  # the model to start from: sample.py's; or 'resume', or 'auto' (resume where there is a run)
-base = 'out/sft'  # the model that 'auto' starts from where there is no run yet
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
-val_fraction = 0.1  # of a single file: the share of its prompts that is held out
-seed = 1337  # decides the order of the data, dropout, fresh small weights and samples
+init_from = 'out/sft'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
+base = 'out/sft'  # init_from='auto': the model to start from if out_dir has no run yet
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
+seed = 1337  # of the order of the data, dropout, new weights and samples
 # pairs
-max_length = 0  # tokens of the longest text; 0 = the model's block_size. Longer ones lose the beginning of the prompt
-strict = True  # a malformed row ends the run; False: it is left out and counted
+max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. Longer ones lose the start of the prompt
+strict = True  # stop at a malformed row; False: skip and count it
 # loss
 loss_type = 'sigmoid'  # 'sigmoid' (DPO), 'ipo', 'hinge', 'kto_pair'; without a reference: 'simpo', 'orpo'
 beta = 0.1  # how hard it is held to the reference; of 'simpo' a factor on its margins, of 'orpo' on its odds ratio
@@ -63,47 +63,48 @@ gradient_accumulation_steps = 1  # micro-batches per step, over all processes to
 max_iters = 500  # steps
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
-learning_rate = 3e-4  # peak of AdamW's
-embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
-muon_lr = 0.02  # peak of Muon's
+learning_rate = 3e-4  # peak learning rate of AdamW
+embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
-weight_decay = 0.0  # on matrices only
-beta1 = 0.9  # AdamW's decay of the mean
-beta2 = 0.99  # AdamW's decay of the variance
-grad_clip = 1.0  # largest norm of the gradient; 0 = off
+weight_decay = 0.0  # applied to matrices only
+beta1 = 0.9  # AdamW: decay rate of the first moment
+beta2 = 0.99  # AdamW: decay rate of the second moment
+grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
 # schedule
 lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
 warmup_iters = 20  # steps of linear warmup
-lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
-min_lr = 0.0  # final learning rate, in proportion for every group
-decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+lr_decay_iters = 0  # step at which the learning rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate; every group decays by the same factor
+decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out pairs that are measured, and whose prompts are answered, the same every time; 0 = all
-eval_only = False  # measure init_from and train nothing
-eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
+eval_only = False  # evaluate init_from and exit, without training
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
 reward_model = ''  # a run of reward.py, which scores the greedy answers
-max_new_tokens = 128  # longest answer
-tools = False  # in answers, the calculator answers <tool>…</tool>
-show_answers = 3  # answers shown at an evaluation
-log_interval = 10  # steps between lines of progress
-keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
-max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
-tensorboard_log = False  # write out_dir/tensorboard
-wandb_log = False  # report to Weights & Biases
-wandb_project = 'flatgpt'  # its project
-wandb_run_name = 'dpo'  # its name for this run
+max_new_tokens = 128  # maximum length of an answer, in tokens
+tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
+show_answers = 3  # answers printed at each evaluation
+log_interval = 10  # steps between lines of the log
+keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
+max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
+tensorboard_log = False  # log to out_dir/tensorboard
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'flatgpt'  # Weights & Biases: project
+wandb_run_name = 'dpo'  # Weights & Biases: name of the run
 # machine
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
 compile = False  # torch.compile: slow to start, then faster
-activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
-fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
 
 LOSSES = ('sigmoid', 'ipo', 'hinge', 'kto_pair', 'simpo', 'orpo')
 FREE = ('simpo', 'orpo')  # of these, those that need no reference
 
+# allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1', 'beta': '> 0', 'label_smoothing': '>= 0 and < 0.5', 'max_new_tokens': '>= 1',
     **dict.fromkeys(('max_length', 'gamma', 'sft_coef', 'eval_rows', 'show_answers'), '>= 0'),
@@ -202,7 +203,7 @@ def grade_answers(data, answers, scores):
 
 
 def evaluate(model, net, reference, ref_logps, data, run, scorer):
-    """A policy on held-out pairs, and its answers to their prompts -> (metrics, words, samples).
+    """A policy on held-out pairs, and its answers to their prompts -> (metrics, summary, samples).
 
     reference: what learns, as it was in the beginning, which with LoRA is the base alone; ref_logps: a list that keeps
     the log-probabilities of the pairs under it, from the first call on.
@@ -234,20 +235,21 @@ def evaluate(model, net, reference, ref_logps, data, run, scorer):
     for name, mean in means.items():
         key = f'reward/{name}' if name in ('gold', 'model', 'model_share') else f'val/{name}'
         metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
-    words = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%}, margin '
+    summary = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%}, margin '
              f'{metrics["val/margin"]:.2f}, log-probabilities {metrics["val/logp_chosen"]:.1f} and '
              f'{metrics["val/logp_rejected"]:.1f}, KL {metrics["kl"]:.2f} ({low:.2f} to {high:.2f})\n')
     shown_means = {k: v for k, v in means.items() if k in ('gold', 'correct', 'f1', 'model_share')}
-    words += f'greedy answers: {in_words(shown_means, ranges)}'
-    words += f', reward {means["model"]:.2f}' if scores is not None else ''
+    summary += f'greedy answers: {in_words(shown_means, ranges)}'
+    summary += f', reward {means["model"]:.2f}' if scores is not None else ''
     by_steps = by_value(rows, marks, 'steps')
-    words += f'; correct by steps: {by_steps}' if by_steps else ''
-    return metrics, words, [shown(*of) for of in zip(rows[:show_answers], greedy.texts, marks, strict=False)]
+    summary += f'; correct by steps: {by_steps}' if by_steps else ''
+    return metrics, summary, [shown(*of) for of in zip(rows[:show_answers], greedy.texts, marks, strict=False)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
+    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
     if label_smoothing and loss_type not in ('sigmoid', 'simpo'):
@@ -271,14 +273,14 @@ def main():
         before, net = start.initial_weights(), run.wrap(model, compile)
         data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
         reference = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before}
-        _, words, samples = evaluate(model, net, reference, [], data, run, scorer)
-        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {words}')
+        _, summary, samples = evaluate(model, net, reference, [], data, run, scorer)
+        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {summary}')
         return run.print0('\n'.join(samples))
 
     # data
     train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0)
                             for split in ('train', 'val'))
-    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
+    net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
@@ -288,7 +290,7 @@ def main():
     ref_logps = torch.full((2 * train_data.n_rows,), math.nan, dtype=torch.float64)  # nan where not computed yet
     ref_texts = train_data.fingerprint()
 
-    # where it goes on
+    # resume
     step, pairs_seen, clock = 0, 0, runtime.Clock()
     if resume_from:
         own = start.checkpoint
@@ -298,10 +300,10 @@ def main():
             tensor.copy_(run.like(tensor, own['reference'][name]))
         if own['ref_texts'] == ref_texts:
             ref_logps = own['ref_logps']
-        own = start.checkpoint = None  # its memory is free for training
-    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+        own = start.checkpoint = None  # frees its memory
+    last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
 
-    micro_steps = gradient_accumulation_steps // run.world_size
+    micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     pairs_per_step = gradient_accumulation_steps * batch_size
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
@@ -312,7 +314,7 @@ def main():
         f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
 
     # the reference never changes, so its log-probabilities are computed once, of the pairs that training comes to
-    clock.resume()
+    clock.start()
     texts = train_data.texts(np.unique(train_data.rows(0, max_iters * pairs_per_step)))
     texts = texts[torch.isnan(ref_logps[texts]).numpy()]
     if len(texts) and loss_type not in FREE:
@@ -328,32 +330,32 @@ def main():
         run.warm_up_ddp(net, compute_logps(net, run, examples, length).mean())
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
     val_ref_logps = []
-    meter.restart(step)
+    meter.reset(step)
     while True:
-        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
-        score = math.inf
+        evaluating = step > last_eval and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
-            clock.pause()
-            metrics, words, samples = evaluate(model, net, reference, val_ref_logps, val_data, run, scorer)
+            clock.stop()
+            metrics, summary, samples = evaluate(model, net, reference, val_ref_logps, val_data, run, scorer)
             run.log(metrics | {'iter': step, 'seconds': clock.read()})
-            run.print0(f'step {step}, {clock.read():.1f} s of training: {words}')
+            run.print0(f'step {step}, {clock.read():.1f} s of training: {summary}')
             run.sample(step, '\n'.join(samples))
-            score, evaluated = metrics['val/loss'], step
+            score, last_eval = metrics['val/loss'], step
         stop = run.stop_signal()
-        if evaluating or stop and step > evaluated:
-            clock.pause()
+        if evaluating or (stop and step > last_eval):
+            clock.stop()
             run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()},
                                 optimizers, score, keep_checkpoints,
                                 {'reference': reference, 'ref_logps': ref_logps, 'ref_texts': ref_texts})
-            clock.resume()
-            meter.restart(step)
+            clock.start()
+            meter.reset(step)
         if stop or step >= max_iters:
             break
 
         # the learning rate of this step
         lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
                                      min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:
+        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
         # forward and backward, over this process's micro-batches
@@ -362,7 +364,7 @@ def main():
             first = pairs_seen + number * batch_size  # a function of the step alone: a resumed run repeats no pair
             texts = train_data.texts(train_data.rows(first, batch_size))
             examples = [train_data.example(text) for text in texts]
-            run.seed_dropout(first)
+            run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
             # both answers of all pairs in one forward pass: the chosen ones, then the rejected ones
             chosen, rejected = compute_logps(net, run, examples, length).chunk(2)
             n_chosen, n_rejected = run.to_device(train_data.targets_in[texts].astype(np.float32))[0].chunk(2)
@@ -380,14 +382,15 @@ def main():
                       **{'train/accuracy': (torch.sign(margins).mean() + 1) / 2, 'train/margin': margins.mean(),
                          'train/logp_chosen': chosen.detach().mean(), 'train/logp_rejected': rejected.detach().mean()})
 
-        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
+        # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
         grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.step(found_inf=run.found_inf(grad_norm))
         optimizers.zero_grad()
         step += 1
         pairs_seen += pairs_per_step
 
-        if step % max_bad_steps == 0 or step % log_interval == 0:
+        if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
             meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)

@@ -1033,12 +1033,12 @@ class Optimizers(list):
     def param_groups(self):
         return [group for optimizer in self for group in optimizer.param_groups]
 
-    def step(self, skip=None):
-        """skip: a number on the device; where it is 1, parameters and moments stay as they are."""
+    def step(self, found_inf=None):
+        """found_inf: a number on the device; where it is 1, parameters and moments stay as they are."""
         for optimizer in self:
             fused = all(group.get('fused', True) for group in optimizer.param_groups)
-            optimizer.found_inf = skip if fused else None  # seen on the device, without waiting for it
-            if fused or skip is None or not skip:
+            optimizer.found_inf = found_inf if fused else None  # seen on the device, without waiting for it
+            if fused or found_inf is None or not found_inf:
                 optimizer.step()
 
     def zero_grad(self):

@@ -20,7 +20,7 @@ summarize (arXiv:2009.01325), InstructGPT (arXiv:2203.02155), The N implementati
 import math
 from pathlib import Path
 
-import runtime
+import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
 import numpy as np
 import torch
@@ -45,16 +45,16 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/ppo'  # directory of the run: checkpoints, metrics, samples
-init_from = 'out/sft'  # the model to start from: sample.py's; or 'resume', or 'auto' (resume where there is a run)
-base = 'out/sft'  # the model that 'auto' starts from where there is no run yet
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
-val_fraction = 0.1  # of a single file: the share of its prompts that is held out
-seed = 1337  # decides the order of the data, fresh small weights and samples
-strict = True  # a malformed row ends the run; False: it is left out and counted
+init_from = 'out/sft'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
+base = 'out/sft'  # init_from='auto': the model to start from if out_dir has no run yet
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
+seed = 1337  # of the order of the data, new weights and samples
+strict = True  # stop at a malformed row; False: skip and count it
 # rewards
 rewards = 'model'  # a sum, as 'correct, 0.2*format, -0.1*length, model, FILE.py:function': see rollout.py
 reward_model = 'out/reward'  # a run of reward.py, for 'model'
-max_bad_rewards = 20  # rewards of answers that failed, after which the run ends
+max_bad_rewards = 20  # stop once more rewards than this have failed
 eos_penalty = 1.0  # taken from the reward of an answer that did not end
 reward_clip = 0.0  # rewards beyond so much, up or down, count as that; 0 = no limit
 running_rewards = False  # rewards less their running mean, over their running standard deviation
@@ -62,11 +62,11 @@ whiten_rewards = False  # the tokens' rewards, KL included, over their standard 
 # answers
 prompts_per_step = 256  # prompts of a step
 num_generations = 1  # answers to each
-max_new_tokens = 128  # longest answer
-tools = False  # in answers, the calculator answers <tool>…</tool>; its results carry no loss
-max_think_tokens = 0  # in answers, tokens after which <think> is closed, which carries no loss; 0 = whenever it likes
+max_new_tokens = 128  # maximum length of an answer, in tokens
+tools = False  # run the calculator on <tool>…</tool>; its results are masked out of the loss
+max_think_tokens = 0  # close <think> after this many tokens; that </think> is masked out of the loss; 0 = no limit
 adapt_length = False  # the next answers may take a quarter more tokens than the longest of these, up to max_new_tokens
-temperature = 1.0  # of sampling, and of every log-probability
+temperature = 1.0  # of sampling; the log-probabilities in the loss are computed at it, too
 kl_budget = 0.0  # an answer stops where its log-ratio to the reference, summed, passes this, in nats; 0 = never
 # KL
 kl_coef = 0.05  # what a nat of KL to the reference costs; the adaptive controller begins with it
@@ -84,49 +84,50 @@ critic_lr = 1e-3  # peak learning rate of that head or model
 clip_eps = 0.2  # how far from 1 a ratio of probabilities counts
 clip_value = 0.2  # how far from its first guess a value counts; 0 = any
 vf_coef = 0.1  # weight of the critic's loss
-entropy_coef = 0.0  # weight of the policy's entropy, per token
+entropy_coef = 0.0  # weight of the entropy bonus, per token
 kl_stop = 0.0  # a step's updates end where the policy is so far from the one that wrote the answers; 0 = never
 # batches
 batch_size = 64  # answers per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per update, over all processes together
 num_epochs = 2  # passes over the answers of a step
-max_iters = 100  # steps, each with prompts_per_step * num_generations answers
+max_iters = 100  # steps; each samples prompts_per_step * num_generations answers and learns from them
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
-learning_rate = 1e-4  # peak of AdamW's
-embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
-muon_lr = 0.001  # peak of Muon's
+learning_rate = 1e-4  # peak learning rate of AdamW
+embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
+muon_lr = 0.001  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
-weight_decay = 0.0  # on matrices only
-beta1 = 0.9  # AdamW's decay of the mean
-beta2 = 0.99  # AdamW's decay of the variance
-grad_clip = 1.0  # largest norm of the gradient; 0 = off
+weight_decay = 0.0  # applied to matrices only
+beta1 = 0.9  # AdamW: decay rate of the first moment
+beta2 = 0.99  # AdamW: decay rate of the second moment
+grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
 # schedule
 lr_schedule = 'constant'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
 warmup_iters = 5  # steps of linear warmup
-lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
-min_lr = 0.0  # final learning rate, in proportion for every group
-decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+lr_decay_iters = 0  # step at which the learning rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate; every group decays by the same factor
+decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 25  # steps between evaluations, each with answers and a checkpoint
-eval_rows = 256  # held-out prompts that are answered, the same every time; 0 = all
-eval_only = False  # measure init_from and train nothing
-eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
-show_answers = 3  # answers shown at an evaluation
-log_interval = 1  # steps between lines of progress
-keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
-max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
-tensorboard_log = False  # write out_dir/tensorboard
-wandb_log = False  # report to Weights & Biases
-wandb_project = 'flatgpt'  # its project
-wandb_run_name = 'ppo'  # its name for this run
+eval_rows = 256  # held-out prompts per evaluation, always the same; 0 = all
+eval_only = False  # evaluate init_from and exit, without training
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
+show_answers = 3  # answers printed at each evaluation
+log_interval = 1  # steps between lines of the log
+keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
+max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
+tensorboard_log = False  # log to out_dir/tensorboard
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'flatgpt'  # Weights & Biases: project
+wandb_run_name = 'ppo'  # Weights & Biases: name of the run
 # machine
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
 compile = False  # torch.compile: slow to start, then faster
-activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
-fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
+# allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | {
     **dict.fromkeys(('temperature', 'kl_target', 'critic_lr'), '> 0'), 'val_fraction': '> 0 and < 1',
     **dict.fromkeys(('gamma', 'gae_lambda'), '>= 0 and <= 1'),
@@ -289,6 +290,7 @@ def check_knobs(n_answers, answers_per_update, given):
 
 
 def main():
+    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
     n_answers = prompts_per_step * num_generations
@@ -316,9 +318,9 @@ def main():
         reward.check(data.rows_kept)
         before = start.initial_weights()
         reference = {name: run.like(p, before[name]) for name, p in policy.named_parameters() if name in before} or None
-        _, words, samples = evaluate_policy(net, policy, reference, data, run, reward, data.fixed(eval_rows),
+        _, summary, samples = evaluate_policy(net, policy, reference, data, run, reward, data.fixed(eval_rows),
                                             max_new_tokens, temperature, force)
-        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {words}')
+        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {summary}')
         return run.print0('\n'.join(samples[:show_answers]))
 
     # data
@@ -326,7 +328,7 @@ def main():
                                              val_fraction) for split in ('train', 'val'))
     for data in (train_data, val_data):
         reward.check(data.rows_kept)
-    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
+    net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = policy.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                  muon_lr, muon_momentum)
@@ -338,7 +340,7 @@ def main():
     # the reference: the policy as it is before its first step. Only what is trained is kept twice
     reference = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
-    # where it goes on
+    # resume
     step, clock, scale = 0, runtime.Clock(), RunningScale()
     kl_coef_now, longest = kl_coef, max_new_tokens  # which the controller and adapt_length change
     if resume_from:
@@ -354,10 +356,10 @@ def main():
                 tensor.copy_(run.like(tensor, own['critic'][name]))
             for name, tensor in reference.items():
                 tensor.copy_(run.like(tensor, own['reference'][name]))
-        own = start.checkpoint = None  # its memory is free for training
-    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+        own = start.checkpoint = None  # frees its memory
+    last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
 
-    micro_steps = gradient_accumulation_steps // run.world_size
+    micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * prompts_per_step / train_data.n_rows
@@ -370,29 +372,29 @@ def main():
 
     meter = runtime.Meter(run, clock, max_iters, policy.flops_per_token(min(block_size, SHARED_ROW)))
     warmed_up = not run.ddp
-    clock.resume()
-    meter.restart(step)
+    clock.start()
+    meter.reset(step)
     while True:
-        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
-        score = math.inf
+        evaluating = step > last_eval and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
-            clock.pause()
-            metrics, words, samples = evaluate_policy(net, policy, reference, val_data, run, reward,
+            clock.stop()
+            metrics, summary, samples = evaluate_policy(net, policy, reference, val_data, run, reward,
                                                       val_data.fixed(eval_rows), max_new_tokens, temperature, force)
             run.log(metrics | {'iter': step, 'seconds': clock.read()})
-            run.print0(f'step {step}, {clock.read():.1f} s of training: {words}')
+            run.print0(f'step {step}, {clock.read():.1f} s of training: {summary}')
             run.sample(step, '\n'.join(samples[:show_answers]))
             score = -metrics.get('val/reward', -math.inf)
-            evaluated = step
+            last_eval = step
         stop = run.stop_signal()
-        if evaluating or stop and step > evaluated:
-            clock.pause()
+        if evaluating or (stop and step > last_eval):
+            clock.stop()
             run.save_checkpoint(start.model_state() | {'iter': step, 'seconds': clock.read()}, optimizers, score,
                                 keep_checkpoints,
                                 {'reference': reference, 'critic': model.critic_state(), 'failed': reward.failed,
                                  'kl_coef': kl_coef_now, 'longest': longest, 'scale': scale.state})
-            clock.resume()
-            meter.restart(step)
+            clock.start()
+            meter.reset(step)
         if stop or step >= max_iters:
             break
 
@@ -459,12 +461,12 @@ def main():
         # the learning rate of this step, for all its updates
         lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
                                      min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:
+        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
         updates, sizes, too_far = 0, answers.group_sizes, False
         for epoch in range(num_epochs):
-            order = np.random.default_rng([seed % (1 << 64), step, epoch]).permutation(prompts_per_step)
+            order = np.random.default_rng([seed, step, epoch]).permutation(prompts_per_step)
             order = (order[:, None] * num_generations + np.arange(num_generations)).flatten()  # groups stay together
             for first in range(0, n_answers, answers_per_update):
                 chosen = order[first:first + answers_per_update]
@@ -513,7 +515,7 @@ def main():
 
                 # update; where the gradient is not finite it is skipped, decided on the device without waiting for it
                 grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-                optimizers.step(skip=run.skips(grad_norm))
+                optimizers.step(found_inf=run.found_inf(grad_norm))
                 optimizers.zero_grad()
                 updates += 1
                 too_far = kl_stop and run.sum(float(approx_kl))[0] / run.world_size > kl_stop
@@ -526,7 +528,7 @@ def main():
         meter.add(updates=updates)
         step += 1
 
-        if step % max_bad_steps == 0 or step % log_interval == 0:
+        if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
             meter.log(step, step_loss, grad_norm, learning_rate * lr_scale, failed=reward.failed)

@@ -8,7 +8,7 @@ Reward models: from pairs of answers, of which people preferred one, a model lea
     python reward.py --init_from=out/reward --dataset=wordproblems --check=True        can it be trusted? ten checks
     torchrun --standalone --nproc_per_node=2 reward.py config/reward_tiny.py --gradient_accumulation_steps=2
 
-The model is any that this project can read, with a score in place of the words that it would say next, read at the
+The model is any that this project can read, with a scalar score in place of the next token, read at the
 last token of an answer (score_head='last') or from the mean over all (score_head='mean'). Scores are normalised to mean
 0 and variance 1 on held-out answers; the gain and the bias that do so are in the checkpoint.
 
@@ -21,7 +21,7 @@ import random
 import re
 from pathlib import Path
 
-import runtime
+import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
 import numpy as np
 import torch
@@ -45,12 +45,12 @@ from tokenizer import UserError
 out_dir = 'out/reward'  # directory of the run: checkpoints, metrics, samples
 init_from = 'out/sft'  # the model to start from: sample.py's; or 'scratch', 'resume', 'auto' (resume if there is a run)
 base = 'out/sft'  # what 'auto' starts from where there is no run yet; of 'scratch', whose tokenizer and shape it takes
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
-val_fraction = 0.1  # of a single file: the share of its prompts that is held out
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # decides the order of the data, dropout and fresh weights
 # pairs
-max_length = 0  # tokens of the longest text; 0 = the model's block_size. Longer ones lose the beginning of the prompt
-strict = True  # a malformed row ends the run; False: it is left out and counted
+max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. Longer ones lose the start of the prompt
+strict = True  # stop at a malformed row; False: skip and count it
 # loss
 loss_type = 'bt'  # 'bt' (Bradley-Terry), 'margin' (ranking) or 'bt_margin' (Bradley-Terry, less the rows' own margins)
 margin = 1.0  # 'margin': how far apart the scores of a pair shall be; 'bt_margin': factor on the rows' margins
@@ -61,40 +61,41 @@ gradient_accumulation_steps = 1  # micro-batches per step, over all processes to
 max_iters = 500  # steps
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
-learning_rate = 3e-4  # peak of AdamW's
-embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
-muon_lr = 0.02  # peak of Muon's
+learning_rate = 3e-4  # peak learning rate of AdamW
+embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
-weight_decay = 0.0  # on matrices only
-beta1 = 0.9  # AdamW's decay of the mean
-beta2 = 0.99  # AdamW's decay of the variance
-grad_clip = 1.0  # largest norm of the gradient; 0 = off
+weight_decay = 0.0  # applied to matrices only
+beta1 = 0.9  # AdamW: decay rate of the first moment
+beta2 = 0.99  # AdamW: decay rate of the second moment
+grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
 # schedule
 lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
 warmup_iters = 20  # steps of linear warmup
-lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
-min_lr = 0.0  # final learning rate, in proportion for every group
-decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+lr_decay_iters = 0  # step at which the learning rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate; every group decays by the same factor
+decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 100  # steps between evaluations, each with a checkpoint
 eval_rows = 512  # held-out pairs that are scored, the same every time; 0 = all
-eval_only = False  # measure init_from and train nothing
+eval_only = False  # evaluate init_from and exit, without training
 check = False  # put init_from to the checks of a reward model and train nothing
-eval_split = 'val'  # what eval_only and check measure: 'val', 'test' or 'train'
-log_interval = 10  # steps between lines of progress
-keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
-max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
-tensorboard_log = False  # write out_dir/tensorboard
-wandb_log = False  # report to Weights & Biases
-wandb_project = 'flatgpt'  # its project
-wandb_run_name = 'reward'  # its name for this run
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
+log_interval = 10  # steps between lines of the log
+keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
+max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
+tensorboard_log = False  # log to out_dir/tensorboard
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'flatgpt'  # Weights & Biases: project
+wandb_run_name = 'reward'  # Weights & Biases: name of the run
 # machine
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
 compile = False  # torch.compile: slow to start, then faster
-activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
-fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
+# allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1',
     **dict.fromkeys(('max_length', 'margin', 'center_coef', 'eval_rows'), '>= 0'),
@@ -148,7 +149,7 @@ def pair_accuracy(margins):
 
 
 def quantiles(scores):
-    """Mean, standard deviation and quantiles of scores, in words."""
+    """Mean, standard deviation and quantiles of scores, as text."""
     low, *quarters, high = np.quantile(scores, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
     inner = ', '.join(f'{q:.2f}' for q in quarters)
     return f'mean {scores.mean():.2f}, sd {scores.std():.2f}, {low:.2f} to {high:.2f} (5, 25, 50, 75, 95 %: {inner})'
@@ -196,12 +197,12 @@ def evaluate_pairs(net, run, data, chosen_rows):
 
 
 def in_words(metrics):
-    words = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%} '
+    summary = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%} '
              f'({metrics["val/accuracy_low"]:.1%} to {metrics["val/accuracy_high"]:.1%})')
     if 'val/true_accuracy' in metrics:
-        words += (f', of the true labels {metrics["val/true_accuracy"]:.1%} '
+        summary += (f', of the true labels {metrics["val/true_accuracy"]:.1%} '
                   f'({metrics["val/label_noise"]:.1%} of labels are flipped)')
-    return words + f', mean margin {metrics["val/margin"]:.2f}, calibration error {metrics["val/ece"]:.3f}'
+    return summary + f', mean margin {metrics["val/margin"]:.2f}, calibration error {metrics["val/ece"]:.3f}'
 
 
 def tables(chosen, rejected, rows, gain, bias):
@@ -226,7 +227,7 @@ def tables(chosen, rejected, rows, gain, bias):
 # can it be trusted?
 
 def checks(reward, rows, tokenizer):
-    """Sanity checks of a reward model -> [(name, whether it passes or None, figures in words)].
+    """Sanity checks of a reward model -> [(name, whether it passes or None, result as text)].
 
     reward(list of (messages, answer)) gives normalised scores (n,); rows: those of `load_prefs`. What a check compares
     with is the truly better answer of each pair, `flipped` or not.
@@ -302,6 +303,7 @@ def run_checks(net, model, data, tokenizer, length, run):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
+    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
@@ -333,21 +335,21 @@ def main():
         raise UserError(f"{missing}: loss_type='bt_margin' needs a number as 'margin' in every row")
     grades = np.array([float(row.get('margin', 0)) for row in train_data.rows_kept], np.float32)
 
-    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
+    net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
 
-    # where it goes on
+    # resume
     step, pairs_seen, clock = 0, 0, runtime.Clock()
     if resume_from:
         run.resume(start.checkpoint, start.origin, optimizers, config)
         step, pairs_seen = start.checkpoint['iter'], start.checkpoint['pairs']
         clock = runtime.Clock(start.checkpoint['seconds'])
-        start.checkpoint = None  # its memory is free for training
-    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+        start.checkpoint = None  # frees its memory
+    last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
 
-    micro_steps = gradient_accumulation_steps // run.world_size
+    micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     pairs_per_step = gradient_accumulation_steps * batch_size
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
@@ -363,14 +365,14 @@ def main():
         texts = [train_data.example(text) for text in train_data.texts(train_data.rows(first, batch_size))]
         run.warm_up_ddp(net, compute_scores(net, run, texts, length).mean())
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
-    clock.resume()
-    meter.restart(step)
+    clock.start()
+    meter.reset(step)
     stop = 0
     while True:
-        # a checkpoint has the gain and the bias that belong to its weights: so it is evaluated before it stops, too
+        # a checkpoint has the gain and the bias that belong to its weights: so it is last_eval before it stops, too
         stop = run.stop_signal()
-        if step > evaluated and (stop or step % eval_interval == 0 or step == max_iters):
-            clock.pause()
+        if step > last_eval and (stop or step % eval_interval == 0 or step == max_iters):
+            clock.stop()
             chosen, rejected, rows, metrics = evaluate_pairs(net, run, val_data, val_data.fixed(eval_rows))
             # rewards are scores with mean 0 and variance 1 on held-out answers, whatever scale training has found
             mean, std = metrics['reward/mean'], max(metrics['reward/std'], 1e-6)
@@ -381,16 +383,16 @@ def main():
             run.sample(step, tables(chosen, rejected, rows, 1 / std, -mean / std))
             run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()},
                                 optimizers, metrics['val/loss'], keep_checkpoints)
-            evaluated = step
-            clock.resume()
-            meter.restart(step)
+            last_eval = step
+            clock.start()
+            meter.reset(step)
         if stop or step >= max_iters:
             break
 
         # the learning rate of this step
         lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
                                      min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:
+        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
         # forward and backward, over this process's micro-batches
@@ -399,7 +401,7 @@ def main():
             first = pairs_seen + number * batch_size  # a function of the step alone: a resumed run repeats no pair
             pairs = train_data.rows(first, batch_size)
             texts = [train_data.example(text) for text in train_data.texts(pairs)]
-            run.seed_dropout(first)
+            run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
             # both answers of all pairs in one forward pass: the chosen ones, then the rejected ones
             chosen, rejected = compute_scores(net, run, texts, length).chunk(2)
             loss = pair_loss(chosen, rejected, run.to_device(grades[pairs])[0], loss_type, margin, center_coef).mean()
@@ -409,14 +411,15 @@ def main():
             meter.add(sum(len(ids) for ids, _ in texts),
                       **{'train/accuracy': (torch.sign(chosen - rejected).mean().detach() + 1) / 2})
 
-        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
+        # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
         grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.step(found_inf=run.found_inf(grad_norm))
         optimizers.zero_grad()
         step += 1
         pairs_seen += pairs_per_step
 
-        if step % max_bad_steps == 0 or step % log_interval == 0:
+        if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
             meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)

@@ -170,19 +170,19 @@ def load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens,
     return data
 
 
-def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, number=0, at_once=32, **options):
+def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_seed=0, at_once=32, **options):
     """Answers to prompts, lists of ids -> for each a list of num_samples lists of ids, with return_logprobs of
     pairs (ids, their log-probabilities); options of `GPT.generate`.
 
-    A copy of the model that can do nothing else writes them, the fastest there is. The processes share the prompts,
-    at_once at a time; what is sampled depends on the seed, `number` and a prompt's place, not on how many processes
-    there are. Of a prompt that is longer than the model reads the end counts.
+    A merged, packed copy of the model generates, which is fastest. at_once: prompts per batch. The samples depend on
+    the run's seed, sample_seed and the prompt's index, not on the number of processes. A prompt longer than block_size
+    keeps its end.
     """
     with run.unsharded(model):
         dtype = run.decode_dtype(model.num_params())
         writer = model.merged(dtype).to(run.device).eval().pack()
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    seeds = np.random.SeedSequence([run.seed % (1 << 64), number]).generate_state(len(prompts)).tolist()
+    seeds = np.random.SeedSequence([run.seed, sample_seed]).generate_state(len(prompts)).tolist()
     at_once = max(1, min(at_once, -(-len(order) // run.world_size)))
     for first in range(run.rank * at_once, len(order), run.world_size * at_once):
         part = order[first:first + at_once]
@@ -195,18 +195,18 @@ def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, number=
     return [found[i] for i in range(len(prompts))]
 
 
-def generate_rollouts(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, number=0, at_once=64,
+def generate_rollouts(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, sample_seed=0, at_once=64,
                       force=None):
     """num_samples answers to each of these prompts of a PromptData, side by side -> Rollout, the same in every process.
 
-    A prompt that leaves no room for an answer loses its beginning. temperature 0: the likeliest tokens. number: what is
-    sampled is a function of the seed and of this. force: see `GPT.generate`.
+    A prompt that leaves no room for max_new_tokens loses its beginning. temperature 0: greedy. sample_seed: the samples
+    are a function of the run's seed and of this. force: see `GPT.generate`.
     """
     tokenizer, room = data.tokenizer, model.config.block_size - max_new_tokens
     prompts = [data.prompt(i)[-room:] for i in rows]
-    found = generate_answers(model, prompts, run, max_new_tokens, num_samples, number, at_once, return_logprobs=True,
-                             temperature=temperature, stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab,
-                             force=force)
+    found = generate_answers(model, prompts, run, max_new_tokens, num_samples, sample_seed, at_once,
+                             return_logprobs=True, temperature=temperature, stop_ids=tokenizer.turn_ids,
+                             vocab_limit=tokenizer.n_vocab, force=force)
     ids, logprobs = zip(*(pair for of in found for pair in of), strict=True)
     inside = np.arange(max(map(len, ids))) < np.array([len(x) for x in ids])[:, None]
     table = np.full(inside.shape, np.nan)

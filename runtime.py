@@ -645,6 +645,7 @@ class Run:
         self.backward(loss)
         for p in net.parameters():
             p.grad = None
+        net.module.router_stats = None  # of a mixture of experts
 
     def backward(self, loss):
         """loss.backward(), scaled for float16.
@@ -665,7 +666,7 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm
 
-    def skips(self, grad_norm):
+    def found_inf(self, grad_norm):
         """1 where the norm is not finite, else 0, in every process alike, for `Optimizers.step`; counts such updates.
 
         It stays on the device: the host does not wait.
@@ -1181,9 +1182,9 @@ class Meter:
 
     def __init__(self, run, clock, max_iters, flops_per_token):
         self.run, self.clock, self.max_iters, self.flops_per_token = run, clock, max_iters, flops_per_token
-        self.restart(0)
+        self.reset(0)
 
-    def restart(self, step):
+    def reset(self, step):
         """Starts anew: when training begins, after a row and after an evaluation."""
         self.step, self.seconds = step, self.clock.read()
         self.tokens, self.sums, self.counts = 0, {}, {}
@@ -1192,13 +1193,6 @@ class Meter:
         self.tokens += tokens
         for name, value in values.items():
             self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
-
-    @contextlib.contextmanager
-    def paused(self):
-        """What is added inside is not part of any row."""
-        kept, self.sums, self.counts = (self.tokens, self.sums, self.counts), {}, {}
-        yield
-        self.tokens, self.sums, self.counts = kept
 
     def log(self, step, loss, grad_norm, lr, **more):
         """Logs the row of this step, of all processes: their mean loss, what was added and more; the host waits here
@@ -1213,11 +1207,11 @@ class Meter:
         self.run.log_step({'iter': step, 'train/loss': loss / self.run.world_size, 'lr': lr,
                            'grad_norm': grad_norm.item(), **means, **more, 'tok_per_sec': rate, 'seconds': seconds,
                            'flops': rate * self.flops_per_token}, self.max_iters, seconds_left)
-        self.restart(step)
+        self.reset(step)
 
 
 class Clock:
-    """Seconds of training, between resume() and pause(): not of evaluations, samples and saves."""
+    """Seconds of training, between start() and stop(): not of evaluations, samples and saves."""
 
     def __init__(self, seconds=0.0):
         self.seconds, self.started = seconds, None
@@ -1225,8 +1219,8 @@ class Clock:
     def read(self):
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0)
 
-    def pause(self):
+    def stop(self):
         self.seconds, self.started = self.read(), None
 
-    def resume(self):
+    def start(self):
         self.started = time.perf_counter()

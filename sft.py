@@ -20,7 +20,7 @@ import json
 import math
 from pathlib import Path
 
-import runtime
+import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
 import numpy as np
 import torch
@@ -49,17 +49,17 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/sft'  # directory of the run: checkpoints, metrics, samples
-init_from = 'out/tiny'  # the model to start from: sample.py's; or 'resume', or 'auto' (resume where there is a run)
-base = 'out/tiny'  # the model that 'auto' starts from where there is no run yet
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), a path to one, or a .json or .jsonl file
-val_fraction = 0.1  # of a single file: the share of its prompts that is held out
-seed = 1337  # decides the order of the data, dropout, fresh small weights and samples
+init_from = 'out/tiny'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
+base = 'out/tiny'  # init_from='auto': the model to start from if out_dir has no run yet
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
+seed = 1337  # of the order of the data, dropout, new weights and samples
 # rows
-max_length = 0  # tokens of the longest row; 0 = the model's block_size
-too_long = 'drop'  # rows that are longer: 'drop' them, or cut tokens at their 'left' or 'right' end
-strict = True  # a malformed row ends the run; False: it is left out and counted
+max_length = 0  # maximum tokens per row; 0 = the model's block_size
+too_long = 'drop'  # rows longer than max_length: 'drop', or truncate on the 'left' or 'right'
+strict = True  # stop at a malformed row; False: skip and count it
 train_on_prompt = False  # learn what the user says, too
-pack = True  # several conversations in a row of max_length, none of which sees another; False: a row each, padded
+pack = True  # concatenate conversations up to max_length, attention masked between them; False: one per row, padded
 curriculum = 'none'  # easy rows first, by their 'length', 'steps', or the 'loss' of the model that training starts from
 curriculum_iters = 0  # the steps over which the harder rows come in; 0 = half of max_iters
 curriculum_start = 0.2  # the share of rows, the easiest, that it begins with
@@ -69,48 +69,48 @@ gradient_accumulation_steps = 1  # micro-batches per step, over all processes to
 max_iters = 500  # steps
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
-learning_rate = 3e-4  # peak of AdamW's
-embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
-muon_lr = 0.02  # peak of Muon's
+learning_rate = 3e-4  # peak learning rate of AdamW
+embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
-weight_decay = 0.0  # on matrices only
-beta1 = 0.9  # AdamW's decay of the mean
-beta2 = 0.99  # AdamW's decay of the variance
-grad_clip = 1.0  # largest norm of the gradient; 0 = off
+weight_decay = 0.0  # applied to matrices only
+beta1 = 0.9  # AdamW: decay rate of the first moment
+beta2 = 0.99  # AdamW: decay rate of the second moment
+grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
 # schedule
 lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
 warmup_iters = 20  # steps of linear warmup
-lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
-min_lr = 0.0  # final learning rate, in proportion for every group
-decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+lr_decay_iters = 0  # step at which the learning rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate; every group decays by the same factor
+decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out rows whose loss is taken, and whose prompts are answered, the same every time; 0 = all
-eval_only = False  # measure init_from and train nothing
-eval_split = 'val'  # what eval_only measures: 'val', 'test' or 'train'
+eval_only = False  # evaluate init_from and exit, without training
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
 eval_samples = 0  # of eval_only: k answers per prompt at eval_temperature, for pass@k and maj@k; 0 = one, greedy
 eval_temperature = 0.8  # of those
 reward_model = ''  # of eval_samples: a run of reward.py, for best@k
 eval_file = ''  # of eval_only: a file for every prompt, answer and grade, as JSON lines
-max_new_tokens = 128  # longest answer
-tools = False  # in answers, the calculator answers <tool>…</tool>
-max_think_tokens = 0  # in answers, tokens after which <think> is closed; 0 = whenever it likes
-show_answers = 3  # answers shown at an evaluation
-log_interval = 10  # steps between lines of progress
-keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
-max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
-tensorboard_log = False  # write out_dir/tensorboard
-wandb_log = False  # report to Weights & Biases
-wandb_project = 'flatgpt'  # its project
-wandb_run_name = 'sft'  # its name for this run
+max_new_tokens = 128  # maximum length of an answer, in tokens
+tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
+max_think_tokens = 0  # close <think> after this many tokens; 0 = no limit
+show_answers = 3  # answers printed at each evaluation
+log_interval = 10  # steps between lines of the log
+keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
+max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
+tensorboard_log = False  # log to out_dir/tensorboard
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'flatgpt'  # Weights & Biases: project
+wandb_run_name = 'sft'  # Weights & Biases: name of the run
 # machine
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
 compile = False  # torch.compile: slow to start, then faster
-activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
-fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
-
+# allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1', 'curriculum_start': '> 0 and <= 1', 'max_new_tokens': '>= 1',
     **dict.fromkeys(('max_length', 'curriculum_iters', 'eval_rows', 'eval_samples', 'eval_temperature',
@@ -192,11 +192,11 @@ def samples_at_k(rows, answers, scorer, num_samples):
                   'maj': [maj_at_k(vote, hits, k) for vote, hits in zip(votes, correct, strict=True)]}
         if scores:
             shares['best'] = [best_at_k(score, hits, k) for score, hits in zip(scores, correct, strict=True)]
-        words = []
+        parts = []
         for name, values in shares.items():
             low, high = interval(values)
-            words.append(f'{name}@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
-        lines.append(', '.join(words))
+            parts.append(f'{name}@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
+        lines.append(', '.join(parts))
     return lines
 
 
@@ -208,8 +208,8 @@ def evaluate_only(model, net, data, run, scorer, force):
     run.print0(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
                + in_words(means, ranges))
     for key in ('steps', 'kind'):
-        if words := by_value(rows, marks, key):
-            run.print0(f'correct by {key}: {words}')
+        if accuracies := by_value(rows, marks, key):
+            run.print0(f'correct by {key}: {accuracies}')
     if eval_samples and 'correct' in means:
         for line in samples_at_k(rows, answers, scorer, eval_samples):
             run.print0(line)
@@ -223,6 +223,7 @@ def evaluate_only(model, net, data, run, scorer, force):
 
 
 def main():
+    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
     if reward_model and not (eval_only and eval_samples):
@@ -248,19 +249,19 @@ def main():
     train_data, val_data = (load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train_on_prompt,
                                            pack and split == 'train', strict, val_fraction)
                             for split in ('train', 'val'))
-    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
+    net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
 
-    # where it goes on
+    # resume
     step, items_seen, difficulty, clock = 0, 0, None, runtime.Clock()
     if resume_from:
         run.resume(start.checkpoint, start.origin, optimizers, config)
         step, items_seen = start.checkpoint['iter'], start.checkpoint['rows']
         difficulty, clock = start.checkpoint['difficulty'], runtime.Clock(start.checkpoint['seconds'])
-        start.checkpoint = None  # its memory is free for training
-    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+        start.checkpoint = None  # frees its memory
+    last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
 
     # the order of the rows; an item of a batch is a row, or when packed a row of max_length with several rows in it
     items_per_step = gradient_accumulation_steps * batch_size
@@ -271,7 +272,7 @@ def main():
         paced_items = (curriculum_iters or max_iters // 2) * items_per_step
         train_data.set_curriculum(difficulty.numpy(), int(paced_items * rows_per_item), curriculum_start)
 
-    micro_steps = gradient_accumulation_steps // run.world_size
+    micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * items_per_step * rows_per_item / train_data.n_rows
@@ -287,38 +288,38 @@ def main():
         with run.autocast(length):
             run.warm_up_ddp(net, net(**tensors_of(run, train_data.batch(first, batch_size))))
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
-    clock.resume()
-    meter.restart(step)
+    clock.start()
+    meter.reset(step)
     while True:
-        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
-        score = math.inf
+        evaluating = step > last_eval and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
-            clock.pause()
+            clock.stop()
             score, rows, answers, marks = evaluate(net, model, val_data, run, eval_rows, max_new_tokens, force=force)
             means, ranges = summarise(marks)
             run.log({'iter': step, 'val/loss': score, 'val/ppl': math.exp(min(score, 99)), 'seconds': clock.read()}
                     | as_metrics(means, ranges))
             run.print0(f'step {step}: val loss {score:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of '
                        'training')
-            if words := by_value(rows, marks, 'steps'):
-                run.print0(f'correct by steps: {words}')
+            if accuracies := by_value(rows, marks, 'steps'):
+                run.print0(f'correct by steps: {accuracies}')
             first_answers = [texts[0] for texts in answers]
             run.sample(step, '\n'.join(map(shown, rows[:show_answers], first_answers, marks)))
-            evaluated = step
+            last_eval = step
         stop = run.stop_signal()
-        if evaluating or stop and step > evaluated:
-            clock.pause()
+        if evaluating or (stop and step > last_eval):
+            clock.stop()
             run.save_checkpoint(start.model_state() | {'iter': step, 'rows': items_seen, 'seconds': clock.read(),
                                                        'difficulty': difficulty}, optimizers, score, keep_checkpoints)
-            clock.resume()
-            meter.restart(step)
+            clock.start()
+            meter.reset(step)
         if stop or step >= max_iters:
             break
 
         # the learning rate of this step
         lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
                                      min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:
+        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
         # forward and backward, over this process's micro-batches
@@ -327,7 +328,7 @@ def main():
         for number in run.micro_batches(net, gradient_accumulation_steps):
             first = items_seen + number * batch_size  # which rows depends on the step alone: a resumed run repeats none
             arrays = train_data.batch(first, batch_size)
-            run.seed_dropout(first)
+            run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
             with run.autocast(arrays[0].shape[1]):
                 loss = net(**tensors_of(run, arrays))
             # answers differ in length: a micro-batch with more targets weighs more, so that the step's loss is the mean
@@ -338,14 +339,17 @@ def main():
             step_loss += loss.detach()
             meter.add(real_tokens(arrays[1], *arrays[3:]))
 
-        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
+        # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
         grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.step(found_inf=run.found_inf(grad_norm))
         optimizers.zero_grad()
+        if model.sparse and not start.frozen:  # as in pretraining: a bias for experts with too little load
+            model.balance(run.all_reduce(model.routed())[:, :-1])
         step += 1
         items_seen += items_per_step
 
-        if step % max_bad_steps == 0 or step % log_interval == 0:
+        if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
             meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)

@@ -2777,7 +2777,7 @@ def test_2_4_the_gradient_is_clipped_to_its_norm():
         layer.weight.grad = torch.tensor([[3.0, -4.0]])
         optimizers = model_file.Optimizers([torch.optim.SGD(layer.parameters(), lr=1.0)])
         norm = run.clip_grad_norm(layer, optimizers, clip)
-        optimizers.step(skip=run.skips(norm))
+        optimizers.step(found_inf=run.found_inf(norm))
         assert norm.item() == 5  # as it was before
         assert (before - layer.weight).norm().item() == pytest.approx(moved, rel=1e-4)
 
@@ -6644,7 +6644,7 @@ def test_8_1_reading_an_answer_again_gives_what_the_sampler_recorded(options, te
     """Ragged prompts and answers: the sampler with and without a cache, the training forward, and each text alone."""
     model = learned(tiny(block_size=96, vocab_size=264, **options)).train()
     data, run = prompts_of('Hi', 'What is 1 and 2 and 3?', 'Yes or no?'), lone()
-    answers = rollout.generate_rollouts(model, data, np.array([2, 0, 1, 0]), run, 24, 3, temperature, number=4)
+    answers = rollout.generate_rollouts(model, data, np.array([2, 0, 1, 0]), run, 24, 3, temperature, sample_seed=4)
     assert answers.rows.tolist() == [2] * 3 + [0] * 3 + [1] * 3 + [0] * 3 and len(answers) == 12
     assert len(set(answers.lengths)) > 4 and 0 < answers.ended.sum() < 12 and answers.lengths.max() == 24
     assert answers.ids[3:6] != answers.ids[9:12]  # a prompt that comes twice has answers of its own
@@ -6805,7 +6805,7 @@ def test_8_1_forced_tokens_teach_nothing():
 
     def force(new):
         return [65, 66, 67] if len(new) == 4 else [68] if len(new) == 9 else []
-    answers = rollout.generate_rollouts(model, data, np.array([0, 1]), run, 12, number=1, force=force)
+    answers = rollout.generate_rollouts(model, data, np.array([0, 1]), run, 12, sample_seed=1, force=force)
     at = [4, 5, 6, 9]
     assert all(ids[4:7] == [65, 66, 67] and ids[9] == 68 for ids in answers.ids)
     assert [(~row).nonzero()[0].tolist() for row in answers.response_mask] == [at] * 2

@@ -14,7 +14,7 @@ Muon (arXiv:2502.16982).
 import math
 from dataclasses import asdict
 
-import runtime
+import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
 import torch
 
@@ -25,50 +25,50 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/train'  # directory of the run: checkpoints, metrics, samples
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a run), or a model to go on from: sample.py
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a run), or a model as sample.py takes it
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), or a path to a prepared folder
-seed = 1337  # decides initial weights, order of the data, dropout and samples
+seed = 1337  # of initial weights, order of the data, dropout and samples
 # batches
 batch_size = 12  # windows, or pairs, per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
 max_iters = 2000  # steps
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
-learning_rate = 6e-4  # peak of AdamW's
-embed_lr = 0.0  # peak for the token embedding; 0 = learning_rate
-muon_lr = 0.02  # peak of Muon's
+learning_rate = 6e-4  # peak learning rate of AdamW
+embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
+muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
-weight_decay = 0.1  # on matrices only
-beta1 = 0.9  # AdamW's decay of the mean
-beta2 = 0.95  # AdamW's decay of the variance
-grad_clip = 1.0  # largest norm of the gradient; 0 = off
+weight_decay = 0.1  # applied to matrices only
+beta1 = 0.9  # AdamW: decay rate of the first moment
+beta2 = 0.95  # AdamW: decay rate of the second moment
+grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
 # schedule
 lr_schedule = 'cosine'  # after the warmup: 'cosine', 'linear', 'wsd' (constant, then linear) or 'constant'
 warmup_iters = 100  # steps of linear warmup
-lr_decay_iters = 0  # the step at which the rate reaches min_lr; 0 = max_iters
-min_lr = 0.0  # final learning rate, in proportion for every group
-decay_frac = 0.5  # 'wsd': the last part of lr_decay_iters that decays
+lr_decay_iters = 0  # step at which the learning rate reaches min_lr; 0 = max_iters
+min_lr = 0.0  # final learning rate; every group decays by the same factor
+decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 250  # steps between evaluations, each with a sample and a checkpoint
 eval_iters = 20  # batches per evaluation and split, the same ones every time; 0 = as many as the held-out split has
 eval_pairs = 256  # of pairs: held-out sources to answer greedily for val/exact, the same ones every time; 0 = all
-log_interval = 10  # steps between lines of progress
-keep_checkpoints = 2  # ckpt.pt and the versions before it: ckpt.1.pt …
-max_bad_steps = 10  # give up after so many updates in a row with a loss or gradient that is not finite
+log_interval = 10  # steps between lines of the log
+keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
+max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
 sample_start = '\n'  # text that the live sample continues; of pairs it answers the first held-out source
 sample_tokens = 100  # length of the live sample; 0 = none
-tensorboard_log = False  # write out_dir/tensorboard
-wandb_log = False  # report to Weights & Biases
-wandb_project = 'flatgpt'  # its project
-wandb_run_name = 'train'  # its name for this run
+tensorboard_log = False  # log to out_dir/tensorboard
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'flatgpt'  # Weights & Biases: project
+wandb_run_name = 'train'  # Weights & Biases: name of the run
 # machine
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
 compile = False  # torch.compile: slow to start, then faster
-activation_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
-fsdp = False  # under torchrun: shard parameters, gradients and moments over the processes instead of copying them
+activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
-
+# allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens'), '>= 0')
 
 
@@ -156,6 +156,7 @@ def check_checkpoint(state, origin, model_args, tokenizer, folder):
 
 
 def main():
+    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
     for key in ('lora_rank', 'quant', 'score_head'):
@@ -163,8 +164,6 @@ def main():
             raise UserError(f'{key}={given[key]!r}: pretraining trains all weights of a language model: drop --{key}')
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
-    if compile and given.get('n_expert') and run.dtype == 'float32':
-        raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
 
     # what it starts from
     resume_from = run.find_checkpoint(init_from)
@@ -180,6 +179,8 @@ def main():
     model_args = (state['model_args'] if state else {}) | given
     with runtime.user_errors():
         model_config = GPTConfig(**model_args)  # a mistake is found before anything is fetched
+    if compile and model_config.n_expert and run.dtype == 'float32':
+        raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
     block_size = model_config.block_size
     folder, train_data, val_data = load_data(run, dataset, block_size, model_config.n_encoder_layer, seed)
     tokenizer = train_data.tokenizer
@@ -200,22 +201,22 @@ def main():
         check_checkpoint(state, origin, model_args, tokenizer, folder)
     with runtime.user_errors(origin):
         model = GPT.from_state(state, **model_args) if state else GPT(GPTConfig(**model_args))
-    net = run.wrap(model, compile, activation_checkpointing)  # model with DDP, FSDP or compiled code around it
+    net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
 
-    # where it goes on
+    # resume
     step, tokens_seen, rows_seen, clock = 0, 0, 0, runtime.Clock()
     if resume_from:
         run.resume(state, origin, optimizers, config)
         step, tokens_seen, clock = state['iter'], state['tokens'], runtime.Clock(state['seconds'])
         rows_seen = state.get('rows', tokens_seen // block_size)
-    evaluated = step if resume_from else -1  # the step after which it was evaluated last
+    last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
     origin = f'{origin}, step {state["iter"]:,}' if state else 'scratch'
-    state = None  # its memory is free for training
+    state = None  # frees its memory
 
-    micro_steps = gradient_accumulation_steps // run.world_size
+    micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     rows_per_step = gradient_accumulation_steps * batch_size
     tokens_per_step = round(rows_per_step * train_data.row_tokens)  # of pairs the targets, in the mean
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
@@ -231,50 +232,49 @@ def main():
         with run.autocast(block_size):
             first_batch = tensors_of(run, train_data.batch(rows_seen + run.rank * batch_size, batch_size))
             run.warm_up_ddp(net, net(**first_batch))
-        model.router_stats = None
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(round(train_data.row_tokens)))
     routed, tokens_routed = None, 0
-    clock.resume()
-    meter.restart(step)
+    clock.start()
+    meter.reset(step)
     while True:
-        evaluating = step > evaluated and (step % eval_interval == 0 or step == max_iters)
-        score = math.inf
+        evaluating = step > last_eval and (step % eval_interval == 0 or step == max_iters)
+        score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
-            clock.pause()
+            clock.stop()
             windows = eval_iters * batch_size or len(val_data.fixed(0))
             train_loss, _ = evaluate(net, train_data, windows, run, token_bytes, batch_size)
             score, bits_per_byte = evaluate(net, val_data, windows, run, token_bytes, batch_size)
             metrics = {'iter': step, 'train/eval_loss': train_loss, 'val/loss': score,
                        'val/ppl': math.exp(min(score, 99)), 'val/bpb': bits_per_byte, 'seconds': clock.read()}
-            words = (f'step {step}: train loss {train_loss:.4f}, val loss {score:.4f}, perplexity '
-                     f'{metrics["val/ppl"]:.2f}, {bits_per_byte:.4f} bits per byte, {clock.read():.1f} s of training')
+            summary = (f'step {step}: train loss {train_loss:.4f}, val loss {score:.4f}, perplexity '
+                       f'{metrics["val/ppl"]:.2f}, {bits_per_byte:.4f} bits per byte, {clock.read():.1f} s of training')
             if pairs:
                 metrics['val/exact'] = exact_match(model, val_data, eval_pairs, run, batch_size)
-                words += f', {metrics["val/exact"]:.1%} exact'
+                summary += f', {metrics["val/exact"]:.1%} exact'
             run.log(metrics)
-            run.print0(words)
+            run.print0(summary)
             if sample_tokens:
                 with run.unsharded(model):
                     new_ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
                                              seed=seed, vocab_limit=tokenizer.n_vocab, sources=sources)[0]
                 start_text = f'{tokenizer.decode(sources[0])} -> ' if pairs else sample_start
                 run.sample(step, start_text + tokenizer.decode([t for t in new_ids if t != tokenizer.eot]))
-            evaluated = step
+            last_eval = step
         stop = run.stop_signal()
-        if evaluating or stop and step > evaluated:
-            clock.pause()
+        if evaluating or (stop and step > last_eval):
+            clock.stop()
             checkpoint = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
                           'iter': step, 'tokens': tokens_seen, 'rows': rows_seen, 'seconds': clock.read()}
             run.save_checkpoint(checkpoint, optimizers, score, keep_checkpoints)
-            clock.resume()
-            meter.restart(step)
+            clock.start()
+            meter.reset(step)
         if stop or step >= max_iters:
             break
 
         # the learning rate of this step
         lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
                                      min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:
+        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
         # forward and backward, over this process's micro-batches
@@ -283,7 +283,7 @@ def main():
         for number in run.micro_batches(net, gradient_accumulation_steps):
             first = rows_seen + number * batch_size  # which rows depends on the step alone: a resumed run repeats none
             arrays = train_data.batch(first, batch_size)
-            run.seed_dropout(first)
+            run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
             with run.autocast(block_size):
                 loss = net(**tensors_of(run, arrays))
             # a micro-batch with more targets weighs more, so that the step's loss is the mean over all its tokens
@@ -294,11 +294,12 @@ def main():
             meter.add(int((arrays[1] != -100).sum()))
             tokens_routed += arrays[0].size
 
-        # update; where the gradient is not finite it is skipped, which is decided on the device without waiting for it
+        # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
+        # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
         grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-        optimizers.step(skip=run.skips(grad_norm))
+        optimizers.step(found_inf=run.found_inf(grad_norm))
         optimizers.zero_grad()
-        if model.sparse:  # steer the router towards equal loads without a loss of its own (arXiv:2408.15664)
+        if model.sparse:  # experts with too little load get a higher bias, without an auxiliary loss (arXiv:2408.15664)
             stats = run.all_reduce(model.routed())
             model.balance(stats[:, :-1])
             routed = stats.double() if routed is None else routed + stats
@@ -306,7 +307,7 @@ def main():
         tokens_seen += tokens_per_step
         rows_seen += rows_per_step
 
-        if step % max_bad_steps == 0 or step % log_interval == 0:
+        if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
             more = {}
