@@ -913,8 +913,8 @@ def check_same_model(config, args, origin):
     for field in dataclasses.fields(config):
         key, value = field.name, getattr(config, field.name)
         if args.get(key, field.default) != value and 'dropout' not in key:
-            raise UserError(f'{origin} was trained with {key}={args.get(key)}, not {value}: drop --{key}, or start a '
-                            'new run')
+            raise UserError(f'{origin} was trained with {key}={args.get(key, field.default)}, not {value}: drop '
+                            f'--{key}, or start a new run')
 
 
 def load_to_train(stage, init_from, resume_from, given, seed, new=None):

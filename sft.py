@@ -1,5 +1,5 @@
 """
-Supervised fine-tuning: a model that continues text learns to answer, from chats in which only the answers count.
+Supervised fine-tuning: a pretrained model learns to answer chats; only the assistant's tokens are trained on.
 
     python sft.py config/sft_tiny.py                             word problems, from the model of config/tiny.py
     python sft.py config/sft_smollm2.py --dataset=data/mine      SmolLM2-135M learns your chats with LoRA
@@ -9,8 +9,8 @@ Supervised fine-tuning: a model that continues text learns to answer, from chats
     python sft.py --init_from=out/sft --dataset=wordproblems --eval_only=True --eval_split=test --eval_samples=4
     torchrun --standalone --nproc_per_node=2 sft.py config/sft_tiny.py --gradient_accumulation_steps=2
 
-Without lora_rank or adapter_dim all weights learn; with them those small ones alone do and are saved, to be loaded over
-the model that they belong to.
+Without lora_rank or adapter_dim all weights are trained. With them only LoRA or adapter weights are trained and saved;
+they are loaded on top of the base model.
 
 Papers: InstructGPT (arXiv:2203.02155), LoRA (arXiv:2106.09685), QLoRA (arXiv:2305.14314), adapters (arXiv:1902.00751),
 competence-based curricula (arXiv:1903.09848), pass@k (arXiv:2107.03374), maj@k (arXiv:2203.11171), the best of k by a
@@ -19,6 +19,7 @@ reward model (arXiv:2009.01325), a calculator (arXiv:2110.14168).
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
@@ -58,11 +59,11 @@ seed = 1337  # of the order of the data, dropout, new weights and samples
 max_length = 0  # maximum tokens per row; 0 = the model's block_size
 too_long = 'drop'  # rows longer than max_length: 'drop', or truncate on the 'left' or 'right'
 strict = True  # stop at a malformed row; False: skip and count it
-train_on_prompt = False  # learn what the user says, too
+train_on_prompt = False  # also train on the user's tokens
 pack = True  # concatenate conversations up to max_length, attention masked between them; False: one per row, padded
-curriculum = 'none'  # easy rows first, by their 'length', 'steps', or the 'loss' of the model that training starts from
-curriculum_iters = 0  # the steps over which the harder rows come in; 0 = half of max_iters
-curriculum_start = 0.2  # the share of rows, the easiest, that it begins with
+curriculum = 'none'  # order by difficulty, easy first: 'length', 'steps', or 'loss' under the initial model
+curriculum_iters = 0  # steps until all rows are in use; 0 = half of max_iters
+curriculum_start = 0.2  # fraction of the rows, the easiest, in use at the first step
 # batches
 batch_size = 8  # rows (packed: of max_length) per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
@@ -85,13 +86,13 @@ min_lr = 0.0  # final learning rate; every group decays by the same factor
 decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
-eval_rows = 256  # held-out rows whose loss is taken, and whose prompts are answered, the same every time; 0 = all
+eval_rows = 256  # held-out rows for the loss and for generated answers, always the same; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
 eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
-eval_samples = 0  # of eval_only: k answers per prompt at eval_temperature, for pass@k and maj@k; 0 = one, greedy
-eval_temperature = 0.8  # of those
-reward_model = ''  # of eval_samples: a run of reward.py, for best@k
-eval_file = ''  # of eval_only: a file for every prompt, answer and grade, as JSON lines
+eval_samples = 0  # eval_only: answers sampled per prompt, for pass@k and maj@k; 0 = one greedy answer
+eval_temperature = 0.8  # eval_only: sampling temperature with eval_samples
+reward_model = ''  # eval_only: directory of a reward.py run, for best@k with eval_samples
+eval_file = ''  # eval_only: file to write every prompt, answer and grade to, as JSON lines
 max_new_tokens = 128  # maximum length of an answer, in tokens
 tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
 max_think_tokens = 0  # close <think> after this many tokens; 0 = no limit
@@ -120,9 +121,9 @@ RANGES = runtime.RANGES | {
 
 
 def tensors_of(run, arrays):
-    """NumPy arrays (idx, targets), of packed rows also (positions, segments) -> {name: tensor on the device}.
+    """NumPy arrays (idx, targets), for packed rows also (positions, segments) -> keyword arguments of the model.
 
-    targets are -100 where nothing is learnt: in prompts and padding.
+    targets are -100 on what is not trained on: prompts and padding.
     """
     names = ('idx', 'targets', 'positions', 'segments')[:len(arrays)]
     return dict(zip(names, run.to_device(*arrays), strict=True))
@@ -130,7 +131,7 @@ def tensors_of(run, arrays):
 
 @torch.no_grad()
 def row_losses(model, data, rows, run):
-    """The summed loss of each of these rows, in nats, and how many targets it has: two float64 arrays."""
+    """The summed loss of each of these rows, in nats, and its number of targets: two float64 arrays (n,)."""
     def work(part):
         arrays = data.read(np.asarray(rows)[part])
         with run.autocast(arrays[0].shape[1]):
@@ -142,8 +143,15 @@ def row_losses(model, data, rows, run):
     return nats, counts
 
 
+class Evaluation(NamedTuple):
+    loss: float  # nats per target
+    rows: list  # held-out rows
+    answers: list  # of each row: texts, num_samples or one
+    grades: list  # of each row: {name: grade} of its first answer
+
+
 def evaluate(net, model, data, run, n_rows, max_new_tokens, num_samples=0, temperature=0.0, force=None):
-    """Loss on held-out rows, and answers to their prompts -> (nats per target, rows, answers, grades of the first)."""
+    """Loss on held-out rows, and answers to their prompts; num_samples=0: one greedy answer to each."""
     chosen = data.fixed(n_rows)
     nats, counts = row_losses(net, data, chosen, run)
     ids = generate_answers(model, [data.prompt(i) for i in chosen], run, max_new_tokens, num_samples or 1,
@@ -151,12 +159,12 @@ def evaluate(net, model, data, run, n_rows, max_new_tokens, num_samples=0, tempe
                            vocab_limit=data.tokenizer.n_vocab, force=force)
     rows = [data.rows_kept[i] for i in chosen]
     answers = [[data.text(answer) for answer in samples] for samples in ids]
-    marks = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
-    return float(nats.sum() / counts.sum()), rows, answers, marks
+    first_grades = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
+    return Evaluation(float(nats.sum() / counts.sum()), rows, answers, first_grades)
 
 
 def load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train_on_prompt, pack, strict, val_fraction):
-    """A split of a dataset as ChatData; says what was left out."""
+    """Loads a split of a dataset as ChatData; prints how many rows were dropped and why."""
     rows, skipped = load_chats(dataset, split, strict, val_fraction)
     data = ChatData(rows, tokenizer, length, seed, too_long, train_on_prompt, pack)
     if lost := data.left_out(skipped):
@@ -165,7 +173,10 @@ def load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train
 
 
 def difficulty_of(curriculum, net, data, run):
-    """How hard each row is: its 'length', its 'steps', or its 'loss' under the model as it is -> float64 (n_rows,)."""
+    """Difficulty of each row: its 'length', its 'steps', or its 'loss' under the current model -> float64 (n_rows,).
+
+    A tensor, because it is saved in the checkpoint.
+    """
     if curriculum == 'length':
         return torch.from_numpy(data.lengths.astype(float))
     if curriculum == 'steps':
@@ -178,7 +189,7 @@ def difficulty_of(curriculum, net, data, run):
 
 
 def samples_at_k(rows, answers, scorer, num_samples):
-    """What k of num_samples answers are worth, k = 1, 2, 4 …: pass@k, maj@k and, with a scorer, best@k, a line each."""
+    """Lines of pass@k, maj@k and, with a scorer, best@k for k = 1, 2, 4 … num_samples, with 95 % intervals."""
     graded = [(row, texts) for row, texts in zip(rows, answers, strict=True) if 'answer' in row]
     correct = [[int(grades(row, text)['correct']) for text in texts] for row, texts in graded]
     votes = [[vote_of(row, text) for text in texts] for row, texts in graded]
@@ -187,7 +198,7 @@ def samples_at_k(rows, answers, scorer, num_samples):
         scores = scorer([(row['messages'][:-1], text) for row, texts in graded for text in texts])
         scores = scores.reshape(-1, num_samples).tolist()
     lines = []
-    for k in [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < num_samples] + [num_samples]:
+    for k in [2 ** i for i in range(8) if 2 ** i < num_samples] + [num_samples]:
         shares = {'pass': [pass_at_k(num_samples, sum(hits), k) for hits in correct],
                   'maj': [maj_at_k(vote, hits, k) for vote, hits in zip(votes, correct, strict=True)]}
         if scores:
@@ -201,20 +212,20 @@ def samples_at_k(rows, answers, scorer, num_samples):
 
 
 def evaluate_only(model, net, data, run, scorer, force):
-    """What eval_only prints of a model and writes to eval_file."""
-    loss, rows, answers, marks = evaluate(net, model, data, run, eval_rows, max_new_tokens, eval_samples,
-                                          eval_temperature, force)
-    means, ranges = summarise(marks)
+    """Evaluates without training: prints metrics and answers, and writes eval_file."""
+    loss, rows, answers, first_grades = evaluate(net, model, data, run, eval_rows, max_new_tokens, eval_samples,
+                                                 eval_temperature, force)
+    means, ranges = summarise(first_grades)
     run.print0(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
                + in_words(means, ranges))
     for key in ('steps', 'kind'):
-        if accuracies := by_value(rows, marks, key):
+        if accuracies := by_value(rows, first_grades, key):
             run.print0(f'correct by {key}: {accuracies}')
     if eval_samples and 'correct' in means:
         for line in samples_at_k(rows, answers, scorer, eval_samples):
             run.print0(line)
-    for row, texts, mark in list(zip(rows, answers, marks, strict=True))[:show_answers]:
-        run.print0(shown(row, texts[0], mark))
+    for row, texts, grade in list(zip(rows, answers, first_grades, strict=True))[:show_answers]:
+        run.print0(shown(row, texts[0], grade))
     if eval_file and run.main:
         lines = [json.dumps({key: row[key] for key in row if key != 'where'} | {'text': text, **grades(row, text)},
                             ensure_ascii=False)
@@ -231,12 +242,12 @@ def main():
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
 
-    # model
+    # model: start also has where it is from and, if the run is resumed, the rest of its checkpoint
     resume_from = run.find_checkpoint(init_from)
     start = load_to_train('sft', base if init_from == 'auto' else init_from, resume_from, given, seed)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
-    force = forcing(tokenizer, tools, max_think_tokens)
+    force = forcing(tokenizer, tools, max_think_tokens)  # inserts calculator results and </think> while generating
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
@@ -245,7 +256,7 @@ def main():
                               strict, val_fraction)
         return evaluate_only(model, run.wrap(model, compile), data, run, scorer, force)
 
-    # data: training rows may be packed, held-out rows stand alone, each with its own loss
+    # data: training rows may be packed; held-out rows are not, so that each has a loss of its own
     train_data, val_data = (load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train_on_prompt,
                                            pack and split == 'train', strict, val_fraction)
                             for split in ('train', 'val'))
@@ -278,10 +289,12 @@ def main():
     epochs = max_iters * items_per_step * rows_per_item / train_data.n_rows
     packed = f' of {length} tokens, packed' if pack else ''
     run.print0(
-        f'{dataset}: {train_data.n_rows:,} rows to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+        f'{dataset}: {train_data.n_rows:,} training rows, {val_data.n_rows:,} held out ({tokenizer.name})\n'
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
         f'{max_iters:,} steps of {items_per_step} rows{packed}: {epochs:.2f} epochs')
 
+    # DDP fixes the order in which it sums gradients in its first backward pass. One whose gradients are dropped makes
+    # that order the same in a resumed run as in one that was never stopped
     if run.ddp:
         first = items_seen + run.rank * batch_size
         run.seed_dropout(first)
@@ -295,16 +308,17 @@ def main():
         score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
             clock.stop()
-            score, rows, answers, marks = evaluate(net, model, val_data, run, eval_rows, max_new_tokens, force=force)
-            means, ranges = summarise(marks)
+            score, rows, answers, first_grades = evaluate(net, model, val_data, run, eval_rows, max_new_tokens,
+                                                          force=force)
+            means, ranges = summarise(first_grades)
             run.log({'iter': step, 'val/loss': score, 'val/ppl': math.exp(min(score, 99)), 'seconds': clock.read()}
                     | as_metrics(means, ranges))
             run.print0(f'step {step}: val loss {score:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of '
                        'training')
-            if accuracies := by_value(rows, marks, 'steps'):
+            if accuracies := by_value(rows, first_grades, 'steps'):
                 run.print0(f'correct by steps: {accuracies}')
             first_answers = [texts[0] for texts in answers]
-            run.sample(step, '\n'.join(map(shown, rows[:show_answers], first_answers, marks)))
+            run.sample(step, '\n'.join(map(shown, rows[:show_answers], first_answers, first_grades)))
             last_eval = step
         stop = run.stop_signal()
         if evaluating or (stop and step > last_eval):
@@ -322,22 +336,22 @@ def main():
         for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
-        # forward and backward, over this process's micro-batches
+        # forward and backward, over this process's micro-batches; number counts those of all processes
         step_loss = 0.0
         n_targets = train_data.n_targets(items_seen, items_per_step)
         for number in run.micro_batches(net, gradient_accumulation_steps):
-            first = items_seen + number * batch_size  # which rows depends on the step alone: a resumed run repeats none
+            first = items_seen + number * batch_size  # a function of the step: a resumed run takes the next rows
             arrays = train_data.batch(first, batch_size)
             run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
             with run.autocast(arrays[0].shape[1]):
                 loss = net(**tensors_of(run, arrays))
-            # answers differ in length: a micro-batch with more targets weighs more, so that the step's loss is the mean
-            # over all its tokens, whatever micro-batches it is cut into
+            # answers differ in length: weighted by this micro-batch's part of the step's targets, so that the step's
+            # loss is the mean over all of them; divided by micro_steps, because DDP and FSDP average over processes
             loss = loss * (train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps))
             loss = loss / micro_steps
             run.backward(loss)
             step_loss += loss.detach()
-            meter.add(real_tokens(arrays[1], *arrays[3:]))
+            meter.add(tokens=real_tokens(arrays[1], *arrays[3:]))
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
         # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
@@ -356,7 +370,7 @@ def main():
 
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
     run.print0(f'done: best validation loss {run.best:.4f}; talk to it: '
-               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
+               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" if tools else ""}')
 
 
 if __name__ == '__main__':

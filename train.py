@@ -3,7 +3,7 @@ Pretraining: a language model learns real text by predicting the next token.
 
     python train.py config/tiny.py                               two minutes on two cores, Shakespeare
     python train.py config/tiny.py --n_layer=6 --max_iters=3000  any knob below, or any field of GPTConfig
-    python train.py config/tiny.py --init_from=resume            goes on from out_dir/ckpt.pt
+    python train.py config/tiny.py --init_from=resume            resumes from out_dir/ckpt.pt
     python train.py config/reverse.py                            an encoder-decoder, on pairs of source and target
     torchrun --standalone --nproc_per_node=2 train.py config/tiny.py --gradient_accumulation_steps=2 [--fsdp=True]
 
@@ -18,7 +18,7 @@ import runtime  # before torch: it sets an OpenMP variable that torch reads when
 
 import torch
 
-from convert import load_state
+from convert import check_same_model, load_state
 from dataset import PairData, TokenData, find_dataset, kind_of
 from model import GPT, GPTConfig, check_prompts
 from tokenizer import UserError
@@ -28,6 +28,7 @@ out_dir = 'out/train'  # directory of the run: checkpoints, metrics, samples
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a run), or a model as sample.py takes it
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), or a path to a prepared folder
 seed = 1337  # of initial weights, order of the data, dropout and samples
+# model: every field of GPTConfig in model.py is a knob, too: --n_layer, --n_head, --n_embd, --block_size, --dropout …
 # batches
 batch_size = 12  # windows, or pairs, per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
@@ -49,14 +50,14 @@ lr_decay_iters = 0  # step at which the learning rate reaches min_lr; 0 = max_it
 min_lr = 0.0  # final learning rate; every group decays by the same factor
 decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
-eval_interval = 250  # steps between evaluations, each with a sample and a checkpoint
-eval_iters = 20  # batches per evaluation and split, the same ones every time; 0 = as many as the held-out split has
-eval_pairs = 256  # of pairs: held-out sources to answer greedily for val/exact, the same ones every time; 0 = all
+eval_interval = 250  # steps between evaluations; each prints a sample and saves a checkpoint
+eval_iters = 20  # batches per split and evaluation, always the same; 0 = as many as the validation split has
+eval_pairs = 256  # pairs: validation sources decoded greedily for val/exact, always the same; 0 = all
 log_interval = 10  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
 max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
-sample_start = '\n'  # text that the live sample continues; of pairs it answers the first held-out source
-sample_tokens = 100  # length of the live sample; 0 = none
+sample_start = '\n'  # prompt of the sample; of pairs it is the first validation source
+sample_tokens = 100  # length of the sample at each evaluation; 0 = none
 tensorboard_log = False  # log to out_dir/tensorboard
 wandb_log = False  # log to Weights & Biases
 wandb_project = 'flatgpt'  # Weights & Biases: project
@@ -73,22 +74,23 @@ RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tok
 
 
 def tensors_of(run, arrays):
-    """NumPy arrays (idx, targets), of pairs also (source, source_mask) -> {name: tensor on the device}."""
+    """NumPy arrays (idx, targets), for pairs also (source, source_mask) -> keyword arguments of the model."""
     names = ('idx', 'targets', 'source', 'source_mask')[:len(arrays)]
     return dict(zip(names, run.to_device(*arrays), strict=True))
 
 
 @torch.no_grad()
-def evaluate(model, data, windows, run, token_bytes, batch_size=12):
-    """Loss on evenly spaced windows, or pairs, of a split, the same every time -> (nats per token, bits per byte)."""
-    starts = data.fixed(windows)
-    mine, share = starts[run.rank::run.world_size], -(-len(starts) // run.world_size)
+def evaluate(model, data, n_windows, run, token_bytes, batch_size=12):
+    """Loss on evenly spaced windows (or pairs) of a split, always the same -> (nats per token, bits per byte)."""
+    starts = data.fixed(n_windows)
+    local = starts[run.rank::run.world_size]
+    n_local = math.ceil(len(starts) / run.world_size)  # the same in every process, as FSDP needs: all forward together
+    rows = max(batch_size, 4096 // data.block_size)  # without gradients there is room for 4,096 tokens
     nats = tokens = n_bytes = 0
-    rows = max(batch_size, 4096 // data.block_size)
     model.eval()
-    for i in range(0, share, rows):
-        counts = i < len(mine)  # shards are gathered by all processes together, so each makes as many passes
-        arrays = data.read(mine[i:i + rows] if counts else starts[:1])
+    for i in range(0, n_local, rows):
+        counts = i < len(local)
+        arrays = data.read(local[i:i + rows] if counts else starts[:1])
         with run.autocast(data.block_size):
             loss = model(**tensors_of(run, arrays), reduction='sum').item()
         if counts:
@@ -101,37 +103,38 @@ def evaluate(model, data, windows, run, token_bytes, batch_size=12):
     return nats / tokens, nats / math.log(2) / max(1, n_bytes)
 
 
-def router_metrics(stats, expected):
-    """What `GPT.routed` summed up (n_sparse, E + 1), and how many tokens experts were to compute -> metrics.
+def router_metrics(stats):
+    """Metrics of routing from the sums of `GPT.routed`, tokens of each expert and entropies (n_sparse, E + 1).
 
-    router/max_load: the fullest expert's load over the mean, of the worst layer; router/load: each expert's share, a
-    row per layer; router/entropy: nats of a token's distribution over experts; router/dropped: tokens nobody computed.
+    router/max_load: the highest load of an expert over the mean load, maximum over layers; router/load: the fraction
+    of each expert, one row per layer; router/entropy: of a token's distribution over experts, in nats.
     """
     load = stats[:, :-1]
     total = load.sum(1, keepdim=True)
     rows = [[round(x, 4) for x in row] for row in (load / total).tolist()]
     return {'router/max_load': (load / total).max().item() * load.shape[1], 'router/load': rows,
-            'router/entropy': (stats[:, -1:] / total).mean().item(), 'router/dropped': expected - int(load.sum())}
+            'router/entropy': (stats[:, -1:] / total).mean().item()}
 
 
 def exact_match(model, data, count, run, batch_size=12):
-    """The share of evenly spaced held-out pairs whose greedy answer is the target, to its last token and no further."""
-    chosen, eot, right = data.fixed(count), data.tokenizer.eot, 0
-    mine, rows = chosen[run.rank::run.world_size], max(batch_size, 4096 // data.block_size)
+    """Fraction of evenly spaced validation pairs whose greedy decoding equals the target, including its end."""
+    chosen, eot = data.fixed(count), data.tokenizer.eot
+    local = chosen[run.rank::run.world_size]
+    rows = max(batch_size, 4096 // data.block_size)
+    n_correct = 0
     with run.unsharded(model):
-        for i in range(0, len(mine), rows):
-            sources, targets = zip(*map(data.pair, mine[i:i + rows]), strict=True)
+        for i in range(0, len(local), rows):
+            sources, targets = zip(*map(data.pair, local[i:i + rows]), strict=True)
             answers = model.generate([[eot]] * len(sources), max(map(len, targets)) + 1, temperature=0, stop_ids=(eot,),
                                      sources=sources, vocab_limit=data.tokenizer.n_vocab)
-            right += sum(answer == [*target, eot] for answer, target in zip(answers, targets, strict=True))
-    return run.sum(right)[0] / len(chosen)
+            n_correct += sum(answer == [*target, eot] for answer, target in zip(answers, targets, strict=True))
+    return run.sum(n_correct)[0] / len(chosen)
 
 
 def load_data(run, dataset, block_size, n_encoder_layer, seed):
-    """The folder of a dataset, prepared where it is not yet, and its two splits -> (folder, train, val)."""
-    run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
-    folder, pairs = find_dataset(dataset), n_encoder_layer > 0
-    kind = kind_of(folder)
+    """Finds a dataset, prepared if it is not yet -> (folder, training split, validation split)."""
+    folder = run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+    kind, pairs = kind_of(folder), n_encoder_layer > 0
     if kind == 'chats':
         raise UserError(f'{folder} holds chats, which are for sft.py: train.py learns from running text or from pairs')
     if pairs and kind != 'pairs':
@@ -140,19 +143,8 @@ def load_data(run, dataset, block_size, n_encoder_layer, seed):
     if kind == 'pairs' and not pairs:
         raise UserError(f'n_encoder_layer={n_encoder_layer} leaves nothing to read the sources of {folder}, which '
                         'holds pairs: set it to 1 or more')
-    data = PairData if pairs else TokenData
-    return folder, *(data(folder, split, block_size, seed) for split in ('train', 'val'))
-
-
-def check_checkpoint(state, origin, model_args, tokenizer, folder):
-    """UserError where a checkpoint's model or vocabulary is another than that of this run; dropout may change."""
-    for key, value in state['model_args'].items():
-        if model_args.get(key) != value and key != 'dropout':
-            raise UserError(f'{origin} was trained with {key}={value}, not {model_args.get(key)}: drop --{key}, or '
-                            'start a new run with --init_from=scratch')
-    if not tokenizer.same_as(state['tokenizer']):
-        raise UserError(f'{origin} was trained with another vocabulary ({state["tokenizer"].get("name")}) than '
-                        f'{folder} is prepared with ({tokenizer.name})')
+    Data = PairData if pairs else TokenData
+    return folder, *(Data(folder, split, block_size, seed) for split in ('train', 'val'))
 
 
 def main():
@@ -165,20 +157,20 @@ def main():
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
 
-    # what it starts from
+    # checkpoint to start from
     resume_from = run.find_checkpoint(init_from)
-    state, origin = None, resume_from or init_from
+    checkpoint, origin = None, resume_from or init_from
     if resume_from:
-        state = runtime.load_checkpoint(resume_from, mmap=fsdp)
+        checkpoint = runtime.load_checkpoint(resume_from, mmap=fsdp)
     elif init_from not in ('scratch', 'auto'):
-        state = load_state(init_from)
-    if state and state['model_args'].get('score_head'):
+        checkpoint = load_state(init_from)
+    if checkpoint and checkpoint['model_args'].get('score_head'):
         raise UserError(f'{origin} is a reward model: scores are learnt from preferences, with reward.py')
 
     # data
-    model_args = (state['model_args'] if state else {}) | given
+    model_args = (checkpoint['model_args'] if checkpoint else {}) | given
     with runtime.user_errors():
-        model_config = GPTConfig(**model_args)  # a mistake is found before anything is fetched
+        model_config = GPTConfig(**model_args)  # an impossible model is reported before anything is downloaded
     if compile and model_config.n_expert and run.dtype == 'float32':
         raise UserError('compile=True with n_expert needs dtype=bfloat16: grouped products compile in 16 bits only')
     block_size = model_config.block_size
@@ -196,11 +188,14 @@ def main():
     sources = [val_data.pair(0)[0]] if pairs else None
     with runtime.user_errors():
         model_args = asdict(GPTConfig(**model_args))
-        check_prompts([start_ids], GPTConfig(**model_args), sources)  # the live sample's; and that the model is causal
-    if state:
-        check_checkpoint(state, origin, model_args, tokenizer, folder)
+        check_prompts([start_ids], GPTConfig(**model_args), sources)  # the sample's; and the model is causal
+    if checkpoint:
+        check_same_model(GPTConfig(**model_args), checkpoint['model_args'], origin)
+        if not tokenizer.same_as(checkpoint['tokenizer']):
+            raise UserError(f'{origin} was trained with another vocabulary ({checkpoint["tokenizer"].get("name")}) '
+                            f'than {folder} is prepared with ({tokenizer.name})')
     with runtime.user_errors(origin):
-        model = GPT.from_state(state, **model_args) if state else GPT(GPTConfig(**model_args))
+        model = GPT.from_state(checkpoint, **model_args) if checkpoint else GPT(GPTConfig(**model_args))
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
@@ -209,31 +204,33 @@ def main():
     # resume
     step, tokens_seen, rows_seen, clock = 0, 0, 0, runtime.Clock()
     if resume_from:
-        run.resume(state, origin, optimizers, config)
-        step, tokens_seen, clock = state['iter'], state['tokens'], runtime.Clock(state['seconds'])
-        rows_seen = state.get('rows', tokens_seen // block_size)
+        run.resume(checkpoint, origin, optimizers, config)
+        step, tokens_seen, clock = checkpoint['iter'], checkpoint['tokens'], runtime.Clock(checkpoint['seconds'])
+        rows_seen = checkpoint.get('rows', tokens_seen // block_size)  # checkpoints before there were pairs have none
     last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
-    origin = f'{origin}, step {state["iter"]:,}' if state else 'scratch'
-    state = None  # frees its memory
+    origin = f'{origin}, step {checkpoint["iter"]:,}' if checkpoint else 'scratch'
+    checkpoint = None  # frees its memory
 
     micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     rows_per_step = gradient_accumulation_steps * batch_size
-    tokens_per_step = round(rows_per_step * train_data.row_tokens)  # of pairs the targets, in the mean
+    tokens_per_step = round(rows_per_step * train_data.row_tokens)  # pairs: mean number of target tokens
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * tokens_per_step / train_data.n_tokens
     run.print0(
-        f'{folder}: {train_data.n_tokens:,} tokens to train on, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
+        f'{folder}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
         f'{model.num_params():,} parameters from {origin} on {run.world_size} x {run.device}, {run.dtype}; '
         f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs')
 
+    # DDP fixes the order in which it sums gradients in its first backward pass. One whose gradients are dropped makes
+    # that order the same in a resumed run as in one that was never stopped
     if run.ddp:
         run.seed_dropout(rows_seen + run.rank * batch_size)
         with run.autocast(block_size):
             first_batch = tensors_of(run, train_data.batch(rows_seen + run.rank * batch_size, batch_size))
             run.warm_up_ddp(net, net(**first_batch))
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(round(train_data.row_tokens)))
-    routed, tokens_routed = None, 0
+    router_stats = None
     clock.start()
     meter.reset(step)
     while True:
@@ -241,9 +238,9 @@ def main():
         score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
             clock.stop()
-            windows = eval_iters * batch_size or len(val_data.fixed(0))
-            train_loss, _ = evaluate(net, train_data, windows, run, token_bytes, batch_size)
-            score, bits_per_byte = evaluate(net, val_data, windows, run, token_bytes, batch_size)
+            n_windows = eval_iters * batch_size or len(val_data.fixed(0))  # 0: as many of both as validation has
+            train_loss, _ = evaluate(net, train_data, n_windows, run, token_bytes, batch_size)
+            score, bits_per_byte = evaluate(net, val_data, n_windows, run, token_bytes, batch_size)
             metrics = {'iter': step, 'train/eval_loss': train_loss, 'val/loss': score,
                        'val/ppl': math.exp(min(score, 99)), 'val/bpb': bits_per_byte, 'seconds': clock.read()}
             summary = (f'step {step}: train loss {train_loss:.4f}, val loss {score:.4f}, perplexity '
@@ -277,22 +274,22 @@ def main():
         for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
             group['lr'] = group['peak_lr'] * lr_scale
 
-        # forward and backward, over this process's micro-batches
+        # forward and backward, over this process's micro-batches; number counts those of all processes
         step_loss = 0.0
         n_targets = train_data.n_targets(rows_seen, rows_per_step)
         for number in run.micro_batches(net, gradient_accumulation_steps):
-            first = rows_seen + number * batch_size  # which rows depends on the step alone: a resumed run repeats none
+            first = rows_seen + number * batch_size  # a function of the step: a resumed run takes the next rows
             arrays = train_data.batch(first, batch_size)
             run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
-            with run.autocast(block_size):
+            with run.autocast(block_size):  # the length selects the attention kernel on a CPU
                 loss = net(**tensors_of(run, arrays))
-            # a micro-batch with more targets weighs more, so that the step's loss is the mean over all its tokens
+            # weighted by this micro-batch's part of the step's targets (1 if all have as many), so that the step's loss
+            # is the mean over all of them; divided by micro_steps, because DDP and FSDP average over processes
             loss = loss * (train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps))
             loss = loss / micro_steps
             run.backward(loss)
             step_loss += loss.detach()
-            meter.add(int((arrays[1] != -100).sum()))
-            tokens_routed += arrays[0].size
+            meter.add(tokens=int((arrays[1] != -100).sum()))
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
         # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
@@ -302,7 +299,7 @@ def main():
         if model.sparse:  # experts with too little load get a higher bias, without an auxiliary loss (arXiv:2408.15664)
             stats = run.all_reduce(model.routed())
             model.balance(stats[:, :-1])
-            routed = stats.double() if routed is None else routed + stats
+            router_stats = stats.double() if router_stats is None else router_stats + stats
         step += 1
         tokens_seen += tokens_per_step
         rows_seen += rows_per_step
@@ -310,16 +307,13 @@ def main():
         if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)
         if step % log_interval == 0 or step == max_iters:
-            more = {}
-            if routed is not None:
-                expected = int(run.sum(tokens_routed)[0]) * model.config.n_expert_active * len(model.sparse)
-                more = router_metrics(routed, expected)
-                routed, tokens_routed = None, 0
-            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale, **more)
+            routing = {} if router_stats is None else router_metrics(router_stats)
+            router_stats = None
+            meter.log(step, step_loss, grad_norm, learning_rate * lr_scale, **routing)
 
     run.finish(step, stop, parameters=model.num_params(), tokens=tokens_seen)
-    run.print0(f'done: best validation loss {run.best:.4f}; read what it writes: python sample.py --init_from={out_dir}'
-               + ' --source=TEXT' * pairs)
+    run.print0(f'done: best validation loss {run.best:.4f}; sample from it: python sample.py --init_from={out_dir}'
+               + (' --source=TEXT' if pairs else ''))
 
 
 if __name__ == '__main__':
