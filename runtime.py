@@ -1,6 +1,6 @@
 """
 The process around a stage's loop: knobs from config files and the command line, device and precision, processes under
-torchrun, checkpoints that are whole at every instant, metrics, one progress line, signals.
+torchrun, atomic checkpoints, metrics, one progress line, signals.
 
 A stage's knobs are its plain module globals; the comment beside each is its help text. `configure` overrides them from
 `config/FILE.py` (plain assignments, never executed) and `--key=value`, in the order given.
@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-# PyTorch's OpenMP on Linux lets threads that wait spin 300,000 times, in which another job on the same cores gets no
-# turn: two trainings on two cores then take eleven times as long, not twice. It reads this when torch is imported.
+# A waiting thread of libgomp, PyTorch's OpenMP on Linux, spins 300,000 times before it sleeps: two trainings on the
+# same two cores then take eleven times as long instead of twice. The variable is read when torch is imported.
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # what libgomp itself takes where threads outnumber cores
 
@@ -249,8 +249,8 @@ def cli(main):
 def write_atomic(path, write, keep=1):
     """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it: all or nothing.
 
-    keep: so many versions stay, path itself and the older ones of `older`. At every instant path is a whole file.
-    Raises OSError, with nothing changed.
+    keep: number of versions to keep, path and its predecessors (`older`). path is complete at any moment. Raises
+    OSError, with nothing changed.
     """
     path = Path(path)
     temporary, link = path.with_name(f'{path.name}.tmp'), path.with_name(f'{path.name}.link.tmp')
@@ -281,7 +281,7 @@ def write_atomic(path, write, keep=1):
 
 
 def lock_file(file):
-    """Takes an open file for this process; BlockingIOError or PermissionError where another one holds it."""
+    """Locks an open file for this process; BlockingIOError or PermissionError if another one holds it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -299,7 +299,7 @@ def older(path, i):
 def save_checkpoint(path, state, keep=1):
     """Writes a plain dict of tensors, numbers, strings, lists and dicts that `load_checkpoint` accepts.
 
-    keep: how many versions stay, see `write_atomic`. Raises OSError, and the earlier versions are as they were.
+    keep: see `write_atomic`. Raises OSError, and the earlier versions are as they were.
     """
     try:
         write_atomic(path, lambda file: torch.save(state, file), keep)
@@ -310,7 +310,7 @@ def save_checkpoint(path, state, keep=1):
 
 
 class Damaged(UserError):
-    """A checkpoint that is not whole: what `auto` passes over."""
+    """A checkpoint that is incomplete or corrupt; init_from='auto' skips it."""
 
 
 def load_checkpoint(path, map_location='cpu', mmap=False):
@@ -347,7 +347,7 @@ def load_checkpoint(path, map_location='cpu', mmap=False):
 
 
 def full_state(state, keep=True):
-    """A nested state with every sharded tensor (DTensor) whole, on the CPU; keep=False: only helps the others."""
+    """A nested state with every DTensor gathered on the CPU; keep=False: takes part in the gathering alone."""
     if isinstance(state, dict):
         return {k: full_state(v, keep) for k, v in state.items()}
     if isinstance(state, list):
@@ -366,15 +366,15 @@ def not_finite(state, name=''):
     return next(filter(None, (not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
 
 
-def kinds_of(state):
-    """What tells the state of one torch optimizer from that of another: the options and parameters of its groups."""
+def optimizer_layout(state):
+    """The options and numbers of parameters of an optimizer state's groups; they differ between kinds of optimizer."""
     return [(sorted(key for key in group if key.endswith(('betas', 'momentum'))), len(group['params']))
             for group in state['param_groups']]
 
 
 @contextlib.contextmanager
 def user_errors(where=''):
-    """Turns a ValueError of the model (an impossible configuration, a misshapen tensor) into a UserError."""
+    """Turns a ValueError of the model (an impossible configuration, a misshapen tensor) into a one-line UserError."""
     try:
         yield
     except ValueError as error:
@@ -440,13 +440,13 @@ PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'B200': 2250e12, '
 
 
 def pick_device(name):
-    """'auto' -> cuda, else mps, else cpu; UserError where the device that was asked for is not there."""
+    """'auto' -> cuda, else mps, else cpu; UserError if the device that was asked for is not there."""
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError):
-        raise UserError(f'device={name!r} is not available here; --device=auto takes the best there is') from None
+        raise UserError(f'device={name!r} is not available here; --device=auto picks the best available') from None
     return name
 
 
@@ -520,7 +520,7 @@ def keep_freed_memory():
 
 
 def join_processes(backend):
-    """torchrun's process group, on keys of its own for every restart.
+    """Joins torchrun's process group, with a key prefix per restart.
 
     torchrun keeps one store through all restarts, so a process could read the address that a dead one left there and
     wait for it for half an hour. Only the agent of a single node counts restarts as its processes see them; for
@@ -565,11 +565,16 @@ class Run:
         torch.set_float32_matmul_precision('high')  # TF32 where the device has it
         torch.manual_seed(seed)  # the same initial weights in every process
         self.skipped = self.skipped_in_row = torch.zeros((), device=self.device)
-        self.stop, self.last, self._wandb, self._tensorboard, self._line = 0, {}, None, None, False
-        self.unsaved, self._damaged, self._mute = {}, [], set()
-        self._recomputes, self._prepare, self.config = False, None, {}
+        self.stop = 0
         self.best = math.inf
-        self.began = time.perf_counter()
+        self.config = {}
+        self.last = {}  # the last value of every metric
+        self.failed_saves = {}  # {file: reason}
+        self._damaged = []  # checkpoints that were skipped
+        self._write_failed = set()  # files of the log that could not be written
+        self._wandb = self._tensorboard = self._prepare = None
+        self._on_progress_line = self._recomputes = False
+        self.start_time = time.perf_counter()
         if dtype == 'bfloat16' and self.device == 'cpu' and not fast_bfloat16('cpu'):
             self.print0('dtype=bfloat16: this processor multiplies float32 faster; --dtype=auto takes what is fast')
 
@@ -631,7 +636,7 @@ class Run:
             yield self.rank * count + i
 
     def check_accumulation(self, gradient_accumulation_steps):
-        """UserError where the processes cannot share the micro-batches of a step."""
+        """UserError if the processes cannot share the micro-batches of a step."""
         if gradient_accumulation_steps % self.world_size:
             raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} counts the micro-batches of '
                             f'all processes together: make it a multiple of {self.world_size}')
@@ -650,7 +655,7 @@ class Run:
     def backward(self, loss):
         """loss.backward(), scaled for float16.
 
-        A loss that is not finite makes every gradient so, which `clip_grad_norm` then sees in any process.
+        A loss that is not finite makes all gradients so, and `clip_grad_norm` sees it in every process.
         """
         self.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
 
@@ -677,7 +682,7 @@ class Run:
         return skip
 
     def check_skipped(self, step, max_bad_steps=10):
-        """UserError where the last max_bad_steps updates were all skipped; the host waits here for the device."""
+        """UserError if the last max_bad_steps updates were all skipped; the host waits here for the device."""
         in_row = int(self.skipped_in_row)
         if in_row >= max_bad_steps:
             raise UserError(f'step {step}: the last {in_row} updates were skipped, their loss or gradient was not '
@@ -685,11 +690,11 @@ class Run:
                             'learning_rate, set grad_clip or check the data')
 
     def resume(self, state, origin, optimizers, config):
-        """Takes from a checkpoint of this run the moments, each process its shard of them, and what has been counted;
-        reports which of the knobs in config have changed since. UserError where it has no moments of this optimizer.
+        """Restores from a checkpoint of this run the optimizer state (each process its shard), the loss scale and the
+        counters; prints which of the knobs in config have changed. UserError if it is of another kind of optimizer.
         """
         before, saved = state.get('config', {}), state.get('optimizers') or []
-        if [kinds_of(old) for old in saved] != [kinds_of(new) for new in optimizers.state_dict()]:
+        if [optimizer_layout(old) for old in saved] != [optimizer_layout(new) for new in optimizers.state_dict()]:
             raise UserError(f'{origin} holds no moments of this optimizer, it was trained with optimizer='
                             f'{before.get("optimizer")!r}: resume with that, or take its weights only: --init_from='
                             f'{self.out_dir} and a new --out_dir')
@@ -702,7 +707,7 @@ class Run:
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
         self.best = state['best']
-        self.began -= state['total_seconds']
+        self.start_time -= state['total_seconds']
         self.skipped = self.skipped + state.get('skipped', 0)
         changed = [f'{k} {before[k]} -> {v}' for k, v in config.items()
                    if before.get(k, v) != v and k != 'init_from']
@@ -726,8 +731,8 @@ class Run:
 
     @contextlib.contextmanager
     def swapped_weights(self, model, values):
-        """Inside, these parameters {name: tensor, placed as the model's} have changed places with the model's own, so
-        that two models take the memory of what they differ in."""
+        """Inside, the model and values, {name: tensor placed as the parameter}, have exchanged weights in place, so
+        that two models take the memory of one and of the weights in which they differ."""
         def swap():
             for m in self.shards(model):
                 m.reshard()
@@ -745,7 +750,7 @@ class Run:
 
     @contextlib.contextmanager
     def unsharded(self, model):
-        """Inside, a sharded model is whole in every process, which may call any of its methods, alone or not."""
+        """Inside, an FSDP model is gathered in every process, and any of its methods can be called."""
         shards = self.shards(model)
         hooks = [(m, m._forward_pre_hooks, m._forward_hooks) for m in shards]
         for m in shards:
@@ -771,8 +776,8 @@ class Run:
         return stack
 
     def seed_dropout(self, index):
-        """Makes dropout a function of the seed and of a number in the whole run, as that of its first row, never of
-        history."""
+        """Makes dropout a function of the seed and of index, that of a micro-batch's first row, not of what ran before.
+        """
         state = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
         # torch.manual_seed takes a trace of the stack for each kind of device that is not in use
         (torch.default_generator if self.device_type == 'cpu' else torch).manual_seed(state)
@@ -843,7 +848,7 @@ class Run:
     def find_checkpoint(self, init_from):
         """The path of the checkpoint that this run goes on from, the same in every process, or None.
 
-        'resume': the latest, UserError where it is missing or damaged. 'auto': the latest that is whole, None where
+        'resume': the latest, UserError if it is missing or damaged. 'auto': the latest that is whole, None where
         there is none at all; it passes over damaged ones and says so. Anything else names no checkpoint of this run.
         """
         if init_from not in ('resume', 'auto'):
@@ -861,12 +866,12 @@ class Run:
                     state = load_checkpoint(path, mmap=True)
                 except Damaged as error:
                     if init_from == 'resume':
-                        hint = f'; --init_from=auto goes on from {found[1]} if that one is whole' if found[1:] else ''
+                        hint = f'; --init_from=auto resumes from {found[1]} if that one is whole' if found[1:] else ''
                         raise UserError(f'{error}{hint}') from None
                     errors.append(str(error))
                 else:
                     for error in errors:
-                        self.print0(f'{error}: going on from {path}, step {state["iter"]}')
+                        self.print0(f'{error}: resuming from {path}, step {state["iter"]}')
                     return path, found[:len(errors)], state.get('dtypes')
             raise UserError(errors[0])
         path, self._damaged, dtypes = self.on_main(choose)  # all processes go on from the same one, or none does
@@ -881,7 +886,7 @@ class Run:
         config: the knobs, for wandb and for whoever reads a checkpoint. step: of the checkpoint that the run goes on
         from; what was logged later is dropped. Without one the run is new: then all this happens when it first writes,
         so that a mistake that shows in its first evaluation costs nothing, and an earlier run in the same place is
-        moved aside. UserError where another process is writing there.
+        moved aside. UserError if another process is writing there.
         """
         self.config = config
 
@@ -938,7 +943,7 @@ class Run:
             self._before_writing()
 
     def _before_writing(self):
-        """What `open` has put off, once; every process comes here."""
+        """Runs, once, the set-up that `open` postponed; every process must call it."""
         if self._prepare:
             work, self._prepare = self._prepare, None
             self.on_main(work)
@@ -981,11 +986,11 @@ class Run:
                 if file.write(data) < len(data):
                     file.truncate(end)  # no half line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._mute.discard(name)
+            self._write_failed.discard(name)
         except OSError as error:
-            if name not in self._mute:
-                self.print0(f'{path}: not written ({error.strerror}); training goes on')
-            self._mute.add(name)
+            if name not in self._write_failed:
+                self.print0(f'{path}: not written ({error.strerror}); training continues')
+            self._write_failed.add(name)
 
     def log(self, metrics):
         """Appends a row to metrics.jsonl and passes it to wandb and TensorBoard; every process calls it."""
@@ -1005,11 +1010,11 @@ class Run:
                     if key != 'iter' and not isinstance(value, list):
                         self._tensorboard.add_scalar(key, value, metrics['iter'])
             except OSError as error:
-                self.print0(f'{self.out_dir}/tensorboard: not written ({error.strerror}); training goes on without it')
+                self.print0(f'{self.out_dir}/tensorboard: not written ({error.strerror}); the run continues without')
                 self._tensorboard = None
 
     def log_step(self, metrics, max_iters, seconds_left):
-        """Logs the metrics of a step of training and draws its line of progress."""
+        """Logs the metrics of a training step and prints the progress line."""
         peak, skipped, step = self.peak_flops(), int(self.skipped), metrics['iter']
         metrics |= {'skipped': skipped} if skipped else {}
         if peak and 'flops' in metrics:
@@ -1029,14 +1034,14 @@ class Run:
         if self.main and sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
             self._print(f'\r{line[:width]:<{width}}', end='')
-            self._line = True
+            self._on_progress_line = True
         else:
             self._print(line)
 
     def print0(self, text):
         """Prints from rank 0, below the progress line."""
-        self._print(('\n' if self._line else '') + text)
-        self._line = False
+        self._print(('\n' if self._on_progress_line else '') + text)
+        self._on_progress_line = False
 
     def _print(self, text, end='\n'):
         if self.main:
@@ -1076,9 +1081,9 @@ class Run:
     def save(self, name, state, keep=1):
         """Writes a checkpoint into the run's directory from rank 0; returns in every process whether it is there.
 
-        state: a nested dict, whose sharded tensors are gathered. keep: how many versions of it stay. An error of the
-        disk leaves the earlier ones as they are, is reported and kept in `unsaved` (name: what was wrong); the run goes
-        on and its next save tries again. UserError rather than weights or moments that are not finite.
+        state: a nested dict, whose sharded tensors are gathered. keep: number of versions to keep. An error of the disk
+        leaves the earlier ones as they are, is reported and added to `failed_saves`; the run continues, and its next
+        save tries again. UserError if weights or optimizer state are not finite.
         """
         self._before_writing()
         state = full_state(state, self.main) if self.fsdp else state
@@ -1095,10 +1100,10 @@ class Run:
             return ''
         error = self.on_main(work)
         if error:
-            self.unsaved[name] = error
-            self.print0(f'{error}; training goes on, the next save tries again')
+            self.failed_saves[name] = error
+            self.print0(f'{error}; training continues, the next save tries again')
         else:
-            self.unsaved.pop(name, None)
+            self.failed_saves.pop(name, None)
         return not error
 
     def save_checkpoint(self, state, optimizers, score=math.inf, keep=2, resume_state=None):
@@ -1133,20 +1138,20 @@ class Run:
                 self._wandb.finish()
             if self._tensorboard:
                 self._tensorboard.close()
-        self.print0(f'all it has logged in one picture: python bench.py plot {self.out_dir}')
+        self.print0(f'plot its metrics: python bench.py plot {self.out_dir}')
         if stop:
             again = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
             program = f'torchrun --nproc_per_node={self.world_size}' if self.world_size > 1 else 'python'
-            self.print0(f'stopped at step {step}; go on with: {program} {again}')
-        for error in self.unsaved.values():
+            self.print0(f'stopped at step {step}; resume with: {program} {again}')
+        for error in self.failed_saves.values():
             if self.main:
                 print(f'error: the last save failed: {error}', file=sys.stderr, flush=True)
-        if stop or self.unsaved:
+        if stop or self.failed_saves:
             raise SystemExit(128 + stop if stop else 1)
 
     def total_seconds(self):
         """Seconds since the run began, everything counted, over all the processes that worked on it in turn."""
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.start_time
 
     def peak_flops(self):
         """The device's peak in FLOP/s at 16 bits, where it is known, else None."""
@@ -1174,10 +1179,9 @@ def elapsed(seconds):
 
 
 class Meter:
-    """What a loop adds up from one row of its log to the next: the tokens it reads, and means of numbers by name, whose
-    tensors stay on the device until they are read.
+    """Accumulates tokens and means of named values between two lines of a log; tensors stay on the device until then.
 
-    flops_per_token: of training, for the share of the device's peak.
+    flops_per_token: of training, for the fraction of the device's peak (MFU).
     """
 
     def __init__(self, run, clock, max_iters, flops_per_token):
@@ -1185,7 +1189,7 @@ class Meter:
         self.reset(0)
 
     def reset(self, step):
-        """Starts anew: when training begins, after a row and after an evaluation."""
+        """Drops what was accumulated: when training begins, after a line of the log and after an evaluation."""
         self.step, self.seconds = step, self.clock.read()
         self.tokens, self.sums, self.counts = 0, {}, {}
 
@@ -1195,8 +1199,8 @@ class Meter:
             self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
 
     def log(self, step, loss, grad_norm, lr, **more):
-        """Logs the row of this step, of all processes: their mean loss, what was added and more; the host waits here
-        for the device."""
+        """Logs a line for this step, over all processes: mean loss, means of what was added, and more. The host waits
+        for the device here."""
         # the order of the names is the same in every process
         means = {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
         loss, tokens, *values = self.run.sum(loss.item(), self.tokens, *means.values())
@@ -1211,7 +1215,7 @@ class Meter:
 
 
 class Clock:
-    """Seconds of training, between start() and stop(): not of evaluations, samples and saves."""
+    """Seconds of training, between start() and stop(): without evaluations, samples and checkpoints."""
 
     def __init__(self, seconds=0.0):
         self.seconds, self.started = seconds, None

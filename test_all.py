@@ -4030,7 +4030,7 @@ def test_4_3_a_damaged_checkpoint_is_named_and_the_one_before_taken(run_stage, t
     assert status == 2 and err.count('\n') == 1 and 'run/ckpt.pt: not a whole checkpoint' in err
     assert 'run/ckpt.1.pt' in err and contents(Path('run')) == before
     status, out, _ = run_stage('train', *args, '--out_dir=run', '--lr_decay_iters=8')
-    assert status == 0 and 'run/ckpt.pt: not a whole checkpoint' in out and 'going on from run/ckpt.1.pt, step 4' in out
+    assert status == 0 and 'run/ckpt.pt: not a whole checkpoint' in out and 'resuming from run/ckpt.1.pt, step 4' in out
     assert digest('run') == digest('whole')
     assert logged('run', 'val/loss') == logged('whole', 'val/loss')
     for name in ('ckpt.pt', 'ckpt.1.pt'):
@@ -4050,7 +4050,7 @@ def test_4_3_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run_stage, t
     monkeypatch.setattr(runtime.zipfile, 'ZipFile', refuse)
     status, out, err = run_stage('train', *args, '--max_iters=12')
     assert (status, err) == (2, 'error: run/ckpt.pt: cannot be read (Permission denied)\n')
-    assert contents(Path('run')) == before and 'going on' not in out
+    assert contents(Path('run')) == before and 'resuming' not in out
 
 
 def test_4_3_an_earlier_run_behind_a_link_is_moved_there(run_stage, text_data, monkeypatch):
