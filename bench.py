@@ -50,7 +50,8 @@ import torch.nn.functional as F
 
 from convert import load_model, to_hf
 from dataset import TokenData, find_dataset
-from model import GPT, GPTConfig, RollingCache, check_prompts, fast_bfloat16, on_meta
+from model import GPT, GPTConfig, RollingCache, check_prompts, on_meta
+from optim import make_optimizers
 from tokenizer import UserError, train_bpe
 
 against = ''  # checkout of nanoGPT or of this project to compare with; mode sample: also 'transformers'
@@ -101,7 +102,7 @@ def processor():
     """One line: the processor, the instruction set PyTorch runs with, threads, and what multiplies faster."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
     name = found.get('cpu_name') or platform.processor() or platform.machine()
-    faster = 'bfloat16' if fast_bfloat16('cpu') else 'float32'
+    faster = 'bfloat16' if runtime.fast_bfloat16('cpu') else 'float32'
     return (f'{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, '
             f'{faster} products are the faster ones')
 
@@ -138,11 +139,10 @@ def training(knobs, model_args):
     with runtime.user_errors():
         model = GPT(GPTConfig(**{'vocab_size': data.tokenizer.n_vocab} | model_args))
         net = run.wrap(model, knobs.compile, knobs.activation_checkpointing)
-        optimizers = model.configure_optimizers(knobs.optimizer, knobs.learning_rate, knobs.weight_decay,
-                                                (knobs.beta1, knobs.beta2), knobs.embed_lr, knobs.muon_lr,
-                                                knobs.muon_momentum)
+        optimizers = make_optimizers(model.named_parameters(), knobs.optimizer, knobs.learning_rate, knobs.weight_decay,
+                                     (knobs.beta1, knobs.beta2), knobs.embed_lr, knobs.muon_lr, knobs.muon_momentum)
     for group in optimizers.param_groups:
-        group['lr'] = group['peak_lr'] * 1e-3  # however long it is measured, the model stays one that trains
+        group['lr'] *= 1e-3  # however long it is measured, the model stays one that trains
     n = [0]
 
     def step(lap=lambda part: None):
@@ -159,7 +159,8 @@ def training(knobs, model_args):
             run.backward(loss)
             lap('backward')
         grad_norm = run.clip_grad_norm(model, optimizers, knobs.grad_clip)
-        optimizers.step(found_inf=run.found_inf(grad_norm))
+        run.skip_if_not_finite(optimizers, grad_norm)
+        optimizers.step()
         optimizers.zero_grad()
         lap('optimizer')
         n[0] += 1

@@ -24,7 +24,6 @@ loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks
 import contextlib
 import functools
 import math
-import time
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -177,66 +176,6 @@ class GPTConfig:
     def is_sparse(self, layer):
         """Whether this layer has experts."""
         return self.n_expert > 0 and layer >= self.dense_layers and (layer + 1) % self.expert_every == 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# what the processor is good at
-
-def has_bfloat16(device):
-    """Whether a device ('cpu', …) has fast bfloat16 products: True, False, or None where only a timing can tell."""
-    kind = device.split(':')[0]
-    if kind != 'cpu':
-        return kind != 'cuda' or torch.cuda.is_bf16_supported()
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False  # oneDNN multiplies; it also knows of limits that the environment sets (ONEDNN_MAX_CPU_ISA)
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    if found.get('amx_bf16'):
-        return True
-    if found and not found.get('avx512_bf16') and not found.get('bf16'):  # the latter is Arm's
-        return False
-    return None  # AVX512-BF16 has twice the speed of float32 on one processor, half on another
-
-
-@functools.cache
-def fast_bfloat16(device, rows=512):
-    """Whether products of so many rows with a matrix are faster in bfloat16 than in float32 on this device ('cpu', …).
-
-    Most processors have no 16-bit arithmetic: PyTorch converts number by number, and a product takes up to thirty times
-    as long. Some multiply 16 bits at half the speed of 32, yet read them twice as fast, which is what counts for the
-    few rows of a step of generation. Everything that may choose its precision asks here.
-
-    rows=0: the processor's kind alone decides. A timing may come out one way today and the other tomorrow, or in the
-    process beside, but a run that is resumed has to compute what it would have computed.
-    """
-    known = has_bfloat16(device)
-    return (rows > 0 and _bfloat16_is_faster(rows)) if known is None else known
-
-
-@torch.inference_mode()
-def _bfloat16_is_faster(rows, repeats=12):
-    """Times a product of so many rows with a matrix packed as for generation, in both precisions by turns.
-
-    It is short and repeated, by one thread, and the shortest time counts, so that a busy machine gives the same answer
-    as a quiet one.
-    """
-    products, best, threads = {}, {}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        n = 1024 if rows < 16 else 512  # few rows are about reading the matrix, many about multiplying
-        for dtype in (torch.float32, torch.bfloat16):
-            layer = nn.utils.skip_init(nn.Linear, n, n, bias=False, dtype=dtype)  # draws no random numbers
-            layer.weight.fill_(1.0)
-            products[dtype] = functools.partial(PackedLinear(layer), torch.ones(min(rows, 256), n, dtype=dtype))
-            products[dtype]()  # the first call prepares the kernel
-            best[dtype] = math.inf
-        for _ in range(repeats):
-            for dtype, product in products.items():
-                start = time.perf_counter()
-                product()
-                best[dtype] = min(best[dtype], time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return best[torch.bfloat16] < best[torch.float32]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -965,95 +904,6 @@ def pooled(x, mask, how):
 # ----------------------------------------------------------------------------------------------------------------------
 # optimizers
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon (arXiv:2502.16982), which takes matrices one by one, for many of them, shards and bad gradients.
-
-    Matrices of one shape are orthogonalised together, and so are the experts in a stack (E, rows, columns). Of a matrix
-    that is sharded over processes (a DTensor) each orthogonalises the whole, so that sharding changes nothing.
-    found_inf: as in the fused AdamW, None or a number on the device; where it is 1 the step changes nothing, and the
-    host need not know.
-    """
-    found_inf = None
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            keep = 1 if self.found_inf is None else 1 - self.found_inf
-            for params in by_shape.values():
-                updates = self._updates(params, group, keep)
-                if group['weight_decay']:
-                    torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'] * keep)
-                torch._foreach_sub_(params, updates)
-
-    def _updates(self, params, group, keep):
-        """What to take from each of the matrices, of one shape, placed like the matrix; nothing where keep is 0."""
-        for p in params:
-            if not self.state[p]:
-                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
-        momenta, grads = [self.state[p]['momentum_buffer'] for p in params], [p.grad for p in params]
-        if self.found_inf is not None:  # a momentum that moves towards itself stays
-            grads = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, grads, strict=True)]
-        torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-        if group['nesterov']:
-            momenta = torch._foreach_lerp(grads, momenta, group['momentum'])
-        sharded = hasattr(momenta[0], 'full_tensor')
-        stack = torch.stack([m.full_tensor() for m in momenta] if sharded else momenta)
-        rate = group['lr'] * math.sqrt(max(1, stack.shape[-2] / stack.shape[-1]))
-        dtype = torch.bfloat16 if fast_bfloat16(str(stack.device), rows=0) else torch.float32
-        flat = orthogonalize(stack.flatten(0, -3), group['ns_coefficients'], group['ns_steps'], group['eps'], dtype)
-        updates = (flat.view(stack.shape).float() * (rate * keep)).unbind()
-        if sharded:
-            from torch.distributed.tensor import distribute_tensor
-            updates = [distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
-                       for u, p in zip(updates, params, strict=True)]
-        return updates
-
-
-def orthogonalize(x, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7, dtype=torch.bfloat16):
-    """(n, rows, columns) -> about U V^T of each matrix U S V^T, in dtype, by Newton-Schulz iterations (Muon's)."""
-    a, b, c = coefficients
-    tall = x.shape[1] > x.shape[2]
-    x = x.to(dtype)
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values of at most 1
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-class Optimizers(list):
-    """Several torch optimizers that step as one."""
-
-    @property
-    def param_groups(self):
-        return [group for optimizer in self for group in optimizer.param_groups]
-
-    def step(self, found_inf=None):
-        """found_inf: a number on the device; where it is 1, parameters and moments stay as they are."""
-        for optimizer in self:
-            fused = all(group.get('fused', True) for group in optimizer.param_groups)
-            optimizer.found_inf = found_inf if fused else None  # seen on the device, without waiting for it
-            if fused or found_inf is None or not found_inf:
-                optimizer.step()
-
-    def zero_grad(self):
-        for optimizer in self:
-            optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self):
-        return [optimizer.state_dict() for optimizer in self]
-
-    def load_moments(self, saved):
-        """Takes the moments of a `state_dict`; rates, decays and betas stay those of today."""
-        for optimizer, old in zip(self, saved, strict=True):
-            optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # generation
 
@@ -1648,41 +1498,6 @@ class GPT(nn.Module):
         """Bytes of the weights as they are kept; a head tied to the embedding counts once."""
         kept = [b for name, b in self.named_buffers() if not name.startswith('rope_')]
         return sum(t.nbytes for t in (*self.parameters(), *kept))
-
-    def configure_optimizers(self, optimizer='adamw', learning_rate=6e-4, weight_decay=0.1, betas=(0.9, 0.95),
-                             embed_lr=0.0, muon_lr=0.02, muon_momentum=0.95):
-        """Torch optimizers that step as one; each of their groups carries its `peak_lr`, which a schedule scales.
-
-        'adamw': weight decay on matrices only. 'muon': the matrices of the blocks by Muon (arXiv:2502.16982), the rest
-        by AdamW, LoRA and adapters too. What is frozen is in neither.
-        embed_lr: peak for the token embedding, 0 = learning_rate. ValueError for another name.
-        """
-        if optimizer not in ('adamw', 'muon'):
-            raise ValueError(f"optimizer={optimizer!r} is not one of 'adamw', 'muon'")
-        params = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        hidden = [p for n, p in params.items() if n.startswith(('blocks.', 'encoder.')) and p.ndim >= 2
-                  and 'router' not in n and not is_small(n) and optimizer == 'muon']
-        taken = {id(p) for p in hidden}
-        groups = []
-        for is_embedding in (True, False):
-            for is_matrix in (True, False):
-                chosen = [p for n, p in params.items() if id(p) not in taken and (n == 'tok_emb.weight') == is_embedding
-                          and (p.ndim >= 2) == is_matrix]
-                if chosen:
-                    groups.append({'params': chosen, 'weight_decay': weight_decay if is_matrix else 0.0,
-                                   'lr': embed_lr if is_embedding and embed_lr else learning_rate})
-        fused = self.tok_emb.weight.device.type in ('cuda', 'cpu')
-        optimizers = [torch.optim.AdamW(groups, betas=betas, fused=fused)]
-        if hidden:
-            matrices, stacks = ([p for p in hidden if p.ndim == n] for n in (2, 3))
-            muon = Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay)
-            if stacks:
-                muon.add_param_group({'params': stacks})
-            optimizers.append(muon)
-        optimizers = Optimizers(optimizers)
-        for group in optimizers.param_groups:
-            group['peak_lr'] = group['lr']
-        return optimizers
 
     @torch.no_grad()
     def pack(self, quant=''):

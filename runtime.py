@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from model import fast_bfloat16, has_bfloat16, has_fp16_kernels
+from model import PackedLinear, has_fp16_kernels
 from tokenizer import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,6 +366,11 @@ def not_finite(state, name=''):
     return next(filter(None, (not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
 
 
+def each(optimizers):
+    """A torch optimizer, or a list of them, as a list."""
+    return optimizers if isinstance(optimizers, list) else [optimizers]
+
+
 def optimizer_layout(state):
     """The options and numbers of parameters of an optimizer state's groups; they differ between kinds of optimizer."""
     return [(sorted(key for key in group if key.endswith(('betas', 'momentum'))), len(group['params']))
@@ -421,15 +426,63 @@ def check_ranges(config, ranges):
                 raise UserError(f'{name}={value} must be {allowed}')
 
 
-def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
-    """The learning rate at a step as a share of its peak; warmup and decay in steps; floor = end / peak."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if schedule == 'constant':
-        return 1.0
-    begin = decay * (1 - decay_frac) if schedule == 'wsd' else warmup
-    t = min(1.0, max(0.0, (step - begin) / max(1, decay - begin)))  # 0 at the beginning of the decay, 1 at its end
-    return floor + (1 - floor) * ((1 + math.cos(math.pi * t)) / 2 if schedule == 'cosine' else 1 - t)
+# ----------------------------------------------------------------------------------------------------------------------
+# the processor
+
+def has_bfloat16(device):
+    """Whether a device ('cpu', …) has fast bfloat16 products: True, False, or None where only a timing can tell."""
+    kind = device.split(':')[0]
+    if kind != 'cpu':
+        return kind != 'cuda' or torch.cuda.is_bf16_supported()
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False  # oneDNN multiplies; it also knows of limits that the environment sets (ONEDNN_MAX_CPU_ISA)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    if found.get('amx_bf16'):
+        return True
+    if found and not found.get('avx512_bf16') and not found.get('bf16'):  # the latter is Arm's
+        return False
+    return None  # AVX512-BF16 has twice the speed of float32 on one processor, half on another
+
+
+@functools.cache
+def fast_bfloat16(device, rows=512):
+    """Whether products of so many rows with a matrix are faster in bfloat16 than in float32 on this device ('cpu', …).
+
+    Most processors have no 16-bit arithmetic: PyTorch converts number by number, and a product takes up to thirty times
+    as long. Some multiply 16 bits at half the speed of 32, yet read them twice as fast, which is what counts for the
+    few rows of a step of generation. Everything that may choose its precision asks here.
+
+    A timing may come out one way today and the other tomorrow, or in the process beside: a checkpoint keeps the choice.
+    """
+    known = has_bfloat16(device)
+    return _bfloat16_is_faster(rows) if known is None else known
+
+
+@torch.inference_mode()
+def _bfloat16_is_faster(rows, repeats=12):
+    """Times a product of so many rows with a matrix packed as for generation, in both precisions by turns.
+
+    It is short and repeated, by one thread, and the shortest time counts, so that a busy machine gives the same answer
+    as a quiet one.
+    """
+    products, best, threads = {}, {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        n = 1024 if rows < 16 else 512  # few rows are about reading the matrix, many about multiplying
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = torch.nn.utils.skip_init(torch.nn.Linear, n, n, bias=False, dtype=dtype)  # draws no random numbers
+            layer.weight.fill_(1.0)
+            products[dtype] = functools.partial(PackedLinear(layer), torch.ones(min(rows, 256), n, dtype=dtype))
+            products[dtype]()  # the first call prepares the kernel
+            best[dtype] = math.inf
+        for _ in range(repeats):
+            for dtype, product in products.items():
+                start = time.perf_counter()
+                product()
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best[torch.bfloat16] < best[torch.float32]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -671,15 +724,20 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm
 
-    def found_inf(self, grad_norm):
-        """1 where the norm is not finite, else 0, in every process alike, for `Optimizers.step`; counts such updates.
+    def skip_if_not_finite(self, optimizers, grad_norm):
+        """Makes the next step() of the optimizers change nothing if grad_norm is not finite; counts such updates.
 
-        It stays on the device: the host does not wait.
+        Optimizers that know `found_inf`, as PyTorch's fused ones and Muon here, read it on the device, and the host
+        need not wait. The others have their gradients dropped, for which it waits.
         """
-        skip = 1 - torch.isfinite(grad_norm).float()
-        self.skipped, self.skipped_in_row = self.skipped + skip, (self.skipped_in_row + 1) * skip
+        found_inf = 1 - torch.isfinite(grad_norm).float()
+        self.skipped, self.skipped_in_row = self.skipped + found_inf, (self.skipped_in_row + 1) * found_inf
         self.scaler.update()
-        return skip
+        for optimizer in each(optimizers):
+            if getattr(optimizer, '_step_supports_amp_scaling', False):
+                optimizer.found_inf = found_inf
+            elif found_inf:
+                optimizer.zero_grad()
 
     def check_skipped(self, step, max_bad_steps=10):
         """UserError if the last max_bad_steps updates were all skipped; the host waits here for the device."""
@@ -694,16 +752,17 @@ class Run:
         counters; prints which of the knobs in config have changed. UserError if it is of another kind of optimizer.
         """
         before, saved = state.get('config', {}), state.get('optimizers') or []
-        if [optimizer_layout(old) for old in saved] != [optimizer_layout(new) for new in optimizers.state_dict()]:
+        if list(map(optimizer_layout, saved)) != [optimizer_layout(new.state_dict()) for new in each(optimizers)]:
             raise UserError(f'{origin} holds no moments of this optimizer, it was trained with optimizer='
                             f'{before.get("optimizer")!r}: resume with that, or take its weights only: --init_from='
                             f'{self.out_dir} and a new --out_dir')
         if self.fsdp:
-            for part, old in zip(optimizers, saved, strict=True):
+            for part, old in zip(each(optimizers), saved, strict=True):
                 params = [p for group in part.param_groups for p in group['params']]
                 old['state'] = {i: {k: self.like(params[i], v) if v.ndim else v for k, v in moments.items()}
                                 for i, moments in old['state'].items()}
-        optimizers.load_moments(saved)
+        for optimizer, old in zip(each(optimizers), saved, strict=True):  # rates, decays and betas stay those of today
+            optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
         self.best = state['best']
@@ -1117,7 +1176,8 @@ class Run:
         if score < self.best and self.save('best.pt', state):
             self.best = score
         self.save('ckpt.pt', state | (resume_state or {}) | {
-            'optimizers': optimizers.state_dict(), 'scaler': self.scaler.state_dict(), 'best': self.best,
+            'optimizers': [part.state_dict() for part in each(optimizers)], 'scaler': self.scaler.state_dict(),
+            'best': self.best,
             'dtypes': [self.dtype, self._decode_dtype], 'skipped': int(self.skipped),
             'total_seconds': self.total_seconds()}, keep)
 
