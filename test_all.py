@@ -7483,6 +7483,19 @@ def test_8_3_a_copied_stage_can_be_hacked(stage, run_stage, base_run, text_data,
     assert (status, err) == (0, '') and not same_weights('plain', 'own')
     assert torch.load('own/ckpt.pt', weights_only=True)['config']['bonus'] == -2.0
 
+    # any optimizer of torch, which goes on as it would have
+    sgd = r'torch.optim.SGD(\1.parameters(), lr=learning_rate, momentum=0.9)'
+    changed, n = re.subn(r'make_optimizers\((\w+)\.named_parameters\(\)[^)]*\([^)]*\)[^)]*\)',
+                         f'[{sgd}]' if stage == 'ppo' else sgd, source)
+    assert n == 1
+    Path('own.py').write_text(changed)
+    more = ['--lr_schedule=constant', '--learning_rate=1e-2', '--min_lr=0']
+    status, _, err = run_stage(Path('own').resolve(), *args, *more, '--out_dir=sgd')
+    assert (status, err) == (0, '') and not same_weights('plain', 'sgd')
+    assert run_stage(Path('own').resolve(), *args, *more, '--out_dir=again', '--max_iters=1')[0] == 0
+    status, _, err = run_stage(Path('own').resolve(), *args, *more, '--out_dir=again', '--init_from=resume')
+    assert (status, err) == (0, '') and same_weights('sgd', 'again')
+
 
 def test_8_3_a_new_loss_of_grpo_reads_all_answers(run_stage, base_run, chat_data):
     """A loss of another name averages over the tokens of its micro-batch, those without an advantage among them."""
