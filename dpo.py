@@ -1,15 +1,16 @@
 """
-Direct preference optimisation: a model learns from pairs of answers which to give, without a reward model between.
+Direct preference optimisation (DPO): a policy is trained on pairs of answers, of which one is preferred, without a
+reward model.
 
     python dpo.py config/dpo_tiny.py                               word problems, from the model of config/sft_tiny.py
     python dpo.py config/dpo_tiny.py --beta=0.5 --loss_type=ipo
-    python dpo.py config/dpo_tiny.py --reward_model=out/reward     … whose answers a model of reward.py scores, too
+    python dpo.py config/dpo_tiny.py --reward_model=out/reward     a reward model scores the answers at evaluations
     python dpo.py config/dpo_smollm2.py --dataset=data/mine        SmolLM2-135M learns your pairs with LoRA
     torchrun --standalone --nproc_per_node=2 dpo.py config/dpo_tiny.py --gradient_accumulation_steps=2
 
-The reference is the model that the run begins with. Of the pairs that training will draw its log-probabilities are
-taken once and kept in the checkpoint. Held-out prompts are answered greedily, to be graded, and by sampling at
-temperature 1, to measure how far the policy has moved: the KL divergence to the reference on its own samples.
+The reference is the model that the run starts from. Its log-probabilities of the answers to train on are computed once
+and kept in the checkpoint. An evaluation answers held-out prompts twice: greedy answers are graded, and answers sampled
+at temperature 1 estimate how far the policy has moved, as the KL divergence to the reference.
 
 Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305.10425), KTO (arXiv:2402.01306), SimPO
 (arXiv:2405.14734), ORPO (arXiv:2403.07691), the SFT term (arXiv:2404.19733), cDPO's label smoothing (Mitchell 2023).
@@ -24,18 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from convert import load_to_train
-from dataset import (
-    by_value,
-    find_dataset,
-    grades,
-    in_words,
-    interval,
-    pad_texts,
-    prefs_of,
-    quality,
-    shown,
-    summarise,
-)
+from dataset import by_value, find_dataset, grades, in_words, interval, pad_texts, prefs_of, quality, shown, summarise
 from model import GPTConfig
 from rollout import divergence, forcing, generate_rollouts, gold_scores, load_scorer
 from tokenizer import UserError
@@ -48,15 +38,15 @@ dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout, new weights and samples
 # pairs
-max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. Longer ones lose the start of the prompt
+max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. A longer pair loses the start of its prompt
 strict = True  # stop at a malformed row; False: skip and count it
 # loss
 loss_type = 'sigmoid'  # 'sigmoid' (DPO), 'ipo', 'hinge', 'kto_pair'; without a reference: 'simpo', 'orpo'
-beta = 0.1  # how hard it is held to the reference; of 'simpo' a factor on its margins, of 'orpo' on its odds ratio
-label_smoothing = 0.0  # 'sigmoid', 'simpo': the share of labels that is taken to be flipped (cDPO)
-length_normalise = False  # divide log-probabilities by the number of tokens; 'simpo' and 'orpo' always do
-gamma = 0.5  # 'simpo': the margin to reach
-sft_coef = 0.0  # weight of the cross-entropy of the chosen answers, per token
+beta = 0.1  # larger: closer to the reference; 'simpo': scale of the margin; 'orpo': weight of the odds ratio
+label_smoothing = 0.0  # 'sigmoid', 'simpo': assumed fraction of flipped labels (cDPO)
+length_normalise = False  # log-probabilities per token, not per answer; always so for 'simpo' and 'orpo'
+gamma = 0.5  # 'simpo': target margin
+sft_coef = 0.0  # weight of the SFT term, the cross-entropy of the chosen answers per token
 # batches
 batch_size = 16  # pairs per micro-batch, both answers of each
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
@@ -79,10 +69,10 @@ min_lr = 0.0  # final learning rate; every group decays by the same factor
 decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
-eval_rows = 256  # held-out pairs that are measured, and whose prompts are answered, the same every time; 0 = all
+eval_rows = 256  # held-out pairs to evaluate on and prompts to answer, the same every time; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
 eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
-reward_model = ''  # a run of reward.py, which scores the greedy answers
+reward_model = ''  # directory of a run of reward.py that scores the greedy answers; '' = none
 max_new_tokens = 128  # maximum length of an answer, in tokens
 tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
 show_answers = 3  # answers printed at each evaluation
@@ -100,150 +90,173 @@ compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
-
-LOSSES = ('sigmoid', 'ipo', 'hinge', 'kto_pair', 'simpo', 'orpo')
-FREE = ('simpo', 'orpo')  # of these, those that need no reference
+REFERENCE_FREE = ('simpo', 'orpo')
 
 # allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1', 'beta': '> 0', 'label_smoothing': '>= 0 and < 0.5', 'max_new_tokens': '>= 1',
     **dict.fromkeys(('max_length', 'gamma', 'sft_coef', 'eval_rows', 'show_answers'), '>= 0'),
-    'loss_type': LOSSES, 'eval_split': ('val', 'test', 'train')}
+    'loss_type': ('sigmoid', 'ipo', 'hinge', 'kto_pair', 'simpo', 'orpo'), 'eval_split': ('val', 'test', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the maths
+# the maths. Shapes: B pairs of a batch, n held-out pairs
 
 def preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type='sigmoid', beta=0.1,
                     label_smoothing=0.0, length_normalise=False, gamma=0.5):
-    """Losses of pairs -> (losses (B,), implicit rewards of the chosen answers (B,), of the rejected (B,)).
+    """Losses of pairs -> (losses, implicit rewards of the chosen answers, of the rejected answers), (B,) each.
 
-    chosen, rejected, ref_chosen, ref_rejected: log-probabilities of whole answers under the policy and the reference,
-    in nats, (B,); n_chosen, n_rejected: their tokens, (B,). An implicit reward is beta times an answer's log-ratio of
-    the two models. With h the difference of the two answers' log-ratios:
-    'sigmoid' -log s(beta h), of which label_smoothing eps takes (1 - eps) and eps of -log s(-beta h) (cDPO);
-    'ipo' (h - 1 / (2 beta))^2; 'hinge' max(0, 1 - beta h); 'kto_pair' 1 - s of each answer's log-ratio times beta
-    against the other answers' mean, at least 0, averaged over the two (arXiv:2402.01306 as DPO trainers have it).
-    With log-probabilities per token and no reference: 'simpo' -log s(beta d - gamma), d their difference; 'orpo'
-    the chosen answer's cross-entropy per token less beta log s(log odds ratio).
+    chosen, rejected: log-probabilities of the answers under the policy, in nats, (B,); ref_chosen, ref_rejected: under
+    the reference; n_chosen, n_rejected: tokens of the answers. r_c and r_r are the log-ratios of the two answers, log
+    policy - log reference, with length_normalise per token; beta r is the implicit reward. 'simpo' and 'orpo' have no
+    reference: their r is the log-probability per token. With h = r_c - r_r, s the logistic function, e label_smoothing:
+
+        'sigmoid'   -(1 - e) log s(beta h) - e log s(-beta h)            DPO; with e > 0 cDPO
+        'ipo'       (h - 1 / (2 beta))^2
+        'hinge'     max(0, 1 - beta h)
+        'kto_pair'  1 - (s(beta (r_c - kl_r)) + s(beta (kl_c - r_r))) / 2    kl_c, kl_r: means of r_c, r_r, at least 0
+        'simpo'     'sigmoid' with beta h - gamma in the place of beta h
+        'orpo'      -r_c - beta log s(logit(r_c) - logit(r_r))           logit(r) = r - log(1 - exp(r))
     """
-    if length_normalise or loss_type in FREE:
-        chosen, ref_chosen, rejected, ref_rejected = (chosen / n_chosen, ref_chosen / n_chosen, rejected / n_rejected,
-                                                      ref_rejected / n_rejected)
-    if loss_type in FREE:
+    if loss_type in REFERENCE_FREE:
         ref_chosen = ref_rejected = torch.zeros_like(chosen)
-    up, down = chosen - ref_chosen, rejected - ref_rejected
-    h = up - down
-    if loss_type in ('sigmoid', 'simpo'):
+    if length_normalise or loss_type in REFERENCE_FREE:
+        chosen = chosen / n_chosen
+        rejected = rejected / n_rejected
+        ref_chosen = ref_chosen / n_chosen
+        ref_rejected = ref_rejected / n_rejected
+    chosen_logratio = chosen - ref_chosen
+    rejected_logratio = rejected - ref_rejected
+    h = chosen_logratio - rejected_logratio
+    if loss_type in ('sigmoid', 'simpo'):  # Bradley-Terry: s(x) is the probability that the chosen answer is preferred
         x = beta * h - (gamma if loss_type == 'simpo' else 0.0)
         losses = -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
-    elif loss_type == 'ipo':
+    elif loss_type == 'ipo':  # a finite target for h, which log s lets grow without end
         losses = (h - 1 / (2 * beta)).square()
-    elif loss_type == 'hinge':
+    elif loss_type == 'hinge':  # no gradient once the implicit rewards are 1 apart
         losses = F.relu(1 - beta * h)
-    elif loss_type == 'kto_pair':
-        kl_up, kl_down = up.mean().clamp(min=0).detach(), down.mean().clamp(min=0).detach()
-        losses = (2 - torch.sigmoid(beta * (up - kl_down)) - torch.sigmoid(beta * (kl_up - down))) / 2
-    else:
-        odds = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
-        losses = -chosen - beta * F.logsigmoid(odds)
-    return losses, beta * up.detach(), beta * down.detach()
+    elif loss_type == 'kto_pair':  # as in trainers of DPO: the mean of the other answers' log-ratios estimates the KL
+        kl_chosen = chosen_logratio.mean().clamp(min=0).detach()
+        kl_rejected = rejected_logratio.mean().clamp(min=0).detach()
+        chosen_value = torch.sigmoid(beta * (chosen_logratio - kl_rejected))
+        rejected_value = torch.sigmoid(beta * (kl_chosen - rejected_logratio))
+        losses = (2 - chosen_value - rejected_value) / 2
+    else:  # 'orpo': the cross-entropy of the chosen answer, and the log odds ratio of the two
+        log_odds_ratio = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
+        losses = -chosen - beta * F.logsigmoid(log_odds_ratio)
+    return losses, beta * chosen_logratio.detach(), beta * rejected_logratio.detach()
 
 
 def log1mexp(x):
-    """log(1 - e^x) of x < 0, with all its digits (Mächler 2012)."""
-    x = x.clamp(max=-1e-6)
+    """log(1 - exp(x)) for x < 0, numerically stable (Mächler 2012)."""
+    x = x.clamp(max=-1e-6)  # x = 0, probability 1, would give -inf
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # log-probabilities
 
-def compute_logps(model, run, texts, block_size):
-    """Log-probabilities of the tokens that count, summed over each of a batch of (ids, counts): (B,) on the device."""
-    idx, _, counts = pad_texts(texts, block_size)
+def compute_logps(model, run, examples, block_size):
+    """Log-probabilities of the answers of a batch of examples (ids, is_answer), summed over tokens: on the device."""
+    idx, _, is_answer = pad_texts(examples, block_size)
     targets = np.full(idx.shape, -100)
-    targets[:, :-1][counts[:, 1:]] = idx[:, 1:][counts[:, 1:]]
+    targets[:, :-1] = np.where(is_answer[:, 1:], idx[:, 1:], -100)  # the target of position t is token t + 1
     with run.autocast(idx.shape[1]):
         return -model(*run.to_device(idx, targets), reduction='none').sum(1)
 
 
 @torch.no_grad()
-def compute_all_logps(net, run, texts, block_size):
-    """Of many (ids, counts), shared by the processes: float64 array (n,)."""
+def compute_all_logps(net, run, examples, block_size):
+    """As `compute_logps`, of any number of examples, shared by the processes: float64 array (len(examples),)."""
+    def work(part):
+        logps = compute_logps(net, run, [examples[i] for i in part], block_size)
+        return logps.cpu().double().numpy()[:, None]
     net.eval()
-    logps = run.distributed_map(lambda part: compute_logps(
-        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None], [len(ids) for ids, _ in texts])
+    logps = run.distributed_map(work, [len(ids) for ids, _ in examples])
     net.train()
     return logps[:, 0]
+
+
+def reference_logps(model, net, reference, run, data, texts, block_size):
+    """Log-probabilities of answers under the reference, texts being their indices in data: float64 (len(texts),)."""
+    with run.swapped_weights(model, reference):
+        return compute_all_logps(net, run, [data.example(text) for text in texts], block_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation
 
-def pair_metrics(policy, reference, n_tokens):
-    """Of held-out pairs, log-probabilities (2, n) under both models, chosen then rejected -> metrics."""
-    tensors = [torch.from_numpy(x) for x in (*policy, *reference, *n_tokens)]
-    losses, up, down = preference_loss(*tensors, loss_type, beta, label_smoothing, length_normalise, gamma)
-    losses = losses - sft_coef * tensors[0] / tensors[4]
-    hits = ((torch.sign(up - down) + 1) / 2).tolist()
-    low, high = interval(hits)
+def pair_metrics(logps, ref_logps, n_tokens):
+    """Metrics of held-out pairs; logps under the policy, ref_logps and n_tokens: (2 n,), in the order of data.texts."""
+    chosen, rejected = torch.from_numpy(logps).chunk(2)
+    ref_chosen, ref_rejected = torch.from_numpy(ref_logps).chunk(2)
+    n_chosen, n_rejected = torch.from_numpy(n_tokens).chunk(2)
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type, beta, label_smoothing,
+        length_normalise, gamma)
+    losses = losses - sft_coef * chosen / n_chosen
+    margins = chosen_rewards - rejected_rewards
+    hits = ((torch.sign(margins) + 1) / 2).tolist()  # a tie counts half
+    low, high = interval(hits)  # 95 %
     return {'val/loss': losses.mean().item(), 'val/accuracy': float(np.mean(hits)), 'val/accuracy_low': low,
-            'val/accuracy_high': high, 'val/margin': (up - down).mean().item(),
-            'val/logp_chosen': float(policy[0].mean()), 'val/logp_rejected': float(policy[1].mean())}
+            'val/accuracy_high': high, 'val/margin': margins.mean().item(),
+            'val/logp_chosen': float(chosen.numpy().mean()), 'val/logp_rejected': float(rejected.numpy().mean())}
 
 
-def grade_answers(data, answers, scores):
-    """Grades of answers (Rollout) to pairs' prompts -> (rows, marks); scores: of the reward model, (n,), or None."""
-    rows, marks = [data.rows_kept[i] for i in answers.rows], []
-    for i, (row, text) in enumerate(zip(rows, answers.texts, strict=True)):
-        marks.append(quality(row, text) | grades(row, text) if 'answer' in row else grades(row, text))
-        marks[-1] |= {} if scores is None else {'model': float(scores[i]), 'model_share': float(scores[i] > 0)}
-    return rows, marks
+def grade_answers(data, answers, scorer):
+    """Grades of answers (Rollout) to the prompts of pairs -> (rows, grades of each: [{name: number}])."""
+    rows = [data.rows_kept[i] for i in answers.rows]
+    answer_grades = []
+    for row, text in zip(rows, answers.texts, strict=True):
+        answer_grades.append((quality(row, text) if 'answer' in row else {}) | grades(row, text))
+    if scorer is not None:
+        scores = scorer([(row['messages'][:-1], text) for row, text in zip(rows, answers.texts, strict=True)])
+        for answer_grade, score in zip(answer_grades, scores, strict=True):
+            answer_grade |= {'model': float(score), 'model_share': float(score > 0)}
+    return rows, answer_grades
 
 
 def evaluate(model, net, reference, ref_logps, data, run, scorer):
     """A policy on held-out pairs, and its answers to their prompts -> (metrics, summary, samples).
 
-    reference: what learns, as it was in the beginning, which with LoRA is the base alone; ref_logps: a list that keeps
-    the log-probabilities of the pairs under it, from the first call on.
+    model is sampled from, net (the model in DDP, FSDP or torch.compile) is called. reference: {name: tensor} of the
+    trained parameters before training, see `Run.swapped_weights`; ref_logps: `reference_logps` of the pairs, (2 n,).
     """
-    chosen = data.fixed(eval_rows)
-    pairs = data.texts(chosen)
-    texts = [data.example(text) for text in pairs]
-    n_tokens, block_size = data.targets_in[pairs].reshape(2, -1).astype(float), model.config.block_size
-    policy = compute_all_logps(net, run, texts, block_size).reshape(2, -1)
-    if not ref_logps:
-        with run.swapped_weights(model, reference):
-            ref_logps.append(compute_all_logps(net, run, texts, block_size).reshape(2, -1))
-    force = forcing(data.tokenizer, tools)
-    sampled, greedy = (generate_rollouts(model, data, chosen, run, max_new_tokens, 1, t, force=force) for t in (1.0, 0))
+    pairs = data.fixed(eval_rows)
+    texts = data.texts(pairs)  # the chosen answers of all pairs, then the rejected ones: hence chunk(2) everywhere
+    block_size = model.config.block_size
+    logps = compute_all_logps(net, run, [data.example(text) for text in texts], block_size)
+    metrics = pair_metrics(logps, ref_logps, data.targets_in[texts].astype(float))
+
+    # answers: sampled ones estimate the KL divergence to the reference, greedy ones are graded
+    force = forcing(data.tokenizer, tools)  # with tools, inserts the results of calls into the answers
+    sampled = generate_rollouts(model, data, pairs, run, max_new_tokens, temperature=1.0, force=force)
+    greedy = generate_rollouts(model, data, pairs, run, max_new_tokens, temperature=0, force=force)
+    # log-ratios of the sampled answers, whose mean estimates the KL divergence
     kl = divergence(net, model, reference, run, sampled, block_size).sum(1)
-    scores = None
-    if scorer is not None:
-        prompts = [data.rows_kept[i]['messages'][:-1] for i in chosen]
-        scores = scorer(list(zip(prompts, greedy.texts, strict=True)))
-    rows, marks = grade_answers(data, greedy, scores)
-    means, ranges = summarise(marks)
     half = 1.96 * kl.std() / math.sqrt(max(1, len(kl) - 1))
-    low, high = kl.mean() - half, kl.mean() + half
-    metrics = pair_metrics(policy, ref_logps[0], n_tokens) | {
-        'kl': float(kl.mean()), 'kl_low': float(low), 'kl_high': float(high),
-        'response_len': float(greedy.lengths.mean())}
+    metrics |= {'kl': float(kl.mean()), 'kl_low': float(kl.mean() - half), 'kl_high': float(kl.mean() + half),
+                'response_len': float(greedy.lengths.mean())}
+    rows, answer_grades = grade_answers(data, greedy, scorer)
+    means, ranges = summarise(answer_grades)
     if 'gold' in means:
         metrics['reward/gold_sampled'] = float(np.nanmean(gold_scores(data, sampled)))
     for name, mean in means.items():
         key = f'reward/{name}' if name in ('gold', 'model', 'model_share') else f'val/{name}'
         metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
-    summary = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%}, margin '
-             f'{metrics["val/margin"]:.2f}, log-probabilities {metrics["val/logp_chosen"]:.1f} and '
-             f'{metrics["val/logp_rejected"]:.1f}, KL {metrics["kl"]:.2f} ({low:.2f} to {high:.2f})\n')
-    shown_means = {k: v for k, v in means.items() if k in ('gold', 'correct', 'f1', 'model_share')}
-    summary += f'greedy answers: {in_words(shown_means, ranges)}'
-    summary += f', reward {means["model"]:.2f}' if scores is not None else ''
-    by_steps = by_value(rows, marks, 'steps')
-    summary += f'; correct by steps: {by_steps}' if by_steps else ''
-    return metrics, summary, [shown(*of) for of in zip(rows[:show_answers], greedy.texts, marks, strict=False)]
+
+    samples = list(map(shown, rows[:show_answers], greedy.texts, answer_grades))
+    shown_means = {name: means[name] for name in means if name in ('gold', 'correct', 'f1', 'model_share')}
+    summary = [f'val loss {metrics["val/loss"]:.4f}', f'accuracy {metrics["val/accuracy"]:.1%}',
+               f'margin {metrics["val/margin"]:.2f}',
+               f'log-probabilities {metrics["val/logp_chosen"]:.1f} and {metrics["val/logp_rejected"]:.1f}',
+               f'KL {metrics["kl"]:.2f} ({metrics["kl_low"]:.2f} to {metrics["kl_high"]:.2f})\n'
+               f'greedy answers: {in_words(shown_means, ranges)}']
+    if scorer is not None:
+        summary.append(f'reward {means["model"]:.2f}')
+    if by_steps := by_value(rows, answer_grades, 'steps'):
+        summary[-1] += f'; correct by steps: {by_steps}'
+    return metrics, ', '.join(summary), samples
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,8 +266,7 @@ def main():
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
     if label_smoothing and loss_type not in ('sigmoid', 'simpo'):
-        raise UserError(f"label_smoothing={label_smoothing} goes with loss_type='sigmoid' or 'simpo', not "
-                        f'{loss_type!r}')
+        raise UserError(f"label_smoothing={label_smoothing} needs loss_type='sigmoid' or 'simpo', not {loss_type!r}")
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
 
@@ -264,18 +276,22 @@ def main():
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
     if max_new_tokens >= model.config.block_size:
-        raise UserError(f'max_new_tokens={max_new_tokens} leaves no room for a prompt in block_size='
-                        f'{model.config.block_size}: lower it')
+        raise UserError(f'max_new_tokens={max_new_tokens} must be < block_size={model.config.block_size}, which needs '
+                        'room for the prompt: lower it')
     scorer = load_scorer(reward_model, run) if reward_model else None
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
-        before, net = start.initial_weights(), run.wrap(model, compile)
+        initial = start.initial_weights()  # {} where no run of this stage has trained it: it is its own reference
+        net = run.wrap(model, compile)
         data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
-        reference = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before}
-        _, summary, samples = evaluate(model, net, reference, [], data, run, scorer)
-        run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} pairs of {dataset}, {eval_split}: {summary}')
-        return run.print0('\n'.join(samples))
+        reference = {name: run.like(p, initial[name]) for name, p in model.named_parameters() if name in initial}
+        pairs = data.fixed(eval_rows)
+        ref_logps = reference_logps(model, net, reference, run, data, data.texts(pairs), model.config.block_size)
+        _, summary, samples = evaluate(model, net, reference, ref_logps, data, run, scorer)
+        run.print0(f'{init_from} on {len(pairs):,} pairs of {dataset}, {eval_split}: {summary}')
+        run.print0('\n'.join(samples))
+        return
 
     # data
     train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0)
@@ -285,22 +301,23 @@ def main():
         optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
                                                 muon_lr, muon_momentum)
 
-    # the reference: the policy as it is before its first step. Only what is trained is kept twice
+    # the reference: the policy before its first step. Only the trained parameters are kept twice, with LoRA the small
+    # matrices alone; for a forward pass of the reference they are swapped with the model's
     reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    ref_logps = torch.full((2 * train_data.n_rows,), math.nan, dtype=torch.float64)  # nan where not computed yet
+    ref_logps = torch.full((2 * train_data.n_rows,), math.nan, dtype=torch.float64)  # of all texts; nan: not computed
     ref_texts = train_data.fingerprint()
 
     # resume
     step, pairs_seen, clock = 0, 0, runtime.Clock()
     if resume_from:
-        own = start.checkpoint
-        run.resume(own, start.origin, optimizers, config)
-        step, pairs_seen, clock = own['iter'], own['pairs'], runtime.Clock(own['seconds'])
+        checkpoint = start.checkpoint
+        run.resume(checkpoint, start.origin, optimizers, config)
+        step, pairs_seen, clock = checkpoint['iter'], checkpoint['pairs'], runtime.Clock(checkpoint['seconds'])
         for name, tensor in reference.items():
-            tensor.copy_(run.like(tensor, own['reference'][name]))
-        if own['ref_texts'] == ref_texts:
-            ref_logps = own['ref_logps']
-        own = start.checkpoint = None  # frees its memory
+            tensor.copy_(run.like(tensor, checkpoint['reference'][name]))
+        if checkpoint['ref_texts'] == ref_texts:  # else the data have changed, and all are computed again
+            ref_logps = checkpoint['ref_logps']
+        checkpoint = start.checkpoint = None  # frees its memory
     last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
 
     micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
@@ -313,23 +330,26 @@ def main():
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
         f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
 
-    # the reference never changes, so its log-probabilities are computed once, of the pairs that training comes to
+    # the reference never changes: its log-probabilities are computed once, for the held-out pairs and for all pairs
+    # that this run trains on; for 'simpo' and 'orpo' the latter stay nan and are not read
+    val_texts = val_data.texts(val_data.fixed(eval_rows))
+    val_ref_logps = reference_logps(model, net, reference, run, val_data, val_texts, model.config.block_size)
     clock.start()
     texts = train_data.texts(np.unique(train_data.rows(0, max_iters * pairs_per_step)))
     texts = texts[torch.isnan(ref_logps[texts]).numpy()]
-    if len(texts) and loss_type not in FREE:
-        with run.swapped_weights(model, reference):
-            ref_logps[texts] = torch.from_numpy(compute_all_logps(
-                net, run, [train_data.example(text) for text in texts], length))
+    if len(texts) and loss_type not in REFERENCE_FREE:
+        ref_logps[texts] = torch.from_numpy(reference_logps(model, net, reference, run, train_data, texts, length))
         run.print0(f'log-probabilities of {len(texts):,} answers under the reference, {clock.read():.1f} s')
 
     if run.ddp:
+        # DDP fixes the order in which it sums gradients at its first backward pass: one that is discarded makes that
+        # order the same for a new and a resumed run
         first = pairs_seen + run.rank * batch_size
         run.seed_dropout(first)
         examples = [train_data.example(text) for text in train_data.texts(train_data.rows(first, batch_size))]
         run.warm_up_ddp(net, compute_logps(net, run, examples, length).mean())
+    # speed and means of metrics, from one row of the log to the next
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
-    val_ref_logps = []
     meter.reset(step)
     while True:
         evaluating = step > last_eval and (step % eval_interval == 0 or step == max_iters)
@@ -364,15 +384,17 @@ def main():
             first = pairs_seen + number * batch_size  # a function of the step alone: a resumed run repeats no pair
             texts = train_data.texts(train_data.rows(first, batch_size))
             examples = [train_data.example(text) for text in texts]
-            run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
-            # both answers of all pairs in one forward pass: the chosen ones, then the rejected ones
+            run.seed_dropout(first)  # a function of the seed and the position in the data, not of what ran before
+            # one forward pass for both answers, all chosen ones and then all rejected ones: half the calls, and one
+            # backward pass per micro-batch, as DDP needs
             chosen, rejected = compute_logps(net, run, examples, length).chunk(2)
             n_chosen, n_rejected = run.to_device(train_data.targets_in[texts].astype(np.float32))[0].chunk(2)
             ref_chosen, ref_rejected = run.to_device(ref_logps[texts].float().numpy())[0].chunk(2)
             losses, chosen_rewards, rejected_rewards = preference_loss(
                 chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, loss_type, beta, label_smoothing,
                 length_normalise, gamma)
-            # a margin can grow while both answers get less likely: this term holds the chosen one up (arXiv:2404.19733)
+            # the SFT term: the margin can grow while both answers become less likely; this keeps the chosen one likely
+            # (arXiv:2404.19733)
             loss = (losses - sft_coef * chosen / n_chosen).mean()
             loss = loss / micro_steps
             run.backward(loss)

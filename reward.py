@@ -1,16 +1,16 @@
 """
-Reward models: from pairs of answers, of which people preferred one, a model learns to score any answer.
+Reward models: a model is trained on pairs of answers, of which one is preferred, to give any answer a scalar score.
 
     python reward.py config/reward_tiny.py                         word problems, from the model of config/sft_tiny.py
     python reward.py config/reward_tiny.py --loss_type=margin --margin=1.0
     python reward.py config/reward_tiny.py --causal=False --score_head=mean     the same as a bidirectional encoder
     python reward.py config/reward_smollm2.py --dataset=data/mine               SmolLM2-135M with LoRA learns your pairs
-    python reward.py --init_from=out/reward --dataset=wordproblems --check=True        can it be trusted? ten checks
+    python reward.py --init_from=out/reward --dataset=wordproblems --check=True              ten sanity checks
     torchrun --standalone --nproc_per_node=2 reward.py config/reward_tiny.py --gradient_accumulation_steps=2
 
-The model is any that this project can read, with a scalar score in place of the next token, read at the
-last token of an answer (score_head='last') or from the mean over all (score_head='mean'). Scores are normalised to mean
-0 and variance 1 on held-out answers; the gain and the bias that do so are in the checkpoint.
+A linear head on the hidden state of the last token (score_head='last') or on the mean over all tokens ('mean') gives
+the score; with score_likelihood=True the answer's log-probability, times a trained gain, is added. The reward is a
+score times a gain plus a bias, saved in the checkpoint, that give held-out answers mean 0 and variance 1.
 
 Papers: InstructGPT (arXiv:2203.02155), learning to summarize (arXiv:2009.01325), fine-tuning from preferences
 (arXiv:1909.08593), margins from grades (Llama 2, arXiv:2307.09288), centred rewards (arXiv:2312.09244), calibration
@@ -20,6 +20,7 @@ import math
 import random
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
@@ -28,33 +29,24 @@ import torch
 import torch.nn.functional as F
 
 from convert import load_to_score
-from dataset import (
-    answered,
-    find_dataset,
-    fraction_of,
-    interval,
-    last_number,
-    pad_texts,
-    prefs_of,
-    visible,
-)
+from dataset import answered, find_dataset, fraction_of, interval, last_number, pad_texts, prefs_of, visible
 from model import GPTConfig
 from tokenizer import UserError
 
 # where and what
 out_dir = 'out/reward'  # directory of the run: checkpoints, metrics, samples
-init_from = 'out/sft'  # the model to start from: sample.py's; or 'scratch', 'resume', 'auto' (resume if there is a run)
-base = 'out/sft'  # what 'auto' starts from where there is no run yet; of 'scratch', whose tokenizer and shape it takes
+init_from = 'out/sft'  # model to start from, as in sample.py; 'scratch'; 'resume'; 'auto' (resume if out_dir has a run)
+base = 'out/sft'  # 'auto': model to start from if out_dir has no run yet; 'scratch': model with the tokenizer and shape
 dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
-seed = 1337  # decides the order of the data, dropout and fresh weights
+seed = 1337  # of the order of the data, dropout and new weights
 # pairs
-max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. Longer ones lose the start of the prompt
+max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. A longer pair loses the start of its prompt
 strict = True  # stop at a malformed row; False: skip and count it
 # loss
-loss_type = 'bt'  # 'bt' (Bradley-Terry), 'margin' (ranking) or 'bt_margin' (Bradley-Terry, less the rows' own margins)
-margin = 1.0  # 'margin': how far apart the scores of a pair shall be; 'bt_margin': factor on the rows' margins
-center_coef = 0.0  # weight of the squared sum of a pair's scores, which keeps them around zero; 0.01 is usual
+loss_type = 'bt'  # 'bt' (Bradley-Terry), 'bt_margin' (minus the margin of the row) or 'margin' (ranking)
+margin = 1.0  # 'margin': required difference of the two scores; 'bt_margin': factor on the rows' margins
+center_coef = 0.0  # weight of the squared sum of a pair's scores, which keeps scores near 0; 0.01 is usual
 # batches
 batch_size = 16  # pairs per micro-batch, both answers of each
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
@@ -77,9 +69,9 @@ min_lr = 0.0  # final learning rate; every group decays by the same factor
 decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 100  # steps between evaluations, each with a checkpoint
-eval_rows = 512  # held-out pairs that are scored, the same every time; 0 = all
+eval_rows = 512  # held-out pairs to score, the same every time; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
-check = False  # put init_from to the checks of a reward model and train nothing
+check = False  # run ten sanity checks on init_from and exit, without training
 eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
 log_interval = 10  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
@@ -103,201 +95,238 @@ RANGES = runtime.RANGES | {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the maths
+# the maths. Shapes: B pairs of a batch, n held-out pairs
 
 def bradley_terry(chosen, rejected, margins=0.0):
-    """-log sigmoid(r_c - r_r - m): scores (B,), margins (B,) or a number -> losses (B,), in nats (arXiv:2009.01325;
-    with margins arXiv:2307.09288, eq. 2)."""
+    """-log s(chosen - rejected - margins), s the logistic function: scores (B,) -> losses (B,), in nats."""
     return -F.logsigmoid(chosen - rejected - margins)
 
 
 def margin_ranking(chosen, rejected, margin):
-    """max(0, margin - (r_c - r_r)): scores (B,) -> losses (B,)."""
+    """max(0, margin - (chosen - rejected)): scores (B,) -> losses (B,)."""
     return F.relu(margin - (chosen - rejected))
 
 
-def pair_loss(chosen, rejected, grades, loss_type, margin, center_coef):
-    """What is minimised of pairs of scores (B,) -> losses (B,); grades (B,): how much better each chosen answer is."""
+def pair_loss(chosen, rejected, row_margins, loss_type, margin, center_coef):
+    """Scores of pairs (B,), row_margins (B,): how much better the data rate the chosen answers -> losses (B,).
+
+        'bt'         -log s(chosen - rejected)                           Bradley-Terry (arXiv:2009.01325)
+        'bt_margin'  -log s(chosen - rejected - margin * row_margins)    Llama 2 (arXiv:2307.09288, eq. 2)
+        'margin'     max(0, margin - (chosen - rejected))                ranking
+
+    each plus center_coef * (chosen + rejected)^2 (arXiv:2312.09244).
+    """
     if loss_type == 'margin':
         losses = margin_ranking(chosen, rejected, margin)
     else:
-        losses = bradley_terry(chosen, rejected, margin * grades if loss_type == 'bt_margin' else 0.0)
-    return losses + center_coef * (chosen + rejected).square()  # arXiv:2312.09244
+        losses = bradley_terry(chosen, rejected, margin * row_margins if loss_type == 'bt_margin' else 0.0)
+    return losses + center_coef * (chosen + rejected).square()
 
 
-def calibration(margins, bins=10):
-    """How sure sigmoid(|r_c - r_r|) is of pairs beside how often it is right: margins (n,) -> (rows, ece).
+class Bin(NamedTuple):
+    """Pairs of similar confidence, from low to high: how many, their mean confidence, and their accuracy."""
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
 
-    rows: (from, to, pairs, mean confidence, share right) of the equal bins of [0.5, 1] that are not empty; ece: the
-    expected calibration error, the mean of |confidence - share right| over pairs (arXiv:1706.04599, eq. 3). A tie is
-    half right.
+
+def calibration(margins, n_bins=10):
+    """Confidence in the order of pairs and their accuracy: margins, chosen minus rejected, (n,) -> ([Bin], ECE).
+
+    The confidence of a pair is s(|margin|); equal bins divide [0.5, 1], and empty ones are dropped. Expected
+    calibration error = sum over bins of count / n * |accuracy - confidence| (arXiv:1706.04599, eq. 3).
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    hits, which = pair_accuracy(margins), np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    rows = []
-    for b in range(bins):
-        of = which == b
-        if of.any():
-            ends = 0.5 + b / (2 * bins), 0.5 + (b + 1) / (2 * bins)
-            rows.append((*ends, int(of.sum()), confidence[of].mean(), hits[of].mean()))
-    return rows, sum(n * abs(sure - share) for _, _, n, sure, share in rows) / len(margins)
+    hits = pair_accuracy(margins)
+    index = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    bins = []
+    for i in np.unique(index):
+        inside = index == i
+        bins.append(Bin(0.5 + i / (2 * n_bins), 0.5 + (i + 1) / (2 * n_bins), int(inside.sum()),
+                        confidence[inside].mean(), hits[inside].mean()))
+    return bins, sum(b.count * abs(b.confidence - b.accuracy) for b in bins) / len(margins)
 
 
 def pair_accuracy(margins):
-    """Whether pairs are ordered rightly: margins (…) -> 1, 0, or 1/2 for a tie."""
+    """Whether pairs are ordered correctly: margins (…) -> 1 or 0, and 1/2 for a tie."""
     return (np.sign(margins) + 1) / 2
-
-
-def quantiles(scores):
-    """Mean, standard deviation and quantiles of scores, as text."""
-    low, *quarters, high = np.quantile(scores, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
-    inner = ', '.join(f'{q:.2f}' for q in quarters)
-    return f'mean {scores.mean():.2f}, sd {scores.std():.2f}, {low:.2f} to {high:.2f} (5, 25, 50, 75, 95 %: {inner})'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # scoring and evaluation
 
-def compute_scores(model, run, texts, block_size):
-    """The model's scores of a batch of (ids, which are the answer's): (B,) float32 on the device."""
-    idx, real, answer = run.to_device(*pad_texts(texts, block_size))
+def compute_scores(model, run, examples, block_size):
+    """Scores of a batch of examples (ids, is_answer): float32 (len(examples),) on the device."""
+    idx, real, answer = run.to_device(*pad_texts(examples, block_size))
     with run.autocast(idx.shape[1]):
         return model(idx, real=real, answer=answer)
 
 
 @torch.no_grad()
-def compute_all_scores(net, run, texts, block_size):
-    """Raw scores of many such texts, shared by the processes: float64 array (n,)."""
+def compute_all_scores(net, run, examples, block_size):
+    """As `compute_scores`, of any number of examples, shared by the processes: float64 array (len(examples),)."""
+    def work(part):
+        scores = compute_scores(net, run, [examples[i] for i in part], block_size)
+        return scores.cpu().double().numpy()[:, None]
     net.eval()
-    scores = run.distributed_map(lambda part: compute_scores(
-        net, run, [texts[i] for i in part], block_size).cpu().double().numpy()[:, None], [len(ids) for ids, _ in texts])
+    scores = run.distributed_map(work, [len(ids) for ids, _ in examples])
     net.train()
     return scores[:, 0]
 
 
-def evaluate_pairs(net, run, data, chosen_rows):
-    """Scores of the pairs of these numbers, and what they are worth -> (chosen (n,), rejected (n,), rows, metrics)."""
-    texts = data.texts(chosen_rows)
-    scores = compute_all_scores(net, run, [data.example(text) for text in texts], data.block_size)
+def evaluate_pairs(net, run, data, pairs):
+    """Pairs of data, by index -> (scores (2, n) of the chosen and of the rejected answers, rows, metrics)."""
+    # data.texts gives the chosen answers of all pairs, then the rejected ones: hence reshape(2, -1)
+    scores = compute_all_scores(net, run, [data.example(text) for text in data.texts(pairs)], data.block_size)
     chosen, rejected = scores.reshape(2, -1)
-    rows = [data.rows_kept[i] for i in chosen_rows]
-    grades = torch.tensor([float(row.get('margin', 0)) for row in rows], dtype=torch.float64)
-    losses = pair_loss(torch.from_numpy(chosen), torch.from_numpy(rejected), grades, loss_type, margin, center_coef)
-    hits = pair_accuracy(chosen - rejected).tolist()
-    low, high = interval(hits)
+    margins = chosen - rejected
+    rows = [data.rows_kept[i] for i in pairs]
+    row_margins = torch.tensor([float(row.get('margin', 0)) for row in rows], dtype=torch.float64)
+    losses = pair_loss(*torch.from_numpy(scores).chunk(2), row_margins, loss_type, margin, center_coef)
+    hits = pair_accuracy(margins).tolist()
+    low, high = interval(hits)  # 95 %
     metrics = {'val/loss': losses.mean().item(), 'val/accuracy': float(np.mean(hits)), 'val/accuracy_low': low,
-               'val/accuracy_high': high, 'val/margin': float((chosen - rejected).mean()),
-               'val/ece': calibration(chosen - rejected)[1], 'reward/mean': float(scores.mean()),
-               'reward/std': float(scores.std())}
-    if any('flipped' in row for row in rows):  # then the truth behind the labels is known
-        true = [1 - h if row.get('flipped') else h for h, row in zip(hits, rows, strict=True)]
-        metrics |= {'val/true_accuracy': float(np.mean(true)),
-                    'val/label_noise': float(np.mean([bool(row.get('flipped')) for row in rows]))}
-    return chosen, rejected, rows, metrics
+               'val/accuracy_high': high, 'val/margin': float(margins.mean()), 'val/ece': calibration(margins)[1],
+               'reward/mean': float(scores.mean()), 'reward/std': float(scores.std())}
+    if any('flipped' in row for row in rows):  # the data know which labels are wrong
+        flipped = [bool(row.get('flipped')) for row in rows]
+        true_hits = [1 - hit if wrong else hit for hit, wrong in zip(hits, flipped, strict=True)]
+        metrics |= {'val/true_accuracy': float(np.mean(true_hits)), 'val/label_noise': float(np.mean(flipped))}
+    return scores.reshape(2, -1), rows, metrics
 
 
-def in_words(metrics):
-    summary = (f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%} '
-             f'({metrics["val/accuracy_low"]:.1%} to {metrics["val/accuracy_high"]:.1%})')
+def format_metrics(metrics):
+    """Metrics of `evaluate_pairs` as one line."""
+    parts = [f'val loss {metrics["val/loss"]:.4f}', f'accuracy {metrics["val/accuracy"]:.1%} '
+             f'({metrics["val/accuracy_low"]:.1%} to {metrics["val/accuracy_high"]:.1%})']
     if 'val/true_accuracy' in metrics:
-        summary += (f', of the true labels {metrics["val/true_accuracy"]:.1%} '
-                  f'({metrics["val/label_noise"]:.1%} of labels are flipped)')
-    return summary + f', mean margin {metrics["val/margin"]:.2f}, calibration error {metrics["val/ece"]:.3f}'
+        parts.append(f'of the true labels {metrics["val/true_accuracy"]:.1%} '
+                     f'({metrics["val/label_noise"]:.1%} of labels are flipped)')
+    parts += [f'mean margin {metrics["val/margin"]:.2f}', f'calibration error {metrics["val/ece"]:.3f}']
+    return ', '.join(parts)
 
 
-def tables(chosen, rejected, rows, gain, bias):
-    """For a reader: accuracy by defect, the reliability table and where the normalised scores lie."""
-    lines, by = [], {}
-    for c, r, row in zip(chosen, rejected, rows, strict=True):
-        sign = -1 if row.get('flipped') else 1
+def format_tables(scores, rows, gain, bias):
+    """Accuracy by defect of the worse answer, the reliability table, and the distribution of rewards, as text."""
+    margins = scores[0] - scores[1]
+    lines, hits_by_defect = [], {}
+    for row_margin, row in zip(margins, rows, strict=True):
         if 'defect' in row:
-            by.setdefault(row['defect'], []).append(float(pair_accuracy(sign * (c - r))))
-    for defect, hits in sorted(by.items()):
+            true_margin = -row_margin if row.get('flipped') else row_margin
+            hits_by_defect.setdefault(row['defect'], []).append(float(pair_accuracy(true_margin)))
+    for defect, hits in sorted(hits_by_defect.items()):
         low, high = interval(hits)
         lines.append(f'{defect:>14}: {np.mean(hits):6.1%} right of {len(hits):,} ({low:.1%} to {high:.1%})')
     lines.append('confidence    pairs   sure  right')
-    for begin, end, n, sure, share in calibration(chosen - rejected)[0]:
-        lines.append(f'{begin:.2f} to {end:.2f} {n:6,} {sure:6.1%} {share:6.1%}')
-    for name, scores in (('chosen', chosen), ('rejected', rejected)):
-        lines.append(f'{name}: {quantiles(gain * scores + bias)}')
+    for b in calibration(margins)[0]:
+        lines.append(f'{b.low:.2f} to {b.high:.2f} {b.count:6,} {b.confidence:6.1%} {b.accuracy:6.1%}')
+    for name, values in zip(('chosen', 'rejected'), scores, strict=True):
+        rewards = gain * values + bias
+        low, *quantiles, high = np.quantile(rewards, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
+        inner = ', '.join(f'{q:.2f}' for q in quantiles)
+        lines.append(f'{name}: mean {rewards.mean():.2f}, sd {rewards.std():.2f}, {low:.2f} to {high:.2f} '
+                     f'(5, 25, 50, 75, 95 %: {inner})')
     return '\n'.join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# can it be trusted?
+# sanity checks -> (name, passes, result as text); passes is None where the data do not allow the check
+
+def length_check(rows, scores, lengths):
+    """Scores do not follow lengths, among problems with equally many steps: their quality and difficulty are alike."""
+    by_steps = {}
+    for i, row in enumerate(rows):
+        by_steps.setdefault(row.get('steps'), []).append(i)
+    groups = [indices for indices in by_steps.values() if len(indices) > 2]
+    if all(lengths[group].std() == 0 for group in groups):
+        return 'length', None, 'all answers have the same length'
+    x, y = (np.concatenate([values[group] - values[group].mean() for group in groups]) for values in (lengths, scores))
+    r = float(np.corrcoef(x, y)[0, 1]) if y.std() > 0 else 0.0
+    return 'length', abs(r) <= 0.3, f'correlation of score and length of better answers {r:.2f} (within ±0.3)'
+
+
+def halves_check(prompts, hits):
+    """Accuracy is the same in two halves of the prompts, within the 95 % interval of the difference."""
+    first = np.array([fraction_of(str(prompt)) < 0.5 for prompt in prompts])
+    if first.all() or not first.any():
+        return 'two halves agree', None, 'too few rows'
+    a, b = hits[first], hits[~first]
+    error = 1.96 * math.sqrt(a.var() / len(a) + b.var() / len(b))
+    passes = abs(a.mean() - b.mean()) <= max(error, 1e-9) and min(a.mean(), b.mean()) > 0.5
+    return 'two halves agree', passes, (f'accuracy {a.mean():.1%} and {b.mean():.1%} (at most {error:.1%} apart, both '
+                                        'above 50%)')
+
+
+def other_answer(i, prompts, answers):
+    """The next answer after row i, cyclically, that differs from it and has another prompt; '' if there is none."""
+    for j in (*range(i + 1, len(prompts)), *range(i)):
+        if prompts[j] != prompts[i] and answers[j] != answers[i]:
+            return answers[j]
+    return ''
+
 
 def checks(reward, rows, tokenizer):
-    """Sanity checks of a reward model -> [(name, whether it passes or None, result as text)].
+    """Ten sanity checks of a reward model: list of (name, passes, result).
 
-    reward(list of (messages, answer)) gives normalised scores (n,); rows: those of `load_prefs`. What a check compares
-    with is the truly better answer of each pair, `flipped` or not.
+    reward(list of (messages, answer)) returns normalised scores (n,); rows: those of `load_prefs`. Damaged answers are
+    compared with the truly better answer of each pair: the rejected one where the label is flipped.
     """
-    pairs = [[(row['prompt'] + row[key][:-1], row[key][-1]['content'])
-              for key in ('chosen', 'rejected')[::-1 if row.get('flipped') else 1]] for row in rows]
-    gold, bad = (reward([pair[k] for pair in pairs]) for k in (0, 1))
-    prompts, better = zip(*(pair[0] for pair in pairs), strict=True)
-    found, rng = [], random.Random(0)
+    better_pairs, worse_pairs = [], []
+    for row in rows:
+        chosen, rejected = ((row['prompt'] + row[key][:-1], row[key][-1]['content']) for key in ('chosen', 'rejected'))
+        better_pairs.append(rejected if row.get('flipped') else chosen)
+        worse_pairs.append(chosen if row.get('flipped') else rejected)
+    better_scores, worse_scores = reward(better_pairs), reward(worse_pairs)
+    prompts, better = zip(*better_pairs, strict=True)
+    results = [length_check(rows, better_scores, np.array([len(tokenizer.encode(answer)) for answer in better], float))]
 
-    def beats(name, answers, least, which=None):
-        which = list(range(len(rows)) if which is None else which)
-        if not which:
-            return found.append((name, None, 'no row of this data has one'))
-        wins = pair_accuracy(gold[which] - reward([(prompts[i], answers[i]) for i in which])).mean()
-        return found.append((name, wins >= least, f'the better answer beats it in {wins:.1%} of {len(which):,} '
-                                                  f'(at least {least:.0%})'))
-
-    lengths = np.array([len(tokenizer.encode(answer)) for answer in better], float)
-    steps = [row.get('steps') for row in rows]
-    groups = [np.array([i for i, s in enumerate(steps) if s == step]) for step in dict.fromkeys(steps)]
-    inner = [g for g in groups if len(g) > 2]
-    if not inner or np.concatenate([lengths[g] - lengths[g].mean() for g in inner]).std() == 0:
-        found.append(('length', None, 'all answers have one length'))
-    else:  # within problems of as many steps, so that quality and difficulty stay about the same
-        x, y = (np.concatenate([v[g] - v[g].mean() for g in inner]) for v in (lengths, gold))
-        r = float(np.corrcoef(x, y)[0, 1]) if y.std() > 0 else 0.0
-        found.append(('length', abs(r) <= 0.3, f'correlation of score and length of better answers {r:.2f} '
-                                               '(within ±0.3)'))
-    beats('empty answer', [''] * len(rows), 0.95)
-    beats('repeated answer', [f'{answer}\n{answer}' for answer in better], 0.9)
-    other = [next((better[(i + k) % len(rows)] for k in range(1, len(rows))
-                   if prompts[(i + k) % len(rows)] != prompts[i] and better[(i + k) % len(rows)] != better[i]), '')
-             for i in range(len(rows))]
-    beats('answer to another question', other, 0.9)
-    beats('shuffled words', [' '.join(rng.sample(words, len(words))) for words in map(str.split, better)], 0.95,
-          [i for i, answer in enumerate(better) if len(set(answer.split())) > 1])
-    changed = [re.sub(r'\d+(?!.*\d)', lambda m: str(int(m[0]) + rng.choice([1, 2, 10])), answer, flags=re.S)
-               for answer in better]
-    beats('wrong number', changed, 0.9, [i for i, row in enumerate(rows) if row.get('grader', 'number') == 'number'
-                                         and 'answer' in row and last_number(visible(better[i])) is not None])
+    rng = random.Random(0)
+    shuffled = [' '.join(rng.sample(words, len(words))) for words in map(str.split, better)]
+    wrong = [re.sub(r'\d+(?!.*\d)', lambda last: str(int(last[0]) + rng.choice([1, 2, 10])), answer, flags=re.S)
+             for answer in better]
+    everything = list(range(len(rows)))
+    with_words = [i for i in everything if len(set(better[i].split())) > 1]
+    with_number = [i for i, row in enumerate(rows) if row.get('grader', 'number') == 'number' and 'answer' in row
+                   and last_number(visible(better[i])) is not None]
+    for name, minimum, indices, answers in (
+            ('empty answer', 0.95, everything, [''] * len(rows)),
+            ('repeated answer', 0.9, everything, [f'{answer}\n{answer}' for answer in better]),
+            ('answer to another question', 0.9, everything, [other_answer(i, prompts, better) for i in everything]),
+            ('shuffled words', 0.95, with_words, shuffled),
+            ('wrong number', 0.9, with_number, wrong)):
+        if not indices:
+            results.append((name, None, 'no row of this data allows it'))
+            continue
+        scores = reward([(prompts[i], answers[i]) for i in indices])
+        rate = pair_accuracy(better_scores[indices] - scores).mean()
+        results.append((name, rate >= minimum,
+                        f'the better answer wins in {rate:.1%} of {len(indices):,} (at least {minimum:.0%})'))
     for name, tail in (('trailing space', ' '), ('trailing newline', '\n')):
-        shift = np.abs(reward([(p, answer + tail) for p, answer in zip(prompts, better, strict=True)]) - gold)
-        found.append((name, shift.mean() <= 0.1, f'moves a score by {shift.mean():.3f} sd in the mean (at most 0.1)'))
-    half = np.array([fraction_of(str(p)) < 0.5 for p in prompts])
-    if half.all() or not half.any():
-        found.append(('two halves agree', None, 'too few rows'))
-    else:
-        hits = pair_accuracy(gold - bad)
-        (a, spread_a), (b, spread_b) = ((part.mean(), part.var() / len(part)) for part in (hits[half], hits[~half]))
-        error = 1.96 * math.sqrt(spread_a + spread_b)
-        found.append(('two halves agree', abs(a - b) <= max(error, 1e-9) and min(a, b) > 0.5,
-                      f'right {a:.1%} and {b:.1%} (no further apart than {error:.1%}, both above half)'))
-    scores = np.concatenate((gold, bad))
-    found.append(('drift of the mean', abs(scores.mean()) <= 0.1 and 0.8 <= scores.std() <= 1.25,
-                  f'mean {scores.mean():.3f}, sd {scores.std():.3f} (within ±0.1, and 0.8 to 1.25)'))
-    return found
+        scores = reward([(prompt, answer + tail) for prompt, answer in better_pairs])
+        shift = np.abs(scores - better_scores).mean()
+        results.append((name, shift <= 0.1, f'moves a score by {shift:.3f} sd on average (at most 0.1)'))
+
+    results.append(halves_check(prompts, pair_accuracy(better_scores - worse_scores)))
+    scores = np.concatenate((better_scores, worse_scores))
+    results.append(('drift of the mean', abs(scores.mean()) <= 0.1 and 0.8 <= scores.std() <= 1.25,
+                    f'mean {scores.mean():.3f}, sd {scores.std():.3f} (within ±0.1, and 0.8 to 1.25)'))
+    return results
 
 
 def run_checks(net, model, data, tokenizer, length, run):
+    """Prints the results of the checks on held-out pairs: WARN where one fails, -- where the data do not allow it."""
     gain, bias = model.score_scale.tolist()
 
-    def reward(pairs):
-        texts = [answered(tokenizer, messages, answer, length) for messages, answer in pairs]
-        return gain * compute_all_scores(net, run, texts, length) + bias
-    found = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
-    for name, ok, figures in found:
-        run.print0(f'{"  --" if ok is None else "pass" if ok else "WARN"}  {name:<27} {figures}')
-    passed = [bool(ok) for _, ok, _ in found if ok is not None]
-    run.print0(f'{sum(passed)} of {len(passed)} checks pass on {dataset}, {eval_split}')
+    def reward(answers):
+        examples = [answered(tokenizer, messages, answer, length) for messages, answer in answers]
+        return gain * compute_all_scores(net, run, examples, length) + bias
+    results = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
+    for name, passes, result in results:
+        run.print0(f'{"  --" if passes is None else "pass" if passes else "WARN"}  {name:<27} {result}')
+    verdicts = [bool(passes) for _, passes, _ in results if passes is not None]
+    run.print0(f'{sum(verdicts)} of {len(verdicts)} checks pass on {dataset}, {eval_split}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,29 +340,34 @@ def main():
 
     # model
     resume_from = run.find_checkpoint(init_from)
+    # base at the end: where the tokenizer and the shape of new weights are from, if init_from is 'scratch'
     start = load_to_score('reward', base if init_from == 'auto' else init_from, resume_from, given, seed, base)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
     if (eval_only or check) and start.new_head:
-        raise UserError(f'{start.origin} is not a reward model: train one first, and give its --init_from')
+        raise UserError(f'{start.origin} is not a reward model, its score head is untrained: train one and give it as '
+                        '--init_from')
     if Path(dataset).suffix not in ('.json', '.jsonl'):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only or check:
         net = run.wrap(model, compile)
         data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
         if eval_only:
-            *pairs, metrics = evaluate_pairs(net, run, data, data.fixed(eval_rows))
-            run.print0(f'{init_from} on {len(pairs[0]):,} pairs of {dataset}, {eval_split}: {in_words(metrics)}\n'
-                       + tables(*pairs, *model.score_scale.tolist()))
-        return run_checks(net, model, data, tokenizer, length, run) if check else None
+            scores, rows, metrics = evaluate_pairs(net, run, data, data.fixed(eval_rows))
+            run.print0(f'{init_from} on {len(rows):,} pairs of {dataset}, {eval_split}: {format_metrics(metrics)}\n'
+                       + format_tables(scores, rows, *model.score_scale.tolist()))
+        if check:
+            run_checks(net, model, data, tokenizer, length, run)
+        return
 
     # data
     train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0)
                             for split in ('train', 'val'))
     missing = next((row['where'] for row in train_data.rows_kept + val_data.rows_kept if 'margin' not in row), None)
     if loss_type == 'bt_margin' and missing:
-        raise UserError(f"{missing}: loss_type='bt_margin' needs a number as 'margin' in every row")
-    grades = np.array([float(row.get('margin', 0)) for row in train_data.rows_kept], np.float32)
+        raise UserError(f"{missing}: loss_type='bt_margin' needs a number in every row: 'margin', how much better the "
+                        'chosen answer is')
+    row_margins = np.array([float(row.get('margin', 0)) for row in train_data.rows_kept], np.float32)
 
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
@@ -360,27 +394,32 @@ def main():
         f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
 
     if run.ddp:
+        # DDP fixes the order in which it sums gradients at its first backward pass: one that is discarded makes that
+        # order the same for a new and a resumed run
         first = pairs_seen + run.rank * batch_size
         run.seed_dropout(first)
-        texts = [train_data.example(text) for text in train_data.texts(train_data.rows(first, batch_size))]
-        run.warm_up_ddp(net, compute_scores(net, run, texts, length).mean())
+        examples = [train_data.example(text) for text in train_data.texts(train_data.rows(first, batch_size))]
+        run.warm_up_ddp(net, compute_scores(net, run, examples, length).mean())
+    # speed and means of metrics, from one row of the log to the next
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
     clock.start()
     meter.reset(step)
-    stop = 0
     while True:
-        # a checkpoint has the gain and the bias that belong to its weights: so it is last_eval before it stops, too
+        # a stopped run is evaluated before it is saved: score_scale must belong to the weights beside it
         stop = run.stop_signal()
         if step > last_eval and (stop or step % eval_interval == 0 or step == max_iters):
             clock.stop()
-            chosen, rejected, rows, metrics = evaluate_pairs(net, run, val_data, val_data.fixed(eval_rows))
-            # rewards are scores with mean 0 and variance 1 on held-out answers, whatever scale training has found
-            mean, std = metrics['reward/mean'], max(metrics['reward/std'], 1e-6)
+            scores, rows, metrics = evaluate_pairs(net, run, val_data, val_data.fixed(eval_rows))
+            # the loss sees differences of scores only, so their mean is arbitrary, and PPO needs a known scale: rewards
+            # have mean 0 and variance 1 on held-out answers (arXiv:1909.08593)
+            std = max(metrics['reward/std'], 1e-6)
+            gain = 1 / std
+            bias = -metrics['reward/mean'] / std
             with torch.no_grad():
-                model.score_scale.copy_(torch.tensor([1 / std, -mean / std]))
+                model.score_scale.copy_(torch.tensor([gain, bias]))
             run.log(metrics | {'iter': step, 'seconds': clock.read()})
-            run.print0(f'step {step}: {in_words(metrics)}, {clock.read():.1f} s of training')
-            run.sample(step, tables(chosen, rejected, rows, 1 / std, -mean / std))
+            run.print0(f'step {step}: {format_metrics(metrics)}, {clock.read():.1f} s of training')
+            run.sample(step, format_tables(scores, rows, gain, bias))
             run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()},
                                 optimizers, metrics['val/loss'], keep_checkpoints)
             last_eval = step
@@ -400,15 +439,17 @@ def main():
         for number in run.micro_batches(net, gradient_accumulation_steps):
             first = pairs_seen + number * batch_size  # a function of the step alone: a resumed run repeats no pair
             pairs = train_data.rows(first, batch_size)
-            texts = [train_data.example(text) for text in train_data.texts(pairs)]
-            run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
-            # both answers of all pairs in one forward pass: the chosen ones, then the rejected ones
-            chosen, rejected = compute_scores(net, run, texts, length).chunk(2)
-            loss = pair_loss(chosen, rejected, run.to_device(grades[pairs])[0], loss_type, margin, center_coef).mean()
+            examples = [train_data.example(text) for text in train_data.texts(pairs)]
+            run.seed_dropout(first)  # a function of the seed and the position in the data, not of what ran before
+            # one forward pass for both answers, all chosen ones and then all rejected ones: half the calls, and one
+            # backward pass per micro-batch, as DDP needs
+            chosen, rejected = compute_scores(net, run, examples, length).chunk(2)
+            margins = run.to_device(row_margins[pairs])[0]
+            loss = pair_loss(chosen, rejected, margins, loss_type, margin, center_coef).mean()
             loss = loss / micro_steps
             run.backward(loss)
             step_loss += loss.detach()
-            meter.add(sum(len(ids) for ids, _ in texts),
+            meter.add(sum(len(ids) for ids, _ in examples),
                       **{'train/accuracy': (torch.sign(chosen - rejected).mean().detach() + 1) / 2})
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
