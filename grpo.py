@@ -41,6 +41,7 @@ import torch
 from convert import load_to_train
 from dataset import find_dataset
 from model import GPTConfig
+from optim import lr_factor, make_optimizers
 from rollout import (
     SHARED_ROW,
     Rewards,
@@ -322,8 +323,8 @@ def main():
         reward.check(data.rows_kept)
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
-        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
-                                                muon_lr, muon_momentum)
+        optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
+                                     embed_lr, muon_lr, muon_momentum)
     # The reference policy is a copy of the trained parameters only, as they are before the first step;
     # run.swapped_weights exchanges it with the model's for a forward pass.
     reference = None
@@ -425,10 +426,10 @@ def main():
         meter.add(**{'rollout/tok_per_sec': answers.lengths.sum() / rollout_seconds})
 
         # the learning rate of this step, for all its updates
-        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
-                                     min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:  # the groups of AdamW, the embedding and Muon have different peaks
-            group['lr'] = group['peak_lr'] * lr_scale
+        lr_scale = lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters, min_lr / learning_rate,
+                             decay_frac)
+        for group in optimizers.param_groups:  # the embedding and Muon have peaks of their own
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_scale
 
         # An answer with advantage 0 or without a token in the loss cannot change the gradient: its forward pass is
         # skipped. KL and entropy act on every answer, so with either none is skipped. entropy, clip_frac, rollout/gap
@@ -484,7 +485,8 @@ def main():
 
                 # update; where the gradient is not finite it is skipped, decided on the device without waiting for it
                 grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-                optimizers.step(found_inf=run.found_inf(grad_norm))
+                run.skip_if_not_finite(optimizers, grad_norm)
+                optimizers.step()
                 optimizers.zero_grad()
         step += 1
 

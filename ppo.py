@@ -28,7 +28,8 @@ from torch import nn
 
 from convert import load_model, load_to_train
 from dataset import find_dataset
-from model import GPT, GPTConfig, Optimizers
+from model import GPT, GPTConfig
+from optim import Optimizers, lr_factor, make_optimizers
 from rollout import (
     SHARED_ROW,
     Rewards,
@@ -40,6 +41,7 @@ from rollout import (
     gold_scores,
     kl_terms,
     load_prompt_data,
+    to_batch,
 )
 from tokenizer import UserError
 
@@ -294,11 +296,6 @@ def minibatches(n_prompts, per_prompt, size, epochs, seed):
         yield from answers.reshape(-1, size)
 
 
-def tensors_of(run, part, width, *arrays):
-    """The first width tokens of these rows of arrays (n, A), as float32 tensors (B, width) on the device."""
-    return run.to_device(*(np.ascontiguousarray(x[part, :width], np.float32) for x in arrays))
-
-
 def check_knobs(n_answers, answers_per_update, given):
     """UserError for knobs that do not go together."""
     if given.get('dropout') or given.get('lora_dropout'):
@@ -358,11 +355,11 @@ def main():
     train_data, val_data = splits['train'], splits['val']
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
-        optimizers = policy.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
-                                                 muon_lr, muon_momentum)
+        optimizers = make_optimizers(policy.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
+                                     embed_lr, muon_lr, muon_momentum)
     critic_parameters = [p for name, p in model.named_parameters() if not name.startswith('policy.')]
-    critic_optimizer = torch.optim.AdamW([{'params': critic_parameters, 'peak_lr': critic_lr}], critic_lr,
-                                         (beta1, beta2), weight_decay=0.0, fused=run.device_type in ('cuda', 'cpu'))
+    critic_optimizer = torch.optim.AdamW(critic_parameters, critic_lr, (beta1, beta2), weight_decay=0.0,
+                                         fused=run.device_type in ('cuda', 'cpu'))
     optimizers = Optimizers([*optimizers, critic_optimizer])
     # the reference: a copy of the policy's trainable weights before the first step; frozen ones are shared
     reference = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
@@ -491,10 +488,10 @@ def main():
             length_limit = min(max_new_tokens, int(1.25 * answers.lengths.max()) + 1)
 
         # the learning rate of this step, for all its updates
-        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
-                                     min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
-            group['lr'] = group['peak_lr'] * lr_scale
+        lr_scale = lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters, min_lr / learning_rate,
+                             decay_frac)
+        for group in optimizers.param_groups:  # the embedding and Muon have peaks of their own
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_scale
 
         # DDP fixes the order in which it sums gradients in its first backward pass. One whose gradients are dropped
         # makes that order the same in a resumed run as in one that was never stopped
@@ -518,8 +515,8 @@ def main():
                 logprobs, entropies, new_values = compute_logprobs(net, run, answers, part, block_size, temperature,
                                                                    share_prompts)
                 width = logprobs.shape[1]  # tokens of the longest answer of this part
-                mask, advantage, target = tensors_of(run, part, width, loss_mask, advantages, returns)
-                old_logprob, old_value = tensors_of(run, part, width, old_logprobs, old_values)
+                mask, advantage, target = to_batch(run, part, width, loss_mask, advantages, returns)
+                old_logprob, old_value = to_batch(run, part, width, old_logprobs, old_values)
                 losses, clipped = policy_loss(logprobs, old_logprob, advantage, clip_eps)
                 errors, value_clipped = value_loss(new_values, old_value, target, clip_value)
                 total = losses + vf_coef * errors
@@ -542,7 +539,8 @@ def main():
 
             # clip and update; a gradient that is not finite skips the update, which the device decides without a wait
             grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-            optimizers.step(found_inf=run.found_inf(grad_norm))
+            run.skip_if_not_finite(optimizers, grad_norm)
+            optimizers.step()
             optimizers.zero_grad()
             updates += 1
             # early stopping: the KL was measured in the forward passes of this update, before its step

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from convert import load_to_score
 from dataset import answered, find_dataset, fraction_of, interval, last_number, pad_texts, prefs_of, visible
 from model import GPTConfig
+from optim import lr_factor, make_optimizers
 from tokenizer import UserError
 
 # where and what
@@ -371,8 +372,8 @@ def main():
 
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
-        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
-                                                muon_lr, muon_momentum)
+        optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
+                                     embed_lr, muon_lr, muon_momentum)
 
     # resume
     step, pairs_seen, clock = 0, 0, runtime.Clock()
@@ -429,10 +430,10 @@ def main():
             break
 
         # the learning rate of this step
-        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
-                                     min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
-            group['lr'] = group['peak_lr'] * lr_scale
+        lr_scale = lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters, min_lr / learning_rate,
+                             decay_frac)
+        for group in optimizers.param_groups:  # the embedding and Muon have peaks of their own
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_scale
 
         # forward and backward, over this process's micro-batches
         step_loss = 0.0
@@ -453,9 +454,10 @@ def main():
                       **{'train/accuracy': (torch.sign(chosen - rejected).mean().detach() + 1) / 2})
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
-        # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
+        # wait (float16: clip_grad_norm unscales the gradients)
         grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-        optimizers.step(found_inf=run.found_inf(grad_norm))
+        run.skip_if_not_finite(optimizers, grad_norm)
+        optimizers.step()
         optimizers.zero_grad()
         step += 1
         pairs_seen += pairs_per_step

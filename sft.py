@@ -45,6 +45,7 @@ from dataset import (
     vote_of,
 )
 from model import GPTConfig
+from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_answers, load_scorer
 from tokenizer import UserError
 
@@ -262,8 +263,8 @@ def main():
                             for split in ('train', 'val'))
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
-        optimizers = model.configure_optimizers(optimizer, learning_rate, weight_decay, (beta1, beta2), embed_lr,
-                                                muon_lr, muon_momentum)
+        optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
+                                     embed_lr, muon_lr, muon_momentum)
 
     # resume
     step, items_seen, difficulty, clock = 0, 0, None, runtime.Clock()
@@ -331,10 +332,10 @@ def main():
             break
 
         # the learning rate of this step
-        lr_scale = runtime.lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters,
-                                     min_lr / learning_rate, decay_frac)
-        for group in optimizers.param_groups:  # AdamW's, the embedding's and Muon's groups have peaks of their own
-            group['lr'] = group['peak_lr'] * lr_scale
+        lr_scale = lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters, min_lr / learning_rate,
+                             decay_frac)
+        for group in optimizers.param_groups:  # the embedding and Muon have peaks of their own
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_scale
 
         # forward and backward, over this process's micro-batches; number counts those of all processes
         step_loss = 0.0
@@ -354,9 +355,10 @@ def main():
             meter.add(tokens=real_tokens(arrays[1], *arrays[3:]))
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
-        # wait (float16: clip_grad_norm unscales the gradients, found_inf adapts the loss scale)
+        # wait (float16: clip_grad_norm unscales the gradients)
         grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)
-        optimizers.step(found_inf=run.found_inf(grad_norm))
+        run.skip_if_not_finite(optimizers, grad_norm)
+        optimizers.step()
         optimizers.zero_grad()
         if model.sparse and not start.frozen:  # as in pretraining: a bias for experts with too little load
             model.balance(run.all_reduce(model.routed())[:, :-1])

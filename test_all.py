@@ -1474,7 +1474,7 @@ def test_0_3_computed_memory_is_what_a_small_model_takes(options):
         computed = bench.memory_per_gpu(two, 4, optimizer=optimizer)
         assert computed['parameters'] == sum(p.nbytes for p in model.parameters())
         assert computed['gradients'] == sum(p.grad.nbytes for p in model.parameters())
-        assert computed['moments'] == sum(t.nbytes for t in leaves(optimizers.state_dict()) if t.ndim)
+        assert computed['moments'] == sum(t.nbytes for t in leaves([part.state_dict() for part in optimizers]) if t.ndim)
     sharded = bench.memory_per_gpu(two, 4, world_size=8, fsdp=True)
     assert [computed[k] / sharded[k] for k in ('parameters', 'gradients')] == [8, 8]
 
@@ -3813,7 +3813,8 @@ def test_4_3_a_resumed_run_keeps_its_precision(run_stage, text_data, monkeypatch
     faster = [True]
     monkeypatch.setattr(runtime, 'has_bfloat16', lambda device: None)
     monkeypatch.setattr(runtime, 'fast_bfloat16', lambda device, rows=512: faster[0])
-    args = [f'--dataset={text_data}', *SMALL, '--max_iters=4', '--eval_interval=2', '--eval_iters=1']
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=4', '--eval_interval=2', '--eval_iters=1',
+            '--dtype=auto']
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
     assert run_stage('train', *args, '--out_dir=run', '--max_iters=2')[0] == 0
     faster[0] = False
