@@ -8135,14 +8135,15 @@ def test_10_2_divergences_are_those_of_trl(beta):
 
 def test_10_2_all_other_tokens_are_one_bucket():
     logprobs = torch.tensor([[0.5, 0.2, 0.2, 0.1]], dtype=torch.float64).log()
-    found = distill.bucketed(logprobs, torch.tensor([[3, 0]])).exp()
+    found = distill.top_k_and_rest(logprobs, torch.tensor([[3, 0]])).exp()
     torch.testing.assert_close(found, torch.tensor([[0.1, 0.5, 0.4]], dtype=torch.float64))
-    whole = distill.bucketed(logprobs, torch.tensor([[0, 1, 2, 3]]))
+    whole = distill.top_k_and_rest(logprobs, torch.tensor([[0, 1, 2, 3]]))
     assert whole.exp()[0, -1] == 0 and torch.isfinite(whole).all()
     # two buckets of half each, whatever lies inside
     p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ([0.5, 0.5, 1e-30, 1e-30], [0.5, 1e-30, 0.25, 0.25]))
     ids = torch.tensor([[0]])
-    assert distill.divergence_of(distill.bucketed(p, ids), distill.bucketed(q, ids))[0].abs().item() < 1e-12
+    apart, _ = distill.divergence_of(distill.top_k_and_rest(p, ids), distill.top_k_and_rest(q, ids))
+    assert apart.abs().item() < 1e-12
 
 
 def dense_loss(student, teacher, idx, targets, alpha, t, kind, beta, top_k, n):
@@ -8175,11 +8176,11 @@ def test_10_2_distillation_is_the_dense_loss_in_chunks(student, kind, alpha, t, 
     targets[0, :13] = targets[2] = -100
     dense, apart = dense_loss(model, teacher, idx, targets, alpha, t, kind, 0.3, top_k, n)
     expected = torch.autograd.grad(dense, list(model.parameters()))
-    rule = distill.Distillation(alpha, t, kind, 0.3, top_k, n)
+    rule = distill.Distillation(alpha, t, kind, 0.3, top_k, n, softcap=8.0)
     arrays = {'idx': idx.numpy(), 'targets': targets.numpy()}
-    loss, told, places = distill.distillation_loss(model, run, arrays, rule, distill.Teacher(teacher, run))
-    assert loss.item() == pytest.approx(dense.item(), rel=1e-5) and len(told) == (targets != -100).sum() == len(places)
-    assert told[:, 1].mean().item() == pytest.approx(apart.item(), rel=1e-4)
+    loss, stats = distill.distillation_loss(model, run, arrays, rule, distill.Teacher(teacher, run))
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5) and len(stats) == (targets != -100).sum()
+    assert stats[:, 1].mean().item() == pytest.approx(apart.item(), rel=1e-4)
     for got, want in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
         torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-4)
 
@@ -8192,12 +8193,12 @@ def test_10_2_a_student_that_is_its_teacher_has_nothing_to_learn(dtype, top_k, m
     run = runtime.Run('', 'cpu', dtype, 1)
     for kind, t in itertools.product(('forward', 'reverse', 'jsd'), (1.0, 2.0)):
         model, twin = (tiny(pos='rope', norm='rmsnorm', logit_softcap=15.0) for _ in range(2))
-        rule = distill.Distillation(1.0, t, kind, top_k=top_k)
+        rule = distill.Distillation(1.0, t, kind, top_k=top_k, softcap=15.0)
         arrays = {'idx': ids(3, 20).numpy(), 'targets': ids(3, 20, seed=1).numpy()}
-        loss, told, _ = distill.distillation_loss(model, run, arrays, rule, distill.Teacher(twin, run))
+        loss, stats = distill.distillation_loss(model, run, arrays, rule, distill.Teacher(twin, run))
         loss.backward()
         small = 0 if kind != 'jsd' else 1e-7  # the mixture of twice the same rounds
-        assert abs(told[:, 1]).max() <= small and abs(loss.item()) <= small, kind
+        assert abs(stats[:, 1]).max() <= small and abs(loss.item()) <= small, kind
         assert max(p.grad.abs().max().item() for p in model.parameters()) <= small, kind
 
 
@@ -8218,8 +8219,8 @@ def test_10_2_neither_models_logits_exist_as_a_whole():
     arrays = {'idx': ids(8, 256, vocab=8192).numpy(), 'targets': ids(8, 256, vocab=8192, seed=1).numpy()}
     for top_k in (0, 16):
         with Watch():
-            loss, _, _ = distill.distillation_loss(model, run, arrays, distill.Distillation(0.5, top_k=top_k),
-                                         distill.Teacher(teacher, run))
+            loss, _ = distill.distillation_loss(model, run, arrays, distill.Distillation(0.5, top_k=top_k),
+                                                distill.Teacher(teacher, run))
             loss.backward()
     assert largest <= 8192 * 256 < 8 * 256 * 8192 / 7
 
@@ -8376,7 +8377,7 @@ def test_10_2_a_cache_is_what_the_teacher_would_say(teach, short_text, monkeypat
         self, *args, aligned=aligned or args[1] == 'train'))
     assert teach('--out_dir=asked', '--top_k=5')[0] == 0
     status, out, err = teach('--out_dir=kept_1', '--top_k=5', '--cache=cache')
-    assert (status, err) == (0, '') and 'the teacher has read part' in out
+    assert (status, err) == (0, '') and ' cached, ' in out
     for key in ('train/loss', 'train/kl', 'val/loss'):
         assert logged('kept_1', key) == pytest.approx(logged('asked', key), rel=2e-3), key
     assert logged('kept_1', 'train/loss') != logged('asked', 'train/loss')
@@ -8390,13 +8391,13 @@ def test_10_2_a_cache_is_what_the_teacher_would_say(teach, short_text, monkeypat
     spoilt[2 * 4096 * 6:4 * 4096 * 6] = 0
     spoilt.flush()
     status, out, err = teach('--out_dir=kept_2', '--top_k=5', '--cache=cache')
-    assert (status, err) == (0, '') and 'read part 2 of 2' in out
+    assert (status, err) == (0, '') and 'part 2 of 2 cached' in out
     assert Path('cache/logprobs.bin').read_bytes() == before and same_weights('kept_1', 'kept_2')
     status, out, err = teach('--out_dir=kept_3', '--top_k=5', '--cache=cache', '--alpha=0.9')
-    assert (status, err) == (0, '') and 'read part' not in out
+    assert (status, err) == (0, '') and ' cached, ' not in out
     Path('cache/ids.bin').unlink()  # what is left of it is worth nothing
     status, out, err = teach('--out_dir=kept_4', '--top_k=5', '--cache=cache')
-    assert (status, err) == (0, '') and same_weights('kept_1', 'kept_4') and 'read part' in out
+    assert (status, err) == (0, '') and same_weights('kept_1', 'kept_4') and ' cached, ' in out
     capped = torch.load('teacher/best.pt', weights_only=True)  # the same weights say something else
     Path('capped').mkdir()
     runtime.save_checkpoint('capped/ckpt.pt', capped | {'model_args': capped['model_args'] | {'logit_softcap': 2.0}})
@@ -8461,7 +8462,7 @@ def test_10_2_a_student_that_is_sure_of_itself_still_has_a_gradient():
     rule = distill.Distillation(1.0, top_k=3)
     _, _, slope = rule(logits.clone(), True, torch.tensor([0]), ids, log_p)
     z = logits.double().requires_grad_()
-    log_q = distill.bucketed(z.log_softmax(-1), ids)
+    log_q = distill.top_k_and_rest(z.log_softmax(-1), ids)
     expected, = torch.autograd.grad((log_p.double().exp() * (log_p.double() - log_q)).sum(), z)
     torch.testing.assert_close(slope.double(), expected, atol=1e-6, rtol=1e-5)
 
@@ -8532,7 +8533,7 @@ def test_10_2_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach
     assert run_stage('sft', f'--init_from={fluent}', '--dataset=said.jsonl', '--max_iters=1', '--eval_rows=2',
                      '--max_new_tokens=4', '--device=cpu', '--strict=False')[0] == 0
     # a run that was killed goes on after the last whole call
-    run_stage.given['AT_ONCE'] = 4
+    run_stage.given['PROMPTS_PER_WRITE'] = 4
     Path('said.jsonl').write_text(''.join(lines[:7]) + lines[7][:20])
     status, out, err = teach_chat('--out_dir=b', *flags)
     assert (status, err) == (0, '') and same_weights('a', 'b')
@@ -8558,7 +8559,8 @@ def test_10_2_the_teachers_answers_are_kept_and_can_be_learnt_by_any_stage(teach
 
 def test_10_2_only_right_answers_of_the_teacher(teach_chat, run_stage, monkeypatch):
     def parrot(teacher, data, run, chosen, samples, *args):
-        return [f'It is {i % 7}.' for i in range(len(chosen) * samples)]
+        prompts = [data.rows_kept[i] for i in np.repeat(chosen, samples)]
+        return [distill.with_answer(row, f'It is {i % 7}.') for i, row in enumerate(prompts)]
     seen, whole = [], ChatData.__init__
 
     def watch(self, rows, *args):
@@ -8569,7 +8571,7 @@ def test_10_2_only_right_answers_of_the_teacher(teach_chat, run_stage, monkeypat
     status, out, err = teach_chat('--answers=teacher', '--correct_only=True', '--out_dir=run')
     assert (status, err) == (0, '')
     assert 0 < len(seen[0]) < 60 and all(row['messages'][-1]['content'] == f'It is {row["answer"]}.' for row in seen[0])
-    assert f'{len(seen[0])} rows, with 300 answers of the teacher, of which only those that are right' in out
+    assert f'{len(seen[0])} rows, with 300 answers of the teacher, of which only correct ones are kept' in out
 
 
 def test_10_2_prompts_without_answers_teach_all_the_same(teach_chat, fluent):
@@ -8596,16 +8598,16 @@ def test_10_2_a_student_of_every_so_manieth_layer():
     for L, n, taken in ((12, 4, [0, 3, 6, 9]), (12, 6, [0, 2, 4, 6, 8, 10]), (5, 2, [0, 2]), (3, 3, [0, 1, 2])):
         teacher = tiny(n_layer=L, pos='rope')
         state = {'model': teacher.state_dict(), 'model_args': dataclasses.asdict(teacher.config), 'tokenizer': {}}
-        student = GPT.from_state(distill.thinned(state, n)).eval()
+        student = GPT.from_state(distill.keep_layers(state, n)).eval()
         assert len(student.blocks) == n
         teacher.blocks = torch.nn.ModuleList(teacher.blocks[i] for i in taken)
         assert torch.equal(student(ids(2, 9)), teacher(ids(2, 9)))
     with pytest.raises(UserError, match='the teacher has 3'):
-        distill.thinned(state, 4)
+        distill.keep_layers(state, 4)
     local = tiny(n_layer=4, pos='rope', window=8, window_pattern='LG')
     state = {'model': local.state_dict(), 'model_args': dataclasses.asdict(local.config), 'tokenizer': {}}
     with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1'):
-        distill.thinned(state, 2)
+        distill.keep_layers(state, 2)
 
 
 @pytest.mark.parametrize('flags', [['--n_expert=4', '--expert_dim=16'],
@@ -8661,28 +8663,29 @@ def test_10_2_distillation_refuses_what_cannot_be(teach, teach_chat, base_run, p
             (teach, ['--alpha=1.5'], 'alpha=1.5 must be >= 0 and <= 1'),
             (teach, ['--divergence=backward'], "'forward', 'reverse', 'jsd'"),
             (teach, ['--temperature=0'], 'temperature=0.0 must be > 0'),
-            (teach, ['--cache=kept'], 'set top_k'),
-            (teach, ['--cache=kept', '--top_k=4', '--alpha=0'], 'alpha=0 asks the teacher nothing'),
+            (teach, ['--cache=kept'], 'set --top_k=32'),
+            (teach, ['--cache=kept', '--top_k=4', '--alpha=0'], 'would be unused: alpha=0 does not use the teacher'),
             (teach, ['--on_policy=0.5'], 'holds running text'),
             (teach, ['--answers=teacher'], 'holds running text'),
-            (teach, ['--answers_file=said.jsonl'], 'add --answers=teacher'),
-            (teach_chat, ['--correct_only=True'], 'add --answers=teacher'),
-            (teach_chat, ['--num_answers=3', '--answer_temperature=1'], 'add --answers=teacher'),
+            (teach, ['--answers_file=said.jsonl'], 'needs --answers=teacher'),
+            (teach_chat, ['--correct_only=True'], 'needs --answers=teacher'),
+            (teach_chat, ['--num_answers=3', '--answer_temperature=1'], 'needs --answers=teacher'),
             (teach, ['--teacher=other'], 'is prepared with another tokenizer'),
-            (teach, ['--teacher=both'], 'not a causal decoder alone'),
+            (teach, ['--teacher=both'], 'is not a causal language model'),
             (teach, ['--teacher=nowhere'], 'nowhere: no such run'),
-            (teach, ['--block_size=64'], 'more than teacher='),
+            (teach, ['--block_size=64'], 'longer than the block_size='),
             (teach, [f'--dataset={pair_data}'], 'holds pairs'),
-            (teach_chat, ['--init_from=other', '--n_layer=2'], 'says nothing about those of the other'),
+            (teach_chat, ['--init_from=other', '--n_layer=2'], 'distillation needs the same tokenizer'),
             (teach, ['--lora_rank=4'], 'lora_rank'),
-            (teach, ['--init_from=teacher'], 'say how many'),
+            (teach, ['--init_from=teacher'], 'set how many'),
             (teach, ['--init_from=teacher', '--n_layer=9'], 'the teacher has 2'),
             (teach, ['--init_from=teacher', '--n_layer=1', '--n_embd=32'], 'n_embd'),
             (teach, ['--score_head=last'], 'score_head'),
-            (teach_chat, ['--on_policy=1', '--answers=teacher'], "student's own answers alone"),
-            (teach_chat, ['--on_policy=1', '--cache=kept', '--top_k=3'], "student's own answers"),
+            (teach_chat, ['--on_policy=1', '--answers=teacher'], "student's answers only"),
+            (teach_chat, ['--on_policy=1', '--cache=kept', '--top_k=3'], 'would be unused'),
             (teach_chat, ['--answers=teacher', '--num_answers=3'], 'answer_temperature above 0'),
-            (teach_chat, ['--on_policy=1', '--prompts_per_step=1', '--gradient_accumulation_steps=2'], 'raise it'),
+            (teach_chat, ['--on_policy=1', '--prompts_per_step=1', '--gradient_accumulation_steps=2'],
+             'must be >= gradient_accumulation_steps=2'),
             (teach_chat, ['--max_length=500'], 'max_length=500'),
             (teach_chat, ['--answers=teacher', '--max_new_tokens=190'], 'leaves room')):
         status, _, err = call('--out_dir=no', *flags)
