@@ -31,23 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from convert import fingerprint, load_model, load_to_train
-from dataset import (
-    ChatData,
-    PromptData,
-    TokenData,
-    as_metrics,
-    by_value,
-    find_dataset,
-    grade,
-    grades,
-    in_words,
-    kind_of,
-    load_chats,
-    load_prompts,
-    real_tokens,
-    shown,
-    summarise,
-)
+from dataset import ChatData, PromptData, TokenData, find_dataset, kind_of, load_chats, load_prompts, real_tokens
+from grade import accuracy_by, as_metrics, format_answer, format_metrics, grade, grades, summarise
 from model import GPTConfig, check_prompts, chunk_rows
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
@@ -610,10 +595,10 @@ def evaluate(net, model, teacher, data, indices, run, rule, chats, token_bytes, 
         row_grades = [grades(row, text) for row, text in zip(rows, texts, strict=True)]
         means, ranges = summarise(row_grades)
         metrics |= as_metrics(means, ranges)
-        summary += f', {in_words(means, ranges)}'
-        if by_steps := by_value(rows, row_grades, 'steps'):
+        summary += f', {format_metrics(means, ranges)}'
+        if by_steps := accuracy_by(rows, row_grades, 'steps'):
             summary += f', correct by steps: {by_steps}'
-        return metrics, summary, list(map(shown, rows[:show_answers], texts, row_grades))
+        return metrics, summary, list(map(format_answer, rows[:show_answers], texts, row_grades))
     summary += f', perplexity {metrics["val/ppl"]:.2f}, {metrics["val/bpb"]:.4f} bits per byte'
     if not sample_tokens:
         return metrics, summary, []

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from convert import load_to_train
-from dataset import by_value, find_dataset, grades, in_words, interval, pad_texts, prefs_of, quality, shown, summarise
+from dataset import find_dataset, pad_texts, prefs_of
+from grade import accuracy_by, format_answer, format_metrics, grades, interval, quality, summarise
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import divergence, forcing, generate_rollouts, gold_scores, load_scorer
@@ -246,16 +247,16 @@ def evaluate(model, net, reference, ref_logps, data, run, scorer):
         key = f'reward/{name}' if name in ('gold', 'model', 'model_share') else f'val/{name}'
         metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
 
-    samples = list(map(shown, rows[:show_answers], greedy.texts, answer_grades))
+    samples = list(map(format_answer, rows[:show_answers], greedy.texts, answer_grades))
     shown_means = {name: means[name] for name in means if name in ('gold', 'correct', 'f1', 'model_share')}
     summary = [f'val loss {metrics["val/loss"]:.4f}', f'accuracy {metrics["val/accuracy"]:.1%}',
                f'margin {metrics["val/margin"]:.2f}',
                f'log-probabilities {metrics["val/logp_chosen"]:.1f} and {metrics["val/logp_rejected"]:.1f}',
                f'KL {metrics["kl"]:.2f} ({metrics["kl_low"]:.2f} to {metrics["kl_high"]:.2f})\n'
-               f'greedy answers: {in_words(shown_means, ranges)}']
+               f'greedy answers: {format_metrics(shown_means, ranges)}']
     if scorer is not None:
         summary.append(f'reward {means["model"]:.2f}')
-    if by_steps := by_value(rows, answer_grades, 'steps'):
+    if by_steps := accuracy_by(rows, answer_grades, 'steps'):
         summary[-1] += f'; correct by steps: {by_steps}'
     return metrics, ', '.join(summary), samples
 

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from convert import load_to_score
-from dataset import answered, find_dataset, fraction_of, interval, last_number, pad_texts, prefs_of, visible
+from dataset import answered, find_dataset, fraction_of, pad_texts, prefs_of
+from grade import interval, last_number, visible
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from tokenizer import UserError

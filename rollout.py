@@ -10,7 +10,7 @@ log-probabilities under the model that is trained.
 
 Shapes: n answers, the longest of A tokens; B rows of T tokens in a forward pass, where answers may share a row.
 
-Rewards never contain `dataset.quality`'s gold, which only measures how well a run does (arXiv:2210.10760).
+Rewards never contain `grade.quality`'s gold, which only measures how well a run does (arXiv:2210.10760).
 """
 import dataclasses
 import importlib.util
@@ -22,23 +22,19 @@ import numpy as np
 import torch
 
 from convert import load_model
-from dataset import (
+from dataset import PromptData, answered, load_prompts, pad_texts, padded_width
+from grade import (
     GRADERS,
-    PromptData,
-    answered,
+    accuracy_by,
     as_metrics,
-    by_value,
     follows_format,
+    format_answer,
+    format_metrics,
     grade,
     grades,
-    in_words,
     interval,
     last_number,
-    load_prompts,
-    pad_texts,
-    padded_width,
     quality,
-    shown,
     summarise,
 )
 from tokenizer import CALL, UserError, calculate
@@ -509,7 +505,7 @@ class Rewards:
 # evaluation
 
 def gold_scores(data, answers):
-    """`dataset.quality`'s gold of answers, float64 (n,), nan where a row has no `answer`."""
+    """`grade.quality`'s gold of answers, float64 (n,), nan where a row has no `answer`."""
     rows = [data.rows_kept[i] for i in answers.rows]
     return np.array([quality(row, text)['gold'] if 'answer' in row else math.nan
                      for row, text in zip(rows, answers.texts, strict=True)])
@@ -551,11 +547,11 @@ def evaluate_policy(net, model, reference, data, run, rewards, chosen, max_new_t
         if len(finite):
             metrics[f'val/{name}'] = float(finite.mean())
     metrics |= {'val/response_len': float(greedy.lengths.mean()), 'val/ended': float(sampled.ended.mean())}
-    graded = in_words({k: v for k, v in means.items() if k in ('correct', 'gold', 'f1')}, ranges)
+    graded = format_metrics({k: v for k, v in means.items() if k in ('correct', 'gold', 'f1')}, ranges)
     summary = f'held-out: {graded}; sampled: reward {metrics.get("val/reward", math.nan):.3f}'
     summary += f', KL {metrics["val/kl"]:.3f}' if 'val/kl' in metrics else ''
     summary += f', gold {metrics["val/gold_sampled"]:.3f}' if 'val/gold_sampled' in metrics else ''
-    if by_steps := by_value(rows, row_grades, 'steps'):
+    if by_steps := accuracy_by(rows, row_grades, 'steps'):
         summary += f'\ncorrect by steps: {by_steps}'
-    samples = [shown(row, text, of_row) for row, text, of_row in zip(rows, greedy.texts, row_grades, strict=True)]
+    samples = list(map(format_answer, rows, greedy.texts, row_grades))
     return metrics, summary, samples

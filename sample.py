@@ -30,7 +30,7 @@ import runtime
 import torch
 
 from convert import load_model
-from dataset import majority, vote_of
+from grade import final_answer, majority
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
@@ -125,7 +125,7 @@ def choose(model, tokenizer, ids, messages, scorer, force=None):
         scores = scorer([(messages, answer) for answer in answers])
         first = int(scores.argmax())
         return answers[first], f'score {scores[first]:.2f}, the best of {best_of}; their mean is {scores.mean():.2f}'
-    said = [vote_of({}, answer) for answer in answers]
+    said = [final_answer({}, answer) for answer in answers]
     first, count = majority(said)
     if not count:
         return answers[0], f'none of {votes} answers has a number: this is the first'

@@ -27,23 +27,8 @@ import numpy as np
 import torch
 
 from convert import load_to_train
-from dataset import (
-    ChatData,
-    as_metrics,
-    best_at_k,
-    by_value,
-    find_dataset,
-    grades,
-    in_words,
-    interval,
-    load_chats,
-    maj_at_k,
-    pass_at_k,
-    real_tokens,
-    shown,
-    summarise,
-    vote_of,
-)
+from dataset import ChatData, find_dataset, load_chats, real_tokens
+from grade import accuracy_by, as_metrics, at_k_lines, format_answer, format_metrics, grades, summarise
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_answers, load_scorer
@@ -189,44 +174,21 @@ def difficulty_of(curriculum, net, data, run):
     return torch.from_numpy(nats / counts)
 
 
-def samples_at_k(rows, answers, scorer, num_samples):
-    """Lines of pass@k, maj@k and, with a scorer, best@k for k = 1, 2, 4 … num_samples, with 95 % intervals."""
-    graded = [(row, texts) for row, texts in zip(rows, answers, strict=True) if 'answer' in row]
-    correct = [[int(grades(row, text)['correct']) for text in texts] for row, texts in graded]
-    votes = [[vote_of(row, text) for text in texts] for row, texts in graded]
-    scores = None
-    if scorer:
-        scores = scorer([(row['messages'][:-1], text) for row, texts in graded for text in texts])
-        scores = scores.reshape(-1, num_samples).tolist()
-    lines = []
-    for k in [2 ** i for i in range(8) if 2 ** i < num_samples] + [num_samples]:
-        shares = {'pass': [pass_at_k(num_samples, sum(hits), k) for hits in correct],
-                  'maj': [maj_at_k(vote, hits, k) for vote, hits in zip(votes, correct, strict=True)]}
-        if scores:
-            shares['best'] = [best_at_k(score, hits, k) for score, hits in zip(scores, correct, strict=True)]
-        parts = []
-        for name, values in shares.items():
-            low, high = interval(values)
-            parts.append(f'{name}@{k}: {sum(values) / len(values):.1%} ({low:.1%} to {high:.1%})')
-        lines.append(', '.join(parts))
-    return lines
-
-
 def evaluate_only(model, net, data, run, scorer, force):
     """Evaluates without training: prints metrics and answers, and writes eval_file."""
     loss, rows, answers, first_grades = evaluate(net, model, data, run, eval_rows, max_new_tokens, eval_samples,
                                                  eval_temperature, force)
     means, ranges = summarise(first_grades)
     run.print0(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
-               + in_words(means, ranges))
+               + format_metrics(means, ranges))
     for key in ('steps', 'kind'):
-        if accuracies := by_value(rows, first_grades, key):
+        if accuracies := accuracy_by(rows, first_grades, key):
             run.print0(f'correct by {key}: {accuracies}')
     if eval_samples and 'correct' in means:
-        for line in samples_at_k(rows, answers, scorer, eval_samples):
+        for line in at_k_lines(rows, answers, scorer, eval_samples):
             run.print0(line)
     for row, texts, grade in list(zip(rows, answers, first_grades, strict=True))[:show_answers]:
-        run.print0(shown(row, texts[0], grade))
+        run.print0(format_answer(row, texts[0], grade))
     if eval_file and run.main:
         lines = [json.dumps({key: row[key] for key in row if key != 'where'} | {'text': text, **grades(row, text)},
                             ensure_ascii=False)
@@ -314,12 +276,12 @@ def main():
             means, ranges = summarise(first_grades)
             run.log({'iter': step, 'val/loss': score, 'val/ppl': math.exp(min(score, 99)), 'seconds': clock.read()}
                     | as_metrics(means, ranges))
-            run.print0(f'step {step}: val loss {score:.4f}, {in_words(means, ranges)}, {clock.read():.1f} s of '
+            run.print0(f'step {step}: val loss {score:.4f}, {format_metrics(means, ranges)}, {clock.read():.1f} s of '
                        'training')
-            if accuracies := by_value(rows, first_grades, 'steps'):
+            if accuracies := accuracy_by(rows, first_grades, 'steps'):
                 run.print0(f'correct by steps: {accuracies}')
             first_answers = [texts[0] for texts in answers]
-            run.sample(step, '\n'.join(map(shown, rows[:show_answers], first_answers, first_grades)))
+            run.sample(step, '\n'.join(map(format_answer, rows[:show_answers], first_answers, first_grades)))
             last_eval = step
         stop = run.stop_signal()
         if evaluating or (stop and step > last_eval):

@@ -57,6 +57,7 @@ import convert
 import dataset
 import distill
 import dpo
+import grade as grading
 import grpo
 import model as model_file
 import optim
@@ -74,21 +75,14 @@ from dataset import (
     find_dataset,
     find_shards,
     fraction_of,
-    grade,
-    interval,
     kind_of,
-    last_number,
     load_chats,
-    normalise,
-    pass_at_k,
     read_chats,
-    rouge_l,
-    token_f1,
-    visible,
     write_dataset,
     write_pairs,
     write_rows,
 )
+from grade import grade, interval, last_number, normalise, pass_at_k, rouge_l, token_f1, visible
 from model import GPT, GPTConfig, KVCache, LinearCrossEntropy, LoRALinear, RollingCache, filter_logits, sinusoidal
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
@@ -1474,7 +1468,8 @@ def test_0_3_computed_memory_is_what_a_small_model_takes(options):
         computed = bench.memory_per_gpu(two, 4, optimizer=optimizer)
         assert computed['parameters'] == sum(p.nbytes for p in model.parameters())
         assert computed['gradients'] == sum(p.grad.nbytes for p in model.parameters())
-        assert computed['moments'] == sum(t.nbytes for t in leaves([part.state_dict() for part in optimizers]) if t.ndim)
+        states = [part.state_dict() for part in optimizers]
+        assert computed['moments'] == sum(t.nbytes for t in leaves(states) if t.ndim)
     sharded = bench.memory_per_gpu(two, 4, world_size=8, fsdp=True)
     assert [computed[k] / sharded[k] for k in ('parameters', 'gradients')] == [8, 8]
 
@@ -5159,9 +5154,9 @@ def test_6_4_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, 
 
 def test_6_4_prompts_without_a_gold_answer_have_no_marks_against_one():
     row = {'messages': asked('Who?') + [{'role': 'assistant', 'content': ''}]}
-    assert dataset.grades(row, '') == {} and dataset.shown(row, 'I', {}).endswith('(no gold)')
-    assert dataset.grades({**row, 'answer': '7'}, 'It is 7.') == {'correct': 1.0}
-    assert 'gold (wrong)' in dataset.shown(row, 'I', {'correct': 0.0})
+    assert grading.grades(row, '') == {} and grading.format_answer(row, 'I', {}).endswith('(no gold)')
+    assert grading.grades({**row, 'answer': '7'}, 'It is 7.') == {'correct': 1.0}
+    assert 'gold (wrong)' in grading.format_answer(row, 'I', {'correct': 0.0})
 
 
 # 6.5 datasets
@@ -6245,7 +6240,7 @@ def test_7_1_quality_is_what_a_reader_sees():
             (good.replace('12 + 9 = 21', '43 / 2 = 21 remainder 1'), (1, 1, 1, 1, 1)),
             (good.replace('12 + 9 = 21', '43 / 2 = 21'), (1, 0.5, 1, 1, 1)),
             ('<think></think> 4 / 0 = 42.', (1, 0, 1, 1, 1))):
-        found = dataset.quality(row, text)
+        found = grading.quality(row, text)
         names = ('correct', 'working', 'complete', 'concise', 'polite')
         assert tuple(found[name] for name in names) == parts, text
         assert found['gold'] == pytest.approx(sum(w * p for w, p in zip((0.5, 0.2, 0.1, 0.1, 0.1), parts, strict=True)))
@@ -6256,9 +6251,9 @@ def test_7_1_preferences_have_a_known_truth_and_known_shares(problems, prefs):
     for row in rows:
         better, worse = (row[key][0]['content'] for key in (('rejected', 'chosen') if row['flipped'] else
                                                             ('chosen', 'rejected')))
-        good, bad = dataset.quality(row, better), dataset.quality(row, worse)
+        good, bad = grading.quality(row, better), grading.quality(row, worse)
         assert good['gold'] == pytest.approx(1) and row['margin'] == pytest.approx(1 - bad['gold'], abs=1e-3)
-        lost = {name for name in dataset.QUALITY if bad[name] < 1}
+        lost = {name for name in grading.QUALITY if bad[name] < 1}
         assert {'wrong_answer': lost in ({'correct'}, {'correct', 'working'}), 'wrong_step': lost == {'working'},
                 'no_working': lost == {'working'}, 'rambling': lost == {'concise'},
                 'rude': 'polite' in lost <= {'polite', 'concise'}, 'truncated': 'complete' in lost or 'working' in lost,
@@ -6530,7 +6525,7 @@ def test_7_4_checks_tell_a_model_of_length_from_one_of_quality(prefs):
     tokenizer, sums = bytes_tokenizer(), {row['prompt'][0]['content']: row for row in rows}
 
     def honest(pairs):  # the truth, and which question it is about
-        return np.array([3 * dataset.quality(sums[m[-1]['content']], text)['gold'] - 2.2
+        return np.array([3 * grading.quality(sums[m[-1]['content']], text)['gold'] - 2.2
                          - (len(text.split()) == 0) for m, text in pairs])
 
     def length(pairs):
@@ -6910,7 +6905,7 @@ def test_8_1_what_follows_the_format_of_thoughts():
     good = ['<think>a</think>b', ' <think>\n1 + 1\n</think>\n\nIt is 2. ', '<think></think>x']
     bad = ['', 'b', '<think>a</think>', '<think>a</think> \n', '<think>a', 'x <think>a</think>b', '</think>a<think>b',
            '<think>a</think>b</think>', '<think>a<think>b</think>c', '<think>a</think>b<think>c</think>d']
-    assert all(map(dataset.follows_format, good)) and not any(map(dataset.follows_format, bad))
+    assert all(map(grading.follows_format, good)) and not any(map(grading.follows_format, bad))
 
 
 MINE = '''
@@ -8792,13 +8787,14 @@ def test_10_3_tokens_that_straddle_the_opening_of_a_thought():
     ([7], (0, 1)), ([7, 8, 8], (1, 2)), ([7, 8, 8, 7], (0, 2)), ([8, 7, 7, 8, 9], (0, 2)), ([None, 7], (1, 1)),
     ([None, None, None, 7, 8, 8], (4, 2)), ([None, None], (0, 0)), ([Fraction(1, 2), Fraction(2, 4), 7], (0, 2))])
 def test_10_3_the_majority_wins_and_of_equals_the_first(votes, due):
-    assert dataset.majority(votes) == due
+    assert grading.majority(votes) == due
 
 
 def test_10_3_votes_are_numbers_or_words():
-    assert dataset.vote_of({}, '<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.') == 1007
-    assert dataset.vote_of({'grader': 'exact'}, '<think>9</think> The Cat!') == 'cat'
-    assert dataset.vote_of({}, '<think>9</think> none') is dataset.vote_of({'grader': 'exact'}, '<think>9') is None
+    assert grading.final_answer({}, '<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.') == 1007
+    assert grading.final_answer({'grader': 'exact'}, '<think>9</think> The Cat!') == 'cat'
+    assert grading.final_answer({}, '<think>9</think> none') is None
+    assert grading.final_answer({'grader': 'exact'}, '<think>9') is None
 
 
 def test_10_3_shares_of_k_answers_are_unbiased():
@@ -8806,17 +8802,17 @@ def test_10_3_shares_of_k_answers_are_unbiased():
     kinds, n = [(7, 1, 0.5), (8, 0, 0.9), (None, 0, 0.1)], 4  # vote, right, score
     for k in (1, 2, 3, 4):
         draws = [*itertools.product(kinds, repeat=k)]
-        due_maj = np.mean([draw[dataset.majority([v for v, *_ in draw])[0]][1] for draw in draws])
+        due_maj = np.mean([draw[grading.majority([v for v, *_ in draw])[0]][1] for draw in draws])
         due_best = np.mean([max(draw, key=lambda answer: answer[2])[1] for draw in draws])
-        found = [[f(of, right, k) for f, of in ((dataset.maj_at_k, votes), (dataset.best_at_k, scores))]
+        found = [[f(of, right, k) for f, of in ((grading.maj_at_k, votes), (grading.best_at_k, scores))]
                  for votes, right, scores in (zip(*sequence, strict=True)
                                               for sequence in itertools.product(kinds, repeat=n))]
         assert np.mean(found, 0) == pytest.approx([due_maj, due_best])
     scores, right = [3.0, 1.0, 3.0, 2.0, 0.0], [0, 1, 1, 0, 1]
     for k in range(1, 6):
         every = [right[max(of, key=lambda i: (scores[i], -i))] for of in itertools.combinations(range(5), k)]
-        assert dataset.best_at_k(scores, right, k) == pytest.approx(np.mean(every))
-    for share in (dataset.maj_at_k, dataset.best_at_k):
+        assert grading.best_at_k(scores, right, k) == pytest.approx(np.mean(every))
+    for share in (grading.maj_at_k, grading.best_at_k):
         for k in (0, 6):
             with pytest.raises(UserError, match='take k from 1 to 5'):
                 share(scores, right, k)
@@ -9029,19 +9025,19 @@ def test_10_4_a_tokenizer_that_cannot_spell_the_markup_says_so():
     ('<tool>2</tool> is <tool>3 + 4', ' is '), ('no [7] call', 'no [7] call'), ('a </tool>[7]', 'a </tool>[7]'),
     ('<tool>1/0</tool>[error]', 'error'), ('<tool>a<tool>2</tool>[3]b', '<tool>a3b'), ('<tool>\n</tool>[4]', '4')])
 def test_10_4_graders_read_results_and_not_calls(text, plain):
-    assert dataset.rendered(text) == plain and visible(text) == plain.strip()
+    assert grading.rendered(text) == plain and visible(text) == plain.strip()
 
 
 def test_10_4_graders_are_not_fooled_by_calls():
     row = {'answer': '7', 'steps': 1}
-    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars</think>\nIt is 7.')['working'] == 1
-    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[8] dollars</think>\nIt is 7.')['working'] == 0
-    assert dataset.quality(row, '<think>26 - 19 = <tool>26 - 19</tool></think>\nIt is 7.')['working'] == 0
-    assert dataset.quality(row, '<think>3 + <tool>4</think>\nIt is 7.')['correct'] == 1
+    assert grading.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars</think>\nIt is 7.')['working'] == 1
+    assert grading.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[8] dollars</think>\nIt is 7.')['working'] == 0
+    assert grading.quality(row, '<think>26 - 19 = <tool>26 - 19</tool></think>\nIt is 7.')['working'] == 0
+    assert grading.quality(row, '<think>3 + <tool>4</think>\nIt is 7.')['correct'] == 1
     assert grade('It is <tool>3 + 4</tool>[7].', '7', 'number') and grade('<tool>3+4</tool>[7]', '7', 'exact')
     for text in ('It is <tool>3 + 7', 'It is <tool>7</tool>', 'It is 8 <tool>7</tool>', '<think><tool>7</tool>[7]'):
         assert not grade(text, '7', 'number'), text
-    marks = dataset.grades({'messages': said('<think>a</think>\nIt is <tool>3+4</tool>[7].')}, 'It is 7.')
+    marks = grading.grades({'messages': said('<think>a</think>\nIt is <tool>3+4</tool>[7].')}, 'It is 7.')
     assert marks == {'exact': 1, 'f1': 1, 'rouge_l': 1}
 
 
@@ -9097,11 +9093,11 @@ def test_10_4_word_problems_with_tools_are_the_same_problems(house):
         for row, same, called in zip(*(read_rows(data / name, split) for name in (
                 'wordproblems', 'calling', 'wordproblems_tools')), strict=True):
             answer, text = (r['messages'][1]['content'] for r in (row, called))
-            assert called == same and dataset.rendered(text) == answer
+            assert called == same and grading.rendered(text) == answer
             assert called | {'messages': 0} == row | {'messages': 0} and question(called) == question(row)
             found = [*tok.ANSWERED_CALL.finditer(text)]
             assert len(found) == row['steps'] and all(f'[{tok.calculate(m[1])}]' == m[2] for m in found), text
-            assert dataset.quality(row, text) == dataset.quality(row, answer)
+            assert grading.quality(row, text) == grading.quality(row, answer)
             calls += len(found)
     assert calls > 500
     refuses(house, [(['name=', 'a folder of their own'], 'wordproblems --tools=True --name=wordproblems'),

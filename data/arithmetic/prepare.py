@@ -29,7 +29,7 @@ SIGNS = {'plus': '+', 'minus': '-'}
 EXAMPLES = ((52, 'plus', 31), (64, 'minus', 20), (17, 'plus', 45), (90, 'minus', 37))
 
 
-def in_words(n):
+def format_metrics(n):
     """0 … 99 in English: 42 -> 'forty-two'."""
     if n < 20:
         return ONES[n]
@@ -41,7 +41,7 @@ def result(a, sign, b):
 
 
 def question(a, sign, b):
-    return {'role': 'user', 'content': f'What is {in_words(a)} {sign} {in_words(b)}?'}
+    return {'role': 'user', 'content': f'What is {format_metrics(a)} {sign} {format_metrics(b)}?'}
 
 
 def row(a, sign, b):

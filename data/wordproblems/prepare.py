@@ -12,7 +12,7 @@ each template, the numbers; in test, the templates too.
 
 Rows of the latter are {"prompt": […], "chosen": […], "rejected": […]}, one answer right and clean, the other with one
 of DEFECTS, and the label flipped in `noise` of them, as people err; beside the keys above, "defect", "flipped" and
-"margin", by how much the better one's `dataset.quality` is higher.
+"margin", by how much the better one's `grade.quality` is higher.
 
     python data/wordproblems/prepare.py
     python data/wordproblems/prepare.py --train_rows=5000 --max_number=20 --max_steps=2 --seed=2
@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import folder_for, fraction_of, quality, rendered, write_rows
+from dataset import folder_for, fraction_of, write_rows
+from grade import quality, rendered
 from tokenizer import UserError, calculate
 
 tools = False  # the steps call the calculator; this writes no pairs, and to another folder
@@ -393,7 +394,7 @@ RAMBLING = (
     'Some people find this hard, and others find it easy.', 'When I think about it, there is much more to say.',
     'It is interesting how often such questions come up in life.', 'Anyway, the weather is nice today.',
     'Once {A} told me a long story about something like this.', 'But that is not all that can be said here.')
-RUDENESS = (  # a word of dataset.RUDE in each
+RUDENESS = (  # a word of grade.RUDE in each
     'you idiot', 'you fool', 'as any fool can see', 'which only a moron would ask', 'you lazy thing',
     'so stop being lazy', 'What a stupid question.',
     'Are you too dumb to count?', 'How can anyone be so clueless?', 'This is pathetic.',
