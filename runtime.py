@@ -28,20 +28,19 @@ import tokenize
 import zipfile
 from pathlib import Path
 
-import numpy as np
-
 # A waiting thread of libgomp, PyTorch's OpenMP on Linux, spins 300,000 times before it sleeps: two trainings on the
 # same two cores then take twenty times as long instead of twice. Ten thousand times bridge the moments between two
 # operations and not much more. A thousand leave the processor to others at once, but cost a quarter of the speed where
 # waking a thread is slow: only if other programs keep half of the cores busy. torch reads this when it is imported.
 if 'OMP_WAIT_POLICY' not in os.environ and 'GOMP_SPINCOUNT' not in os.environ:
-    others = []  # processes and threads beside this one that run, in three moments
+    others = []  # threads that run beside this one, in three moments; NumPy, once imported, would start some
     with contextlib.suppress(OSError, ValueError, IndexError):
         for _ in range(3):
             others.append(int(Path('/proc/loadavg').read_text().split()[3].partition('/')[0]) - 1)
             time.sleep(0.005)
     os.environ['GOMP_SPINCOUNT'] = '1000' if others and 2 * min(others) >= os.cpu_count() else '10000'
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
