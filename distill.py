@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from convert import fingerprint, load_model, load_to_train
 from dataset import ChatData, PromptData, TokenData, find_dataset, kind_of, load_chats, load_prompts, real_tokens
-from grade import accuracy_by, as_metrics, format_answer, format_metrics, grade, grades, summarise
+from grade import accuracy_by, as_metrics, format_answer, format_metrics, grades, is_correct, summarise
 from model import GPTConfig, check_prompts, chunk_rows
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
@@ -523,7 +523,7 @@ def load_train_chats(teacher, teacher_sha256, tokenizer, length, run):
                                    spec)
         rows = [row for row in answered if answer_of(row).strip()]
         if correct_only:
-            rows = [row for row in rows if grade(answer_of(row), row['answer'], row.get('grader', 'number'))]
+            rows = [row for row in rows if is_correct(row, answer_of(row))]
         if not rows:
             raise UserError(f'{dataset}, train: the teacher gave no usable answer')
         run.print0(f'{dataset}, train: {len(rows):,} rows, with {len(answered):,} answers of the teacher'

@@ -403,11 +403,11 @@ FAULTS = [
     Fault('rest_bucket', 'distill.py', 'logprobs.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)',
           'logprobs.logsumexp(-1, keepdim=True)', 'test_10_2 and bucket'),
     Fault('first_layers', 'distill.py', '[i * config.n_layer // n_layer for i in range(n_layer)]',
-          '[i for i in range(n_layer)]', 'test_10_2 and manieth'),
+          '[i for i in range(n_layer)]', 'test_10_2 and evenly_spaced'),
     Fault('teacher_with_dropout', 'distill.py', 'model.requires_grad_(False).eval()',
           'model.requires_grad_(False)', 'test_10_2 and dropout'),
     Fault('wrong_answers_kept', 'distill.py',
-          "if grade(answer_of(row), row['answer'], row.get('grader', 'number'))", 'if answer_of(row)',
+          "if is_correct(row, answer_of(row))", 'if answer_of(row)',
           'test_10_2 and only_right'),
     # sample.py
     Fault('system_message_dropped', 'sample.py', 'del seen[first:first + 2]', 'del seen[:2]',

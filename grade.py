@@ -31,18 +31,23 @@ def follows_format(text):
 def grade(text, gold, grader):
     """Whether an answer is right: 'number', its last number is that of gold; 'exact', both are the same, normalised.
 
-    What the text thinks (`visible`) does not count. UserError for another grader.
+    Only the `visible` text counts, not the thoughts. UserError for another grader.
     """
     if grader not in GRADERS:
-        raise UserError(f'"grader" is {grader!r}, not one of {", ".join(GRADERS)}: mend it in the rows')
+        raise UserError(f'"grader" is {grader!r}, not one of {", ".join(GRADERS)}: fix it in the rows')
     return GRADERS[grader](visible(text), str(gold))
 
 
-# how much the parts of an answer count
+def is_correct(row, text):
+    """Whether an answer to a row with an `answer` is right by the row's `grader`, which is 'number' unless given."""
+    return grade(text, row['answer'], row.get('grader', 'number'))
+
+
+# weights of the parts of an answer's quality
 QUALITY = {'correct': 0.5, 'working': 0.2, 'complete': 0.1, 'concise': 0.1, 'polite': 0.1}
 RUDE = re.compile(r'\b(stupid|dumb|idiot|fool|moron|lazy|pathetic|clueless|annoying|brainless|shut up|waste of time)\b',
                   re.I)
-# a call of the calculator, with its result if it has one; one that is not closed goes on to the end
+# a call of the calculator, with its result if it has one; one that is not closed extends to the end of the text
 TOOL = re.compile(rf'{CALL.pattern}(?:\[([^][\n]*)\])?|<tool>(?:(?!</?tool>).)*\Z', re.S)
 EQUATION = re.compile(r'(\d+) ([-+*/]) (\d+) = (\d+)(?: remainder (\d+))?\b')
 
@@ -50,15 +55,15 @@ EQUATION = re.compile(r'(\d+) ([-+*/]) (\d+) = (\d+)(?: remainder (\d+))?\b')
 def quality(row, text):
     """The true quality of an answer to a word problem, from 0 to 1, and its parts -> {'gold', and the keys of QUALITY}.
 
-    correct: what `grade` says; working: the share of lines between <think> and </think> that are true equations, or of
-    the `steps` due if these are more; complete: it ends as a sentence does; concise: one sentence at most follows the
-    working; polite: no word of RUDE. An answer that says nothing has no part but none is rude.
+    correct: see `is_correct`; working: the fraction of lines between <think> and </think> that are true equations, or
+    of the row's `steps` if these are more; complete: it ends as a sentence does; concise: at most one sentence follows
+    the working; polite: no word of RUDE. An empty answer is polite and has no other part.
     """
     said = visible(text)
     thoughts = re.findall(r'<think>(.*?)(?:</think>|\Z)', text, re.S)
     lines = [line for thought in thoughts for line in rendered(thought).split('\n') if line]
     right = sum(map(_is_true, lines))
-    parts = {'correct': float(grade(text, row['answer'], row.get('grader', 'number'))),
+    parts = {'correct': float(is_correct(row, text)),
              'working': right / max(len(lines), row.get('steps', 1), 1),
              'complete': float(said.endswith(('.', '!', '?'))),
              'concise': float(bool(said) and len(re.findall(r'[.!?](?:\s|\Z)', said)) <= 1),
@@ -78,14 +83,14 @@ def _is_true(line):
 
 
 def visible(text):
-    """Text without <think> … </think>, `rendered`, stripped; of a <think> not closed, nothing that follows is left."""
+    """Text without <think> … </think>, `rendered`, stripped; a <think> that is not closed takes the rest with it."""
     return rendered(re.sub(r'<think>.*?(</think>|\Z)', '', text, flags=re.S)).strip()
 
 
 def rendered(text):
     """Text with the results of its calls in their places: '= <tool>26 - 19</tool>[7] dollars' -> '= 7 dollars'.
 
-    What is in a call is not said: one that has no result, or is not closed, leaves nothing.
+    A call without a result, or one that is not closed, leaves nothing.
     """
     return TOOL.sub(lambda call: call[2] or '', text)
 
@@ -130,20 +135,17 @@ def rouge_l(text, gold):
 
 
 def grades(row, answer):
-    """What an answer to a row is worth: {'exact', 'f1', 'rouge_l'} against the row's own answer, and 'correct'.
-
-    'correct' is what the row's grader says of its `answer`, of rows that have one.
-    """
+    """Grades of an answer: {'exact', 'f1', 'rouge_l'} against the row's last message, unless that is empty, and
+    'correct' (see `is_correct`) if the row has an `answer`."""
     gold, said = visible(row['messages'][-1]['content']), visible(answer)
     marks = {'exact': float(normalise(said) == normalise(gold))} if gold else {}  # some prompts have none
     if 'answer' in row:
-        marks['correct'] = float(grade(answer, row['answer'], row.get('grader', 'number')))
+        marks['correct'] = float(is_correct(row, answer))
     return marks | ({'f1': token_f1(said, gold), 'rouge_l': rouge_l(said, gold)} if gold else {})
 
 
 def summarise(marks):
-    """Grades of many answers -> ({name: mean}, {name: (low, high)} at 95 %); a name that some lack is over the others.
-    """
+    """Grades of many answers -> ({name: mean}, {name: (low, high)} at 95 %), each over the answers that have it."""
     means, ranges = {}, {}
     for name in {name: None for m in marks for name in m}:
         values = [m[name] for m in marks if name in m]
@@ -152,13 +154,13 @@ def summarise(marks):
 
 
 def as_metrics(means, ranges):
-    """What `summarise` gives, as a run logs it: {'val/NAME', 'val/NAME_low', 'val/NAME_high'} of each name."""
+    """The result of `summarise` as metrics: {'val/NAME', 'val/NAME_low', 'val/NAME_high'} for each name."""
     return {f'val/{name}{end}': value for name, mean in means.items()
             for end, value in zip(('', '_low', '_high'), (mean, *ranges[name]), strict=True)}
 
 
 def accuracy_by(rows, marks, key, name='correct'):
-    """Of rows that have this key, the mean grade of this name for each of its values, in words."""
+    """The mean grade of this name for each value of a row's key, over the rows that have it, as text."""
     shares = {}
     for row, mark in zip(rows, marks, strict=True):
         if key in row and name in mark:
@@ -167,13 +169,13 @@ def accuracy_by(rows, marks, key, name='correct'):
 
 
 def format_metrics(means, ranges):
-    """What `summarise` gives, in words."""
+    """The result of `summarise` as text."""
     names = {'f1': 'F1', 'rouge_l': 'ROUGE-L'}
     return ', '.join(f'{means[k]:.1%} {names.get(k, k)} ({ranges[k][0]:.1%} to {ranges[k][1]:.1%})' for k in means)
 
 
 def format_answer(row, answer, marks):
-    """A prompt's last message, the answer to it with its grades and the one it should have been, for a reader."""
+    """A prompt's last message, the answer, its grade and the gold answer, as text."""
     text = f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
     if 'correct' not in marks and 'f1' not in marks:
         return f'{text}  (no gold)'
@@ -182,9 +184,9 @@ def format_answer(row, answer, marks):
 
 
 def interval(values):
-    """Where the mean of values lies at 95 % -> (low, high).
+    """The 95 % confidence interval of the mean of values -> (low, high).
 
-    Wilson's interval (1927) where all are 0 or 1, else the normal approximation; of one value that value.
+    Wilson's interval (1927) if all are 0 or 1, else the normal approximation; a single value is its own interval.
     """
     n, z, mean = len(values), 1.959964, sum(values) / len(values)
     if set(values) <= {0, 1}:
@@ -202,23 +204,23 @@ def pass_at_k(n, c, k):
 
 
 def final_answer(row, text):
-    """What an answer to a row says, for a vote: its last number, or where the grader is 'exact' its words, normalised;
-    None where it says nothing such."""
+    """The final answer in a text, for a vote: its last number, or its normalised words if the row's grader is 'exact';
+    None if there is none."""
     said = visible(text)
     return (normalise(said) or None) if row.get('grader') == 'exact' else last_number(said)
 
 
 def majority(votes):
-    """Votes in the order drawn -> (the place of the first of those that most agree on, how many do): self-consistency
-    (arXiv:2203.11171). None abstains; of as frequent ones that wins which was drawn first. (0, 0) if all abstain."""
+    """Votes in the order sampled -> (index of the first vote for the most frequent one, its count): self-consistency
+    (arXiv:2203.11171). None abstains; a tie goes to the one sampled first. (0, 0) if all abstain."""
     counts = Counter(vote for vote in votes if vote is not None)  # keeps the order, and max takes the first
     winner = max(counts, key=counts.get, default=None)
     return (votes.index(winner), counts[winner]) if counts else (0, 0)
 
 
 def maj_at_k(votes, right, k):
-    """The chance that the majority of k answers is right, from n of them in the order drawn: the share of the n // k
-    groups of k in a row, which share no answer, whose `majority` is. Unbiased, since each group is a draw of k."""
+    """The chance that the majority of k answers is right, from n in the order sampled: the fraction of the n // k
+    disjoint groups of k adjacent ones whose `majority` is. Unbiased, since each group is a sample of k."""
     if not 1 <= k <= len(votes):
         raise UserError(f'maj@{k} of {len(votes)} answers: take k from 1 to {len(votes)}')
     firsts = range(0, len(votes) - k + 1, k)
@@ -238,7 +240,7 @@ def best_at_k(scores, right, k):
 def at_k_lines(rows, answers, scorer, num_samples):
     """Lines of pass@k, maj@k and, with a scorer, best@k for k = 1, 2, 4 … num_samples, with 95 % intervals."""
     graded = [(row, texts) for row, texts in zip(rows, answers, strict=True) if 'answer' in row]
-    correct = [[int(grades(row, text)['correct']) for text in texts] for row, texts in graded]
+    correct = [[int(is_correct(row, text)) for text in texts] for row, texts in graded]
     votes = [[final_answer(row, text) for text in texts] for row, texts in graded]
     scores = None
     if scorer:

@@ -73,7 +73,7 @@ class GPTConfig:
     n_expert_shared: int = 0  # further experts that every token is sent to
     expert_dim: int = 0  # hidden width of an expert; 0 = mlp_dim
     dense_layers: int = 0  # the first so many layers keep a dense MLP
-    expert_every: int = 1  # of the others every so-manieth layer has experts
+    expert_every: int = 1  # of the others one layer in this many has experts
     router_renorm: bool = True  # the weights of a token's active experts add up to 1
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual

@@ -199,7 +199,7 @@ def evaluate_pairs(net, run, data, pairs):
     return scores.reshape(2, -1), rows, metrics
 
 
-def format_metrics(metrics):
+def format_pair_metrics(metrics):
     """Metrics of `evaluate_pairs` as one line."""
     parts = [f'val loss {metrics["val/loss"]:.4f}', f'accuracy {metrics["val/accuracy"]:.1%} '
              f'({metrics["val/accuracy_low"]:.1%} to {metrics["val/accuracy_high"]:.1%})']
@@ -221,9 +221,9 @@ def format_tables(scores, rows, gain, bias):
     for defect, hits in sorted(hits_by_defect.items()):
         low, high = interval(hits)
         lines.append(f'{defect:>14}: {np.mean(hits):6.1%} right of {len(hits):,} ({low:.1%} to {high:.1%})')
-    lines.append('confidence    pairs   sure  right')
+    lines.append('confidence    pairs   mean  accuracy')
     for b in calibration(margins)[0]:
-        lines.append(f'{b.low:.2f} to {b.high:.2f} {b.count:6,} {b.confidence:6.1%} {b.accuracy:6.1%}')
+        lines.append(f'{b.low:.2f} to {b.high:.2f} {b.count:6,} {b.confidence:6.1%} {b.accuracy:9.1%}')
     for name, values in zip(('chosen', 'rejected'), scores, strict=True):
         rewards = gain * values + bias
         low, *quantiles, high = np.quantile(rewards, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
@@ -356,8 +356,8 @@ def main():
         data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
         if eval_only:
             scores, rows, metrics = evaluate_pairs(net, run, data, data.fixed(eval_rows))
-            run.print0(f'{init_from} on {len(rows):,} pairs of {dataset}, {eval_split}: {format_metrics(metrics)}\n'
-                       + format_tables(scores, rows, *model.score_scale.tolist()))
+            run.print0(f'{init_from} on {len(rows):,} pairs of {dataset}, {eval_split}: '
+                       f'{format_pair_metrics(metrics)}\n' + format_tables(scores, rows, *model.score_scale.tolist()))
         if check:
             run_checks(net, model, data, tokenizer, length, run)
         return
@@ -420,7 +420,7 @@ def main():
             with torch.no_grad():
                 model.score_scale.copy_(torch.tensor([gain, bias]))
             run.log(metrics | {'iter': step, 'seconds': clock.read()})
-            run.print0(f'step {step}: {format_metrics(metrics)}, {clock.read():.1f} s of training')
+            run.print0(f'step {step}: {format_pair_metrics(metrics)}, {clock.read():.1f} s of training')
             run.sample(step, format_tables(scores, rows, gain, bias))
             run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()},
                                 optimizers, metrics['val/loss'], keep_checkpoints)

@@ -33,6 +33,7 @@ from grade import (
     grade,
     grades,
     interval,
+    is_correct,
     last_number,
     quality,
     summarise,
@@ -498,7 +499,7 @@ class Rewards:
             return length / self.max_new_tokens, ''
         if name == 'model':
             return 0.0, ''  # __call__ replaces it: the model scores all answers together
-        return float(grade(text, row['answer'], row.get('grader', 'number') if name == 'correct' else name)), ''
+        return float(is_correct(row, text) if name == 'correct' else grade(text, row['answer'], name)), ''
 
 
 # ----------------------------------------------------------------------------------------------------------------------

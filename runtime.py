@@ -35,9 +35,9 @@ from pathlib import Path
 if 'OMP_WAIT_POLICY' not in os.environ and 'GOMP_SPINCOUNT' not in os.environ:
     others = []  # threads that run beside this one, in three moments; NumPy, once imported, would start some
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for _ in range(3):
+        for moment in range(3):
+            time.sleep(0.005 * (moment > 0))
             others.append(int(Path('/proc/loadavg').read_text().split()[3].partition('/')[0]) - 1)
-            time.sleep(0.005)
     os.environ['GOMP_SPINCOUNT'] = '1000' if others and 2 * min(others) >= os.cpu_count() else '10000'
 
 import numpy as np
@@ -415,7 +415,7 @@ RANGES = {
 def check_ranges(config, ranges):
     """UserError for the first knob in config whose value is outside its range.
 
-    ranges: {name: '>= 0 and < 1', or a tuple of the values that are allowed}; names that are no knob are passed over.
+    ranges: {name: '>= 0 and < 1', or a tuple of the values that are allowed}; names that are not a knob are ignored.
     """
     for name, allowed in ranges.items():
         if name not in config:
@@ -535,7 +535,7 @@ def pick_dtype(name, device, weights=None):
 
 
 def pick_quant(name, dtype, device, weights):
-    """What `GPT.pack` does to the matrices of a model with so many weights, loaded with these knobs: 'auto' -> 'fp16'
+    """What `GPT.pack` does to the matrices of a model with this many weights, loaded with these knobs: 'auto' -> 'fp16'
     where dtype='auto' finds no fast 16-bit arithmetic on a CPU and the model outgrows its cache, else ''.
 
     float16 has half of float32's bytes to read and costs no measurable perplexity; 'int8' costs up to 1 %, which nobody
@@ -642,7 +642,7 @@ class Run:
         self._decode_dtype = decoding
 
     def decode_dtype(self, weights):
-        """The torch dtype in which a model with so many weights generates, the same in every process."""
+        """The torch dtype in which a model with this many weights generates, the same in every process."""
         return pick_dtype(self._decode_dtype if weights >= LARGE else self.dtype_asked, self.device, weights)[1]
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -670,7 +670,7 @@ class Run:
                                         cast_forward_inputs=False)
             for block in blocks:  # each moves to the device by itself, so that the whole model never has to fit there
                 fully_shard(block.to(self.device), mesh=mesh, mp_policy=half)
-            for part in model.children():  # a policy beside a critic: each may be called, and made whole, by itself
+            for part in model.children():  # a policy beside a critic: each may be called, and gathered, by itself
                 if any(block in blocks for block in part.modules()) and not isinstance(part, torch.nn.ModuleList):
                     fully_shard(part.to(self.device), mesh=mesh)
             return fully_shard(model.to(self.device), mesh=mesh)
@@ -709,7 +709,9 @@ class Run:
         self.backward(loss)
         for p in net.parameters():
             p.grad = None
-        net.module.router_stats = None  # of a mixture of experts
+        for module in net.modules():
+            if hasattr(module, 'router_stats'):  # a mixture of experts has counted this pass, too
+                module.router_stats = None
 
     def backward(self, loss):
         """loss.backward(), scaled for float16.
@@ -779,13 +781,13 @@ class Run:
         if changed:
             self.print0(f'changed since the checkpoint: {", ".join(changed)}')
 
-    def like(self, tensor, whole):
-        """A whole tensor of a checkpoint, placed as this one is: on the device, and of a sharded one a shard."""
-        whole = whole.to(self.device)
+    def like(self, tensor, full):
+        """A full tensor of a checkpoint, placed as `tensor` is: on the device, and sharded if that is."""
+        full = full.to(self.device)
         if not hasattr(tensor, 'full_tensor'):
-            return whole
+            return full
         from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
     def shards(self, model):
         """The modules of a model that `wrap` has sharded; without fsdp none."""
@@ -911,10 +913,10 @@ class Run:
     # the directory: checkpoints, metrics, samples
 
     def find_checkpoint(self, init_from):
-        """The path of the checkpoint that this run goes on from, the same in every process, or None.
+        """The path of the checkpoint that this run resumes from, the same in every process, or None.
 
-        'resume': the latest, UserError if it is missing or damaged. 'auto': the latest that is whole, None where
-        there is none at all; it passes over damaged ones and says so. Anything else names no checkpoint of this run.
+        'resume': the latest, UserError if it is missing or damaged. 'auto': the latest that is not damaged, None if
+        there is none at all; damaged ones are skipped and reported. Anything else: None.
         """
         if init_from not in ('resume', 'auto'):
             return None
@@ -939,7 +941,7 @@ class Run:
                         self.print0(f'{error}: resuming from {path}, step {state["iter"]}')
                     return path, found[:len(errors)], state.get('dtypes')
             raise UserError(errors[0])
-        path, self._damaged, dtypes = self.on_main(choose)  # all processes go on from the same one, or none does
+        path, self._damaged, dtypes = self.on_main(choose)  # all processes resume from the same one, or none does
         if dtypes and self.dtype_asked == 'auto' and has_bfloat16(self.device) is None:
             self._set_dtypes(*dtypes)  # timed again, they could be others than when the run began
         return path
@@ -948,7 +950,7 @@ class Run:
              wandb_run_name=None):
         """Makes the run's directory ready and starts the loggers.
 
-        config: the knobs, for wandb and for whoever reads a checkpoint. step: of the checkpoint that the run goes on
+        config: the knobs, for wandb and for whoever reads a checkpoint. step: of the checkpoint that the run resumes
         from; what was logged later is dropped. Without one the run is new: then all this happens when it first writes,
         so that a mistake that shows in its first evaluation costs nothing, and an earlier run in the same place is
         moved aside. UserError if another process is writing there.
@@ -961,7 +963,7 @@ class Run:
                     import wandb
                 except ImportError:
                     raise UserError('wandb_log=True needs wandb: pip install wandb') from None
-                known = self.out_dir / 'wandb_id'  # a run that goes on goes on there too
+                known = self.out_dir / 'wandb_id'  # a resumed run continues there too
                 id = known.read_text() if step is not None and known.exists() else None
                 try:
                     self._wandb = wandb.init(project=wandb_project, config=config, id=id, name=wandb_run_name,
@@ -1183,8 +1185,7 @@ class Run:
             self.best = score
         self.save('ckpt.pt', state | (resume_state or {}) | {
             'optimizers': [part.state_dict() for part in each(optimizers)], 'scaler': self.scaler.state_dict(),
-            'best': self.best,
-            'dtypes': [self.dtype, self._decode_dtype], 'skipped': int(self.skipped),
+            'dtypes': [self.dtype, self._decode_dtype], 'best': self.best, 'skipped': int(self.skipped),
             'total_seconds': self.total_seconds()}, keep)
 
     def finish(self, step, stop=0, **final):

@@ -188,15 +188,15 @@ def main():
     start_ids = [tokenizer.eot] if pairs else tokenizer.encode(sample_start) or [tokenizer.eot]
     sources = [val_data.pair(0)[0]] if pairs else None
     with runtime.user_errors():
-        model_args = asdict(GPTConfig(**model_args))
-        check_prompts([start_ids], GPTConfig(**model_args), sources)  # the sample's; and the model is causal
+        model_config = GPTConfig(**model_args)
+        check_prompts([start_ids], model_config, sources)  # the sample's; and the model is causal
     if checkpoint:
-        check_same_model(GPTConfig(**model_args), checkpoint['model_args'], origin)
+        check_same_model(model_config, checkpoint['model_args'], origin)
         if not tokenizer.same_as(checkpoint['tokenizer']):
             raise UserError(f'{origin} was trained with another vocabulary ({checkpoint["tokenizer"].get("name")}) '
                             f'than {folder} is prepared with ({tokenizer.name})')
     with runtime.user_errors(origin):
-        model = GPT.from_state(checkpoint, **model_args) if checkpoint else GPT(GPTConfig(**model_args))
+        model = GPT.from_state(checkpoint, **asdict(model_config)) if checkpoint else GPT(model_config)
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
@@ -261,8 +261,9 @@ def main():
         stop = run.stop_signal()
         if evaluating or (stop and step > last_eval):
             clock.stop()
-            checkpoint = {'model': model.state_dict(), 'model_args': model_args, 'tokenizer': tokenizer.to_dict(),
-                          'iter': step, 'tokens': tokens_seen, 'rows': rows_seen, 'seconds': clock.read()}
+            checkpoint = {'model': model.state_dict(), 'model_args': asdict(model_config),
+                          'tokenizer': tokenizer.to_dict(), 'iter': step, 'tokens': tokens_seen, 'rows': rows_seen,
+                          'seconds': clock.read()}
             run.save_checkpoint(checkpoint, optimizers, score, keep_checkpoints)
             clock.start()
             meter.reset(step)
