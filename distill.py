@@ -30,10 +30,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convert import fingerprint, load_model, load_to_train
 from dataset import ChatData, PromptData, TokenData, find_dataset, kind_of, load_chats, load_prompts, real_tokens
+from generate import check_prompts, generate
 from grade import accuracy_by, as_metrics, format_answer, format_metrics, grades, is_correct, summarise
-from model import GPTConfig, check_prompts, chunk_rows
+from load import VERSION, fingerprint, load_model, load_to_train, state_of
+from lora import LoRAConfig, config_of
+from model import GPTConfig, LinearLoss, chunk_rows
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
 from tokenizer import UserError
@@ -232,13 +234,22 @@ class Teacher:
     def __call__(self, tensors, indices):
         """A batch -> the hidden states (N, C) at these indices of the flattened (B * T,), and the head (V, C)."""
         inputs = {name: tensor for name, tensor in tensors.items() if name != 'targets'}
-        hidden = self.net(**inputs, reduction='hidden').flatten(0, 1)[indices]
+        hidden = self.net(**inputs, output='hidden').flatten(0, 1)[indices]
         hidden, head, _ = self.model.products(hidden)
         if self.head is None or self.head.dtype != hidden.dtype:
             self.head = head.detach()
             if self.sharded:  # FSDP frees the gathered weights again
                 self.head = self.head.clone()
         return hidden.to(self.head.dtype), self.head
+
+
+@torch.compiler.disable  # it would be compiled anew for every number of targets
+def loss_by_rule(model, hidden, _, rule, indices, given):
+    """An `output` of GPT.forward: the mean of a rule's losses at N places of the flattened (B * T,), and its stats of
+    each (N, 2). given: what the rule takes beside the logits, the targets and what it has of the teacher."""
+    h, head, learning = model.products(hidden.flatten(0, 1)[indices])
+    total, stats = LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
+    return total / len(stats), stats
 
 
 def distillation_loss(net, run, arrays, rule, teacher, cached=()):
@@ -252,7 +263,7 @@ def distillation_loss(net, run, arrays, rule, teacher, cached=()):
         if not cached:
             hidden, rule.head = teacher(tensors, indices)
             cached = [hidden]
-        return net(**tensors, rule=rule, given=(indices, targets, *cached))
+        return net(**tensors, output=partial(loss_by_rule, rule=rule, indices=indices, given=(targets, *cached)))
 
 
 def keep_layers(state, n_layer):
@@ -275,7 +286,7 @@ def keep_layers(state, n_layer):
         for name, tensor in state['model'].items():
             if name.startswith(prefix):
                 model[f'blocks.{i}.{name.removeprefix(prefix)}'] = tensor.clone()
-    return {'model': model, 'model_args': student_args, 'tokenizer': state['tokenizer'], 'iter': 0}
+    return {'version': VERSION, 'model': model, 'model_args': student_args, 'tokenizer': state['tokenizer'], 'iter': 0}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -604,7 +615,7 @@ def evaluate(net, model, teacher, data, indices, run, rule, chats, token_bytes, 
         return metrics, summary, []
     start_ids = tokenizer.encode(sample_start) or [tokenizer.eot]
     with run.unsharded(model):
-        new_ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
+        new_ids = generate(model, [start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
                                  vocab_limit=tokenizer.n_vocab)[0]
     return metrics, summary, [sample_start + tokenizer.decode([i for i in new_ids if i != tokenizer.eot])]
 
@@ -642,21 +653,20 @@ def new_student(init_from, teacher_model, tokenizer, given):
     for key in ('lora_rank', 'adapter_dim', 'quant'):
         if given.get(key):
             raise UserError(f'{key}: all weights of a student from {init_from!r} are trained: drop --{key}')
-        if init_from == 'teacher' and getattr(teacher_model.config, key):
+        if init_from == 'teacher' and getattr(config_of(teacher_model), key):
             raise UserError(f'teacher={teacher} has {key}: merge it first, with convert.py')
     if init_from == 'scratch':
         args = {'vocab_size': teacher_model.config.vocab_size}
-        return {'model': None, 'model_args': args, 'tokenizer': tokenizer.to_dict(), 'iter': 0}
+        return {'version': VERSION, 'model': None, 'model_args': args, 'tokenizer': tokenizer.to_dict(), 'iter': 0}
     if 'n_layer' not in given:
         raise UserError(f"init_from='teacher': set how many of the teacher's {teacher_model.config.n_layer} layers the "
                         'student keeps, as --n_layer=2')
-    return keep_layers({'model': teacher_model.state_dict(), 'model_args': asdict(teacher_model.config),
-                        'tokenizer': tokenizer.to_dict()}, given['n_layer'])
+    return keep_layers(state_of(teacher_model) | {'tokenizer': tokenizer.to_dict()}, given['n_layer'])
 
 
 def main():
-    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
-    config, given = runtime.configure(globals(), GPTConfig)
+    # config files and --key=value set the knobs above, and the fields of GPTConfig and LoRAConfig: those are given
+    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig)
     runtime.check_ranges(config, RANGES)
     check_knobs()
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
@@ -831,9 +841,9 @@ def main():
                 tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
                 with run.autocast(arrays['idx'].shape[1]):
                     loss = net(**tensors)
-            loss = loss * weight / micro_steps
-            run.backward(loss)
-            step_loss += loss.detach()
+            step_loss += loss.detach() * weight / micro_steps
+            loss = loss + model.router_loss()  # a mixture of experts: what balances their load; not in the logged loss
+            run.backward(loss * weight / micro_steps)
             meter.add(n_tokens)
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convert import load_to_train
 from dataset import find_dataset, pad_texts, prefs_of
 from grade import accuracy_by, format_answer, format_metrics, grades, interval, quality, summarise
+from load import load_to_train
+from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import divergence, forcing, generate_rollouts, gold_scores, load_scorer
@@ -264,8 +265,8 @@ def evaluate(model, net, reference, ref_logps, data, run, scorer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
-    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
-    config, given = runtime.configure(globals(), GPTConfig)
+    # config files and --key=value set the knobs above, and the fields of GPTConfig and LoRAConfig: those are given
+    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig)
     runtime.check_ranges(config, RANGES)
     if label_smoothing and loss_type not in ('sigmoid', 'simpo'):
         raise UserError(f"label_smoothing={label_smoothing} needs loss_type='sigmoid' or 'simpo', not {loss_type!r}")
@@ -398,9 +399,9 @@ def main():
             # the SFT term: the margin can grow while both answers become less likely; this keeps the chosen one likely
             # (arXiv:2404.19733)
             loss = (losses - sft_coef * chosen / n_chosen).mean()
-            loss = loss / micro_steps
-            run.backward(loss)
-            step_loss += loss.detach()
+            # the routers of a mixture of experts have a loss of their own, which balances their load
+            run.backward((loss + model.router_loss()) / micro_steps)
+            step_loss += loss.detach() / micro_steps
             margins = chosen_rewards - rejected_rewards
             meter.add(sum(len(ids) for ids, _ in examples),
                       **{'train/accuracy': (torch.sign(margins).mean() + 1) / 2, 'train/margin': margins.mean(),

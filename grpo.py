@@ -38,8 +38,9 @@ import runtime  # before torch: it sets an OpenMP variable that torch reads when
 import numpy as np
 import torch
 
-from convert import load_to_train
 from dataset import find_dataset
+from load import load_to_train
+from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import (
@@ -277,8 +278,8 @@ def generate_groups(model, data, prompts_seen, step, run, reward, force):
 
 
 def main():
-    # config files and --key=value set the knobs above and fields of GPTConfig, the model's shape; given: those fields
-    config, given = runtime.configure(globals(), GPTConfig)
+    # config files and --key=value set the knobs above, and the fields of GPTConfig and LoRAConfig: those are given
+    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig)
     runtime.check_ranges(config, RANGES)
     if overlong_buffer > max_new_tokens:
         raise UserError(f'overlong_buffer={overlong_buffer} must be <= max_new_tokens={max_new_tokens}')
@@ -474,9 +475,9 @@ def main():
                         clip_eps_high=clip_eps_high or clip_eps, kl_coef=kl_coef, entropies=entropies,
                         entropy_coef=entropy_coef, longest=max_new_tokens, tokens=tokens_per_micro_batch,
                         n_answers=batch_size)  # of the micro-batch before answers were skipped
-                    loss = loss / micro_steps
-                    run.backward(loss)
-                    step_loss += loss.detach()
+                    # the routers of a mixture of experts have a loss of their own, which balances their load
+                    run.backward((loss + model.router_loss()) / micro_steps)
+                    step_loss += loss.detach() / micro_steps
 
                     n_tokens = mask.sum().clamp(min=1)
                     entropy = (entropies.detach() * mask).sum() / n_tokens

@@ -6,32 +6,30 @@ where it happens.
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=65, block_size=64))
     logits = model(idx)                          # (B, T) ids -> (B, T, V)
     loss = model(idx, targets)                   # mean over the targets that are not -100
-    new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=20)
+    hidden = model(idx, output='hidden')         # (B, T, C)
     loss = model(idx, targets, source=source)    # n_encoder_layer > 0: (B, S) ids that the decoder attends to
-    scores = model(idx, real=real)               # score_head: (B,), one number for the real tokens of each text
-    model = GPT.from_state(state, lora_rank=8, quant='nf4').freeze()    # a few new weights beside a frozen model
+    scores = RewardModel(model)(idx, real)       # (B,), one number for the real tokens of each text
+    new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=20)    # generate.py
 
     python model.py                              self-attention with numbers for a pencil, and what GPT-2 consists of
     python model.py config/tiny.py --vocab_size=1024    what a config makes: parameters, FLOP and memory
 
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
-Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Muon (arXiv:2502.16982),
-Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066), balancing without a
-loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453), adapters
-(arXiv:1902.00751), LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), QLoRA (arXiv:2305.14314).
+Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Switch Transformers
+(arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066), balancing without a loss
+(arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
 """
 import contextlib
 import functools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-LORA_TARGETS = ('q', 'k', 'v', 'proj', 'gate', 'up', 'down')
 
 
 @dataclass
@@ -78,24 +76,14 @@ class GPTConfig:
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
-    score_head: str = ''  # a reward model: a number per text, read at its 'last' token or from the 'mean' of all
-    score_likelihood: bool = False  # the score also counts the answer's log-probability, by the other head, which stays
     n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
-    lora_rank: int = 0  # rank of the updates that LoRA learns beside the blocks' frozen matrices; 0 = none
-    lora_alpha: float = 16.0  # the updates are multiplied by lora_alpha / lora_rank
-    lora_dropout: float = 0.0  # on what the updates read
-    lora_targets: str = 'q,k,v,proj,gate,up,down'  # the matrices that have an update, those of them that the model has
-    lora_rs: bool = False  # lora_alpha / sqrt(lora_rank) instead (rsLoRA)
-    adapter_dim: int = 0  # width of the bottleneck that adapters learn behind each frozen sublayer; 0 = none
-    quant: str = ''  # 'nf4': the blocks' frozen matrices in 4 bits, embeddings and head in bfloat16 (QLoRA)
     init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in), and 1 for embeddings
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
 
     def __post_init__(self):
         for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
                               ('norm_place', ('pre', 'post')), ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
-                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')), ('quant', ('', 'nf4')),
-                              ('score_head', ('', 'last', 'mean'))):
+                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -103,13 +91,11 @@ class GPTConfig:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
                      'rope_original', 'rope_low', 'rope_high', 'window', 'n_sink', 'n_expert', 'n_expert_shared',
-                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer',
-                     'lora_rank', 'lora_alpha', 'adapter_dim'):
+                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
-        for name in ('dropout', 'lora_dropout'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be in [0, 1)')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} must be in [0, 1)')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head} (or set head_dim)')
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -128,10 +114,6 @@ class GPTConfig:
             raise ValueError(f'expert_every={self.expert_every} must be at least 1')
         if not self.window_pattern or set(self.window_pattern) - set('LG'):
             raise ValueError(f'window_pattern={self.window_pattern!r} must be made of the letters L and G')
-        if self.score_head and self.n_encoder_layer:
-            raise ValueError(f'score_head={self.score_head!r} needs a decoder or an encoder alone: n_encoder_layer=0')
-        if self.score_likelihood and not (self.score_head and self.causal):
-            raise ValueError('score_likelihood=True needs a score_head and causal=True')
         if (self.window or self.n_encoder_layer) and not self.causal:
             name = 'window' if self.window else 'n_encoder_layer'
             raise ValueError(f'{name}={getattr(self, name)} needs causal=True')
@@ -151,23 +133,6 @@ class GPTConfig:
             self.rope_high = self.rope_high or (4.0 if self.rope_scaling == 'llama3' else 32.0)
             if self.rope_high <= self.rope_low:
                 raise ValueError(f'rope_high={self.rope_high} must be above rope_low={self.rope_low}')
-
-        targets = self.lora_parts()
-        if unknown := sorted(targets - set(LORA_TARGETS)):
-            raise ValueError(f'lora_targets={self.lora_targets!r}: {unknown[0]!r} is not one of '
-                             f'{", ".join(LORA_TARGETS)}')
-        dense = self.n_expert_shared or self.n_encoder_layer or not all(map(self.is_sparse, range(self.n_layer)))
-        there = {'q', 'k', 'v', 'proj', *(('up', 'down') if dense else ()),
-                 *(('gate',) if dense and self.mlp == 'swiglu' else ())}
-        if self.lora_rank and not targets & there:
-            raise ValueError(f'lora_targets={self.lora_targets!r}: this model has none of them')
-        if self.quant and not (self.lora_rank or self.adapter_dim):
-            raise ValueError(f'quant={self.quant!r} freezes the matrices: without lora_rank or adapter_dim nothing '
-                             'could be trained')
-
-    def lora_parts(self):
-        """The names in lora_targets, a set."""
-        return {name.strip() for name in self.lora_targets.split(',')} - {''}
 
     def is_local(self, layer):
         """Whether this layer's attention has the window."""
@@ -300,6 +265,7 @@ def apply_rope(x, cos, sin):
 
     cos and sin (…, D), broadcast over heads, hold each pair's value twice, the sine negative in the first half.
     """
+    cos, sin = cos.type_as(x), sin.type_as(x)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -347,194 +313,37 @@ def compiled_flex():
     return torch.compile(flex_attention)  # only so does it leave out the blocks that nobody sees
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# few weights that learn beside many that are frozen
+class Layout(NamedTuple):
+    """Where the tokens of a forward stand and which keys they may see; None: 0, 1, 2 … and all keys before them.
 
-# the quantiles of a normal distribution of appendix E of arXiv:2305.14314, with a zero and the ends at -1 and 1
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-
-
-def nf4_quantize(w):
-    """Numbers of any shape -> codes (n / 2,) uint8, two each, the first high; scales (blocks,) float32.
-
-    A number is the nearest of 16 levels times the scale of its block of 64, the largest magnitude there
-    (arXiv:2305.14314, section 3). The last block is filled up with zeros.
+    positions (T,) or (B, T): of the queries. mask, local_mask: in global and local layers, bool (…, T, S) or a
+    BlockMask. Where a sink is further away than the window: is_sink (…, S), and far_positions, where queries stand as
+    sinks see them, so that no distance is longer than in training.
     """
-    blocks = F.pad(w.float().flatten(), (0, -w.numel() % 64)).view(-1, 64)
-    scales = blocks.abs().amax(1)
-    levels = torch.tensor(NF4, device=w.device)
-    codes = torch.bucketize(blocks / scales.clamp(min=1e-30)[:, None], (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    high, low = codes.to(torch.uint8).view(-1, 2).unbind(1)
-    return high << 4 | low, scales
+    positions: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    local_mask: torch.Tensor | None = None
+    far_positions: torch.Tensor | None = None
+    is_sink: torch.Tensor | None = None
 
 
-def pack_scales(scales):
-    """Double quantisation (arXiv:2305.14314, section 3): scales (blocks,) -> (packed uint8, steps, mean).
+class Context(NamedTuple):
+    """What a forward gives to each of its blocks.
 
-    packed holds 8-bit floats, bytes so that no conversion of a model's dtype touches them, which times the step of
-    their 256 and plus the mean of all are the scales; it is padded to a multiple of 256.
+    rope, far_rope: (cos, sin), (…, T, 1, D) each, at the positions and far_positions of a Layout; the rest as there.
+    cache: a KVCache or None. memory (B, S, C): the encoder's output, memory_mask (B, 1, 1, S) True where it is real.
+    real (B, T): False on padding, None = there is none.
     """
-    mean = scales.mean()
-    groups = F.pad(scales - mean, (0, -len(scales) % 256)).view(-1, 256)
-    steps = groups.abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
-    packed = (groups / steps.clamp(min=1e-30)[:, None]).to(torch.float8_e4m3fn)
-    return packed.flatten().view(torch.uint8), steps, mean
+    rope: tuple | None = None
+    mask: torch.Tensor | None = None
+    local_mask: torch.Tensor | None = None
+    far_rope: tuple | None = None
+    is_sink: torch.Tensor | None = None
+    cache: object = None
+    memory: torch.Tensor | None = None
+    memory_mask: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
-
-def unpack_scales(packed, steps, mean):
-    """What `pack_scales` gave -> scales float32, padded to a multiple of 256."""
-    return (packed.view(torch.float8_e4m3fn).float().view(-1, 256) * steps[:, None] + mean).flatten()
-
-
-@functools.cache
-def nf4_table(dtype, device):
-    """The four levels of any two bytes of codes, as one wide number: (65536,). One look-up instead of four."""
-    with torch.inference_mode(False):
-        levels = torch.tensor(NF4, dtype=dtype, device=device)
-        pairs = torch.arange(1 << 16, device=device).to(torch.uint16).view(torch.uint8).long()
-        quads = levels[torch.stack((pairs >> 4, pairs & 15), -1).flatten()]
-        return quads.view(torch.complex128 if dtype == torch.float32 else torch.float64)
-
-
-def nf4_dequantize(codes, scales, shape, dtype):
-    """Codes and scales of `nf4_quantize` -> the numbers, of this shape; in 16 bits levels and scales are rounded."""
-    if torch.compiler.is_compiling():  # into one kernel with what follows
-        nibbles = torch.stack((codes >> 4, codes & 15), -1).int()
-        blocks = torch.tensor(NF4, dtype=dtype, device=codes.device)[nibbles].view(-1, 64)
-    else:
-        pairs = codes.view(torch.uint16).int()
-        blocks = nf4_table(dtype, codes.device).index_select(0, pairs).view(dtype).view(-1, 64)
-    return blocks.mul_(scales[:len(blocks), None].to(dtype)).flatten()[:math.prod(shape)].view(shape)
-
-
-class NF4Product(torch.autograd.Function):
-    """x (…, in) @ W.T of a frozen W (out, in) in 4 bits, which is whole during the products of both passes only."""
-
-    @staticmethod
-    def forward(ctx, x, shape, codes, *packed):
-        ctx.save_for_backward(codes, *packed)
-        ctx.shape = shape
-        return F.linear(x, nf4_dequantize(codes, unpack_scales(*packed), shape, x.dtype))
-
-    @staticmethod
-    def backward(ctx, g):
-        codes, *packed = ctx.saved_tensors
-        return g @ nf4_dequantize(codes, unpack_scales(*packed), ctx.shape, g.dtype), None, None, None, None, None
-
-
-def product_dtype(x):
-    """The dtype of matrix products with x: autocast's, which does not reach inside custom functions, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-class LoRALinear(nn.Linear):
-    """A frozen nn.Linear with what learns beside it: W x + b + scale B A dropout(x) (LoRA, arXiv:2106.09685).
-
-    Where W is several matrices in one, each has an A and a B of its own: lora_a (targets, r, in), lora_b (rows of the
-    targets, r); parts {name: (rows, whether it has them)}. With quant='nf4' (QLoRA,
-    arXiv:2305.14314) there is no `weight` but buffers of 4 bits, which are filled from a state's `weight` as it comes.
-    """
-
-    def __init__(self, config, n_in, bias, rows):
-        super().__init__(n_in, sum(rows.values()), bias)
-        targets = config.lora_parts() if config.lora_rank else set()
-        self.parts = {name: (n, name in targets) for name, n in rows.items()}
-        self.quant, self.dropout, rank = config.quant, config.lora_dropout, config.lora_rank
-        self.learned = [n for n, learns in self.parts.values() if learns]
-        self.lora_a = self.lora_b = None
-        if self.learned:
-            self.scale = config.lora_alpha / (math.sqrt(rank) if config.lora_rs else rank)
-            self.lora_a = nn.Parameter(torch.empty(len(self.learned), rank, n_in))
-            self.lora_b = nn.Parameter(torch.empty(sum(self.learned), rank))
-        if self.quant:
-            self.weight, blocks = None, -(-n_in * self.out_features // 64)
-            groups = -(-blocks // 256)
-            for name, size, dtype in (('codes', blocks * 32, torch.uint8), ('scales', groups * 256, torch.uint8),
-                                      ('steps', groups, torch.float32), ('mean', (), torch.float32)):
-                self.register_buffer(name, torch.zeros(size, dtype=dtype), persistent=False)
-
-    @torch.no_grad()
-    def quantize(self, weight):
-        """Takes a matrix (out, in) into the 4 bits."""
-        codes, scales = nf4_quantize(weight)
-        for mine, given in zip((self.codes, self.scales, self.steps, self.mean), (codes, *pack_scales(scales)),
-                               strict=True):
-            mine.copy_(given)
-
-    def _load_from_state_dict(self, state, prefix, *args):
-        if self.quant and prefix + 'weight' in state:
-            self.quantize(state.pop(prefix + 'weight'))
-        super()._load_from_state_dict(state, prefix, *args)
-
-    def frozen(self):
-        """W (out, in), dequantised to float32 where it has 4 bits."""
-        if not self.quant:
-            return self.weight
-        scales = unpack_scales(self.scales, self.steps, self.mean)
-        return nf4_dequantize(self.codes, scales, (self.out_features, self.in_features), torch.float32)
-
-    def expand(self):
-        """B of all parts side by side, zero where one would meet another's A: (out, targets * r)."""
-        if len(self.parts) == 1:
-            return self.lora_b
-        learned = iter(self.lora_b.split(self.learned))
-        return torch.block_diag(*(next(learned) if learns else self.lora_b.new_zeros(n, 0)
-                                  for n, learns in self.parts.values()))
-
-    def merged(self):
-        """W + scale B A (out, in), float32."""
-        w = self.frozen().float()
-        if self.lora_a is None:
-            return w
-        return torch.addmm(w, self.expand().float(), self.lora_a.flatten(0, 1).float(), alpha=self.scale)
-
-    def forward(self, x):
-        if self.quant:
-            dtype, shape = product_dtype(x), (self.out_features, self.in_features)
-            y = NF4Product.apply(x.to(dtype), shape, self.codes, self.scales, self.steps, self.mean)
-            y = y if self.bias is None else y + self.bias.to(dtype)
-        else:
-            y = F.linear(x, self.weight, self.bias)
-        if self.lora_a is None:
-            return y
-        inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.flatten(0, 1))
-        return y + F.linear(inner, self.expand() * self.scale)
-
-
-def linear(config, n_in, bias, **rows):
-    """An nn.Linear of a block that stacks matrices of so many rows by name, ready for what the config adds to it.
-
-    A MoE's router and stacked experts are none: they have no LoRA and keep their bits, and `GPT.freeze` freezes them.
-    """
-    if config.quant or config.lora_rank and config.lora_parts() & set(rows):
-        return LoRALinear(config, n_in, bias, rows)
-    return nn.Linear(n_in, sum(rows.values()), bias=bias)
-
-
-class Adapter(nn.Module):
-    """A bottleneck with a residual of its own behind a frozen sublayer (arXiv:1902.00751); `up` starts at zero."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.down = nn.Parameter(torch.empty(config.adapter_dim, config.n_embd))
-        self.down_bias = nn.Parameter(torch.empty(config.adapter_dim))
-        self.up = nn.Parameter(torch.empty(config.n_embd, config.adapter_dim))
-        self.up_bias = nn.Parameter(torch.empty(config.n_embd))
-
-    def forward(self, x):
-        return x + F.linear(F.gelu(F.linear(x, self.down, self.down_bias)), self.up, self.up_bias)
-
-
-def is_small(name):
-    """Whether a tensor of this name belongs to LoRA, an adapter or the score head: it learns where the rest is frozen.
-    """
-    return '.lora_' in name or '.adapter' in name or name.startswith('score')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention with rotary positions, QK-norm and a KV cache by flag."""
@@ -546,8 +355,8 @@ class Attention(nn.Module):
         self.dropout, self.causal, self.local = config.dropout, causal, local
         # queries, keys and values of all heads in one matrix: rows are q heads, then k heads, then v heads
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.qkv = linear(config, config.n_embd, config.bias or config.qkv_bias, q=q, k=kv, v=kv)
-        self.proj = linear(config, q, config.bias, proj=config.n_embd)
+        self.qkv = nn.Linear(config.n_embd, q + 2 * kv, config.bias or config.qkv_bias)
+        self.proj = nn.Linear(q, config.n_embd, config.bias)
         self.q_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.watched = None  # a list that takes the weights of each forward, see `GPT.attention_maps`
@@ -559,11 +368,10 @@ class Attention(nn.Module):
         rows = self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv_head, -1)
         return torch.cat(rows).type_as(qk)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
-        """rope: cos, sin (…, T, 1, D) or None; where sinks are further away than a window, as local layers see them,
-        also cos and sin of the queries that meet them, and which keys are sinks (…, 1, S, 1)."""
+    def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
+        """x (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
-        heads = (self.n_head, self.n_kv_head)
+        heads, cache = (self.n_head, self.n_kv_head), context.cache
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         qk, v = qkv.split((sum(heads), self.n_kv_head), dim=2)
         if self.q_norm is not None and self.q_norm.rms:
@@ -572,19 +380,19 @@ class Attention(nn.Module):
             q, k = qk.split(heads, dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         q_far = None
-        if rope is not None:
-            cos, sin, *far = [t if t.dtype == torch.bool else t.type_as(qk) for t in rope]
-            if far and self.local:
-                q_far = apply_rope(qk[:, :, :self.n_head], *far[:2]).transpose(1, 2)
+        if context.rope is not None:
+            if context.far_rope is not None and self.local:
+                q_far = apply_rope(qk[:, :, :self.n_head], *context.far_rope).transpose(1, 2)
             if cache is not None and cache.rolling:  # it rotates its keys anew at every step
-                qk = torch.cat((apply_rope(qk[:, :, :self.n_head], cos, sin), qk[:, :, self.n_head:]), dim=2)
+                qk = torch.cat((apply_rope(qk[:, :, :self.n_head], *context.rope), qk[:, :, self.n_head:]), dim=2)
             else:
-                qk = apply_rope(qk, cos, sin)
+                qk = apply_rope(qk, *context.rope)
         q, k, v = (t.transpose(1, 2) for t in (*qk.split(heads, dim=2), v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(k, v)
         if q_far is not None:
-            q, k, v = far_sinks(q, q_far, k, v, far[2])
+            q, k, v = far_sinks(q, q_far, k, v, context.is_sink[..., None, :, None])
+        mask = context.local_mask if self.local else context.mask
         if self.watched is not None:
             self.watched.append(attention_weights(q, k, mask, self.causal, self.scale))
         y = attend(q, k, v, mask, self.causal, self.scale, self.dropout if self.training else 0.0)
@@ -599,14 +407,15 @@ class CrossAttention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.scale, self.dropout = config.attn_scale or 1 / math.sqrt(config.head_dim), config.dropout
         q, kv, bias = self.n_head * self.head_dim, self.n_kv_head * self.head_dim, config.bias or config.qkv_bias
-        self.q = linear(config, config.n_embd, bias, q=q)
-        self.kv = linear(config, config.n_embd, bias, k=kv, v=kv)
-        self.proj = linear(config, q, config.bias, proj=config.n_embd)
+        self.q = nn.Linear(config.n_embd, q, bias)
+        self.kv = nn.Linear(config.n_embd, 2 * kv, bias)
+        self.proj = nn.Linear(q, config.n_embd, config.bias)
         self.watched = None
 
-    def forward(self, x, memory, mask=None, cache=None):
-        """x (B, T, C), memory (B, S, C), mask (B, 1, 1, S) True where a token of the source is real, or None."""
+    def forward(self, x, context):
+        """x (B, T, C) -> (B, T, C); the source is context.memory (B, S, C)."""
         B, T, _ = x.shape
+        memory, cache = context.memory, context.cache
         q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
         kv = cache.source.get(self) if cache is not None else None
         if kv is None:
@@ -614,8 +423,8 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 cache.source[self] = kv  # the source does not change: once per text
         if self.watched is not None:
-            self.watched.append(attention_weights(q, kv[0], mask, False, self.scale))
-        y = attend(q, *kv, mask, False, self.scale, self.dropout if self.training else 0.0)
+            self.watched.append(attention_weights(q, kv[0], context.memory_mask, False, self.scale))
+        y = attend(q, *kv, context.memory_mask, False, self.scale, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 
@@ -634,9 +443,9 @@ class MLP(nn.Module):
     def __init__(self, config, dim):
         super().__init__()
         self.kind = config.mlp
-        self.gate = linear(config, config.n_embd, config.bias, gate=dim) if self.kind == 'swiglu' else None
-        self.up = linear(config, config.n_embd, config.bias, up=dim)
-        self.down = linear(config, dim, config.bias, down=config.n_embd)
+        self.gate = nn.Linear(config.n_embd, dim, config.bias) if self.kind == 'swiglu' else None
+        self.up = nn.Linear(config.n_embd, dim, config.bias)
+        self.down = nn.Linear(dim, config.n_embd, config.bias)
 
     def forward(self, x):
         up, gate = self.up(x), None
@@ -647,19 +456,27 @@ class MLP(nn.Module):
         return self.down(activate(self.kind, up, gate))
 
 
+def product_dtype(x):
+    """The dtype of matrix products with x: autocast's, which does not reach inside custom functions, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class MoE(nn.Module):
     """A mixture of experts: a router sends each token to the n_expert_active of n_expert MLPs that it weighs most.
 
     No expert has a capacity, so no token is dropped: tokens are sorted by expert, and each expert's are one slice of a
     grouped matrix product. After a forward in training, `load` (E,) holds the tokens of each expert, `entropy` that of
     the router's distribution, in nats, and `aux` the weighted sum of the load-balancing loss (arXiv:2101.03961, eq. 4)
-    and the router's z-loss (arXiv:2202.08906, eq. 5).
+    and the router's z-loss (arXiv:2202.08906, eq. 5). Padding counts in none of them.
     """
 
     def __init__(self, config):
         super().__init__()
         E, M, C = config.n_expert, config.expert_dim, config.n_embd
-        self.kind, self.n_active, self.renorm = config.mlp, config.n_expert_active, config.router_renorm
+        self.kind, self.n_active = config.mlp, config.n_expert_active
+        # p / p = 1 would leave a router that chooses one expert without a gradient
+        self.renorm = config.router_renorm == 'always' or config.router_renorm and self.n_active > 1
         self.aux_coef, self.z_coef, self.bias_rate = config.router_aux, config.router_z, config.router_bias_rate
         self.router = nn.Linear(C, E, bias=False)
         self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind == 'swiglu' else None
@@ -670,7 +487,8 @@ class MoE(nn.Module):
             self.register_buffer('choice_bias', torch.zeros(E))
         self.load = self.entropy = self.aux = None
 
-    def forward(self, x):
+    def forward(self, x, real=None):
+        """x (B, T, C) -> (B, T, C); real (B, T): False on padding."""
         flat, kind = x.flatten(0, -2), x.device.type
         N, E, K = len(flat), len(self.up), self.n_active
         with torch.autocast(kind, enabled=False):  # a choice between near equals wants all digits
@@ -683,22 +501,19 @@ class MoE(nn.Module):
             weights, chosen = probs.topk(K)
         if self.renorm:
             weights = weights / weights.sum(-1, keepdim=True)
-        load = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), weights.new_ones(N * K))
+        sizes = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), weights.new_ones(N * K))
         if self.training:
-            logprobs = logits.log_softmax(-1)
-            balance = E * (load / (N * K) * probs.mean(0)).sum()
-            self.aux = self.aux_coef * balance + self.z_coef * logits.logsumexp(-1).square().mean()
-            self.load, self.entropy = load, -(probs * logprobs).sum(-1).mean().detach()
+            self.observe(logits, probs, chosen, real)
 
         dtype = product_dtype(x)
         order = chosen.flatten().argsort(stable=True)  # by expert
         token, rows = order // K, flat.to(dtype)
         # A CPU's kernels are made anew for every number of rows, so slices there are padded to multiples of 32.
         step = 32 if kind == 'cpu' and N * K >= 64 * E else 1
-        ends = (-(-load // step) * step).cumsum(0).int()
+        ends = (-(-sizes // step) * step).cumsum(0).int()
         if step > 1:
-            sizes = torch.cat((ends[:1], ends.diff()))
-            place = torch.arange(N * K) + ((ends - sizes) - (load.cumsum(0) - load)).long()[chosen.flatten()[order]]
+            padded = torch.cat((ends[:1], ends.diff()))
+            place = torch.arange(N * K) + ((ends - padded) - (sizes.cumsum(0) - sizes)).long()[chosen.flatten()[order]]
             ends[-1] = size = -(-(N * K + (step - 1) * E) // step) * step
             rows = rows.new_zeros(size, rows.shape[1]).index_copy(0, place, rows.index_select(0, token))
         else:
@@ -712,6 +527,19 @@ class MoE(nn.Module):
         rows = rows * weights.flatten().index_select(0, order)[:, None].to(dtype)
         y = torch.zeros(N, x.shape[-1], dtype=dtype, device=x.device).index_add(0, token, rows).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
+
+    def observe(self, logits, probs, chosen, real):
+        """Takes `load`, `entropy` and `aux` of a forward: logits, probs (N, E), chosen (N, K), real (B, T) or None."""
+        counted = probs.new_ones(len(probs)) if real is None else real.flatten().float()
+        n = counted.sum().clamp(min=1)
+        self.load = torch.zeros(probs.shape[1], device=probs.device).scatter_add_(
+            0, chosen.flatten(), counted.repeat_interleave(chosen.shape[1]))
+        share = (probs * counted[:, None]).sum(0) / n  # of the probability, that each expert has
+        balance = probs.shape[1] * (self.load / (n * chosen.shape[1]) * share).sum()
+        z = (logits.logsumexp(-1).square() * counted).sum() / n
+        self.aux = self.aux_coef * balance + self.z_coef * z
+        entropies = -(probs * logits.log_softmax(-1)).sum(-1).detach()
+        self.entropy = (entropies * counted).sum() / n
 
 
 class Block(nn.Module):
@@ -729,29 +557,32 @@ class Block(nn.Module):
         self.norm_cross = Norm(config.n_embd, config) if crossing else None
         self.cross = CrossAttention(config) if crossing else None
         self.norm2 = Norm(config.n_embd, config)
-        self.mlp = MoE(config) if config.is_sparse(layer) and not encoder else MLP(config, config.mlp_dim)
+        self.sparse = config.is_sparse(layer) and not encoder
+        self.mlp = MoE(config) if self.sparse else MLP(config, config.mlp_dim)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.adapter1, self.adapter2 = (Adapter(config) if config.adapter_dim else nn.Identity() for _ in range(2))
+        self.adapter1 = self.adapter2 = nn.Identity()  # where lora.py puts adapters
         self.recompute = False  # activation checkpointing (arXiv:1604.06174): the backward pass computes it all again
 
-    def forward(self, x, rope=None, masks=(None, None), cache=None, memory=None, memory_mask=None):
-        args = x, rope, masks[self.attn.local], cache, memory, memory_mask
-        if cache is not None:  # never compiled, should `sublayers` be: a cache grows at every step
-            return Block.sublayers(self, *args)
+    def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
+        if context.cache is not None:  # never compiled, should `sublayers` be: a cache grows at every step
+            return Block.sublayers(self, x, context)
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self.sublayers, *args, use_reentrant=False)
-        return self.sublayers(*args)
+            return checkpoint(self.sublayers, x, context, use_reentrant=False)
+        return self.sublayers(x, context)
 
-    def sublayers(self, x, rope, mask, cache, memory, memory_mask):
+    def sublayers(self, x, context):
         if self.post:
-            x = self.norm1(x + self.adapter1(self.drop(self.attn(x, rope, mask, cache))))
+            x = self.norm1(x + self.adapter1(self.drop(self.attn(x, context))))
             if self.cross is not None:
-                x = self.norm_cross(x + self.drop(self.cross(x, memory, memory_mask, cache)))
-            return self.norm2(x + self.adapter2(self.drop(self.mlp(x))))
-        x = x + self.adapter1(self.drop(self.attn(self.norm1(x), rope, mask, cache)))
+                x = self.norm_cross(x + self.drop(self.cross(x, context)))
+            return self.norm2(x + self.adapter2(self.drop(self.feed_forward(x, context))))
+        x = x + self.adapter1(self.drop(self.attn(self.norm1(x), context)))
         if self.cross is not None:
-            x = x + self.drop(self.cross(self.norm_cross(x), memory, memory_mask, cache))
-        return x + self.adapter2(self.drop(self.mlp(self.norm2(x))))
+            x = x + self.drop(self.cross(self.norm_cross(x), context))
+        return x + self.adapter2(self.drop(self.feed_forward(self.norm2(x), context)))
+
+    def feed_forward(self, x, context):
+        return self.mlp(x, context.real) if self.sparse else self.mlp(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -902,193 +733,6 @@ def pooled(x, mask, how):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# optimizers
-
-# ----------------------------------------------------------------------------------------------------------------------
-# generation
-
-class KVCache:
-    """Keys and values of every layer, preallocated: kv (n_layer, 2, B, n_kv_head, capacity, head_dim).
-
-    `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the other rows do,
-    so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source` holds the keys and values
-    of an encoder's output by CrossAttention.
-    """
-    rolling = False
-
-    def __init__(self, config, batch, capacity, device, dtype):
-        self.config, self.source = config, {}
-        self.kv = torch.zeros(config.n_layer, 2, batch, config.n_kv_head, capacity, config.head_dim,
-                              device=device, dtype=dtype)
-        self.lengths = [0] * batch
-
-    def begin(self, T, counts=None):
-        """Before a forward over T new tokens per row -> (positions, masks of global and local layers, far, is_sink).
-
-        None where the default is right. counts: how many of the T are no padding, per row. far: positions of the
-        queries as sinks see them, and is_sink (S,), where some sink is further away than the window.
-        """
-        config, before = self.config, self.lengths
-        self.layer, self.T, self.end = 0, T, max(before) + T
-        self.uniform = min(before) == max(before)
-        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
-        device, far, is_sink = self.kv.device, None, None
-        slides = config.window and self.end > config.window
-        if self.end == T and not slides:
-            return None, (None, None), None, None  # an empty cache: positions 0 … T-1 and the plain causal pattern
-        self.positions = torch.tensor(before, device=device)[:, None] + torch.arange(T, device=device)
-        keys = torch.arange(self.end, device=device)
-        mask = local = None  # one new token per row sees everything
-        if T > 1 or not self.uniform:
-            mask = local = (keys <= self.positions[..., None])[:, None]
-        if slides:
-            local = windowed(self.positions, keys, config)[:, None]
-            local = local if mask is None else local & mask
-        if config.n_sink and self.end > config.n_sink + config.window:
-            far, is_sink = self.positions.clamp(max=config.n_sink + config.window - 1), keys < config.n_sink
-        return self.positions, (mask, local), far, is_sink
-
-    def update(self, k, v):
-        """Stores k and v (B, H, T, D) of the next layer; returns all keys and values (B, H, S, D) stored so far."""
-        k_cache, v_cache = self.kv[self.layer]
-        self.layer += 1
-        if self.uniform:
-            k_cache[:, :, self.end - self.T:self.end], v_cache[:, :, self.end - self.T:self.end] = k, v
-        else:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            k_cache[rows, :, self.positions], v_cache[rows, :, self.positions] = k.transpose(1, 2), v.transpose(1, 2)
-        return k_cache[:, :, :self.end], v_cache[:, :, :self.end]
-
-    def select(self, rows):
-        """Keeps these rows (indices; one may be named several times, to share a prompt among samples)."""
-        self.kv = self.kv[:, :, rows]
-        self.source = {layer: kv[:, rows] for layer, kv in self.source.items()}
-        self.lengths = [self.lengths[r] for r in rows]
-
-
-class RollingCache(KVCache):
-    """A ring of the last `window` tokens after the n_sink first, for a text without end in constant memory and time.
-
-    Only for models whose layers are all local. Slot t holds token t up to n_sink; token t behind that stands in slot
-    n_sink + (t - n_sink) % window. Keys are stored before their rotation: at every step they are rotated to where they
-    stand within the cache, so positions stay small however long the text (arXiv:2309.17453, 3.2).
-    """
-    rolling = True
-    rope = None  # cos and sin (rows, 1, slots, D) at `key_positions`, of a model that has them
-
-    def __init__(self, config, batch, device, dtype):
-        super().__init__(config, batch, config.n_sink + config.window, device, dtype)
-
-    def tokens(self, lengths):
-        """Which token each slot holds after so many: (rows, 1) -> (rows, slots), -1 for none."""
-        slots, sinks = torch.arange(self.kv.shape[4], device=lengths.device), self.config.n_sink
-        last = lengths - 1 - (lengths - 1 - slots) % self.config.window
-        held = torch.where(slots < sinks, slots, last)
-        return torch.where((held < lengths) & ((held >= sinks) | (slots < sinks)), held, -1)
-
-    def begin(self, T, counts=None):
-        config, device, before = self.config, self.kv.device, self.lengths
-        self.layer, self.T = 0, T
-        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
-        same = min(before) == max(before) and min(self.lengths) == max(self.lengths)
-        old, new = (torch.tensor(n[:1] if same else n, device=device)[:, None] for n in (before, self.lengths))
-        queries = old + torch.arange(T, device=device)
-        held, after, size = self.tokens(old), self.tokens(new), self.kv.shape[4]
-        # where the content of each slot comes from: itself, or new token number i, which follows the slots
-        self.origin = torch.where(after == held, torch.arange(size, device=device), size + after - old)
-        self.slot = (after == old).int().argmax(1) if T == 1 else None  # where a single new token goes
-        keys = after if T == 1 else torch.cat((held, queries), dim=1)
-        mask = ((keys[:, None] <= queries[..., None]) & (keys >= 0)[:, None]
-                & ((queries[..., None] - keys[:, None] < config.window) | (keys < config.n_sink)[:, None]))[:, None]
-        # positions count from a token before which nothing but sinks is visible any more
-        farthest = config.n_sink + config.window - 1
-        base = (old - farthest).clamp(min=0)
-        self.key_positions = torch.where(keys < config.n_sink, keys, keys - base).clamp(min=0)
-        far = is_sink = None
-        if config.n_sink and T > 1 and max(before) + T > farthest + 1:
-            far, is_sink = queries.clamp(max=farthest), keys < config.n_sink
-        positions = queries - base if config.pos == 'rope' else queries
-        return positions, (None, mask), far, is_sink
-
-    def update(self, k, v):
-        kv = self.kv[self.layer]
-        if self.T == 1 and len(self.slot) == 1:
-            kv[0, :, :, self.slot[0]], kv[1, :, :, self.slot[0]] = k[:, :, 0], v[:, :, 0]
-            k, v = kv
-        elif self.T == 1:
-            rows = torch.arange(len(k), device=k.device)
-            kv[0, rows, :, self.slot], kv[1, rows, :, self.slot] = k[:, :, 0], v[:, :, 0]
-            k, v = kv
-        else:
-            both = torch.cat((kv, torch.stack((k, v))), dim=3)
-            index = self.origin[:, None, :, None].expand(k.shape[0], k.shape[1], -1, k.shape[3])
-            self.kv[self.layer] = both.gather(3, index.expand(2, *index.shape))
-            k, v = both
-        self.layer += 1
-        if self.rope is not None:
-            k = apply_rope(k, *(t.type_as(k) for t in self.rope))
-        return k, v
-
-
-def has_fp16_kernels():
-    """Whether this PyTorch can multiply float32 by weights that it keeps in float16 (FBGEMM: x86)."""
-    return 'fbgemm' in torch.backends.quantized.supported_engines
-
-
-class PackedLinear(nn.Module):
-    """One or several nn.Linear over the same input that can do nothing but multiply, faster: on a CPU, for generation,
-    see `GPT.pack`.
-
-    quant '': the weights lie in the order in which oneDNN's kernels read them. 'fp16': in float16, which changes no
-    number by more than 1/2048, half as many bytes to read; products and sums are float32. 'int8': rounded to 8 bits
-    with a scale per output channel; the kernel reads bfloat16 and adds up in float32.
-    """
-
-    def __init__(self, *linears, quant=''):
-        super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        self.quant, self.scale = quant, None
-        if quant == 'int8':
-            self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-            weight = (weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        elif quant == 'fp16':
-            weight = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
-        else:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # for about so many rows of input
-        self.packed = weight
-
-    def forward(self, x):
-        if self.quant == 'fp16':
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        if not self.quant:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
-        rows = x.flatten(0, -2)
-        if len(rows) > 16:  # the kernel of int8 is made for few
-            return F.linear(x, self.packed.to(x.dtype) * self.scale[:, None], self.bias)
-        y = torch._weight_int8pack_mm(rows.bfloat16(), self.packed, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
-    """Sets logits (B, V) outside the top k, the nucleus (arXiv:1904.09751) or min-p (arXiv:2407.01082) to -inf."""
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p  # the mass before a token already suffices; the first always stays
-        outside[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
-    if min_p:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
-    return logits
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
     """The model of a GPTConfig: a trunk of blocks between an embedding and a head; see the top of this file."""
@@ -1096,9 +740,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        dtype = torch.bfloat16 if config.quant else None
-        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd, dtype=dtype)
-        self.pos_emb = nn.Embedding(config.block_size, config.n_embd, dtype=dtype) if config.pos == 'learned' else None
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else None
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.encoder = self.encoder_norm = None
         if config.n_encoder_layer:
@@ -1106,34 +749,22 @@ class GPT(nn.Module):
             self.encoder_norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
-        self.head = self.score = self.score_gain = None
-        if config.score_head:
-            self.score = nn.Linear(config.n_embd, 1)
-            self.score_gain = nn.Parameter(torch.empty(1)) if config.score_likelihood else None
-            self.register_buffer('score_scale', torch.tensor([1.0, 0.0]))  # gain and bias of `rewards`
-        if not config.score_head or config.score_likelihood:
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False, dtype=dtype)
-        if self.head is not None and config.tie_weights:
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
             self.head.weight = self.tok_emb.weight
         if config.pos == 'rope':  # a table, not weights: made anew at loading
             for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config), strict=True):
                 self.register_buffer(name, table, persistent=False)
-        self.sparse = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        self.sparse = [block.mlp for block in self.blocks if block.sparse]
         self.router_stats, self.block_masks = None, {}
-        self.init_weights()
+        if not self.tok_emb.weight.is_meta:  # there, weights come with a state
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero.
-
-        The rest is drawn as if there were no LoRA and no adapters, and these afterwards, so that they change nothing.
-        Matrices in 4 bits stay zero: they come with a state.
-        """
+        """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero."""
         config = self.config
-        if self.tok_emb.weight.is_meta:
-            return  # there is nothing to fill: the weights come with a state
-
-        def fill(name, p):
+        for name, p in self.named_parameters():
             into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))
             if p.ndim < 2:
                 p.fill_(1.0 if name.endswith('weight') else 0.0)
@@ -1143,26 +774,10 @@ class GPT(nn.Module):
                 std = config.init_std or (1.0 if name.endswith('emb.weight') else p.shape[-1] ** -0.5)
                 p.normal_(0.0, std / math.sqrt(2 * config.n_layer) if into_residual else std)
 
-        for name, p in self.named_parameters():
-            if not is_small(name):
-                fill(name, p)
-        for name, p in self.named_parameters():
-            if name == 'score.weight':
-                p.normal_(0.0, (config.n_embd + 1) ** -0.5)  # its bias is zero: arXiv:1909.08593's
-            elif name == 'score_gain':
-                p.fill_(0.1)  # DPO's usual beta
-            elif name.endswith('lora_a'):
-                p.uniform_(-p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)  # as PEFT draws it
-            elif is_small(name) and name.endswith('.down'):
-                fill(name, p)
-            elif is_small(name):
-                p.zero_()
-
     def embed(self, idx, positions=None):
         """Ids (B, T) -> (B, T, C) with positions added, those of 'rope' apart; positions: (T,) or (B, T), None = 0 …"""
         config, T = self.config, idx.shape[1]
         x = self.tok_emb(idx)
-        x = x.float() if config.quant else x  # the residual stream has all digits
         if config.pos == 'learned':
             x = x + (self.pos_emb.weight[:T] if positions is None else self.pos_emb(positions))
         elif config.pos == 'sinusoidal':
@@ -1172,7 +787,7 @@ class GPT(nn.Module):
 
     def rope(self, positions):
         """cos and sin at positions (…, T), for every head the same: (…, T, 1, D) each."""
-        return [table[positions].unsqueeze(-2) for table in (self.rope_cos, self.rope_sin)]
+        return tuple(table[positions].unsqueeze(-2) for table in (self.rope_cos, self.rope_sin))
 
     def encode(self, source, source_mask=None):
         """The encoder: ids (B, S), bool (B, S) True where a token is real -> (B, S, C)."""
@@ -1181,54 +796,53 @@ class GPT(nn.Module):
         x, mask = self.embed(source), None if source_mask is None else source_mask[:, None, None]
         rope = self.rope(slice(source.shape[1])) if self.config.pos == 'rope' else None
         for block in self.encoder:
-            x = block(x, rope, (mask, mask))
+            x = block(x, Context(rope, mask, mask))
         return self.encoder_norm(x) if self.encoder_norm is not None else x
 
-    def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None):
+    def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None):
         """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm.
 
         positions (B, T) or (T,): where each token stands, by default 0 … T-1 (after what the cache holds).
         mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
         causality and the window. cache: a KVCache that is read and extended, by counts (a list) of the T tokens of
-        each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real.
+        each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real. real (B, T): the
+        tokens that the routers of experts count, None = all.
         """
         config, T = self.config, idx.shape[1]
         if T > config.block_size:
             raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
-        far = is_sink = None
-        if cache is not None:
-            positions, masks, far, is_sink = cache.begin(T, counts)
-        else:
-            masks, far, is_sink = self.masks(T, positions, mask, idx.device)
-        rope = None
+        layout = self.layout(T, positions, mask, idx.device) if cache is None else cache.begin(T, counts)
+        rope = far_rope = None
         if config.pos == 'rope':
-            rope = self.rope(slice(T) if positions is None else positions)
-            if far is not None:
-                rope += [*self.rope(far), is_sink[..., None, :, None]]
+            rope = self.rope(slice(T) if layout.positions is None else layout.positions)
+            if layout.far_positions is not None:
+                far_rope = self.rope(layout.far_positions)
             if cache is not None and cache.rolling:
                 cache.rope = [table[cache.key_positions][:, None] for table in (self.rope_cos, self.rope_sin)]
-        x = self.embed(idx, positions)
+        x = self.embed(idx, layout.positions)
         memory_mask = None if memory_mask is None else memory_mask[:, None, None]
+        context = Context(rope, layout.mask, layout.local_mask, far_rope, layout.is_sink, cache, memory, memory_mask,
+                          real)
         for block in self.blocks:
-            x = block(x, rope, masks, cache, memory, memory_mask)
+            x = block(x, context)
         return self.norm(x) if self.norm is not None else x
 
-    def masks(self, T, positions, mask, device):
-        """Without a cache -> (masks of global and local layers, far, is_sink), as `KVCache.begin` gives them."""
+    def layout(self, T, positions, mask, device):
+        """The Layout of a forward without a cache."""
         config, far, is_sink = self.config, None, None
         if mask is not None and config.causal:
             mask = mask & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         if not config.window or T <= config.window and positions is None:
-            return (mask, mask), None, None
+            return Layout(positions, mask, mask)
         at = torch.arange(T, device=device) if positions is None else positions
         farthest = config.n_sink + config.window - 1
         if config.n_sink and (T > farthest + 1 or positions is not None):
             far, is_sink = at.clamp(max=farthest), at < config.n_sink
         if mask is None and positions is None and device.type == 'cuda' and not (config.dropout and self.training):
-            return (None, self.block_mask(T, device)), far, is_sink
+            return Layout(positions, None, self.block_mask(T, device), far, is_sink)
         local = windowed(at, at, config) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         local = local[:, None] if local.ndim == 3 else local
-        return (mask, local if mask is None else local & mask), far, is_sink
+        return Layout(positions, mask, local if mask is None else local & mask, far, is_sink)
 
     def block_mask(self, T, device):
         """The window's pattern for flex_attention, which skips what nobody sees instead of masking it."""
@@ -1269,117 +883,55 @@ class GPT(nn.Module):
         idx, mask = real_first(idx, mask)
         return pooled(self.hidden(idx, mask=None if self.config.causal else mask[:, None, None]), mask, how)
 
-    def scores(self, idx, real=None, answer=None):
-        """What a reward model makes of texts: ids (B, T), bool (B, T) True where a token is real, None = all are, and
-        bool (B, T) True on the tokens of the answer, None = all -> (B,) float32. Padding may stand anywhere.
-
-        A linear function of one vector per text, see `pool`. With score_likelihood plus the answer's log-probability
-        times a gain that is learnt: what DPO takes for a reward (arXiv:2305.18290), its reference being part of the
-        rest. A small model knows by its likelihood that a number is wrong long before a score has learnt it.
-        """
-        idx, real, answer = real_first(idx, real, answer if answer is not None else torch.ones_like(idx).bool())
-        x = self.hidden(idx, mask=None if self.config.causal else real[:, None, None])
-        with torch.autocast(idx.device.type, enabled=False):  # differences of scores want all digits
-            vector = pooled(x, real, self.config.score_head).float()
-            scores = F.linear(vector, self.score.weight.float(), self.score.bias.float())[:, 0]
-        if self.score_gain is None:
-            return scores
-        targets = idx.roll(-1, 1).masked_fill(~(answer & real).roll(-1, 1), -100)
-        targets[:, -1] = -100
-        return scores - self.score_gain.float() * self.cross_entropy(x, targets, 'none').sum(1)
-
-    def values(self, idx, answer):
-        """Of a causal reward model, what it makes of each text up to each of its tokens: ids (B, T), right-padded, bool
-        (B, T) True on the answer's tokens -> (B, T) float32, on the scale of `rewards`: a critic that knows much.
-        """
-        x, config = self.hidden(idx), self.config
-        with torch.autocast(idx.device.type, enabled=False):
-            vectors = x.float()
-            if config.score_head == 'mean':
-                vectors = vectors.cumsum(1) / torch.arange(1, idx.shape[1] + 1, device=idx.device)[:, None]
-            scores = F.linear(vectors, self.score.weight.float(), self.score.bias.float())[..., 0]
-        if self.score_gain is not None:
-            targets = idx.roll(-1, 1).masked_fill(~answer.roll(-1, 1), -100)
-            targets[:, -1] = -100
-            losses = self.cross_entropy(x, targets, 'none').cumsum(1)
-            scores = scores - self.score_gain.float() * F.pad(losses, (1, 0))[:, :-1]
-        gain, bias = self.score_scale
-        return gain * scores + bias
-
-    def rewards(self, idx, real=None, answer=None):
-        """Scores (B,) as `scores` gives them, times the gain and plus the bias of `score_scale`: what makes those of
-        held-out answers have mean 0 and variance 1, once these have been measured (arXiv:1909.08593)."""
-        gain, bias = self.score_scale
-        return gain * self(idx, real=real, answer=answer) + bias
-
     def logits(self, hidden):
         """Hidden states (…, C) -> float32 logits (…, V)."""
-        if self.config.quant:
-            dtype = product_dtype(hidden)
-            return _softcap(F.linear(hidden.to(dtype), self.head.weight.to(dtype)).float(), self.config.logit_softcap)
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
-    def forward(self, idx, targets=None, positions=None, mask=None, reduction='mean', source=None, source_mask=None,
-                segments=None, real=None, answer=None, temperature=1.0, rule=None, given=()):
-        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> cross-entropy in nats. With a score_head: `scores`.
+    def forward(self, idx, targets=None, positions=None, mask=None, segments=None, source=None, source_mask=None,
+                real=None, reduction='mean', output=None):
+        """ids (B, T) -> logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
 
-        Targets of -100 do not count; with reduction='hidden' none are needed: it gives hidden states (B, T, C). Others
-        are 'mean' over the targets that count, 'sum', 'none' for (B, T), or 'details' for (losses (B, T), entropies of
-        the distributions (B, T), hidden states (B, T, C)), with logits divided by the temperature: what learning from a
-        policy's own samples takes. Of a reward model 'values' gives `values` instead of `scores`.
-        source (B, S), source_mask (B, S): see `encode`. segments (B, T) of integers: a token sees those of its own
-        only, so that several texts share a row, each with positions of its own. In training the gradient of 'mean' is
-        also that of the routers' losses; the value is not.
-        rule, given: another loss, see `LinearLoss`; given begins with the places (N,) in the flattened (B * T,) that it
-        is taken at -> (the mean, with the gradient of 'mean', what it tells of each place).
+        Targets of -100 do not count; reduction: 'mean' over those that do, 'sum', or 'none' for (B, T). positions,
+        mask: see `hidden`. segments (B, T) of integers: a token sees those of its own only, so that several texts share
+        a row, each with positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on
+        padding, which routers do not count; None = what no target follows. output: 'hidden' for the hidden states
+        (B, T, C), or a function of (this model, hidden states, targets), whose result is returned: any loss of them,
+        computed inside the forward as DDP and FSDP need.
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
-        if self.score is not None:
-            return self.scores(idx, real, answer) if reduction != 'values' else self.values(idx, answer)
         if segments is not None:
             if source is not None:
                 raise ValueError('segments of a row cannot share a source: give each text a row')
             same = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
             mask = same if mask is None else mask & same
+        if self.sparse and self.training and real is None and targets is not None:
+            real = (targets != -100).flip(1).cumsum(1).flip(1) > 0
         memory = self.encode(source, source_mask) if source is not None else None
-        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask)
-        if reduction == 'hidden':
-            return hidden
-        if targets is None and rule is None:
-            return self.logits(hidden)
-        if rule is not None:
-            loss_of = self.loss_of
-            if torch.compiler.is_compiling():  # it would be compiled anew for every number of places
-                loss_of = torch.compiler.disable(loss_of)
-            losses, told = loss_of(hidden, rule, *given)
-            losses, reduction = losses / len(told), 'mean'
-        else:
-            losses = self.cross_entropy(hidden, targets, reduction, temperature)
+        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask, real=real)
         if self.sparse and self.training:
             stats = torch.stack([torch.cat((moe.load, (moe.entropy * moe.load.sum())[None])) for moe in self.sparse])
             self.router_stats = stats if self.router_stats is None else self.router_stats + stats
-            if reduction == 'mean':
-                aux = sum(moe.aux for moe in self.sparse)
-                losses = losses + (aux - aux.detach())
-        if rule is not None:
-            return losses, told
-        return (*losses, hidden) if reduction == 'details' else losses
-
-    def loss_of(self, hidden, rule, places, *given):
-        """Hidden states (B, T, C) -> the sum of the losses by a rule at these places of (B * T,), and what it tells."""
-        h, w, learning = self.products(hidden.flatten(0, 1)[places])
-        return LinearLoss.apply(h, w, self.config.logit_softcap, rule, learning, *given)
+        if output == 'hidden':
+            return hidden
+        if output is not None:
+            return output(self, hidden, targets)
+        return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets, reduction)
 
     def products(self, h):
         """What a chunked loss multiplies: hidden states (N, C) and the head's matrix, in the dtype of products, and
         whether a backward may follow."""
         w, dtype = self.head.weight, product_dtype(h)
-        h, w = h.to(dtype), w if self.config.quant else w.to(dtype)
+        narrow = w.dtype.itemsize < dtype.itemsize  # QLoRA's head stays so while it waits for the backward pass
+        h, w = h.to(dtype), w if narrow else w.to(dtype)
         return h, w, torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
 
     def cross_entropy(self, hidden, targets, reduction='mean', temperature=1.0):
-        """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`; with 'details', losses and entropies."""
+        """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`, of logits divided by the temperature.
+
+        With 'details' (losses, entropies of the distributions), (B, T) each: what learning from a policy's own samples
+        takes.
+        """
         h, flat, device_type = hidden.flatten(0, 1), targets.flatten(), hidden.device.type
         if device_type == 'cpu' and not torch.compiler.is_compiling():  # a GPU would have to wait for the number
             kept = (flat != -100).nonzero()[:, 0]
@@ -1402,7 +954,8 @@ class GPT(nn.Module):
     def cross_entropy_of(self, h, targets, reduction, temperature):
         """`cross_entropy` over rows: hidden states (N, C) and targets (N,) -> the loss, or losses (N,)."""
         device_type, per_token = h.device.type, reduction in ('none', 'details')
-        if len(h) <= chunk_rows(self.config.vocab_size, device_type) or isinstance(self.head, PackedLinear):
+        # a head that is no nn.Linear, packed for generation, has no matrix to take chunks of
+        if len(h) <= chunk_rows(self.config.vocab_size, device_type) or not isinstance(self.head, nn.Linear):
             logits = self.logits(h) if temperature == 1 else self.logits(h) / temperature
             if reduction != 'details':
                 return F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
@@ -1416,6 +969,11 @@ class GPT(nn.Module):
             return losses / (targets != -100).sum()
         return losses[0] if reduction == 'none' else losses
 
+    def router_loss(self):
+        """What the last forward in training adds to the loss for its routers, router_aux and router_z of it; 0 where
+        the model has no experts."""
+        return sum(moe.aux for moe in self.sparse)
+
     def routed(self):
         """What routers did since the last call: tokens per expert, and entropies times tokens: (n_sparse, E + 1)."""
         stats, self.router_stats = self.router_stats, None
@@ -1428,121 +986,45 @@ class GPT(nn.Module):
         for moe, counts in zip(self.sparse, load, strict=True) if self.config.router_bias_rate else ():
             moe.choice_bias += moe.bias_rate * (counts.mean() - counts).sign()
 
-    # ------------------------------------------------------------------------------------------------------------------
-
     @classmethod
     def from_state(cls, state, **overrides):
         """A model from a checkpoint's dict: 'model_args' (fields of GPTConfig, overridden where given) and 'model'.
 
-        Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor; but LoRA,
-        adapters and a score head that the state's own fields do not have start afresh, and a model that has no other
-        head leaves that out. With quant='nf4' the state has the matrices whole, and the model takes each into its 4
-        bits as it comes.
+        Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor.
         """
         unknown = set(state['model_args']) - set(GPTConfig.__dataclass_fields__)
         if unknown:
             raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
-        model, args = cls(GPTConfig(**state['model_args'] | overrides)), state['model_args']
-        own, given = model.state_dict(), state['model']
-        if model.head is None:
-            given = {name: tensor for name, tensor in given.items() if name != 'head.weight'}
-        for name, module in model.named_modules():
-            if isinstance(module, LoRALinear) and module.quant:
-                own[f'{name}.weight'] = torch.empty(module.out_features, module.in_features, device='meta')
-        for name in [*own, *given]:
-            field = ('lora_rank' if '.lora_' in name else 'score_likelihood' if name == 'score_gain' else
-                     'score_head' if name.startswith('score') else 'adapter_dim')
-            fresh = is_small(name) and not args.get(field)
-            if name not in own or name not in given and not fresh:
-                raise ValueError(f'tensor {name} is {"missing" if name in own else "not part of this model"}')
-            if name in given and own[name].shape != given[name].shape:
-                raise ValueError(f'tensor {name} has shape {tuple(given[name].shape)} where this model has '
-                                 f'{tuple(own[name].shape)}')
-        model.load_state_dict(given, strict=False)
+        model = cls(GPTConfig(**state['model_args'] | overrides))
+        check_tensors(model.state_dict(), state['model'])
+        model.load_state_dict(state['model'])
         return model
 
-    def freeze(self):
-        """Where the config has LoRA or adapters, nothing but these, and a score head, learns from now on; returns the
-        model."""
-        for name, p in self.named_parameters() if self.config.lora_rank or self.config.adapter_dim else ():
-            p.requires_grad_(is_small(name))
+    def assign(self, weights):
+        """Makes tensors {name: tensor} the weights of this model as they are, not copies of them: for one that was made
+        on the meta device. Returns the model."""
+        self.load_state_dict(weights, strict=False, assign=True)
+        if self.config.tie_weights and self.head is not None:
+            self.head.weight = self.tok_emb.weight
+        if self.config.pos == 'rope':
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(self.config), strict=True):
+                self.register_buffer(name, table.to(self.tok_emb.weight.device), persistent=False)
         return self
 
-    def small_state(self):
-        """The tensors of LoRA, adapters and a score head by name: all that a run keeps which froze the rest."""
-        return {name: tensor for name, tensor in self.state_dict().items() if is_small(name)}
+    def num_params(self, learning=False):
+        """Number of parameters, or of those that learn; a head tied to the embedding counts once."""
+        if learning:
+            return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in self.elsewhere())
 
-    @torch.no_grad()
-    def merged(self, dtype=torch.float32):
-        """A new GPT without LoRA and 4 bits that computes the same: W + scale B A in dtype. Adapters stay as they are.
-
-        Computed in float32, one matrix at a time.
-        """
-        plain = {f.name: f.default for f in fields(GPTConfig) if f.name == 'quant' or f.name.startswith('lora_')}
-        with on_meta():
-            model = GPT(replace(self.config, **plain))
-        own, weights = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers()), {}
-        for name in model.state_dict():
-            module = self.get_submodule(name.rpartition('.')[0])
-            folds = isinstance(module, LoRALinear) and name.endswith('.weight')
-            if name != 'head.weight' or not self.config.tie_weights:
-                weights[name] = (module.merged() if folds else own[name]).detach().to(dtype, copy=not folds)
-        model.load_state_dict(weights, strict=False, assign=True)
-        if self.config.tie_weights and model.head is not None:
-            model.head.weight = model.tok_emb.weight
-        for name in ('rope_cos', 'rope_sin') if self.config.pos == 'rope' else ():
-            model.register_buffer(name, own[name].clone(), persistent=False)
-        return model.train(self.training)
+    def elsewhere(self):
+        """The linear layers whose matrix is no parameter: frozen, in 4 bits."""
+        return [m for m in self.modules() if isinstance(m, nn.Linear) and m.weight is None]
 
     def memory(self):
         """Bytes of the weights as they are kept; a head tied to the embedding counts once."""
         kept = [b for name, b in self.named_buffers() if not name.startswith('rope_')]
         return sum(t.nbytes for t in (*self.parameters(), *kept))
-
-    @torch.no_grad()
-    def pack(self, quant=''):
-        """Makes this model faster at generation and unfit for anything else; returns it. Changes nothing on a GPU.
-
-        quant: '' keeps the numbers; 'fp16' keeps float32 weights in float16; 'int8' rounds each matrix to int8 with a
-        scale per output channel. Both need a CPU. ValueError where that cannot be.
-        """
-        weight = self.tok_emb.weight
-        if self.config.lora_rank or self.config.quant:
-            name = 'lora_rank' if self.config.lora_rank else 'quant'
-            raise ValueError(f'{name}={getattr(self.config, name)!r}: fold it in first, with model.merged()')
-        fitting = {'': (weight.dtype,), 'fp16': (torch.float32,), 'int8': (torch.float32, torch.bfloat16)}
-        if quant not in fitting:
-            raise ValueError(f"quant={quant!r} is not one of '', 'fp16', 'int8'")
-        if quant and weight.device.type != 'cpu':
-            raise ValueError(f'quant={quant!r} needs device=cpu, not {weight.device}')
-        if weight.dtype not in fitting[quant]:
-            names = ' or '.join(str(dtype).removeprefix('torch.') for dtype in fitting[quant])
-            raise ValueError(f'quant={quant!r} needs dtype={names}, not {str(weight.dtype).removeprefix("torch.")}')
-        if quant == 'fp16' and not has_fp16_kernels():
-            raise ValueError("quant='fp16' needs a PyTorch with FBGEMM, which this processor's has not: leave it out")
-        kernels = torch.backends.mkldnn.is_available() and (
-            weight.dtype == torch.float32
-            or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        self.n_params = self.num_params()
-        for module in list(self.modules()) if weight.device.type == 'cpu' and (quant or kernels) else ():
-            if isinstance(module, MLP) and module.gate is not None:  # one product of both
-                module.gate, module.up = None, PackedLinear(module.gate, module.up, quant=quant)
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear) and name not in ('router', 'score'):
-                    setattr(module, name, PackedLinear(child, quant=quant))
-        return self.requires_grad_(False)
-
-    def num_params(self, learning=False):
-        """Number of parameters, or of those that learn; a head tied to the embedding counts once."""
-        if isinstance(self.head, PackedLinear):
-            return self.n_params
-        if learning:
-            return sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return sum(p.numel() for p in self.parameters()) + self._in_4_bits()
-
-    def _in_4_bits(self):
-        """How many numbers have 4 bits."""
-        return sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, LoRALinear) and m.quant)
 
     def flops_per_token(self, T):
         """Multiply-adds x 2, forward and backward, per token at context T: 6 N + 12 L H D T (arXiv:2204.02311, B).
@@ -1551,311 +1033,128 @@ class GPT(nn.Module):
         source as long.
         """
         c = self.config
-        share = c.n_expert_active / max(1, c.n_expert)  # of the experts, a token meets
-        matrices = [(p, p.numel() * (share if p.ndim == 3 and not is_small(n) else 1))
+        stacks = {id(p) for moe in self.sparse for p in (moe.gate, moe.up, moe.down)}  # of which a token meets a part
+        matrices = [(p, p.numel() * c.n_expert_active / c.n_expert if id(p) in stacks else p.numel())
                     for n, p in self.named_parameters() if n.startswith(('blocks.', 'encoder.')) and p.ndim > 1]
         matrices += [(self.head.weight, self.head.weight.numel())] if self.head is not None else []
-        matmul = sum(n * (6 if p.requires_grad else 4) for p, n in matrices) + 4 * self._in_4_bits()
+        matmul = sum(n * (6 if p.requires_grad else 4) for p, n in matrices)
+        matmul += 4 * sum(m.in_features * m.out_features for m in self.elsewhere())
         layers = c.n_layer + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
         return matmul + 12 * layers * c.n_head * c.head_dim * T
 
-    @torch.inference_mode()
-    def next_logits(self, contexts, cache=None, memory=None, memory_mask=None):
-        """Ragged contexts (lists of ids) -> float32 logits (B, V) of the token after each; fills an empty cache.
-
-        A context longer than block_size needs a RollingCache: it is read a block at a time.
-        """
-        lengths, block = [len(c) for c in contexts], self.config.block_size
-        idx = torch.zeros(len(contexts), max(lengths), dtype=torch.long)
-        for row, context in zip(idx, contexts, strict=True):
-            row[:len(context)] = torch.tensor(context)
-        device, hidden = self.tok_emb.weight.device, None
-        for part in idx.to(device).split(block if cache is not None and cache.rolling else max(lengths), dim=1):
-            counts = [min(n, part.shape[1]) for n in lengths]
-            lengths = [n - c for n, c in zip(lengths, counts, strict=True)]
-            # right padding: causality already hides it
-            x = self.hidden(part, cache=cache, counts=counts, memory=memory, memory_mask=memory_mask)
-            here = torch.tensor(counts, device=device)
-            last = x[torch.arange(len(x), device=device), (here - 1).clamp(min=0)]
-            hidden = last if hidden is None else torch.where(here[:, None] > 0, last, hidden)
-        return self.logits(hidden)
-
-    @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-               stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None, force=None):
-        """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
-        check_prompts(prompts, self.config, sources)
-        if num_samples < 1 or max_new_tokens < 0:
-            raise ValueError('num_samples starts at 1 and max_new_tokens at 0')
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
-            raise ValueError('sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1 and '
-                             'repetition_penalty > 0')
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        if self.config.window and self.config.pos == 'learned' and longest > self.config.block_size:
-            raise ValueError(f'{longest} tokens of prompt and answer: with window={self.config.window} and '
-                             f"pos='learned' a text ends at block_size={self.config.block_size}")
-        if isinstance(seed, list) and len(seed) != len(prompts):
-            raise ValueError(f'{len(seed)} seeds for {len(prompts)} prompts: give one for each, or one number')
-        was_training = self.training
-        self.eval()  # dropout must not reach a sample
-        try:
-            yield from self._stream([list(p) for p in prompts for _ in range(num_samples)], num_samples, max_new_tokens,
-                                    set(stop_ids), seed, use_cache, sources, force,
-                                    (vocab_limit, temperature, top_k, top_p, min_p, repetition_penalty))
-        finally:
-            self.train(was_training)
-
-    def _stream(self, texts, shared, max_new_tokens, stop_ids, seed, use_cache, sources, force, sampling):
-        """The loop of `stream` over texts (lists of ids, which grow); `shared` neighbours have the same prompt."""
-        config, device = self.config, self.tok_emb.weight.device
-        dtype = torch.float32 if config.quant else self.tok_emb.weight.dtype
-        block, n_rows = config.block_size, len(texts)
-        uniform = uniforms(seed, n_rows // shared, shared, max_new_tokens).to(device)
-        begins, forced = list(map(len, texts)), [[] for _ in texts]
-        longest = max(map(len, texts), default=0) + max_new_tokens
-        rolls = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
-                 and block >= config.n_sink + config.window < longest)
-        memory = memory_mask = None
-        if sources is not None:
-            lengths = torch.tensor([len(source) for source in sources])
-            memory_mask = (torch.arange(lengths.max()) < lengths[:, None]).to(device)
-            ids = torch.zeros(memory_mask.shape, dtype=torch.long)
-            for row, source in zip(ids, sources, strict=True):
-                row[:len(source)] = torch.tensor(source)
-            memory = self.encode(ids.to(device), memory_mask)
-
-        def seen(rows, again):  # of the sources
-            of = torch.tensor([r // shared for r in rows], device=device)
-            return {'memory': memory[of] if again else None, 'memory_mask': memory_mask[of]}
-        start = [0 if rolls else max(0, len(t) - block) for t in texts]  # where each row's visible context begins
-        rows, done, cache = list(range(n_rows)), set(), None  # done: finished rows that are still in the batch
-        for step in range(max_new_tokens):
-            full = cache is not None and not rolls and max(cache.lengths) == block
-            if done and (cache is None or full or 4 * len(done) >= len(rows)):
-                # finished rows leave the batch, a quarter of it at a time: what is kept of a cache has to be copied
-                keep = [i for i, r in enumerate(rows) if r not in done]
-                rows = [rows[i] for i in keep]
-                done.clear()
-                if cache is not None:
-                    cache.select(keep)
-            if cache is None or not rolls and max(cache.lengths) == block:
-                # Beginning, or the context is full: keep its last three quarters and read them afresh, as in training,
-                # where every window begins at position 0. One pass over 3/4 T buys T/4 tokens.
-                for r in rows:
-                    if not rolls and len(texts[r]) - start[r] > block:
-                        start[r] = len(texts[r]) - max(1, block * 3 // 4)
-                repeat = shared if step == 0 else 1  # at first the samples of a prompt share one pass over it
-                contexts = [texts[r][start[r]:] for r in rows[::repeat]]
-                if rolls:
-                    cache = RollingCache(config, len(contexts), device, dtype)
-                elif use_cache:
-                    capacity = min(block, max(map(len, contexts)) + max_new_tokens - step)
-                    cache = KVCache(config, len(contexts), capacity, device, dtype)
-                logits = self.next_logits(contexts, cache, **(seen(rows[::repeat], True) if sources else {}))
-                if repeat > 1:
-                    copies = [i for i in range(len(contexts)) for _ in range(repeat)]
-                    logits = logits[copies]
-                    if cache is not None:
-                        cache.select(copies)
-            else:
-                last = torch.tensor([[texts[r][-1]] for r in rows], device=device)
-                x = self.hidden(last, cache=cache, **(seen(rows, False) if sources else {}))
-                logits = self.logits(x[:, -1])
-            drawn = sample(logits, [texts[r] for r in rows], uniform[step, rows], *sampling)
-            alive = [(r, *of) for r, *of in zip(rows, *drawn, strict=True) if r not in done]
-            for i, (r, token, _) in enumerate(alive):
-                if forced[r]:
-                    token = forced[r].pop(0)
-                    alive[i] = r, token, math.nan
-                texts[r].append(token)
-                if force is not None and not forced[r]:
-                    forced[r] = list(force(texts[r][begins[r]:]))
-                if token in stop_ids:
-                    done.add(r)
-            yield tuple(map(list, zip(*alive, strict=True)))
-            if len(done) == len(rows):
-                break
-
-    def generate(self, prompts, max_new_tokens, return_logprobs=False, **options):
-        """Continues ragged prompts (lists of ids) -> a list of lists of new ids, prompt i's samples at i*num_samples ….
-
-        temperature 0 is greedy. top_k, top_p, min_p: see `filter_logits`. repetition_penalty (arXiv:1909.05858) divides
-        the positive and multiplies the negative logits of tokens already in the row. A row ends after a token of
-        stop_ids, which is its last id. num_samples continuations per prompt share one pass over it. seed makes it
-        repeatable, row by row: what is drawn for a prompt depends on no other one, and with a list of seeds, one each,
-        not on its place either. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
-        return_logprobs also the log-probability of each new id under softmax(logits / temperature), before any filter
-        or penalty. force(new ids of a row so far) gives ids that the row goes on with, whatever the model would say;
-        their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text longer than
-        block_size is continued from its last part, without end if all layers have a window (a prompt longer than a
-        table of learned positions raises ValueError, as do an empty prompt and ids outside the vocabulary).
-        """
-        out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
-        logs = [[] for _ in out]
-        for rows, ids, logprobs in self.stream(prompts, max_new_tokens, **options):
-            for r, token, logprob in zip(rows, ids, logprobs, strict=True):
-                out[r].append(token)
-                logs[r].append(logprob)
-        return (out, logs) if return_logprobs else out
+    def generate(self, prompts, max_new_tokens, **options):
+        """`generate.generate` of this model: lists of ids -> lists of new ids."""
+        from generate import generate  # it takes any model; here for those who type it
+        return generate(self, prompts, max_new_tokens, **options)
 
 
-def check_prompts(prompts, config, sources=None):
-    """Raises ValueError with one sentence for prompts, and sources for an encoder, that this model cannot continue."""
-    if config.score_head:
-        raise ValueError(f'a model with score_head={config.score_head!r} scores texts: it cannot generate')
-    if not config.causal:
-        raise ValueError('a model with causal=False is an encoder: it cannot generate')
-    if (sources is None) == (config.n_encoder_layer > 0) or sources is not None and len(sources) != len(prompts):
-        raise ValueError('a model with n_encoder_layer needs a source for each prompt, any other none')
-    for what, texts in (('prompt', prompts), ('source', sources or ())):
-        for i, text in enumerate(texts):
-            if not len(text):
-                raise ValueError(f'{what} {i} is empty: give at least one token')
-            if min(text) < 0 or max(text) >= config.vocab_size:
-                bad = next(t for t in text if not 0 <= t < config.vocab_size)
-                raise ValueError(f'{what} {i}: token id {bad} is outside the vocabulary of {config.vocab_size}')
-            if len(text) > config.block_size and (config.pos == 'learned' or what == 'source'):
-                limit = 'the learned positions end' if config.pos == 'learned' else 'a source ends'
-                raise ValueError(f'{what} {i} has {len(text)} tokens and {limit} at block_size={config.block_size}: '
-                                 'shorten it')
-
-
-def uniforms(seed, n_prompts, num_samples, steps):
-    """Numbers in [0, 1) to draw with, (steps, n_prompts * num_samples) float32; seed: None, one, or one per prompt."""
-    if not isinstance(seed, list):
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        seed = torch.randint(1 << 62, (n_prompts,), generator=generator).tolist()
-    parts = [torch.rand(steps, num_samples, generator=torch.Generator().manual_seed(s)) for s in seed]
-    return torch.cat(parts, 1) if parts else torch.zeros(steps, 0)
-
-
-def sample(logits, texts, u, vocab_limit, temperature, top_k, top_p, min_p, repetition_penalty):
-    """Draws a token per row from logits (B, V) with uniform numbers u (B,): returns ids and their log-probabilities."""
-    logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
-    logits = logits[:, :vocab_limit] if vocab_limit else logits
-    if repetition_penalty != 1:
-        for row, text in zip(logits, texts, strict=True):
-            seen = torch.tensor(sorted(set(text)), device=logits.device)
-            row[seen] = torch.where(row[seen] > 0, row[seen] / repetition_penalty, row[seen] * repetition_penalty)
-    if temperature == 0:
-        ids = logits.argmax(-1)
-    else:
-        cdf = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1).cumsum(-1)
-        # the first token whose cumulative probability exceeds u; scaled, because a float sum may miss 1
-        ids = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
+def check_tensors(own, given):
+    """ValueError with one sentence where given tensors {name: tensor} do not have the names and shapes of own ones."""
+    for name in [*own, *given]:
+        if name not in own or name not in given:
+            raise ValueError(f'tensor {name} is {"missing" if name in own else "not part of this model"}')
+        if own[name].shape != given[name].shape:
+            raise ValueError(f'tensor {name} has shape {tuple(given[name].shape)} where this model has '
+                             f'{tuple(own[name].shape)}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# a lesson: python model.py
+# a reward model
 
-WORDS, ROWS = ('the', 'cat', 'sat'), ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # three tokens, two numbers each
+@dataclass
+class ScoreConfig:
+    """How a reward model scores a text. Raises ValueError for an unknown score_head."""
+    score_head: str = 'last'  # a reward model's score is read at the 'last' token of a text or from the 'mean' of all
+    score_likelihood: bool = False  # the score also counts the answer's log-probability, by the other head, which stays
 
-
-def pencil():
-    """An Attention of one head whose numbers a pencil can follow: queries and keys are the tokens' own numbers, values
-    are twelve times these. Scores are multiplied by ln 2, so that the softmax of 0, 1, 2 is 1, 2, 4 in proportion."""
-    attention = Attention(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3, bias=False,
-                                    attn_scale=math.log(2)))
-    one = torch.eye(2)
-    attention.qkv.weight.data.copy_(torch.cat((one, one, 12 * one)))
-    attention.proj.weight.data.copy_(one)
-    return attention
+    def __post_init__(self):
+        if self.score_head not in ('last', 'mean'):
+            raise ValueError(f"score_head={self.score_head!r} is not one of 'last', 'mean'")
 
 
-@torch.no_grad()
-def attention_by_hand(attention, x):
-    """Self-attention of one causal head (arXiv:1706.03762, 3.2.1) step by step: x (T, C) -> {name: matrix}, each the
-    next line of the lesson; the last is what the module itself gives."""
-    T, D = len(x), attention.head_dim
-    q, k, v = (x @ w.T for w in attention.qkv.weight.split(D))
-    scores = q @ k.T  # (T, T): row i is what token i looks for in each token
-    hidden = torch.ones(T, T).triu(1).bool()  # what comes later
-    masked = (attention.scale * scores).masked_fill(hidden, -math.inf)
-    weights = masked.softmax(-1)
-    return {'x': x, 'Q': q, 'K': k, 'V': v, 'Q K^T': scores, 'scaled, masked': masked, 'softmax': weights,
-            'softmax V': weights @ v, 'output': (weights @ v) @ attention.proj.weight.T}
+def hidden_and_losses(model, hidden, targets):
+    """An `output` of GPT.forward: hidden states (B, T, C), and the cross-entropies (B, T) of targets, if any."""
+    return hidden, None if targets is None else model.cross_entropy(hidden, targets, 'none')
 
 
-def anatomy(config):
-    """What a model consists of, without making it -> rows (part, how many of it, parameters of all of them), and the
-    model on the meta device."""
-    with on_meta():
-        model = GPT(config)
-    parts = {}
-    names = {'tok_emb': 'token embedding', 'pos_emb': 'positions', 'head': 'head', 'attn': 'attention',
-             'cross': 'cross-attention', 'mlp': 'MLP', 'experts': 'experts', 'score': 'score'}
-    seen = set()
-    for name, p in model.named_parameters(remove_duplicate=False):
-        block = name.split('.')[0] in ('blocks', 'encoder')
-        part = name.split('.')[2 if block else 0]
-        if part == 'mlp' and name.startswith('blocks') and config.is_sparse(int(name.split('.')[1])):
-            part = 'experts'
-        part = 'LoRA and adapters' if is_small(name) and 'score' not in name else names.get(part, 'norms')
-        owners, count = parts.setdefault(part, (set(), 0))
-        owners.add('.'.join(name.split('.')[:3 if block else 1]))
-        parts[part] = owners, count + (0 if id(p) in seen else p.numel())
-        seen.add(id(p))
-    in_4_bits = model._in_4_bits()
-    rows = [(part, len(owners), count) for part, (owners, count) in parts.items()]
-    return rows + ([('frozen matrices in 4 bits', 1, in_4_bits)] if in_4_bits else []), model
+class RewardModel(nn.Module):
+    """A GPT, causal or not, that scores texts by a linear function of one vector per text (arXiv:1909.08593).
 
+    With score_likelihood the answer's log-probability, times a gain that is learnt, is added: what DPO takes for a
+    reward (arXiv:2305.18290), its reference being part of the rest. A small model knows by its likelihood that a
+    number is wrong long before a score has learnt it. Without it the GPT loses its head.
+    """
 
-def lesson():
-    """Prints the worked example of attention."""
-    def number(x):
-        return 'hidden' if x == -math.inf else f'{x:.4f}'.rstrip('0').rstrip('.')
-    attention, x = pencil(), torch.tensor(ROWS)
-    says = {'x': 'three tokens, a row each', 'Q': 'what each looks for (W_q = 1)', 'K': 'what each offers (W_k = 1)',
-            'V': 'what each tells (W_v = 12)', 'Q K^T': 'how well they match: row i looks, column j offers',
-            'scaled, masked': 'times ln 2 here (1 / sqrt(D) is usual); nobody sees what comes later',
-            'softmax': 'shares: 2^0 : 2^1 : 2^2 = 1 : 2 : 4', 'softmax V': 'each takes its shares of what others tell',
-            'output': 'projected (W_o = 1): what Attention in this file gives'}
-    print('Self-attention, one head, three tokens of two numbers (arXiv:1706.03762)')
-    for name, matrix in attention_by_hand(attention, x).items():
-        print(f'\n{name}: {says[name]}')
-        for word, row in zip(WORDS, matrix.tolist(), strict=True):
-            print(f'  {word}  ' + ' '.join(f'{number(value):>8}' for value in row))
-    same = torch.allclose(attention(x[None])[0], attention_by_hand(attention, x)['output'], atol=1e-6)
-    print(f'\nmodel.Attention gives {"the same" if same else "SOMETHING ELSE"}.')
+    def __init__(self, gpt, score=None):
+        super().__init__()
+        self.gpt, self.score_config = gpt, score or ScoreConfig()
+        if gpt.encoder is not None:
+            raise ValueError(f'n_encoder_layer={len(gpt.encoder)}: a reward model needs a decoder or an encoder alone')
+        if self.score_config.score_likelihood and not gpt.config.causal:
+            raise ValueError('score_likelihood=True needs causal=True')
+        self.score = nn.Linear(gpt.config.n_embd, 1, device=gpt.tok_emb.weight.device)
+        self.score_gain = None
+        self.register_buffer('score_scale', torch.tensor([1.0, 0.0]))  # gain and bias of `rewards`
+        if self.score_config.score_likelihood:
+            self.score_gain = nn.Parameter(torch.full((1,), 0.1))  # DPO's usual beta
+        else:
+            gpt.head = None
+        if not self.score.weight.is_meta:
+            nn.init.normal_(self.score.weight, 0.0, (gpt.config.n_embd + 1) ** -0.5)
+            nn.init.zeros_(self.score.bias)
 
+    @property
+    def config(self):
+        return self.gpt.config
 
-def table(config):
-    """Prints what a model of a config consists of, computes and keeps in memory."""
-    rows, model = anatomy(config)
-    total, T = model.num_params(), config.block_size
-    print(f'\n{"part":<28}{"how many":>9}{"parameters":>15}{"share":>8}')
-    for part, count, numbers in rows:
-        print(f'{part:<28}{count:>9}' + (f'{numbers:>15,}{numbers / total:>8.1%}' if numbers else ' (the embedding)'))
-    print(f'{"all":<28}{"":>9}{total:>15,}\n')
-    learn = model.freeze().num_params(learning=True)
-    flops, cache = model.flops_per_token(T), 2 * config.n_layer * config.n_kv_head * config.head_dim
-    kept = min(T, config.window + config.n_sink) if config.window and 'G' not in config.window_pattern else T
-    for what, value in (
-            ('vocabulary, context', f'{config.vocab_size:,} tokens, {T:,} tokens'),
-            ('a token forward and backward', f'{flops / 1e6:,.1f} MFLOP at the whole context'),
-            ('a trillion FLOP/s, all used', f'{1e12 / flops:,.0f} tokens/s'),
-            ('weights', f'{model.memory() / 1e6:,.1f} MB as they are trained, {total * 2 / 1e6:,.1f} MB in 16 bits'),
-            ('gradients, moments of AdamW', f'{learn * 4 / 1e6:,.1f} MB, {learn * 8 / 1e6:,.1f} MB'),
-            ('KV cache in 16 bits', f'{cache * 2:,} bytes a token, {cache * 2e-6 * kept:,.1f} MB for {kept:,}')):
-        print(f'{what:<31}{value}')
+    def forward(self, idx, real=None, answer=None, output='scores'):
+        """ids (B, T), bool (B, T) True where a token is real and where it is the answer's, None = all -> (B,) float32.
+
+        Padding may stand anywhere. output='values', of a causal model and with padding on the right: (B, T) what the
+        model makes of each text up to each of its tokens, on the scale of `rewards`: a critic that knows much.
+        """
+        if output == 'values':
+            return self.values(idx, answer)
+        idx, real, answer = real_first(idx, real, answer if answer is not None else torch.ones_like(idx).bool())
+        hidden, losses = self.read(idx, real, answer & real)
+        with torch.autocast(idx.device.type, enabled=False):  # differences of scores want all digits
+            scores = self.linear(pooled(hidden, real, self.score_config.score_head).float())
+        return scores if losses is None else scores - self.score_gain.float() * losses.sum(1)
+
+    def read(self, idx, real, answer):
+        """Hidden states (B, T, C) and, with score_likelihood, the losses (B, T) of the answer's tokens."""
+        targets = None
+        if self.score_gain is not None:
+            targets = idx.roll(-1, 1).masked_fill(~answer.roll(-1, 1), -100)
+            targets[:, -1] = -100
+        mask = None if self.config.causal else real[:, None, None]
+        return self.gpt(idx, targets, mask=mask, real=real, output=hidden_and_losses)
+
+    def linear(self, vectors):
+        """float32 vectors (…, C) -> (…)."""
+        return F.linear(vectors, self.score.weight.float(), self.score.bias.float())[..., 0]
+
+    def values(self, idx, answer):
+        """See `forward`."""
+        hidden, losses = self.read(idx, None, answer)
+        with torch.autocast(idx.device.type, enabled=False):
+            vectors = hidden.float()
+            if self.score_config.score_head == 'mean':
+                vectors = vectors.cumsum(1) / torch.arange(1, idx.shape[1] + 1, device=idx.device)[:, None]
+            scores = self.linear(vectors)
+        if losses is not None:
+            scores = scores - self.score_gain.float() * F.pad(losses.cumsum(1), (1, 0))[:, :-1]
+        gain, bias = self.score_scale
+        return gain * scores + bias
+
+    def rewards(self, idx, real=None, answer=None):
+        """Scores (B,) times the gain and plus the bias of `score_scale`: what makes those of held-out answers have mean
+        0 and variance 1, once these have been measured (arXiv:1909.08593)."""
+        gain, bias = self.score_scale
+        return gain * self(idx, real, answer) + bias
 
 
 if __name__ == '__main__':
-    from pathlib import Path
+    import anatomy  # for the command line alone: everything above needs torch and nothing else
 
-    import runtime  # for the command line alone: everything above needs torch and nothing else
-
-    def main():
-        here = Path(__file__).parent
-        stages = [here / f'{name}.py' for name in ('train', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill')]
-        _, given = runtime.configure(globals(), GPTConfig, *(stage for stage in stages if stage.exists()))
-        args = {key: value for key, value in given.items() if key in GPTConfig.__dataclass_fields__}
-        with runtime.user_errors():
-            config = GPTConfig(**args)
-        if not given:
-            lesson()
-        table(config)
-        if given and 'vocab_size' not in args:
-            print('A run takes the vocabulary of its data instead: --vocab_size=N')
-    runtime.cli(main)
+    anatomy.cli()

@@ -9,6 +9,7 @@ Papers: AdamW (arXiv:1711.05101), Muon (arXiv:2502.16982), cosine decay (arXiv:1
 (arXiv:2404.06395).
 """
 import math
+import re
 
 from runtime import has_bfloat16
 
@@ -52,14 +53,14 @@ def make_optimizers(named_parameters, optimizer='adamw', learning_rate=6e-4, wei
     if optimizer not in ('adamw', 'muon'):
         raise ValueError(f"optimizer={optimizer!r} is not one of 'adamw', 'muon'")
     params = {name: p for name, p in named_parameters if p.requires_grad}
-    hidden = [p for n, p in params.items() if n.startswith(('blocks.', 'encoder.')) and p.ndim >= 2
+    hidden = [p for n, p in params.items() if re.search(r'(^|\.)(blocks|encoder)\.', n) and p.ndim >= 2
               and not any(part in n for part in ('router', '.lora_', '.adapter')) and optimizer == 'muon']
     taken = {id(p) for p in hidden}
     groups = []
     for is_embedding in (True, False):
         for is_matrix in (True, False):
-            chosen = [p for n, p in params.items() if id(p) not in taken and (n == 'tok_emb.weight') == is_embedding
-                      and (p.ndim >= 2) == is_matrix]
+            chosen = [p for n, p in params.items() if id(p) not in taken and (p.ndim >= 2) == is_matrix
+                      and n.endswith('tok_emb.weight') == is_embedding]
             if chosen:
                 groups.append({'params': chosen, 'weight_decay': weight_decay if is_matrix else 0.0,
                                'lr': embed_lr if is_embedding and embed_lr else learning_rate})

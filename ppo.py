@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from convert import load_model, load_to_train
+import lora
 from dataset import find_dataset
-from model import GPT, GPTConfig
+from load import load_model, load_to_train
+from lora import LoRAConfig
+from model import GPTConfig, RewardModel
 from optim import Optimizers, lr_factor, make_optimizers
 from rollout import (
     SHARED_ROW,
@@ -253,14 +255,14 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value.weight)
             nn.init.zeros_(self.value.bias)
 
-    def forward(self, idx, targets, positions=None, mask=None, reduction='details', temperature=1.0):
-        """ids and targets (B, T) -> (losses, entropies, values), each (B, T): -log p of a target, the entropy there
-        (see `GPT.forward`) and the estimated return before it. A separate critic ignores positions and mask, so that
-        its rows must hold one answer each."""
-        losses, entropies, hidden = self.policy(idx, targets, positions, mask, reduction, temperature=temperature)
+    def forward(self, idx, targets, positions=None, mask=None, output=None):
+        """ids and targets (B, T), output: `rollout.losses_and_entropies` -> (losses, entropies, values), each (B, T):
+        -log p of a target, the entropy of the distribution there and the estimated return before it. A separate critic
+        ignores positions and mask, so that its rows must hold one answer each."""
+        losses, entropies, hidden = self.policy(idx, targets, positions, mask, output=output)
         if self.critic is not None:
             is_answer = (targets != -100).roll(1, 1)  # targets[:, t] is the token idx[:, t + 1]
-            return losses, entropies, self.critic(idx, answer=is_answer, reduction='values')
+            return losses, entropies, self.critic(idx, answer=is_answer, output='values')
         with torch.autocast(idx.device.type, enabled=False):
             return losses, entropies, self.value(hidden.float())[..., 0]
 
@@ -272,11 +274,9 @@ class ActorCritic(nn.Module):
 def make_critic(policy):
     """The separate critic: it begins as the reward model, or without one as the policy with a score head of zeros."""
     if reward_model:
-        model, _ = load_model(reward_model, scores=True, dropout=0.0, lora_dropout=0.0)
+        model, _ = load_model(reward_model, scores=True, dropout=0.0)
     else:
-        with runtime.user_errors():
-            merged = policy.merged()  # LoRA folded into the weights
-            model = GPT.from_state({'model': merged.state_dict(), 'model_args': vars(merged.config)}, score_head='last')
+        model = RewardModel(lora.merge(policy).requires_grad_(True))  # a copy of the policy, LoRA folded in
         nn.init.zeros_(model.score.weight)
     if not model.config.causal:
         raise UserError(f"critic='separate': {reward_model} has causal=False and cannot value unfinished answers: "
@@ -311,8 +311,8 @@ def check_knobs(n_answers, answers_per_update, given):
 
 
 def main():
-    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
-    config, given = runtime.configure(globals(), GPTConfig)
+    # config files and --key=value set the knobs above, and the fields of GPTConfig and LoRAConfig: those are given
+    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig)
     runtime.check_ranges(config, RANGES)
     n_answers = prompts_per_step * num_generations
     answers_per_update = batch_size * gradient_accumulation_steps
@@ -525,9 +525,9 @@ def main():
                 # the mean over all tokens of the update: micro-batches are sorted by length, so that a mean of their
                 # means would weight tokens of short answers more; / micro_steps, as DDP and FSDP average over processes
                 loss = (total * mask).sum() / tokens_per_micro_batch
-                loss = loss / micro_steps
-                run.backward(loss)
-                update_loss += loss.detach()
+                # the routers of a mixture of experts have a loss of their own, which balances their load
+                run.backward((loss + policy.router_loss()) / micro_steps)
+                update_loss += loss.detach() / micro_steps
 
                 log_ratio = (logprobs.detach() - old_logprob) * mask
                 stats = {'approx_kl': log_ratio.exp() - 1 - log_ratio,  # KL(old || new) by k3: r - 1 - log r

@@ -28,10 +28,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from convert import load_to_score
 from dataset import answered, find_dataset, fraction_of, pad_texts, prefs_of
 from grade import interval, last_number, visible
-from model import GPTConfig
+from load import load_to_score
+from lora import LoRAConfig
+from model import GPTConfig, ScoreConfig
 from optim import lr_factor, make_optimizers
 from tokenizer import UserError
 
@@ -163,7 +164,7 @@ def compute_scores(model, run, examples, block_size):
     """Scores of a batch of examples (ids, is_answer): float32 (len(examples),) on the device."""
     idx, real, answer = run.to_device(*pad_texts(examples, block_size))
     with run.autocast(idx.shape[1]):
-        return model(idx, real=real, answer=answer)
+        return model(idx, real, answer)
 
 
 @torch.no_grad()
@@ -334,8 +335,9 @@ def run_checks(net, model, data, tokenizer, length, run):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
-    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
-    config, given = runtime.configure(globals(), GPTConfig)
+    # config files and --key=value set the knobs above, and the fields of GPTConfig, LoRAConfig and ScoreConfig: those
+    # are given
+    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig, ScoreConfig)
     runtime.check_ranges(config, RANGES)
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
@@ -448,9 +450,9 @@ def main():
             chosen, rejected = compute_scores(net, run, examples, length).chunk(2)
             margins = run.to_device(row_margins[pairs])[0]
             loss = pair_loss(chosen, rejected, margins, loss_type, margin, center_coef).mean()
-            loss = loss / micro_steps
-            run.backward(loss)
-            step_loss += loss.detach()
+            # the routers of a mixture of experts have a loss of their own, which balances their load
+            run.backward((loss + model.gpt.router_loss()) / micro_steps)
+            step_loss += loss.detach() / micro_steps
             meter.add(sum(len(ids) for ids, _ in examples),
                       **{'train/accuracy': (torch.sign(chosen - rejected).mean().detach() + 1) / 2})
 

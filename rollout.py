@@ -13,6 +13,7 @@ Shapes: n answers, the longest of A tokens; B rows of T tokens in a forward pass
 Rewards never contain `grade.quality`'s gold, which only measures how well a run does (arXiv:2210.10760).
 """
 import dataclasses
+import functools
 import importlib.util
 import math
 import numbers
@@ -21,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convert import load_model
+import lora
 from dataset import PromptData, answered, load_prompts, pad_texts, padded_width
+from generate import generate, pack
 from grade import (
     GRADERS,
     accuracy_by,
@@ -38,6 +40,7 @@ from grade import (
     quality,
     summarise,
 )
+from load import load_model
 from tokenizer import CALL, UserError, calculate
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ class Rollout:
 
 
 class Forcing:
-    """Inserts tool results and </think> while an answer is sampled: the `force` of `GPT.generate`.
+    """Inserts tool results and </think> while an answer is sampled: the `force` of `generate.generate`.
 
     tools: after a token that completes <tool>EXPRESSION</tool> comes '[RESULT]', as `calculate` returns it, for the
     first max_calls calls of an answer. Where that token has text after </tool>, nothing is inserted: the result belongs
@@ -182,21 +185,21 @@ def load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens,
 def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_seed=0, at_once=32, **options):
     """Answers to prompts, lists of ids -> for each prompt num_samples lists of ids, the same in every process.
 
-    options: of `GPT.generate`; with return_logprobs, pairs (ids, log-probabilities) take the place of ids. at_once:
-    prompts per batch. The samples depend on the run's seed, sample_seed and the index of the prompt, not on the number
-    of processes. A prompt longer than block_size loses its beginning.
+    options: of `generate.generate`; with return_logprobs, pairs (ids, log-probabilities) take the place of ids.
+    at_once: prompts per batch. The samples depend on the run's seed, sample_seed and the index of the prompt, not on
+    the number of processes. A prompt longer than block_size loses its beginning.
     """
     with run.unsharded(model):
         dtype = run.decode_dtype(model.num_params())
-        sampler = model.merged(dtype).to(run.device).eval().pack()  # the fastest to generate with
+        sampler = pack(lora.merge(model, dtype).to(run.device).eval())  # the fastest to generate with
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # by length, for little padding
     seeds = np.random.SeedSequence([run.seed, sample_seed]).generate_state(len(prompts)).tolist()
     at_once = max(1, min(at_once, -(-len(order) // run.world_size)))
     answers = {}
     for first in range(run.rank * at_once, len(order), run.world_size * at_once):
         part = order[first:first + at_once]
-        new = sampler.generate([prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
-                               num_samples=num_samples, seed=[seeds[i] for i in part], **options)
+        new = generate(sampler, [prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
+                       num_samples=num_samples, seed=[seeds[i] for i in part], **options)
         if options.get('return_logprobs'):
             new = list(zip(*new, strict=True))
         for k, i in enumerate(part):
@@ -210,8 +213,8 @@ def generate_rollouts(model, data, rows, run, max_new_tokens, num_samples=1, tem
     """num_samples answers to the prompt of each of these rows of a PromptData -> Rollout, the same in every process.
 
     Answers to one prompt are neighbours. temperature 0: greedy. sample_seed: the samples are a function of the run's
-    seed and of this one. force: see `GPT.generate`; its tokens are False in response_mask. A prompt that leaves no room
-    for max_new_tokens loses its beginning.
+    seed and of this one. force: see `generate.generate`; its tokens are False in response_mask. A prompt that leaves
+    no room for max_new_tokens loses its beginning.
     """
     tokenizer = data.tokenizer
     room = model.config.block_size - max_new_tokens
@@ -290,21 +293,28 @@ def lay_out(part, block_size, share=True):
     return arrays, at
 
 
+def losses_and_entropies(model, hidden, targets, temperature=1.0):
+    """An `output` of GPT.forward: -log p of targets (B, T), the entropies of the distributions, with logits divided by
+    the temperature, and the hidden states (B, T, C)."""
+    return *model.cross_entropy(hidden, targets, 'details', temperature), hidden
+
+
 def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, share=True):
     """The training forward over the answers of these indices in a Rollout -> (logprobs, entropies, values).
 
     Tensors (n, A) on the device, as answers.take(chosen) has them, 0 where a token was not sampled. entropies: of the
     distributions that tokens were sampled from; values: a critic's before each token, or None.
 
-    net(idx, targets, reduction='details', temperature=…) returns losses and entropies, (B, T), and a critic's values,
-    (B, T), or else hidden states, which are ignored. share: see `lay_out`.
+    net(idx, targets, output=…) returns losses and entropies, (B, T), and a critic's values, (B, T), or else hidden
+    states, which are ignored. share: see `lay_out`.
     """
     part = answers.take(chosen)
     arrays, at = lay_out(part, block_size, share)
     tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
     at, response_mask = run.to_device(at, part.response_mask)
     with run.autocast(tensors['idx'].shape[1]):
-        losses, entropies, extra = net(**tensors, reduction='details', temperature=temperature)
+        output = functools.partial(losses_and_entropies, temperature=temperature)
+        losses, entropies, extra = net(**tensors, output=output)
     outputs = [-losses, entropies, extra if extra.ndim == 2 else None]
     return [None if x is None else x.float().flatten()[at] * response_mask for x in outputs]
 

@@ -47,7 +47,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from model import PackedLinear, has_fp16_kernels
 from tokenizer import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,6 +470,7 @@ def _bfloat16_is_faster(rows, repeats=12):
     It is short and repeated, by one thread, and the shortest time counts, so that a busy machine gives the same answer
     as a quiet one.
     """
+    from generate import PackedLinear  # what is timed
     products, best, threads = {}, {}, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -535,14 +535,15 @@ def pick_dtype(name, device, weights=None):
 
 
 def pick_quant(name, dtype, device, weights):
-    """What `GPT.pack` does to the matrices of a model with this many weights, loaded with these knobs: 'auto' -> 'fp16'
-    where dtype='auto' finds no fast 16-bit arithmetic on a CPU and the model outgrows its cache, else ''.
+    """What `generate.pack` does to the matrices of a model with this many weights, loaded with these knobs: 'auto' ->
+    'fp16' where dtype='auto' finds no fast 16-bit arithmetic on a CPU and the model outgrows its cache, else ''.
 
     float16 has half of float32's bytes to read and costs no measurable perplexity; 'int8' costs up to 1 %, which nobody
     should get unasked.
     """
     if name != 'auto':
         return name
+    from generate import has_fp16_kernels
     slow = dtype == 'auto' and device == 'cpu' and pick_dtype(dtype, device, weights)[0] == 'float32'
     return 'fp16' if slow and weights >= LARGE and has_fp16_kernels() else ''
 

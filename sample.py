@@ -29,8 +29,9 @@ import runtime
 
 import torch
 
-from convert import load_model
+from generate import generate, pack, stream
 from grade import final_answer, majority
+from load import load_model
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
@@ -87,7 +88,7 @@ def load(path, device, **overrides):
     model, tokenizer = load_model(path, **overrides)
     with runtime.user_errors(path):
         how = runtime.pick_quant(quant, dtype, device, model.num_params())
-        model = model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval().pack(how)
+        model = pack(model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval(), how)
     return model, tokenizer
 
 
@@ -97,7 +98,7 @@ def stops(tokenizer):
 
 
 def sampling(tokenizer, force):
-    """The options of `GPT.generate` that the knobs ask for."""
+    """The options of `generate.generate` that the knobs ask for."""
     return dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=stops(tokenizer),
                 repetition_penalty=repetition_penalty, vocab_limit=tokenizer.n_vocab, seed=None if seed < 0 else seed,
                 force=force)
@@ -107,8 +108,8 @@ def continuations(model, tokenizer, ids, out, sources=None, force=None):
     """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
     decoder = tokenizer.stream()
     with runtime.user_errors():
-        for rows, tokens, _ in model.stream([ids], max_new_tokens, num_samples=num_samples, sources=sources,
-                                            **sampling(tokenizer, force)):
+        for rows, tokens, _ in stream(model, [ids], max_new_tokens, num_samples=num_samples, sources=sources,
+                                      **sampling(tokenizer, force)):
             for row, token in zip(rows, tokens, strict=True):
                 out[row].append(token)
                 if row == 0 and token not in stops(tokenizer):
@@ -119,7 +120,7 @@ def continuations(model, tokenizer, ids, out, sources=None, force=None):
 def choose(model, tokenizer, ids, messages, scorer, force=None):
     """Draws votes or best_of answers to a chat, whose ids these are -> (the one to show, why, in words)."""
     with runtime.user_errors():
-        new = model.generate([ids], max_new_tokens, num_samples=votes or best_of, **sampling(tokenizer, force))
+        new = generate(model, [ids], max_new_tokens, num_samples=votes or best_of, **sampling(tokenizer, force))
     answers = [plain(tokenizer, of) for of in new]
     if best_of:
         scores = scorer([(messages, answer) for answer in answers])
@@ -268,7 +269,6 @@ def show_attention(model, tokenizer, ids, source=None):
 def main():
     global system
     _, given = runtime.configure(globals(), GPTConfig)
-    given.pop('quant', None)  # this file's: the model's is for training
     if system and not chat:
         raise UserError('--system opens a chat: add --chat=True')
     system = read_text('system', system) if system else ''
@@ -329,7 +329,7 @@ def main():
         return show_probs(model, tokenizer, ids)
     if show:
         if source:  # what it answers, to be looked at
-            ids += model.generate([ids], min(max_new_tokens, 128), temperature=0, stop_ids=stops(tokenizer),
+            ids += generate(model, [ids], min(max_new_tokens, 128), temperature=0, stop_ids=stops(tokenizer),
                                   sources=sources, vocab_limit=tokenizer.n_vocab)[0][:-1]
         return show_attention(model, tokenizer, ids, sources[0] if sources else None)
     if len(ids) > model.config.block_size and model.config.pos != 'learned' and not model.config.window:

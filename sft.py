@@ -26,9 +26,10 @@ import runtime  # before torch: it sets an OpenMP variable that torch reads when
 import numpy as np
 import torch
 
-from convert import load_to_train
 from dataset import ChatData, find_dataset, load_chats, real_tokens
 from grade import accuracy_by, as_metrics, at_k_lines, format_answer, format_metrics, grades, summarise
+from load import load_to_train
+from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_answers, load_scorer
@@ -197,8 +198,8 @@ def evaluate_only(model, net, data, run, scorer, force):
 
 
 def main():
-    # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
-    config, given = runtime.configure(globals(), GPTConfig)
+    # config files and --key=value set the knobs above, and the fields of GPTConfig and LoRAConfig: those are given
+    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig)
     runtime.check_ranges(config, RANGES)
     if reward_model and not (eval_only and eval_samples):
         raise UserError(f'reward_model={reward_model!r} chooses among answers: add --eval_only=True --eval_samples=K')
@@ -310,10 +311,10 @@ def main():
                 loss = net(**tensors_of(run, arrays))
             # answers differ in length: weighted by this micro-batch's part of the step's targets, so that the step's
             # loss is the mean over all of them; divided by micro_steps, because DDP and FSDP average over processes
-            loss = loss * (train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps))
-            loss = loss / micro_steps
-            run.backward(loss)
-            step_loss += loss.detach()
+            weight = train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps)
+            step_loss += loss.detach() * weight / micro_steps
+            loss = loss + model.router_loss()  # a mixture of experts: what balances their load; not in the logged loss
+            run.backward(loss * weight / micro_steps)
             meter.add(tokens=real_tokens(arrays[1], *arrays[3:]))
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not

