@@ -102,7 +102,7 @@ def build(args, overrides, family, sources, dtype, where):
     read() -> the tensor. No weight is initialised and none is held twice. UserError names the file and the tensor that
     is missing, left over or misshapen, or the field that is impossible.
     """
-    _known(overrides)
+    known(overrides)
     with runtime.user_errors(where):
         config = GPTConfig(**args | overrides)
         if config.n_layer > len(sources):
@@ -134,7 +134,8 @@ def build(args, overrides, family, sources, dtype, where):
     return model.assign(weights)
 
 
-def _known(overrides):
+def known(overrides):
+    """UserError for an override that is no field of GPTConfig."""
     for key in overrides:
         if key not in GPTConfig.__dataclass_fields__:
             near = difflib.get_close_matches(key, GPTConfig.__dataclass_fields__, 1, 0)[0]
@@ -280,15 +281,21 @@ def hf_args(config):
     args |= rope_args(config, 1e6 if family == 'mixtral' else 1e4, args['block_size'])
     args |= window_args(config, family, args['n_layer'])
     if family == 'mixtral':
-        args |= {'router_renorm': True, 'expert_dim': args['mlp_dim']}
+        args |= {'router_renorm': renormalised(args, True), 'expert_dim': args['mlp_dim']}
     elif family == 'qwen3_moe':
         every, n, dense = config.number('decoder_sparse_step', 1), args['n_layer'], config.get('mlp_only_layers') or []
         sparse = [i for i in range(n) if (i + 1) % every == 0 and i not in dense] if isinstance(dense, list) else None
         first = next((k for k in range(n + 1) if sparse == [i for i in range(k, n) if (i + 1) % every == 0]), None)
         if first is None:
             config.refuse('mlp_only_layers', 'must be the first layers')
-        args |= {'router_renorm': config.number('norm_topk_prob', False), 'expert_every': every, 'dense_layers': first}
+        args |= {'router_renorm': renormalised(args, config.number('norm_topk_prob', False)), 'expert_every': every,
+                 'dense_layers': first}
     return family, args
+
+
+def renormalised(args, there):
+    """router_renorm of a model whose router renormalises there, a single expert's weight, too."""
+    return 'always' if there and args['n_expert_active'] == 1 else there
 
 
 def rope_args(config, theta, block_size):
@@ -466,8 +473,9 @@ def hf_family(config):
         if family == 'llama' and config.n_embd % config.n_head:
             family = 'mistral'  # without a window the same, and free in the width of a head
     if family == 'mixtral':
-        if not config.router_renorm:
-            refuse('router_renorm', 'without qk_norm there is Mixtral, whose router renormalises')
+        if not config.renormalises:
+            name = 'router_renorm' if config.n_expert_active > 1 else 'n_expert_active'
+            refuse(name, 'without qk_norm there is Mixtral, whose router renormalises')
         if not all(config.is_sparse(i) for i in range(config.n_layer)):
             refuse('dense_layers' if config.dense_layers else 'expert_every', 'all layers of Mixtral have experts')
     if any(local) and not all(local) and family not in ('qwen2', 'qwen3'):
@@ -504,7 +512,7 @@ def hf_config(config, family):
     if family == 'mixtral':
         values['intermediate_size'] = config.expert_dim
     if family == 'qwen3_moe':
-        values |= {'num_experts': values.pop('num_local_experts'), 'norm_topk_prob': config.router_renorm,
+        values |= {'num_experts': values.pop('num_local_experts'), 'norm_topk_prob': config.renormalises,
                    'decoder_sparse_step': config.expert_every, 'mlp_only_layers': list(range(config.dense_layers))}
     return values
 

@@ -67,7 +67,9 @@ class KVCache:
     def next_layer(self, *tensors):
         """The stored tensors of the layer whose turn it is, zeros at first; tensors: like the new ones (B, H, T, D)."""
         if self.layer == len(self.layers):
-            self.layers.append([x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in tensors])
+            with torch.inference_mode(False):  # so that they can be written to outside of it, too
+                self.layers.append([torch.zeros(*x.shape[:2], self.capacity, x.shape[3], dtype=x.dtype, device=x.device)
+                                    for x in tensors])
         self.layer += 1
         return self.layers[self.layer - 1]
 
@@ -152,7 +154,7 @@ class RollingCache(KVCache):
             else:
                 joined = torch.cat((stored[i], new), dim=2)
                 index = self.origin[:, None, :, None].expand(len(new), new.shape[1], -1, new.shape[3])
-                stored[i] = joined.gather(2, index)
+                stored[i].copy_(joined.gather(2, index))
                 both.append(joined)
         k, v = both or stored
         if self.rope is not None:
@@ -372,7 +374,7 @@ class Batch:
         """
         if not self.rolling:
             for row in rows:
-                self.shorten(row)
+                row.start = max(0, len(row.ids) - self.model.config.block_size)
         logits, cache = self.read(rows[::shared])
         if shared > 1:
             copies = [i for i in range(len(rows) // shared) for _ in range(shared)]

@@ -24,7 +24,7 @@ import runtime
 import torch
 
 import lora
-from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, read_json, reason_of
+from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, known, read_json, reason_of
 from lora import LoRAConfig
 from model import GPT, GPTConfig, RewardModel, ScoreConfig, check_tensors, on_meta
 from tokenizer import Tokenizer, UserError
@@ -59,10 +59,7 @@ def upgrade(state):
 
 def read_checkpoint(path, mmap=False):
     """As `runtime.load_checkpoint`, in today's form."""
-    state = runtime.load_checkpoint(path, mmap)
-    if not isinstance(state.get('model_args'), dict):
-        raise UserError(f'{path}: no checkpoint of this project: it has no model_args')
-    return upgrade(state)
+    return upgrade(runtime.load_checkpoint(path, mmap=mmap))
 
 
 def state_of(model):
@@ -212,6 +209,7 @@ def load_model(init_from, scores=False, **overrides):
     if not path.exists():
         raise UserError(f'{init_from}: no such run, Hugging Face directory or .gguf file, and not a name '
                         f'({", ".join(("smollm2", *GPT2))})')
+    known(overrides)
     state = load_state(path)
     if ('score_args' in state) != scores:
         raise UserError((NO_SCORER if scores else NO_WRITER).format(init_from))

@@ -72,7 +72,7 @@ class GPTConfig:
     expert_dim: int = 0  # hidden width of an expert; 0 = mlp_dim
     dense_layers: int = 0  # the first so many layers keep a dense MLP
     expert_every: int = 1  # of the others one layer in this many has experts
-    router_renorm: bool = True  # the weights of a token's active experts add up to 1
+    router_renorm: bool = True  # the weights of a token's active experts add up to 1, if there are two or more
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
@@ -133,6 +133,12 @@ class GPTConfig:
             self.rope_high = self.rope_high or (4.0 if self.rope_scaling == 'llama3' else 32.0)
             if self.rope_high <= self.rope_low:
                 raise ValueError(f'rope_high={self.rope_high} must be above rope_low={self.rope_low}')
+
+    @property
+    def renormalises(self):
+        """Whether the weights of a token's active experts add up to 1. That of a single one stays what the router says:
+        p / p = 1 would leave it without a gradient. 'always': in models of others and old runs that one is 1, too."""
+        return self.router_renorm == 'always' or self.router_renorm and self.n_expert_active > 1
 
     def is_local(self, layer):
         """Whether this layer's attention has the window."""
@@ -475,8 +481,7 @@ class MoE(nn.Module):
         super().__init__()
         E, M, C = config.n_expert, config.expert_dim, config.n_embd
         self.kind, self.n_active = config.mlp, config.n_expert_active
-        # p / p = 1 would leave a router that chooses one expert without a gradient
-        self.renorm = config.router_renorm == 'always' or config.router_renorm and self.n_active > 1
+        self.renorm = config.renormalises
         self.aux_coef, self.z_coef, self.bias_rate = config.router_aux, config.router_z, config.router_bias_rate
         self.router = nn.Linear(C, E, bias=False)
         self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind == 'swiglu' else None
@@ -1106,6 +1111,17 @@ class RewardModel(nn.Module):
     @property
     def config(self):
         return self.gpt.config
+
+    def num_params(self, learning=False):
+        """As `GPT.num_params`, with the score's own."""
+        own = (p for name, p in self.named_parameters() if name.startswith('score'))
+        return self.gpt.num_params(learning) + sum(p.numel() for p in own)
+
+    def flops_per_token(self, T):
+        return self.gpt.flops_per_token(T)
+
+    def memory(self):
+        return self.gpt.memory() + sum(t.nbytes for n, t in self.state_dict().items() if n.startswith('score'))
 
     def forward(self, idx, real=None, answer=None, output='scores'):
         """ids (B, T), bool (B, T) True where a token is real and where it is the answer's, None = all -> (B,) float32.
