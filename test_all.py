@@ -3362,6 +3362,32 @@ def test_3_4_encoder_decoder_generates_the_same_with_and_without_cache(options):
     assert alone == model.generate(prompts, 12, temperature=0, sources=sources)
 
 
+@pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2), dict(pos='rope', window=5, n_sink=2)],
+                         ids=str)
+def test_3_4_rows_join_and_leave_while_others_are_under_way(options):
+    """What a server does: each row gets the tokens that it would get alone, from whatever place it starts."""
+    model, rolling = tiny(**options), 'window' in options
+    texts = [[1, 2, 3], ids(20).tolist(), [4], [5, 6, 7, 8], ids(30 if options else 24, seed=2).tolist()]
+    due = [model.generate([text], 15, seed=i) for i, text in enumerate(texts)]
+    batch = generation.Batch(model, rolling=rolling)
+    draws = [generation.uniforms(i, 1, 1, 15)[0] for i in range(5)]
+    rows = [generation.Row(text, 15, u, number=i) for i, (text, u) in enumerate(zip(texts, draws, strict=True))]
+    arrivals, told = {0: [0], 4: [1, 2], 5: [3], 25: [4]}, defaultdict(list)  # the last comes when all have left
+    for step in range(45):
+        if step in arrivals:
+            batch.admit([rows[i] for i in arrivals[step]])
+        if not batch.rows and batch.waiting is None:
+            continue
+        logits = batch.advance()
+        assert logits.shape == (len(batch.rows), 61)
+        drawn = generation.sample(logits, [row.ids for row in batch.rows], torch.tensor([row.u for row in batch.rows]))
+        for number, token, _ in zip(*batch.append(*drawn), strict=True):
+            told[number].append(token)
+        batch.retire()
+    assert not batch.rows and batch.cache is None and all(row.done for row in rows)
+    assert [row.answer for row in rows] == [answers[0] for answers in due] == [told[i] for i in range(5)]
+
+
 # 3.5 sliding windows, sinks, the rolling cache
 
 def test_3_5_a_window_and_a_sink_by_hand():
