@@ -1,15 +1,12 @@
 """
 Measure: speed as a share of what the machine can do, or beside another program in the same run; a table and JSON.
 
-    python bench.py train config/gpt2.py [--key=value …]    tokens/s, where a step's time goes, MFU, memory
+    python bench.py train config/gpt2.py [--key=value …]    tokens/s, where a step's time goes, MFU, memory; the loader
     python bench.py sample --init_from=out/tiny             prefill and decode tokens/s against the memory's bandwidth
     python bench.py sample --init_from=smollm2 --against=transformers    the same generation by transformers, in turn
     python bench.py stream --init_from=smollm2              loss per token of a stream ten contexts long, in a window
-    python bench.py data config/tiny.py                     the loader's tokens/s, beside what training takes
     python bench.py tokenizer                               BPE training and encoding, MB/s
-    python bench.py plot out/tiny [out/other …]             all that runs have logged, in one picture; needs matplotlib
     python bench.py ablate [--what=norm,mlp …]              small variants, three seeds each, their curves with bands
-    python bench.py curves --runs='out/try_*' --metric=val/loss    learning curves of runs, seeds together, drawn
     python bench.py memory                                  bytes per GPU of three models by the sharding used
     python bench.py train config/nanogpt.py --against=DIR   side by side, in turn: DIR is a checkout of nanoGPT, or
     python bench.py loss --against=NANOGPT                  (every mode but memory) another checkout of this project
@@ -22,8 +19,6 @@ Communication is the time in which a collective of gloo or nccl was under way (f
 the backward pass. The bandwidth floor of decoding is the time to read all weights and the cache once per step; a model
 that fits into the processor's cache can be faster.
 """
-import fnmatch
-import glob
 import importlib.util
 import json
 import os
@@ -54,11 +49,12 @@ from generate import RollingCache, check_prompts, generate, pack, stream
 from load import load_model
 from model import GPT, GPTConfig, on_meta
 from optim import make_optimizers
+from plot import draw_mean, logged, mean_and_spread, new_figure, points, report
 from tokenizer import UserError, train_bpe
 
 against = ''  # checkout of nanoGPT or of this project to compare with; mode sample: also 'transformers'
 repeats = 3  # runs of each side, in turn; mode loss: each with a seed of its own
-steps = 20  # mode train: steps to time, after warming up; mode data: times 50 batches
+steps = 20  # mode train: steps to time, after warming up
 profile = False  # mode train: write a torch.profiler trace (Chrome, Perfetto) and print the operators that take longest
 memory = True  # mode train: the peak memory of a step beside one with all logits in float32, in processes of their own
 batches = [1, 8]  # mode sample: texts at a time
@@ -66,13 +62,10 @@ contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones;
 max_new_tokens = 64  # mode sample: tokens to add to each text
 num_samples = 1  # mode sample against transformers: above 1, so many continuations of each text, drawn: a rollout
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
-runs = ['']  # mode curves: directories of runs, or patterns: --runs='out/try_*'; names that differ in a number are one
-metric = 'val/loss'  # mode curves: what to draw of them; several, as 'val/reward,val/gold', side by side
-axis = 'seconds'  # mode curves: along 'seconds' of training, 'iter' or another metric, as 'kl'
 what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, optimizer, experts, warmup, batch, precision
 seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
-results = 'out/bench'  # where the results and the runs go; mode plot: of one run the picture goes to the run
+results = 'out/bench'  # where the results and the runs go
 
 TRAIN = Path(__file__).parent / 'train.py'
 TRAIN_DEFAULTS = {key: default for key, (default, _) in runtime.knobs_of_file(TRAIN).items()}
@@ -214,6 +207,9 @@ def bench_train(knobs, model_args):
     row |= {f'{part} %': 100 * value / sum(parts.values()) for part, value in parts.items()}
     if run.world_size > 1:
         row['communication ms/step'] = communication(profiler.events()) / 3 * 1000
+    loader = seconds_of(lambda: [run.to_device(*data.batch(i * knobs.batch_size, knobs.batch_size))
+                                 for i in range(50)], run.device)
+    row['loader tokens/s'] = 50 * knobs.batch_size * data.block_size / loader
     peak = matmul_peak(run.device, getattr(torch, run.dtype))
     achieved = model.flops_per_token(data.block_size) * tokens / seconds / run.world_size
     row |= {'TFLOP/s': achieved / 1e12, 'matmul peak TFLOP/s': peak / 1e12, 'MFU %': 100 * achieved / peak,
@@ -404,6 +400,16 @@ def compare_modes(mode):
 # ----------------------------------------------------------------------------------------------------------------------
 # the other modes
 
+def generation_rates(model, prompts, seed, use_cache):
+    """Tokens/s of reading prompts of one length, and of writing max_new_tokens to each."""
+    synchronize(str(model.tok_emb.weight.device))
+    times = [time.perf_counter()]
+    for _ in stream(model, prompts, max_new_tokens + 1, seed=seed, use_cache=use_cache):
+        times.append(time.perf_counter())  # the ids are on the host: the step is over
+    return (len(prompts) * len(prompts[0]) / (times[1] - times[0]),
+            len(prompts) * max_new_tokens / (times[-1] - times[1]))
+
+
 def bench_sample(knobs, model_args):
     """Prefill and decode at several batch sizes and contexts, cached and re-reading, against the bandwidth floor."""
     device = runtime.pick_device(knobs.device)
@@ -433,18 +439,10 @@ def bench_sample(knobs, model_args):
     for context in [c for c in contexts if c + max_new_tokens <= config.block_size]:
         for batch in batches:
             prompts = torch.randint(config.vocab_size, (batch, context), generator=generator).tolist()
-            rates = {True: [], False: []}
-            for i in range(repeats + 1):
-                for use_cache in (True, False):
-                    synchronize(device)
-                    times = [time.perf_counter()]
-                    for _ in stream(model, prompts, max_new_tokens + 1, seed=i, use_cache=use_cache):
-                        times.append(time.perf_counter())  # the ids are on the host: the step is over
-                    if i:  # the first pair warms up
-                        rates[use_cache].append((batch * context / (times[1] - times[0]),
-                                                 batch * max_new_tokens / (times[-1] - times[1])))
-            prefill, cached = (statistics.median(column) for column in zip(*rates[True], strict=True))
-            again = statistics.median(rate for _, rate in rates[False])
+            rates = [generation_rates(model, prompts, i, use_cache) for i in range(repeats + 1)
+                     for use_cache in (True, False)][2:]  # the first pair warms up
+            prefill, cached = (statistics.median(column) for column in zip(*rates[::2], strict=True))
+            again = statistics.median(rate for _, rate in rates[1::2])
             cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * size * batch * (
                 context + max_new_tokens / 2)
             floor = batch * bandwidth / (weight_bytes + cache_bytes)
@@ -502,45 +500,40 @@ def resident_mb():
 
 def bench_stream(knobs, model_args):
     """Nats per token along a text ten contexts long, through a ring of the window, with attention sinks and without."""
-    device, runs, summary = runtime.pick_device(knobs.device), [], {}
+    device, losses, summary = runtime.pick_device(knobs.device), [], {}
     if device == 'cpu':
         runtime.keep_freed_memory()
-    n_sink = model_args.pop('n_sink', 4)
+    n_sink, window = model_args.pop('n_sink', 4), model_args.pop('window', 0) or 1024
+    text = ''.join(texts_of(input))
     for sinks in (n_sink, 0):
-        window = model_args.pop('window', 0) or 1024
         model, tokenizer = load_model(knobs.init_from, **model_args, window=window, n_sink=sinks, window_pattern='L')
-        model_args['window'] = window
         config, dtype = model.config, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]
         with runtime.user_errors():
             check_prompts([[0]], config)
-            if config.pos == 'learned':
-                raise UserError(f"{knobs.init_from} has pos='learned': it cannot stream past block_size="
-                                f'{config.block_size}')
+        if config.pos == 'learned':
+            raise UserError(f"{knobs.init_from} has pos='learned': it cannot stream past block_size="
+                            f'{config.block_size}')
         model = pack(model.to(device, dtype).eval())
-        text = ''.join(texts_of(input))
         ids = tokenizer.encode(text[:60 * config.block_size])[:10 * config.block_size + 1]
         if len(ids) <= 10 * config.block_size:
             raise UserError(f'{input or "the works"}: {len(ids):,} tokens are fewer than ten contexts of '
                             f'{config.block_size}: give a longer text (--input=PATH)')
-        cache, losses, resident = RollingCache(config, 1, device), [], []
+        cache, parts, resident = RollingCache(config, 1, device), [], []
         ids, began = torch.tensor(ids, device=device)[None], time.perf_counter()
         with torch.inference_mode():
             piece = min(128, config.block_size)
             for x, y in zip(ids[:, :-1].split(piece, dim=1), ids[:, 1:].split(piece, dim=1), strict=True):
-                losses.append(model.cross_entropy(model.hidden(x, cache=cache), y, 'none')[0])
+                parts.append(model.cross_entropy(model.hidden(x, cache=cache), y, 'none')[0])
                 resident.append(resident_mb())
-        seconds = time.perf_counter() - began
-        losses = torch.cat(losses)
-        # the first segment ends where the window does; then tenths of the stream
-        edges = [0, window, *(i * config.block_size for i in range(1, 11))]
-        runs.append([losses[a:b].mean().item() for a, b in zip(edges, edges[1:], strict=False) if a < b])
-        quarter = len(resident) // 4
-        summary |= {f'{sinks} sinks, tokens/s': len(losses) / seconds,
-                    f'{sinks} sinks, resident MB after a quarter': resident[quarter],
+        losses.append(torch.cat(parts))
+        summary |= {f'{sinks} sinks, tokens/s': len(losses[-1]) / (time.perf_counter() - began),
+                    f'{sinks} sinks, resident MB after a quarter': resident[len(resident) // 4],
                     f'{sinks} sinks, resident MB at the end': resident[-1]}
-    edges = [b for a, b in zip(edges, edges[1:], strict=False) if a < b]
-    rows = [{'up to token': edge, f'nats, {n_sink} sinks': a, 'nats, no sinks': b}
-            for edge, a, b in zip(edges, *runs, strict=True)]
+    # the first segment ends where the window does; then tenths of the stream
+    edges = [0, window, *(i * config.block_size for i in range(1, 11))]
+    rows = [{'up to token': end, f'nats, {n_sink} sinks': losses[0][begin:end].mean().item(),
+             'nats, no sinks': losses[1][begin:end].mean().item()}
+            for begin, end in zip(edges, edges[1:], strict=False) if begin < end]
     return rows, summary | {'window': window, 'block_size': config.block_size}
 
 
@@ -557,60 +550,29 @@ def texts_of(path):
 
 
 def bench_tokenizer(knobs, model_args):
-    """BPE training and encoding, beside Hugging Face's library where it is installed."""
-    vocab_size = model_args.get('vocab_size', 4096)
-    texts = texts_of(input)  # the works one by one: tokenizers shares them among the cores
-    megabytes, rows = sum(len(text.encode()) for text in texts) / 1e6, []
-    theirs = importlib.util.find_spec('tokenizers') is not None
-    if not theirs:
-        print('(the tokenizers library is not installed: no comparison)')
-    for _ in range(repeats):
-        began = time.perf_counter()
-        ours = train_bpe(texts, vocab_size)
-        seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        ours.encode_batch(texts)
-        row = {'train MB/s': megabytes / seconds, 'encode MB/s': megabytes / (time.perf_counter() - began)}
-        if theirs:
-            other = hf_bpe_seconds(texts, ours.n_vocab)
-            row |= {'seconds': seconds, 'tokenizers seconds': other, 'time ratio': seconds / other}
-        rows.append(row)
-    return rows, {f'{key}, median': statistics.median(row[key] for row in rows) for key in rows[0]}
-
-
-def hf_bpe_seconds(texts, vocab_size):
+    """BPE training and encoding, beside Hugging Face's library."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
 
     from tokenizer import GPT4_PATTERN
-    bpe = HFTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(GPT4_PATTERN), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    began = time.perf_counter()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return time.perf_counter() - began
-
-
-def bench_data(knobs, model_args):
-    """The loader alone, and the training that it feeds."""
-    run, data, _, step = training(knobs, model_args)
-    n, tokens = 50 * steps, knobs.batch_size * data.block_size
-    for i in range(n // 10):
-        run.to_device(*data.batch(i * knobs.batch_size, knobs.batch_size))
-    rows = []
-    for turn in range(repeats):
+    texts = texts_of(input)  # the works one by one: tokenizers shares them among the cores
+    megabytes, rows = sum(len(text.encode()) for text in texts) / 1e6, []
+    for _ in range(repeats):
         began = time.perf_counter()
-        for i in range(n):
-            run.to_device(*data.batch((turn * n + i) * knobs.batch_size, knobs.batch_size))
-        synchronize(run.device)
-        loader = n * tokens / (time.perf_counter() - began)
-        step()
-        seconds = seconds_of(step, run.device, 3)
-        training_rate = knobs.gradient_accumulation_steps * tokens / seconds
-        rows.append({'loader tokens/s': loader, 'training tokens/s': training_rate, 'ratio': loader / training_rate})
-    return rows, {}
+        ours = train_bpe(texts, model_args.get('vocab_size', 4096))
+        trained = time.perf_counter()
+        ours.encode_batch(texts)
+        encoded = time.perf_counter()
+        theirs = HFTokenizer(models.BPE())
+        theirs.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(GPT4_PATTERN), 'isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        theirs.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=ours.n_vocab, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        seconds, other = trained - began, time.perf_counter() - encoded
+        rows.append({'train MB/s': megabytes / seconds, 'encode MB/s': megabytes / (encoded - trained),
+                     'seconds': seconds, 'tokenizers seconds': other, 'time ratio': seconds / other})
+    return rows, {f'{key}, median': statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -688,188 +650,42 @@ def bench_memory(knobs, model_args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# curves of runs that are done
-
-# 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal distribution's will do
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def mean_and_spread(values):
-    """The mean, and half of its 95 % interval by Student's t; 0 for a single value."""
-    n = len(values)
-    quantile = [*STUDENT, 1.96][min(n, 11) - 2]
-    return statistics.mean(values), statistics.stdev(values) / n ** 0.5 * quantile if n > 1 else 0.0
-
-
-def logged(path):
-    """The rows that a run has logged; a line cut short by a kill is left out."""
-    file, rows = Path(path) / 'metrics.jsonl', []
-    if not file.is_file():
-        raise UserError(f'{path}: no metrics.jsonl in it: give directories of runs')
-    for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-# what is drawn together: the name of a panel, and the names of metrics, * for any ending
-PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss', 'value/loss', 'train/ce')),
-          ('reward', ('reward/*', 'val/reward*')), ('true quality', ('val/gold*',)),
-          ('held-out answers', ('val/correct', 'val/exact', 'val/f1', 'val/rouge_l', 'val/format')),
-          ('accuracy', ('val/accuracy*', 'val/truth*', 'train/accuracy')),
-          ('KL', ('kl', 'val/kl', 'train/kl*', 'approx_kl', 'kl_coef')), ('entropy', ('entropy', 'router/entropy')),
-          ('share clipped', ('*clip_frac',)), ('log-probability', ('*logp*',)),
-          ('answer length', ('response_len', 'val/response_len')), ('shares', ('ended', 'zero_spread', 'val/ended')),
-          ('learning rate', ('lr',)), ('gradient norm', ('grad_norm',)),
-          ('tokens/s', ('tok_per_sec', 'rollout/tok_per_sec')), ('perplexity', ('val/ppl',)),
-          ('bits per byte', ('val/bpb',)))
-NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped')
-
-
-def panels_of(names):
-    """Names of metrics -> [(panel, names in it)]; what belongs to none has one of its own."""
-    left, found = [n for n in names if not n.endswith(('_low', '_high')) and n not in NOT_DRAWN], []
-    for panel, patterns in PANELS:
-        inside = list(dict.fromkeys(n for pattern in patterns for n in left if fnmatch.fnmatchcase(n, pattern)))
-        left = [n for n in left if n not in inside]
-        found += [(panel, inside)] if inside else []
-    return found + [(name, [name]) for name in left]
-
-
-def bench_plot(*_):
-    """All that runs have logged along their steps, a panel for what belongs together: results/plot.png, or plot.png in
-    the directory of a single run."""
-    told = {str(path): logged(path) for path in runs}
-    names = list(dict.fromkeys(name for rows in told.values() for row in rows for name, value in row.items()
-                               if isinstance(value, (int, float))))
-    chosen = panels_of(names)
-    if not chosen:
-        raise UserError(f'{", ".join(told)}: nothing has been logged yet')
-    columns = min(4, len(chosen))
-    figure, panels = runtime.new_figure(-(-len(chosen) // columns), columns, 3.6, 2.6)
-    for axes, (panel, inside) in zip(panels.flat, chosen, strict=False):
-        for color, (path, rows) in enumerate(told.items()):
-            for style, name in enumerate(inside):
-                points = [(row['iter'], row[name]) for row in rows if row.get(name) is not None and 'iter' in row]
-                if not points:
-                    continue
-                x, y = zip(*points, strict=True)
-                paint = dict(color=f'C{style if len(told) == 1 else color}')
-                label = name if len(told) == 1 else f'{Path(path).name}, {name}' if len(inside) > 1 else Path(path).name
-                axes.plot(x, y, linewidth=1, marker='.' if len(x) < 20 else None, label=label, **paint,
-                          linestyle='-' if len(told) == 1 else ('-', '--', ':', '-.')[style % 4])
-                band = [(row['iter'], row[f'{name}_low'], row[f'{name}_high']) for row in rows
-                        if row.get(f'{name}_low') is not None and row.get(f'{name}_high') is not None]
-                if band:
-                    axes.fill_between(*zip(*band, strict=True), alpha=0.15, linewidth=0, **paint)
-        axes.set_title(panel, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.legend(frameon=False, fontsize=6)
-        values = [y for line in axes.lines for y in line.get_ydata()]
-        if panel in ('loss', 'gradient norm', 'perplexity') and 0 < 20 * min(values) < max(values):
-            axes.set_yscale('log')
-    for axes in list(panels.flat)[len(chosen):]:
-        axes.set_axis_off()
-    file = Path(runs[0] if len(told) == 1 else results) / 'plot.png'
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    print(f'{len(told)} run{"s" * (len(told) > 1)}, {len(chosen)} panels: {file}')
-
-
-def bench_curves(*_):
-    """Metrics of several runs, seeds together: a table of where they end and results/curves.svg."""
-    groups, metrics = {}, metric.split(',')
-    for path in sorted({path for pattern in runs for path in glob.glob(pattern)}):
-        curve = [(row[axis], *(row[m] for m in metrics)) for row in logged(path)
-                 if all(row.get(m) is not None for m in (axis, *metrics))]
-        if not curve:
-            raise UserError(f'{path}/metrics.jsonl: no row has {metric!r} and {axis!r}')
-        groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name), []).append(curve)
-    if not groups:
-        raise UserError(f'runs={runs}: no such directory; name runs, as --runs=out/tiny')
-    figure, ((*panels,),) = runtime.new_figure(1, len(metrics), 5, 4)
-    table = []
-    for number, (axes, drawn) in enumerate(zip(panels, metrics, strict=True), 1):
-        for color, (name, curves) in enumerate(groups.items()):
-            ends = [curve[-1][number] for curve in curves]
-            mean, spread = mean_and_spread(ends)
-            table.append({'runs': name, 'count': len(ends), 'metric': drawn, 'at the end': mean, 'low': mean - spread,
-                          'high': mean + spread, f'{axis} at the end': statistics.mean(c[-1][0] for c in curves)})
-            for i, curve in enumerate(curves):
-                x, y = zip(*((point[0], point[number]) for point in curve), strict=True)
-                axes.plot(x, y, color=f'C{color}', alpha=0.6, linewidth=1, label=None if i else name)
-        axes.set(xlabel=axis, ylabel=drawn)
-        axes.legend(frameon=False)
-    Path(results).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(results) / 'curves.svg')
-    return table, {'drawn to': str(Path(results) / 'curves.svg')}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # one change at a time
 
 ABLATED = str(Path(__file__).parent / 'config/tiny.py')
 BINS = 16  # places in a window that are averaged
 # what is compared: {variant: flags over that}; the sizes of variants are equal where they can be
 ABLATIONS = {
-    'norm': {'LayerNorm': ['--norm=layernorm', '--bias=True'], 'RMSNorm': ['--norm=rmsnorm'],
-             'RMSNorm, no weights': ['--norm=rmsnorm', '--norm_affine=False']},
-    'place': {'pre': ['--norm_place=pre'], 'post': ['--norm_place=post']},
-    'position': {pos: [f'--pos={pos}'] for pos in ('learned', 'sinusoidal', 'rope', 'none')},
-    'mlp': {'GELU': ['--mlp=gelu', '--mlp_dim=512'], 'SwiGLU': ['--mlp=swiglu', '--mlp_dim=344'],
-            'ReLU^2': ['--mlp=relu2', '--mlp_dim=512']},
-    'heads': {'MHA': ['--n_head=4', '--n_kv_head=4'], 'GQA': ['--n_head=4', '--n_kv_head=2'],
-              'MQA': ['--n_head=4', '--n_kv_head=1']},
-    'optimizer': {**{f'AdamW, {rate}': ['--optimizer=adamw', f'--learning_rate={rate}'] for rate in (3e-3, 1e-2, 3e-2)},
-                  'Muon': ['--optimizer=muon']},
-    'experts': {'dense': ['--mlp_dim=512'],
-                '2 of 8 experts': ['--n_expert=8', '--expert_dim=256', '--router_bias_rate=0.001']},
-    'warmup': {f'{n} steps': [f'--warmup_iters={n}'] for n in (0, 20, 100)},
-    'batch': {'16 windows': ['--batch_size=16'],
-              '4 x 4 windows': ['--batch_size=4', '--gradient_accumulation_steps=4']},
-    'precision': {dtype: [f'--dtype={dtype}'] for dtype in ('float32', 'bfloat16')}}
+    'norm': {'LayerNorm': '--norm=layernorm --bias=True', 'RMSNorm': '--norm=rmsnorm',
+             'RMSNorm, no weights': '--norm=rmsnorm --norm_affine=False'},
+    'place': {place: f'--norm_place={place}' for place in ('pre', 'post')},
+    'position': {pos: f'--pos={pos}' for pos in ('learned', 'sinusoidal', 'rope', 'none')},
+    'mlp': {'GELU': '--mlp=gelu --mlp_dim=512', 'SwiGLU': '--mlp=swiglu --mlp_dim=344',
+            'ReLU^2': '--mlp=relu2 --mlp_dim=512'},
+    'heads': {name: f'--n_head=4 --n_kv_head={n}' for name, n in (('MHA', 4), ('GQA', 2), ('MQA', 1))},
+    'optimizer': {f'AdamW, {rate}': f'--optimizer=adamw --learning_rate={rate}' for rate in (3e-3, 1e-2, 3e-2)}
+                 | {'Muon': '--optimizer=muon'},
+    'experts': {'dense': '--mlp_dim=512', '2 of 8 experts': '--n_expert=8 --expert_dim=256 --router_bias_rate=0.001'},
+    'warmup': {f'{n} steps': f'--warmup_iters={n}' for n in (0, 20, 100)},
+    'batch': {'16 windows': '--batch_size=16', '4 x 4 windows': '--batch_size=4 --gradient_accumulation_steps=4'},
+    'precision': {dtype: f'--dtype={dtype}' for dtype in ('float32', 'bfloat16')}}
 
 
 def ablated(name, variant, seed, steps, given):
     """Trains a variant, unless that is done already -> its directory."""
     words = re.sub('[^a-z0-9]+', '-', variant.lower())
     folder = Path(results) / 'ablate' / f'{name}_{words}_{seed}'
-    flags = [*(f'--{key}={value}' for key, value in given.items()), *ABLATIONS[name][variant], f'--max_iters={steps}',
-             f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
+    flags = [*(f'--{key}={value}' for key, value in given.items()), *ABLATIONS[name][variant].split(),
+             f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
     done = folder / 'flags.json'  # is written when the run is over
     if not done.exists() or json.loads(done.read_text()) != flags:
-        command = [sys.executable, TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--keep_checkpoints=1',
-                   '--sample_tokens=0']
-        alone = {'OMP_NUM_THREADS': '1'} if not torch.cuda.is_available() else {}
-        ran = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True)
-        if ran.returncode:
-            told = (ran.stderr.strip().splitlines() or ['it failed'])[-1]
-            raise UserError(f'{name}, {variant}: {told.removeprefix("error: ")}')
+        alone = {} if torch.cuda.is_available() else {'OMP_NUM_THREADS': '1'}
+        command([TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--keep_checkpoints=1', '--sample_tokens=0'],
+                env=os.environ | alone)
         done.write_text(json.dumps(flags))
         loss = json.loads((folder / 'summary.json').read_text())['val/loss']
         print(f'{name}, {variant}, seed {seed}: held-out loss {loss:.3f}', flush=True)
     return folder
-
-
-def layer_gradients(folder, dataset):
-    """The norm of the gradient of each layer of a run's model, on the same eight held-out windows, in float32."""
-    model, data = held_out(folder, dataset)
-    model.train()
-    x, y = map(torch.from_numpy, data.read(data.fixed(8)))
-    model(x, y).backward()
-    return [sum(p.grad.square().sum().item() for p in block.parameters()) ** 0.5 for block in model.blocks]
-
-
-def loss_by_place(folder, dataset):
-    """A run's loss by the place in windows of twice its block -> [(place, nats)], means of bins; learned positions end
-    where training did."""
-    model, data = held_out(folder, dataset, longer=2)
-    with torch.no_grad():
-        losses = torch.cat([model(*map(torch.from_numpy, data.read(starts)), reduction='none')
-                            for starts in np.array_split(data.fixed(96), 12)])
-    return [((i + 0.5) * BINS, part.mean().item()) for i, part in enumerate(losses.split(BINS, dim=1))]
 
 
 def held_out(folder, dataset, longer=1):
@@ -883,6 +699,42 @@ def held_out(folder, dataset, longer=1):
     return model.eval(), TokenData(find_dataset(dataset), 'val', block)
 
 
+def layer_gradients(folder, dataset):
+    """[(layer, norm of its gradient)] of a run's model, on the same eight held-out windows, in float32."""
+    model, data = held_out(folder, dataset)
+    model.train()
+    x, y = map(torch.from_numpy, data.read(data.fixed(8)))
+    model(x, y).backward()
+    return [(i, sum(p.grad.square().sum().item() for p in block.parameters()) ** 0.5)
+            for i, block in enumerate(model.blocks)]
+
+
+def loss_by_place(folder, dataset):
+    """A run's loss by the place in windows of twice its block -> [(place, nats)], means of bins; learned positions end
+    where training did."""
+    model, data = held_out(folder, dataset, longer=2)
+    with torch.no_grad():
+        losses = torch.cat([model(*map(torch.from_numpy, data.read(starts)), reduction='none')
+                            for starts in np.array_split(data.fixed(96), 12)])
+    return [((i + 0.5) * BINS, part.mean().item()) for i, part in enumerate(losses.split(BINS, dim=1))]
+
+
+# comparisons that have a second panel: what it shows of a run, its title and axes
+SECOND = {'norm': (layer_gradients, 'norm: gradients at the end', 'layer', 'norm of its gradient'),
+          'position': (loss_by_place, 'position: twice the length', 'place in the window', 'held-out loss')}
+
+
+def second_in_words(name, variant, means, block):
+    """What the second panel shows of a variant, [(x, mean)] -> {name: text}."""
+    if name == 'norm':
+        return {f'{variant}: norm of the gradient, layer by layer': ', '.join(f'{norm:.3f}' for _, norm in means)}
+    found = {}
+    for part, low, high in (('as far as in training', 0.5, 1), ('twice as far', 1.5, 2)):
+        inside = [nats for place, nats in means if low * block <= place < high * block]
+        found[f'{variant}, {part}: loss'] = f'{statistics.mean(inside):.3f}' if inside else 'none'
+    return found
+
+
 def bench_ablate(knobs, model_args):
     """Variants of config/tiny.py, some seeds each, one to a processor: a table, and results/ablate.svg, a panel for
     each comparison with the mean and its 95 % interval. What is trained already is not trained again."""
@@ -891,32 +743,25 @@ def bench_ablate(knobs, model_args):
         raise UserError(f'what={what}: {unknown[0]!r} is not one of {", ".join(ABLATIONS)}')
     if seeds < 1:
         raise UserError(f'seeds={seeds} must be >= 1')
-    extra = [name for name in names if name in ('norm', 'position')]
-    figure, panels = runtime.new_figure(-(-len(names + extra) // 3), min(3, len(names + extra)), 4, 3)
-    panels, table, dataset = iter(panels.flat), [], knobs.dataset
+    n_panels = len(names) + sum(name in SECOND for name in names)
+    figure, panels = new_figure(-(-n_panels // 3), min(3, n_panels), 4, 3)
+    panels, table, found = iter(panels.flat), [], {}
     given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
     steps = given.pop('max_iters', 400)
     jobs = [(name, variant, seed) for name in names for variant in ABLATIONS[name] for seed in range(1, seeds + 1)]
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
         folders = dict(zip(jobs, pool.map(lambda job: ablated(*job, steps, given), jobs), strict=True))
-
-    def draw(axes, color, label, curves):
-        """Curves of seeds, as a mean and a band -> the mean's values."""
-        x = [point[0] for point in curves[0]]
-        middle, spread = zip(*(mean_and_spread(list(values)) for values in zip(
-            *([y for _, y in curve] for curve in curves), strict=True)), strict=True)
-        low, high = np.subtract(middle, spread), np.add(middle, spread)
-        axes.plot(x, middle, color=f'C{color}', linewidth=1.2, label=label)
-        axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
-        return middle
-
-    found = {}
     for name in names:
-        axes, more = next(panels), next(panels) if name in extra else None
+        axes = next(panels)
+        axes.set(xlabel='step', ylabel='held-out loss', title=name)
+        if name in SECOND:
+            curve_of, title, x, y = SECOND[name]
+            more = next(panels)
+            more.set(xlabel=x, ylabel=y, title=title)
         for color, variant in enumerate(ABLATIONS[name]):
             paths = [folders[name, variant, seed] for seed in range(1, seeds + 1)]
-            curves = [[(row['iter'], row['val/loss']) for row in logged(path) if row.get('val/loss')] for path in paths]
-            draw(axes, color, variant, [curve[1:] for curve in curves])
+            curves = [points(logged(path), 'iter', 'val/loss') for path in paths]
+            draw_mean(axes, color, variant, [curve[1:] for curve in curves])
             mean, spread = mean_and_spread([curve[-1][1] for curve in curves])
             last = [json.loads((path / 'summary.json').read_text()) for path in paths]
             config = load_model(str(paths[0] / 'ckpt.pt'))[0].config
@@ -925,28 +770,14 @@ def bench_ablate(knobs, model_args):
                           'tokens/s': statistics.mean(s['tokens'] / s['seconds'] for s in last),
                           'MB': statistics.mean(s['peak_memory_mb'] for s in last),
                           'cache bytes per token': 4 * config.n_layer * config.n_kv_head * config.head_dim})
-            if name == 'norm':
-                norms = draw(more, color, variant, [list(enumerate(layer_gradients(path, dataset))) for path in paths])
-                found[f'{variant}: norm of the gradient, layer by layer'] = ', '.join(f'{n:.3f}' for n in norms)
-            if name == 'position':
-                by_place = [loss_by_place(path, dataset) for path in paths]
-                places = [place for place, _ in by_place[0]]
-                losses = list(zip(places, draw(more, color, variant, by_place), strict=True))
-                for part, low, high in (('as far as in training', 0.5, 1), ('twice as far', 1.5, 2)):
-                    block = config.block_size
-                    inside = [nats for place, nats in losses if low * block <= place < high * block]
-                    found[f'{variant}, {part}: loss'] = f'{statistics.mean(inside):.3f}' if inside else 'none'
-        axes.set(xlabel='step', ylabel='held-out loss', title=name)
-        axes.legend(frameon=False, fontsize=7)
-        if name == 'norm':
-            more.set(xlabel='layer', ylabel='norm of its gradient', title='norm: gradients at the end',
-                     xticks=range(config.n_layer))
-        if name == 'position':
-            more.set(xlabel='place in the window', ylabel='held-out loss', title='position: twice the length')
-        if more is not None:
-            more.legend(frameon=False, fontsize=7)
-    for axes in panels:
-        axes.set_axis_off()
+            if name in SECOND:
+                means = draw_mean(more, color, variant, [curve_of(path, knobs.dataset) for path in paths])
+                found |= second_in_words(name, variant, means, config.block_size)
+    for axes in figure.axes:
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=7)
+        else:
+            axes.set_axis_off()
     Path(results).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(results) / 'ablate.svg')
     return table, found | {'drawn to': str(Path(results) / 'ablate.svg')}
@@ -954,31 +785,32 @@ def bench_ablate(knobs, model_args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def report(mode, rows, result):
-    """Prints rows as a table (a single one as lines) and the result, and writes both to results/MODE.json."""
-    def text(v):
-        if not isinstance(v, float):
-            return str(v)
-        return f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
-    if len(rows) == 1:
-        rows, result = [], rows[0] | result
-    else:
-        table = [list(rows[0]), *([text(row[key]) for key in rows[0]] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for line in table:
-            print('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    result = result | {'processor': processor()}
-    for key, value in result.items():
-        print(f'{key}: {text(value)}')
-    Path(results).mkdir(parents=True, exist_ok=True)
-    path = Path(results) / f'{mode}.json'
-    path.write_text(json.dumps({'rows': rows or [result], 'result': result}, indent=1) + '\n')
-    print(f'written to {path}')
+MODES = {'train': bench_train, 'sample': bench_sample, 'stream': bench_stream, 'tokenizer': bench_tokenizer,
+         'memory': bench_memory, 'ablate': bench_ablate, 'loss': None, 'step': one_step}
 
 
-MODES = {'train': bench_train, 'sample': bench_sample, 'tokenizer': bench_tokenizer, 'data': bench_data,
-         'memory': bench_memory, 'plot': bench_plot, 'ablate': bench_ablate, 'curves': bench_curves,
-         'stream': bench_stream, 'loss': None, 'step': one_step}
+def check(mode, knobs, given):
+    """UserError for knobs that mean nothing together."""
+    nanogpt, checkout = ((Path(against) / name).is_file() for name in ('configurator.py', 'runtime.py'))
+    transformers = against == 'transformers' and mode == 'sample'
+    alone = mode in ('memory', 'ablate', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ
+    for wrong, message in (
+            (min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'),
+             'repeats, steps, max_new_tokens, batches and contexts must be >= 1'),
+            (min(knobs.batch_size, knobs.gradient_accumulation_steps) < 1 or not 0 <= knobs.seed < 2 ** 63,
+             'batch_size and gradient_accumulation_steps must be >= 1, seed >= 0'),
+            (mode == 'memory' and given, f'mode memory takes no knobs: drop {min(given, default="")}'),
+            (mode not in ('train', 'step') and 'RANK' in os.environ,
+             f'mode {mode} is for one process: python bench.py {mode}'),
+            (Path(results).exists() and not Path(results).is_dir(), f'results={results}: not a directory'),
+            (mode == 'loss' and not against, 'mode loss needs --against=DIR, a checkout to compare with'),
+            (transformers and (importlib.util.find_spec('transformers') is None or knobs.init_from == 'scratch'),
+             '--against=transformers needs --init_from=MODEL and pip install transformers'),
+            (against and not (transformers or nanogpt or checkout),
+             f'--against={against!r} is a checkout neither of nanoGPT nor of this project'),
+            (against and alone, f'--against={against}: mode {mode} has nothing to run there')):
+        if wrong:
+            raise UserError(message)
 
 
 def main():
@@ -986,40 +818,17 @@ def main():
     if mode in ('train', 'loss') and all(a.startswith('--') for a in sys.argv[2:]):
         default = 'config/tinyshakespeare.py' if mode == 'loss' else 'config/nanogpt.py'
         sys.argv.insert(2, str(Path(__file__).parent / default))
+    if mode in ('plot', 'curves'):
+        raise UserError('pictures are drawn by plot.py: python plot.py out/tiny [--metric=val/loss]')
     if mode not in MODES and mode not in ('--help', '-h'):
         raise UserError(f'the first argument is a mode: {", ".join(list(MODES)[:-1])}')
-    if mode == 'plot':  # its directories are arguments, no config files
-        sys.argv[2:] = [a if a.startswith('-') else f'--runs={a}' for a in sys.argv[2:]]
     _, given = runtime.configure(globals(), TRAIN, GPTConfig, argv=sys.argv[2 if mode in MODES else 1:])
-    if mode == 'plot' and runs == ['']:
-        raise UserError('mode plot draws runs: python bench.py plot out/tiny')
-    if min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'):
-        raise UserError('repeats, steps, max_new_tokens, batches and contexts start at 1')
     knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})
     model_args = {k: v for k, v in given.items() if k in MODEL_FIELDS}
-    if min(knobs.batch_size, knobs.gradient_accumulation_steps) < 1 or not 0 <= knobs.seed < 2 ** 63:
-        raise UserError('batch_size and gradient_accumulation_steps start at 1, seed at 0')
-    if mode == 'memory' and given:
-        raise UserError(f'mode memory takes no knobs: drop {sorted(given)[0]}')
-    if mode not in ('train', 'step') and 'RANK' in os.environ:
-        raise UserError(f'mode {mode} is for one process: python bench.py {mode}')
-    if Path(results).exists() and not Path(results).is_dir():
-        raise UserError(f'results={results}: not a directory')
+    check(mode, knobs, given)
     tiny = {key: value for key, value, _ in runtime.read_config(ABLATED) if mode == 'ablate' and key in MODEL_FIELDS}
     with runtime.user_errors():
         GPTConfig(**tiny | model_args)  # a mistake is found before any data is fetched
-    nanogpt = (Path(against) / 'configurator.py').is_file()
-    if against == 'transformers' and mode == 'sample':
-        if importlib.util.find_spec('transformers') is None or knobs.init_from == 'scratch':
-            raise UserError('--against=transformers needs --init_from=MODEL and pip install transformers')
-    elif against and not nanogpt and not (Path(against) / 'runtime.py').is_file():
-        raise UserError(f'--against={against!r} is a checkout neither of nanoGPT nor of this project')
-    if mode == 'loss' and not against:
-        raise UserError('mode loss needs --against=DIR, a checkout to compare with')
-    alone = (mode in ('memory', 'curves', 'plot', 'ablate', 'step') or nanogpt and mode not in ('train', 'loss')
-             or 'RANK' in os.environ)
-    if against and alone:
-        raise UserError(f'--against={against}: mode {mode} has nothing to run there')
     if against and mode in ('train', 'loss'):
         found = compare_training(mode, knobs, model_args)
     elif against and against != 'transformers':
@@ -1027,7 +836,8 @@ def main():
     else:
         found = MODES[mode](knobs, model_args)
     if found:
-        report(mode, *found)
+        rows, result = found
+        report(Path(results) / f'{mode}.json', rows, result | {'processor': processor()})
 
 
 if __name__ == '__main__':

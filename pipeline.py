@@ -6,8 +6,12 @@ The whole life of a small model, command by command: pretraining, fine-tuning, p
     python pipeline.py --flags=--seed=2         another seed; what was made with other flags is made again
 
 It starts the commands that you would type, shows them, and then what each took, what held-out data say of it, and one
-sample: printed, in out/pipeline.md and as a figure in out/pipeline.svg. Interrupted, it goes on where it was.
+sample: printed, in out/pipeline.md and as a figure in out/pipeline.svg. Interrupted, it goes on where it was: every
+stage trains with --init_from=auto. Done is what has a summary.json and, by out/pipeline.json, was made by the same
+commands from the same models.
 """
+import hashlib
+import itertools
 import json
 import shlex
 import signal
@@ -19,6 +23,7 @@ from typing import NamedTuple
 
 import runtime
 
+import plot
 from tokenizer import UserError
 
 only = ''  # names of stages, with commas between; empty = all
@@ -93,52 +98,63 @@ def python(command, **options):
     return printed, 128 - status if status < 0 else status, heard[0] if heard else 0
 
 
-def forget(log, name):
-    """Takes out of the log what was made from a stage that is made anew."""
-    stale = {name}
-    for stage in STAGES:
-        if stale & set(stage.after):
-            stale.add(stage.name)
-            log.pop(stage.name, None)
+def made_of(stage):
+    """What a stage's run follows from: its commands, and the summaries of the runs that these read."""
+    summaries = {other.name: Path(other.run, 'summary.json') for other in STAGES if other.name in stage.after}
+    return {'commands': list(stage.commands),
+            'from': {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in summaries.items()}}
 
 
-def work(stage, log, keep):
-    """Runs those commands of a stage that are not done. log: {stage: {command: {began, and when it is done seconds}}},
-    kept by keep() as it goes."""
-    *_, last = stage.commands
-    checkpoint, done = Path(stage.run) / 'ckpt.pt', log.get(stage.name, {})
-    whole = all('seconds' in done.get(command, {}) for command in stage.commands)
-    if whole and checkpoint.exists():
+def is_done(stage, known):
+    """Whether a stage's run is there and, as far as is known of it, all of its commands have ended well."""
+    there = all((Path(stage.run) / name).exists() for name in ('ckpt.pt', 'summary.json'))
+    return there and (not known or list(known.get('seconds', [])) == known.get('commands'))
+
+
+def move_aside(run):
+    """Makes room for a run, as a stage does that starts anew -> where the earlier one is now, None if there is none."""
+    if not any(run.glob('*.pt')):
+        return None
+    aside = next(path for n in itertools.count(1) if not (path := Path(f'{run}.{n}')).exists())
+    run.rename(aside)
+    print(f'moved the earlier run in {run} to {aside}')
+    return aside
+
+
+def work(stage, record, keep):
+    """Runs those commands of a stage that are not done.
+
+    record: {stage: {'commands' and 'from': see `made_of`, 'seconds': {command: what it took, once it has ended}}}, kept
+    by keep() as it goes.
+    """
+    run, source, before = Path(stage.run), made_of(stage), record.get(stage.name, {})
+    same = before.items() >= source.items()
+    if same and is_done(stage, before):
         return
-    before = json.dumps(log)
-    done = log[stage.name] = {} if whole else {key: done[key] for key in stage.commands if key in done}
-    forget(log, stage.name)
-    for command in stage.commands:
-        known = done.get(command, {})
-        if 'seconds' in known:
-            continue
-        # what was cut short after its first save
-        again = command == last and 'began' in known and checkpoint.exists() and (
-            checkpoint.stat().st_mtime > known['began'])
-        began, resume = time.time(), ' --init_from=resume' if again else ''
-        print(f'\n$ python {command}{resume}', flush=True)
-        done[command] = {'began': known['began'] if again else began}
-        keep()
-        _, status, stop = python(command + resume)
+    aside = None if same else move_aside(run)
+    ended = before['seconds'] if same else {}
+    seconds = {} if len(ended) == len(stage.commands) else dict(ended)  # of a run that has been deleted nothing is done
+    record[stage.name] = source | {'seconds': seconds}
+    keep()
+    for command in [c for c in stage.commands if c not in seconds]:
+        resumed = f'{command} --init_from=auto' if command == stage.commands[-1] else command
+        print(f'\n$ python {resumed}', flush=True)
+        began = time.time()
+        _, status, stop = python(resumed)
         if not status:
-            done[command]['seconds'] = time.time() - began
+            seconds[command] = time.time() - began
             keep()
-        if status == 2 and not (checkpoint.exists() and checkpoint.stat().st_mtime > began):
-            log.clear()  # a mistake, told before anything was touched: what there is stays what it was
-            log.update(json.loads(before))
+        elif status == 2 and aside and not run.exists():  # a mistake, told before anything was written
+            record[stage.name] = before
             keep()
+            aside.rename(run)
         if status or stop:
             goes_on = '' if status == 2 else f'; go on with: {shlex.join(["python", *sys.argv])}'
             print(f'{stage.name} ended with status {status}{goes_on}', file=sys.stderr)
             raise SystemExit(status or 128 + stop)
 
 
-def told(stage, log):
+def result_of(stage, record):
     """What came out of a stage: {seconds, memory in MB, score in words, sample or answers}."""
     summary = json.loads((Path(stage.run) / 'summary.json').read_text())
     key, form = stage.score
@@ -149,14 +165,14 @@ def told(stage, log):
         if status or stop:
             raise SystemExit(status or 128 + stop)
         samples.append(printed.strip())
-    seconds = summary['total_seconds'] + sum(log[stage.name][command]['seconds'] for command in stage.commands[:-1])
-    return {'seconds': seconds, 'memory': summary['peak_memory_mb'], 'score': form.format(summary[key]),
-            'sample': '\n\n'.join(samples)}
+    prepared = [record[stage.name]['seconds'][command] for command in stage.commands[:-1]]
+    return {'seconds': summary['total_seconds'] + sum(prepared), 'memory': summary['peak_memory_mb'],
+            'score': form.format(summary[key]), 'sample': '\n\n'.join(samples)}
 
 
 def draw(stages, found, path):
     """The stages as boxes with arrows to those that go on from them, each with what it took and what came out."""
-    figure, ((axes,),) = runtime.new_figure(1, 1, 10, 4.4)
+    figure, ((axes,),) = plot.new_figure(1, 1, 10, 4.4)
     axes.set_axis_off()
     axes.set(xlim=(-0.45, 3.45), ylim=(-0.45, 2.45))
     boxes = {}
@@ -191,26 +207,25 @@ def main():
             raise UserError(f'only={only}: {name!r} is not one of {", ".join(known)}')
     stages = [stage._replace(commands=(*stage.commands[:-1], f'{stage.commands[-1]} {flags}'.rstrip()))
               for stage in STAGES if stage.name in names]
-    runtime.new_figure(1, 1, 1, 1)  # what cannot be drawn is better said now
-    record = Path('out/pipeline.json')
+    plot.new_figure(1, 1, 1, 1)  # what cannot be drawn is better said now
+    path = Path('out/pipeline.json')
     try:
-        log = json.loads(record.read_text()) if record.exists() else {}
+        record = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise UserError(f'{record}: {error}: remove it, and all stages are run again') from None
+        raise UserError(f'{path}: {error}: remove it, and all stages are run again') from None
     for stage in stages:
         for parent in set(stage.after) - set(names):
-            begun = log.get(parent, {}).values()
-            if not Path(known[parent].run, 'ckpt.pt').exists() or not all('seconds' in command for command in begun):
+            if not is_done(known[parent], record.get(parent)):
                 raise UserError(f'only={only}: {stage.name} needs what {parent} makes: add it')
-    record.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
 
     def keep():
-        runtime.write_atomic(record, lambda file: file.write(json.dumps(log, indent=1).encode()))
+        runtime.write_atomic(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
 
     found = {}
     for stage in stages:
-        work(stage, log, keep)
-        found[stage.name] = told(stage, log)
+        work(stage, record, keep)
+        found[stage.name] = result_of(stage, record)
 
     lines = ['| stage | command | time | memory | held out |', '| --- | --- | --- | --- | --- |']
     for stage in stages:

@@ -28,12 +28,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import answered, find_dataset, fraction_of, pad_texts, prefs_of
+from dataset import answered, find_dataset, pad_texts, prefs_of
 from grade import interval, last_number, visible
 from load import load_to_score
 from lora import LoRAConfig
 from model import GPTConfig, ScoreConfig
 from optim import lr_factor, make_optimizers
+from rows import fraction_of
 from tokenizer import UserError
 
 # where and what

@@ -1206,7 +1206,7 @@ class Run:
                 self._wandb.finish()
             if self._tensorboard:
                 self._tensorboard.close()
-        self.print0(f'plot its metrics: python bench.py plot {self.out_dir}')
+        self.print0(f'plot its metrics: python plot.py {self.out_dir}')
         if stop:
             again = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
             program = f'torchrun --nproc_per_node={self.world_size}' if self.world_size > 1 else 'python'

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import fetch_url, folder_for, fraction_of, write_rows
+from preparation import fetch_url, folder_for, write_rows
+from rows import fraction_of
 from tokenizer import UserError
 
 input = ''  # a .json or .jsonl file; empty: fetch Stanford's 52,002 rows to alpaca_data.json here
@@ -64,20 +65,27 @@ def to_row(text):
     return {'messages': prompt + answers[0]}, {'prompt': prompt} | dict(zip(pair, answers[1:], strict=True))
 
 
-def main():
-    runtime.configure(globals())
-    home, folder = Path(__file__).resolve().parent, folder_for(__file__, name)
-    if val_fraction <= 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
-        raise UserError(f'val_fraction={val_fraction}, test_fraction={test_fraction}: give shares that leave some rows '
-                        'for training, and some for validation')
-    path = Path(input) if input else home / 'alpaca_data.json'
+def find_items():
+    """The file to read, fetched if need be, and what `read_items` reads there."""
+    path = Path(input) if input else Path(__file__).resolve().parent / 'alpaca_data.json'
     if not input and not path.exists():
         fetch_url(URL, path)
     if not path.is_file():
         raise UserError(f'{path}: no such file: give {URL} or a file like it, or no --input')
-    items, rows, prefs, equal, skipped = read_items(path), {}, {}, 0, 0
+    items = read_items(path)
     if not input and len(items) != ROWS:
         raise UserError(f'{path}: {len(items):,} rows, not {ROWS:,}: it is another file or damaged; fetch it again')
+    return path, items
+
+
+def main():
+    runtime.configure(globals())
+    folder = folder_for(__file__, name)
+    if val_fraction <= 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
+        raise UserError(f'val_fraction={val_fraction}, test_fraction={test_fraction}: give shares that leave some rows '
+                        'for training, and some for validation')
+    path, items = find_items()
+    rows, prefs, equal, skipped = {}, {}, 0, 0
     for where, text in items:
         try:
             row, pref = to_row(text)

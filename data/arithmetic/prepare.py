@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import write_rows
+from preparation import write_rows
 from tokenizer import UserError
 
 train_rows = 4_000  # to learn from

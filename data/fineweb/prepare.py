@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import fetch_url, find_shards, llmc_shard
+from dataset import find_shards, llmc_shard
+from preparation import fetch_url
 from tokenizer import UserError
 
 input = ''  # a folder with fineweb_val_*.bin and fineweb_train_*.bin, linked (or copied) here; empty: fetch them

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import check_sha256, fetch_url, folder_for, fraction_of, write_rows
 from grade import UNSIGNED, last_number
+from preparation import check_sha256, fetch_url, folder_for, write_rows
+from rows import fraction_of
 from tokenizer import UserError, calculate
 
 input = ''  # a folder with train.jsonl and test.jsonl; empty: fetch them to source_{train,test}.jsonl here

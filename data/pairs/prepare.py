@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import folder_for, fraction_of, write_rows
+from preparation import folder_for, write_rows
+from rows import fraction_of
 from tokenizer import UserError
 
 input = ''  # a file of graded answers

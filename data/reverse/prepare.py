@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import write_pairs
+from preparation import write_rows
 from tokenizer import UserError, get_tokenizer
 
 train_pairs = 50_000  # to learn from
@@ -39,10 +39,10 @@ def main():
     draw, words = random.Random(seed), {}
     while len(words) < count:
         words[''.join(draw.choices(alphabet, k=draw.randint(min_length, max_length)))] = None
-    pairs = [(word, word[::-1]) for word in words]
-    write_pairs(Path(__file__).parent, get_tokenizer('chars', [alphabet]),
-                {'train': pairs[:train_pairs], 'val': pairs[train_pairs:]},
-                f'words of {min_length} to {max_length} random letters out of {letters}, seed {seed}')
+    pairs = [{'source': word, 'target': word[::-1]} for word in words]
+    write_rows(Path(__file__).parent, {'train': pairs[:train_pairs], 'val': pairs[train_pairs:]},
+               f'words of {min_length} to {max_length} random letters out of {letters}, seed {seed}',
+               get_tokenizer('chars', [alphabet]))
 
 
 if __name__ == '__main__':

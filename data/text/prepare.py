@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import write_dataset
+from preparation import write_dataset
 from tokenizer import UserError, get_tokenizer
 
 input = []  # text files, folders of them, .jsonl files; may be given several times

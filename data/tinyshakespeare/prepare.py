@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import check_sha256, fetch_url, folder_for, write_dataset
+from preparation import check_sha256, fetch_url, folder_for, write_dataset
 from tokenizer import UserError, get_tokenizer
 
 input = ''  # the text file; empty: fetch it to input.txt here

@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from dataset import folder_for, fraction_of, write_rows
 from grade import quality, rendered
+from preparation import folder_for, write_rows
+from rows import fraction_of
 from tokenizer import UserError, calculate
 
 tools = False  # the steps call the calculator; this writes no pairs, and to another folder

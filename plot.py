@@ -1,0 +1,191 @@
+"""
+Draw what runs have logged, and keep the numbers behind it; needs matplotlib.
+
+    python plot.py out/tiny [out/other …]           all that they have logged, a panel for what belongs together
+    python plot.py 'out/try_*' --metric=val/loss    learning curves, seeds in one colour, and a table of where they end
+    python plot.py 'out/ppo_*' --metric=val/reward,val/gold --axis=val/kl
+"""
+import fnmatch
+import glob
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import runtime
+
+from tokenizer import UserError
+
+metric = ''  # what to draw, as 'val/loss'; several, as 'val/reward,val/gold', side by side; empty: everything
+axis = 'iter'  # along steps, 'seconds' of training or another metric, as 'kl'
+results = 'out/plot'  # where the picture and the table go; without a metric the picture of one run goes to the run
+
+# 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal distribution's will do
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# what is drawn together: the name of a panel, and the names of metrics, * for any ending
+PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss', 'value/loss', 'train/ce')),
+          ('reward', ('reward/*', 'val/reward*')), ('true quality', ('val/gold*',)),
+          ('held-out answers', ('val/correct', 'val/exact', 'val/f1', 'val/rouge_l', 'val/format')),
+          ('accuracy', ('val/accuracy*', 'val/truth*', 'train/accuracy')),
+          ('KL', ('kl', 'val/kl', 'train/kl*', 'approx_kl', 'kl_coef')), ('entropy', ('entropy', 'router/entropy')),
+          ('share clipped', ('*clip_frac',)), ('log-probability', ('*logp*',)),
+          ('answer length', ('response_len', 'val/response_len')), ('shares', ('ended', 'zero_spread', 'val/ended')),
+          ('learning rate', ('lr',)), ('gradient norm', ('grad_norm',)),
+          ('tokens/s', ('tok_per_sec', 'rollout/tok_per_sec')), ('perplexity', ('val/ppl',)),
+          ('bits per byte', ('val/bpb',)))
+NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped')
+
+
+def new_figure(rows, columns, width, height):
+    """A matplotlib figure of so many panels, of width x height inches each -> (figure, [[axes]]); needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
+    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def mean_and_spread(values):
+    """The mean, and half of its 95 % interval by Student's t; 0 for a single value."""
+    n = len(values)
+    quantile = [*STUDENT, 1.96][min(n, 11) - 2]
+    return statistics.mean(values), statistics.stdev(values) / n ** 0.5 * quantile if n > 1 else 0.0
+
+
+def draw_mean(axes, color, label, curves):
+    """Curves of seeds, [[(x, y)]] on the same x, as their mean and its 95 % interval -> [(x, mean)]."""
+    x = [point[0] for point in curves[0]]
+    ys = zip(*([y for _, y in curve] for curve in curves), strict=True)
+    means, spreads = zip(*(mean_and_spread(values) for values in ys), strict=True)
+    axes.plot(x, means, color=f'C{color}', linewidth=1.2, label=label)
+    low, high = zip(*((m - s, m + s) for m, s in zip(means, spreads, strict=True)), strict=True)
+    axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
+    return list(zip(x, means, strict=True))
+
+
+def report(path, rows, result):
+    """Prints rows as a table (a single one as lines) and the result, and writes both to path, a JSON file."""
+    def text(v):
+        if not isinstance(v, float):
+            return str(v)
+        return f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
+    if len(rows) == 1:
+        rows, result = [], rows[0] | result
+    else:
+        table = [list(rows[0]), *([text(row[key]) for key in rows[0]] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for line in table:
+            print('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    for key, value in result.items():
+        print(f'{key}: {text(value)}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({'rows': rows or [result], 'result': result}, indent=1) + '\n')
+    print(f'written to {path}')
+
+
+def logged(path):
+    """The rows that a run has logged; a line cut short by a kill is left out."""
+    file, rows = Path(path) / 'metrics.jsonl', []
+    if not file.is_file():
+        raise UserError(f'{path}: no metrics.jsonl in it: give directories of runs')
+    for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def points(rows, *names):
+    """What rows have under these names, [(value, …)], of those that have all of them."""
+    return [tuple(row[name] for name in names) for row in rows if all(row.get(name) is not None for name in names)]
+
+
+def panels_of(names):
+    """Names of metrics -> [(panel, names in it)]; what belongs to none has one of its own."""
+    left, found = [n for n in names if not n.endswith(('_low', '_high')) and n not in NOT_DRAWN], []
+    for panel, patterns in PANELS:
+        inside = list(dict.fromkeys(n for pattern in patterns for n in left if fnmatch.fnmatchcase(n, pattern)))
+        left = [n for n in left if n not in inside]
+        found += [(panel, inside)] if inside else []
+    return found + [(name, [name]) for name in left]
+
+
+def draw(axes, panel, names, groups):
+    """One panel: metrics of runs {name: [rows of each seed]}, a colour for each run or, of one run, for each metric."""
+    alone = len(groups) == 1 and not metric
+    for i, (path, runs) in enumerate(groups.items()):
+        for j, name in enumerate(names):
+            label = name if alone else f'{Path(path).name}, {name}' if len(names) > 1 else Path(path).name
+            paint = dict(color=f'C{j if alone else i}')
+            for rows in runs:
+                if not (found := points(rows, axis, name)):
+                    continue
+                x, y = zip(*found, strict=True)
+                axes.plot(x, y, linewidth=1, marker='.' if len(x) < 20 else None, label=label, **paint,
+                          linestyle='-' if alone else ('-', '--', ':', '-.')[j % 4])
+                label = None  # a colour has one entry in the legend
+                band = points(rows, axis, f'{name}_low', f'{name}_high')
+                if band and not metric:
+                    axes.fill_between(*zip(*band, strict=True), alpha=0.15, linewidth=0, **paint)
+    axes.set_title(panel, fontsize=9)
+    axes.set_xlabel(axis, fontsize=7)
+    axes.tick_params(labelsize=7)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=6)
+    values = [y for line in axes.lines for y in line.get_ydata()]
+    if panel in ('loss', 'gradient norm', 'perplexity') and values and 0 < 20 * min(values) < max(values):
+        axes.set_yscale('log')
+
+
+def ends(groups, names):
+    """Where the runs of each group end: a row for each group and metric, with the mean's 95 % interval."""
+    rows = []
+    for name in names:
+        for label, runs in groups.items():
+            last = [points(run, axis, name)[-1] for run in runs]
+            mean, spread = mean_and_spread([y for _, y in last])
+            rows.append({'runs': label, 'count': len(last), 'metric': name, 'at the end': mean, 'low': mean - spread,
+                         'high': mean + spread, f'{axis} at the end': statistics.mean(x for x, _ in last)})
+    return rows
+
+
+def main():
+    arguments = [a for a in sys.argv[1:] if not a.startswith('-')]
+    runtime.configure(globals(), argv=[a for a in sys.argv[1:] if a.startswith('-')])
+    paths = list(dict.fromkeys(path for a in arguments for path in sorted(glob.glob(a)) or [a]))
+    if not paths:
+        raise UserError('give directories of runs: python plot.py out/tiny')
+    names, groups = [name for name in metric.split(',') if name], {}
+    for path in paths:
+        rows = logged(path)
+        for name in names:
+            if not points(rows, axis, name):
+                raise UserError(f'{path}/metrics.jsonl: no row has {name!r} and {axis!r}')
+        # names that differ in a number are seeds of one run
+        groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name) if names else path, []).append(rows)
+    chosen = [(name, [name]) for name in names] or panels_of(dict.fromkeys(
+        name for (rows,) in groups.values() for row in rows for name, value in row.items()
+        if isinstance(value, (int, float))))
+    if not chosen:
+        raise UserError(f'{", ".join(paths)}: nothing has been logged yet')
+    columns = len(names) or min(4, len(chosen))
+    figure, panels = new_figure(-(-len(chosen) // columns), columns, *((5, 4) if names else (3.6, 2.6)))
+    for axes, (panel, inside) in zip(panels.flat, chosen, strict=False):
+        draw(axes, panel, inside, groups)
+    for axes in list(panels.flat)[len(chosen):]:
+        axes.set_axis_off()
+    folder = Path(paths[0] if len(paths) == 1 and not names else results)
+    file = folder / ('curves.svg' if names else 'plot.png')
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    if names:
+        report(folder / 'curves.json', ends(groups, names), {'drawn to': str(file)})
+    else:
+        print(f'{len(paths)} run{"s" * (len(paths) > 1)}, {len(chosen)} panels: {file}')
+
+
+if __name__ == '__main__':
+    runtime.cli(main)

@@ -1,0 +1,185 @@
+"""
+What the data/*/prepare.py share: writing a folder of tokens or rows, all of it or nothing, and fetching its source.
+
+`dataset.py` says what such a folder holds.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from tokenizer import UserError
+
+
+def write_dataset(folder, tokenizer, splits, source, eot=True):
+    """Writes {split}.bin, tokenizer.json and meta.json into folder; returns the content of meta.json.
+
+    splits: {'train': documents, 'val': documents}; documents is any iterable, read once, in constant memory; a document
+    is a str or, if too long for memory, a non-empty iterable of str that follow one another. source: a line on where
+    the text is from. eot: end every document with <|endoftext|>.
+    Files are written under temporary names and renamed when all are on disk, meta.json last: a folder that has one is
+    whole. UserError for an empty split or a folder that cannot be written; what was there is then left as it was.
+    """
+    dtype = 'uint16' if tokenizer.n_vocab <= 1 << 16 else 'uint32'
+
+    def encode(documents):
+        for texts, ends in _batches(documents):
+            ids = []
+            for end, encoded in zip(ends, tokenizer.encode_batch(texts), strict=True):
+                ids += encoded
+                if end and eot:
+                    ids.append(tokenizer.eot)
+            text = ''.join(texts).encode()
+            tokens = np.array(ids, np.dtype(dtype).newbyteorder('<')).tobytes()
+            yield tokens, text, {'tokens': len(ids), 'bytes': len(text), 'documents': sum(ends)}
+
+    meta = {'tokenizer': 'tokenizer.json', 'dtype': dtype, 'splits': {}, 'source': source}
+    return _write(Path(folder), 'bin', splits, encode, meta, tokenizer)
+
+
+def write_rows(folder, splits, source, tokenizer=None):
+    """Writes {split}.jsonl and meta.json into folder, whole as `write_dataset` does; returns the content of the last.
+
+    splits: {'train': rows, 'val': rows, …}; rows is an iterable of dicts, JSON objects such as {"messages": […]}. Chats
+    are tokenised when they are read, with the model's tokenizer; pairs, {"source": "…", "target": "…"}, have one of
+    their own, written to tokenizer.json, and of their bytes only those of targets count.
+    """
+    def encode(rows):
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False).encode() + b'\n'
+            size = len(row['target'].encode() if tokenizer else line)
+            yield line, line, {'pairs' if tokenizer else 'rows': 1, 'bytes': size}
+
+    meta = {'tokenizer': 'tokenizer.json'} if tokenizer else {}
+    return _write(Path(folder), 'jsonl', splits, encode, meta | {'splits': {}, 'source': source}, tokenizer)
+
+
+def _write(folder, suffix, splits, encode, meta, tokenizer):
+    """Writes the files of a folder and returns meta, completed. encode(items of a split) yields what goes into its
+    file, the bytes that the checksum is of, and what they count."""
+    digest = hashlib.sha256()  # of the text of all splits, whatever the tokenizer
+    with _all_or_nothing(folder, [f'{split}.{suffix}' for split in splits], tokenizer, meta):
+        for split, items in splits.items():
+            counts = meta['splits'][split] = {}
+            with open(folder / f'{split}.{suffix}.tmp', 'wb') as f:
+                for data, text, more in encode(items):
+                    f.write(data)
+                    digest.update(text)
+                    for unit, n in more.items():
+                        counts[unit] = counts.get(unit, 0) + n
+            if not counts.get('bytes'):
+                raise UserError(f'{folder}: nothing for the {split} split: give more')
+        meta['sha256'] = digest.hexdigest()
+    for split, counts in meta['splits'].items():
+        print(f'{folder / split}.{suffix}: ' + ', '.join(f'{n:,} {unit}' for unit, n in counts.items()))
+    return meta
+
+
+@contextlib.contextmanager
+def _all_or_nothing(folder, names, tokenizer, meta):
+    """Inside, NAME.tmp is written for each of names; then these, tokenizer.json and meta.json take their places.
+
+    tokenizer: None where the folder has none.
+    """
+    names = [*names, *['tokenizer.json'] * bool(tokenizer), 'meta.json']
+    renames = {folder / f'{name}.tmp': folder / name for name in names}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        if tokenizer:
+            tokenizer.save(folder / 'tokenizer.json.tmp')
+        (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
+        for temporary in renames:
+            with open(temporary, 'rb+') as f:
+                os.fsync(f.fileno())
+        (folder / 'meta.json').unlink(missing_ok=True)  # until the last rename the folder is recognisably incomplete
+        for temporary, final in renames.items():
+            temporary.replace(final)
+    except OSError as e:
+        raise UserError(f'{e.filename or folder}: {e.strerror}') from e
+    finally:
+        for temporary in renames:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _batches(documents, size=1 << 20):
+    """Yields lists of about size characters: (texts, ends), ends telling whether a text is the last of its document."""
+    texts, ends, total = [], [], 0
+    for document in documents:
+        for text in [document] if isinstance(document, str) else document:
+            if total >= size:
+                yield texts, ends
+                texts, ends, total = [], [], 0
+            texts.append(text)
+            ends.append(False)
+            total += len(text)
+        ends[-1] = True
+    if texts:
+        yield texts, ends
+
+
+def folder_for(script, name='', variant=''):
+    """The folder in data/ that the prepare.py at this path writes: its own, or beside that NAME, or with a variant of
+    its rows its own name with _VARIANT. UserError for one that is another prepare.py's."""
+    home = Path(script).resolve().parent
+    folder = home.parent / (name or f'{home.name}_{variant}' if name or variant else home.name)
+    if name and not re.fullmatch(r'\w[\w.-]*', name) or folder != home and (folder / 'prepare.py').exists():
+        raise UserError(f'name={name!r}: give --name=NAME, a folder to be written in data/ that has no prepare.py')
+    if variant and folder == home:
+        raise UserError(f'name={name!r}: rows with {variant} need a folder of their own: drop --name or give another')
+    return folder
+
+
+def check_sha256(path, sha256):
+    """UserError unless the file has this checksum."""
+    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(f'{path}: its sha256 is {found}, not {sha256}: it is another file or damaged; fetch it again')
+
+
+def fetch_url(url, path, sha256=None):
+    """Downloads url to path: into path.part, which a later call resumes by HTTP Range, renamed when it is whole.
+
+    A connection that breaks is taken up again as long as it brings something. The length that the server gives is
+    checked, and sha256 if given. UserError names the remedy.
+    """
+    import http.client
+    import urllib.request
+    part = Path(f'{path}.part')
+    part.parent.mkdir(parents=True, exist_ok=True)
+    print(f'fetching {url}', flush=True)
+    while True:
+        done = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                resumed = response.status == 206
+                rest = response.headers['Content-Length']
+                with open(part, 'ab' if resumed else 'wb') as f:
+                    shutil.copyfileobj(response, f, 1 << 20)
+            now = part.stat().st_size
+            if rest is None or now == int(rest) + done * resumed:
+                break
+            reason = f'the connection broke after {now:,} bytes'
+        except (OSError, http.client.HTTPException) as e:
+            if getattr(e, 'code', None) == 416:  # there is nothing after `done`: part is whole, or of another file
+                if e.headers['Content-Range'] == f'bytes */{done}':
+                    break
+                part.unlink()
+                continue
+            reason = getattr(e, 'reason', e)
+        if not part.exists() or part.stat().st_size <= done:
+            raise UserError(f'cannot download {url} ({reason}): fetch it by other means and give it with --input=PATH')
+    if sha256:
+        try:
+            check_sha256(part, sha256)
+        except UserError:
+            part.unlink()
+            raise
+    part.replace(path)
