@@ -13,7 +13,8 @@ import torch
 
 import lora
 from lora import LoRAConfig
-from model import GPT, Attention, GPTConfig, ScoreConfig, on_meta
+from model import GPT, Attention, GPTConfig, on_meta
+from reward_model import ScoreConfig
 
 WORDS, ROWS = ('the', 'cat', 'sat'), ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # three tokens, two numbers each
 

@@ -157,9 +157,9 @@ FAULTS = [
           'test_6_8 and nearest'),
     Fault('score_one_early', 'model.py', 'last = (mask * torch.arange(x.shape[1], device=x.device)).argmax(1)',
           'last = (mask * torch.arange(x.shape[1], device=x.device)).argmax(1) - 1', 'test_7_3'),
-    Fault('likelihood_sign', 'model.py', 'scores - self.score_gain.float() * losses.sum(1)',
+    Fault('likelihood_sign', 'reward_model.py', 'scores - self.score_gain.float() * losses.sum(1)',
           'scores + self.score_gain.float() * losses.sum(1)', 'test_7_3 and likelihood'),
-    Fault('values_look_ahead', 'model.py', 'F.pad(losses.cumsum(1), (1, 0))[:, :-1]', 'losses.cumsum(1)',
+    Fault('values_look_ahead', 'reward_model.py', 'F.pad(losses.cumsum(1), (1, 0))[:, :-1]', 'losses.cumsum(1)',
           'test_8_1 and (values or knows_nothing)'),
     # runtime.py
     Fault('exit_status', 'runtime.py', "int(os.environ.get('RANK', 0)), 2\n",

@@ -26,7 +26,8 @@ import torch
 import lora
 from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, known, read_json, reason_of
 from lora import LoRAConfig
-from model import GPT, GPTConfig, RewardModel, ScoreConfig, check_tensors, on_meta
+from model import GPT, GPTConfig, check_tensors, on_meta
+from reward_model import RewardModel, ScoreConfig
 from tokenizer import Tokenizer, UserError
 
 # ----------------------------------------------------------------------------------------------------------------------

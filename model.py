@@ -8,7 +8,6 @@ where it happens.
     loss = model(idx, targets)                   # mean over the targets that are not -100
     hidden = model(idx, output='hidden')         # (B, T, C)
     loss = model(idx, targets, source=source)    # n_encoder_layer > 0: (B, S) ids that the decoder attends to
-    scores = RewardModel(model)(idx, real)       # (B,), one number for the real tokens of each text
     new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=20)    # generate.py
 
     python model.py                              self-attention with numbers for a pencil, and what GPT-2 consists of
@@ -86,7 +85,7 @@ class GPTConfig:
                               ('rope_scaling', ('none', 'linear', 'llama3', 'yarn'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'expert_every'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
@@ -94,45 +93,41 @@ class GPTConfig:
                      'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout} must be in [0, 1)')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head} (or set head_dim)')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         default_mlp = -(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp == 'swiglu' else 4 * self.n_embd
         self.mlp_dim = self.mlp_dim or default_mlp
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
         self.expert_dim = self.expert_dim or self.mlp_dim
-        if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
-            raise ValueError(f'n_expert_active={self.n_expert_active} must be between 1 and n_expert={self.n_expert}')
-        if self.n_expert and (self.n_embd % 8 or self.expert_dim % 8):
-            raise ValueError(f'n_embd={self.n_embd} and expert_dim={self.expert_dim} must be multiples of 8, as '
-                             'grouped matrix products in 16 bits want them')
-        if self.expert_every < 1:
-            raise ValueError(f'expert_every={self.expert_every} must be at least 1')
-        if not self.window_pattern or set(self.window_pattern) - set('LG'):
-            raise ValueError(f'window_pattern={self.window_pattern!r} must be made of the letters L and G')
-        if (self.window or self.n_encoder_layer) and not self.causal:
-            name = 'window' if self.window else 'n_encoder_layer'
-            raise ValueError(f'{name}={getattr(self, name)} needs causal=True')
-        if self.n_sink and not self.window:
-            raise ValueError(f'n_sink={self.n_sink} needs a window')
-        if self.pos == 'rope' and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even with pos='rope'")
-        if self.pos == 'sinusoidal' and self.n_embd % 2:
-            raise ValueError(f"n_embd={self.n_embd} must be even with pos='sinusoidal'")
-        if self.rope_theta <= 1:
-            raise ValueError(f'rope_theta={self.rope_theta} must be above 1')
-        if self.rope_scaling != 'none':
-            if self.pos != 'rope' or self.rope_factor <= 1:
-                raise ValueError(f"rope_scaling={self.rope_scaling!r} needs pos='rope' and a rope_factor above 1")
-            self.rope_original = self.rope_original or max(1, int(self.block_size / self.rope_factor))
+        scaled = self.rope_scaling != 'none'
+        if scaled:
+            self.rope_original = self.rope_original or max(1, int(self.block_size / max(1, self.rope_factor)))
             self.rope_low = self.rope_low or 1.0
             self.rope_high = self.rope_high or (4.0 if self.rope_scaling == 'llama3' else 32.0)
-            if self.rope_high <= self.rope_low:
-                raise ValueError(f'rope_high={self.rope_high} must be above rope_low={self.rope_low}')
+        for wrong, why in (
+                (not 0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)'),
+                (self.n_head % self.n_kv_head, f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}'),
+                (self.n_expert and not 1 <= self.n_expert_active <= self.n_expert,
+                 f'n_expert_active={self.n_expert_active} must be between 1 and n_expert={self.n_expert}'),
+                (self.n_expert and (self.n_embd % 8 or self.expert_dim % 8),
+                 f'n_embd={self.n_embd} and expert_dim={self.expert_dim} must be multiples of 8, as grouped matrix '
+                 'products in 16 bits want them'),
+                (not self.window_pattern or set(self.window_pattern) - set('LG'),
+                 f'window_pattern={self.window_pattern!r} must be made of the letters L and G'),
+                (self.window and not self.causal, f'window={self.window} needs causal=True'),
+                (self.n_encoder_layer and not self.causal, f'n_encoder_layer={self.n_encoder_layer} needs causal=True'),
+                (self.n_sink and not self.window, f'n_sink={self.n_sink} needs a window'),
+                (self.pos == 'rope' and self.head_dim % 2, f"head_dim={self.head_dim} must be even with pos='rope'"),
+                (self.pos == 'sinusoidal' and self.n_embd % 2,
+                 f"n_embd={self.n_embd} must be even with pos='sinusoidal'"),
+                (self.rope_theta <= 1, f'rope_theta={self.rope_theta} must be above 1'),
+                (scaled and (self.pos != 'rope' or self.rope_factor <= 1),
+                 f"rope_scaling={self.rope_scaling!r} needs pos='rope' and a rope_factor above 1"),
+                (scaled and self.rope_high <= self.rope_low,
+                 f'rope_high={self.rope_high} must be above rope_low={self.rope_low}')):
+            if wrong:
+                raise ValueError(why)
 
     @property
     def renormalises(self):
@@ -1061,113 +1056,6 @@ def check_tensors(own, given):
         if own[name].shape != given[name].shape:
             raise ValueError(f'tensor {name} has shape {tuple(given[name].shape)} where this model has '
                              f'{tuple(own[name].shape)}')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# a reward model
-
-@dataclass
-class ScoreConfig:
-    """How a reward model scores a text. Raises ValueError for an unknown score_head."""
-    score_head: str = 'last'  # a reward model's score is read at the 'last' token of a text or from the 'mean' of all
-    score_likelihood: bool = False  # the score also counts the answer's log-probability, by the other head, which stays
-
-    def __post_init__(self):
-        if self.score_head not in ('last', 'mean'):
-            raise ValueError(f"score_head={self.score_head!r} is not one of 'last', 'mean'")
-
-
-def hidden_and_losses(model, hidden, targets):
-    """An `output` of GPT.forward: hidden states (B, T, C), and the cross-entropies (B, T) of targets, if any."""
-    return hidden, None if targets is None else model.cross_entropy(hidden, targets, 'none')
-
-
-class RewardModel(nn.Module):
-    """A GPT, causal or not, that scores texts by a linear function of one vector per text (arXiv:1909.08593).
-
-    With score_likelihood the answer's log-probability, times a gain that is learnt, is added: what DPO takes for a
-    reward (arXiv:2305.18290), its reference being part of the rest. A small model knows by its likelihood that a
-    number is wrong long before a score has learnt it. Without it the GPT loses its head.
-    """
-
-    def __init__(self, gpt, score=None):
-        super().__init__()
-        self.gpt, self.score_config = gpt, score or ScoreConfig()
-        if gpt.encoder is not None:
-            raise ValueError(f'n_encoder_layer={len(gpt.encoder)}: a reward model needs a decoder or an encoder alone')
-        if self.score_config.score_likelihood and not gpt.config.causal:
-            raise ValueError('score_likelihood=True needs causal=True')
-        self.score = nn.Linear(gpt.config.n_embd, 1, device=gpt.tok_emb.weight.device)
-        self.score_gain = None
-        self.register_buffer('score_scale', torch.tensor([1.0, 0.0]))  # gain and bias of `rewards`
-        if self.score_config.score_likelihood:
-            self.score_gain = nn.Parameter(torch.full((1,), 0.1))  # DPO's usual beta
-        else:
-            gpt.head = None
-        if not self.score.weight.is_meta:
-            nn.init.normal_(self.score.weight, 0.0, (gpt.config.n_embd + 1) ** -0.5)
-            nn.init.zeros_(self.score.bias)
-
-    @property
-    def config(self):
-        return self.gpt.config
-
-    def num_params(self, learning=False):
-        """As `GPT.num_params`, with the score's own."""
-        own = (p for name, p in self.named_parameters() if name.startswith('score'))
-        return self.gpt.num_params(learning) + sum(p.numel() for p in own)
-
-    def flops_per_token(self, T):
-        return self.gpt.flops_per_token(T)
-
-    def memory(self):
-        return self.gpt.memory() + sum(t.nbytes for n, t in self.state_dict().items() if n.startswith('score'))
-
-    def forward(self, idx, real=None, answer=None, output='scores'):
-        """ids (B, T), bool (B, T) True where a token is real and where it is the answer's, None = all -> (B,) float32.
-
-        Padding may stand anywhere. output='values', of a causal model and with padding on the right: (B, T) what the
-        model makes of each text up to each of its tokens, on the scale of `rewards`: a critic that knows much.
-        """
-        if output == 'values':
-            return self.values(idx, answer)
-        idx, real, answer = real_first(idx, real, answer if answer is not None else torch.ones_like(idx).bool())
-        hidden, losses = self.read(idx, real, answer & real)
-        with torch.autocast(idx.device.type, enabled=False):  # differences of scores want all digits
-            scores = self.linear(pooled(hidden, real, self.score_config.score_head).float())
-        return scores if losses is None else scores - self.score_gain.float() * losses.sum(1)
-
-    def read(self, idx, real, answer):
-        """Hidden states (B, T, C) and, with score_likelihood, the losses (B, T) of the answer's tokens."""
-        targets = None
-        if self.score_gain is not None:
-            targets = idx.roll(-1, 1).masked_fill(~answer.roll(-1, 1), -100)
-            targets[:, -1] = -100
-        mask = None if self.config.causal else real[:, None, None]
-        return self.gpt(idx, targets, mask=mask, real=real, output=hidden_and_losses)
-
-    def linear(self, vectors):
-        """float32 vectors (…, C) -> (…)."""
-        return F.linear(vectors, self.score.weight.float(), self.score.bias.float())[..., 0]
-
-    def values(self, idx, answer):
-        """See `forward`."""
-        hidden, losses = self.read(idx, None, answer)
-        with torch.autocast(idx.device.type, enabled=False):
-            vectors = hidden.float()
-            if self.score_config.score_head == 'mean':
-                vectors = vectors.cumsum(1) / torch.arange(1, idx.shape[1] + 1, device=idx.device)[:, None]
-            scores = self.linear(vectors)
-        if losses is not None:
-            scores = scores - self.score_gain.float() * F.pad(losses.cumsum(1), (1, 0))[:, :-1]
-        gain, bias = self.score_scale
-        return gain * scores + bias
-
-    def rewards(self, idx, real=None, answer=None):
-        """Scores (B,) times the gain and plus the bias of `score_scale`: what makes those of held-out answers have mean
-        0 and variance 1, once these have been measured (arXiv:1909.08593)."""
-        gain, bias = self.score_scale
-        return gain * self(idx, real, answer) + bias
 
 
 if __name__ == '__main__':

@@ -30,8 +30,9 @@ import lora
 from dataset import find_dataset
 from load import load_model, load_to_train
 from lora import LoRAConfig
-from model import GPTConfig, RewardModel
+from model import GPTConfig
 from optim import Optimizers, lr_factor, make_optimizers
+from reward_model import RewardModel
 from rollout import (
     SHARED_ROW,
     Rewards,

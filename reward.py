@@ -32,8 +32,9 @@ from dataset import answered, find_dataset, pad_texts, prefs_of
 from grade import interval, last_number, visible
 from load import load_to_score
 from lora import LoRAConfig
-from model import GPTConfig, ScoreConfig
+from model import GPTConfig
 from optim import lr_factor, make_optimizers
+from reward_model import ScoreConfig
 from rows import fraction_of
 from tokenizer import UserError
 

@@ -85,8 +85,9 @@ from dataset import (
 from generate import KVCache, RollingCache, filter_logits, pack, prefill, stream
 from grade import grade, interval, last_number, normalise, pass_at_k, rouge_l, token_f1, visible
 from lora import LoRAConfig, LoRALinear
-from model import GPT, Context, GPTConfig, LinearCrossEntropy, ScoreConfig, sinusoidal
+from model import GPT, Context, GPTConfig, LinearCrossEntropy, sinusoidal
 from preparation import fetch_url, write_dataset, write_rows
+from reward_model import ScoreConfig
 from rows import fraction_of, read_chats, read_prefs, read_prompts
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
