@@ -243,12 +243,15 @@ class Teacher:
         return hidden.to(self.head.dtype), self.head
 
 
-@torch.compiler.disable  # it would be compiled anew for every number of targets
 def loss_by_rule(model, hidden, _, rule, indices, given):
     """An `output` of GPT.forward: the mean of a rule's losses at N places of the flattened (B * T,), and its stats of
     each (N, 2). given: what the rule takes beside the logits, the targets and what it has of the teacher."""
-    h, head, learning = model.products(hidden.flatten(0, 1)[indices])
-    total, stats = LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
+    def compute(hidden, indices, *given):
+        h, head, learning = model.products(hidden.flatten(0, 1)[indices])
+        return LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
+    if torch.compiler.is_compiling():  # it would be compiled anew for every number of targets
+        compute = torch.compiler.disable(compute)
+    total, stats = compute(hidden, indices, *given)
     return total / len(stats), stats
 
 
