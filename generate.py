@@ -96,6 +96,7 @@ class KVCache:
         self.layers = [[torch.cat([F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair])
                         for pair in zip(mine, theirs, strict=True)]
                        for mine, theirs in zip(self.layers, other.layers, strict=True)]
+        self.source = {layer: torch.cat((kv, other.source[layer]), 1) for layer, kv in self.source.items()}
         self.lengths = self.lengths + other.lengths
 
 

@@ -55,7 +55,25 @@ def upgrade(state):
         state['lora_args'] = added
     if score.get('score_head'):
         state['score_args'] = score
+    heads = [tensor for name, tensor in (state['model'] | state.get('critic', {})).items()
+             if name in ('head.weight', 'critic.head.weight')]
+    if heads and ('score_gain' in state['model'] or 'critic.score_gain' in state.get('critic', {})):
+        state['optimizers'] = [_head_before_score(part, heads[-1].shape) for part in state.get('optimizers') or []]
     return state
+
+
+def _head_before_score(optimizer, head):
+    """The state of an optimizer in which a reward model's head, of this shape, came after its score."""
+    moments = dict(optimizer['state'])
+    for group in optimizer['param_groups']:
+        ids = group['params']
+        shapes = [moments[i]['exp_avg'].shape if 'exp_avg' in moments.get(i, {}) else () for i in ids]
+        at = next((k for k, shape in enumerate(shapes) if shape == (1, head[1])), len(ids))
+        if head in shapes[at:]:
+            order = [*ids[:at], ids[at + shapes[at:].index(head)]]
+            order += [i for i in ids if i not in order]
+            moments |= {new: optimizer['state'][old] for new, old in zip(ids, order, strict=True)}
+    return optimizer | {'state': moments}
 
 
 def read_checkpoint(path, mmap=False):

@@ -269,7 +269,8 @@ class ActorCritic(nn.Module):
 
     def critic_state(self):
         """The tensors of the critic by name: all but the policy's."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith('policy.')}
+        return {name.replace('critic.gpt.', 'critic.'): tensor for name, tensor in self.state_dict().items()
+                if not name.startswith('policy.')}
 
 
 def make_critic(policy):

@@ -765,6 +765,12 @@ class Run:
             raise UserError(f'{origin} holds no moments of this optimizer, it was trained with optimizer='
                             f'{before.get("optimizer")!r}: resume with that, or take its weights only: --init_from='
                             f'{self.out_dir} and a new --out_dir')
+        for part, old in zip(each(optimizers), saved, strict=True):  # a wrong shape would end in a crash
+            params = [p for group in part.param_groups for p in group['params']]
+            for i, moments in old['state'].items():
+                if any(moments[k].shape != params[i].shape for k in ('exp_avg', 'momentum_buffer') if k in moments):
+                    raise UserError(f'{origin} holds moments of other parameters: take its weights only: --init_from='
+                                    f'{self.out_dir} and a new --out_dir')
         if self.fsdp:
             for part, old in zip(each(optimizers), saved, strict=True):
                 params = [p for group in part.param_groups for p in group['params']]
