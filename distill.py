@@ -620,7 +620,7 @@ def evaluate(net, model, teacher, data, indices, run, rule, chats, token_bytes, 
     with run.unsharded(model):
         new_ids = generate(model, [start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
                                  vocab_limit=tokenizer.n_vocab)[0]
-    return metrics, summary, [sample_start + tokenizer.decode([i for i in new_ids if i != tokenizer.eot])]
+    return metrics, summary, [sample_start + tokenizer.decode([i for i in new_ids if i != tokenizer.eot], start=False)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Forcing:
         self.tools = tools
         self.max_think_tokens = max_think_tokens
         self.max_calls = max_calls
-        self.close = tokenizer.encode('</think>\n')
+        self.close = tokenizer.encode('</think>\n', start=False)
         for key, value, text in (('tools', tools, '<tool></tool>[-0123456789.error]'),
                                  ('max_think_tokens', max_think_tokens, '<think></think>\n')):
             if value and tokenizer.decode(tokenizer.encode(text)) != text:
@@ -142,7 +142,7 @@ class Forcing:
         calls = [*CALL.finditer(text)]
         if not calls or calls[-1].end() < len(text) or len(calls) > self.max_calls:
             return []
-        return self.tokenizer.encode(f'[{calculate(calls[-1][1])}]')
+        return self.tokenizer.encode(f'[{calculate(calls[-1][1])}]', start=False)
 
     def _closing(self, ids):
         # the budget is used up if <think> is complete within the first `end` tokens. It is looked for in the last of

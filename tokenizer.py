@@ -1,4 +1,4 @@
-"""Text <-> token ids: bytes, characters, a BPE trained here, any tiktoken encoding, any byte-level BPE of Hugging Face.
+"""Text <-> token ids: bytes, characters, a BPE trained here, any tiktoken encoding, any tokenizer.json of Hugging Face.
 
     tokenizer = get_tokenizer('bpe', texts, vocab_size=4096)
     ids = tokenizer.encode('To be, or not to be')
@@ -7,18 +7,20 @@
     ids, mask = tokenizer.chat_ids([{'role': 'user', 'content': 'Hi'}], generate=True)
 
 BPE (arXiv:1508.07909) on bytes as in GPT-2: `train_bpe` learns the merges here; encoding with them is tiktoken's work.
+Tokenizers of other people's models are run by the `tokenizers` library, which made them: see `HFTokenizer`.
 The calculator that an assistant may call in its answers is here, too: chats are tokenised around its results.
 """
 
 import codecs
 import difflib
+import functools
 import gc
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from fractions import Fraction
 
@@ -51,8 +53,11 @@ QWEN2_PATTERN = GPT4_PATTERN.replace(r'\p{N}{1,3}', r'\p{N}')
 # What a GGUF file calls them: the pattern, whether text becomes NFC first, whether whole words are looked up unmerged.
 GGUF_PRE = {'gpt-2': (GPT2_PATTERN, False, False), 'smollm': (SMOLLM_PATTERN, False, False),
             'qwen2': (QWEN2_PATTERN, True, False), 'llama-bpe': (GPT4_PATTERN, False, True)}
-# What Hugging Face's regular expressions (Oniguruma) and tiktoken's read differently.
-DIALECT = re.compile(r'(?<!\[)\^|\$|\}\+|\\[AbBGhHkKRwWXyYzZ]|&&|\(\?[^:=!<>i]')
+# How these patterns cut pure ASCII text, for the standard library's engine: see `HFTokenizer`.
+ASCII_CUTS = {GPT4_PATTERN: ASCII_PATTERN, QWEN2_PATTERN: ASCII_PATTERN.replace('[0-9]{1,3}', '[0-9]'),
+              GPT2_PATTERN: r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
+              SMOLLM_PATTERN: r" ?[A-Za-z]+|[0-9]|'(?:[sdmt]|ll|ve|re)| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"}
+WORD_END, NOT_ASCII = re.compile('[!-~](?= [A-Za-z])'), re.compile('[^\x00-\x7f]+')
 # The system's message that a chat template has as a constant: no quote closes in it.
 DEFAULT_SYSTEM = r"""<\|im_start\|>system(?:\n|\\n)((?:(?!<\|im_|['"] *[-+~}]).)+)<\|im_end\|>"""
 # GPT-2's printable spelling of a byte: itself where Latin-1 can show it, else the next letter from U+0100 on ('Ġ' is a
@@ -61,6 +66,17 @@ PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
 BYTE_ORDER = PRINTABLE + sorted(set(range(256)) - set(PRINTABLE))
 SPELLING = {b: chr(b if b in PRINTABLE else 256 + rank - len(PRINTABLE)) for rank, b in enumerate(BYTE_ORDER)}
 UNSPELL = {char: b for b, char in SPELLING.items()}
+
+# Of the tokenizers library: how bytes are spelled; the decoders whose text is that of the tokens, one after the other;
+# what is kept of tokenizer_config.json; what an id must not exceed; a text to compare tokenizers by.
+BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+DECODERS = [BYTE_LEVEL, {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, {'type': 'ByteFallback'},
+            {'type': 'Fuse'}, {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0},
+            *({'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': how, 'split': split}
+              for how in ('always', 'first', 'never') for split in (True, False))]
+KEPT = ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'add_bos_token', 'chat_template')
+MAX_VOCAB = 10**7
+PROBE = "It's 12345 days; naïve CAFÉ's\n\n  東京の e\u0301 \t x = f(a_b)[3];\r\n\t🙂 <b>&amp;</b>  end "
 
 # tiktoken dies of a million blanks in a row and knows valid UTF-8 only: such places are cut out before it sees text.
 BLANKS = 500_000
@@ -152,83 +168,92 @@ def _is_char(text):
     return len(text) == 1 and not '\ud800' <= text <= '\udfff'
 
 
+def _valid(text, errors='surrogateescape'):
+    """Text (str or any bytes) -> str in which a byte that is no UTF-8 travels as U+DC80 … U+DCFF."""
+    if isinstance(text, str) and text.isascii():
+        return text
+    return (text if isinstance(text, bytes) else _utf8(text)).decode('utf-8', errors)
+
+
+def _any_of(names):
+    """A regular expression for any of these names, the longest first, as a group."""
+    return re.compile('(' + '|'.join(map(re.escape, sorted(names, key=len, reverse=True))) + ')')
+
+
+def _need(condition, what):
+    if not condition:
+        raise UserError(f'not a tokenizer: {what}')
+
+
+def _line(error):
+    """What an exception says, as one line that is not too long."""
+    return ' '.join(f'{error}'.split())[:300]
+
+
 class Tokenizer:
     """Ids 0 … n_vocab-1 <-> text. Made by `get_tokenizer` and its like or `load`, not by hand.
 
     tokens: the bytes of every id in order, b'' where the id is a special token (or not in use); special: name -> id.
     eot, stop_ids: the ids that end a text; bos: the id that starts one, or None; chat: whether chats are ChatML;
-    system: what the system says in a chat where it says nothing. Of kind 'hf' only, nfc: text becomes NFC first;
-    order: the ids that encoding makes, first merges first.
+    system: what the system says in a chat where it says nothing.
     """
 
-    def __init__(self, kind, name, tokens, special, pattern=None, *, eot=None, bos=None, stop_ids=None, order=None,
-                 nfc=False, chat=True, system=None):
+    bos, chat, anew, strips = None, True, True, False  # these are of interest in an HFTokenizer
+
+    def __init__(self, kind, name, tokens, special, pattern=None, system=None):
         self.kind, self.name, self.tokens, self.special, self.pattern = kind, name, tokens, special, pattern
         self.n_vocab = len(tokens)
-        self.eot = special['<|endoftext|>'] if eot is None else eot
-        self.stop_ids, self.bos, self.order, self.nfc = stop_ids or [self.eot], bos, order, nfc
-        self.chat, self.system = chat, system
+        self.eot = special['<|endoftext|>']
+        self.stop_ids, self.system = [self.eot], system
         self.bytes_of = dict(enumerate(tokens)) | {i: _utf8(s) for s, i in special.items()}
-        self.special_regex = re.compile('(' + '|'.join(map(re.escape, sorted(special, key=len, reverse=True))) + ')')
+        self.special_regex = _any_of(special)
         if kind == 'chars':
             self.id_of = {token.decode(): i for i, token in enumerate(tokens) if token}
         elif kind != 'bytes':
             import regex
             import tiktoken  # here, for most commands do without
             self.id_of = {token: i for i, token in enumerate(tokens) if token}
-            # tiktoken merges by rank; where ids are in another order it sees the ranks, and `_ids` makes them ids.
-            ranks = self.id_of if order is None else {tokens[i]: rank for rank, i in enumerate(order)}
-            self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks)
             try:
-                self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-                self.words = regex.compile(pattern)
+                self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self.id_of, special_tokens={})
+                empty = regex.compile(pattern).match('')
             except (ValueError, regex.error) as error:
-                raise UserError(f"'pattern' is no regular expression: {' '.join(str(error).split())}") from None
-            if self.words.match(''):  # of which tiktoken would die
+                raise UserError(f"'pattern' is no regular expression: {_line(error)}") from None
+            if empty:  # of which tiktoken would die
                 raise UserError("'pattern' must not match an empty text")
 
-    def encode(self, text, allow_special=False):
-        """Text (str or any bytes) -> list of ids. '<|endoftext|>' and so on are plain text unless `allow_special`."""
-        data = text if isinstance(text, bytes) else _utf8(text)
-        text = data.decode('utf-8', 'surrogateescape')  # a byte that is no UTF-8 travels as U+DC80 … U+DCFF
+    def encode(self, text, allow_special=False, start=True):
+        """Text (str or any bytes) -> list of ids. '<|endoftext|>' and so on are plain text unless `allow_special`.
+
+        start: whether a text starts here, or goes on: SentencePiece puts a blank before the first word of a text.
+        """
+        text = _valid(text)
         if not allow_special:
-            return self._encode_ordinary(text)
+            return self._encode_ordinary(text, start)
         ids = []
         for i, part in enumerate(self.special_regex.split(text)):
-            ids += [self.special[part]] if i % 2 else self._encode_ordinary(part)
+            ids += [self.special[part]] if i % 2 else self._encode_ordinary(part, start)
         return ids
 
-    def _ids(self, ranks):
-        return ranks if self.order is None else [self.order[rank] for rank in ranks]
-
-    def _encode_ordinary(self, text):
+    def _encode_ordinary(self, text, start=True):
         if self.kind == 'bytes':
             return list(text.encode('utf-8', 'surrogateescape'))
         if self.kind == 'chars':
             return [self.id_of.get(char, self.special[UNK]) for char in text]
-        if self.nfc:
-            text = unicodedata.normalize('NFC', text)
-        ids, data = [], text.encode('utf-8', 'surrogateescape') if self.lost else b''
-        if len(data.translate(None, self.lost)) < len(data):  # Hugging Face drops such bytes after cutting into words
-            for word in self.words.finditer(text):
-                if data := word.group().encode('utf-8', 'surrogateescape').translate(None, self.lost):
-                    ids += self._ids(self.encoding._encode_single_piece(data))
-            return ids
         if text.isascii() and len(text) < BLANKS:
-            return self._ids(self.encoding.encode_ordinary(text))
+            return self.encoding.encode_ordinary(text)
+        ids = []
         for part in AWKWARD.split(text):
             if part and '\udc80' <= part[0] <= '\udcff':
                 ids += [self.id_of[bytes([b])] for b in part.encode('utf-8', 'surrogateescape')]
             else:
-                ids += self._ids(self.encoding.encode_ordinary(part))
+                ids += self.encoding.encode_ordinary(part)
         return ids
 
     def encode_batch(self, texts):
-        """An iterable of ordinary texts -> a list of their ids; tiktoken's threads where no text needs special care."""
+        """An iterable of ordinary texts -> a list of their ids; in threads where no text needs special care."""
         texts = list(texts)
-        simple = self.kind in ('bpe', 'tiktoken', 'hf') and not self.nfc and not self.lost
-        if simple and all(isinstance(t, str) and len(t) < BLANKS for t in texts):
-            return [*map(self._ids, self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()))]
+        if self.kind in ('bpe', 'tiktoken') and all(isinstance(t, str) and len(t) < BLANKS for t in texts):
+            return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
         return [self.encode(t) for t in texts]
 
     @property
@@ -259,15 +284,16 @@ class Tokenizer:
                                 f'is a string')
         if self.system is not None and [m['role'] for m in messages[:1]] != ['system']:
             messages = [{'role': 'system', 'content': self.system}, *messages]
-        start, end, newline = self.special['<|im_start|>'], self.special['<|im_end|>'], self.encode('\n')
-        header, ids, mask = [start, *self.encode('assistant\n')], [], []
+        start, end = self.special['<|im_start|>'], self.special['<|im_end|>']
+        newline = self.encode('\n', start=self.anew)
+        header, ids, mask = [start, *self.encode('assistant\n', start=self.anew)], [], []
         for m in messages:
             if m['role'] == 'assistant':  # apart from its header, as when it is generated
                 content, counts = self._answer_ids(m['content'])
                 ids += header + content + [end] + newline
                 mask += [0] * len(header) + counts + [1] + [0] * len(newline)
             else:
-                ids += [start, *self.encode(f"{m['role']}\n{m['content']}"), end, *newline]
+                ids += [start, *self.encode(f"{m['role']}\n{m['content']}", start=self.anew), end, *newline]
                 mask += [0] * (len(ids) - len(mask))
         return (ids + header, mask + [0] * len(header)) if generate else (ids, mask)
 
@@ -275,9 +301,10 @@ class Tokenizer:
         """What the assistant says -> its ids, and 1 for those that it has to produce, 0 for results of calls."""
         ids, counts, end = [], [], 0
         for call in ANSWERED_CALL.finditer(content):
-            said, result = self.encode(content[end:call.start(2)]), self.encode(call[2])
+            said = self.encode(content[end:call.start(2)], start=False)
+            result = self.encode(call[2], start=False)
             ids, counts, end = ids + said + result, counts + [1] * len(said) + [0] * len(result), call.end()
-        rest = self.encode(content[end:])
+        rest = self.encode(content[end:], start=False)
         return ids + rest, counts + [1] * len(rest)
 
     def decode_bytes(self, ids):
@@ -287,13 +314,14 @@ class Tokenizer:
         except KeyError as error:
             raise UserError(f'token id {error} is outside the {self.n_vocab} ids of tokenizer {self.name}') from None
 
-    def decode(self, ids):
-        """Ids -> str; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', 'replace')
+    def decode(self, ids, start=True):
+        """Ids -> str; bytes that are not UTF-8 become U+FFFD. start: as in `encode`: the blank put there goes."""
+        data = self.decode_bytes(ids)
+        return data[start and self.strips and data[:1] == b' ':].decode('utf-8', 'replace')
 
-    def stream(self):
+    def stream(self, start=True):
         """A decoder for ids that come one by one: its texts, flush() last, add up to decode() of all the ids."""
-        return Stream(self)
+        return Stream(self, start)
 
     def token_bytes(self):
         """Bytes of text that each id stands for, int32 (n_vocab,), 0 for specials: what bits per byte divide by."""
@@ -302,66 +330,71 @@ class Tokenizer:
     def to_dict(self):
         """Everything, in plain JSON types; bytes are spelled as in GPT-2's files ('Ġ' is a space)."""
         spell = bytes.decode if self.kind == 'chars' else lambda token: ''.join([SPELLING[b] for b in token])
-        more = HF_FIELDS if self.kind == 'hf' else {'system': 0} if self.system else {}
         return {'kind': self.kind, 'name': self.name, 'special': dict(self.special), 'pattern': self.pattern or '',
-                'tokens': [spell(token) for token in self.tokens]} | {key: getattr(self, key) for key in more}
+                'tokens': [spell(token) for token in self.tokens]} | ({'system': self.system} if self.system else {})
 
     def same_as(self, other):
-        """Whether another tokenizer, or its `to_dict`, makes the same of every text, whatever it is called."""
-        own, other = ({key: value for key, value in d.items() if key != 'name'}
-                      for d in (self.to_dict(), other if isinstance(other, dict) else other.to_dict()))
-        return own == other
+        """Whether another tokenizer, or its `to_dict`, makes the same of every text, whatever it is called.
+
+        Files of Hugging Face that differ are the same if each id means the same and a difficult text has the same ids.
+        """
+        other = Tokenizer.from_dict(other) if isinstance(other, dict) else other
+        if 'hf' not in (self.kind, other.kind):
+            return self.to_dict() | {'name': ''} == other.to_dict() | {'name': ''}
+        if (self.n_vocab, self.special, self.encode(PROBE)) != (other.n_vocab, other.special, other.encode(PROBE)):
+            return False
+        return all(self.bytes_of[i] == other.bytes_of[i] for i in range(self.n_vocab))
 
     @staticmethod
     def from_dict(d):
         """The inverse of `to_dict`; UserError says what is wrong with a dict that is no tokenizer."""
-        def need(condition, what):
-            if not condition:
-                raise UserError(f'not a tokenizer: {what}')
-
-        need(isinstance(d, dict) and d.get('kind') in KINDS, f"'kind' must be one of {', '.join(KINDS)}")
+        _need(isinstance(d, dict) and d.get('kind') in KINDS, f"'kind' must be one of {', '.join(KINDS)}")
         kind, name, special, spelled, pattern = (d.get(k) for k in ('kind', 'name', 'special', 'tokens', 'pattern'))
-        need(isinstance(name, str), "'name' must be a string")
-        need(isinstance(spelled, list) and all(isinstance(t, str) for t in spelled), "'tokens' must be a list of str")
-        need(isinstance(special, dict), "'special' must map names to ids")
+        _need(isinstance(name, str), "'name' must be a string")
+        if kind == 'hf' and 'tokenizer_json' in d:
+            text, config, ends = (d.get(k) for k in ('tokenizer_json', 'config', 'ends'))
+            _need(isinstance(text, str), "'tokenizer_json' must be a string")
+            _need(isinstance(config, dict), "'config' must be a dict")
+            _need(isinstance(ends, list), "'ends' must be a list of ids")
+            return HFTokenizer(name, text, config, ends)
+        _need(isinstance(spelled, list) and all(isinstance(t, str) for t in spelled), "'tokens' must be a list of str")
+        _need(isinstance(special, dict), "'special' must map names to ids")
         required = () if kind == 'hf' else SPECIALS + (UNK,) * (kind == 'chars')
         missing = [s for s in required if s not in special]
-        need(not missing, f"'special' lacks {', '.join(missing)}")
+        _need(not missing, f"'special' lacks {', '.join(missing)}")
         for s, i in special.items():
-            need(s and isinstance(s, str) and type(i) is int and 0 <= i < len(spelled) and not spelled[i],
-                 f"the id of special token '{s}' must be a line of 'tokens' that is empty")
-        need(len(set(special.values())) == len(special), 'two special tokens share an id')
+            _need(s and isinstance(s, str) and type(i) is int and 0 <= i < len(spelled) and not spelled[i],
+                  f"the id of special token '{s}' must be a line of 'tokens' that is empty")
+        _need(len(set(special.values())) == len(special), 'two special tokens share an id')
         first = {}
         for i, token in enumerate(spelled):
-            need(not token or first.setdefault(token, i) == i, f'token {i} is the same as token {first.get(token)}')
+            _need(not token or first.setdefault(token, i) == i, f'token {i} is the same as token {first.get(token)}')
             good = _is_char(token) or not token if kind == 'chars' else all(c in UNSPELL for c in token)
-            need(good, f'token {i} is misspelled: {token!r}')
-        more = {key: d[key] for key in (HF_FIELDS if kind == 'hf' else ['system']) if key in d}
-        if kind == 'hf':
-            need(more.keys() == HF_FIELDS.keys(), f"'hf' lacks {', '.join(HF_FIELDS.keys() - more.keys())}")
-            ends, order = more['stop_ids'], more['order']
-            need(isinstance(ends, list) and {*map(repr, [more['eot'], *ends])} <= {*map(repr, special.values())},
-                 "'eot' and 'stop_ids' must be ids of special tokens")
-            need(more['bos'] is None or more['bos'] in special.values(), "'bos' must be the id of a special token")
-            need(isinstance(order, list) and all(type(i) is int and 0 <= i < len(spelled) and spelled[i] for i in order)
-                 and len(set(order)) == len(order) > 0, "'order' must list ids of tokens, each once")
-            need(type(more['nfc']) is type(more['chat']) is bool, "'nfc' and 'chat' must be true or false")
-        need(isinstance(more.get('system'), str | None), "'system' must be a string or null")
+            _need(good, f'token {i} is misspelled: {token!r}')
+        system = d.get('system')
+        _need(isinstance(system, str | None), "'system' must be a string or null")
         if kind == 'chars':
-            return Tokenizer(kind, name, [t.encode() for t in spelled], special, **more)
+            return Tokenizer(kind, name, [t.encode() for t in spelled], special, system=system)
         tokens = [bytes([UNSPELL[c] for c in t]) for t in spelled]
         if kind == 'bytes':
-            need(tokens[:256] == [bytes([b]) for b in range(256)] and not any(tokens[256:]),
-                 "'tokens' must be the 256 bytes in order")
-            return Tokenizer(kind, name, tokens, special, **more)
-        need(kind == 'hf' or len({t for t in tokens if len(t) == 1}) == 256,
-             "'tokens' must hold each of the 256 single bytes")
-        need(isinstance(pattern, str), "'pattern' must be a string")
-        return Tokenizer(kind, name, tokens, special, pattern, **more)
+            _need(tokens[:256] == [bytes([b]) for b in range(256)] and not any(tokens[256:]),
+                  "'tokens' must be the 256 bytes in order")
+            return Tokenizer(kind, name, tokens, special, system=system)
+        _need(isinstance(pattern, str), "'pattern' must be a string")
+        if kind == 'hf':  # as runs had it before HFTokenizer; order: the ids of the tokens, first merges first
+            _need(d.get('bos') in (None, *special.values()), "'bos' must be the id of a special token")
+            try:
+                text = _byte_level_json(tokens, special, pattern, d['order'], d['nfc'], d['bos'])
+                return HFTokenizer(name, text, {'chat_template': _chatml(system) if d['chat'] else ''}, d['stop_ids'])
+            except (KeyError, TypeError, IndexError) as error:
+                raise UserError(f"not a tokenizer: {type(error).__name__} {error} in 'order', 'nfc', 'bos', 'chat' or "
+                                "'stop_ids'") from None
+        _need(len({t for t in tokens if len(t) == 1}) == 256, "'tokens' must hold each of the 256 single bytes")
+        return Tokenizer(kind, name, tokens, special, pattern, system)
 
     def save(self, path):
         """Write one JSON file with a token a line; at every instant `path` is the old file or the whole new one."""
-        _write_json(path, self.to_dict())
+        _write_text(path, json.dumps(self.to_dict(), ensure_ascii=False, indent=0))
 
     @staticmethod
     def load(path):
@@ -376,70 +409,32 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json: transformers' AutoTokenizer reads the same ids from them."""
         if self.kind == 'chars':
             raise UserError("Hugging Face has no such tokenizer as 'chars': train with 'bpe' or 'bytes' to export")
-        from tiktoken_ext.openai_public import r50k_pat_str
-        spell = {token: ''.join([SPELLING[b] for b in token]) for token in self.tokens if token}
-        rank = {self.tokens[i]: n for n, i in enumerate(self.order or range(self.n_vocab)) if self.tokens[i]}
-        merges = [_parts(token, rank, rank[token]) for token in rank if len(token) > 1]
-        vocab = {spell[token]: i for i, token in enumerate(self.tokens) if token} | self.special
-        cut = bytelevel = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-        if self.pattern == SMOLLM_PATTERN:
-            cut = {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, cut]}
-        elif self.pattern not in (None, GPT2_PATTERN, r50k_pat_str):  # to bytes alone any cuts will do
-            # Oniguruma's `$` ends a line and its `{1,3}+` is no possessive one. What does not match is removed.
-            onig = re.sub(r'(\\p\{\w+\}|\[[^]]*\]|\\?.)(\{[\d,]+\})\+', r'(?>\1\2)', self.pattern)
-            how = ('Isolated', False) if onig in (GPT4_PATTERN, QWEN2_PATTERN) else ('Removed', True)
-            cut = {'type': 'Sequence', 'pretokenizers': [
-                {'type': 'Split', 'pattern': {'Regex': onig.replace('$', r'(?![\s\S])')}, 'behavior': how[0],
-                 'invert': how[1]}, cut | {'use_regex': False}]}
-        names, text = {i: s for s, i in self.special.items()}, {'Sequence': {'id': 'A', 'type_id': 0}}
-        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-                  'eos_token': names[self.eot]}
-        if '<|pad|>' in self.special:
-            config['pad_token'] = '<|pad|>'
-        post = None
-        if self.bos is not None:
-            bos = config['bos_token'] = names[self.bos]
-            post = {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': bos, 'type_id': 0}}, text],
-                    'pair': [text, text], 'special_tokens': {bos: {'id': bos, 'ids': [self.bos], 'tokens': [bos]}}}
-        if self._has_chat():
-            system = '' if self.system is None else (
-                "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\n"
-                + re.sub(r"(['\\])", r'\\\1', self.system) + "<|im_end|>\n' }}{% endif %}")
-            config['chat_template'] = (
-                '{% for message in messages %}' + system + "{{ '<|im_start|>' + message['role'] + '\n' + "
-                "message['content'] + '<|im_end|>\n' }}{% endfor %}"
-                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-        flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False) | {'special': True}
-        hf = {'version': '1.0', 'added_tokens': [{'id': i, 'content': names[i]} | flags for i in sorted(names)],
-              'normalizer': {'type': 'NFC'} if self.nfc else None, 'pre_tokenizer': cut, 'post_processor': post,
-              'decoder': bytelevel, 'model': {
-                  'type': 'BPE', 'ignore_merges': len(rank) == len(spell), 'vocab': vocab,
-                  'merges': [f'{spell[m[0]]} {spell[m[1]]}' for m in merges if len(m) == 2]}}
-        try:
-            os.makedirs(directory, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'cannot write {directory}: {error.strerror}') from None
-        _write_json(os.path.join(directory, 'tokenizer.json'), hf)
-        _write_json(os.path.join(directory, 'tokenizer_config.json'), config)
+        config = {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>', 'chat_template': _chatml(self.system)}
+        _write_hf(directory, _byte_level_json(self.tokens, self.special, self.pattern), config)
 
 
-HF_FIELDS = dict.fromkeys(('eot', 'bos', 'stop_ids', 'order', 'nfc', 'chat', 'system'))
+def _read_text(path):
+    try:
+        with open(path, 'rb') as f:
+            return f.read().decode()
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from None
+    except ValueError as error:
+        raise UserError(f'{path}: not JSON: {error}') from None
 
 
 def _read_json(path):
+    text = _read_text(path)
     try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}') from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: not JSON: {error}') from None
 
 
-def _write_json(path, d):
+def _write_text(path, text):
     try:
         with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-            json.dump(d, f, ensure_ascii=False, indent=0)
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(f'{path}.tmp', path)
@@ -450,11 +445,15 @@ def _write_json(path, d):
 class Stream:
     """push(id) -> the text that is complete by now, flush() -> what is left; never half a UTF-8 character."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, start=True):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder('utf-8')('replace')
+        self.start = start and tokenizer.strips  # until there is a byte
 
     def push(self, token):
-        return self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        data = self.tokenizer.decode_bytes([token])
+        if self.start and data:
+            self.start, data = False, data.removeprefix(b' ')
+        return self.decoder.decode(data)
 
     def flush(self):
         return self.decoder.decode(b'', final=True)
@@ -600,7 +599,8 @@ def get_tokenizer(name, texts=None, vocab_size=None):
         return bytes_tokenizer()
     if os.path.isdir(name):
         path = os.path.join(name, 'tokenizer.json')
-        return Tokenizer.load(path) if 'kind' in _read_json(path) else hf_tokenizer(name)
+        own = re.match(r'\s*\{\s*"kind"', _read_text(path))  # which `save` writes first
+        return Tokenizer.load(path) if own else hf_tokenizer(name)
     if name in ('chars', 'bpe') and texts is None:
         raise UserError(f"tokenizer '{name}' learns from text and was given none")
     if name == 'chars':
@@ -629,6 +629,347 @@ def get_tokenizer(name, texts=None, vocab_size=None):
     return _with_specials('tiktoken', name, tokens, special, encoding._pat_str)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizers of other people's models
+
+class HFTokenizer(Tokenizer):
+    """Somebody else's tokenizer: the `tokenizers` library makes the ids from the text of a tokenizer.json.
+
+    special: the added tokens that are 'special' there, and whatever starts or ends a text or a turn: plain text never
+    becomes one. Other added tokens are found in any text, as the library does it. `encode(text, allow_special=True)`
+    gives the ids of transformers with add_special_tokens=False. Bytes that are no UTF-8 become U+FFFD.
+
+    The library encodes about 3 MB of text a second and core. Where its pre-tokenizer is one of ASCII_CUTS, words of
+    ASCII letters are cut here, thrice as fast, and the library only merges those that are new.
+    """
+
+    def __init__(self, name, text, config, ends=()):
+        """text: of a tokenizer.json; config: what is KEPT of tokenizer_config.json; ends: more ids that end a text."""
+        self.kind, self.name, self.text, self.config, self.ends = 'hf', name, text, config, [*ends]
+        self.library = _library(text)
+        self.ids_of_word = _WordIds(self.library)
+        try:
+            self._read(self.library)
+        except UserError:
+            raise
+        except Exception as error:  # the library's own are of no other class
+            raise UserError(f'not a tokenizer that can be used: {type(error).__name__} {_line(error)}') from None
+
+    def _read(self, library):
+        vocab, added = library.get_vocab(), {t.content: t for t in library.get_added_tokens_decoder().values()}
+        ids, token_of = {*vocab.values()}, library.id_to_token
+        self.n_vocab = max(ids, default=0) + 1
+        if len(ids) < len(vocab) or self.n_vocab > MAX_VOCAB:
+            raise UserError(f"'model.vocab' has one id for two tokens, or an id above {MAX_VOCAB:,}")
+        if getattr(library.model, 'dropout', None):
+            raise UserError("'model.dropout' makes ids random: set it to null")
+
+        eos, bos = (v['content'] if isinstance(v := self.config.get(key), dict) else v
+                    for key in ('eos_token', 'bos_token'))
+        ends = [eos, *(token_of(i) for i in self.ends if type(i) is int and i in ids and token_of(i) in added)]
+        ends = [vocab[t] for t in ends if t in vocab] or [vocab[t] for t in added if t == '<|endoftext|>']
+        if not ends:
+            raise UserError("no special token ends a text: name an 'eos_token' in tokenizer_config.json")
+        self.eot, self.stop_ids = ends[0], [*dict.fromkeys(ends)]
+        plain, whole = (library.encode('a\U000f0000', add_special_tokens=add).ids for add in (False, True))
+        self.bos = vocab.get(bos) if self.config.get('add_bos_token') else None
+        if len(whole) > len(plain) and whole[0] != plain[0] and token_of(whole[0]) in added:
+            self.bos = whole[0]
+
+        own = [token_of(i) for i in (*self.stop_ids, self.bos) if i is not None]
+        own += [t for t in ('<|im_start|>', '<|im_end|>') if t in added]
+        self.special = {t: vocab[t] for t in [*(t for t in added if added[t].special), *own]}
+        self.not_added = [t for t in own if t not in added]
+        for t in {*own} & added.keys():
+            added[t].special = True
+        library.add_special_tokens([added.get(t, t) for t in own])  # their ids stay
+        library.encode_special_tokens = True  # like any text
+        self.forbidden = {*self.special.values()} - {*plain}  # what cannot be encoded may become <unk>
+
+        cut, norm = _state(library.pre_tokenizer), _state(library.normalizer)
+        known = [words for pattern, words in ASCII_CUTS.items() if cut == _pre_tokenizer(pattern)]
+        self.ascii_words = re.compile(known[0], re.ASCII).findall if known and norm in (None, {'type': 'NFC'}) else None
+        plain_added = [t for t in added if t not in self.special]
+        self.plain_added = _any_of(plain_added) if known and plain_added else None
+        steps = _steps(library.decoder) or [step for step in _steps(library.pre_tokenizer) if step == BYTE_LEVEL]
+        if not steps or any(step not in DECODERS for step in steps):
+            raise UserError(f"'decoder' is {json.dumps(_state(library.decoder))[:200]}, which is not supported")
+        self.bytes_of = _TokenBytes(library, self.n_vocab, steps)
+        self.prefix = self.decode_bytes(plain).startswith(b' ')  # the blank that SentencePiece puts before a text
+        self.anew = not any(step.get('prepend_scheme') == 'first' for step in _steps(library.pre_tokenizer))
+        self.strips = any(step['type'] == 'Strip' or step.get('prepend_scheme', 'never') != 'never' for step in steps)
+
+        template = self.config.get('chat_template')
+        if isinstance(template, list):
+            template = {t['name']: t['template'] for t in template}.get('default')
+        self.chat = template is None or '<|im_start|>' in template and 'bos_token' not in template
+        system = re.search(DEFAULT_SYSTEM, template or '', re.S)
+        self.system = system and re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], system[1])
+
+    @functools.cached_property
+    def _with_specials(self):
+        """The library's tokenizer that finds special tokens in a text."""
+        library = _library(self.text)
+        library.add_special_tokens(self.not_added)
+        return library
+
+    def encode(self, text, allow_special=False, start=True):
+        text = _valid(text, 'replace')
+        return self._run(self._with_specials, text, start) if allow_special else self._encode_ordinary(text, start)
+
+    def _encode_ordinary(self, text, start=True):
+        ids = self._rows([text])[0] if start or not self.prefix else self._run(self.library, text, start)
+        return self._guarded(text, ids, start)
+
+    def encode_batch(self, texts):
+        texts = [_valid(t, 'replace') for t in texts]
+        return [self._guarded(text, ids) for text, ids in zip(texts, self._rows(texts), strict=True)]
+
+    def _run(self, library, text, start):
+        """The library's ids. A text that goes on follows another one, before which the blank of a start is put."""
+        for before in () if start or not self.prefix else '\n.a':
+            known, ids = (library.encode(t, add_special_tokens=False).ids for t in (before, before + text))
+            if ids[:len(known)] == known:
+                return ids[len(known):]
+        return library.encode(text, add_special_tokens=False).ids
+
+    def _rows(self, texts):
+        """The ids of texts: of their pieces of known words, and what the library makes of all other pieces."""
+        rows = [self._pieces(text) for text in texts]
+        others = [piece for pieces in rows for piece, known in pieces if not known]
+        encoded = iter(self.library.encode_batch_fast(others, add_special_tokens=False))
+        chain = itertools.chain.from_iterable
+        return [[*chain(chain(map(self.ids_of_word.__getitem__, self.ascii_words(piece)) if known
+                              else [next(encoded).ids] for piece, known in pieces))] for pieces in rows]
+
+    def _pieces(self, text):
+        """Cuts text before words that begin anew by all of ASCII_CUTS -> [(piece, whether all of it is ASCII)]."""
+        if self.ascii_words is None or self.plain_added and self.plain_added.search(text):
+            return [(text, False)]
+        pieces, done = [], 0
+        for odd in NOT_ASCII.finditer(text):
+            if odd.start() >= done:
+                begin = text.rfind(' ', done, odd.start())
+                while begin > done and not WORD_END.match(text, begin - 1):
+                    begin = text.rfind(' ', done, begin)
+                begin, end = max(begin, done), WORD_END.search(text, odd.end())
+                pieces += [(text[done:begin], True), (text[begin:end.end() if end else None], False)]
+                done = end.end() if end else len(text)
+        return [*pieces, (text[done:], True)]
+
+    def _guarded(self, text, ids, start=True):
+        """The ids of plain text without special tokens, which some vocabularies have among their words, too."""
+        if self.forbidden.isdisjoint(ids):
+            return ids
+        ids, end = [], 0
+        for cut in [*(name.start() + 1 for name in _any_of(self.special).finditer(text)), len(text)]:
+            ids += self._run(self.library, text[end:cut], start and end == 0)
+            end = cut
+        return [i for i in ids if i not in self.forbidden]
+
+    def token_bytes(self):
+        special = {*self.special.values()}
+        return np.array([0 if i in special else len(self.bytes_of[i]) for i in range(self.n_vocab)], dtype=np.int32)
+
+    def to_dict(self):
+        return {'kind': 'hf', 'name': self.name, 'ends': self.ends, 'config': self.config, 'tokenizer_json': self.text}
+
+    def to_hf(self, directory):
+        """Write its own tokenizer.json, and a tokenizer_config.json by which transformers takes that as it is."""
+        names = {'eos_token': self.eot} | ({} if self.bos is None else {'bos_token': self.bos})
+        _write_hf(directory, self.text, self.config | {k: self.library.id_to_token(i) for k, i in names.items()})
+
+
+class _WordIds(dict):
+    """What the library's merges make of a word: its ids."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def __missing__(self, word):
+        ids = [token.id for token in self.library.model.tokenize(word.translate(SPELLING))]
+        if len(self) < 10**6:
+            self[word] = ids
+        return ids
+
+
+class _TokenBytes(dict):
+    """The bytes of the library's tokens by their ids, found when they are asked for; KeyError for what is no id."""
+
+    def __init__(self, library, n_vocab, steps):
+        self.library, self.n_vocab = library, n_vocab
+        self.byte_level, self.fallback = BYTE_LEVEL in steps, {'type': 'ByteFallback'} in steps
+
+    def __missing__(self, i):
+        if not 0 <= i < self.n_vocab:
+            raise KeyError(i)
+        token = self.library.id_to_token(i) or ''
+        if self.byte_level and all(c in UNSPELL for c in token):
+            self[i] = bytes([UNSPELL[c] for c in token])
+        elif self.fallback and re.fullmatch('<0x[0-9A-Fa-f]{2}>', token):
+            self[i] = bytes.fromhex(token[3:5])
+        else:
+            self[i] = (token if self.byte_level else token.replace('▁', ' ')).encode()
+        return self[i]
+
+
+def _library(text):
+    """The text of a tokenizer.json -> a Tokenizer of the library, which reads it and runs nothing that is in there."""
+    import tokenizers  # here, for most commands do without
+    try:
+        library = tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:  # what the library calls a panic is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(f'not a tokenizer.json of Hugging Face: {_line(error)}') from None
+    library.no_truncation()  # which are settings for batches, and would cut or pad a text
+    library.no_padding()
+    return library
+
+
+def _state(part):
+    """A normalizer, pre-tokenizer or decoder of the library -> its dict, without what is of no interest to ids."""
+    def hook(d):
+        return d | {'trim_offsets': True} if 'trim_offsets' in d else d
+    return part and json.loads(part.__getstate__(), object_hook=hook)
+
+
+def _steps(part):
+    d = _state(part) or {}
+    steps = d.get('pretokenizers', d.get('decoders', [d] * bool(d)))
+    # of how it cuts text in words nothing matters when these are decoded
+    return [BYTE_LEVEL if step['type'] == 'ByteLevel' else step for step in steps]
+
+
+def hf_tokenizer(directory):
+    """A tokenizer of Hugging Face (Llama, Mistral, Qwen, Gemma, SmolLM2 …): the folder that has the tokenizer.json."""
+    path = os.path.join(directory, 'tokenizer.json')
+    text, found = _read_text(path), {}
+    for name in ('tokenizer_config.json', 'generation_config.json', 'config.json', 'chat_template.jinja'):
+        file = os.path.join(directory, name)
+        if os.path.exists(file):
+            found[name] = _read_json(file) if name.endswith('json') else _read_text(file)
+    config, generation = found.get('tokenizer_config.json', {}), found.get('generation_config.json')
+    try:
+        ends = (generation or found.get('config.json', {})).get('eos_token_id')
+        kept = {key: config[key] for key in KEPT if config.get(key) is not None}
+        if 'chat_template.jinja' in found:
+            kept['chat_template'] = found['chat_template.jinja']
+        listed = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)  # not all of the text is parsed: it is long
+        listed = json.JSONDecoder().raw_decode(text, listed.end())[0] if listed else []
+        listed = [(t['content'], t['id']) for t in listed]
+        listed += [(t['content'], int(i)) for i, t in config.get('added_tokens_decoder', {}).items()]
+        name = os.path.basename(os.path.abspath(directory))
+        tokenizer = HFTokenizer(name, text, kept, ends if isinstance(ends, list) else [ends])
+        ids = {t.content: i for i, t in tokenizer.library.get_added_tokens_decoder().items()}
+        for token, i in listed:
+            if ids.get(token) != i:
+                raise UserError(f'added token {token!r} has the id {i}, the tokenizers library makes that '
+                                f'{ids.get(token)}: set it so')
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f'{path}: not a tokenizer.json of Hugging Face: {type(error).__name__} {error}') from None
+    return tokenizer
+
+
+def gguf_tokenizer(fields):
+    """The tokenizer of a GGUF file, whose metadata is the dict `fields`: 'tokenizer.ggml.tokens' and its like.
+
+    'gpt2' is byte-level BPE, cut into words as 'tokenizer.ggml.pre' says; 'llama' is SentencePiece's BPE, whose merges
+    follow from the scores of the tokens where the file has none, as transformers makes them.
+    """
+    get = {key.removeprefix('tokenizer.ggml.'): value for key, value in fields.items()}.get
+    for key, known in [('model', ('gpt2', 'llama')), *[('pre', GGUF_PRE)] * (get('model') == 'gpt2')]:
+        if get(key) not in known:
+            raise UserError(f"'tokenizer.ggml.{key}' is '{get(key)}', which is not supported: only {', '.join(known)}")
+    for key in ('tokens', 'merges' if get('model') == 'gpt2' or get('scores') is None else 'scores'):
+        if get(key) is None:
+            raise UserError(f"'tokenizer.ggml.{key}' is missing")
+    tokens, types, merges = get('tokens'), [*map(int, get('token_type', []))], get('merges')
+    types += [1] * (len(tokens) - len(types))  # 2: unknown, 3: control, 4: the user's, 5: unused, 6: a byte
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != 5}
+    if len(vocab) != len(tokens) - types.count(5):
+        raise UserError("'tokenizer.ggml.tokens' has a token twice")
+    if get('model') == 'gpt2':
+        pattern, nfc, starts = GGUF_PRE[get('pre')]
+        d = {'normalizer': {'type': 'NFC'} if nfc else None, 'pre_tokenizer': _pre_tokenizer(pattern),
+             'decoder': BYTE_LEVEL, 'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges, 'ignore_merges': starts}}
+    else:
+        unknown = next((t for t, i in vocab.items() if i == get('unknown_token_id', 0)), None)
+        d, starts = _sentencepiece(vocab, merges, get('scores'), get('add_space_prefix', True), unknown), True
+    special = {token: types[i] != 4 for token, i in vocab.items() if types[i] in (2, 3, 4)}
+    bos = get('bos_token_id') if get('add_bos_token', starts) else None
+    ends = [i for key in ('eos', 'eot', 'eom') if (i := get(f'{key}_token_id')) is not None]
+    if not {*ends} & {vocab[t] for t in special} and '<|endoftext|>' not in special:
+        raise UserError("no special token ends a text: 'tokenizer.ggml.eos_token_id' is none")
+    template = fields.get('tokenizer.chat_template')
+    return HFTokenizer(fields.get('general.name', 'gguf'), _tokenizer_json(d, vocab, special, bos),
+                       {} if template is None else {'chat_template': template}, map(int, ends))
+
+
+def _sentencepiece(vocab, merges, scores, blank_first, unknown):
+    """SentencePiece's BPE, its parts in a tokenizer.json. merges: None to find them by the scores of the tokens."""
+    if merges is None:
+        halves = [(-scores[i], vocab[token[:k]], vocab[token[k:]], token[:k], token[k:]) for token, i in vocab.items()
+                  for k in range(1, len(token)) if token[:k] in vocab and token[k:] in vocab]
+        merges = [half[3:] for half in sorted(halves)]
+    blanks = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+    if blank_first:
+        blanks = {'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}, blanks]}
+    decoder = {'type': 'Sequence', 'decoders': DECODERS[1:4 + bool(blank_first)]}
+    return {'normalizer': blanks, 'decoder': decoder, 'model': {
+        'type': 'BPE', 'vocab': vocab, 'merges': merges, 'unk_token': unknown, 'fuse_unk': True, 'byte_fallback': True}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the format of Hugging Face, written
+
+def _pre_tokenizer(pattern):
+    """How text is cut into words by a pattern, and these are spelled in bytes: part of a tokenizer.json."""
+    if pattern == GPT2_PATTERN:
+        return BYTE_LEVEL
+    cut = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+    if pattern == SMOLLM_PATTERN:
+        cut = {'type': 'Digits', 'individual_digits': True}
+    return {'type': 'Sequence', 'pretokenizers': [cut, BYTE_LEVEL | {'use_regex': pattern == SMOLLM_PATTERN}]}
+
+
+def _tokenizer_json(d, vocab, special, bos=None):
+    """The text of a tokenizer.json: d and its added tokens, special: {token: whether it is a special one}."""
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+    added = [{'id': vocab[t], 'content': t, 'special': special[t]} | flags for t in sorted(special, key=vocab.get)]
+    post = None
+    if bos in vocab.values():
+        name, text = next(t for t, i in vocab.items() if i == bos), {'Sequence': {'id': 'A', 'type_id': 0}}
+        first = {'SpecialToken': {'id': name, 'type_id': 0}}
+        post = {'type': 'TemplateProcessing', 'single': [first, text], 'pair': [first, text, text],
+                'special_tokens': {name: {'id': name, 'ids': [bos], 'tokens': [name]}}}
+    return json.dumps({'version': '1.0', 'added_tokens': added, 'post_processor': post} | d, ensure_ascii=False)
+
+
+def _byte_level_json(tokens, special, pattern, order=None, nfc=False, bos=None):
+    """A byte-level BPE of ours as the text of a tokenizer.json. order: the ids of tokens, first merges first."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+    spell = {token: ''.join([SPELLING[b] for b in token]) for token in tokens if token}
+    rank = {tokens[i]: n for n, i in enumerate(order or range(len(tokens))) if tokens[i]}
+    merges = [_parts(token, rank, rank[token]) for token in rank if len(token) > 1]
+    vocab = {spell[token]: i for i, token in enumerate(tokens) if token} | special
+    if pattern in (None, '', r50k_pat_str):  # to bytes alone any cuts will do
+        cut = BYTE_LEVEL
+    elif pattern in ASCII_CUTS:
+        cut = _pre_tokenizer(pattern)
+    else:
+        # Oniguruma's `$` ends a line and its `{1,3}+` is no possessive one. What does not match is removed.
+        onig = re.sub(r'(\\p\{\w+\}|\[[^]]*\]|\\?.)(\{[\d,]+\})\+', r'(?>\1\2)', pattern)
+        cut = _pre_tokenizer(onig.replace('$', r'(?![\s\S])'))
+        cut['pretokenizers'][0] |= {'behavior': 'Removed', 'invert': True}
+    d = {'normalizer': {'type': 'NFC'} if nfc else None, 'pre_tokenizer': cut, 'decoder': BYTE_LEVEL, 'model': {
+        'type': 'BPE', 'ignore_merges': len(rank) == len(spell), 'vocab': vocab,
+        'merges': [f'{spell[m[0]]} {spell[m[1]]}' for m in merges if len(m) == 2]}}
+    return _tokenizer_json(d, vocab, dict.fromkeys(special, True), bos)
+
+
 def _parts(token, rank, limit):
     """What BPE makes of a token's bytes by the merges of rank below limit: below its own, the two it is merged from."""
     parts = [token[i:i + 1] for i in range(len(token))]
@@ -640,184 +981,21 @@ def _parts(token, rank, limit):
     return parts
 
 
-def bpe_tokenizer(name, vocab, merges, special, pattern, nfc=False, ignore_merges=False, ends=(), template=None,
-                  bos=None):
-    """A Tokenizer of kind 'hf' from what a tokenizer.json or a GGUF file has.
-
-    vocab: {token in GPT-2's spelling: id}; merges: its pairs of tokens, 'a b' or [a, b], first merges first;
-    special: {text: id}, which may be in vocab too; ends: ids that end a text, None and unknown ones are passed over;
-    template: the chat template, read but not run. UserError where tiktoken would make other ids.
-
-    Hugging Face merges the pairs listed and tiktoken whatever adds up to a token, lowest rank first, so they agree
-    (1) if every two tokens that add up to a third are listed, and whole words looked up (Llama 3); or (2) if no merge
-    comes before those of its parts, and each token, cut by the merges before its own, becomes a pair listed: all lower
-    merges done, its bytes look in every word as they look on their own. No other token ever comes about in a word.
-    """
-    ids = {i: token for token, i in (vocab | special).items()}
-    for token, i in [*vocab.items(), *special.items()]:
-        if type(i) is not int or not 0 <= i < 10**7 or ids[i] != token:
-            raise UserError(f'token {token!r} has the id {i!r}, which is taken or none')
-        if token not in special and not all(c in UNSPELL for c in token) or not token:
-            raise UserError(f'token {i}, {token!r}, is not spelled as in byte-level BPE')
-    tokens = [b''] * (max(ids, default=0) + 1)
-    unspell = {token: bytes([UNSPELL[c] for c in token]) for token in vocab if token not in special}
-    for spelled, token in unspell.items():
-        tokens[vocab[spelled]] = token
-    listed = {}
-    for n, merge in enumerate(merges):
-        pair = merge.split(' ') if isinstance(merge, str) else merge
-        if len(pair) != 2 or not {*pair, ''.join(pair)} <= vocab.keys():
-            raise UserError(f'merge {n}, {merge!r}, is not of two tokens that the vocabulary has, and their sum')
-        if not {*pair, ''.join(pair)} & special.keys():  # special tokens are cut out before
-            listed[unspell[pair[0]], unspell[pair[1]]] = n
-    rank = {token: n for n, token in enumerate(sorted(t for t in tokens if len(t) == 1))}
-    for a, b in listed:
-        rank.setdefault(a + b, len(rank))
-    made = len(rank)
-    for token in filter(None, tokens):
-        rank.setdefault(token, len(rank))
-    blocks = [rank[a + b] for a, b in listed]
-    if not (ignore_merges and blocks == sorted(blocks) and all(
-            (t[:i], t[i:]) in listed for t in rank for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank)):
-        last, whole = -1, []
-        for a, b in listed:
-            if max(rank[a], rank[b]) >= rank[a + b]:
-                raise UserError(f'tiktoken cannot make token {a + b!r} of {a!r} and {b!r}, which are merged later')
-        for token in [t for t in rank if len(t) > 1]:
-            pair = tuple(_parts(token, rank, rank[token]))
-            if listed.get(pair, last) > last:
-                last = listed[pair]
-            elif pair in listed:
-                raise UserError(f'tiktoken would make token {token!r} before its merge of {pair}')
-            else:
-                del rank[token]
-                whole.append(token)  # no merges make it: at most, a word that is this token is looked up
-        for token in whole if ignore_merges else []:
-            if len(_parts(token, rank, made)) == 2:
-                raise UserError(f'tiktoken would make token {token!r} within words, its merges do not')
-        rank |= dict.fromkeys(whole if ignore_merges else [])
-    if not rank:
-        raise UserError('its vocabulary is empty')
-    ends = [*dict.fromkeys(i for i in ends if type(i) is int and i in special.values())]
-    if not ends and '<|endoftext|>' not in special:
-        raise UserError("no special token ends a text: name an 'eos_token' in tokenizer_config.json")
-    id_of = {token: i for i, token in enumerate(tokens)}
-    system = re.search(DEFAULT_SYSTEM, template or '', re.S)
-    return Tokenizer('hf', name, tokens, special, pattern, order=[id_of[token] for token in rank], nfc=nfc, bos=bos,
-                     eot=(ends or [special.get('<|endoftext|>')])[0], stop_ids=ends,
-                     chat=template is None or '<|im_start|>' in template and 'bos_token' not in template,
-                     system=system and re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], system[1]))
+def _chatml(system):
+    """The chat template of our chats; system: what the system says where it says nothing, or None."""
+    first = '' if system is None else (
+        "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\n"
+        + re.sub(r"(['\\])", r'\\\1', system) + "<|im_end|>\n' }}{% endif %}")
+    return ('{% for message in messages %}' + first + "{{ '<|im_start|>' + message['role'] + '\n' + "
+            "message['content'] + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def _hf_pattern(cut):
-    """The pre-tokenizer of a tokenizer.json -> the pattern that cuts text in the same places."""
-    steps = cut['pretokenizers'] if (cut or {}).get('type') == 'Sequence' else [cut or {}]
-    kinds, last = [step.get('type') for step in steps], steps[-1]
-    if last.get('type') == 'ByteLevel' and not last.get('add_prefix_space', True):
-        if kinds == ['ByteLevel'] and last.get('use_regex', True):
-            return GPT2_PATTERN
-        if kinds == ['Digits', 'ByteLevel'] and steps[0].get('individual_digits') and last.get('use_regex', True):
-            return SMOLLM_PATTERN
-        if kinds == ['Split', 'ByteLevel'] and not last.get('use_regex', True) and 'Regex' in steps[0]['pattern']:
-            pattern, how = steps[0]['pattern']['Regex'], (steps[0]['behavior'], steps[0].get('invert', False))
-            if pattern in (GPT4_PATTERN, QWEN2_PATTERN) and how == ('Isolated', False):
-                return pattern
-            if found := DIALECT.search(pattern):
-                raise UserError(f"its pre-tokenizer's '{found.group()}' may mean something else to tiktoken: {pattern}")
-            if how == ('Removed', True):
-                return pattern
-            if how == ('Isolated', False):  # what the pattern does not match is kept
-                return rf'{pattern}|(?:(?!{pattern})[\s\S])+'
-    raise UserError(f"pre-tokenizer {json.dumps(cut)[:200]} is not supported: only ByteLevel without a prefix space, "
-                    'alone or after Split (Regex, Isolated) or Digits (individual)')
-
-
-def hf_tokenizer(directory):
-    """Byte-level BPE of Hugging Face (GPT-2, Llama 3, Qwen 2 and 3, SmolLM2 …): the folder that has the tokenizer.json.
-
-    `encode(text, allow_special=True)` gives the ids of transformers with add_special_tokens=False.
-    """
-    def read(name):
-        path = os.path.join(directory, name)
-        if not os.path.exists(path):
-            return {}
-        if name.endswith('.json'):
-            return _read_json(path)
-        with open(path, encoding='utf-8') as f:
-            return f.read()
-
-    path = os.path.join(directory, 'tokenizer.json')
-    d, config, generation = _read_json(path), read('tokenizer_config.json'), read('generation_config.json')
-    generation, jinja = generation or read('config.json'), read('chat_template.jinja')
+def _write_hf(directory, text, config):
     try:
-        template, ends = jinja or config.get('chat_template'), generation.get('eos_token_id')
-        if isinstance(template, list):
-            template = {t['name']: t['template'] for t in template}.get('default')
-        return _from_hf(os.path.basename(os.path.abspath(directory)), d, config, ends, template)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from None
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f'{path}: not a tokenizer.json of Hugging Face: {type(error).__name__} {error}') from None
-
-
-def _from_hf(name, d, config, ends, template):
-    """What is in tokenizer.json and tokenizer_config.json, the ids that end a text, the chat template -> Tokenizer."""
-    def need(condition, what):
-        if not condition:
-            raise UserError(f'{what} is not supported: only byte-level BPE is')
-
-    model, norm, special, normalized = d['model'], d.get('normalizer'), {}, set()
-    vocab = model['vocab']
-    need(model.get('type', 'BPE') == 'BPE', f"model type {model.get('type')}")
-    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
-        need(not model.get(key), f"the model's {key}")
-    need(all(c in vocab for c in UNSPELL) or not (model.get('unk_token') or model.get('byte_fallback')),
-         'a vocabulary without all bytes that has an unk_token or byte_fallback')
-    need(norm is None or norm['type'] == 'NFC', f"normalizer {(norm or {}).get('type')}")
-    need(not config.get('add_prefix_space'), 'add_prefix_space in tokenizer_config.json')
-    added = {t['content']: t for t in d.get('added_tokens') or []}
-    for i, t in (config.get('added_tokens_decoder') or {}).items():
-        added.setdefault(t['content'], t | {'id': int(i)})
-    for text, t in added.items():
-        flags = [k for k in ('lstrip', 'rstrip', 'single_word', 'normalized') if t.get(k) and (norm or k[0] != 'n')]
-        need(not flags and len(text) > 1, f"added token {text!r} with {', '.join(flags) or 'one character'}")
-        theirs = vocab.get(text, max([len(vocab) - 1, *special.values()]) + 1)  # whatever the file says
-        if t['id'] != theirs:
-            raise UserError(f"added token {text!r} has the id {t['id']}, transformers makes that {theirs}: set it so")
-        special[text] = t['id']
-        normalized |= {text} if t.get('normalized') else set()
-    for a in normalized:  # these are looked for where the others have left text
-        for b in special.keys() - normalized:
-            need(not any(a[:k] == b[-k:] or b[:k] == a[-k:] for k in range(1, len(a))) and a not in b and b not in a,
-                 f'{a!r}, which is normalized and overlaps with {b!r}, which is not,')
-
-    def named(key):
-        value = config.get(key)
-        return special.get(value.get('content') if isinstance(value, dict) else value)
-
-    ends = ends if isinstance(ends, list) else [ends]
-    post, bos = d.get('post_processor') or {}, named('bos_token') if config.get('add_bos_token') else None
-    for step in post.get('processors', [post]):
-        if step.get('type') == 'TemplateProcessing' and 'SpecialToken' in step['single'][0]:
-            bos = special[step['single'][0]['SpecialToken']['id']]
-    return bpe_tokenizer(name, vocab, model['merges'], special, _hf_pattern(d.get('pre_tokenizer')), norm is not None,
-                         bool(model.get('ignore_merges')), [named('eos_token'), *ends], template, bos)
-
-
-def gguf_tokenizer(fields):
-    """The tokenizer of a GGUF file, whose metadata is the dict `fields`: 'tokenizer.ggml.tokens' and its like."""
-    get = {key.removeprefix('tokenizer.ggml.'): value for key, value in fields.items()}.get
-    if get('model') != 'gpt2' or get('pre') not in GGUF_PRE or get('tokens') is None or get('merges') is None:
-        raise UserError(f"GGUF tokenizer '{get('model')}' with pre-tokenizer '{get('pre')}' is not supported: only "
-                        f"byte-level BPE (gpt2) with its merges and {', '.join(GGUF_PRE)}")
-    pattern, nfc, whole = GGUF_PRE[get('pre')]
-    spelled, types = list(get('tokens')), list(map(int, get('token_type', [])))
-    types += [1] * (len(spelled) - len(types))  # 3: control, 4: the user's, 5: unused
-    vocab = {token: i for i, (token, kind) in enumerate(zip(spelled, types, strict=True)) if kind != 5}
-    if len(vocab) != len(spelled) - types.count(5):
-        raise UserError("'tokenizer.ggml.tokens' has a token twice")
-    special = {token: i for token, i in vocab.items() if types[i] in (3, 4)}
-    return bpe_tokenizer(
-        fields.get('general.name', 'gguf'), vocab, get('merges'), special, pattern, nfc, whole,
-        [get(f'{key}_token_id') for key in ('eos', 'eot', 'eom')], fields.get('tokenizer.chat_template'),
-        get('bos_token_id') if get('add_bos_token', whole) else None)
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot write {directory}: {error.strerror}') from None
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False} | config
+    _write_text(os.path.join(directory, 'tokenizer.json'), text)
+    _write_text(os.path.join(directory, 'tokenizer_config.json'), json.dumps(config, ensure_ascii=False, indent=0))

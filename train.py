@@ -257,7 +257,7 @@ def main():
                     new_ids = generate(model, [start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,),
                                        seed=seed, vocab_limit=tokenizer.n_vocab, sources=sources)[0]
                 start_text = f'{tokenizer.decode(sources[0])} -> ' if pairs else sample_start
-                run.sample(step, start_text + tokenizer.decode([t for t in new_ids if t != tokenizer.eot]))
+                run.sample(step, start_text + tokenizer.decode([t for t in new_ids if t != tokenizer.eot], start=False))
             last_eval = step
         stop = run.stop_signal()
         if evaluating or (stop and step > last_eval):
