@@ -708,7 +708,7 @@ def main():
         val_data = TokenData(folder, 'val', length, seed)
         if not train_data.tokenizer.same_as(tokenizer):
             raise UserError(f'{folder} is prepared with another tokenizer ({train_data.tokenizer.name}) than teacher='
-                            f'{teacher} has ({tokenizer.name}): prepare the text with that one (README shows how)')
+                            f'{teacher} has ({tokenizer.name}): prepare the text with it (docs/data.md shows how)')
         with runtime.user_errors():
             check_prompts([tokenizer.encode(sample_start) or [tokenizer.eot]], model.config)
 

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent
-LEFT_BEHIND = shutil.ignore_patterns('.git', '.venv', 'out', 'figures', 'wandb', '*.bin', '*.pt', '*.jsonl')
+LEFT_BEHIND = shutil.ignore_patterns('.git', '.venv', 'out', 'wandb', '*.bin', '*.pt', '*.jsonl')
 PATIENCE = 600  # seconds that a trial may take
 # what takes most of the time that a run of pytest here needs to begin; nothing of this project's own
 IMPORTED_ONCE = ('torch._dynamo', 'torch.distributed.fsdp', 'torch.nn.attention.flex_attention', 'transformers',
@@ -455,6 +455,9 @@ FAULTS = [
           'test_0_4 and not_done'),
     Fault('other_run_goes_on', 'pipeline.py', 'aside = None if same else move_aside(run)', 'aside = None',
           'test_0_4 and not_done'),
+    # check_docs.py
+    Fault('docs_flags_unread', 'check_docs.py', 'configure, [script, *args]', 'configure, [script]', 'a_wrong_command'),
+    Fault('docs_status', 'check_docs.py', 'raise SystemExit(1)', 'pass', 'commands_of_the_docs_run'),
 ]
 
 

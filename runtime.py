@@ -584,7 +584,7 @@ def join_processes(backend):
 
     torchrun keeps one store through all restarts, so a process could read the address that a dead one left there and
     wait for it for half an hour. Only the agent of a single node counts restarts as its processes see them; for
-    several nodes README tells torchrun to take a new store.
+    several nodes docs/running.md tells torchrun to take a new store.
     """
     store, rank, world_size = next(dist.rendezvous('env://'))
     if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
@@ -605,7 +605,7 @@ class Run:
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.main, self.ddp = self.rank == 0, False
         if fsdp and 'RANK' not in os.environ:
-            raise UserError('fsdp=True shards a model over processes: start it with torchrun (README shows how)')
+            raise UserError('fsdp=True shards a model over processes: start it with torchrun (see docs/running.md)')
         device = pick_device(device)
         if 'RANK' in os.environ:  # under torchrun
             if device == 'cuda':

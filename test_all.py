@@ -1,6 +1,7 @@
 """
-Every promise of README, one short test each, in the order of the curriculum: a name begins with part and topic, and
-each topic with what a pencil can follow. The truth comes from transformers, torch's modules and arithmetic by hand.
+Every promise of README and docs/, one short test each, in the order of the curriculum: a name begins with part and
+topic, and each topic with what a pencil can follow. The truth comes from transformers, torch's modules and
+arithmetic by hand.
 """
 import ast
 import contextlib
@@ -54,6 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import anatomy
 import bench
+import check_docs
 import convert
 import dataset
 import distill
@@ -863,6 +865,173 @@ def test_0_1_configs_of_preferences_run_shortened(run_stage, base_run, pref_data
                                  f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
                                  '--device=cpu', *length)
     assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1
+
+
+# README and docs/: their commands are run by `python check_docs.py`; here they are checked without their work
+
+
+def prose(path):
+    """A Markdown file without its blocks of code."""
+    return re.sub(r'^```.*?^```$', '', path.read_text(), flags=re.M | re.S)
+
+
+def spans(path):
+    """The code between backticks in the text of a Markdown file."""
+    return [' '.join(code.split()) for code in re.findall(r'`([^`]+)`', prose(path))]
+
+
+def test_0_1_readme_is_two_pages():
+    readme = (ROOT / 'README.md').read_text().splitlines()
+    assert len(readme) <= 250
+    cells = [cell.strip() for line in readme if line.startswith('|') for cell in line.strip('|').split('|')]
+    assert len(cells) > 50 and max(map(len, cells)) <= 120
+    assert max(len(line) for line in readme if not line.startswith('|')) <= 120
+
+
+def anchors(path):
+    """What GitHub makes of the headings of a Markdown file."""
+    headings = re.findall(r'^#+ (.*)', prose(path), re.M)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def broken_links(path):
+    """The links of a Markdown file to files and headings that are not there."""
+    text, broken = re.sub(r'`[^`]*`', '', prose(path)), []
+    for link in re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'^\[[^\]]+\]: (\S+)', text, re.M):
+        file, _, anchor = link.partition('#')
+        target = (path.parent / file) if file else path
+        if not link.startswith('http') and (not target.exists() or anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def test_0_1_links_of_the_docs_lead_somewhere(tmp_path):
+    assert len(check_docs.documents()) == 6
+    for path in check_docs.documents():
+        assert broken_links(path) == [], path
+    page = tmp_path / 'page.md'
+    page.write_text('# One heading\n[a](page.md) [b](#one-heading) [c](#two) [d](none.md) [e](page.md#three)\n'
+                    '```sh\n# no heading\n[f](inside.md)\n```\n[g]: gone.md\n')
+    assert broken_links(page) == ['#two', 'none.md', 'page.md#three', 'gone.md']
+
+
+def test_0_1_commands_of_the_docs_have_flags_and_files_that_exist():
+    checked = check_docs.checked_commands(check_docs.documents())
+    assert [(command.where, problem) for command, _, problem in checked if problem] == []
+    lines = [command.line for command, _, _ in checked]
+    assert len(set(lines)) > 150 and {'python train.py config/tiny.py', 'cp dpo.py mine.py'} <= set(lines)
+    scripts = {script for _, found, _ in checked for script, *_ in found}
+    assert {f'{stage}.py' for stage in ('train', 'sft', 'reward', 'dpo', 'ppo', 'grpo', 'distill', 'sample', 'convert',
+                                        'bench', 'pipeline', 'model', 'faults', 'mine')} <= scripts
+    for text, _ in check_docs.NOT_RUN:
+        assert any(text in line for line in lines), f'{text}: no command has it any more'
+    for words, flags in check_docs.SHORT:
+        script, *args = words.split()
+        check_docs.check_command(['python', script, *args, *flags.split()], {'mine.py': 'dpo.py'})
+
+
+def test_0_1_code_in_the_docs_names_what_exists():
+    flags, tests = check_docs.flag_names(), (ROOT / 'test_all.py').read_text()
+    files = {path.name for path in ROOT.glob('*.py')} | {'prepare.py', 'mine.py', 'FILE.py'}
+    for path in check_docs.documents():
+        for span in spans(path):
+            for word in span.split():
+                if span.startswith('--') and word.startswith('--'):
+                    assert word.partition('=')[0] in flags | {'--key'}, (path, span)
+                if word.startswith(('config/', 'figures/')) and word.endswith('.py'):
+                    assert (ROOT / word).exists(), (path, span)
+            if re.fullmatch(r'\w+\.py', span):
+                assert span in files | COMING, (path, span)
+            if span.startswith('-k '):
+                assert f'\ndef {span[3:]}' in tests, (path, span)
+
+
+COMING = {'generate.py', 'lora.py', 'rows.py', 'preparation.py', 'plot.py'}
+
+
+def names_in(path):
+    """The functions and classes of a file, and the methods of these as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            names |= {f'{node.name}.{inner.name}' for inner in getattr(node, 'body', []) if
+                      isinstance(node, ast.ClassDef) and isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+def test_0_1_lessons_of_the_curriculum_exist():
+    text, lessons, found = (ROOT / 'docs/curriculum.md').read_text(), 0, set()
+    for line in text.splitlines():
+        if line.startswith('## '):
+            found = set()
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if not line.startswith('| ') or cells[1] in ('---', 'lesson'):
+            continue
+        code = re.findall('`([^`]+)`', cells[1])
+        files = [name for name in code if name.endswith('.py')]
+        if files:  # a row without a file goes on with that of the row above
+            found = set().union(*(names_in(ROOT / name) for name in files))
+        assert set(code) - set(files) <= found, line
+        lessons += 1
+    assert lessons > 45
+
+
+def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
+    changes = [change for path in check_docs.documents() for change in check_docs.diffs_in(path)]
+    assert changes and sum(path.read_text().count('```diff') for path in check_docs.documents()) == len(changes)
+    for source, target, old, new in changes:
+        assert (ROOT / source).read_text().count(f'\n{old}\n') == 1 and old != new
+        assert f'cp {source} {target}\n' in ''.join(path.read_text() for path in check_docs.documents())
+
+
+@pytest.mark.parametrize('text, words', [
+    ('```sh\npython train.py config/tiny.py --n_layr=3   # wrong\n```\n', 'did you mean n_layer?'),
+    ('```sh\npython train.py config/tiny.py \\\n    --n_layer=three\n```\n', 'a whole number'),
+    ('Run `python sft.py\nconfig/sft_tinny.py` now.', 'config/sft_tinny.py'),
+    ('| a | `python trian.py config/tiny.py` |', 'trian.py: no such file'),
+    ('```sh\ntorchrun --standalone --nprocs=2 train.py config/tiny.py\n```\n', 'torchrun'),
+    ('```bash\nsrun torchrun --nnodes=$N train.py --batch_sise=3\n```\n', 'batch_size'),
+    ('```sh\nprintf "a" | python sample.py --init_frm=out/tiny\n```\n', 'init_from'),
+    ('```sh\npython bench.py speed\n```\n', 'mode'), ('```sh\npython convert.py out/tiny\n```\n', 'convert.py takes'),
+    ('```sh\npython data/text/prepare.py --inputs=a.txt\n```\n', 'input'),
+    ('```sh\ncp gone.py mine.py\n```\n', 'gone.py'),
+    ('```sh\nX=1 python model.py --n_head=1.5\n```\n', 'whole number'), ('```sh\nmake all\n```\n', 'make'),
+    ('```sh\npython -m pytest -q test_all.py -k test_99_\n```\n', 'no test'),
+    ('```sh\ncp dpo.py mine.py\npython mine.py --betta=1\n```\n', 'beta'),
+    ('```sh\npip install -r requirments.txt\n```\n', 'requirments.txt')])
+def test_0_1_a_wrong_command_in_the_docs_is_found(tmp_path, text, words):
+    page = tmp_path / 'page.md'
+    page.write_text(f'# Page\n\n{text}')
+    problems = [problem for _, _, problem in check_docs.checked_commands([page]) if problem]
+    assert len(problems) == 1 and words in problems[0], problems
+
+
+def test_0_1_the_check_reads_commands_as_a_shell_does(tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text('```text\npython nothing.py\n```\n`python model.py`\n\n```sh\n# a comment\nA=1 python train.py \\\n'
+                    '    --seed=2    # two\nprintf "a # b|c" | python sample.py --start=-\n```\n')
+    commands = check_docs.commands_in(page)
+    assert [(command.where, command.line) for command in commands][:2] == [
+        ('page.md:4', 'python model.py'), ('page.md:8', 'A=1 python train.py --seed=2')]
+    assert check_docs.simple_commands('A=1 python a.py --b="c d" | python e.py && pip x') == [
+        ['python', 'a.py', '--b=c d'], ['python', 'e.py'], ['pip', 'x']]
+
+
+def test_0_1_the_commands_of_the_docs_run(tmp_path, run_stage, monkeypatch):
+    """In a copy, those that make a run before those that need it; one that fails is the exit status."""
+    page = tmp_path / 'page.md'
+    page.write_text('```sh\npython convert.py out/b out/c\npython convert.py nowhere out/b\npython model.py --help\n'
+                    'python bench.py loss --against=NANOGPT\n```\n')
+    run_stage.given = {'documents': lambda: [page], 'prepare_copy': lambda folder: folder.mkdir() or [
+        shutil.copy(path, folder) for path in ROOT.glob('*.py')]}
+    status, out, _ = run_stage('check_docs')
+    places = [out.index(text) for text in ('convert.py nowhere', 'convert.py out/b', 'model.py --help')]
+    assert status == 1 and places == sorted(places) and out.count('\nfailed') + out.startswith('failed') == 2
+    assert 'nowhere' in out.split('status 2')[1] and 'needs a checkout of nanoGPT: python bench.py loss' in out
+    status, out, _ = run_stage('check_docs', '--only=model.py')
+    assert status == 0 and '1 commands run' in out
+    assert 'out' not in {path.name for path in ROOT.iterdir() if path.stat().st_mtime > page.stat().st_mtime}
 
 
 # 0.2 data on disk
