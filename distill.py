@@ -35,7 +35,7 @@ from generate import check_prompts, generate
 from grade import accuracy_by, as_metrics, format_answer, format_metrics, grades, is_correct, summarise
 from load import VERSION, fingerprint, load_model, load_to_train, state_of
 from lora import LoRAConfig, config_of
-from model import GPTConfig, LinearLoss, chunk_rows
+from model import GPTConfig, chunk_rows, loss_by_rule
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
 from tokenizer import UserError
@@ -243,18 +243,6 @@ class Teacher:
         return hidden.to(self.head.dtype), self.head
 
 
-def loss_by_rule(model, hidden, _, rule, indices, given):
-    """An `output` of GPT.forward: the mean of a rule's losses at N places of the flattened (B * T,), and its stats of
-    each (N, 2). given: what the rule takes beside the logits, the targets and what it has of the teacher."""
-    def compute(hidden, indices, *given):
-        h, head, learning = model.products(hidden.flatten(0, 1)[indices])
-        return LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
-    if torch.compiler.is_compiling():  # it would be compiled anew for every number of targets
-        compute = torch.compiler.disable(compute)
-    total, stats = compute(hidden, indices, *given)
-    return total / len(stats), stats
-
-
 def distillation_loss(net, run, arrays, rule, teacher, cached=()):
     """NumPy arrays {'idx', 'targets', …}, (B, T) each -> the mean loss of their N targets, and the rule's stats of each
     (N, 2). cached: what a Cache has of the teacher at these targets; without it the teacher runs."""
@@ -266,7 +254,7 @@ def distillation_loss(net, run, arrays, rule, teacher, cached=()):
         if not cached:
             hidden, rule.head = teacher(tensors, indices)
             cached = [hidden]
-        return net(**tensors, output=partial(loss_by_rule, rule=rule, indices=indices, given=(targets, *cached)))
+        return net(**tensors, output=partial(loss_by_rule, rule=rule, places=indices, given=(targets, *cached)))
 
 
 def keep_layers(state, n_layer):

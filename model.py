@@ -690,6 +690,18 @@ class LinearLoss(torch.autograd.Function):
         return dh * g, None if dw is None else (dw * g).to(dh.dtype), None, None, None, *[None] * ctx.n_given
 
 
+def loss_by_rule(model, hidden, _, rule, places, given):
+    """An `output` of GPT.forward: the mean of a rule's losses, see `LinearLoss`, at N places of the flattened (B * T,)
+    and what the rule tells of each, (N, m). given: what it takes beside the logits, (N, …) each."""
+    def compute(hidden, places, *given):
+        h, head, learning = model.products(hidden.flatten(0, 1)[places])
+        return LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
+    if torch.compiler.is_compiling():  # it would be compiled anew for every number of places
+        compute = torch.compiler.disable(compute)
+    total, told = compute(hidden, places, *given)
+    return total / len(told), told
+
+
 def walk_logits(h, w, cap, rule, learning, learns):
     """Calls rule(logits (n, V) float32, slice of the rows) over h (N, C) @ w.T (C, V), soft-capped, a chunk of rows at
     a time. learning: it gives the derivative of some sum by the logits -> that by h and, if w learns, w; else None.

