@@ -50,7 +50,7 @@ SHORT = (
     ('sample.py', '--max_new_tokens=8'), ('pipeline.py', '--only=train --flags=--max_iters=2'),
     ('data/pairs/prepare.py', '--val_fraction=0.5'), ('data/reverse/prepare.py', '--train_pairs=200 --val_pairs=20'),
     ('bench.py train', '--steps=1 --repeats=1'), ('bench.py train config/nanogpt.py', '--dataset=shakespeare'),
-    ('bench.py sample', '--repeats=1 --max_new_tokens=8'), ('bench.py data', '--steps=1 --repeats=1'),
+    ('bench.py sample', '--repeats=1 --max_new_tokens=8'),
     ('bench.py tokenizer', '--repeats=1 --input=book.txt --vocab_size=300'),
     ('bench.py ablate', '--seeds=1 --max_iters=2 --batch_size=2'),
     ('bench.py stream', '--init_from=out/tiny --window=32'))
