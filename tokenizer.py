@@ -17,7 +17,6 @@ import functools
 import gc
 import hashlib
 import heapq
-import itertools
 import json
 import os
 import re
@@ -53,11 +52,7 @@ QWEN2_PATTERN = GPT4_PATTERN.replace(r'\p{N}{1,3}', r'\p{N}')
 # What a GGUF file calls them: the pattern, whether text becomes NFC first, whether whole words are looked up unmerged.
 GGUF_PRE = {'gpt-2': (GPT2_PATTERN, False, False), 'smollm': (SMOLLM_PATTERN, False, False),
             'qwen2': (QWEN2_PATTERN, True, False), 'llama-bpe': (GPT4_PATTERN, False, True)}
-# How these patterns cut pure ASCII text, for the standard library's engine: see `HFTokenizer`.
-ASCII_CUTS = {GPT4_PATTERN: ASCII_PATTERN, QWEN2_PATTERN: ASCII_PATTERN.replace('[0-9]{1,3}', '[0-9]'),
-              GPT2_PATTERN: r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
-              SMOLLM_PATTERN: r" ?[A-Za-z]+|[0-9]|'(?:[sdmt]|ll|ve|re)| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"}
-WORD_END, NOT_ASCII = re.compile('[!-~](?= [A-Za-z])'), re.compile('[^\x00-\x7f]+')
+OTHERS_PATTERNS = (GPT4_PATTERN, GPT2_PATTERN, SMOLLM_PATTERN, QWEN2_PATTERN)
 # The system's message that a chat template has as a constant: no quote closes in it.
 DEFAULT_SYSTEM = r"""<\|im_start\|>system(?:\n|\\n)((?:(?!<\|im_|['"] *[-+~}]).)+)<\|im_end\|>"""
 # GPT-2's printable spelling of a byte: itself where Latin-1 can show it, else the next letter from U+0100 on ('Ġ' is a
@@ -638,16 +633,12 @@ class HFTokenizer(Tokenizer):
     special: the added tokens that are 'special' there, and whatever starts or ends a text or a turn: plain text never
     becomes one. Other added tokens are found in any text, as the library does it. `encode(text, allow_special=True)`
     gives the ids of transformers with add_special_tokens=False. Bytes that are no UTF-8 become U+FFFD.
-
-    The library encodes about 3 MB of text a second and core. Where its pre-tokenizer is one of ASCII_CUTS, words of
-    ASCII letters are cut here, thrice as fast, and the library only merges those that are new.
     """
 
     def __init__(self, name, text, config, ends=()):
         """text: of a tokenizer.json; config: what is KEPT of tokenizer_config.json; ends: more ids that end a text."""
         self.kind, self.name, self.text, self.config, self.ends = 'hf', name, text, config, [*ends]
         self.library = _library(text)
-        self.ids_of_word = _WordIds(self.library)
         try:
             self._read(self.library)
         except UserError:
@@ -686,11 +677,6 @@ class HFTokenizer(Tokenizer):
         library.encode_special_tokens = True  # like any text
         self.forbidden = {*self.special.values()} - {*plain}  # what cannot be encoded may become <unk>
 
-        cut, norm = _state(library.pre_tokenizer), _state(library.normalizer)
-        known = [words for pattern, words in ASCII_CUTS.items() if cut == _pre_tokenizer(pattern)]
-        self.ascii_words = re.compile(known[0], re.ASCII).findall if known and norm in (None, {'type': 'NFC'}) else None
-        plain_added = [t for t in added if t not in self.special]
-        self.plain_added = _any_of(plain_added) if known and plain_added else None
         steps = _steps(library.decoder) or [step for step in _steps(library.pre_tokenizer) if step == BYTE_LEVEL]
         if not steps or any(step not in DECODERS for step in steps):
             raise UserError(f"'decoder' is {json.dumps(_state(library.decoder))[:200]}, which is not supported")
@@ -718,12 +704,12 @@ class HFTokenizer(Tokenizer):
         return self._run(self._with_specials, text, start) if allow_special else self._encode_ordinary(text, start)
 
     def _encode_ordinary(self, text, start=True):
-        ids = self._rows([text])[0] if start or not self.prefix else self._run(self.library, text, start)
-        return self._guarded(text, ids, start)
+        return self._guarded(text, self._run(self.library, text, start), start)
 
     def encode_batch(self, texts):
         texts = [_valid(t, 'replace') for t in texts]
-        return [self._guarded(text, ids) for text, ids in zip(texts, self._rows(texts), strict=True)]
+        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._guarded(text, encoding.ids) for text, encoding in zip(texts, encoded, strict=True)]
 
     def _run(self, library, text, start):
         """The library's ids. A text that goes on follows another one, before which the blank of a start is put."""
@@ -732,30 +718,6 @@ class HFTokenizer(Tokenizer):
             if ids[:len(known)] == known:
                 return ids[len(known):]
         return library.encode(text, add_special_tokens=False).ids
-
-    def _rows(self, texts):
-        """The ids of texts: of their pieces of known words, and what the library makes of all other pieces."""
-        rows = [self._pieces(text) for text in texts]
-        others = [piece for pieces in rows for piece, known in pieces if not known]
-        encoded = iter(self.library.encode_batch_fast(others, add_special_tokens=False))
-        chain = itertools.chain.from_iterable
-        return [[*chain(chain(map(self.ids_of_word.__getitem__, self.ascii_words(piece)) if known
-                              else [next(encoded).ids] for piece, known in pieces))] for pieces in rows]
-
-    def _pieces(self, text):
-        """Cuts text before words that begin anew by all of ASCII_CUTS -> [(piece, whether all of it is ASCII)]."""
-        if self.ascii_words is None or self.plain_added and self.plain_added.search(text):
-            return [(text, False)]
-        pieces, done = [], 0
-        for odd in NOT_ASCII.finditer(text):
-            if odd.start() >= done:
-                begin = text.rfind(' ', done, odd.start())
-                while begin > done and not WORD_END.match(text, begin - 1):
-                    begin = text.rfind(' ', done, begin)
-                begin, end = max(begin, done), WORD_END.search(text, odd.end())
-                pieces += [(text[done:begin], True), (text[begin:end.end() if end else None], False)]
-                done = end.end() if end else len(text)
-        return [*pieces, (text[done:], True)]
 
     def _guarded(self, text, ids, start=True):
         """The ids of plain text without special tokens, which some vocabularies have among their words, too."""
@@ -778,19 +740,6 @@ class HFTokenizer(Tokenizer):
         """Write its own tokenizer.json, and a tokenizer_config.json by which transformers takes that as it is."""
         names = {'eos_token': self.eot} | ({} if self.bos is None else {'bos_token': self.bos})
         _write_hf(directory, self.text, self.config | {k: self.library.id_to_token(i) for k, i in names.items()})
-
-
-class _WordIds(dict):
-    """What the library's merges make of a word: its ids."""
-
-    def __init__(self, library):
-        self.library = library
-
-    def __missing__(self, word):
-        ids = [token.id for token in self.library.model.tokenize(word.translate(SPELLING))]
-        if len(self) < 10**6:
-            self[word] = ids
-        return ids
 
 
 class _TokenBytes(dict):
@@ -957,7 +906,7 @@ def _byte_level_json(tokens, special, pattern, order=None, nfc=False, bos=None):
     vocab = {spell[token]: i for i, token in enumerate(tokens) if token} | special
     if pattern in (None, '', r50k_pat_str):  # to bytes alone any cuts will do
         cut = BYTE_LEVEL
-    elif pattern in ASCII_CUTS:
+    elif pattern in OTHERS_PATTERNS:
         cut = _pre_tokenizer(pattern)
     else:
         # Oniguruma's `$` ends a line and its `{1,3}+` is no possessive one. What does not match is removed.
