@@ -974,6 +974,20 @@ def test_0_1_lessons_of_the_curriculum_exist():
     assert lessons > 45
 
 
+def test_0_1_files_do_not_grow_unnoticed():
+    """The aims are 900 lines of model.py, 3,600 of what one reads to understand it all and 8,500 of the product. They
+    are not met; these bounds are where it stands: lower them with every file that becomes shorter."""
+    def lines(*paths):
+        return sum(len(path.read_text(encoding='utf-8').splitlines()) for path in paths)
+    reading = 'model generate optim train sft reward dpo ppo grpo sample'.split()
+    about = {'test_all.py', 'faults.py', 'check_docs.py'}
+    product = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'))
+               if path.name not in about]
+    assert lines(ROOT / 'model.py') <= 1090
+    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 4800
+    assert lines(*product) <= 15000
+
+
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
     changes = [change for path in check_docs.documents() for change in check_docs.diffs_in(path)]
     assert changes and sum(path.read_text().count('```diff') for path in check_docs.documents()) == len(changes)
@@ -3958,8 +3972,9 @@ def test_4_2_accumulation_equals_a_large_batch(run_stage, text_data):
     args = [f'--dataset={text_data}', *SMALL, '--log_interval=1', '--learning_rate=1e-3']
     run_stage('train', *args, '--batch_size=8', '--out_dir=large')
     run_stage('train', *args, '--batch_size=2', '--gradient_accumulation_steps=4', '--out_dir=small')
-    large, small = ([row['train/loss'] for row in rows_of(r) if 'lr' in row] for r in ('large', 'small'))
-    np.testing.assert_allclose(large, small, rtol=1e-4)
+    for key, rtol in (('train/loss', 1e-4), ('grad_norm', 1e-3)):
+        large, small = ([row[key] for row in rows_of(r) if 'lr' in row] for r in ('large', 'small'))
+        np.testing.assert_allclose(large, small, rtol=rtol)
 
 
 def test_4_2_muon_equals_torch_muon(monkeypatch):
