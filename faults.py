@@ -139,8 +139,8 @@ FAULTS = [
           '[[x[:len(rows)] for x in stored] for stored in self.layers]', 'test_2_5 and row_does_not_depend'),
     Fault('cross_cache_of_layer_1', 'model.py', 'cache.source.get(self)',
           'next(iter(cache.source.values()), None)', 'test_3_4 and cached_encoder_decoder'),
-    Fault('ring_window', 'generate.py', 'queries[..., None] - keys[:, None] < config.window',
-          'queries[..., None] - keys[:, None] <= config.window', 'test_3_5 and caches'),
+    Fault('ring_window', 'generate.py', '(seen & windowed(queries, keys, config))',
+          '(seen & windowed(queries - 1, keys, config))', 'test_3_5 and caches_of_a_window'),
     Fault('int8_scale', 'generate.py', 'weight.float().abs().amax(1) / 127', 'weight.float().abs().amax() / 127',
           'test_3_4 and int8'),
     Fault('lora_scale', 'lora.py', '(math.sqrt(rank) if config.lora_rs else rank)',
@@ -444,8 +444,8 @@ FAULTS = [
     Fault('overlap_counts_twice', 'bench.py', 'total += max(0.0, finish - max(begin, end))',
           'total += finish - begin', 'test_0_4 and overlap'),
     # plot.py
-    Fault('t_interval', 'plot.py', 'statistics.stdev(values) / n ** 0.5 * quantile',
-          'statistics.stdev(values) / n * quantile', 'test_3_6 and students'),
+    Fault('t_interval', 'plot.py', 'statistics.stdev(values) / len(values) ** 0.5 * quantile',
+          'statistics.stdev(values) / len(values) * quantile', 'test_3_6 and students'),
     # pipeline.py
     Fault('stale_stages_kept', 'pipeline.py', 'hashlib.sha256(path.read_bytes()).hexdigest()', "''",
           'test_0_4 and not_done'),

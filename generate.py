@@ -60,8 +60,8 @@ class KVCache:
         if slides:
             local = windowed(self.positions, keys, config)[:, None]
             local = local if mask is None else local & mask
-        if config.n_sink and self.end > config.n_sink + config.window:
-            far, is_sink = self.positions.clamp(max=config.n_sink + config.window - 1), keys < config.n_sink
+        if config.n_sink and self.end > config.farthest + 1:
+            far, is_sink = self.positions.clamp(max=config.farthest), keys < config.n_sink
         return Layout(self.positions, mask, local, far, is_sink)
 
     def next_layer(self, *tensors):
@@ -132,15 +132,14 @@ class RollingCache(KVCache):
         self.origin = torch.where(after == held, torch.arange(size, device=device), size + after - old)
         self.slot = (after == old).int().argmax(1) if T == 1 else None  # where a single new token goes
         keys = after if T == 1 else torch.cat((held, queries), dim=1)
-        mask = ((keys[:, None] <= queries[..., None]) & (keys >= 0)[:, None]
-                & ((queries[..., None] - keys[:, None] < config.window) | (keys < config.n_sink)[:, None]))[:, None]
+        seen = (keys[:, None] <= queries[..., None]) & (keys >= 0)[:, None]  # not later, and not an empty slot
+        mask = (seen & windowed(queries, keys, config))[:, None]
         # positions count from a token before which nothing but sinks is visible any more
-        farthest = config.n_sink + config.window - 1
-        base = (old - farthest).clamp(min=0)
+        base = (old - config.farthest).clamp(min=0)
         self.key_positions = torch.where(keys < config.n_sink, keys, keys - base).clamp(min=0)
         far = is_sink = None
-        if config.n_sink and T > 1 and max(before) + T > farthest + 1:
-            far, is_sink = queries.clamp(max=farthest), keys < config.n_sink
+        if config.n_sink and T > 1 and max(before) + T > config.farthest + 1:
+            far, is_sink = queries.clamp(max=config.farthest), keys < config.n_sink
         positions = queries - base if config.pos == 'rope' else queries
         return Layout(positions, None, mask, far, is_sink)
 
@@ -280,7 +279,11 @@ def padded(texts):
 
 
 def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
-    """Sets logits (B, V) outside the top k, the nucleus (arXiv:1904.09751) or min-p (arXiv:2407.01082) to -inf."""
+    """Logits (B, V) -> the same with -inf for tokens that any filter drops, applied one after the other.
+
+    top_k keeps the k likeliest (and ties), 0 = all; top_p the smallest set of at least this mass (arXiv:1904.09751);
+    min_p those at least this fraction as likely as the likeliest (arXiv:2407.01082).
+    """
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -304,8 +307,9 @@ def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0,
     logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
     logits = logits[:, :vocab_limit] if vocab_limit else logits
     if repetition_penalty != 1:
+        logits = logits.clone()  # the caller's stay as they are
         for row, text in zip(logits, texts, strict=True):
-            seen = torch.tensor(sorted(set(text)), device=logits.device)
+            seen = torch.tensor([i for i in set(text) if i < logits.shape[-1]], dtype=torch.long, device=logits.device)
             row[seen] = torch.where(row[seen] > 0, row[seen] / repetition_penalty, row[seen] * repetition_penalty)
     if temperature == 0:
         ids = logits.argmax(-1)
@@ -349,14 +353,16 @@ class Row:
 
     @property
     def u(self):
+        """The number to draw the next token with; a finished row that has not left yet gets its last one."""
         return self.uniforms[min(len(self.ids) - self.n_prompt, len(self.uniforms) - 1)]
 
 
 class Batch:
     """Rows that a model in eval() continues side by side; see the top of this file.
 
-    A row may join while others are under way, and what is drawn for it does not depend on them. rolling: with a
-    RollingCache. sources: lists of ids that an encoder reads, for rows to name by index.
+    A row may join while others are being continued; what is drawn for it does not depend on them. use_cache: False
+    reads every context afresh at each step. rolling: use a RollingCache. sources: lists of ids for the encoder, which
+    Row.source indexes.
     """
 
     def __init__(self, model, use_cache=True, rolling=False, sources=None):
@@ -383,11 +389,11 @@ class Batch:
             if cache is not None:
                 cache.select(copies)
         if self.waiting is not None:
-            before, old, first = self.waiting
-            rows, logits = before + rows, torch.cat((first, logits))
+            earlier, cache_before, logits_before = self.waiting
+            rows, logits = earlier + rows, torch.cat((logits_before, logits))
             if cache is not None:
-                old.extend(cache)
-                cache = old
+                cache_before.extend(cache)
+                cache = cache_before
         self.waiting = rows, cache, logits
 
     def shorten(self, row):
@@ -480,11 +486,11 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
     stop_ids, which is its last id. num_samples continuations per prompt share one pass over it. seed makes it
     repeatable, row by row: what is drawn for a prompt depends on no other one, and with a list of seeds, one each,
     not on its place either. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
-    return_logprobs also the log-probability of each new id under softmax(logits / temperature), before any filter
-    or penalty. force(new ids of a row so far) gives ids that the row goes on with, whatever the model would say;
-    their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text longer than
-    block_size is continued from its last part, without end if all layers have a window (a prompt longer than a
-    table of learned positions raises ValueError, as do an empty prompt and ids outside the vocabulary).
+    return_logprobs also the log-probability of each new id under softmax(logits / temperature), softmax(logits) for
+    temperature 0, before any filter or penalty. force(new ids of a row so far) returns ids that come next whatever the
+    model would choose; their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text
+    longer than block_size is continued from its last part, without end if all layers have a window. Raises ValueError
+    for an empty prompt, ids outside the vocabulary, and a prompt longer than a table of learned positions.
     """
     out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
     logs = [[] for _ in out]
@@ -535,7 +541,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, num_samples):
     """Raises ValueError with one sentence for options that sampling cannot have."""
     if num_samples < 1 or max_new_tokens < 0:
-        raise ValueError('num_samples starts at 1 and max_new_tokens at 0')
+        raise ValueError('sampling needs num_samples >= 1 and max_new_tokens >= 0')
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
         raise ValueError('sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1 and '
                          'repetition_penalty > 0')

@@ -350,10 +350,10 @@ CONFIGS = {'model_args': GPTConfig, 'lora_args': LoRAConfig, 'score_args': Score
 class Start:
     """The model that a stage after pretraining trains, and where it is from.
 
-    origin: that place in words, and step, how many it had made there; checkpoint: of a run that goes on, what its
-    checkpoint holds beside the model, else None; stage: the name of this one; base: 'init_from' and 'sha256' of the
-    model that the run began with; previous: the same, and its stage, of the run that the model is from, or {};
-    new_head: whether there is a part of its score that nobody has trained.
+    origin: where it was loaded from, for messages; step: the optimizer steps it had there; checkpoint: when a run is
+    resumed, its checkpoint without 'model', else None; stage: the name of this stage; base: 'init_from' and 'sha256'
+    of the model that this run began with; previous: the same and 'stage', of the run that the model was loaded from,
+    or {}; new_head: whether a part of its score has not been trained yet.
     """
     model: GPT | RewardModel
     tokenizer: Tokenizer
@@ -425,7 +425,7 @@ def load_to_train(stage, init_from, resume_from, given, seed, new=None):
 
     stage: its name, 'sft'; init_from: as for `load_state`, or one of new, {a word: a function that gives such a state,
     its 'model' None for new weights}; resume_from: the path of the run's own checkpoint to go on from, or None. given:
-    fields of GPTConfig that somebody set. UserError says in one line what cannot be.
+    {field: value} of GPTConfig and LoRAConfig that the user set. Raises UserError with one line.
     """
     state, origin, own, base = _load_start(stage, init_from, resume_from, new or {})
     if 'score_args' in state:
@@ -492,7 +492,7 @@ def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False
         raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
     untrained = scores and (not before['score_args'] or
                             score_config.score_likelihood and not before['score_args'].get('score_likelihood'))
-    return Start(model, tokenizer, f'new weights like {origin}' if fresh and scores else str(origin),
-                 0 if fresh else state['iter'], own, stage, base or base_of(origin, state),
-                 {} if fresh else (state.get('began_with') or {}) | {'stage': stage_of(state)},
-                 fresh or untrained)
+    return Start(model, tokenizer, origin=f'new weights like {origin}' if fresh and scores else str(origin),
+                 step=0 if fresh else state['iter'], checkpoint=own, stage=stage, base=base or base_of(origin, state),
+                 previous={} if fresh else (state.get('began_with') or {}) | {'stage': stage_of(state)},
+                 new_head=fresh or untrained)

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, MLP, Attention, CrossAttention, on_meta, product_dtype
+from model import GPT, on_meta, product_dtype
 
 TARGETS = ('q', 'k', 'v', 'proj', 'gate', 'up', 'down')
 
@@ -28,7 +28,7 @@ class LoRAConfig:
     lora_rank: int = 0  # rank of the updates that LoRA learns beside the blocks' frozen matrices; 0 = none
     lora_alpha: float = 16.0  # the updates are multiplied by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # on what the updates read
-    lora_targets: str = 'q,k,v,proj,gate,up,down'  # the matrices that have an update, those of them that the model has
+    lora_targets: str = 'q,k,v,proj,gate,up,down'  # matrices that get an update; names the model lacks are ignored
     lora_rs: bool = False  # lora_alpha / sqrt(lora_rank) instead (rsLoRA)
     adapter_dim: int = 0  # width of the bottleneck that adapters learn behind each frozen sublayer; 0 = none
     quant: str = ''  # 'nf4': the blocks' frozen matrices in 4 bits, embeddings and head in bfloat16 (QLoRA)
@@ -61,18 +61,6 @@ class LoRAConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 # on a model
 
-def rows_of(module):
-    """The nn.Linear of a part of a block by name -> {name: {target: rows of it}}; {} for other modules."""
-    if isinstance(module, (Attention, CrossAttention)):
-        q, kv, out = module.n_head * module.head_dim, module.n_kv_head * module.head_dim, module.proj.out_features
-        if isinstance(module, Attention):
-            return {'qkv': {'q': q, 'k': kv, 'v': kv}, 'proj': {'proj': out}}
-        return {'q': {'q': q}, 'kv': {'k': kv, 'v': kv}, 'proj': {'proj': out}}
-    if isinstance(module, MLP):
-        return {name: {name: layer.out_features} for name, layer in module.named_children()}
-    return {}
-
-
 def config_of(model):
     """The LoRAConfig that was applied to a model, or one of nothing."""
     return getattr(model, 'lora', None) or LoRAConfig()
@@ -87,9 +75,11 @@ def apply(model, config):
     if not config.learns:
         return model
     model.requires_grad_(False)
+    if config_of(model).learns:
+        raise ValueError('this model has LoRA or adapters already: fold them in first, with lora.merge(model)')
     found = False
     for module in list(model.modules()):
-        for name, rows in rows_of(module).items():
+        for name, rows in getattr(module, 'stacked', dict)().items():
             found = found or bool(config.targets & set(rows))
             if config.quant or config.lora_rank and config.targets & set(rows):
                 setattr(module, name, LoRALinear(getattr(module, name), rows, config))
@@ -99,7 +89,7 @@ def apply(model, config):
         for block in (*(model.encoder or ()), *model.blocks):
             block.adapter1, block.adapter2 = (Adapter(model.config.n_embd, config.adapter_dim) for _ in range(2))
     if config.quant:
-        half_embeddings(model)
+        embeddings_to_bf16(model)
     model.lora = config
     if not model.tok_emb.weight.is_meta:
         init_weights(model)
@@ -228,27 +218,27 @@ class Adapter(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 4 bits
 
-class HalfEmbedding(nn.Embedding):
-    """An embedding kept in bfloat16: the residual stream that it begins has all digits."""
+class BF16Embedding(nn.Embedding):
+    """An embedding stored in bfloat16; it returns float32, so the residual stream starts in full precision."""
 
     def forward(self, idx):
         return super().forward(idx).float()
 
 
-class HalfHead(nn.Linear):
-    """A head kept in bfloat16, computed in the dtype of the products around it."""
+class BF16Head(nn.Linear):
+    """A head stored in bfloat16, computed in the dtype of the products around it."""
 
     def forward(self, x):
         dtype = product_dtype(x)
         return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
-def half_embeddings(model):
+def embeddings_to_bf16(model):
     """Embeddings and head of a GPT into bfloat16."""
     def half(parameter):
         return nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
     with on_meta():
-        embedding, head = HalfEmbedding(*model.tok_emb.weight.shape), HalfHead(*model.head.weight.T.shape, bias=False)
+        embedding, head = BF16Embedding(*model.tok_emb.weight.shape), BF16Head(*model.head.weight.T.shape, bias=False)
     embedding.weight = half(model.tok_emb.weight)
     head.weight = embedding.weight if model.config.tie_weights else half(model.head.weight)
     model.tok_emb, model.head = embedding, head
@@ -279,8 +269,8 @@ def nf4_quantize(w):
 def pack_scales(scales):
     """Double quantisation (arXiv:2305.14314, section 3): scales (blocks,) -> (packed uint8, steps, mean).
 
-    packed holds 8-bit floats, bytes so that no conversion of a model's dtype touches them, which times the step of
-    their 256 and plus the mean of all are the scales; it is padded to a multiple of 256.
+    packed: float8_e4m3 numbers viewed as bytes, so that model.to(dtype) leaves them alone, padded to a multiple of
+    256. scale = packed * steps[its group of 256] + mean; steps (groups,) and mean () are float32.
     """
     mean = scales.mean()
     groups = F.pad(scales - mean, (0, -len(scales) % 256)).view(-1, 256)

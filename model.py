@@ -53,25 +53,25 @@ class GPTConfig:
     rope_scaling: str = 'none'  # a longer context than trained on: 'linear', 'llama3' or 'yarn' stretch the wavelengths
     rope_factor: float = 1.0  # how many times longer
     rope_original: int = 0  # the context trained on ('llama3', 'yarn'); 0 = block_size / rope_factor
-    rope_low: float = 0.0  # turns over that context up to which a wavelength is stretched whole; 0 = 1
-    rope_high: float = 0.0  # turns from which it stays as it is; 0 = 4 ('llama3') or 32 ('yarn')
+    rope_low: float = 0.0  # wavelengths with at most this many turns in rope_original are stretched fully; 0 = 1
+    rope_high: float = 0.0  # those with at least this many turns are kept; 0 = 4 ('llama3') or 32 ('yarn')
     attn_scale: float = 0.0  # factor on query-key products; 0 = 1 / sqrt(head_dim)
     bias: bool = True  # biases in linear layers and layernorms
-    qkv_bias: bool = False  # without bias: one for queries, keys and values all the same (Qwen2)
+    qkv_bias: bool = False  # with bias=False: queries, keys and values have a bias nevertheless (Qwen2)
     tie_weights: bool = True  # the output head shares the token embedding
     causal: bool = True  # False: every token sees all others (encoder)
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs
     logit_softcap: float = 0.0  # logits -> cap * tanh(logits / cap); 0 = off
     window: int = 0  # sliding window: a query sees this many tokens, itself included; 0 = all before it
     window_pattern: str = 'L'  # layers in turn, again and again: L = local, with the window, G = global
-    n_sink: int = 0  # first tokens of a text that a window never leaves behind
+    n_sink: int = 0  # attention sinks: the first tokens of a text, visible from beyond the window, too
     n_expert: int = 0  # experts in place of the MLP, none with a bias; 0 = a dense MLP
     n_expert_active: int = 2  # experts that a token is sent to
     n_expert_shared: int = 0  # further experts that every token is sent to
     expert_dim: int = 0  # hidden width of an expert; 0 = mlp_dim
-    dense_layers: int = 0  # the first so many layers keep a dense MLP
-    expert_every: int = 1  # of the others one layer in this many has experts
-    router_renorm: bool = True  # the weights of a token's active experts add up to 1, if there are two or more
+    dense_layers: int = 0  # the first this many layers keep a dense MLP
+    expert_every: int = 1  # after those, layers whose number (from 1) is a multiple of this have experts
+    router_renorm: bool = True  # scale the weights of a token's active experts to sum to 1, if there are two or more
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
@@ -121,6 +121,8 @@ class GPTConfig:
                 (self.pos == 'rope' and self.head_dim % 2, f"head_dim={self.head_dim} must be even with pos='rope'"),
                 (self.pos == 'sinusoidal' and self.n_embd % 2,
                  f"n_embd={self.n_embd} must be even with pos='sinusoidal'"),
+                (self.router_renorm not in (True, False, 'always'),
+                 f"router_renorm={self.router_renorm!r} is not one of True, False, 'always'"),
                 (self.rope_theta <= 1, f'rope_theta={self.rope_theta} must be above 1'),
                 (scaled and (self.pos != 'rope' or self.rope_factor <= 1),
                  f"rope_scaling={self.rope_scaling!r} needs pos='rope' and a rope_factor above 1"),
@@ -134,6 +136,11 @@ class GPTConfig:
         """Whether the weights of a token's active experts add up to 1. That of a single one stays what the router says:
         p / p = 1 would leave it without a gradient. 'always': in models of others and old runs that one is 1, too."""
         return self.router_renorm == 'always' or self.router_renorm and self.n_expert_active > 1
+
+    @property
+    def farthest(self):
+        """The largest distance of a key in layers with a window: of the last token that fits from the first sink."""
+        return self.n_sink + self.window - 1
 
     def is_local(self, layer):
         """Whether this layer's attention has the window."""
@@ -193,11 +200,9 @@ class CPURMSNorm(torch.autograd.Function):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467); weight None = 1."""
-    if torch.compiler.is_compiling():  # which makes one kernel of it by itself
-        plain = False
-    else:  # a student and its teacher, with and without gradients, round alike; generation has other kernels anyhow
-        plain = x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_inference_mode_enabled()
-    if plain:
+    # torch.compile fuses F.rms_norm itself; without a graph, too, so that a frozen teacher rounds as its student does
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled() and (
+            x.device.type == 'cpu' and x.dtype == torch.float32):
         return CPURMSNorm.apply(x, x.new_ones(x.shape[-1]) if weight is None else weight, eps)
     if weight is None or weight.ndim == 1:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -254,7 +259,7 @@ def rope_tables(config):
         stretch = ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
         f = f * (1 - stretch) + f / config.rope_factor * stretch
         sharpen = 0.1 * math.log(config.rope_factor) + 1
-    # a stream's positions stay within a window, but it is read a block at a time
+    # a RollingCache keeps positions below n_sink + window, and one prefill adds up to block_size more
     n = config.block_size + (config.n_sink + config.window if config.window else 0)
     a = torch.arange(n).float()[:, None] * f
     cos, sin = a.cos() * sharpen, a.sin() * sharpen
@@ -276,9 +281,9 @@ def windowed(queries, keys, config):
 
 
 def far_sinks(q, q_far, k, v, is_sink):
-    """Attention in which sinks stand at another distance than the rest -> q, k of twice the width, and v as wide.
+    """Attention to sinks at another distance than to other keys: q, q_far (B, H, T, D), k, v -> all (…, 2 D).
 
-    Of a query's two rotations one meets the sinks, the other all else: where a key does not belong its half is zero.
+    Each query is rotated twice: q meets the ordinary keys, q_far the sinks; the half of a key that does not apply is 0.
     """
     k = torch.cat((k.masked_fill(is_sink, 0), k.masked_fill(~is_sink, 0)), -1)
     return torch.cat((q, q_far), -1), k, F.pad(v, (0, v.shape[-1]))  # kernels want one width
@@ -318,8 +323,8 @@ class Layout(NamedTuple):
     """Where the tokens of a forward stand and which keys they may see; None: 0, 1, 2 … and all keys before them.
 
     positions (T,) or (B, T): of the queries. mask, local_mask: in global and local layers, bool (…, T, S) or a
-    BlockMask. Where a sink is further away than the window: is_sink (…, S), and far_positions, where queries stand as
-    sinks see them, so that no distance is longer than in training.
+    BlockMask. When a text outgrows n_sink + window: is_sink (…, S), and far_positions, the queries' positions for their
+    products with sinks, capped at n_sink + window - 1: no distance is longer than in training (arXiv:2309.17453).
     """
     positions: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -360,7 +365,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(q, config.n_embd, config.bias)
         self.q_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
-        self.watched = None  # a list that takes the weights of each forward, see `GPT.attention_maps`
+        self.watched = None  # a list that collects the weights of each forward, see `GPT.attention_maps`
+
+    def stacked(self):
+        """What each matrix stacks, for lora.py: {matrix: {target: rows}}."""
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        return {'qkv': {'q': q, 'k': kv, 'v': kv}, 'proj': {'proj': self.proj.out_features}}
 
     def qk_weight(self, qk):
         """The weights of q_norm and k_norm, a row for each head: (n_head + n_kv_head, D), or None."""
@@ -413,6 +423,11 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(q, config.n_embd, config.bias)
         self.watched = None
 
+    def stacked(self):
+        """See `Attention.stacked`."""
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        return {'q': {'q': q}, 'kv': {'k': kv, 'v': kv}, 'proj': {'proj': self.proj.out_features}}
+
     def forward(self, x, context):
         """x (B, T, C) -> (B, T, C); the source is context.memory (B, S, C)."""
         B, T, _ = x.shape
@@ -447,6 +462,10 @@ class MLP(nn.Module):
         self.gate = nn.Linear(config.n_embd, dim, config.bias) if self.kind == 'swiglu' else None
         self.up = nn.Linear(config.n_embd, dim, config.bias)
         self.down = nn.Linear(dim, config.n_embd, config.bias)
+
+    def stacked(self):
+        """See `Attention.stacked`."""
+        return {name: {name: matrix.out_features} for name, matrix in self.named_children()}
 
     def forward(self, x):
         up, gate = self.up(x), None
@@ -637,8 +656,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def walk(h, w, targets, cap, temperature, g, out, learns):
-        """Fills out, losses and entropies (N,) or None, where given; returns gradients for h, and w if it learns, where
-        g is: what losses and entropies (N,) or None are multiplied by in the sum whose gradient it is.
+        """Writes the losses and entropies (N,) into the pair out, if given, either of which may be None.
+
+        Returns (dh, dw), None without g; dw also where w needs no gradient. g: the gradients (N,) of the losses and of
+        the entropies, the latter may be None.
         """
         def rule(logits, rows):
             logits = logits / temperature if temperature != 1 else logits
@@ -667,17 +688,17 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, w, cap, rule, learning, *given):
-        """h (N, C), w (V, C) -> the sum of the losses, and what the rule tells of each row, (N, m) float32.
+        """h (N, C), w (V, C) -> the sum of the losses, and the statistics of each row, (N, m) float32.
 
-        rule(logits (n, V) float32, learning, *rows of given (n, …)) -> (losses (n,), told (n, m), the derivative of
-        their sum by the logits (n, V), or None without learning); it may write over the logits.
+        rule(logits (n, V) float32, learning, *rows of given (n, …)) -> (losses (n,), statistics (n, m), the gradient
+        of the losses' sum by the logits (n, V), or None without learning); it may overwrite the logits.
         """
         losses, tables = [], []
 
         def chunk(logits, rows):
-            loss, told, d = rule(logits, learning, *(x[rows] for x in given))
+            loss, stats, d = rule(logits, learning, *(x[rows] for x in given))
             losses.append(loss.sum())
-            tables.append(told)
+            tables.append(stats)
             return d
         ctx.save_for_backward(*walk_logits(h, w, cap, chunk, learning, ctx.needs_input_grad[1]))
         ctx.n_given, table = len(given), torch.cat(tables)
@@ -692,14 +713,14 @@ class LinearLoss(torch.autograd.Function):
 
 def loss_by_rule(model, hidden, _, rule, places, given):
     """An `output` of GPT.forward: the mean of a rule's losses, see `LinearLoss`, at N places of the flattened (B * T,)
-    and what the rule tells of each, (N, m). given: what it takes beside the logits, (N, …) each."""
+    and its statistics of each, (N, m). given: what it takes beside the logits, (N, …) each."""
     def compute(hidden, places, *given):
         h, head, learning = model.products(hidden.flatten(0, 1)[places])
         return LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
     if torch.compiler.is_compiling():  # it would be compiled anew for every number of places
         compute = torch.compiler.disable(compute)
-    total, told = compute(hidden, places, *given)
-    return total / len(told), told
+    total, stats = compute(hidden, places, *given)
+    return total / len(stats), stats
 
 
 def walk_logits(h, w, cap, rule, learning, learns):
@@ -764,13 +785,17 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
-        if config.pos == 'rope':  # a table, not weights: made anew at loading
-            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config), strict=True):
-                self.register_buffer(name, table, persistent=False)
+        self.register_rope()
         self.sparse = [block.mlp for block in self.blocks if block.sparse]
         self.router_stats, self.block_masks = None, {}
         if not self.tok_emb.weight.is_meta:  # there, weights come with a state
             self.init_weights()
+
+    def register_rope(self):
+        """The cos and sin tables of 'rope' on the model's device: computed from the config, never saved."""
+        if self.config.pos == 'rope':
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(self.config), strict=True):
+                self.register_buffer(name, table.to(self.tok_emb.weight.device), persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -847,9 +872,8 @@ class GPT(nn.Module):
         if not config.window or T <= config.window and positions is None:
             return Layout(positions, mask, mask)
         at = torch.arange(T, device=device) if positions is None else positions
-        farthest = config.n_sink + config.window - 1
-        if config.n_sink and (T > farthest + 1 or positions is not None):
-            far, is_sink = at.clamp(max=farthest), at < config.n_sink
+        if config.n_sink and (T > config.farthest + 1 or positions is not None):
+            far, is_sink = at.clamp(max=config.farthest), at < config.n_sink
         if mask is None and positions is None and device.type == 'cuda' and not (config.dropout and self.training):
             return Layout(positions, None, self.block_mask(T, device), far, is_sink)
         local = windowed(at, at, config) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -874,6 +898,8 @@ class GPT(nn.Module):
                    for name, module in self.named_modules() if isinstance(module, (Attention, CrossAttention))]
         for _, module in modules:
             module.watched = []
+        was_training = self.training
+        self.eval()  # dropout must not reach a map
         try:
             idx = torch.tensor([ids], device=self.tok_emb.weight.device)
             memory = None if source is None else self.encode(torch.tensor([source], device=idx.device))
@@ -881,6 +907,7 @@ class GPT(nn.Module):
                         memory=memory)
             return [(name, module.watched[0][0]) for name, module in modules if module.watched]
         finally:
+            self.train(was_training)
             for _, module in modules:
                 module.watched = None
 
@@ -931,8 +958,8 @@ class GPT(nn.Module):
         return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets, reduction)
 
     def products(self, h):
-        """What a chunked loss multiplies: hidden states (N, C) and the head's matrix, in the dtype of products, and
-        whether a backward may follow."""
+        """The operands of a chunked loss: hidden states (N, C) and the head's weight (V, C), in the dtype of matrix
+        products, and whether either needs a gradient."""
         w, dtype = self.head.weight, product_dtype(h)
         narrow = w.dtype.itemsize < dtype.itemsize  # QLoRA's head stays so while it waits for the backward pass
         h, w = h.to(dtype), w if narrow else w.to(dtype)
@@ -1018,9 +1045,7 @@ class GPT(nn.Module):
         self.load_state_dict(weights, strict=False, assign=True)
         if self.config.tie_weights and self.head is not None:
             self.head.weight = self.tok_emb.weight
-        if self.config.pos == 'rope':
-            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(self.config), strict=True):
-                self.register_buffer(name, table.to(self.tok_emb.weight.device), persistent=False)
+        self.register_rope()
         return self
 
     def num_params(self, learning=False):

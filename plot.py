@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import runtime
+from runtime import new_figure
 
 from tokenizer import UserError
 
@@ -21,7 +22,7 @@ metric = ''  # what to draw, as 'val/loss'; several, as 'val/reward,val/gold', s
 axis = 'iter'  # along steps, 'seconds' of training or another metric, as 'kl'
 results = 'out/plot'  # where the picture and the table go; without a metric the picture of one run goes to the run
 
-# 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal distribution's will do
+# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; from 10 on 1.96 + 2.37 / df + 2.8 / df^2 is as good
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # what is drawn together: the name of a panel, and the names of metrics, * for any ending
 PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss', 'value/loss', 'train/ce')),
@@ -37,21 +38,13 @@ PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss',
 NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped')
 
 
-def new_figure(rows, columns, width, height):
-    """A matplotlib figure of so many panels, of width x height inches each -> (figure, [[axes]]); needs no display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
-    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def mean_and_spread(values):
     """The mean, and half of its 95 % interval by Student's t; 0 for a single value."""
-    n = len(values)
-    quantile = [*STUDENT, 1.96][min(n, 11) - 2]
-    return statistics.mean(values), statistics.stdev(values) / n ** 0.5 * quantile if n > 1 else 0.0
+    df = len(values) - 1
+    if not df:
+        return statistics.mean(values), 0.0
+    quantile = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.37 / df + 2.8 / df ** 2
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 * quantile
 
 
 def draw_mean(axes, color, label, curves):

@@ -125,8 +125,8 @@ def _batches(documents, size=1 << 20):
 
 
 def folder_for(script, name='', variant=''):
-    """The folder in data/ that the prepare.py at this path writes: its own, or beside that NAME, or with a variant of
-    its rows its own name with _VARIANT. UserError for one that is another prepare.py's."""
+    """The folder that the prepare.py at path script writes: its own; data/NAME with a name; {its own}_{variant} with a
+    variant. UserError for a malformed name and for a folder that has a prepare.py of its own."""
     home = Path(script).resolve().parent
     folder = home.parent / (name or f'{home.name}_{variant}' if name or variant else home.name)
     if name and not re.fullmatch(r'\w[\w.-]*', name) or folder != home and (folder / 'prepare.py').exists():
@@ -138,7 +138,8 @@ def folder_for(script, name='', variant=''):
 
 def check_sha256(path, sha256):
     """UserError unless the file has this checksum."""
-    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, 'rb') as file:
+        found = hashlib.file_digest(file, 'sha256').hexdigest()
     if found != sha256:
         raise UserError(f'{path}: its sha256 is {found}, not {sha256}: it is another file or damaged; fetch it again')
 

@@ -35,9 +35,9 @@ def hidden_and_losses(model, hidden, targets):
 class RewardModel(nn.Module):
     """A GPT, causal or not, that scores texts by a linear function of one vector per text (arXiv:1909.08593).
 
-    With score_likelihood the answer's log-probability, times a gain that is learnt, is added: what DPO takes for a
-    reward (arXiv:2305.18290), its reference being part of the rest. A small model knows by its likelihood that a
-    number is wrong long before a score has learnt it. Without it the GPT loses its head.
+    With score_likelihood, the answer's log-probability times a learned gain is added: DPO's implicit reward
+    (arXiv:2305.18290) without its reference. A small model finds a wrong number unlikely long before a score has
+    learned that it is wrong. Without score_likelihood the head is removed from the gpt that is passed in.
     """
 
     def __init__(self, gpt, score=None):
@@ -64,8 +64,8 @@ class RewardModel(nn.Module):
 
     def num_params(self, learning=False):
         """As `GPT.num_params`, with the score's own."""
-        own = (p for name, p in self.named_parameters() if name.startswith('score'))
-        return self.gpt.num_params(learning) + sum(p.numel() for p in own)
+        score = [p for name, p in self.named_parameters() if name.startswith('score')]
+        return self.gpt.num_params(learning) + sum(p.numel() for p in score if p.requires_grad or not learning)
 
     def flops_per_token(self, T):
         return self.gpt.flops_per_token(T)
@@ -76,8 +76,8 @@ class RewardModel(nn.Module):
     def forward(self, idx, real=None, answer=None, output='scores'):
         """ids (B, T), bool (B, T) True where a token is real and where it is the answer's, None = all -> (B,) float32.
 
-        Padding may stand anywhere. output='values', of a causal model and with padding on the right: (B, T) what the
-        model makes of each text up to each of its tokens, on the scale of `rewards`: a critic that knows much.
+        Padding may stand anywhere. output='values' (a causal model, padding on the right, `real` is not used): (B, T)
+        values, the score of each text up to each token, on the scale of `rewards`, for PPO's critic.
         """
         if output == 'values':
             return self.values(idx, answer)
@@ -102,6 +102,8 @@ class RewardModel(nn.Module):
 
     def values(self, idx, answer):
         """See `forward`."""
+        if not self.config.causal:
+            raise ValueError("output='values' needs causal=True: every token would see those after it")
         hidden, losses = self.read(idx, None, answer)
         with torch.autocast(idx.device.type, enabled=False):
             vectors = hidden.float()

@@ -12,10 +12,11 @@ from pathlib import Path
 from grade import GRADERS
 from tokenizer import ROLES, UserError
 
-# what a row may have beside its messages: its right answer, how that is told, the steps and the kind of the problem; of
-# preferences, what is wrong with the worse answer, whether the label was flipped, and how much better the better one is
+# optional fields of a row and their types: the correct answer, the grader that checks it, the problem's steps and kind;
+# of preferences: the defect of the rejected answer, whether the label was flipped, how much better the chosen one is
 EXTRAS = {'answer': (str, int, float), 'grader': str, 'steps': (int, float), 'kind': str,
           'defect': str, 'flipped': bool, 'margin': (int, float)}
+KINDS = {str: 'text', bool: 'true or false', (int, float): 'a finite number', (str, int, float): 'text or a number'}
 
 
 def fraction_of(text):
@@ -155,7 +156,7 @@ def _extras(row):
         types = EXTRAS[key]
         if (isinstance(value, bool) != (types is bool) or not isinstance(value, types)
                 or isinstance(value, (int, float)) and not abs(value) < 1e300):
-            raise UserError(f'"{key}" is {value!r:.40}, which it cannot be')
+            raise UserError(f'"{key}" must be {KINDS[types]}, not {value!r:.40}')
         if isinstance(value, str):
             _text(value, f'"{key}"')
     if found.get('grader', 'number') not in GRADERS:
@@ -190,7 +191,7 @@ def _pref(row):
     if 'prompt' in row:
         prompt = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False)
         for n in range(len(prompt), 0, -1):  # answers that are whole chats, from the prompt or its last messages on
-            if chosen[:n] == rejected[:n] == prompt[-n:]:
+            if chosen[:n] == rejected[:n] == prompt[-n:] and n < min(len(chosen), len(rejected)):
                 chosen, rejected = chosen[n:], rejected[n:]
                 break
     elif 'instruction' in row:

@@ -3708,10 +3708,11 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
 
 def test_3_6_bands_are_students_intervals():
     assert plot.mean_and_spread([5.0]) == (5.0, 0.0)
-    for values, quantile in (([1, 2], 12.706), ([1, 2, 3], 4.303), (list(range(10)), 2.262), (list(range(30)), 1.96)):
+    for values, quantile in (([1, 2], 12.706), ([1, 2, 3], 4.303), (list(range(10)), 2.262), (list(range(11)), 2.228),
+                             (list(range(30)), 2.045), (list(range(400)), 1.966)):
         mean, half = plot.mean_and_spread(values)
         assert mean == pytest.approx(np.mean(values))
-        assert half == pytest.approx(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
+        assert half == pytest.approx(quantile * np.std(values, ddof=1) / len(values) ** 0.5, rel=1.5e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3911,7 +3912,7 @@ def test_4_1_unreadable_tokenizer_files_are_named(tmp_path):
     path = tmp_path / 't.json'
     for content in (b'', b'{"kind": "bytes"', b'\xff\xfe\x00', b'[' * 100_000):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f'{path}: not JSON'):
+        with pytest.raises(UserError, match=f'{path}: not (JSON|UTF-8)'):
             Tokenizer.load(path)
     with pytest.raises(UserError, match='cannot read .*absent.json: No such file'):
         Tokenizer.load(tmp_path / 'absent.json')
@@ -4981,8 +4982,8 @@ def test_6_1_three_shapes_of_rows_are_one(tmp_path):
     ({'instruction': 'x', 'output': GOOD_ROW['messages']}, '"output" must be a text'),
     ({'prompt': 'x', 'completion': 3}, '"completion" must be a text'),
     ({'prompt': [], 'completion': []}, '"messages" must be a list'),
-    ({**GOOD_ROW, 'answer': [4]}, '"answer" is [4], which it cannot be'), ({**GOOD_ROW, 'steps': '2'}, '"steps" is'),
-    ({**GOOD_ROW, 'steps': True}, '"steps" is True'),
+    ({**GOOD_ROW, 'answer': [4]}, '"answer" must be'), ({**GOOD_ROW, 'steps': '2'}, '"steps" must be'),
+    ({**GOOD_ROW, 'steps': True}, '"steps" must be a finite number, not True'),
     ({**GOOD_ROW, 'grader': 'judge'}, "\"grader\" is 'judge', not one"),
     ({**GOOD_ROW, 'answer': '\udfff'}, 'half a surrogate')], ids=lambda x: str(x)[:30])
 def test_6_1_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
@@ -6466,10 +6467,10 @@ def test_7_1_shapes_of_preferences_are_one(tmp_path):
     ({'prompt': 'Hi', 'chosen': asked('a'), 'rejected': 'a'}, 'the last message of "chosen" is the user\'s'),
     ({'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
     ({'prompt': [], 'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'flipped': 1}, '"flipped" is 1, which it cannot be'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': True}, '"margin" is True'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': 10 ** 400}, '"margin" is 1000'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': math.nan}, '"margin" is nan'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'flipped': 1}, '"flipped" must be true or false, not 1'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': True}, '"margin" must be a finite number, not True'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': 10 ** 400}, '"margin" must be a finite number, not 1000'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': math.nan}, '"margin" must be a finite number, not nan'),
     (7, 'not a JSON object')])
 def test_7_1_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_path):
     path = lines(tmp_path / 'p.jsonl', [{'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b'}, row])

@@ -1,4 +1,4 @@
-"""Text <-> token ids: bytes, characters, a BPE trained here, any tiktoken encoding, any tokenizer.json of Hugging Face.
+"""Text <-> token ids: bytes, characters, a BPE trained here, tiktoken's encodings, Hugging Face's BPE tokenizers.
 
     tokenizer = get_tokenizer('bpe', texts, vocab_size=4096)
     ids = tokenizer.encode('To be, or not to be')
@@ -193,7 +193,8 @@ class Tokenizer:
     system: what the system says in a chat where it says nothing.
     """
 
-    bos, chat, anew, strips = None, True, True, False  # these are of interest in an HFTokenizer
+    # an HFTokenizer sets these: anew: text after a special token starts a text; strips: decoding drops its first space
+    bos, chat, anew, strips = None, True, True, False
 
     def __init__(self, kind, name, tokens, special, pattern=None, system=None):
         self.kind, self.name, self.tokens, self.special, self.pattern = kind, name, tokens, special, pattern
@@ -312,7 +313,7 @@ class Tokenizer:
     def decode(self, ids, start=True):
         """Ids -> str; bytes that are not UTF-8 become U+FFFD. start: as in `encode`: the blank put there goes."""
         data = self.decode_bytes(ids)
-        return data[start and self.strips and data[:1] == b' ':].decode('utf-8', 'replace')
+        return (data.removeprefix(b' ') if start and self.strips else data).decode('utf-8', 'replace')
 
     def stream(self, start=True):
         """A decoder for ids that come one by one: its texts, flush() last, add up to decode() of all the ids."""
@@ -415,7 +416,7 @@ def _read_text(path):
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}') from None
     except ValueError as error:
-        raise UserError(f'{path}: not JSON: {error}') from None
+        raise UserError(f'{path}: not UTF-8: {error}') from None
 
 
 def _read_json(path):
@@ -592,7 +593,7 @@ def get_tokenizer(name, texts=None, vocab_size=None):
     """
     if name == 'bytes':
         return bytes_tokenizer()
-    if os.path.isdir(name):
+    if os.path.isdir(name) and name not in ('chars', 'bpe'):
         path = os.path.join(name, 'tokenizer.json')
         own = re.match(r'\s*\{\s*"kind"', _read_text(path))  # which `save` writes first
         return Tokenizer.load(path) if own else hf_tokenizer(name)
