@@ -142,6 +142,9 @@ def knobs_of_file(path):
     return _knobs_of(source, defaults)
 
 
+STAGES = ('train.py', 'sft.py', 'reward.py', 'dpo.py', 'ppo.py', 'grpo.py', 'distill.py', 'lora.py', 'reward_model.py')
+
+
 def configure(namespace, *others, argv=None):
     """Overrides a stage's globals from config files and --key=value; returns (config, given).
 
@@ -167,6 +170,8 @@ def configure(namespace, *others, argv=None):
         if key not in knobs:
             near = difflib.get_close_matches(key, knobs, n=1)
             hint = f'did you mean {near[0]}?' if near else '--help lists the knobs'
+            if owner := _owner_of(key):
+                hint = f'it is a knob of {owner}, which this script does not take'
             raise UserError(f'{where}: unknown key {key!r}; {hint}')
         value = _convert(key, value, knobs[key][0], where)
         if isinstance(value, list) and key in seen:
@@ -188,6 +193,13 @@ def configure(namespace, *others, argv=None):
             for key, value, where in read_config(arg, namespace):
                 assign(key, value, where)
     return {k: namespace[k] for k in stage}, given
+
+
+def _owner_of(key):
+    """The first of the files here that has a knob of this name, if any."""
+    knob = re.compile(rf'^ *{re.escape(key)}(: \w+)? = .*  # ', re.M)
+    files = sorted(Path(__file__).parent.glob('*.py'), key=lambda path: (path.name not in STAGES, path.name))
+    return next((path.name for path in files if knob.search(path.read_text(encoding='utf-8'))), '')
 
 
 def read_config(path, namespace=None):

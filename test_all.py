@@ -799,6 +799,14 @@ print('IMPORTED model', [name for name in heavy if name in sys.modules and name 
 """
 
 
+def test_0_1_a_knob_of_another_script_is_named_with_it(run_stage, tmp_path):
+    for stage, key, owner in (('train', 'lora_rank', 'lora.py'), ('train', 'score_head', 'reward_model.py'),
+                              ('sft', 'score_head', 'reward_model.py'), ('sample', 'kl_coef', 'grpo.py')):
+        status, _, err = run_stage(stage, f'--{key}=2')
+        assert status == 2 and err == f'error: command line: unknown key {key!r}; it is a knob of {owner}, ' \
+            'which this script does not take\n', err
+
+
 def test_0_1_nothing_is_imported_before_it_is_used():
     """Help, a typo and `python model.py` take as long as importing torch does, of which the compiler is no part."""
     heavy = ('torch._dynamo torch.distributed.fsdp torch.distributed.tensor torch.nn.attention.flex_attention gguf '
@@ -6469,8 +6477,8 @@ def test_7_1_shapes_of_preferences_are_one(tmp_path):
     ({'prompt': [], 'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'flipped': 1}, '"flipped" must be true or false, not 1'),
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': True}, '"margin" must be a finite number, not True'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': 10 ** 400}, '"margin" must be a finite number, not 1000'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': math.nan}, '"margin" must be a finite number, not nan'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': 10 ** 400}, 'must be a finite number, not 1000'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'a', 'margin': math.nan}, 'must be a finite number, not nan'),
     (7, 'not a JSON object')])
 def test_7_1_a_row_that_is_no_preference_is_named_or_skipped(row, words, tmp_path):
     path = lines(tmp_path / 'p.jsonl', [{'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b'}, row])
