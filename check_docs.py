@@ -158,7 +158,7 @@ def flag_names():
     return names
 
 
-def check_command(words, copies):
+def check_command(words, copies):  # noqa: C901
     """Checks one simple command without running its work -> (script or cp, arguments, knobs), None of another program.
 
     copies: {name: script} of the scripts that earlier commands have copied; cp adds to it. DocError says what is wrong.

@@ -245,7 +245,7 @@ def read_json(path):
     return Json(values, path)
 
 
-def hf_args(config):
+def hf_args(config):  # noqa: C901
     """config.json, read -> (family, fields of GPTConfig); UserError for the first key that we cannot honour."""
     named, family = config.get('architectures'), config.get('model_type')
     named = named[0] if isinstance(named, list) and named else None
@@ -298,7 +298,7 @@ def renormalised(args, there):
     return 'always' if there and args['n_expert_active'] == 1 else there
 
 
-def rope_args(config, theta, block_size):
+def rope_args(config, theta, block_size):  # noqa: C901
     """The fields of GPTConfig for the rotary wavelengths, in either spelling."""
     rope = config.object('rope_scaling' if config.get('rope_scaling') else 'rope_parameters')
     where = rope if 'rope_theta' in rope.values else config
@@ -362,7 +362,7 @@ def window_args(config, family, n_layer):
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face directories
 
-def safetensors_of(folder, name='model.safetensors'):
+def safetensors_of(folder, name='model.safetensors'):  # noqa: C901
     """{name: (file, shape, read)} of the tensors of a directory, sharded or not; UserError for a damaged one."""
     single, index = folder / name, folder / f'{name}.index.json'
     if single.is_file():
@@ -438,7 +438,7 @@ TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do 
 EXPERTS = {'n_expert_shared', 'router_bias_rate'}  # nor do these without experts
 
 
-def hf_family(config):
+def hf_family(config):  # noqa: C901
     """The model_type that computes what a GPTConfig says; UserError names the first field that none has."""
     def refuse(field, why):
         raise UserError(f'{field}={getattr(config, field)!r} cannot be exported: {why}')

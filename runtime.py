@@ -145,7 +145,7 @@ def knobs_of_file(path):
 STAGES = ('train.py', 'sft.py', 'reward.py', 'dpo.py', 'ppo.py', 'grpo.py', 'distill.py', 'lora.py', 'reward_model.py')
 
 
-def configure(namespace, *others, argv=None):
+def configure(namespace, *others, argv=None):  # noqa: C901
     """Overrides a stage's globals from config files and --key=value; returns (config, given).
 
     namespace: the stage's globals(). others: dataclasses whose fields are knobs too (GPTConfig), or paths of stage
@@ -965,7 +965,7 @@ class Run:
             self._set_dtypes(*dtypes)  # timed again, they could be others than when the run began
         return path
 
-    def open(self, config, step=None, tensorboard_log=False, wandb_log=False, wandb_project='flatgpt',
+    def open(self, config, step=None, tensorboard_log=False, wandb_log=False, wandb_project='flatgpt',  # noqa: C901
              wandb_run_name=None):
         """Makes the run's directory ready and starts the loggers.
 
@@ -976,7 +976,7 @@ class Run:
         """
         self.config = config
 
-        def work():
+        def work():  # noqa: C901
             if wandb_log:
                 try:
                     import wandb

@@ -266,7 +266,7 @@ def show_attention(model, tokenizer, ids, source=None):
           'what token t sees')
 
 
-def main():
+def main():  # noqa: C901
     global system
     _, given = runtime.configure(globals(), GPTConfig)
     if system and not chat:

@@ -525,7 +525,7 @@ def _count_words(texts, pattern):
     return words
 
 
-def learn_merges(words, n_tokens):
+def learn_merges(words, n_tokens):  # noqa: C901
     """BPE merges: Counter of words -> (tokens, merges), the bytes of each id and the pairs of ids in order of merging.
 
     Again and again the most frequent pair of neighbours becomes one token; of equally frequent pairs, the one with the
