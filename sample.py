@@ -266,39 +266,65 @@ def show_attention(model, tokenizer, ids, source=None):
           'what token t sees')
 
 
-def main():  # noqa: C901
+def check_knobs(talk):
+    """UserError for knobs that do not go together. talk: whether somebody types the questions."""
+    choosing = f'votes={votes}' if votes else f'best_of={best_of}' if best_of else ''
+    for wrong, why in (
+            (system and not chat, '--system opens a chat: add --chat=True'),
+            (show not in ('', 'probs', 'attention'), f"show={show!r} is not one of 'probs', 'attention'"),
+            (show and (interactive or chat),
+             f'show={show} is of a text: give --start=TEXT and no --chat or --interactive'),
+            (show == 'probs' and source, 'show=probs is of running text: give --start=TEXT instead of --source'),
+            (num_samples < 1 or max_new_tokens < 1, 'num_samples and max_new_tokens must be >= 1'),
+            (source and (interactive or chat or start != '\n'),
+             '--source is answered from the beginning: drop --start, --chat and --interactive'),
+            (min(votes, best_of, max_think_tokens) < 0, 'votes, best_of and max_think_tokens must be >= 0'),
+            (votes and best_of, f'votes={votes} and best_of={best_of} choose in two ways: drop one'),
+            (bool(best_of) != bool(reward_model), f'best_of={best_of} and reward_model={reward_model!r} go together: '
+             'give --best_of=N and --reward_model=DIR, or neither'),
+            (choosing and (talk or not chat),
+             f'{choosing} answers one question: give --chat=True --start=TEXT and no --interactive'),
+            (choosing and num_samples > 1, f'{choosing} shows one answer: drop --num_samples'),
+            (temperature == 0 and votes + best_of > 1,
+             f'{choosing} and temperature=0: all answers would be the same: raise it'),
+            (talk and num_samples > 1, 'a session shows one answer: drop --num_samples')):
+        if wrong:
+            raise UserError(why)
+
+
+def answer_once(model, tokenizer, text, force):
+    """Prints the answer to one question, or the one that votes or a reward model choose."""
+    scorer = None
+    if best_of:
+        run = runtime.Run('.', device, dtype, random.getrandbits(32) if seed < 0 else seed)
+        scorer = load_scorer(reward_model, run, tokenizer)
+    opening = [{'role': 'system', 'content': system}] if system else []
+    messages = [*opening, {'role': 'user', 'content': text.rstrip('\n')}]
+    ids = turn(model, tokenizer, messages)
+    if votes or best_of:
+        answer, why = choose(model, tokenizer, ids, messages, scorer, force)
+        print(f'{answer}\n({why})')
+    else:
+        continue_text(model, tokenizer, ids, '', None, force)
+
+
+def continue_text(model, tokenizer, ids, text, sources, force):
+    """Prints text and num_samples continuations of its ids."""
+    if len(ids) > model.config.block_size and model.config.pos != 'learned' and not model.config.window:
+        print(f'(the start has {len(ids)} tokens; the model sees the last {model.config.block_size})', file=sys.stderr)
+    print(text, end='', flush=True)
+    out = [[] for _ in range(num_samples)]
+    continuations(model, tokenizer, ids, out, sources, force)
+    for i, new in enumerate(out[1:], 2):
+        print(f'--- {i} of {num_samples}\n{text}{plain(tokenizer, new)}')
+
+
+def main():
     global system
     _, given = runtime.configure(globals(), GPTConfig)
-    if system and not chat:
-        raise UserError('--system opens a chat: add --chat=True')
-    system = read_text('system', system) if system else ''
-    if show not in ('', 'probs', 'attention'):
-        raise UserError(f"show={show!r} is not one of 'probs', 'attention'")
-    if show and (interactive or chat):
-        raise UserError(f'show={show} is of a text: give --start=TEXT and no --chat or --interactive')
-    if show == 'probs' and source:
-        raise UserError('show=probs is of running text: give --start=TEXT instead of --source')
-    if num_samples < 1 or max_new_tokens < 1:
-        raise UserError('num_samples and max_new_tokens start at 1')
-    if source and (interactive or chat or start != '\n'):
-        raise UserError('--source is answered from the beginning: drop --start, --chat and --interactive')
     talk = interactive or chat and start == '\n'
-    if min(votes, best_of, max_think_tokens) < 0:
-        raise UserError('votes, best_of and max_think_tokens start at 0')
-    if votes and best_of:
-        raise UserError(f'votes={votes} and best_of={best_of} choose in two ways: drop one')
-    if bool(best_of) != bool(reward_model):
-        raise UserError(f'best_of={best_of} and reward_model={reward_model!r} go together: give --best_of=N and '
-                        '--reward_model=DIR, or neither')
-    if chosen := f'votes={votes}' * bool(votes) or f'best_of={best_of}' * bool(best_of):
-        if talk or not chat:
-            raise UserError(f'{chosen} answers one question: give --chat=True --start=TEXT and no --interactive')
-        if num_samples > 1:
-            raise UserError(f'{chosen} shows one answer: drop --num_samples')
-        if temperature == 0 and votes + best_of > 1:
-            raise UserError(f'{chosen} and temperature=0: all answers would be the same: raise it')
-    if talk and num_samples > 1:
-        raise UserError('a session shows one answer: drop --num_samples')
+    check_knobs(talk)
+    system = read_text('system', system) if system else ''
     text = None if talk else read_text('source', source) if source else read_text('start', start)
     model, tokenizer = load(init_from, runtime.pick_device(device), **given)
     if (model.config.n_encoder_layer > 0) != bool(source):
@@ -307,38 +333,23 @@ def main():  # noqa: C901
     if chat:
         tokenizer.chat_ids([{'role': 'user', 'content': ''}])  # a tokenizer that knows no chats says so now
     force = forcing(tokenizer, tools, max_think_tokens)
-    scorer = None
-    if best_of:
-        run = runtime.Run('.', device, dtype, random.getrandbits(32) if seed < 0 else seed)
-        scorer = load_scorer(reward_model, run, tokenizer)
     if talk:
         return session(model, tokenizer, force)
-    ids, sources = tokenizer.encode(text), None
     if chat:
-        opening = [{'role': 'system', 'content': system}] if system else []
-        messages = [*opening, {'role': 'user', 'content': text.rstrip('\n')}]
-        ids, text = turn(model, tokenizer, messages), ''
-        if chosen:
-            answer, why = choose(model, tokenizer, ids, messages, scorer, force)
-            return print(f'{answer}\n({why})')
-    elif tokenizer.bos is not None:
-        ids = [tokenizer.bos, *ids]
+        return answer_once(model, tokenizer, text, force)
+    ids, sources = tokenizer.encode(text), None
     if source:
         ids, sources, text = [tokenizer.eot], [tokenizer.encode(text.removesuffix('\n'))], ''
+    elif tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
     if show == 'probs':
         return show_probs(model, tokenizer, ids)
     if show:
         if source:  # what it answers, to be looked at
             ids += generate(model, [ids], min(max_new_tokens, 128), temperature=0, stop_ids=stops(tokenizer),
-                                  sources=sources, vocab_limit=tokenizer.n_vocab)[0][:-1]
+                            sources=sources, vocab_limit=tokenizer.n_vocab)[0][:-1]
         return show_attention(model, tokenizer, ids, sources[0] if sources else None)
-    if len(ids) > model.config.block_size and model.config.pos != 'learned' and not model.config.window:
-        print(f'(the start has {len(ids)} tokens; the model sees the last {model.config.block_size})', file=sys.stderr)
-    print(text, end='', flush=True)
-    out = [[] for _ in range(num_samples)]
-    continuations(model, tokenizer, ids, out, sources, force)
-    for i, new in enumerate(out[1:], 2):
-        print(f'--- {i} of {num_samples}\n{text}{plain(tokenizer, new)}')
+    continue_text(model, tokenizer, ids, text, sources, force)
 
 
 if __name__ == '__main__':

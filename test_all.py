@@ -9172,7 +9172,7 @@ def test_10_3_the_best_of_several_answers_is_shown(talk, says, scorer):
     (['votes=2', '--chat=True --start'], ['--votes=2', '--start=\n']),
     (['votes=2', '--num_samples'], ['--votes=2', '--num_samples=2']),
     (['votes=2', 'temperature=0'], ['--votes=2', '--temperature=0']),
-    (['start at 0'], ['--votes=-1']), (['start at 0'], ['--max_think_tokens=-1']),
+    (['must be >= 0'], ['--votes=-1']), (['must be >= 0'], ['--max_think_tokens=-1']),
     (['out/none', 'no such run'], ['--best_of=2', '--reward_model=out/none']),
     (['is not a reward model'], ['--best_of=2', '--reward_model=BASE'])])
 def test_10_3_mistakes_with_several_answers_get_one_line(talk, base_run, words, args):
