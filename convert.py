@@ -32,7 +32,7 @@ import torch
 import lora
 import tokenizer as tokenizers
 from lora import LoRAConfig, LoRALinear
-from model import GPT, GPTConfig, on_meta
+from model import GPT, GPTConfig, check_tensors, on_meta
 from tokenizer import UserError
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -687,6 +687,8 @@ def _peft_modules(config, lora_config, tensors):
     family = hf_family(config)
     with on_meta():
         model = lora.apply(GPT(config), dataclasses.replace(lora_config, quant=''))
+    with runtime.user_errors():
+        check_tensors(lora.state(model) if tensors else {}, tensors)
     model.load_state_dict(tensors, strict=False, assign=True)
     return [PeftModule(name, module, config, family) for name, module in model.named_modules()
             if isinstance(module, LoRALinear) and module.lora_a is not None], family

@@ -46,6 +46,7 @@ class KVCache:
         """Before a forward over T new tokens per row -> Layout. counts: how many of the T are no padding, per row."""
         config, before = self.config, self.lengths
         self.layer, self.T, self.end = 0, T, max(before) + T
+        self.reserve(self.end)
         self.uniform = min(before) == max(before)
         self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
         slides = config.window and self.end > config.window
@@ -90,11 +91,17 @@ class KVCache:
         self.source = {layer: kv[:, rows] for layer, kv in self.source.items()}
         self.lengths = [self.lengths[r] for r in rows]
 
+    def reserve(self, capacity):
+        """Makes room for so many tokens a row."""
+        if capacity > self.capacity:
+            self.capacity = capacity
+            self.layers = [[F.pad(x, (0, 0, 0, capacity - x.shape[2])) for x in stored] for stored in self.layers]
+
     def extend(self, other):
         """Takes in the rows of another cache of the same kind, behind its own."""
-        self.capacity = max(self.capacity, other.capacity)
-        self.layers = [[torch.cat([F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair])
-                        for pair in zip(mine, theirs, strict=True)]
+        self.reserve(other.capacity)
+        other.reserve(self.capacity)
+        self.layers = [[torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
                        for mine, theirs in zip(self.layers, other.layers, strict=True)]
         self.source = {layer: torch.cat((kv, other.source[layer]), 1) for layer, kv in self.source.items()}
         self.lengths = self.lengths + other.lengths
@@ -427,6 +434,8 @@ class Batch:
     @torch.inference_mode()
     def advance(self):
         """float32 logits (B, V) of the next token of each of `rows`, those that have joined last."""
+        if not self.rows and self.waiting is None:
+            raise ValueError('a batch without rows cannot advance: admit some first')
         logits = []
         if self.rows and (self.cache is None or self.full):
             for row in self.rows:

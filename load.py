@@ -34,6 +34,7 @@ from tokenizer import Tokenizer, UserError
 # checkpoints
 
 VERSION = 2  # of a checkpoint's dict
+CONFIGS = {'model_args': GPTConfig, 'lora_args': LoRAConfig, 'score_args': ScoreConfig}  # what it holds of each
 
 
 def fields_of(config_class, values):
@@ -42,9 +43,36 @@ def fields_of(config_class, values):
 
 
 def upgrade(state):
-    """A checkpoint's dict of any age -> the same in today's form."""
+    """A checkpoint's dict of any age -> the same in today's form.
+
+    ValueError for one of a later version, and for a field of its configs that is unknown or of another type.
+    """
     if 'version' in state:
+        if state['version'] != VERSION:
+            raise ValueError(f'version={state["version"]!r}: this program reads checkpoints up to version {VERSION}: '
+                             'update it')
+        for name, kind in CONFIGS.items():
+            check_fields(kind, state.get(name, {}), name)
         return state
+    return upgrade(_from_version_1(state))
+
+
+def check_fields(kind, values, name):
+    """ValueError where values, which a state calls name, are not fields of a dataclass with values of their types."""
+    if not isinstance(values, dict):
+        raise ValueError(f'{name} must be a dict, not {values!r:.40}')
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in defaults:
+            raise ValueError(f'{name} has {key!r}, which this version does not know')
+        wanted = type(defaults[key])
+        fits_type = type(value) is wanted or wanted is float and type(value) is int
+        if not fits_type and (key, value) != ('router_renorm', 'always'):
+            raise ValueError(f'{name}: {key}={value!r:.40} must be of type {wanted.__name__}')
+
+
+def _from_version_1(state):
+    """A checkpoint's dict of before version 2 -> of version 2."""
     args = dict(state['model_args'])  # before version 2 it held the fields of all three
     added, score = fields_of(LoRAConfig, args), fields_of(ScoreConfig, args)
     args = {key: value for key, value in args.items() if key not in added and key not in score}
@@ -78,7 +106,11 @@ def _head_before_score(optimizer, head):
 
 def read_checkpoint(path, mmap=False):
     """As `runtime.load_checkpoint`, in today's form."""
-    return upgrade(runtime.load_checkpoint(path, mmap=mmap))
+    state = runtime.load_checkpoint(path, mmap=mmap)
+    if not all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in (state['model'] or {}).items()):
+        raise UserError(f"{path}: not a checkpoint of this project ('model' must hold tensors by name)")
+    with runtime.user_errors(path):
+        return upgrade(state)
 
 
 def state_of(model):
@@ -107,9 +139,6 @@ def build_model(state, given=None, scores=False, fresh=False):
     extra or misshapen tensor.
     """
     given, lora_args, score_args = given or {}, state.get('lora_args', {}), state.get('score_args', {})
-    unknown = set(state['model_args']) - set(GPTConfig.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
     config = GPTConfig(**state['model_args'] | fields_of(GPTConfig, given))
     lora_config = LoRAConfig(**lora_args | fields_of(LoRAConfig, given))
     tensors = {} if fresh else state['model']
@@ -119,8 +148,10 @@ def build_model(state, given=None, scores=False, fresh=False):
             gpt = GPT(config)
     else:
         gpt = GPT(config)
-    if score_args and 'head.weight' not in own:
+    score_config = ScoreConfig(**score_args | fields_of(ScoreConfig, given)) if scores else None
+    if scores and not score_config.score_likelihood:
         gpt.head = None
+        own.pop('head.weight', None)
     if not fresh:
         check_tensors(gpt.state_dict(), own)
         if lora_config.quant:
@@ -133,8 +164,9 @@ def build_model(state, given=None, scores=False, fresh=False):
     load_part(gpt, lora.state(gpt), {name: tensor for name, tensor in tensors.items() if lora.is_new(name)},
               lambda name: any(kind in name for kind in trained))
     if not scores:
+        check_tensors({}, {name: tensor for name, tensor in tensors.items() if is_score(name)})
         return gpt
-    model = RewardModel(gpt, ScoreConfig(**score_args | fields_of(ScoreConfig, given)))
+    model = RewardModel(gpt, score_config)
     load_part(model, {name: tensor for name, tensor in model.state_dict().items() if is_score(name)},
               {name: tensor for name, tensor in tensors.items() if is_score(name)},
               lambda name: score_args and (name != 'score_gain' or score_args.get('score_likelihood')))
@@ -343,7 +375,6 @@ def complete(state, where):
 
 # what stages after pretraining may change in a model, beside its lora_, rope_ and router_ knobs
 CHANGEABLE = ('adapter_dim', 'quant', 'dropout', 'block_size', 'window', 'window_pattern', 'n_sink')
-CONFIGS = {'model_args': GPTConfig, 'lora_args': LoRAConfig, 'score_args': ScoreConfig}  # of a checkpoint's dict
 
 
 @dataclasses.dataclass

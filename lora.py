@@ -238,10 +238,13 @@ def embeddings_to_bf16(model):
     def half(parameter):
         return nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
     with on_meta():
-        embedding, head = BF16Embedding(*model.tok_emb.weight.shape), BF16Head(*model.head.weight.T.shape, bias=False)
+        embedding = BF16Embedding(*model.tok_emb.weight.shape)
+        head = BF16Head(*model.tok_emb.weight.T.shape, bias=False)
     embedding.weight = half(model.tok_emb.weight)
-    head.weight = embedding.weight if model.config.tie_weights else half(model.head.weight)
-    model.tok_emb, model.head = embedding, head
+    if model.head is not None:  # a reward model's has none
+        head.weight = embedding.weight if model.config.tie_weights else half(model.head.weight)
+        model.head = head
+    model.tok_emb = embedding
     if model.pos_emb is not None:
         model.pos_emb.weight = half(model.pos_emb.weight)
 

@@ -793,7 +793,7 @@ class GPT(nn.Module):
 
     def register_rope(self):
         """The cos and sin tables of 'rope' on the model's device: computed from the config, never saved."""
-        if self.config.pos == 'rope':
+        if self.config.pos == 'rope' and not self.tok_emb.weight.is_meta:  # there, `assign` makes them
             for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(self.config), strict=True):
                 self.register_buffer(name, table.to(self.tok_emb.weight.device), persistent=False)
 

@@ -267,6 +267,10 @@ class ActorCritic(nn.Module):
         with torch.autocast(idx.device.type, enabled=False):
             return losses, entropies, self.value(hidden.float())[..., 0]
 
+    def router_loss(self):
+        """As `GPT.router_loss`, of both."""
+        return self.policy.router_loss() + (self.critic.gpt.router_loss() if self.critic is not None else 0)
+
     def critic_state(self):
         """The tensors of the critic by name: all but the policy's."""
         return {name.replace('critic.gpt.', 'critic.'): tensor for name, tensor in self.state_dict().items()
@@ -528,7 +532,7 @@ def main():
                 # means would weight tokens of short answers more; / micro_steps, as DDP and FSDP average over processes
                 loss = (total * mask).sum() / tokens_per_micro_batch
                 # the routers of a mixture of experts have a loss of their own, which balances their load
-                run.backward((loss + policy.router_loss()) / micro_steps)
+                run.backward((loss + model.router_loss()) / micro_steps)
                 update_loss += loss.detach() / micro_steps
 
                 log_ratio = (logprobs.detach() - old_logprob) * mask

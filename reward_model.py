@@ -43,6 +43,8 @@ class RewardModel(nn.Module):
     def __init__(self, gpt, score=None):
         super().__init__()
         self.gpt, self.score_config = gpt, score or ScoreConfig()
+        if self.score_config.score_likelihood and gpt.head is None:
+            raise ValueError('score_likelihood=True needs a model with a head')
         if gpt.encoder is not None:
             raise ValueError(f'n_encoder_layer={len(gpt.encoder)}: a reward model needs a decoder or an encoder alone')
         if self.score_config.score_likelihood and not gpt.config.causal:
@@ -104,7 +106,8 @@ class RewardModel(nn.Module):
         """See `forward`."""
         if not self.config.causal:
             raise ValueError("output='values' needs causal=True: every token would see those after it")
-        hidden, losses = self.read(idx, None, answer)
+        real = answer.flip(1).cumsum(1).flip(1) > 0  # nothing but padding follows the answer
+        hidden, losses = self.read(idx, real, answer)
         with torch.autocast(idx.device.type, enabled=False):
             vectors = hidden.float()
             if self.score_config.score_head == 'mean':
