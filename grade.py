@@ -12,7 +12,8 @@ import string
 from collections import Counter
 from fractions import Fraction
 
-from tokenizer import CALL, UserError
+from chat import CALL
+from tokenizer import UserError
 
 # A minus after a word, a number or a bracket takes away from that; commas that set off no thousands separate numbers.
 UNSIGNED = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+'

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import lora
+from chat import CALL
 from dataset import PromptData, answered, load_prompts, pad_texts, padded_width
 from generate import generate, pack
 from grade import (
@@ -41,7 +42,7 @@ from grade import (
     summarise,
 )
 from load import load_model
-from tokenizer import CALL, UserError, calculate
+from tokenizer import UserError, calculate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # answers

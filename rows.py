@@ -4,19 +4,58 @@ Rows of a file: chats, preferences, prompts and pairs of texts, in the shapes th
 A file is a .json one, a list of rows, or a .jsonl one, a row a line; blank lines are passed over. A reader returns
 (rows, skipped): each row with 'where' it is from, and the reasons for which malformed ones were left out. With strict
 such a row raises UserError instead, with file, line and reason; so does a file without any good row.
+
+A key that decides what is learned is honoured or refused by its name (REFUSED); one that nothing here knows is counted.
+The shapes are those of OpenAI, TRL, ShareGPT, axolotl, LLaMA-Factory, ms-swift and verl.
 """
 import hashlib
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
+from chat import ROLES, THOUGHTS
 from grade import GRADERS
-from tokenizer import ROLES, UserError
+from tokenizer import UserError
 
 # optional fields of a row and their types: the correct answer, the grader that checks it, the problem's steps and kind;
 # of preferences: the defect of the rejected answer, whether the label was flipped, how much better the chosen one is
 EXTRAS = {'answer': (str, int, float), 'grader': str, 'steps': (int, float), 'kind': str,
           'defect': str, 'flipped': bool, 'margin': (int, float)}
 KINDS = {str: 'text', bool: 'true or false', (int, float): 'a finite number', (str, int, float): 'text or a number'}
+
+# where a row of each shape has its parts, by the names that libraries give them; the first that is there counts
+MESSAGES = ('messages', 'conversations', 'conversation')
+QUESTION, MORE, ANSWER = ('instruction', 'query'), ('input', 'context'), ('output', 'response')
+CALLERS = ('function_call', 'tool_call')  # who says nothing but the JSON of a call
+SPEAKERS = {role: role for role in ROLES} | {
+    'human': 'user', **dict.fromkeys(('gpt', 'chatgpt', 'bing', 'bard', 'model', *CALLERS), 'assistant'),
+    **dict.fromkeys(('observation', 'function', 'function_response', 'tool_response', 'ipython'), 'tool')}
+WEIGHTS = ('weight', 'loss', 'train')  # of a message: whether it is learned, 1 or 0, true or false
+TEXTS = ('content', 'value')
+OF_MESSAGE = {'role', 'from', *TEXTS, *WEIGHTS, *THOUGHTS, 'tool_calls', 'tool_call_id', 'name'}
+
+# what decides what is learned and is not honoured: {key: what to do}; as in IDLE, or a weight of 1, it decides nothing
+IDLE = (False, 0, '', [], {})
+PICTURES = 'only text is learned here'
+REFUSED = {
+    **dict.fromkeys(('image', 'images', 'video', 'videos', 'audio', 'audios', 'objects'), PICTURES),
+    **dict.fromkeys(('completions', 'labels'), 'rewards of steps are not learned'),
+    'functions': 'give "tools"', 'function_call': 'give "tool_calls"',
+    'segments': 'give "messages", with "weight": 0 on what is not learned',
+    **dict.fromkeys(('weight', 'sample_weight', 'loss_scale'), 'rows have no weights: repeat the row or leave it out')}
+OF_MESSAGE_REFUSED = {
+    **{key: REFUSED[key] for key in ('image', 'images', 'video', 'audio', 'function_call')},
+    'refusal': 'give it as "content"', 'prefix': 'leave the message out or give it whole',
+    'channel': 'give thoughts as "reasoning_content"', 'recipient': 'give "tool_calls"',
+    'train_detail': 'give "weight": 0 or 1 for the whole message', 'loss_scale': 'give "weight": 0 or 1'}
+
+
+class Skipped(list):
+    """The reasons for which rows were left out; unused: {key that nothing here knows: how many rows have it}."""
+
+    def __init__(self):
+        self.unused = Counter()
 
 
 def fraction_of(text):
@@ -26,10 +65,13 @@ def fraction_of(text):
 
 def read_chats(path, strict=True):
     """Chats. A row of the file is one of
-        {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+        {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, OpenAI's
+        {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}, ShareGPT's
         {"instruction": "…", "input": "…", "output": "…"}, Alpaca's; input may be empty or missing
         {"prompt": …, "completion": …}, each a text or a list of messages
-    and becomes {'messages': …}, whose last one is the assistant's, and what else it has of EXTRAS.
+    which may also have "system", "history", "tools" and "chat_template_kwargs", and becomes {'messages': …}, whose last
+    one is the assistant's, what its chat template is told in 'variables', and what else it has of EXTRAS. A message may
+    have "weight": 0, which is not learned, thoughts ("reasoning_content") and "tool_calls".
     """
     return _read_rows(path, strict, _chat, 'a chat')
 
@@ -39,8 +81,10 @@ def read_prefs(path, strict=True):
         {"prompt": …, "chosen": …, "rejected": …}, each a text or a list of messages; both answers may repeat the prompt
         {"chosen": […], "rejected": […]}, two chats that begin with the same messages
         {"instruction": "…", "input": "…", "chosen": "…", "rejected": "…"}
-    and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, and what else it has of EXTRAS. Both
-    answers end with the assistant's message; a pair of equal ones is malformed.
+        {"messages": […], "rejected_response": "…"}, or "conversations" with "chosen" and "rejected"
+        {"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}, OpenAI's
+    and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, 'variables' as of `read_chats`, and what
+    else it has of EXTRAS. Both answers end with the assistant's message; a pair of equal ones is malformed.
     """
     return _read_rows(path, strict, _pref, 'a preference')
 
@@ -48,9 +92,10 @@ def read_prefs(path, strict=True):
 def read_prompts(path, strict=True):
     """Prompts for a model to answer, whose answers are then rewarded. A row of the file is one of
         {"prompt": …, "answer": "42", "grader": "number"}, the prompt a text or a list of messages, the rest optional
+        {"prompt": …, "reward_model": {"style": "rule", "ground_truth": "42"}}, verl's
         any that `read_chats` knows, whose last message is left out
     and becomes {'prompt': messages, 'messages': the prompt and what would be a right answer, empty where none is
-    known}, and what else it has of EXTRAS.
+    known}, 'variables' as of `read_chats`, and what else it has of EXTRAS.
     """
     return _read_rows(path, strict, _prompt, 'a prompt')
 
@@ -62,7 +107,7 @@ def read_pairs(path):
 
 def _read_rows(path, strict, parse, what):
     """The rows of a file, each as parse makes them."""
-    path, rows, skipped = Path(path), [], []
+    path, rows, skipped = Path(path), [], Skipped()
     listed = path.suffix == '.json'
     try:
         data = path.read_bytes()
@@ -78,11 +123,12 @@ def _read_rows(path, strict, parse, what):
             continue
         where = f'{path}, {"row" if listed else "line"} {number}'
         try:
-            row = item if listed else _from_line(item)
-            if not isinstance(row, dict):
-                raise UserError(f'not a JSON object but {row!r:.40}')
-            row = {key: value for key, value in row.items() if value is not None}  # a table fills its columns with null
+            values = item if listed else _from_line(item)
+            if not isinstance(values, dict):
+                raise UserError(f'not a JSON object but {values!r:.40}')
+            row = Row(values)
             rows.append(parse(row) | {'where': where})
+            skipped.unused.update(row.unused())
         except UserError as e:
             if strict:
                 raise UserError(f'{where}: {e}') from e
@@ -105,6 +151,42 @@ def _from_line(line):
         raise UserError(f'not JSON ({e})') from e
 
 
+class Row:
+    """The values of a row, and which of them were asked for: the others are not used, or refused."""
+
+    def __init__(self, values):
+        self.values = {key: value for key, value in values.items() if value is not None}  # a table fills with null
+        self.asked, self.of_messages = set(), Counter()
+
+    def find(self, *names):
+        """The first of these keys that the row has, or None."""
+        return next((name for name in names if name in self.values), None)
+
+    def take(self, *names, default=None):
+        """The value of the first of these keys that the row has."""
+        key = self.find(*names)
+        if key is None:
+            return default
+        self.asked.add(key)
+        return self.values[key]
+
+    def text(self, *names):
+        """As `take`, a text; '' where there is none."""
+        return _text(self.take(*names, default=''), f'"{self.find(*names)}"')
+
+    def unused(self):
+        """The keys that nothing asked for; UserError for one of REFUSED."""
+        left = [key for key in self.values if key not in self.asked]
+        _refuse(REFUSED, {key: self.values[key] for key in left}, '')
+        return [*left, *self.of_messages]
+
+
+def _refuse(table, values, what):
+    for key, value in values.items():
+        if key in table and not (value == 1 if key.endswith(('weight', 'scale')) else value in IDLE):
+            raise UserError(f'{what}"{key}" is not supported: {table[key]}')
+
+
 def _text(value, what):
     """A str that UTF-8 can spell; UserError for anything else."""
     try:
@@ -116,42 +198,136 @@ def _text(value, what):
     return value
 
 
-def _part(row, key, role):
-    """What a row has under a key, a list of messages or the text of one of this role -> messages."""
-    value = row[key]
-    return value if isinstance(value, list) else [{'role': role, 'content': _text(value, f'"{key}"')}]
+# ----------------------------------------------------------------------------------------------------------------------
+# messages
+
+def _content(value, what):
+    """A text, or the texts of a list of parts as one."""
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        for part in value:
+            if part.get('type', 'text') != 'text' or 'text' not in part:
+                raise UserError(f'{what} has a part of type {part.get("type")!r:.40}: {PICTURES}')
+        value = ''.join(_text(part['text'], what) for part in value)
+    return _text(value, what)
 
 
-def _instruction(row):
-    """Alpaca's instruction and input -> messages."""
-    prompt, more = _text(row['instruction'], '"instruction"'), _text(row.get('input', ''), '"input"')
-    return [{'role': 'user', 'content': prompt + (more and f'\n\n{more}')}]
+def _call(value, name):
+    """The JSON of a call, {"name": …, "arguments": …}, as text or parsed -> as in "tool_calls"."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        listed = found if isinstance(found, list) else [found]
+        calls = [call.get('function', call) for call in listed]
+        return [{'type': 'function', 'function': {'name': _text(call['name'], f'the "name" of a call of {name}'),
+                                                  'arguments': call.get('arguments', {})}} |
+                ({'id': around['id']} if 'id' in around else {}) for call, around in zip(calls, listed, strict=True)]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{name} must hold the JSON of a call, {{"name": …, "arguments": …}}, not {value!r:.40}'
+                        ) from None
 
 
-def _messages(messages, key='messages', answer=True):
+def _message(m, name, row):
+    """A message in the shape of OpenAI or ShareGPT, checked -> in the former, with what else counts in it."""
+    spoken = m.get('role', m.get('from')) if isinstance(m, dict) else m
+    role = SPEAKERS.get(spoken) if isinstance(spoken, str) else None
+    if role is None:
+        raise UserError(f'{name} must have a "role" ({", ".join(ROLES)}), not {spoken!r:.40}')
+    m = {key: value for key, value in m.items() if value is not None}
+    _refuse(OF_MESSAGE_REFUSED, m, f'{name}: ')
+    row.of_messages.update(f'{key} of messages' for key in m if key not in OF_MESSAGE)
+    key = next((key for key in TEXTS if key in m), 'content')
+    calls = m.get('tool_calls') or []
+    content = '' if calls and key not in m else _content(m.get(key), f'the "{key}" of {name}')
+    if spoken in CALLERS:
+        calls, content = _call(content, name), ''
+    found = {'role': role, 'content': content}
+    if calls:
+        found['tool_calls'] = _call(calls, name)
+    for other in ('name', 'tool_call_id'):
+        if other in m:
+            found[other] = _text(m[other], f'the "{other}" of {name}')
+    thoughts = next((m[key] for key in THOUGHTS if m.get(key)), '')
+    if thoughts:
+        found['reasoning_content'] = _text(thoughts, f'the thoughts of {name}')
+    if role == 'assistant' and not content.strip() and not calls:
+        raise UserError(f"{name}, the assistant's, is empty")
+    weight = next((m[key] for key in WEIGHTS if key in m), 1)
+    if weight not in (0, 1):
+        raise UserError(f'the weight of {name} must be 0 or 1, not {weight!r:.40}')
+    return found if weight else found | {'weight': 0}
+
+
+def _messages(messages, row, key='messages', answer=True):
     """Messages, checked; answer: whether the last one is the assistant's."""
     if not isinstance(messages, list) or not messages and answer:
         raise UserError(f'"{key}" must be a list of at least one {{"role": "…", "content": "…"}}')
-    of_key = '' if key == 'messages' else f' of "{key}"'
-    found = []
-    for number, m in enumerate(messages, 1):
-        name = f'message {number}{of_key}'
-        if not isinstance(m, dict) or m.get('role') not in ROLES:
-            wrong = repr(m.get('role') if isinstance(m, dict) else m)
-            raise UserError(f'{name} must have a "role" ({", ".join(ROLES)}), not {wrong:.40}')
-        content = _text(m.get('content'), f'the "content" of {name}')
-        if m['role'] == 'assistant' and not content.strip():
-            raise UserError(f"{name}, the assistant's, is empty")
-        found.append({'role': m['role'], 'content': content})
+    of_key = '' if key in MESSAGES else f' of "{key}"'
+    found = [_message(m, f'message {number}{of_key}', row) for number, m in enumerate(messages, 1)]
     if answer and found[-1]['role'] != 'assistant':
         last = f'the last message{of_key}' if of_key else 'its last message'
         raise UserError(f"{last} is the {found[-1]['role']}'s: it must be the assistant's")
     return found
 
 
+def _part(row, role, *names):
+    """What a row has under a key: a list of messages, one message, or the text of one of this role -> messages."""
+    value = row.take(*names)
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else [{'role': role, 'content': _text(value, f'"{row.find(*names)}"')}]
+
+
+def _question(row):
+    """An instruction and what it is about -> messages."""
+    question, more = row.text(*QUESTION), row.text(*MORE)
+    return [{'role': 'user', 'content': question + (more and f'\n\n{more}')}]
+
+
+def _answer(row, *names):
+    """The answer to an instruction, with the thoughts that the row may have -> messages."""
+    thoughts = row.take(*THOUGHTS)
+    answer = _part(row, 'assistant', *names) if names[0] == 'completion' else [
+        {'role': 'assistant', 'content': row.text(*names)}]
+    return [m | {'reasoning_content': thoughts} for m in answer] if thoughts else answer
+
+
+def _opening(row):
+    """What a row has before its messages: the system's and the turns of "history" -> messages."""
+    history = row.take('history', default=[])
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise UserError('"history" must be a list of pairs of texts, a question and its answer')
+    found = [{'role': 'system', 'content': row.text('system')}] if row.take('system') else []
+    for turn in history:
+        found += [{'role': role, 'content': text} for role, text in zip(('user', 'assistant'), turn, strict=True)]
+    return found
+
+
+def _with_opening(row, messages):
+    opening = _opening(row)
+    if opening and messages[:1] and isinstance(messages[0], dict) and messages[0].get('role') == 'system':
+        raise UserError('it has "system" or "history" and messages that begin with the system\'s: leave one out')
+    return opening + messages
+
+
+def _variables(row):
+    """What the chat template is told: {'variables': {…}}, or {} for nothing."""
+    tools, found = row.take('tools', default=[]), row.take('chat_template_kwargs', default={})
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
+    except ValueError:
+        raise UserError(f'"tools" is no JSON: {tools!r:.40}') from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f'"tools" must be a list of objects, the signatures of functions, not {tools!r:.40}')
+    if not isinstance(found, dict):
+        raise UserError(f'"chat_template_kwargs" must be an object, not {found!r:.40}')
+    found = ({'tools': tools} if tools else {}) | found
+    return {'variables': found} if found else {}
+
+
 def _extras(row):
     """What a row has of EXTRAS, checked."""
-    found = {key: row[key] for key in EXTRAS if key in row}
+    found = {key: row.take(key) for key in EXTRAS if key in row.values}
     for key, value in found.items():
         types = EXTRAS[key]
         if (isinstance(value, bool) != (types is bool) or not isinstance(value, types)
@@ -164,8 +340,11 @@ def _extras(row):
     return found
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# rows
+
 def _pair(row):
-    found = {key: _text(row.get(key), f'"{key}"') for key in ('source', 'target')}
+    found = {key: _text(row.take(key), f'"{key}"') for key in ('source', 'target')}
     for key, text in found.items():
         if not text:
             raise UserError(f'its {key} is empty: leave the row out')
@@ -173,46 +352,111 @@ def _pair(row):
 
 
 def _chat(row):
-    if 'messages' in row:
-        messages = row['messages']
-    elif {'instruction', 'output'} <= row.keys():
-        messages = [*_instruction(row), {'role': 'assistant', 'content': _text(row['output'], '"output"')}]
-    elif {'prompt', 'completion'} <= row.keys():
-        messages = _part(row, 'prompt', 'user') + _part(row, 'completion', 'assistant')
+    for key in ('label', 'kto_tag'):  # of one answer, whether it is a good one
+        if row.take(key) is False:
+            raise UserError(f'"{key}" is false, which marks a bad answer: leave the row out, or pair it with a good '
+                            'one, as "rejected" and "chosen", for dpo.py')
+    if row.find(*MESSAGES):
+        messages = row.take(*MESSAGES)
+    elif row.find(*QUESTION) and row.find(*ANSWER):
+        messages = [*_question(row), *_answer(row, *ANSWER)]
+    elif row.find('prompt') and row.find('completion', 'response'):
+        messages = _part(row, 'user', 'prompt') + _answer(row, 'completion', 'response')
     else:
-        raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"')
-    return {'messages': _messages(messages)} | _extras(row)
+        raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"'
+                        + (': running text is what train.py learns from' if 'text' in row.values else ''))
+    messages = _messages(_with_opening(row, messages) if isinstance(messages, list) else messages, row)
+    return {'messages': messages} | _variables(row) | _extras(row)
+
+
+HUMAN = re.compile(r'\n\n(Human|Assistant): ?')  # whose turn begins, in Anthropic's transcripts
+
+
+def _transcript(text):
+    """'\\n\\nHuman: …\\n\\nAssistant: …' -> messages."""
+    parts = HUMAN.split(text)[1:]
+    return [{'role': {'Human': 'user', 'Assistant': 'assistant'}[who], 'content': said}
+            for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _pref(row):
-    if missing := sorted({'chosen', 'rejected'} - row.keys()):
+    if row.find('preferred_output'):  # OpenAI's
+        given = Row(row.take('input', default={}) if isinstance(row.values.get('input'), dict) else {})
+        values = {'prompt': given.take('messages'), 'tools': given.take('tools'),
+                  'chosen': row.take('preferred_output'), 'rejected': row.take('non_preferred_output')}
+        row.asked |= values.keys()
+        row.values |= {key: value for key, value in values.items() if value is not None}
+    elif row.find('rejected_response', 'rejected_messages') and row.find(*MESSAGES):  # of ms-swift: the chat is chosen
+        row.values['chosen'] = row.take(*MESSAGES)
+        row.values['rejected'] = row.take('rejected_response', 'rejected_messages')
+        if isinstance(row.values['rejected'], str) and isinstance(row.values['chosen'], list):
+            row.values['prompt'], row.values['chosen'] = row.values['chosen'][:-1], row.values['chosen'][-1:]
+    if missing := sorted({'chosen', 'rejected'} - row.values.keys()):
         raise UserError(f'it has no "{missing[0]}"')
-    chosen, rejected = (_messages(_part(row, key, 'assistant'), key) for key in ('chosen', 'rejected'))
-    if 'prompt' in row:
-        prompt = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False)
-        for n in range(len(prompt), 0, -1):  # answers that are whole chats, from the prompt or its last messages on
-            if chosen[:n] == rejected[:n] == prompt[-n:] and n < min(len(chosen), len(rejected)):
-                chosen, rejected = chosen[n:], rejected[n:]
-                break
-    elif 'instruction' in row:
-        prompt = _messages(_instruction(row), 'prompt', answer=False)
+    answers = [_part(row, 'assistant', key) for key in ('chosen', 'rejected')]
+    prompt = None
+    if all(isinstance(row.values[key], str) and HUMAN.match(row.values[key]) for key in ('chosen', 'rejected')):
+        answers = [_transcript(row.values[key]) for key in ('chosen', 'rejected')]
+    elif row.find('prompt', *MESSAGES):
+        prompt = _part(row, 'user', 'prompt', *MESSAGES)
+    elif row.find(*QUESTION):
+        prompt = _question(row)
+    chosen, rejected = (_messages(messages, row, key)
+                        for messages, key in zip(answers, ('chosen', 'rejected'), strict=True))
+    opening = _messages(_opening(row), row, 'history', answer=False)
+    if prompt is not None:
+        prompt = opening + _messages(prompt, row, 'prompt', answer=False)
+        prompt, chosen, rejected = _without_prompt(prompt, chosen, rejected)
     else:
         same = 0
         while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
             same += 1
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        prompt, chosen, rejected = opening + chosen[:same], chosen[same:], rejected[same:]
     if not any(m['role'] == 'user' for m in prompt):
         raise UserError('it has no "prompt": give what both answers answer, a text or messages')
     if chosen == rejected:
         raise UserError('"chosen" and "rejected" are equal: nothing is preferred')
-    return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | _extras(row)
+    return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | _variables(row) | _extras(row)
+
+
+def _without_prompt(prompt, chosen, rejected):
+    """Answers that are whole chats -> (what both answer, the two answers alone).
+
+    They may begin with the prompt or with its last messages, or with more than the prompt, which is then a copy of the
+    end of what they have in common; blanks around a text make no other message of it. UserError where an answer has
+    turns of others that are not the prompt's.
+    """
+    def plain(messages):
+        return [m | {'content': m['content'].strip()} for m in messages]
+
+    asked, a, b = plain(prompt), plain(chosen), plain(rejected)
+    for n in range(len(prompt), 0, -1):
+        if a[:n] == b[:n] == asked[-n:] and n < min(len(a), len(b)):
+            return prompt, chosen[n:], rejected[n:]
+    if not {m['role'] for m in chosen + rejected} & {'system', 'developer', 'user'}:
+        return prompt, chosen, rejected
+    for n in range(min(len(a), len(b)) - 1, len(prompt), -1):
+        if a[:n] == b[:n] and a[n - len(prompt):n] == asked:
+            return chosen[:n], chosen[n:], rejected[n:]
+    raise UserError('"chosen" or "rejected" has turns of a user or system that are not those of "prompt": give the '
+                    'answers alone, or leave "prompt" out where they are whole chats')
 
 
 def _prompt(row):
-    if 'prompt' not in row or row.keys() & {'messages', 'completion'}:
+    if 'prompt' not in row.values or row.values.keys() & {*MESSAGES, 'completion'}:
         found = _chat(row)
         return {'prompt': found['messages'][:-1]} | found
-    prompt, found = _messages(_part(row, 'prompt', 'user'), 'prompt', answer=False), _extras(row)
+    rule = row.take('reward_model', default={})  # verl's
+    if isinstance(rule, dict) and rule.get('style', 'rule') == 'rule' and 'ground_truth' in rule:
+        row.values.setdefault('answer', rule['ground_truth'])
+    elif rule:
+        raise UserError(f'"reward_model" is {rule!r:.60}: only a rule is known, {{"style": "rule", "ground_truth": '
+                        '"42"}')
+    if 'answer' not in row.values and row.find('solution', 'ground_truth'):
+        raise UserError(f'it has no "answer" but a "{row.find("solution", "ground_truth")}": call the correct answer '
+                        '"answer"')
+    prompt = _messages(_with_opening(row, _part(row, 'user', 'prompt')), row, 'prompt', answer=False)
+    found = _variables(row) | _extras(row)
     if not prompt or prompt[-1]['role'] == 'assistant':
         raise UserError('its "prompt" must end with what the assistant is to answer')
     gold = {'role': 'assistant', 'content': str(found.get('answer', ''))}

@@ -55,6 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import anatomy
 import bench
+import chat as chat_file
 import check_docs
 import convert
 import dataset
@@ -4905,14 +4906,14 @@ def test_6_1_chats_equal_the_template(template, system, tmp_path):
     (tmp_path / 'chat_template.jinja').write_text(template)
     ours, auto = tok.hf_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ours.system == system
-    said = {'role': 'system', 'content': 'Be'}
-    for chat in (CHAT, CHAT[:1], [said, *CHAT], [*CHAT, {'role': 'tool', 'content': '7'}]):
+    for chat in (CHAT, CHAT[:1], [turn('system', 'Be'), *CHAT], [*CHAT, {'role': 'tool', 'content': '7'}]):
         for generate in (False, True):
             ids, mask = ours.chat_ids(chat, generate)
             assert ids == auto.apply_chat_template(chat, add_generation_prompt=generate, return_dict=False)
             assert len(mask) == len(ids)
             learned = ours.decode([i for i, m in zip(ids, mask, strict=True) if m])
-            assert learned == ''.join(m['content'] + '<|im_end|>' for m in chat if m['role'] == 'assistant')
+            said = [m['content'] + '<|im_end|>' for m in chat if m['role'] == 'assistant']
+            assert learned == ''.join([] if generate else said)
     sly = ours.chat_ids([{'role': 'user', 'content': '<|im_end|>'}])[0]
     assert sly.count(ours.special['<|im_end|>']) == 1 + (system is not None)
 
@@ -4929,9 +4930,10 @@ def test_6_1_malformed_chats_are_named(messages, message):
 def test_6_1_no_chat_without_chatml(tmp_path):
     train_tokenizer('gpt-2', tmp_path)
     assert tok.hf_tokenizer(tmp_path).chat_ids(CHAT)[0]
-    for template in ('{{ bos_token }}[INST]', "{{ bos_token + '<|im_start|>' }}"):
+    for template, message in [('{{ bos_token }}[INST]', 'ends turns with no token'), ('{{ 1 +', 'not one in Jinja'),
+                              ("{{ messages[0]['content'] }}<|eot|>", 'ends turns with no token')]:
         (tmp_path / 'chat_template.jinja').write_text(template)
-        with pytest.raises(UserError, match='no chats in ChatML'):
+        with pytest.raises(UserError, match=message):
             tok.hf_tokenizer(tmp_path).chat_ids(CHAT)
 
 
@@ -4977,10 +4979,12 @@ def test_6_1_three_shapes_of_rows_are_one(tmp_path):
              'grader': 'number', 'steps': 2, 'kind': 'sum', 'other': []}, {**GOOD_ROW, 'answer': None, 'steps': None}]
     hi = [turn('user', 'Hi'), turn('assistant', 'Yo')]
     expected = [GOOD_ROW, {'messages': [turn('user', 'Add\n\n1 2'), turn('assistant', '3')]}, *[{'messages': hi}] * 4,
-                {'messages': [system, *hi]}, {'messages': [turn('user', 'é'), turn('assistant', '4')], 'answer': 4,
-                                              'grader': 'number', 'steps': 2, 'kind': 'sum'}, GOOD_ROW]
+                {'messages': [system, *hi]}, {'messages': [turn('user', 'é') | {'name': 'x'}, turn('assistant', '4')],
+                                              'answer': 4, 'grader': 'number', 'steps': 2, 'kind': 'sum'}, GOOD_ROW]
     path = lines(tmp_path / 'x.jsonl', rows)
-    assert read_chats(path) == ([r | {'where': f'{path}, line {i}'} for i, r in enumerate(expected, 1)], [])
+    found, skipped = read_chats(path)
+    assert (found, skipped) == ([r | {'where': f'{path}, line {i}'} for i, r in enumerate(expected, 1)], [])
+    assert skipped.unused == {'id': 1, 'other': 1}
     (tmp_path / 'x.json').write_text('\ufeff' + json.dumps(rows, indent=1))
     assert read_chats(tmp_path / 'x.json')[0] == [
         r | {'where': f'{tmp_path / "x.json"}, row {i}'} for i, r in enumerate(expected, 1)]
@@ -4993,12 +4997,12 @@ def test_6_1_three_shapes_of_rows_are_one(tmp_path):
     (b'[' * 200_000, 'not JSON'), (b'1' * 5000, 'not JSON'), ([1], 'not a JSON object but [1]'),
     ({'text': 'x'}, 'it needs "messages"'), ({'prompt': 'x'}, 'it needs "messages"'),
     ({'messages': 'hi'}, '"messages" must be a list'), ({'messages': []}, '"messages" must be a list'),
-    ({'messages': ['hi']}, "message 1 must have a \"role\" (system, user, assistant, tool), not 'hi'"),
+    ({'messages': ['hi']}, "message 1 must have a \"role\" (system, developer, user, assistant, tool), not 'hi'"),
     ({'messages': [{'content': 'x'}]}, 'message 1 must have a "role"'),
-    ({'messages': [turn('human', 'x'), turn('gpt', 'y')]}, "not 'human'"),
+    ({'messages': [turn('alien', 'x'), turn('gpt', 'y')]}, "not 'alien'"),
     ({'messages': [turn(['user'], 'x')]}, "not ['user']"),
     ({'messages': [turn('user', 'x'), turn('assistant', None)]}, 'the "content" of message 2 must be a text, not None'),
-    ({'messages': [turn('user', [{'type': 'text'}])]}, 'the "content" of message 1 must be a text'),
+    ({'messages': [turn('user', [{'type': 'text'}])]}, 'the "content" of message 1 has a part'),
     ({'messages': [turn('user', 'x'), turn('assistant', ' \n')]}, "message 2, the assistant's, is empty"),
     ({'messages': [turn('user', 'x'), turn('assistant', ''), turn('user', 'x'), turn('assistant', 'y')]}, 'is empty'),
     ({'messages': [turn('user', 'x')]}, "its last message is the user's"),
@@ -9630,7 +9634,7 @@ def test_10_5_real_smollm2_gguf(smollm2):
     theirs = hf.Tokenizer.from_str(json.dumps(d))
     assert_same(ours, theirs, stress(5))
     assert_decodes_as(ours, theirs, stress(5))
-    assert (ours.n_vocab, ours.eot, ours.bos, ours.system[:17]) == (49152, 2, None, 'You are a helpful')
+    assert (ours.n_vocab, ours.eot, ours.bos, ours.chat.end) == (49152, 2, None, '<|im_end|>')
 
 
 def test_10_5_real_gpt2_vocabulary(tmp_path, monkeypatch):
@@ -9657,19 +9661,19 @@ def test_10_5_own_tokenizers_leave_for_hugging_face(tmp_path):
     text = ENGLISH[:40_000]
     for i, t in enumerate([tok.bytes_tokenizer(), tok.train_bpe(text, 600), tok.train_bpe(text, 500, r'\w+|\s+'),
                            tok.train_bpe(text, 500, cl100k), tok.train_bpe(text, 500, o200k)]):
-        t.system = "It's \\ me"
+        t.chat_template = chat_file.chatml("It's \\ me")
         t.to_hf(tmp_path / str(i))
         auto = transformers.AutoTokenizer.from_pretrained(tmp_path / str(i))
         # what \w is they do not agree on
         assert_same(t, auto, [x for x in stress(8, 100) if t.pattern != r'\w+|\s+' or x.isascii()])
         assert auto.eos_token_id == t.eot and auto.pad_token == '<|pad|>'
-        for chat in (CHAT, [{'role': 'system', 'content': 'Be'}, *CHAT]):
-            assert auto.apply_chat_template(chat, return_dict=False) == t.chat_ids(chat)[0]
-        assert Tokenizer.from_dict(t.to_dict()).system == t.system
+        for messages in (CHAT, [{'role': 'system', 'content': 'Be'}, *CHAT]):
+            assert auto.apply_chat_template(messages, return_dict=False) == t.chat_ids(messages)[0]
+        assert Tokenizer.from_dict(t.to_dict()).chat_template == t.chat_template
         if r'\w' not in (t.pattern or '') and '$' not in (t.pattern or ''):
             back = tok.hf_tokenizer(tmp_path / str(i))
             assert_same(back, auto, stress(9, 100))
-            assert back.system == t.system
+            assert back.chat_template == t.chat_template
     with pytest.raises(UserError, match="no such tokenizer as 'chars'"):
         tok.chars_tokenizer('abc').to_hf(tmp_path)
     (tmp_path / 'file').write_text('')
@@ -9755,12 +9759,12 @@ def test_10_5_tokenizers_of_older_runs_load():
     assert ours.encode(' hello he12') == [byte[' '], byte['h'], 4, byte['o'], byte[' '], 5, byte['1'], byte['2']]
     assert ours.encode('<tool><|im_end|>', allow_special=True) == [3, 2] and ours.decode([5, 3, 4]) == 'he<tool>ell'
     assert not {*ours.encode('<tool><|im_end|>')} & {0, 1, 2, 3}
-    assert (ours.stop_ids, ours.bos, ours.n_vocab, ours.system) == ([2, 0], 0, 264, "It's me")
+    assert (ours.stop_ids, ours.bos, ours.n_vocab, ours.chat_template) == ([2, 0], 0, 264, chat_file.chatml("It's me"))
     assert ours.same_as(OLD) and not ours.same_as(OLD | {'pattern': tok.GPT2_PATTERN, 'tokens': [
         *OLD['tokens'][:4], 'he', 'ell', *OLD['tokens'][6:]], 'order': [*range(7, 263), 6, 5, 4]})
     assert Tokenizer.from_dict(ours.to_dict()).same_as(OLD)
     assert ours.chat_ids([turn('user', 'he')])[0][0] == 1
-    with pytest.raises(UserError, match='no chats in ChatML'):
+    with pytest.raises(UserError, match='no chat template'):
         Tokenizer.from_dict(OLD | {'chat': False}).chat_ids([turn('user', 'he')])
     for change in ({'order': [-1, 10**6]}, {'order': 3}, {'bos': []}, {'stop_ids': None}, {'system': 5},
                    {'special': []}):
@@ -9838,9 +9842,9 @@ def test_10_5_chats_in_sentencepiece_equal_the_template(style, tmp_path):
                     tokenizer_class='PreTrainedTokenizerFast')
     ours, auto = tok.hf_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for chat in (CHAT, CHAT[:1], [turn('system', 'Be'), *CHAT]):
-        ids, mask = ours.chat_ids(chat, generate=True)
-        theirs = auto.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert ids == theirs
+        for generate in (True, False):
+            ids, mask = ours.chat_ids(chat, generate)
+            assert ids == auto.apply_chat_template(chat, add_generation_prompt=generate, return_dict=False)
         learned = ours.decode([i for i, m in zip(ids, mask, strict=True) if m], start=False)
         assert learned == ''.join(m['content'] + '<|im_end|>' for m in chat if m['role'] == 'assistant')
 

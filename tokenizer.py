@@ -12,6 +12,7 @@ The calculator that an assistant may call in its answers is here, too: chats are
 """
 
 import codecs
+import datetime
 import difflib
 import functools
 import gc
@@ -25,15 +26,12 @@ from fractions import Fraction
 
 import numpy as np
 
-
-class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: one line that names what is wrong and the remedy."""
-
+from chat import GUARD, ROLES, TEMPLATES, ChatTemplate, chatml
+from errors import UserError
 
 SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|pad|>')
 UNK = '<unk>'  # what `chars` makes of a character that its text did not have
 KINDS = ('bytes', 'chars', 'bpe', 'tiktoken', 'hf')
-ROLES = ('system', 'user', 'assistant', 'tool')
 
 # How GPT-4 (cl100k_base) and Llama 3 cut text into words; BPE never merges across a cut.
 GPT4_PATTERN = (
@@ -53,8 +51,6 @@ QWEN2_PATTERN = GPT4_PATTERN.replace(r'\p{N}{1,3}', r'\p{N}')
 GGUF_PRE = {'gpt-2': (GPT2_PATTERN, False, False), 'smollm': (SMOLLM_PATTERN, False, False),
             'qwen2': (QWEN2_PATTERN, True, False), 'llama-bpe': (GPT4_PATTERN, False, True)}
 OTHERS_PATTERNS = (GPT4_PATTERN, GPT2_PATTERN, SMOLLM_PATTERN, QWEN2_PATTERN)
-# The system's message that a chat template has as a constant: no quote closes in it.
-DEFAULT_SYSTEM = r"""<\|im_start\|>system(?:\n|\\n)((?:(?!<\|im_|['"] *[-+~}]).)+)<\|im_end\|>"""
 # GPT-2's printable spelling of a byte: itself where Latin-1 can show it, else the next letter from U+0100 on ('Ġ' is a
 # space). The base tokens have this order too, so that ties between equally frequent pairs fall as in GPT-2's own files.
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
@@ -77,9 +73,6 @@ PROBE = "It's 12345 days; naïve CAFÉ's\n\n  東京の e\u0301 \t x = f(a_b)[3]
 BLANKS = 500_000
 AWKWARD = re.compile(rf'(\s{{{BLANKS}}}|[\udc80-\udcff]+)')
 
-# What an assistant writes to have something calculated, and the same with the result that is put in after it.
-CALL = re.compile('<tool>((?:(?!</?tool>).)*)</tool>', re.S)
-ANSWERED_CALL = re.compile(rf'{CALL.pattern}(\[[^][\n]*\])', re.S)
 CALC_TOKEN = re.compile(r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+|[-+*/()]')
 CALC_LENGTH, CALC_DEPTH, CALC_LIMIT, CALC_DECIMALS = 200, 20, 10**15, 6
 
@@ -189,18 +182,18 @@ class Tokenizer:
     """Ids 0 … n_vocab-1 <-> text. Made by `get_tokenizer` and its like or `load`, not by hand.
 
     tokens: the bytes of every id in order, b'' where the id is a special token (or not in use); special: name -> id.
-    eot, stop_ids: the ids that end a text; bos: the id that starts one, or None; chat: whether chats are ChatML;
-    system: what the system says in a chat where it says nothing.
+    eot, stop_ids: the ids that end a text; bos: the id that starts one, or None; chat_template: how a chat becomes
+    text, in Jinja (see chat.py), or None.
     """
 
     # an HFTokenizer sets these: anew: text after a special token starts a text; strips: decoding drops its first space
-    bos, chat, anew, strips = None, True, True, False
+    bos, anew, strips = None, True, False
 
-    def __init__(self, kind, name, tokens, special, pattern=None, system=None):
+    def __init__(self, kind, name, tokens, special, pattern=None, chat_template=None):
         self.kind, self.name, self.tokens, self.special, self.pattern = kind, name, tokens, special, pattern
         self.n_vocab = len(tokens)
         self.eot = special['<|endoftext|>']
-        self.stop_ids, self.system = [self.eot], system
+        self.stop_ids, self.chat_template = [self.eot], chat_template or TEMPLATES['chatml']
         self.bytes_of = dict(enumerate(tokens)) | {i: _utf8(s) for s, i in special.items()}
         self.special_regex = _any_of(special)
         if kind == 'chars':
@@ -255,53 +248,57 @@ class Tokenizer:
     @property
     def turn_ids(self):
         """The ids that end an assistant's turn: of a chat, or a text."""
-        return [*dict.fromkeys([*self.stop_ids, self.special.get('<|im_end|>', self.eot)])]
+        end = self.chat.end if self.chat_template else None
+        return [*dict.fromkeys([*self.stop_ids, *[self.special.get(end)] * (end in self.special)])]
 
-    def _has_chat(self):
-        return self.chat and {'<|im_start|>', '<|im_end|>'} <= self.special.keys()
+    @functools.cached_property
+    def chat(self):
+        """The ChatTemplate of this tokenizer; UserError where it has none."""
+        if not self.chat_template:
+            raise UserError(f'tokenizer {self.name} has no chat template: let sft.py give it one '
+                            '(--chat_template=chatml), or take that of an instruct model')
+        template = self._chat_template()
+        if template.end is None:
+            raise UserError(f'the chat template of tokenizer {self.name} ends turns with no token of its vocabulary: '
+                            'give another (sft.py --chat_template=chatml)')
+        return template
 
-    def chat_ids(self, messages, generate=False):
-        """A chat, a list of {'role': …, 'content': …} -> (ids, mask) in ChatML; content is ordinary text throughout.
+    def _chat_template(self):
+        names = {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>'}
+        return ChatTemplate(self.chat_template, [*self.special], ['<|endoftext|>'], names=names)
 
-        mask is 1 on the tokens that the assistant has to produce, its content and its <|im_end|>, and 0 elsewhere.
-        generate: end with the header of the assistant's next message, which may be the first.
+    def chat_ids(self, messages, generate=False, variables=None, calls=True):
+        """A chat, a list of {'role': …, 'content': …} -> (ids, mask), as its chat template renders it.
 
-        In what the assistant says, the result of a call, '[7]' in '<tool>26 - 19</tool>[7]', is a text of its own and
-        mask is 0 on it, since generation puts it in between what the model writes before and after (see `rollout.py`).
+        Content is ordinary text: no marker in it becomes a token, but for those that the assistant may write itself,
+        such as <think>. mask is 1 on the tokens that the assistant has to produce, what it says and the end of its
+        turn, and 0 elsewhere. generate: end where the assistant's next message begins, which may be the first; mask is
+        0. variables, calls: see `ChatTemplate.segments`. UserError for a chat that the template cannot have.
         """
-        if not self._has_chat():
-            raise UserError(f'tokenizer {self.name} has no chats in ChatML (<|im_start|> … <|im_end|>): '
-                            'take that of an instruct model that has')
         if not isinstance(messages, list) or not (messages or generate):
             raise UserError("a chat must be a list of at least one {'role': …, 'content': …}")
         for i, m in enumerate(messages):
-            if not isinstance(m, dict) or not isinstance(m.get('content'), str) or m.get('role') not in ROLES:
+            if not isinstance(m, dict) or m.get('role') not in ROLES or not (
+                    isinstance(m.get('content'), str) or m.get('tool_calls') and m.get('content') is None):
                 raise UserError(f"message {i} of the chat must have a 'role' ({', '.join(ROLES)}) and a 'content' that "
                                 f'is a string')
-        if self.system is not None and [m['role'] for m in messages[:1]] != ['system']:
-            messages = [{'role': 'system', 'content': self.system}, *messages]
-        start, end = self.special['<|im_start|>'], self.special['<|im_end|>']
-        newline = self.encode('\n', start=self.anew)
-        header, ids, mask = [start, *self.encode('assistant\n', start=self.anew)], [], []
-        for m in messages:
-            if m['role'] == 'assistant':  # apart from its header, as when it is generated
-                content, counts = self._answer_ids(m['content'])
-                ids += header + content + [end] + newline
-                mask += [0] * len(header) + counts + [1] + [0] * len(newline)
-            else:
-                ids += [start, *self.encode(f"{m['role']}\n{m['content']}", start=self.anew), end, *newline]
-                mask += [0] * (len(ids) - len(mask))
-        return (ids + header, mask + [0] * len(header)) if generate else (ids, mask)
+        ids, mask, ends = [], [], {*self.special.values()}
+        for text, learned in self.chat.segments(messages, generate, variables, calls):
+            ids += self._encode_rendered(text, not ids or self.anew and ids[-1] in ends)
+            mask += [int(learned)] * (len(ids) - len(mask))
+        return ids, mask
 
-    def _answer_ids(self, content):
-        """What the assistant says -> its ids, and 1 for those that it has to produce, 0 for results of calls."""
-        ids, counts, end = [], [], 0
-        for call in ANSWERED_CALL.finditer(content):
-            said = self.encode(content[end:call.start(2)], start=False)
-            result = self.encode(call[2], start=False)
-            ids, counts, end = ids + said + result, counts + [1] * len(said) + [0] * len(result), call.end()
-        rest = self.encode(content[end:], start=False)
-        return ids + rest, counts + [1] * len(rest)
+    def _encode_rendered(self, text, start):
+        """A text with special tokens, of which those with GUARD in their names are no more than text."""
+        if GUARD not in text:
+            return self.encode(text, allow_special=True, start=start)
+        ids = []
+        for i, part in enumerate(self.special_regex.split(text)):
+            ids += [self.special[part]] if i % 2 else self._encode_guarded(part, start if not ids else self.anew)
+        return ids
+
+    def _encode_guarded(self, text, start):
+        return self._encode_ordinary(text.replace(GUARD, ''), start)
 
     def decode_bytes(self, ids):
         """Ids -> bytes; special tokens come out by their names."""
@@ -327,16 +324,18 @@ class Tokenizer:
         """Everything, in plain JSON types; bytes are spelled as in GPT-2's files ('Ġ' is a space)."""
         spell = bytes.decode if self.kind == 'chars' else lambda token: ''.join([SPELLING[b] for b in token])
         return {'kind': self.kind, 'name': self.name, 'special': dict(self.special), 'pattern': self.pattern or '',
-                'tokens': [spell(token) for token in self.tokens]} | ({'system': self.system} if self.system else {})
+                'tokens': [spell(token) for token in self.tokens]} | (
+                    {} if self.chat_template == TEMPLATES['chatml'] else {'chat_template': self.chat_template})
 
     def same_as(self, other):
-        """Whether another tokenizer, or its `to_dict`, makes the same of every text, whatever it is called.
+        """Whether another tokenizer, or its `to_dict`, makes the same of every text, whatever it makes of chats.
 
         Files of Hugging Face that differ are the same if each id means the same and a difficult text has the same ids.
         """
         other = Tokenizer.from_dict(other) if isinstance(other, dict) else other
         if 'hf' not in (self.kind, other.kind):
-            return self.to_dict() | {'name': ''} == other.to_dict() | {'name': ''}
+            same = {'name': '', 'chat_template': ''}
+            return self.to_dict() | same == other.to_dict() | same
         if (self.n_vocab, self.special, self.encode(PROBE)) != (other.n_vocab, other.special, other.encode(PROBE)):
             return False
         return all(self.bytes_of[i] == other.bytes_of[i] for i in range(self.n_vocab))
@@ -367,26 +366,28 @@ class Tokenizer:
             _need(not token or first.setdefault(token, i) == i, f'token {i} is the same as token {first.get(token)}')
             good = _is_char(token) or not token if kind == 'chars' else all(c in UNSPELL for c in token)
             _need(good, f'token {i} is misspelled: {token!r}')
-        system = d.get('system')
+        system, template = d.get('system'), d.get('chat_template')  # runs before templates had what the system says
         _need(isinstance(system, str | None), "'system' must be a string or null")
+        _need(isinstance(template, str | None), "'chat_template' must be a string or null")
+        template = template or chatml(system)
         if kind == 'chars':
-            return Tokenizer(kind, name, [t.encode() for t in spelled], special, system=system)
+            return Tokenizer(kind, name, [t.encode() for t in spelled], special, chat_template=template)
         tokens = [bytes([UNSPELL[c] for c in t]) for t in spelled]
         if kind == 'bytes':
             _need(tokens[:256] == [bytes([b]) for b in range(256)] and not any(tokens[256:]),
                   "'tokens' must be the 256 bytes in order")
-            return Tokenizer(kind, name, tokens, special, system=system)
+            return Tokenizer(kind, name, tokens, special, chat_template=template)
         _need(isinstance(pattern, str), "'pattern' must be a string")
         if kind == 'hf':  # as runs had it before HFTokenizer; order: the ids of the tokens, first merges first
             _need(d.get('bos') in (None, *special.values()), "'bos' must be the id of a special token")
             try:
                 text = _byte_level_json(tokens, special, pattern, d['order'], d['nfc'], d['bos'])
-                return HFTokenizer(name, text, {'chat_template': _chatml(system) if d['chat'] else ''}, d['stop_ids'])
+                return HFTokenizer(name, text, {'chat_template': chatml(system) if d['chat'] else ''}, d['stop_ids'])
             except (KeyError, TypeError, IndexError) as error:
                 raise UserError(f"not a tokenizer: {type(error).__name__} {error} in 'order', 'nfc', 'bos', 'chat' or "
                                 "'stop_ids'") from None
         _need(len({t for t in tokens if len(t) == 1}) == 256, "'tokens' must hold each of the 256 single bytes")
-        return Tokenizer(kind, name, tokens, special, pattern, system)
+        return Tokenizer(kind, name, tokens, special, pattern, template)
 
     def save(self, path):
         """Write one JSON file with a token a line; at every instant `path` is the old file or the whole new one."""
@@ -405,7 +406,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json: transformers' AutoTokenizer reads the same ids from them."""
         if self.kind == 'chars':
             raise UserError("Hugging Face has no such tokenizer as 'chars': train with 'bpe' or 'bytes' to export")
-        config = {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>', 'chat_template': _chatml(self.system)}
+        config = {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>', 'chat_template': self.chat_template}
         _write_hf(directory, _byte_level_json(self.tokens, self.special, self.pattern), config)
 
 
@@ -671,6 +672,7 @@ class HFTokenizer(Tokenizer):
         own = [token_of(i) for i in (*self.stop_ids, self.bos) if i is not None]
         own += [t for t in ('<|im_start|>', '<|im_end|>') if t in added]
         self.special = {t: vocab[t] for t in [*(t for t in added if added[t].special), *own]}
+        self.special_regex = _any_of(self.special)
         self.not_added = [t for t in own if t not in added]
         for t in {*own} & added.keys():
             added[t].special = True
@@ -689,9 +691,21 @@ class HFTokenizer(Tokenizer):
         template = self.config.get('chat_template')
         if isinstance(template, list):
             template = {t['name']: t['template'] for t in template}.get('default')
-        self.chat = template is None or '<|im_start|>' in template and 'bos_token' not in template
-        system = re.search(DEFAULT_SYSTEM, template or '', re.S)
-        self.system = system and re.sub(r'\\(.)', lambda m: '\n' if m[1] == 'n' else m[1], system[1])
+        if template is None and {'<|im_start|>', '<|im_end|>'} <= self.special.keys():
+            template = TEMPLATES['chatml']
+        if not isinstance(template, str | None):
+            raise TypeError(f'chat_template is {type(template).__name__}')
+        self.chat_template = template
+        if template and 'strftime_now' in template:  # today, for good: a run that goes on tomorrow has the same rows
+            self.config.setdefault('date', datetime.date.today().isoformat())
+
+    def _chat_template(self):
+        added = [t.content for t in self.library.get_added_tokens_decoder().values()]
+        names = {key: value['content'] if isinstance(value, dict) else value for key, value in self.config.items()
+                 if key.endswith('_token')}
+        ends = [self.library.id_to_token(i) for i in self.stop_ids]
+        return ChatTemplate(self.chat_template, {*added, *self.special}, ends, [*self.special], names,
+                            self.config.get('date'))
 
     @functools.cached_property
     def _with_specials(self):
@@ -720,6 +734,10 @@ class HFTokenizer(Tokenizer):
                 return ids[len(known):]
         return library.encode(text, add_special_tokens=False).ids
 
+    def _encode_guarded(self, text, start):
+        """Text whose parts meet where GUARD stands, so that no added token is made across it."""
+        return [i for n, part in enumerate(text.split(GUARD)) for i in self._encode_ordinary(part, start and not n)]
+
     def _guarded(self, text, ids, start=True):
         """The ids of plain text without special tokens, which some vocabularies have among their words, too."""
         if self.forbidden.isdisjoint(ids):
@@ -740,7 +758,8 @@ class HFTokenizer(Tokenizer):
     def to_hf(self, directory):
         """Write its own tokenizer.json, and a tokenizer_config.json by which transformers takes that as it is."""
         names = {'eos_token': self.eot} | ({} if self.bos is None else {'bos_token': self.bos})
-        _write_hf(directory, self.text, self.config | {k: self.library.id_to_token(i) for k, i in names.items()})
+        config = {key: value for key, value in self.config.items() if key != 'date'}
+        _write_hf(directory, self.text, config | {k: self.library.id_to_token(i) for k, i in names.items()})
 
 
 class _TokenBytes(dict):
@@ -929,16 +948,6 @@ def _parts(token, rank, limit):
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
-
-
-def _chatml(system):
-    """The chat template of our chats; system: what the system says where it says nothing, or None."""
-    first = '' if system is None else (
-        "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\n"
-        + re.sub(r"(['\\])", r'\\\1', system) + "<|im_end|>\n' }}{% endif %}")
-    return ('{% for message in messages %}' + first + "{{ '<|im_start|>' + message['role'] + '\n' + "
-            "message['content'] + '<|im_end|>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def _write_hf(directory, text, config):
