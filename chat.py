@@ -138,6 +138,11 @@ class ChatTemplate:
         found = self.markers.search(MARKS.sub('', text), text.rfind('ANSWERED'))
         return found and found[0]
 
+    def writes(self):
+        """The tokens that the template itself puts around what is said."""
+        turns = [{'role': 'user', 'content': 'ASKED'}, {'role': 'assistant', 'content': 'ANSWERED'}]
+        return {*self.markers.findall(MARKS.sub('', self._render(turns, False, {})))}
+
     def knows(self, name):
         """Whether the template reads a variable, or a key of messages, of this name."""
         return re.search(rf'\b{re.escape(name)}\b', self.source) is not None
@@ -149,18 +154,19 @@ class ChatTemplate:
         except Exception as error:  # a template can raise nearly anything
             raise UserError(f'the chat template refuses this chat: {_line(error)}') from None
 
-    def segments(self, messages, generate=False, variables=None, calls=True):
+    def segments(self, messages, generate=False, calls=True):
         """A chat -> [(text, whether the assistant has to produce it)], in order; nothing of it where generate.
 
         messages: [{'role': …, 'content': …}], an assistant's also with 'tool_calls' and thoughts (THOUGHTS); one with
-        'weight': 0 is not learned. generate: end where the assistant's next message begins. variables: of the template,
-        {'tools': […], 'enable_thinking': False}. calls: '[7]' in what the assistant says, '<tool>26 - 19</tool>[7]',
-        the result of a call, is a text of its own and not learned, since generation puts it in (see `rollout.py`).
+        'weight': 0 is not learned; the first may have 'variables', which the template reads: {'tools': […],
+        'enable_thinking': False}. generate: end where the assistant's next message begins. calls: '[7]' in what the
+        assistant says, '<tool>26 - 19</tool>[7]', the result of a call, is a text of its own and not learned, since
+        generation puts it in (see `rollout.py`).
 
         Learned is what {% generation %} holds, else what comes after the text that ends where this message begins, up
         to the token that ends the turn. UserError where the template renders that text otherwise later.
         """
-        variables = variables or {}
+        variables = _guarded(messages[0].get('variables', {}) if messages else {}, self.markers)
         for key in variables:
             if not self.knows(key):
                 raise UserError(f'the chat template knows no {key!r}: take it out of the rows, or give a template that '

@@ -536,7 +536,7 @@ def to_hf(model, directory, tokenizer=None):
         if value := getattr(lora.config_of(model), name):
             raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
     family = hf_family(config)
-    ends = list(tokenizer.stop_ids) if tokenizer else []
+    ends = list(tokenizer.turn_ids) if tokenizer else []  # an exported chat model must stop, too
     dtype = model.tok_emb.weight.dtype
     name_of_dtype = str(dtype).removeprefix('torch.')
     values = hf_config(config, family) | {
@@ -558,6 +558,8 @@ def to_hf(model, directory, tokenizer=None):
         if tokenizer:
             tokenizer.to_hf(folder)
         _write_json(folder / 'config.json', values)
+        ids = {key: values[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id') if values[key] is not None}
+        _write_json(folder / 'generation_config.json', ids)
     _write_directory(directory, write)
 
 
@@ -714,6 +716,9 @@ def to_peft(model_or_state, directory, base_name):
         config, added = GPTConfig(**state['model_args']), LoRAConfig(**state.get('lora_args', {}))
     if not added.lora_rank:
         raise UserError(f'{directory}: lora_rank=0: the model has no LoRA that could be exported')
+    if added.lora_rows_from:
+        raise UserError(f'{directory}: the run has added tokens to its base, which PEFT cannot: export it whole, '
+                        'without --peft')
     modules, family = _peft_modules(config, added, {k: v for k, v in state['model'].items() if '.lora_' in k})
     rank, alpha, tensors, ranks, alphas = added.lora_rank, added.lora_alpha, {}, {}, {}
     for m in modules:

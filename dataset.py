@@ -427,15 +427,24 @@ class ChatData:
 
     rows_kept: the rows that are in, by number; dropped: how many are not ('too_long', 'nothing_to_learn': no target is
     left) and how many of those in are cut ('truncated'); lengths: inputs of each row, int64 (n_rows,); n_tokens: the
-    targets that count, of all rows; row_tokens: of a row, in the mean. UserError where no row is left.
+    targets that count, of all rows; row_tokens: of a row, in the mean.
+
+    mask_history: only the last answer of a row counts. calls: results of the calculator's calls do not, see
+    `Tokenizer.chat_ids`. strict: a row that the chat template refuses raises UserError, else it is left out
+    ('refused_by_template'). UserError also where no row is left and where rows are templated already.
     """
 
-    def __init__(self, rows, tokenizer, block_size, seed=1337, too_long='drop', train_on_prompt=False, pack=False):
+    def __init__(self, rows, tokenizer, block_size, seed=1337, too_long='drop', train_on_prompt=False, pack=False,
+                 mask_history=False, calls=True, strict=True):
         self.tokenizer, self.block_size, self.pack = tokenizer, block_size, pack
         self.rows_kept, self.dropped = [], {'too_long': 0, 'truncated': 0, 'nothing_to_learn': 0}
         ids, counts = [], []
-        for row in rows:
-            tokens, mask = tokenizer.chat_ids(row['messages'])
+        for row in self._untemplated(rows):
+            messages = unlearned(row['messages'][:-1]) + row['messages'][-1:] if mask_history else row['messages']
+            found = self._tokens(row, strict, lambda messages=messages: tokenizer.chat_ids(messages, calls=calls))
+            if found is None:
+                continue
+            tokens, mask = found
             cut = len(tokens) > block_size + 1
             if cut and too_long == 'drop':
                 self.dropped['too_long'] += 1
@@ -450,6 +459,26 @@ class ChatData:
             ids.append(tokens)
             counts.append(mask)
         self._take(ids, counts, rows, seed)
+
+    def _tokens(self, row, strict, make):
+        """What make() gives; where the chat template refuses the row, None, or with strict UserError that names it."""
+        try:
+            return make()
+        except UserError as e:
+            if strict:
+                raise UserError(f'{row["where"]}: {e}') from None
+            self.dropped['refused_by_template'] = self.dropped.get('refused_by_template', 0) + 1
+
+    def _untemplated(self, rows):
+        """The rows; UserError where texts of some have the markers of a chat template, which would become letters."""
+        own = self.tokenizer.chat.writes()
+        templated = [(row['where'], text) for row in rows if (text := templated_text(row, own))]
+        if templated:
+            where, text = templated[0]
+            raise UserError(f'{where}: {text!r:.60} has the markers of a chat template, as {len(templated):,} of '
+                            f'{len(rows):,} rows have: they would be learned as letters: take them out, and give '
+                            'several turns as "messages"')
+        return rows
 
     def _take(self, ids, counts, rows, seed, each=1):
         """Keeps tokens and whether they count, of `each` texts for a row; of which rows, for the message."""
@@ -568,12 +597,15 @@ class ChatData:
         return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.turn_ids])
 
     def left_out(self, skipped=()):
-        """In words, how many rows of a file are not in, or cut, and why; '' if none; skipped: see `read_chats`."""
+        """In words, how many rows of a file are not in, or cut, and why, and which of their keys are not used; '' if
+        none; skipped: see `read_chats`."""
         lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [
             f'{n:,} {what.replace("_", " ")}' for what, n in self.dropped.items() if n and what != 'truncated']
         words = [f'left out: {", ".join(lost)}'] * bool(lost)
         words += [f'truncated: {self.dropped["truncated"]:,}'] * bool(self.dropped['truncated'])
         words += [f'the first malformed one: {reason}' for reason in skipped[:1]]
+        unused = getattr(skipped, 'unused', {})
+        words += ['not used: ' + ', '.join(f'{key} ({n:,})' for key, n in unused.items())] * bool(unused)
         return '; '.join([f'{self.n_rows:,} rows', *words]) if words else ''
 
 
@@ -586,12 +618,15 @@ class PrefData(ChatData):
     ('too_long'). Otherwise as ChatData: `rows` and `fixed` give pairs, `read` takes texts.
     """
 
-    def __init__(self, rows, tokenizer, block_size, seed=1337):
+    def __init__(self, rows, tokenizer, block_size, seed=1337, calls=True, strict=True):
         self.tokenizer, self.block_size, self.pack = tokenizer, block_size, False
         self.rows_kept, self.dropped = [], {'too_long': 0, 'truncated': 0}
         ids, counts = [], []
-        for row in rows:
-            pair = [answered(tokenizer, row['prompt'], row[key]) for key in ('chosen', 'rejected')]
+        for row in self._untemplated(rows):
+            pair = self._tokens(row, strict, lambda row=row: [
+                answered(tokenizer, row['prompt'], row[key], calls=calls) for key in ('chosen', 'rejected')])
+            if pair is None:
+                continue
             cut = max(0, max(len(tokens) for tokens, _ in pair) - block_size)
             if any(cut >= mask.argmax() for _, mask in pair):
                 self.dropped['too_long'] += 1
@@ -613,10 +648,10 @@ class PrefData(ChatData):
         return self.ids[where], self.counts[where]
 
 
-def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say):
+def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say, calls=True):
     """A split of a dataset as PrefData; say(text) is told what was left out or cut."""
     rows, skipped = load_prefs(dataset, split, strict, val_fraction)
-    data = PrefData(rows, tokenizer, length, seed)
+    data = PrefData(rows, tokenizer, length, seed, calls, strict)
     if lost := data.left_out(skipped):
         say(f'{dataset}, {split}: {lost}')
     return data
@@ -629,11 +664,14 @@ class PromptData(ChatData):
     `rows` gives the endless sequence, `fixed` an even choice, and `prompt` the ids.
     """
 
-    def __init__(self, rows, tokenizer, block_size, max_new_tokens, seed=1337):
+    def __init__(self, rows, tokenizer, block_size, max_new_tokens, seed=1337, strict=True):
         self.tokenizer, self.block_size, self.pack = tokenizer, block_size, False
         self.rows_kept, self.dropped, ids = [], {'too_long': 0, 'truncated': 0}, []
-        for row in rows:
-            tokens = np.array(tokenizer.chat_ids(row['prompt'], generate=True)[0], np.int32)
+        for row in self._untemplated(rows):
+            found = self._tokens(row, strict, lambda row=row: tokenizer.chat_ids(row['prompt'], generate=True))
+            if found is None:
+                continue
+            tokens = np.array(found[0], np.int32)
             if len(tokens) + max_new_tokens > block_size:
                 self.dropped['too_long'] += 1
                 continue
@@ -661,17 +699,36 @@ def padded_width(longest, block_size):
     return min(-(-longest // 32) * 32, max(longest, block_size))
 
 
-def answered(tokenizer, prompt, answer, block_size=0):
+def answered(tokenizer, prompt, answer, block_size=0, calls=True):
     """A prompt, messages, and an answer to it, messages or the assistant's text, to the end of its turn -> ids, int32
     (n,), and which of them are the answer's, bool (n,); the last block_size of them, 0 = all."""
     answer = [{'role': 'assistant', 'content': answer}] if isinstance(answer, str) else answer
-    before = len(tokenizer.chat_ids(prompt)[0]) if any(m['role'] == 'assistant' for m in prompt) else 0
-    tokens, mask = tokenizer.chat_ids([*prompt, *answer])
+    tokens, mask = tokenizer.chat_ids([*unlearned(prompt), *answer], calls=calls)
     kept = slice(-block_size or None, None)
     tokens, mask = np.array(tokens, np.int32), np.array(mask, bool)
-    mask[:before] = False  # what the assistant said before
     end = int(mask.nonzero()[0][-1]) + 1  # ChatML has a newline after the end of a turn
     return tokens[:end][kept], mask[:end][kept]
+
+
+def unlearned(messages):
+    """Messages of which none is learned."""
+    return [m | {'weight': 0} if m['role'] == 'assistant' else m for m in messages]
+
+
+# of well-known chat templates; what the tokenizer's own writes is looked for, too
+MARKERS = {'<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|eot_id|>', '<start_of_turn>', '<end_of_turn>',
+           '[INST]', '[/INST]', '<|endoftext|>', '<|begin_of_text|>'}
+
+
+def templated_text(row, own):
+    """The first text of a row that has been through a chat template, or '': one that begins or ends with a marker, of
+    MARKERS or own, or has two of them."""
+    for m in [*row.get('messages', []), *row.get('prompt', []), *row.get('chosen', []), *row.get('rejected', [])]:
+        found = [marker for marker in MARKERS | own if marker in m['content']]
+        text = m['content'].strip() if found else ''
+        if len(found) > 1 or any(text.startswith(marker) or text.endswith(marker) for marker in found):
+            return text
+    return ''
 
 
 def pad_texts(texts, block_size):

@@ -511,7 +511,7 @@ def load_train_chats(teacher, teacher_sha256, tokenizer, length, run):
     rows, skipped = load_rows('train')
     train_data = prompt_data = None
     if on_policy or answers == 'teacher':
-        prompt_data = PromptData(rows, tokenizer, length, max_new_tokens, seed)
+        prompt_data = PromptData(rows, tokenizer, length, max_new_tokens, seed, strict)
         report_dropped(run, f'{dataset}, train, prompts', prompt_data, skipped)
     if answers == 'teacher':
         indices = prompt_data.fixed(answer_prompts)
@@ -531,7 +531,7 @@ def load_train_chats(teacher, teacher_sha256, tokenizer, length, run):
         run.print0(f'{dataset}, train: {len(rows):,} rows, with {len(answered):,} answers of the teacher'
                    + ', of which only correct ones are kept' * correct_only)
     if on_policy < 1:
-        train_data = ChatData(rows, tokenizer, length, seed, too_long, False, pack)
+        train_data = ChatData(rows, tokenizer, length, seed, too_long, pack=pack, calls=tools, strict=strict)
         report_dropped(run, f'{dataset}, train', train_data, skipped)
     return train_data, prompt_data if on_policy else None
 
@@ -541,14 +541,14 @@ def load_val_chats(teacher, tokenizer, length, run):
     rows, skipped = load_rows('val')
     unanswered = [row for row in rows if not answer_of(row).strip()]
     if unanswered:
-        prompt_data = PromptData(unanswered, tokenizer, length, max_new_tokens, seed)
+        prompt_data = PromptData(unanswered, tokenizer, length, max_new_tokens, seed, strict)
         report_dropped(run, f'{dataset}, val, prompts', prompt_data, skipped)
         answered = teacher_answers(teacher, prompt_data, run, prompt_data.fixed(eval_rows), 1, 0.0)
         rows = [row for row in rows + answered if answer_of(row).strip()]
         if not rows:
             raise UserError(f'{dataset}, val: the teacher gave no usable answer')
         run.print0(f'{dataset}, val: {len(rows):,} rows, with {len(answered):,} answers of the teacher')
-    val_data = ChatData(rows, tokenizer, length, seed, too_long)
+    val_data = ChatData(rows, tokenizer, length, seed, too_long, calls=tools, strict=strict)
     report_dropped(run, f'{dataset}, val', val_data, skipped)
     return val_data
 

@@ -287,7 +287,7 @@ def main():
     if eval_only:
         initial = start.initial_weights()  # {} where no run of this stage has trained it: it is its own reference
         net = run.wrap(model, compile)
-        data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
+        data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0, tools)
         reference = {name: run.like(p, initial[name]) for name, p in model.named_parameters() if name in initial}
         pairs = data.fixed(eval_rows)
         ref_logps = reference_logps(model, net, reference, run, data, data.texts(pairs), model.config.block_size)
@@ -297,7 +297,7 @@ def main():
         return
 
     # data
-    train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0)
+    train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0, tools)
                             for split in ('train', 'val'))
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():

@@ -29,7 +29,7 @@ from lora import LoRAConfig
 from model import GPT, GPTConfig, check_tensors, on_meta
 from preparation import check_sha256
 from reward_model import RewardModel, ScoreConfig
-from tokenizer import Tokenizer, UserError
+from tokenizer import Tokenizer, UserError, with_chat_template
 
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints
@@ -144,6 +144,8 @@ def build_model(state, given=None, scores=False, fresh=False):
     lora_config = LoRAConfig(**lora_args | fields_of(LoRAConfig, given))
     tensors = {} if fresh else state['model']
     own = {name: tensor for name, tensor in tensors.items() if not lora.is_new(name) and not is_score(name)}
+    if lora_config.lora_rows_from and own:
+        own = with_new_rows(own, lora_config.lora_rows_from, config.vocab_size)
     if lora_config.quant and own:  # never held twice
         with on_meta():
             gpt = GPT(config)
@@ -172,6 +174,16 @@ def build_model(state, given=None, scores=False, fresh=False):
               {name: tensor for name, tensor in tensors.items() if is_score(name)},
               lambda name: score_args and (name != 'score_gain' or score_args.get('score_likelihood')))
     return model
+
+
+def with_new_rows(tensors, first, vocab_size):
+    """The tensors of a GPT with vocab_size rows of embedding and head, those from first on the mean of the others."""
+    found = {}
+    for name in {'tok_emb.weight', 'head.weight'} & tensors.keys():
+        old = tensors[name][:first]
+        new = old.float().mean(0).to(old.dtype).expand(vocab_size - len(old), -1)
+        found[name] = torch.cat((old, new))
+    return tensors | found
 
 
 def is_score(name):
@@ -289,7 +301,7 @@ def load_state(init_from):
     else:
         model, tokenizer = load_model(init_from)
         return state_of(model) | {'iter': 0, 'tokenizer': tokenizer.to_dict()}
-    if state.get('lora_args', {}).get('lora_rank') or state.get('lora_args', {}).get('quant'):
+    if any(state.get('lora_args', {}).get(name) for name in ('lora_rank', 'quant', 'lora_rows_from')):
         with runtime.user_errors(init_from):
             model = build_model(state, scores='score_args' in state)
             if isinstance(model, RewardModel):
@@ -450,17 +462,39 @@ def check_same_model(config, args, origin):
                             f'--{key}, or start a new run')
 
 
-def load_to_train(stage, init_from, resume_from, given, seed, new=None):
+def load_to_train(stage, init_from, resume_from, given, seed, new=None, chat_template=None):
     """The causal decoder that a stage trains, its own weights frozen where it has LoRA or adapters -> Start.
 
     stage: its name, 'sft'; init_from: as for `load_state`, or one of new, {a word: a function that gives such a state,
     its 'model' None for new weights}; resume_from: the path of the run's own checkpoint to go on from, or None. given:
-    {field: value} of GPTConfig and LoRAConfig that the user set. Raises UserError with one line.
+    {field: value} of GPTConfig and LoRAConfig that the user set. chat_template: that which the model gets, see
+    `tokenizer.with_chat_template`, '' = 'chatml' if it has none; embedding and head get rows for its tokens. Raises
+    UserError with one line.
     """
     state, origin, own, base = _load_start(stage, init_from, resume_from, new or {})
     if 'score_args' in state:
         raise UserError(NO_WRITER.format(origin))
+    base = base or base_of(origin, state)
+    if chat_template is not None:
+        state, given = _with_chat(state, chat_template, given, origin)
     return _build(stage, state, origin, own, base, given, seed, CHANGEABLE)
+
+
+def _with_chat(state, chat_template, given, origin):
+    """A state, and what is given, so that the model has a chat template and rows for the tokens of that."""
+    with runtime.user_errors(origin):
+        before = Tokenizer.from_dict(state['tokenizer'])
+        if not chat_template and before.chat_template:
+            return state, given
+        tokenizer = with_chat_template(before, chat_template or 'chatml')
+    state = state | {'tokenizer': tokenizer.to_dict()}
+    if tokenizer.n_vocab == before.n_vocab:
+        return state, given
+    args = state['model_args'] | {'vocab_size': max(state['model_args']['vocab_size'], tokenizer.n_vocab)}
+    if given.get('lora_rank') or given.get('adapter_dim'):  # a run holds its small tensors alone, and these
+        return state | {'model_args': args}, given | {'lora_rows_from': before.n_vocab}
+    return state | {'model_args': args,
+                    'model': with_new_rows(state['model'], before.n_vocab, args['vocab_size'])}, given
 
 
 def load_to_score(stage, init_from, resume_from, given, seed, base=''):

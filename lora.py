@@ -31,10 +31,11 @@ class LoRAConfig:
     lora_targets: str = 'q,k,v,proj,gate,up,down'  # matrices that get an update; names the model lacks are ignored
     lora_rs: bool = False  # lora_alpha / sqrt(lora_rank) instead (rsLoRA)
     adapter_dim: int = 0  # width of the bottleneck that adapters learn behind each frozen sublayer; 0 = none
+    lora_rows_from: int = 0  # first id whose rows of embedding and head learn, too: of tokens that were added; 0 = none
     quant: str = ''  # 'nf4': the blocks' frozen matrices in 4 bits, embeddings and head in bfloat16 (QLoRA)
 
     def __post_init__(self):
-        for name in ('lora_rank', 'lora_alpha', 'adapter_dim'):
+        for name in ('lora_rank', 'lora_alpha', 'adapter_dim', 'lora_rows_from'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
         if not 0 <= self.lora_dropout < 1:
@@ -90,10 +91,19 @@ def apply(model, config):
             block.adapter1, block.adapter2 = (Adapter(model.config.n_embd, config.adapter_dim) for _ in range(2))
     if config.quant:
         embeddings_to_bf16(model)
+    if config.lora_rows_from:
+        learn_rows(model, config.lora_rows_from)
     model.lora = config
     if not model.tok_emb.weight.is_meta:
         init_weights(model)
     return model
+
+
+def learn_rows(model, first):
+    """Lets the rows of embedding and head of ids >= first learn."""
+    model.tok_emb = embedding = RowsEmbedding(model.tok_emb, first)
+    if model.head is not None:  # a reward model's has none
+        model.head = RowsHead(model.head, first, embedding if model.config.tie_weights else None)
 
 
 @torch.no_grad()
@@ -132,7 +142,7 @@ def merge(model, dtype=torch.float32):
     own, weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers()), {}
     for name in plain.state_dict():
         module = model.get_submodule(name.rpartition('.')[0])
-        folds = isinstance(module, LoRALinear) and name.endswith('.weight')
+        folds = isinstance(module, (LoRALinear, RowsEmbedding, RowsHead)) and name.endswith('.weight')
         if name != 'head.weight' or not model.config.tie_weights:
             weights[name] = (module.merged() if folds else own[name]).detach().to(dtype, copy=not folds)
     return plain.assign(weights).train(model.training)
@@ -199,6 +209,51 @@ class LoRALinear(nn.Linear):
             return y
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.flatten(0, 1))
         return y + F.linear(inner, self.expand() * self.scale)
+
+
+class RowsEmbedding(nn.Embedding):
+    """A frozen embedding with lora_rows (V - first, C), which learn and are added to its rows of ids >= first."""
+
+    def __init__(self, embedding, first):
+        with on_meta():
+            super().__init__(*embedding.weight.shape)
+        self.weight, self.first = embedding.weight, first
+        self.lora_rows = nn.Parameter(torch.empty(len(self.weight) - first, self.embedding_dim,
+                                                  device=self.weight.device))
+
+    def forward(self, idx):
+        rows = F.pad(self.lora_rows, (0, 0, 1, 0))  # the first one is zero, of all frozen ids
+        return super().forward(idx).to(rows.dtype) + F.embedding((idx - self.first + 1).clamp(min=0), rows)
+
+    def merged(self):
+        """The embedding (V, C), float32."""
+        return self.weight.float() + F.pad(self.lora_rows.float(), (0, 0, self.first, 0))
+
+
+class RowsHead(nn.Linear):
+    """As RowsEmbedding, a frozen head; of one that is tied to an embedding the rows are those of that."""
+
+    def __init__(self, head, first, embedding=None):
+        with on_meta():
+            super().__init__(head.in_features, head.out_features, bias=False)
+        self._parameters['weight'], self.first = head._parameters['weight'], first
+        self.tied_to = (embedding,)  # no module of this one
+        if embedding is None:
+            self.lora_rows = nn.Parameter(torch.empty(head.out_features - first, head.in_features,
+                                                      device=self._parameters['weight'].device))
+
+    @property
+    def weight(self):
+        """The head as it is now (V, C), of which a chunked loss takes the product."""
+        rows = self.lora_rows if self.tied_to[0] is None else self.tied_to[0].lora_rows
+        return self._parameters['weight'].to(rows.dtype) + F.pad(rows, (0, 0, self.first, 0))
+
+    def merged(self):
+        return self.weight.float()
+
+    def forward(self, x):
+        dtype = product_dtype(x)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 class Adapter(nn.Module):

@@ -177,7 +177,7 @@ def join_rollouts(parts):
 def load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed=0, strict=True, val_fraction=0.1):
     """A split of a dataset as PromptData; prints which rows were skipped."""
     rows, skipped = load_prompts(dataset, split, strict, val_fraction)
-    data = PromptData(rows, tokenizer, block_size, max_new_tokens, seed)
+    data = PromptData(rows, tokenizer, block_size, max_new_tokens, seed, strict)
     if lost := data.left_out(skipped):
         run.print0(f'{dataset}, {split}: {lost}')
     return data

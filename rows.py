@@ -70,8 +70,9 @@ def read_chats(path, strict=True):
         {"instruction": "…", "input": "…", "output": "…"}, Alpaca's; input may be empty or missing
         {"prompt": …, "completion": …}, each a text or a list of messages
     which may also have "system", "history", "tools" and "chat_template_kwargs", and becomes {'messages': …}, whose last
-    one is the assistant's, what its chat template is told in 'variables', and what else it has of EXTRAS. A message may
-    have "weight": 0, which is not learned, thoughts ("reasoning_content") and "tool_calls".
+    one is the assistant's, and what else it has of EXTRAS. What the chat template is told, {'tools': …}, stands in
+    'variables' of the first message. A message may have "weight": 0, which is not learned, thoughts
+    ("reasoning_content") and "tool_calls".
     """
     return _read_rows(path, strict, _chat, 'a chat')
 
@@ -83,8 +84,8 @@ def read_prefs(path, strict=True):
         {"instruction": "…", "input": "…", "chosen": "…", "rejected": "…"}
         {"messages": […], "rejected_response": "…"}, or "conversations" with "chosen" and "rejected"
         {"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}, OpenAI's
-    and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, 'variables' as of `read_chats`, and what
-    else it has of EXTRAS. Both answers end with the assistant's message; a pair of equal ones is malformed.
+    and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, and what else it has of EXTRAS. Both
+    answers end with the assistant's message; a pair of equal ones is malformed.
     """
     return _read_rows(path, strict, _pref, 'a preference')
 
@@ -95,7 +96,7 @@ def read_prompts(path, strict=True):
         {"prompt": …, "reward_model": {"style": "rule", "ground_truth": "42"}}, verl's
         any that `read_chats` knows, whose last message is left out
     and becomes {'prompt': messages, 'messages': the prompt and what would be a right answer, empty where none is
-    known}, 'variables' as of `read_chats`, and what else it has of EXTRAS.
+    known}, and what else it has of EXTRAS.
     """
     return _read_rows(path, strict, _prompt, 'a prompt')
 
@@ -310,8 +311,8 @@ def _with_opening(row, messages):
     return opening + messages
 
 
-def _variables(row):
-    """What the chat template is told: {'variables': {…}}, or {} for nothing."""
+def _with_variables(row, messages):
+    """Messages of which the first has what the chat template is told, {'variables': {…}}, where that is anything."""
     tools, found = row.take('tools', default=[]), row.take('chat_template_kwargs', default={})
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
@@ -322,7 +323,7 @@ def _variables(row):
     if not isinstance(found, dict):
         raise UserError(f'"chat_template_kwargs" must be an object, not {found!r:.40}')
     found = ({'tools': tools} if tools else {}) | found
-    return {'variables': found} if found else {}
+    return [messages[0] | {'variables': found}, *messages[1:]] if found and messages else messages
 
 
 def _extras(row):
@@ -366,7 +367,7 @@ def _chat(row):
         raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"'
                         + (': running text is what train.py learns from' if 'text' in row.values else ''))
     messages = _messages(_with_opening(row, messages) if isinstance(messages, list) else messages, row)
-    return {'messages': messages} | _variables(row) | _extras(row)
+    return {'messages': _with_variables(row, messages)} | _extras(row)
 
 
 HUMAN = re.compile(r'\n\n(Human|Assistant): ?')  # whose turn begins, in Anthropic's transcripts
@@ -416,7 +417,7 @@ def _pref(row):
         raise UserError('it has no "prompt": give what both answers answer, a text or messages')
     if chosen == rejected:
         raise UserError('"chosen" and "rejected" are equal: nothing is preferred')
-    return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | _variables(row) | _extras(row)
+    return {'prompt': _with_variables(row, prompt), 'chosen': chosen, 'rejected': rejected} | _extras(row)
 
 
 def _without_prompt(prompt, chosen, rejected):
@@ -456,7 +457,7 @@ def _prompt(row):
         raise UserError(f'it has no "answer" but a "{row.find("solution", "ground_truth")}": call the correct answer '
                         '"answer"')
     prompt = _messages(_with_opening(row, _part(row, 'user', 'prompt')), row, 'prompt', answer=False)
-    found = _variables(row) | _extras(row)
+    prompt, found = _with_variables(row, prompt), _extras(row)
     if not prompt or prompt[-1]['role'] == 'assistant':
         raise UserError('its "prompt" must end with what the assistant is to answer')
     gold = {'role': 'assistant', 'content': str(found.get('answer', ''))}

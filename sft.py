@@ -47,6 +47,8 @@ max_length = 0  # maximum tokens per row; 0 = the model's block_size
 too_long = 'drop'  # rows longer than max_length: 'drop', or truncate on the 'left' or 'right'
 strict = True  # stop at a malformed row; False: skip and count it
 train_on_prompt = False  # also train on the user's tokens
+mask_history = False  # train on the last answer of each row only
+chat_template = ''  # 'chatml', 'hermes' (has tools), 'alpaca' (plain text) or FILE.jinja; '' = the model's, or 'chatml'
 pack = True  # concatenate conversations up to max_length, attention masked between them; False: one per row, padded
 curriculum = 'none'  # order by difficulty, easy first: 'length', 'steps', or 'loss' under the initial model
 curriculum_iters = 0  # steps until all rows are in use; 0 = half of max_iters
@@ -150,10 +152,10 @@ def evaluate(net, model, data, run, n_rows, max_new_tokens, num_samples=0, tempe
     return Evaluation(float(nats.sum() / counts.sum()), rows, answers, first_grades)
 
 
-def load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train_on_prompt, pack, strict, val_fraction):
-    """Loads a split of a dataset as ChatData; prints how many rows were dropped and why."""
+def load_chat_data(run, dataset, split, strict, val_fraction, *args, **options):
+    """Loads a split of a dataset as ChatData, made with args; prints how many rows were dropped and why."""
     rows, skipped = load_chats(dataset, split, strict, val_fraction)
-    data = ChatData(rows, tokenizer, length, seed, too_long, train_on_prompt, pack)
+    data = ChatData(rows, *args, strict=strict, **options)
     if lost := data.left_out(skipped):
         run.print0(f'{dataset}, {split}: {lost}')
     return data
@@ -208,7 +210,8 @@ def main():
 
     # model: start also has where it is from and, if the run is resumed, the rest of its checkpoint
     resume_from = run.find_checkpoint(init_from)
-    start = load_to_train('sft', base if init_from == 'auto' else init_from, resume_from, given, seed)
+    start = load_to_train('sft', base if init_from == 'auto' else init_from, resume_from, given, seed,
+                          chat_template=chat_template)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
     force = forcing(tokenizer, tools, max_think_tokens)  # inserts calculator results and </think> while generating
@@ -216,13 +219,13 @@ def main():
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
         scorer = load_scorer(reward_model, run, tokenizer) if reward_model else None
-        data = load_chat_data(run, dataset, eval_split, tokenizer, length, seed, too_long, train_on_prompt, False,
-                              strict, val_fraction)
+        data = load_chat_data(run, dataset, eval_split, strict, val_fraction, tokenizer, length, seed, too_long,
+                              train_on_prompt, mask_history=mask_history, calls=tools)
         return evaluate_only(model, run.wrap(model, compile), data, run, scorer, force)
 
     # data: training rows may be packed; held-out rows are not, so that each has a loss of its own
-    train_data, val_data = (load_chat_data(run, dataset, split, tokenizer, length, seed, too_long, train_on_prompt,
-                                           pack and split == 'train', strict, val_fraction)
+    train_data, val_data = (load_chat_data(run, dataset, split, strict, val_fraction, tokenizer, length, seed, too_long,
+                                           train_on_prompt, pack and split == 'train', mask_history, tools)
                             for split in ('train', 'val'))
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():

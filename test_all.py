@@ -73,6 +73,7 @@ import ppo
 import preparation
 import reward
 import rollout
+import rows as rows_file
 import sample
 import tokenizer as tok
 import train
@@ -4905,7 +4906,6 @@ def test_6_1_chats_equal_the_template(template, system, tmp_path):
     train_tokenizer('qwen2', tmp_path)
     (tmp_path / 'chat_template.jinja').write_text(template)
     ours, auto = tok.hf_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.system == system
     for chat in (CHAT, CHAT[:1], [turn('system', 'Be'), *CHAT], [*CHAT, {'role': 'tool', 'content': '7'}]):
         for generate in (False, True):
             ids, mask = ours.chat_ids(chat, generate)
@@ -4935,6 +4935,141 @@ def test_6_1_no_chat_without_chatml(tmp_path):
         (tmp_path / 'chat_template.jinja').write_text(template)
         with pytest.raises(UserError, match=message):
             tok.hf_tokenizer(tmp_path).chat_ids(CHAT)
+
+
+CALLS = [{'type': 'function', 'function': {'name': 'add', 'arguments': {'x': 3}}}]
+TOOLS = [{'type': 'function', 'function': {'name': 'add', 'description': 'Adds <b>', 'parameters': {'type': 'object'}}}]
+FIVE = [*asked('a'), *said('b'), *asked('c'), *said('d'), *asked('e'), *said('f'), *asked('g'), *said('h'), *asked('i'),
+        *said('j')]
+REAL_CHATS = {
+    'one': FIVE[:2], 'three': [*asked(' Hi'), *said('It is 12!\n\nx'), *FIVE[2:6]], 'five': FIVE,
+    'system': [turn('system', 'Be é'), *FIVE[:4]],
+    'thoughts': [*asked('q'), said('So.')[0] | {'reasoning_content': 'hm\nyes'}],
+    'tools': [asked('q')[0] | {'variables': {'tools': TOOLS}}, said('')[0] | {'tool_calls': CALLS},
+              turn('tool', '7') | {'name': 'add'}, *said('It is 7')]}
+# of a model's chat template: what learns from its prefixes, and what may be refused: thoughts of earlier turns are
+# dropped or end otherwise there
+REAL_TEMPLATES = {'qwen3': ('qwen3', ('three', 'five', 'system', 'tools')), 'qwen3_training': ('qwen3', ()),
+                  'qwen2_5': ('qwen3', ('thoughts',)), 'qwen2_5_training': ('qwen3', ('thoughts',)),
+                  'llama3_1': ('llama3_1', ('thoughts',)), 'llama3_2': ('llama3_1', ('thoughts',)),
+                  'gemma3': ('gemma3', ('tools', 'thoughts')), 'gemma3_training': ('gemma3', ('tools', 'thoughts')),
+                  'gptoss': ('gptoss', ('three', 'five', 'system', 'tools')), 'gptoss_training': ('gptoss', ())}
+TRL = 'trl==1.16.0'  # a wheel with the chat templates of many models, as they are and with {% generation %}
+
+
+def real_template(name):
+    """The source of a model's chat template, out of TRL's wheel: fetched once, into the cache."""
+    cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
+    wheel = cache / f'{TRL.replace("==", "-")}-py3-none-any.whl'
+    if not wheel.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            done = subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', folder, TRL],
+                                  capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f'pip download {TRL} failed: {done.stderr.strip()[-200:]}')
+            os.replace(next(Path(folder).glob('*.whl')), wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(f'trl/chat_templates/{name}.jinja').decode()
+
+
+@pytest.mark.parametrize('name', REAL_TEMPLATES)
+def test_6_1_real_chat_templates_are_those_of_transformers(name):
+    model, refused = REAL_TEMPLATES[name]
+    folder, source = real_tokenizer(model), real_template(name)
+    ours = tok.hf_tokenizer(folder)
+    ours.chat_template = source
+    auto = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), bos_token='<bos>' if (
+        model == 'gemma3') else ours.config.get('bos_token'), eos_token=ours.config.get('eos_token'))
+    for kind, messages in REAL_CHATS.items():
+        variables, plain = messages[0].get('variables', {}), [{k: v for k, v in m.items() if k != 'variables'}
+                                                              for m in messages]
+        if kind not in refused:
+            found = auto.apply_chat_template(plain, chat_template=source, return_dict=True, **variables,
+                                             return_assistant_tokens_mask='training' in name)
+            ids, mask = ours.chat_ids(messages)
+            assert ids == found['input_ids'], kind
+            assert 'training' not in name or mask == found['assistant_masks'], kind
+            assert ids[len(mask) - mask[::-1].index(1) - 1] in [*ours.turn_ids, *ours.encode('\n')]
+        if kind not in refused or 'tools' != kind and 'thoughts' != kind:
+            theirs = auto.apply_chat_template(plain[:-1], chat_template=source, add_generation_prompt=True,
+                                              return_dict=False, **variables)
+            assert ours.chat_ids(messages[:-1], generate=True)[0] == theirs, kind
+    if name in ('qwen3', 'gptoss'):  # of these an earlier answer stands otherwise than it was generated
+        with pytest.raises(UserError, match='message 1: the chat template renders this answer otherwise'):
+            ours.chat_ids(FIVE)
+        ids, mask = ours.chat_ids([*dataset.unlearned(FIVE[:-1]), FIVE[-1]])
+        assert ours.decode([i for i, m in zip(ids, mask, strict=True) if m]).count('j') == 1
+
+
+@pytest.mark.parametrize('name', ['qwen2_5', 'llama3'])
+def test_6_1_what_prefixes_say_is_learned_is_what_a_template_marks(name):
+    ours = tok.hf_tokenizer(real_tokenizer('llama3_1' if name == 'llama3' else 'qwen3'))
+    for messages in (FIVE, [FIVE[0], FIVE[1] | {'weight': 0}, *FIVE[2:4]], REAL_CHATS['system']):
+        masks = []
+        for source in (real_template(name), real_template(f'{name}_training')):
+            ours.__dict__.pop('chat', None)
+            ours.chat_template = source
+            ids, mask = ours.chat_ids(messages)
+            masks.append([i for i, m in enumerate(mask) if m and ids[i] not in ours.encode('\n')])
+        assert masks[0] == masks[1] and masks[0]
+
+
+def test_6_1_only_the_assistant_writes_its_own_tokens():
+    ours = tok.hf_tokenizer(real_tokenizer('qwen3'))
+    think, end = (ours.library.token_to_id(name) for name in ('<think>', '<|im_end|>'))
+    for role, quoted in (('user', 0), ('assistant', 1)):
+        ids, _ = ours.chat_ids([*asked('q'), turn(role, 'a <think> b <|im_end|> c')], generate=True)
+        assert (ids.count(think), ids.count(end)) == (quoted, 2)
+        assert 'a <think> b <|im_end|> c' in ours.decode(ids)
+    told = asked('q')[0] | {'variables': {'tools': [{'name': '<|im_end|>'}]}}
+    assert ours.chat_ids([told])[0].count(end) == 2
+    with pytest.raises(UserError, match='U\\+FDD1, which is no character'):
+        ours.chat_ids(asked('\ufdd1'))
+
+
+@pytest.mark.parametrize('messages, message', [
+    ([turn('user', 'x') | {'variables': {'tools': TOOLS}}], "knows no 'tools': .*--chat_template=hermes"),
+    ([turn('user', 'x') | {'variables': {'enable_thinking': False}}], "knows no 'enable_thinking'"),
+    ([*asked('x'), turn('assistant', '') | {'tool_calls': CALLS}], 'message 1 has tool_calls, which the chat')])
+def test_6_1_a_template_that_cannot_say_it_refuses(messages, message):
+    with pytest.raises(UserError, match=message):
+        bytes_tokenizer().chat_ids(messages)
+
+
+def test_6_1_templates_of_our_own():
+    ours = bytes_tokenizer()
+    ids, mask = ours.chat_ids([*asked('q'), said('a')[0] | {'reasoning_content': 'hm'}])
+    assert ours.decode([i for i, m in zip(ids, mask, strict=True) if m]) == '<think>\nhm\n</think>\n\na<|im_end|>'
+    hermes = tok.with_chat_template(ours, 'hermes')
+    assert hermes.chat_ids(FIVE) == ours.chat_ids(FIVE)  # without tools it is ChatML
+    ids, mask = hermes.chat_ids(REAL_CHATS['tools'])
+    assert json.dumps(TOOLS[0]) in hermes.decode(ids) and hermes.decode(ids).count('<|im_end|>') == 5
+    assert hermes.decode([i for i, m in zip(ids, mask, strict=True) if m]) == (
+        '<tool_call>\n{"name": "add", "arguments": {"x": 3}}\n</tool_call><|im_end|>It is 7<|im_end|>')
+    alpaca = tok.with_chat_template(ours, 'alpaca')
+    ids, mask = alpaca.chat_ids(FIVE[:4])
+    assert alpaca.turn_ids == [ours.eot] and alpaca.decode(ids).count('### Instruction:\n') == 2
+    assert alpaca.decode([i for i, m in zip(ids, mask, strict=True) if m]) == 'b<|endoftext|>d<|endoftext|>'
+    assert Tokenizer.from_dict(alpaca.to_dict()).chat_ids(FIVE) == alpaca.chat_ids(FIVE) and alpaca.same_as(ours)
+    with pytest.raises(UserError, match='refuses this chat: it has no place for a turn of the tool'):
+        alpaca.chat_ids([*FIVE, turn('tool', '7')])
+    with pytest.raises(UserError, match="chat_template='llama' is not one of chatml, hermes, alpaca, and no such file"):
+        tok.with_chat_template(ours, 'llama')
+
+
+def test_6_1_the_day_that_a_template_tells_stays(tmp_path):
+    train_tokenizer('qwen2', tmp_path)
+    (tmp_path / 'chat_template.jinja').write_text("{{ strftime_now('%d %b %Y') }}" + chat_file.TEMPLATES['chatml'])
+    state = tok.hf_tokenizer(tmp_path).to_dict()
+    state['config']['date'] = '2024-07-26'
+    assert Tokenizer.from_dict(state).decode(Tokenizer.from_dict(state).chat_ids(FIVE)[0]).startswith('26 Jul 2024')
+
+
+def test_6_1_a_template_is_kept_in_its_sandbox():
+    for source in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"):
+        with pytest.raises(UserError, match='refuses this chat'):
+            chat_file.ChatTemplate(source, ['<|x|>'])._render(FIVE, False, {})
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
@@ -5108,6 +5243,84 @@ def test_6_1_a_folder_of_chats_is_found_and_told_from_tokens_and_pairs(tmp_path,
     assert find_dataset('own') == Path(tmp_path / 'data/own')
     with pytest.raises(UserError, match='did you mean own'):
         find_dataset('ownn')
+
+
+def call_of(name='add', arguments=None, **more):
+    return {'type': 'function', 'function': {'name': name, 'arguments': arguments or {}}} | more
+
+
+QA = [*asked('q'), *said('a')]
+WIDER = [  # a row as a library writes it, and what it says; OpenAI, TRL, ShareGPT, axolotl, LLaMA-Factory, ms-swift
+    ({'messages': [*asked('q'), said('a')[0] | {'weight': 0}, *asked('r'), said('b')[0] | {'weight': 1}]},
+     [*asked('q'), said('a')[0] | {'weight': 0}, *asked('r'), *said('b')]),
+    ({'messages': [*asked('q'), said('a')[0] | {'loss': False}, *asked('r'), said('b')[0] | {'train': True}]},
+     [*asked('q'), said('a')[0] | {'weight': 0}, *asked('r'), *said('b')]),
+    ({'messages': [*asked('q'), said('a')[0] | {'thinking': 'hm'}]}, [*asked('q'), said('a')[0] | {
+        'reasoning_content': 'hm'}]),
+    ({'messages': [turn('developer', 's'), *asked([{'type': 'text', 'text': 'q'}]), *said('a')]},
+     [turn('developer', 's'), *QA]),
+    ({'messages': [*asked('q'), {'role': 'assistant', 'content': None, 'tool_calls': [call_of(id='1')]},
+                   turn('tool', '7') | {'tool_call_id': '1'}, *said('a')], 'tools': TOOLS},
+     [asked('q')[0] | {'variables': {'tools': TOOLS}}, said('')[0] | {'tool_calls': [call_of(id='1')]},
+      turn('tool', '7') | {'tool_call_id': '1'}, *said('a')]),
+    ({'conversations': [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}], 'system': 's'},
+     [turn('system', 's'), *QA]),
+    ({'conversations': [{'from': 'human', 'value': 'q'}, {'from': 'function_call', 'value': '{"name": "add"}'},
+                        {'from': 'observation', 'value': '7'}, {'from': 'gpt', 'value': 'a'}],
+      'tools': json.dumps(TOOLS)},
+     [asked('q')[0] | {'variables': {'tools': TOOLS}}, said('')[0] | {'tool_calls': [call_of()]}, turn('tool', '7'),
+      *said('a')]),
+    ({'instruction': 'q', 'output': 'a', 'system': 's', 'history': [['x', 'y']]},
+     [turn('system', 's'), *asked('x'), *said('y'), *QA]),
+    ({'query': 'q', 'response': 'a'}, QA), ({'instruction': 'q', 'context': 'c', 'response': 'a'},
+                                            [*asked('q\n\nc'), *said('a')]),
+    ({'prompt': 'q', 'response': 'a', 'reasoning': 'hm'}, [*asked('q'), said('a')[0] | {'reasoning_content': 'hm'}]),
+    ({'prompt': 'q', 'completion': 'a', 'label': True, 'chat_template_kwargs': {'enable_thinking': False}},
+     [asked('q')[0] | {'variables': {'enable_thinking': False}}, *said('a')])]
+
+
+@pytest.mark.parametrize('row, messages', WIDER, ids=lambda x: str(x)[:40])
+def test_6_1_keys_of_wider_formats_are_honoured(row, messages, tmp_path):
+    assert read_chats(lines(tmp_path / 'x.jsonl', [row]))[0][0]['messages'] == messages
+
+
+@pytest.mark.parametrize('more, words', [
+    ({'prompt': 'q', 'completion': 'a', 'label': False}, '"label" is false, which marks a bad answer'),
+    ({'messages': QA, 'kto_tag': False}, '"kto_tag" is false'), ({'messages': QA, 'images': ['x']}, '"images" is not'),
+    ({'messages': QA, 'weight': 0}, '"weight" is not'), ({'messages': QA, 'functions': [{}]}, '"functions" is'),
+    ({'messages': QA, 'labels': [True]}, '"labels" is not'), ({'messages': QA, 'tools': 'x'}, '"tools" is no JSON'),
+    ({'messages': QA, 'tools': {'a': 1}}, '"tools" must be'), ({'messages': QA, 'history': 'x'}, '"history" must'),
+    ({'messages': [turn('system', 's'), *QA], 'system': 't'}, '"system" or "history" and messages'),
+    ({'messages': [*asked('q'), said('a')[0] | {'weight': 0.5}]}, 'weight of message 2 must be 0 or 1, not 0.5'),
+    ({'messages': [*asked('q'), said('a')[0] | {'function_call': {'name': 'f'}}]}, 'message 2: "function_call" is not'),
+    ({'messages': [*asked('q'), said('a')[0] | {'train_detail': [{}]}]}, 'message 2: "train_detail" is not'),
+    ({'messages': [*asked([{'type': 'image_url'}]), *said('a')]}, "part of type 'image_url': only text"),
+    ({'messages': [*asked('q'), {'role': 'assistant', 'tool_calls': [{'x': 1}]}]}, 'must hold the JSON of a call'),
+    ({'text': 'x'}, 'running text is what train.py learns from')], ids=lambda x: str(x)[:40])
+def test_6_1_keys_that_decide_and_are_not_supported_are_refused(more, words, tmp_path):
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        read_chats(lines(tmp_path / 'x.jsonl', [more]))
+    assert str(caught.value).startswith(f'{tmp_path / "x.jsonl"}, line 1: ')
+
+
+def test_6_1_keys_that_nothing_knows_are_counted(tmp_path):
+    rows = [{'messages': [asked('q')[0] | {'id': 5}, *said('a')], 'source': 'x', 'chosen': QA}] * 2
+    rows, skipped = read_chats(lines(tmp_path / 'x.jsonl', rows))
+    data = ChatData(rows, bytes_tokenizer(), 64)
+    assert data.left_out(skipped) == '2 rows; not used: source (2), chosen (2), id of messages (2)'
+
+
+@pytest.mark.parametrize('texts', [
+    ('<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n', 'a<|im_end|>'), ('q', 'a<|im_end|>'),
+    ('q', 'a<|endoftext|>'), ('[INST] q [/INST]', 'a'), ('<start_of_turn>user\nq<end_of_turn>', 'a')])
+def test_6_1_rows_that_are_templated_already_are_refused(texts):
+    good, row = chat(), chat(*texts) | {'where': 'rows.jsonl, line 2'}
+    with pytest.raises(UserError, match=r'^rows.jsonl, line 2: .* the markers of a chat template, as 1 of 2 rows have'):
+        ChatData([good, row], bytes_tokenizer(), 256)
+    with pytest.raises(UserError, match='the markers of a chat template'):
+        dataset.PrefData([row | {'prompt': asked(texts[0]), 'chosen': said(texts[1]), 'rejected': said('x')}],
+                         bytes_tokenizer(), 256)
+    assert ChatData([good, chat('What is <|im_end|> for?')], bytes_tokenizer(), 256).n_rows == 2  # only speaks of it
 
 
 # 6.2 the masked loss, packing
@@ -5364,6 +5577,22 @@ def test_6_2_segments_join_a_mask_and_refuse_a_source():
     torch.testing.assert_close(model(x, segments=segments, mask=hidden)[:, :6], model(x[:, :6]))
     with pytest.raises(ValueError, match='cannot share a source'):
         tiny(n_encoder_layer=1)(x, source=x, segments=segments)
+
+
+def test_6_2_what_is_not_to_be_learned_is_not():
+    rows = [{'messages': [*asked('q'), said('a')[0] | {'weight': 0}, *asked('r'), *said('b'), *asked('s'), *said('c')],
+             'where': 'x'}]
+    ours = bytes_tokenizer()
+    for options, learned in (({}, 'b<|im_end|>c<|im_end|>'), ({'mask_history': True}, 'c<|im_end|>')):
+        data = ChatData(rows, ours, 256, **options)
+        assert ours.decode(data.ids[data.counts].tolist()) == learned
+    called = [chat('q', '<tool>1+1</tool>[2] yes')]
+    for calls, learned in ((True, '<tool>1+1</tool> yes<|im_end|>'), (False, '<tool>1+1</tool>[2] yes<|im_end|>')):
+        data = ChatData(called, ours, 256, calls=calls)
+        assert ours.decode(data.ids[data.counts].tolist()) == learned
+    data = ChatData([*rows, chat() | {'messages': [turn('user', 'x') | {'variables': {'tools': TOOLS}}, *said('y')]}],
+                    ours, 256, strict=False)
+    assert data.left_out() == '1 rows; left out: 1 refused by template'
 
 
 # 6.3 curriculum
@@ -6543,6 +6772,53 @@ def prefs(problems):
     templates = script.read_templates()
     return {split: list(script.draw_rows(split, count, templates, script.draw_pref, 'prefs '))
             for split, count in (('train', 3000), ('val', 500), ('test', 300))}
+
+
+@pytest.mark.parametrize('prompt, chosen, answer', [
+    (asked('q'), [turn('system', 's'), *asked('q'), *said('a')], [turn('system', 's'), *asked('q')]),
+    (asked('q'), [*asked('o'), *said('p'), *asked('q'), *said('a')], [*asked('o'), *said('p'), *asked('q')]),
+    ('q\n', [*asked('q'), *said('a')], asked('q\n')), ('q', [*asked('q \n'), *said('a')], asked('q')),
+    ([*asked('o'), *said('p'), *asked('q')], [*asked('q'), *said('a')], [*asked('o'), *said('p'), *asked('q')]),
+    ([turn('system', 's'), *asked('q')], [*asked('q'), *said('a')], [turn('system', 's'), *asked('q')]),
+    (asked('q'), said('a'), asked('q'))])
+def test_7_1_a_prompt_that_stands_in_its_answers_counts_once(prompt, chosen, answer, tmp_path):
+    row = {'prompt': prompt, 'chosen': chosen, 'rejected': [*chosen[:-1], *said('b')]}
+    found = rows_file.read_prefs(lines(tmp_path / 'x.jsonl', [row]))[0][0]
+    assert (found['prompt'], found['chosen'], found['rejected']) == (answer, said('a'), said('b'))
+
+
+@pytest.mark.parametrize('row, expected', [
+    ({'input': {'messages': asked('q'), 'tools': TOOLS}, 'preferred_output': said('a'),
+      'non_preferred_output': said('b')}, [asked('q')[0] | {'variables': {'tools': TOOLS}}]),
+    ({'messages': QA, 'rejected_response': 'b'}, asked('q')),
+    ({'conversations': [{'from': 'human', 'value': 'q'}], 'chosen': {'from': 'gpt', 'value': 'a'},
+      'rejected': {'from': 'gpt', 'value': 'b'}}, asked('q')),
+    ({'chosen': '\n\nHuman: q\n\nAssistant: a', 'rejected': '\n\nHuman: q\n\nAssistant: b'}, asked('q')),
+    ({'instruction': 'q', 'system': 's', 'history': [['x', 'y']], 'chosen': 'a', 'rejected': 'b'},
+     [turn('system', 's'), *asked('x'), *said('y'), *asked('q')])], ids=lambda x: str(x)[:30])
+def test_7_1_preferences_of_wider_formats(row, expected, tmp_path):
+    found, skipped = rows_file.read_prefs(lines(tmp_path / 'x.jsonl', [row]))
+    assert (found[0]['prompt'], found[0]['chosen'], found[0]['rejected']) == (expected, said('a'), said('b'))
+    assert not skipped.unused
+
+
+@pytest.mark.parametrize('row, words', [
+    ({'prompt': 'q', 'chosen': [*asked('other'), *said('a')], 'rejected': [*asked('other'), *said('b')]},
+     'turns of a user or system that are not those of "prompt"'),
+    ({'prompt': 'q', 'chosen': [*asked('q'), *said('a')], 'rejected': [*asked('r'), *said('b')]}, 'are not those of')])
+def test_7_1_answers_that_hold_other_questions_are_refused(row, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        rows_file.read_prefs(lines(tmp_path / 'x.jsonl', [row]))
+
+
+def test_8_1_prompts_of_wider_formats(tmp_path):
+    rows = [{'data_source': 'x', 'prompt': asked('q'), 'reward_model': {'style': 'rule', 'ground_truth': '4'}}]
+    found, skipped = rows_file.read_prompts(lines(tmp_path / 'x.jsonl', rows))
+    assert found[0]['answer'] == '4' and found[0]['prompt'] == asked('q') and skipped.unused == {'data_source': 1}
+    for row, words in (({'prompt': 'q', 'solution': '4'}, 'no "answer" but a "solution"'),
+                       ({'prompt': 'q', 'reward_model': {'style': 'model'}}, 'only a rule is known')):
+        with pytest.raises(UserError, match=words):
+            rows_file.read_prompts(lines(tmp_path / 'x.jsonl', [row]))
 
 
 def test_7_1_preferences_of_a_folder_have_files_of_their_own(tmp_path, chat_data):
@@ -8938,9 +9214,9 @@ def test_10_2_only_right_answers_of_the_teacher(teach_chat, run_stage, monkeypat
         return [distill.with_answer(row, f'It is {i % 7}.') for i, row in enumerate(prompts)]
     seen, whole = [], ChatData.__init__
 
-    def watch(self, rows, *args):
+    def watch(self, rows, *args, **options):
         seen.append(rows)
-        whole(self, rows, *args)
+        whole(self, rows, *args, **options)
     monkeypatch.setattr(ChatData, '__init__', watch)
     run_stage.given['teacher_answers'] = parrot
     status, out, err = teach_chat('--answers=teacher', '--correct_only=True', '--out_dir=run')
@@ -9082,6 +9358,13 @@ CALLING = '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars\n7 / 0 = <tool>7 / 0
 SPEAKERS = {'bytes': bytes_tokenizer, 'bpe': lambda: train_bpe([CALLING.replace('7', str(n)) for n in range(40)], 330)}
 
 
+def answer_ids(tokenizer, text):
+    """The ids of what an assistant says, without the end of its turn, and its mask."""
+    ids, mask = tokenizer.chat_ids(said(text))
+    inside = slice(len(tokenizer.chat_ids([], generate=True)[0]), -1 - len(tokenizer.encode('\n')))
+    return ids[inside], mask[inside]
+
+
 @pytest.fixture(params=SPEAKERS)
 def speaker(request):
     return SPEAKERS[request.param]()
@@ -9095,7 +9378,7 @@ def says(monkeypatch):
     def script(tokenizer, texts):
         wanted = []
         for text in texts:
-            ids, mask = tokenizer._answer_ids(text)
+            ids, mask = answer_ids(tokenizer, text)
             wanted.append(([*ids, tokenizer.special['<|im_end|>']], [*mask, 1]))
         start, header = tokenizer.special['<|im_start|>'], len(tokenizer.encode('assistant\n'))
 
@@ -9354,7 +9637,7 @@ def test_10_4_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(s
     data = dataset.PromptData(rows, speaker, 256, 200)
     force = rollout.Forcing(speaker)
     answers = rollout.generate_rollouts(model, data, [0], run, 200, 3, force=force)
-    ids, mask = speaker._answer_ids(CALLING)
+    ids, mask = answer_ids(speaker, CALLING)
     assert answers.ids == [[*ids, speaker.special['<|im_end|>']]] * 3 and answers.texts == [CALLING] * 3
     assert (answers.response_mask == np.array([*mask, 1], bool)).all() and 0 < mask.count(0) < 20
     prompt = speaker.chat_ids(asked('q'), generate=True)[0]
@@ -9390,7 +9673,7 @@ def test_10_4_a_call_is_answered_once_where_it_ends_whatever_the_tokens(parts, f
 
 def test_10_4_calls_of_an_answer_are_limited(speaker):
     call, force = '<tool>1+1</tool>', rollout.Forcing(speaker, max_calls=3)
-    said = [speaker.decode(force(speaker._answer_ids(f'{call}[2]' * n + call)[0])) for n in range(5)]
+    said = [speaker.decode(force(answer_ids(speaker, f'{call}[2]' * n + call)[0])) for n in range(5)]
     assert said == ['[2]', '[2]', '[2]', '', '']
 
 
@@ -9475,8 +9758,8 @@ def test_10_4_word_problems_with_tools_are_the_same_problems(house):
             answer, text = (r['messages'][1]['content'] for r in (row, called))
             assert called == same and grading.rendered(text) == answer
             assert called | {'messages': 0} == row | {'messages': 0} and question(called) == question(row)
-            found = [*tok.ANSWERED_CALL.finditer(text)]
-            assert len(found) == row['steps'] and all(f'[{tok.calculate(m[1])}]' == m[2] for m in found), text
+            found = [*chat_file.ANSWERED_CALL.finditer(text)]
+            assert len(found) == row['steps'] and all(f'[{tok.calculate(m[2])}]' == m[3] for m in found), text
             assert grading.quality(row, text) == grading.quality(row, answer)
             calls += len(found)
     assert calls > 500
@@ -9521,8 +9804,8 @@ def test_10_4_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_p
     rows, calls = read_rows(house.root / 'data/gsm8k_tools'), 0
     for row in rows:
         text = row['messages'][1]['content']
-        found = [*tok.ANSWERED_CALL.finditer(text)]
-        assert all(f'[{tok.calculate(m[1])}]' == m[2] for m in found) and not re.search('<<|>>', text)
+        found = [*chat_file.ANSWERED_CALL.finditer(text)]
+        assert all(f'[{tok.calculate(m[2])}]' == m[3] for m in found) and not re.search('<<|>>', text)
         assert grade(text, row['answer'], 'number') and text.count('<tool>') == len(found)
         calls += len(found)
     assert (len(rows), calls) == (8792, 27978) and not (house.root / 'data/gsm8k/train.jsonl').exists()

@@ -26,7 +26,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from chat import GUARD, ROLES, TEMPLATES, ChatTemplate, chatml
+from chat import GUARD, ROLES, TEMPLATES, ChatTemplate, chatml, markers_in
 from errors import UserError
 
 SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|pad|>')
@@ -267,13 +267,13 @@ class Tokenizer:
         names = {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>'}
         return ChatTemplate(self.chat_template, [*self.special], ['<|endoftext|>'], names=names)
 
-    def chat_ids(self, messages, generate=False, variables=None, calls=True):
+    def chat_ids(self, messages, generate=False, calls=True):
         """A chat, a list of {'role': …, 'content': …} -> (ids, mask), as its chat template renders it.
 
         Content is ordinary text: no marker in it becomes a token, but for those that the assistant may write itself,
         such as <think>. mask is 1 on the tokens that the assistant has to produce, what it says and the end of its
         turn, and 0 elsewhere. generate: end where the assistant's next message begins, which may be the first; mask is
-        0. variables, calls: see `ChatTemplate.segments`. UserError for a chat that the template cannot have.
+        0. calls: see `ChatTemplate.segments`. UserError for a chat that the template cannot have.
         """
         if not isinstance(messages, list) or not (messages or generate):
             raise UserError("a chat must be a list of at least one {'role': …, 'content': …}")
@@ -283,7 +283,7 @@ class Tokenizer:
                 raise UserError(f"message {i} of the chat must have a 'role' ({', '.join(ROLES)}) and a 'content' that "
                                 f'is a string')
         ids, mask, ends = [], [], {*self.special.values()}
-        for text, learned in self.chat.segments(messages, generate, variables, calls):
+        for text, learned in self.chat.segments(messages, generate, calls):
             ids += self._encode_rendered(text, not ids or self.anew and ids[-1] in ends)
             mask += [int(learned)] * (len(ids) - len(mask))
         return ids, mask
@@ -327,6 +327,12 @@ class Tokenizer:
                 'tokens': [spell(token) for token in self.tokens]} | (
                     {} if self.chat_template == TEMPLATES['chatml'] else {'chat_template': self.chat_template})
 
+    def with_tokens(self, names):
+        """`to_dict` of this tokenizer with more special tokens, their ids behind the others."""
+        d = self.to_dict()
+        more = {name: self.n_vocab + i for i, name in enumerate(names)}
+        return d | {'special': d['special'] | more, 'tokens': d['tokens'] + [''] * len(more)}
+
     def same_as(self, other):
         """Whether another tokenizer, or its `to_dict`, makes the same of every text, whatever it makes of chats.
 
@@ -351,7 +357,7 @@ class Tokenizer:
             _need(isinstance(text, str), "'tokenizer_json' must be a string")
             _need(isinstance(config, dict), "'config' must be a dict")
             _need(isinstance(ends, list), "'ends' must be a list of ids")
-            return HFTokenizer(name, text, config, ends)
+            return HFTokenizer(name, text, config | {k: d[k] for k in ('chat_template',) if k in d}, ends)
         _need(isinstance(spelled, list) and all(isinstance(t, str) for t in spelled), "'tokens' must be a list of str")
         _need(isinstance(special, dict), "'special' must map names to ids")
         required = () if kind == 'hf' else SPECIALS + (UNK,) * (kind == 'chars')
@@ -626,6 +632,18 @@ def get_tokenizer(name, texts=None, vocab_size=None):
     return _with_specials('tiktoken', name, tokens, special, encoding._pat_str)
 
 
+def with_chat_template(tokenizer, name):
+    """A tokenizer with one of TEMPLATES or the template in a FILE.jinja, and with the tokens of that which it lacks."""
+    if name not in TEMPLATES and not os.path.isfile(name):
+        raise UserError(f'chat_template={name!r} is not one of {", ".join(TEMPLATES)}, and no such file')
+    source = TEMPLATES.get(name) or _read_text(name)
+    known = tokenizer.special if tokenizer.kind != 'hf' else tokenizer.library.get_vocab()
+    missing = [token for token in markers_in(source) if token not in known]
+    changed = Tokenizer.from_dict(tokenizer.with_tokens(missing) | {'chat_template': source})
+    _ = changed.chat  # which says what is wrong with it
+    return changed
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tokenizers of other people's models
 
@@ -754,6 +772,13 @@ class HFTokenizer(Tokenizer):
 
     def to_dict(self):
         return {'kind': 'hf', 'name': self.name, 'ends': self.ends, 'config': self.config, 'tokenizer_json': self.text}
+
+    def with_tokens(self, names):
+        content = json.loads(self.text)
+        flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+        content['added_tokens'] = content.get('added_tokens', []) + [
+            {'id': self.n_vocab + i, 'content': name, 'special': True} | flags for i, name in enumerate(names)]
+        return self.to_dict() | {'tokenizer_json': json.dumps(content, ensure_ascii=False)}
 
     def to_hf(self, directory):
         """Write its own tokenizer.json, and a tokenizer_config.json by which transformers takes that as it is."""
