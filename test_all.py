@@ -5018,7 +5018,7 @@ def test_6_1_what_prefixes_say_is_learned_is_what_a_template_marks(name):
 def test_6_1_only_the_assistant_writes_its_own_tokens():
     ours = tok.hf_tokenizer(real_tokenizer('qwen3'))
     think, end = (ours.library.token_to_id(name) for name in ('<think>', '<|im_end|>'))
-    for role, quoted in (('user', 0), ('assistant', 1)):
+    for role, quoted in (('user', 0), ('assistant', 2)):  # the template has a thought of its own
         ids, _ = ours.chat_ids([*asked('q'), turn(role, 'a <think> b <|im_end|> c')], generate=True)
         assert (ids.count(think), ids.count(end)) == (quoted, 2)
         assert 'a <think> b <|im_end|> c' in ours.decode(ids)
@@ -6214,6 +6214,76 @@ def test_6_6_a_curriculum_changes_what_is_learnt_first(tune):
                               f'--out_dir={curriculum}')
         assert (status, err) == (0, '')
     assert not same_weights('none', 'length')
+
+
+@pytest.fixture
+def unchatty(tmp_path):
+    """A folder with a base whose tokenizer has no tokens for chats."""
+    d = json.loads(trained_merges('gpt-2'))
+    n = max(d['model']['vocab'].values()) + 1
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    folder = tmp_path / 'unchatty'
+    d['added_tokens'] = [flags | {'id': n, 'content': '<|endoftext|>'}]
+    ours, _ = write_tokenizer(tmp_path, d, eos_token='<|endoftext|>')
+    assert ours.chat_template is None
+    convert.to_hf(tiny(vocab_size=n + 1, **SMALL_LLAMA | {'block_size': 192}), folder, ours)
+    return folder
+
+
+@pytest.mark.parametrize('options', [[], ['--lora_rank=2'], ['--lora_rank=2', '--quant=nf4'], ['--adapter_dim=2']],
+                         ids=lambda x: x and x[-1])
+def test_6_6_a_base_without_chats_learns_them(options, unchatty, run_stage, tmp_path, chat_data):
+    base, before = load.load_model(unchatty)
+    n = before.n_vocab
+    arguments = [f'--init_from={unchatty}', f'--dataset={chat_data}', '--out_dir=run', *TUNED, *options]
+    status, out, err = run_stage('sft', *arguments)
+    assert (status, err) == (0, '')
+    model, ours = load.load_model('run')
+    end = ours.special['<|im_end|>']
+    assert (model.config.vocab_size, ours.n_vocab, ours.turn_ids) == (n + 2, n + 2, [n - 1, end])
+    rows, mean = model.tok_emb.weight[n:], base.tok_emb.weight.mean(0)
+    near = 0.05 if 'quant' in str(options) else 0.02
+    assert 0 < (rows - mean).abs().max() < near and not torch.equal(rows[0], rows[1])
+    if options:
+        assert (model.tok_emb.weight[:n] - base.tok_emb.weight).abs().max() < (0.01 if near > 0.02 else 1e-9)
+        assert [k for k in weights('run') if 'rows' in k] == ['tok_emb.lora_rows']
+        status, _, err = run_stage('convert', 'run', 'peft', '--peft')
+        assert status == 2 and 'export it whole, without --peft' in err or 'adapter' in str(options)
+    assert run_stage('sft', *arguments[1:], '--init_from=resume', '--max_iters=6')[0] == 0
+    if 'adapter' not in str(options):  # and it leaves, and stops
+        assert run_stage('convert', 'run', 'away')[0] == 0
+        there = json.loads(Path('away/generation_config.json').read_text())
+        auto = transformers.AutoTokenizer.from_pretrained('away')
+        assert there['eos_token_id'] == [n - 1, end] == json.loads(Path('away/config.json').read_text())['eos_token_id']
+        assert auto.apply_chat_template(FIVE, return_dict=False) == ours.chat_ids(FIVE)[0]
+
+
+def test_6_6_the_rows_that_are_added_compute_as_a_whole_model_would():
+    for tie in (True, False):
+        model = tiny(tie_weights=tie)
+        lora.apply(model, lora.LoRAConfig(lora_rank=2, lora_rows_from=58))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if lora.is_new(name):
+                    p.normal_(0, 0.3)
+        plain = lora.merge(model)
+        idx = torch.randint(50, 61, (3, 24))
+        targets = idx.roll(-1, 1)
+        torch.testing.assert_close(model(idx), plain(idx), atol=1e-4, rtol=1e-4)
+        model(idx, targets).backward()
+        plain(idx, targets).backward()
+        whole = plain.tok_emb.weight.grad
+        torch.testing.assert_close(model.tok_emb.lora_rows.grad, whole[58:], atol=1e-5, rtol=1e-4)
+        assert model.tok_emb.weight.grad is None
+        if not tie:
+            torch.testing.assert_close(model.head.lora_rows.grad, plain.head.weight.grad[58:], atol=1e-5, rtol=1e-4)
+
+
+def test_6_6_new_rows_are_the_mean_of_the_others():
+    old = torch.randn(5, 3)
+    found = load.with_new_rows({'tok_emb.weight': old, 'norm.weight': old}, 3, 7)
+    assert torch.equal(found['tok_emb.weight'][:3], old[:3]) and found['norm.weight'] is old
+    assert torch.allclose(found['tok_emb.weight'][3:], old[:3].mean(0).expand(4, 3))
 
 
 # 6.7 LoRA and adapters

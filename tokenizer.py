@@ -248,7 +248,10 @@ class Tokenizer:
     @property
     def turn_ids(self):
         """The ids that end an assistant's turn: of a chat, or a text."""
-        end = self.chat.end if self.chat_template else None
+        try:
+            end = self.chat.end
+        except UserError:  # it has no chats
+            end = None
         return [*dict.fromkeys([*self.stop_ids, *[self.special.get(end)] * (end in self.special)])]
 
     @functools.cached_property
