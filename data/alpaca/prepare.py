@@ -3,9 +3,9 @@ Instructions as in Alpaca -> ../NAME/train.jsonl, val.jsonl and, if asked for, t
 of answers -> prefs_train.jsonl and so on.
 
 The input is a JSON list or JSONL of {"instruction": …, "input": …, "output": …}, perhaps with "chosen" and "rejected";
-"input" may be empty or missing, other keys are left out. The user says the instruction and, after a blank line, the
-input; the assistant answers the output, or of a pair either. A prompt lies in one split, whatever its order and however
-often it comes; a row that is there twice is taken once, and a pair of equal answers is none.
+"input" may be empty or missing, keys that decide nothing are left out. The user says the instruction and, after a
+blank line, the input; the assistant answers the output, or of a pair either. A prompt lies in one split, whatever its
+order and however often it comes; a row that is there twice is taken once, and a pair of equal answers is none.
 
     python data/alpaca/prepare.py
     python data/alpaca/prepare.py --input=instructions.json --name=mine --test_fraction=0.1
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runtime
 
 from preparation import fetch_url, folder_for, write_rows
-from rows import fraction_of
+from rows import IDLE, REFUSED, THOUGHTS, fraction_of
 from tokenizer import UserError
 
 input = ''  # a .json or .jsonl file; empty: fetch Stanford's 52,002 rows to alpaca_data.json here
@@ -52,6 +52,10 @@ def to_row(text):
     item = json.loads(text)
     if not isinstance(item, dict):
         raise ValueError('not a JSON object')
+    for key in ('system', 'history', 'tools', *THOUGHTS, *REFUSED, 'label', 'kto_tag'):
+        if item.get(key) not in (None, True, *IDLE) or key in ('label', 'kto_tag') and item.get(key) is False:
+            raise ValueError(f'"{key}" is not read here: sft.py and dpo.py read such a file themselves '
+                             '(--dataset=FILE)')
     parts, pair = [], [key for key in ('chosen', 'rejected') if key in item]
     for key in ('instruction', 'input', 'output', *pair):
         part = item.get(key, '' if key == 'input' else None)
