@@ -28,9 +28,10 @@ def write_dataset(folder, tokenizer, splits, source, eot=True):
     dtype = 'uint16' if tokenizer.n_vocab <= 1 << 16 else 'uint32'
 
     def encode(documents):
-        for texts, ends in _batches(documents):
-            ids = []
-            for end, encoded in zip(ends, tokenizer.encode_batch(texts), strict=True):
+        ends = [True]
+        for texts, more in _batches(documents):
+            starts, ends, ids = [*ends[-1:], *more[:-1]], more, []  # what follows the end of a document starts one
+            for end, encoded in zip(ends, tokenizer.encode_batch(texts, starts), strict=True):
                 ids += encoded
                 if end and eot:
                     ids.append(tokenizer.eot)

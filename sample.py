@@ -197,7 +197,7 @@ def session(model, tokenizer, force=None):
                 continue
         else:
             # the model sees the end of the context; learned positions have room for a block, no more
-            ids = (context + tokenizer.encode(line + '\n'))[-model.config.block_size:]
+            ids = (context + tokenizer.encode(line + '\n', start=not context))[-model.config.block_size:]
         out = [[]]
         try:
             continuations(model, tokenizer, ids, out, force=force)

@@ -1082,7 +1082,7 @@ def test_0_2_a_big_vocabulary_takes_four_bytes_a_token(tmp_path):
     class Big:
         n_vocab, eot = 1 << 17, 99_999
 
-        def encode_batch(self, texts):
+        def encode_batch(self, texts, starts):
             return [[100_000 + len(text)] for text in texts]
 
         def save(self, path):
@@ -10187,6 +10187,20 @@ def test_10_5_sentencepiece_is_the_librarys(style, tmp_path):
     assert ours.decode(ours.encode(blanks)) == blanks and ours.decode(ours.encode('a\ud800b')) == 'a\ufffdb'
     sizes = ours.token_bytes()
     assert sizes[ours.encode('東京 a')].sum() == len('東京 a'.encode()) + blank and sizes[ours.eot] == 0
+
+
+@pytest.mark.parametrize('style', ['llama', 'first', 'gemma'])
+def test_10_5_a_document_in_pieces_has_the_ids_of_the_whole(style, tmp_path, monkeypatch):
+    ours, theirs = write_tokenizer(tmp_path, train_sentencepiece(style), eos_token='</s>', unk_token='<unk>')
+    pieces = ['the king\n', 'and it', ' was', ' </s> so.\n', 'a dog']
+    documents = [pieces, 'the end', pieces]
+    theirs.encode_special_tokens = True
+    wholes = [theirs.encode(''.join(document), add_special_tokens=False).ids for document in documents]
+    batches = preparation._batches
+    for size in (1 << 20, 1):  # all in one batch, and a piece in each
+        monkeypatch.setattr(preparation, '_batches', lambda documents, size=size: batches(documents, size))
+        write_dataset(tmp_path / 'd', ours, {'train': documents}, '')
+        assert np.fromfile(tmp_path / 'd/train.bin', '<u2').tolist() == [i for ids in wholes for i in [*ids, ours.eot]]
 
 
 @pytest.mark.parametrize('style', ['llama', 'first', 'gemma'])

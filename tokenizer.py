@@ -238,8 +238,11 @@ class Tokenizer:
                 ids += self.encoding.encode_ordinary(part)
         return ids
 
-    def encode_batch(self, texts):
-        """An iterable of ordinary texts -> a list of their ids; in threads where no text needs special care."""
+    def encode_batch(self, texts, starts=None):
+        """An iterable of ordinary texts -> a list of their ids; in threads where no text needs special care.
+
+        starts: of each text, as in `encode`; None where all start.
+        """
         texts = list(texts)
         if self.kind in ('bpe', 'tiktoken') and all(isinstance(t, str) and len(t) < BLANKS for t in texts):
             return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
@@ -742,10 +745,19 @@ class HFTokenizer(Tokenizer):
     def _encode_ordinary(self, text, start=True):
         return self._guarded(text, self._run(self.library, text, start), start)
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, starts=None):
         texts = [_valid(t, 'replace') for t in texts]
-        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
-        return [self._guarded(text, encoding.ids) for text, encoding in zip(texts, encoded, strict=True)]
+        starts = starts if starts and self.prefix else [True] * len(texts)
+        rows = [text if start else f'\n{text}' for text, start in zip(texts, starts, strict=True)]  # see `_run`
+        known = self.library.encode('\n', add_special_tokens=False).ids
+        out = []
+        for text, start, encoding in zip(texts, starts, self.library.encode_batch_fast(rows, add_special_tokens=False),
+                                         strict=True):
+            ids = encoding.ids if start else encoding.ids[len(known):]
+            if not start and encoding.ids[:len(known)] != known:
+                ids = self._run(self.library, text, start)
+            out.append(self._guarded(text, ids, start))
+        return out
 
     def _run(self, library, text, start):
         """The library's ids. A text that goes on follows another one, before which the blank of a start is put."""
