@@ -4,17 +4,21 @@ topic, and each topic with what a pencil can follow. The truth comes from transf
 arithmetic by hand.
 """
 import ast
+import bz2
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import gc
+import gzip
 import hashlib
 import http.server
 import importlib.util
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import pickle
@@ -1289,7 +1293,7 @@ def test_0_2_any_text_becomes_a_dataset(house):
         ('book', f'--input={book} --vocab_size=300'), ('flat', f'--input={flat} --tokenizer=chars'),
         ('rows', f'--input={rows} --tokenizer=bytes --val_fraction=0.1'))))
     assert [r[0] for r in results] == [0] * 4, results
-    documents = ['first dôcument <|endoftext|>', 'second\ndocument\n', 'third', *(f'row {i}\n' for i in range(7))]
+    documents = ['first dôcument', 'second\ndocument\n', 'third', *(f'row {i}\n' for i in range(7))]
     data = house.root / 'data'
     assert decoded(data / 'many', 'val') == ''.join(documents[i] + '<|endoftext|>' for i in (4, 9))
     assert decoded(data / 'many', 'train') == ''.join(d + '<|endoftext|>' for i, d in enumerate(documents)
@@ -1311,18 +1315,136 @@ def test_0_2_pieces_of_a_big_file_tokenise_like_the_whole(tmp_path, monkeypatch)
     monkeypatch.setattr(script, 'PIECE', 400)
     lines = ['Ôh  dear,', '', '  indented (well...)', 'x' * 30, '9 -- "what?"', 'end.'] * 60
     text = '\n'.join(lines)
-    path.write_text(text)
-    pieces = list(script.read_pieces(path, 0, path.stat().st_size))
-    assert ''.join(pieces) == text and len(pieces) > 9 and max(map(len, pieces)) < 800
     bpe = train_bpe([text], 400)
-    for whole in (text, '        if indented:\n            go(on)\n' * 99):
+    for whole in (text, '        if indented:\n            go(on)\n' * 120):
         path.write_text(whole)
-        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
-        assert sum(bpe.encode_batch(pieces), []) == bpe.encode(whole) and len(pieces) > 9
-    for text in ('日本語' * 300, 'ab\n' + '語' * 500 + ' \n' * 50, 'a\r\nb' * 400):  # no line, no space; others
+        pieces = [piece for _, piece in script.numbered([path], Counter())]
+        assert ''.join(pieces) == whole and len(pieces) > 9 and max(map(len, pieces)) < 800
+        assert sum(bpe.encode_batch(pieces), []) == bpe.encode(whole)
+    for text in ('日本語' * 500, 'ab\n' + '語' * 1500 + ' \n' * 50, 'a\r\nb' * 600):  # no line, no space; others
         path.write_text(text, newline='')
-        pieces = list(script.read_pieces(path, 0, path.stat().st_size))
+        pieces = [piece for _, piece in script.numbered([path], Counter())]
         assert ''.join(pieces) == text.replace('\r\n', '\n') and len(pieces) > 3
+
+
+def split_by_hand(text, separator):
+    """The documents of a text between separators, by str alone."""
+    first, *more = text.split(separator)
+    parts = [first.rstrip(' \t\n') if more else first, *(part.strip(' \t\n') for part in more)]
+    return [part for part in parts if part]
+
+
+def test_0_2_documents_end_at_separators_wherever_pieces_do(monkeypatch):
+    script = load_script('text')
+    for separator in ('<|endoftext|>', '\n* * *\n', 'END', '|'):
+        monkeypatch.setattr(script, 'separator', separator)
+        inside = f'x{separator} \n {separator}\n\n  y {separator[:-1]} z\n{separator}{"long " * 60}\n{separator} '
+        for text in ('', inside, f' {inside} w\n', f'{separator}{inside * 5}', f' a\n{separator[1:]} b '):
+            expected, found = split_by_hand(text, separator), Counter()
+            for size in (1, 7, 50, 1000):  # characters read at a time, and as many in a piece
+                monkeypatch.setattr(script, 'PIECE', 4 * size + 26)
+                documents, found = [], Counter()
+                for begins, piece in script.parts_of((text[i:i + size] for i in range(0, len(text), size)), found):
+                    documents += [''] * begins
+                    documents[-1] += piece
+                assert documents == expected and found['separators'] == text.count(separator), (separator, size)
+    monkeypatch.setattr(script, 'separator', '')
+    assert list(script.parts_of(['a<|endoftext|>b'], Counter())) == [(True, 'a<|endoftext|>b')]
+
+
+def test_0_2_separators_make_documents_of_a_file_and_of_rows(house):
+    stories = [f'Story {i}.\nIts <|im_end|> end.' for i in range(20)]
+    text = '\n<|endoftext|>\n'.join([*stories, ''])
+    (house.root / 'f.txt').write_text(text)
+    (house.root / 'rows.jsonl').write_text(json.dumps({'text': text}))
+    results = house(*(f'text --name={name} --tokenizer=bytes --input={more}' for name, more in (
+        ('file', 'f.txt'), ('rows', 'rows.jsonl'), ('off', 'f.txt --separator='))))
+    data = house.root / 'data'
+    for name, (status, out, err) in zip(('file', 'rows'), results, strict=False):
+        assert status == 0 and "20 documents in 1 files; '<|endoftext|>' found 20 times\n" in out, err
+        assert 'stay letters: <|im_end|> (20 times)\n' in out and out.count('\n') == 4
+        assert decoded(data / name, 'val') == ''.join(f'{stories[i]}<|endoftext|>' for i in (9, 19))
+        assert decoded(data / name, 'train') == ''.join(f'{s}<|endoftext|>' for s in (*stories[:9], *stories[10:19]))
+    assert 'letters: <|im_end|> (20 times), <|endoftext|> (20 times)\n' in results[2][1]
+    assert decoded(data / 'off', 'train').startswith(text[:200]) and 'found' not in results[2][1]
+
+
+def test_0_2_every_format_of_rows_gives_the_same_documents(tmp_path, monkeypatch):
+    script, texts = load_script('text'), ['It said\n"hi", é;', 'b\tb\n\n', '{}', ' a\n b']
+    rows = [{'id': i, 'body': text.replace('\n', ('\r\n', '\n', '\r')[i % 3])} for i, text in enumerate(texts)]
+    rows[1]['body'] = '\ufeff' + rows[1]['body']
+    monkeypatch.setattr(script, 'text_key', 'body')
+    monkeypatch.setattr(script, 'PIECE', 30)
+
+    def table(dialect):
+        file = io.StringIO(newline='')
+        writer = csv.DictWriter(file, ['id', 'body'], dialect=dialect)
+        writer.writeheader()
+        writer.writerows(rows)
+        return file.getvalue()
+
+    listed, lined = json.dumps(rows, indent=1), '\n\r\n'.join(map(json.dumps, rows))
+    for name, content in (('a.jsonl', lined), ('a.NDJSON', '\ufeff' + lined), ('a.json', lined), ('b.json', listed),
+                          ('c.json', '\ufeff\n' + listed), ('a.csv', table('excel')),
+                          ('b.Csv', '\ufeff' + table('unix')), ('a.tsv', table('excel-tab'))):
+        for suffix, packed in (('', bytes), ('.gz', gzip.compress), ('.bz2', bz2.compress), ('.xz', lzma.compress)):
+            path = tmp_path / f'{name}{suffix}'
+            path.write_bytes(packed(content.encode()))
+            pieces = itertools.groupby(script.numbered([path], Counter()), lambda pair: pair[0])
+            assert [''.join(text for _, text in group) for _, group in pieces] == texts, path
+    for name, packed in (('a.txt', bytes), ('a.txt.gz', gzip.compress), ('none.XZ', lzma.compress)):
+        (tmp_path / name).write_bytes(packed('\ufeffone\r\ntwo\rthrée\r'.encode()))
+        assert ''.join(text for _, text in script.numbered([tmp_path / name], Counter())) == 'one\ntwo\nthrée\n'
+    monkeypatch.setattr(script, 'text_key', '')
+    assert ''.join(text for _, text in script.numbered([tmp_path / 'b.json'], Counter())) == listed
+
+
+def test_0_2_libraries_read_zst_and_parquet_where_they_are(tmp_path, monkeypatch):
+    script, asked = load_script('text'), []
+    for name in ('a.txt.zst', 'a.parquet'):
+        (tmp_path / name).write_bytes(b'anything')
+    for library, name, remedy in (('compression.zstd', 'a.txt.zst', ''),
+                                  ('backports.zstd', 'a.txt.zst', 'pip install backports.zstd'),
+                                  ('pyarrow', 'a.parquet', 'pip install pyarrow')):
+        monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+        if remedy:
+            with pytest.raises(UserError, match=f'{name}: .*{remedy}'):
+                list(script.numbered([tmp_path / name], Counter()))
+    fake = types.SimpleNamespace(open=lambda path, mode: asked.append(path) or io.BytesIO(b'text'))
+    monkeypatch.setitem(sys.modules, 'compression.zstd', fake)
+    assert list(script.numbered([tmp_path / 'a.txt.zst'], Counter())) == [(0, 'text')] and len(asked) == 1
+
+    class ParquetFile:  # of two row groups
+        schema_arrow = types.SimpleNamespace(names=['id', 'text'])
+
+        def __init__(self, file):
+            assert file.read() == b'anything'
+
+        def iter_batches(self, size, columns):
+            assert columns == ['text']
+            return [types.SimpleNamespace(to_pylist=lambda texts=texts: [{'text': text} for text in texts],
+                                          num_rows=len(texts)) for texts in (['a', 'b'], [None])]
+
+    monkeypatch.setitem(sys.modules, 'pyarrow', types.SimpleNamespace(
+        parquet=types.SimpleNamespace(ParquetFile=ParquetFile)))
+    found = script.numbered([tmp_path / 'a.parquet'], Counter())
+    assert [next(found), next(found)] == [(0, 'a'), (1, 'b')]
+    with pytest.raises(UserError, match="row 3: 'text' must be a text"):
+        next(found)
+
+
+def test_0_2_what_is_no_text_in_a_folder_is_left_out_and_named(house):
+    notes = house.root / 'notes'
+    (notes / 'sub').mkdir(parents=True)
+    for name, data in (('a.md', b'note one\n' * 9), ('sub/pic.PNG', b'abc'), ('photo', b'\1\0'), ('empty.py', b''),
+                       ('z.txt.gz', gzip.compress(b'note two'))):
+        (notes / name).write_bytes(data)
+    (status, out, err), = house('text --name=notes --tokenizer=bytes --input=notes')
+    assert status == 0 and 'left out 3 files that are no text: notes/empty.py, notes/photo, notes/sub/pic.PNG\n' in out
+    assert decoded(house.root / 'data/notes', 'train').startswith('note one\n' * 8), err
+    refuses(house, [(['sub: no text among 1 files', 'pic.PNG, a .png file'], 'text --name=n --input=notes/sub'),
+                    (['pic.PNG: a .png file is no text'], 'text --name=n --input=notes --input=notes/sub/pic.PNG'),
+                    (['photo: a NUL at byte 1'], 'text --name=n --input=notes/photo')])
 
 
 def test_0_2_text_that_is_none_is_refused(house):
@@ -1339,21 +1461,31 @@ def test_0_2_text_that_is_none_is_refused(house):
         (['absent', 'no such file'], good + '--input=absent'),
         (['folder', 'no files'], good + f'--input={house.root}/folder'),
         (['empty.txt', 'empty'], file('empty.txt', b'')),
-        (['binary.bin', 'NUL at byte 500006'], file('binary.bin', big + b'caf\xc3\xa9 \0')),
+        (['binary.txt', 'NUL at byte 500006'], file('binary.txt', big + b'caf\xc3\xa9 \0')),
         (['latin.txt', 'byte 500003'], file('latin.txt', big + b'caf\xe9 noir')),
         (['cut.txt', 'byte 500003'], file('cut.txt', big + b'caf\xc3')),
         (['rows.jsonl, line 2'], file('rows.jsonl', b'{"text": "a"}\n{"text": "b"\n')),
-        (['bare.jsonl, line 2', "'text'"], file('bare.jsonl', b'{"text": "a"}\n{"txt": "b"}\n')),
-        (['list.jsonl, line 1'], file('list.jsonl', b'["text"]\n')),
+        (['bare.jsonl, line 2', "no 'text'; its keys are txt, id: give --text_key="],
+         file('bare.jsonl', b'{"text": "a"}\n{"txt": "b", "id": 2}\n')),
+        (['bare.csv, line 2', "no 'text'; its keys are id;text: "], file('bare.csv', b'id;text\n1;a\n')),
+        (['short.csv, line 3: 1 cells, but 2'], file('short.csv', b'id,text\n1,"a\nb"\n2\n'.replace(b'\nb', b''))),
+        (['two.csv', "two columns are called 'text'"], file('two.csv', b'text,text\n1,2\n')),
+        (['quote.tsv, line 2'], file('quote.tsv', b'id\ttext\n1\t"Hi" she said\n2\tb\n')),
+        (['wide.csv, line 2', 'byte 4'], file('wide.csv', b'id,text\n1,a\xff\n')),
+        (['cut.gz: damaged', 'EOFError'], file('cut.gz', gzip.compress(big)[:-9])),
+        (['fake.xz: damaged'], file('fake.xz', b'hello')), (['a .tar file'], file('x.tar.gz', gzip.compress(b'x'))),
+        (['a .docx file'], file('x.docx', b'hello')),
+        (['list.jsonl, row 1', "not an object with a 'text'"], file('list.jsonl', b'["text"]\n')),
+        (['deep.json: not JSON', '--text_key='], file('deep.json', b'[' * 100_000)),
         (['number.jsonl, line 1'], file('number.jsonl', b'{"text": 3}\n')),
         (['half.jsonl, line 1'], file('half.jsonl', b'{"text": "\\ud800"}\n')),
         (['raw.jsonl, line 1'], file('raw.jsonl', b'{"text": "\xe9"}\n')),
-        (['data/one: nothing for the train split'], file('one.jsonl', b'{"text": "alone"}\n').replace('old', 'one')),
+        (['data/one: nothing for the train split'], file('one.jsonl', b'{"text": "a"}\n').replace('old', 'one')),
         (['nothing for the train split'], file('none.jsonl', b'{"text": ""}\n')),
         (['name=', '--name=NAME'], f'text --input={house.root}/good.txt'),
         (["name='a/b'"], good + '--name=a/b'), (["name='..'"], good + '--name=..'),
         (['name=shakespeare', 'its own prepare.py'], good + '--name=shakespeare'),
-        (['val_fraction=1'], good + '--val_fraction=1'),
+        (['val_fraction=1'], good + '--val_fraction=1'), (['separator='], good + f'--separator={"x" * 1001}'),
         (['inputs', 'input'], good + '--inputs=x')])
 
 
