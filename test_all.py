@@ -1371,7 +1371,7 @@ def test_0_2_separators_make_documents_of_a_file_and_of_rows(house):
 
 def test_0_2_every_format_of_rows_gives_the_same_documents(tmp_path, monkeypatch):
     script, texts = load_script('text'), ['It said\n"hi", é;', 'b\tb\n\n', '{}', ' a\n b']
-    rows = [{'id': i, 'body': text.replace('\n', ('\r\n', '\n', '\r')[i % 3])} for i, text in enumerate(texts)]
+    rows = [{'id': i, 'body': text.replace('\n', ('\r', '\r\n', '\n')[i % 3])} for i, text in enumerate(texts)]
     rows[1]['body'] = '\ufeff' + rows[1]['body']
     monkeypatch.setattr(script, 'text_key', 'body')
     monkeypatch.setattr(script, 'PIECE', 30)
