@@ -24,6 +24,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,17 +65,30 @@ def find_dataset(name):
     if not script.exists() and variant in VARIANTS:
         script, flags = datasets / stem / 'prepare.py', VARIANTS[variant]
     if not script.exists():
-        names = sorted({path.parent.name for path in datasets.glob('*/*')
-                        if path.name in ('prepare.py', 'meta.json', 'train.jsonl')})
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f'did you mean {near[0]}?' if near else f'give a prepared folder or one of {", ".join(names)}'
-        raise UserError(f'dataset={name!r}: no such dataset; {hint}')
+        raise UserError(f'dataset={name!r}: ' + _remedy(name, datasets))
     print(f'preparing {datasets / name} …', flush=True)
     done = subprocess.run([sys.executable, script, *flags], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f'{script} ended with status {done.returncode}']
         raise UserError(lines[-1].removeprefix('error: '))
     return datasets / name
+
+
+def _remedy(name, datasets):
+    """What is wrong with the name of a dataset that is none, and what to do."""
+    path = Path(name)
+    if (path / 'prepare.py').exists():
+        return f'not prepared yet: run python {shlex.quote(str(path / "prepare.py"))}'
+    if name and path.exists():
+        stem = re.sub(r'\W+', '_', path.resolve().name.split('.')[0]).strip('_') or 'mine'
+        stem += '_text' * (datasets / stem / 'prepare.py').exists()
+        return (f'not a prepared dataset; for text: python {datasets / "text/prepare.py"} --input={shlex.quote(name)} '
+                f'--name={stem}, then --dataset={stem}; chats are a .json or .jsonl file, or a folder with train.jsonl')
+    names = sorted({path.parent.name for path in datasets.glob('*/*')
+                    if path.name in ('prepare.py', 'meta.json', 'train.jsonl')})
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f'did you mean {near[0]}?' if near else f'give a prepared folder or one of {", ".join(names)}'
+    return f'no such dataset, file or folder; {hint}'
 
 
 def kind_of(folder):

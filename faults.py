@@ -220,6 +220,7 @@ FAULTS = [
           'os.path.splitext(path.name)', 'test_0_2 and (every_format or left_out)'),
     Fault('letters_not_counted', 'data/text/prepare.py', 'letters.update(specials.findall(piece))', 'pass',
           'test_0_2 and separators_make'),
+    Fault('name_that_is_taken', 'dataset.py', "stem += '_text' *", "stem += '' *", 'test_0_2 and not_prepared'),
     Fault('targets_not_shifted', 'dataset.py', 'rows[:, 1:].astype(np.int64)', 'rows[:, :-1].astype(np.int64)',
           'test_2_2 and hand'),
     Fault('answer_without_end', 'dataset.py', '            targets[i, len(target)] = eot\n', '',

@@ -24,6 +24,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -1192,6 +1193,29 @@ def test_0_2_broken_data_is_told_in_one_line(tmp_path):
         fails(rf'train\.bin: {1024 + 2 * size:,} bytes, but its header says {1024 + 2 * count:,}: delete it')
     (folder / 'train.bin').write_bytes(llmc_bytes([1] * 20 + [260] + [1] * 20))
     fails(r'train\.bin: token 20 is 260, outside the vocabulary of 260', block=40)
+
+
+def test_0_2_what_is_not_prepared_is_answered_with_the_command(tmp_path, monkeypatch):
+    script = load_script('text')
+    (tmp_path / 'some notes').mkdir()
+    for name in ('my.jsonl', 'some notes/a.txt', 'shakespeare.txt', '.x.b.csv.gz', 'train.bin'):
+        (tmp_path / name).write_text('text')
+    for path in (*tmp_path.iterdir(), tmp_path / 'some notes/a.txt'):
+        with pytest.raises(UserError, match='not a prepared dataset; for text: python ') as e:
+            find_dataset(str(path))
+        command, dataset_flag = re.search('python (.*), then --dataset=(.*);', str(e.value)).groups()
+        file, *flags = shlex.split(command)
+        assert ROOT / file == ROOT / 'data/text/prepare.py' and flags == [f'--input={path}', f'--name={dataset_flag}']
+        monkeypatch.setattr(script, 'name', dataset_flag)
+        monkeypatch.setattr(script, 'input', [str(path)])
+        script.check_knobs(ROOT / 'data' / dataset_flag)
+    with pytest.raises(UserError, match='absent.txt.: no such dataset, file or folder; '):
+        find_dataset(str(tmp_path / 'absent.txt'))
+    (tmp_path / 'some notes/prepare.py').touch()
+    monkeypatch.setattr(dataset, '__file__', str(tmp_path / 'dataset.py'))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not prepared yet: run python 'some notes/prepare.py'"):
+        find_dataset('some notes')
 
 
 @contextlib.contextmanager
