@@ -19,6 +19,7 @@ Communication is the time in which a collective of gloo or nccl was under way (f
 the backward pass. The bandwidth floor of decoding is the time to read all weights and the cache once per step; a model
 that fits into the processor's cache can be faster.
 """
+import difflib
 import importlib.util
 import json
 import os
@@ -740,7 +741,7 @@ def bench_ablate(knobs, model_args):
     each comparison with the mean and its 95 % interval. What is trained already is not trained again."""
     names = list(ABLATIONS) if what == 'all' else [name.strip() for name in what.split(',')]
     if unknown := [name for name in names if name not in ABLATIONS]:
-        raise UserError(f'what={what}: {unknown[0]!r} is not one of {", ".join(ABLATIONS)}')
+        raise UserError(f'what={what}: unknown {unknown[0]!r}; {runtime.suggest(unknown[0], ABLATIONS)}')
     if seeds < 1:
         raise UserError(f'seeds={seeds} must be >= 1')
     n_panels = len(names) + sum(name in SECOND for name in names)
@@ -818,10 +819,11 @@ def main():
     if mode in ('train', 'loss') and all(a.startswith('--') for a in sys.argv[2:]):
         default = 'config/tinyshakespeare.py' if mode == 'loss' else 'config/nanogpt.py'
         sys.argv.insert(2, str(Path(__file__).parent / default))
-    if mode in ('plot', 'curves'):
-        raise UserError('pictures are drawn by plot.py: python plot.py out/tiny [--metric=val/loss]')
+    modes = [*MODES][:-1]
     if mode not in MODES and mode not in ('--help', '-h'):
-        raise UserError(f'the first argument is a mode: {", ".join(list(MODES)[:-1])}')
+        if difflib.get_close_matches(mode, [*modes, 'plot', 'curves'], 1) in (['plot'], ['curves']):
+            raise UserError('pictures are drawn by plot.py: python plot.py out/tiny [--metric=val/loss]')
+        raise UserError(f'the first argument is a mode, not {mode!r}: {runtime.suggest(mode, modes)}')
     _, given = runtime.configure(globals(), TRAIN, GPTConfig, argv=sys.argv[2 if mode in MODES else 1:])
     knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})
     model_args = {k: v for k, v in given.items() if k in MODEL_FIELDS}

@@ -806,7 +806,10 @@ def main():
     import load  # which imports this file
 
     args = [arg for arg in sys.argv[1:] if arg != '--peft']
-    if len(args) != 2 or args[0].startswith('-'):
+    for arg in args:
+        if arg.startswith('-') and arg not in ('-h', '--help'):
+            raise UserError(f'unknown option {arg!r}; {runtime.suggest(arg, ["--peft", "--help"])}')
+    if len(args) != 2 or {'-h', '--help'} & set(args):
         print(__doc__.strip())
         raise SystemExit(0 if {'-h', '--help'} & set(args) else 2)
     source, target = args[0], Path(args[1])

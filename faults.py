@@ -15,6 +15,7 @@ which is checked in one run over all of them. Exit status 1 unless all faults ar
 A new promise deserves a fault here beside its test. Nothing collects this file: it is no part of the suite.
 """
 import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -221,6 +222,10 @@ FAULTS = [
     Fault('letters_not_counted', 'data/text/prepare.py', 'letters.update(specials.findall(piece))', 'pass',
           'test_0_2 and separators_make'),
     Fault('name_that_is_taken', 'dataset.py', "stem += '_text' *", "stem += '' *", 'test_0_2 and not_prepared'),
+    Fault('misspelled_plot', 'bench.py', "in (['plot'], ['curves'])", 'in ()', 'test_0_4 and bench_mistakes'),
+    Fault('unknown_command_is_a_question', 'sample.py', "if re.fullmatch('/[A-Za-z]+', command):", 'if False:',
+          'test_2_5 and can_be_saved'),
+    Fault('option_is_a_directory', 'convert.py', "if arg.startswith('-') and", 'if False and', 'test_0_1 and unknown_word'),
     Fault('targets_not_shifted', 'dataset.py', 'rows[:, 1:].astype(np.int64)', 'rows[:, :-1].astype(np.int64)',
           'test_2_2 and hand'),
     Fault('answer_without_end', 'dataset.py', '            targets[i, len(target)] = eot\n', '',
@@ -556,7 +561,9 @@ def main():
     all_tests, names = '--all-tests' in sys.argv[1:], [word for word in sys.argv[1:] if word != '--all-tests']
     unknown = sorted(set(names) - {fault.name for fault in FAULTS})
     if unknown:
-        sys.exit(f'error: {unknown[0]!r} is no fault: {", ".join(fault.name for fault in FAULTS)}')
+        known = [fault.name for fault in FAULTS]
+        near = difflib.get_close_matches(unknown[0], known) or known
+        sys.exit(f'error: {unknown[0]!r} is no fault: {", ".join(near)}')
     faults = [fault for fault in FAULTS if not names or fault.name in names]
     for name in IMPORTED_ONCE:
         importlib.import_module(name)

@@ -269,8 +269,10 @@ def load_model(init_from, scores=False, **overrides):
             raise UserError(f'{init_from}: no tokenizer.json in this directory; put the tokenizer of the model there')
         return model, tokenizer
     if not path.exists():
-        raise UserError(f'{init_from}: no such run, Hugging Face directory or .gguf file, and not a name '
-                        f'({", ".join(("smollm2", *GPT2))})')
+        names = ('smollm2', *GPT2)
+        runs = [str(file.parent) for file in path.parent.glob('*/ckpt.pt')]
+        hint = runtime.suggest(str(init_from), [*runs, *names], f'names are {", ".join(names)}')
+        raise UserError(f'{init_from}: no such run, Hugging Face directory, .gguf file or name of a model; {hint}')
     known(overrides)
     state = load_state(path)
     if ('score_args' in state) != scores:

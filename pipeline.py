@@ -204,7 +204,7 @@ def main():
     names = [name.strip() for name in only.split(',')] if only else list(known)
     for name in names:
         if name not in known:
-            raise UserError(f'only={only}: {name!r} is not one of {", ".join(known)}')
+            raise UserError(f'only={only}: unknown {name!r}; {runtime.suggest(name, known)}')
     stages = [stage._replace(commands=(*stage.commands[:-1], f'{stage.commands[-1]} {flags}'.rstrip()))
               for stage in STAGES if stage.name in names]
     plot.new_figure(1, 1, 1, 1)  # what cannot be drawn is better said now

@@ -156,7 +156,10 @@ def main():
         rows = logged(path)
         for name in names:
             if not points(rows, axis, name):
-                raise UserError(f'{path}/metrics.jsonl: no row has {name!r} and {axis!r}')
+                there = sorted({key for row in rows for key in row})
+                wrong = next((key for key in (name, axis) if key not in there), '')
+                what = f'{wrong!r}; {runtime.suggest(wrong, there)}' if wrong else f'both {name!r} and {axis!r}'
+                raise UserError(f'{path}/metrics.jsonl: no row has {what}')
         # names that differ in a number are seeds of one run
         groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name) if names else path, []).append(rows)
     chosen = [(name, [name]) for name in names] or panels_of(dict.fromkeys(

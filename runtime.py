@@ -168,8 +168,7 @@ def configure(namespace, *others, argv=None):  # noqa: C901
 
     def assign(key, value, where):
         if key not in knobs:
-            near = difflib.get_close_matches(key, knobs, n=1)
-            hint = f'did you mean {near[0]}?' if near else '--help lists the knobs'
+            hint = suggest(key, knobs, '--help lists the knobs')
             if owner := _owner_of(key):
                 hint = f'it is a knob of {owner}, which this script does not take'
             raise UserError(f'{where}: unknown key {key!r}; {hint}')
@@ -195,6 +194,12 @@ def configure(namespace, *others, argv=None):  # noqa: C901
     return {k: namespace[k] for k in stage}, given
 
 
+def suggest(word, known, otherwise=''):
+    """What an error says of an unknown word: the nearest known one, else `otherwise` or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f'did you mean {near[0]}?' if near else otherwise or f'give one of {", ".join(known)}'
+
+
 def _owner_of(key):
     """The first of the files here that has a knob of this name, if any."""
     knob = re.compile(rf'^ *{re.escape(key)}(: \w+)? = .*  # ', re.M)
@@ -207,8 +212,10 @@ def read_config(path, namespace=None):
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path, map(str, Path('config').glob('*.py')), n=1)
-        hint = f'did you mean {near[0]}?' if near else 'give a config file (config/*.py) or --key=value'
+        files = [*Path('config').glob('*.py')]
+        near = difflib.get_close_matches(Path(path).stem, [file.stem for file in files], n=1)
+        files = [str(file) for file in files if file.stem in near]
+        hint = f'did you mean {files[0]}?' if files else 'give a config file (config/*.py) or --key=value'
         raise UserError(f'{path}: no such config file; {hint}') from None
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as error:
         raise UserError(f'{path}: not a config file of plain assignments ({error})') from None

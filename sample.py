@@ -22,6 +22,7 @@ self-consistency (arXiv:2203.11171), the best of n by a reward model (arXiv:2009
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -176,16 +177,21 @@ def session(model, tokenizer, force=None):
             line = input('> ')
         except (EOFError, KeyboardInterrupt):
             break
-        if line == '/quit':
+        command = line.split(' ')[0]
+        if command == '/quit':
             break
-        if line == '/reset':
+        if command == '/reset':
             context, messages = [], list(opening)
             continue
-        if chat and line.split(' ')[0] == '/save':
+        if chat and command == '/save':
             if len(messages) < 2 + len(opening):
                 print('(nothing to save yet)')
             else:
                 save_chat(line[5:].strip() or 'chat.jsonl', messages)
+            continue
+        if re.fullmatch('/[A-Za-z]+', command):
+            known = ['/reset', '/quit', *['/save'] * chat]
+            print(f'(no command {command}: {runtime.suggest(command, known)} A blank before it makes it text.)')
             continue
         if chat:
             messages.append({'role': 'user', 'content': line})

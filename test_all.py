@@ -740,6 +740,25 @@ def test_0_1_knobs_from_config_and_command_line(tmp_path, monkeypatch):
             configure(config)
 
 
+def test_0_1_an_unknown_word_is_answered_with_the_nearest_one(tmp_path, monkeypatch):
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config/tiny.py').touch()
+    (tmp_path / 'out/tiny').mkdir(parents=True)
+    (tmp_path / 'out/tiny/ckpt.pt').touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ('tiny', 'tinny.py', 'confg/tiny.py'):
+        with pytest.raises(UserError, match=f'{name}: no such config file; did you mean config.tiny.py'):
+            list(runtime.read_config(name))
+    for name, words in (('out/tinny', 'did you mean out/tiny'), ('smolm2', 'did you mean smollm2'),
+                        ('xyz', 'names are smollm2, gpt2')):
+        with pytest.raises(UserError, match=f'{name}: no such run.*; {words}'):
+            load.load_model(name)
+    for args in (['a', '--pef'], ['a', 'b', '--pef']):  # which is no directory to write into either
+        with pytest.raises(UserError, match="unknown option '--pef'; did you mean --peft"):
+            command(monkeypatch, *args)
+    assert runtime.suggest('xyz', ['a', 'b']) == 'give one of a, b' and runtime.suggest('x', ['a'], 'b') == 'b'
+
+
 def test_0_1_help_prints_every_knob_with_its_comment(run_stage):
     status, out, _ = run_stage('train', '--help')
     assert status == 0 and '--out_dir=' in out and '--n_kv_head=' in out
@@ -1925,7 +1944,8 @@ def test_0_4_bench_compares_checkouts(run_stage, text_data, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['tarin'], 'train, sample'), ([], 'train, sample'), (['curves', '--runs=x'], 'python plot.py'),
+    (['tarin'], 'did you mean train?'), ([], 'train, sample'), (['curves', '--runs=x'], 'python plot.py'),
+    (['plto'], 'python plot.py'), (['ablate', '--what=nrom'], 'did you mean norm?'),
     (['train', '--against=nowhere'], "'nowhere' is a checkout"),
     (['loss'], '--against=DIR'), (['sample', '--init_from=nowhere'], 'nowhere'), (['train', '--repeats=0'], 'repeats'),
     (['sample', '--contexts=2000'], 'block_size'), (['tokenizer', '--input=nowhere'], 'nowhere'),
@@ -2021,7 +2041,9 @@ def test_0_4_all_that_runs_have_logged_is_drawn(run_stage, text_data, teach_chat
         f.write('{"iter": 7, "train/lo')  # a kill
     status, out, err = run_stage('plot', 'run', 'other', '--results=both')
     assert (status, err) == (0, '') and '2 runs' in out and Path('both/plot.png').stat().st_size > 10_000
-    for args, words in ((['none'], 'none: no metrics.jsonl'), ([], 'python plot.py out/tiny')):
+    for args, words in ((['none'], 'none: no metrics.jsonl'), ([], 'python plot.py out/tiny'),
+                        (['other', '--metric=train/los'], "no row has 'train/los'; did you mean train/loss?"),
+                        (['other', '--metric=train/loss', '--axis=second'], "'second'; did you mean seconds?")):
         status, _, err = run_stage('plot', *args)
         assert status == 2 and err.count('\n') == 1 and words in err
 
@@ -2081,7 +2103,8 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
     status, _, err = run_stage('pipeline', '--only=second')
     assert status == 2 and err.count('\n') == 1 and 'second needs what first makes: add it' in err
     Path('out/pipeline.json').write_text(json.dumps(record))
-    for flags, words in ((['--only=third'], "'third' is not one of first, second, apart"),
+    for flags, words in ((['--only=third'], "'third'; give one of first, second, apart"),
+                         (['--only=frist'], 'did you mean first?'),
                          (["--flags=--seed='2"], 'No closing quotation'),
                          (['--only=second', '--flags=--max_iters=0'], 'second ended with status 2\n')):
         run_stage.given['subprocess'] = subprocess
@@ -3289,12 +3312,13 @@ def test_2_5_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_pat
     monkeypatch.setattr(generation, 'stream', lambda model, prompts, *a, **o:
                         seen.append(bytes_tokenizer().decode(prompts[0])) or stream(model, prompts, *a, **o))
     Path('system.txt').write_text('Be kind.')
-    lines = ['/save', 'Hi', '/save a.jsonl', 'x' * 300, 'on ' * 25, '/save none/b.jsonl', '/reset', 'So?',
+    lines = ['/save', 'Hi', '/rest', '/save a.jsonl', 'x' * 300, 'on ' * 25, '/save none/b.jsonl', '/reset', 'So?',
              '/save a.jsonl']
     monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(lines) + '\n'))
     status, out, err = run_stage('sample', f'--init_from={run}', '--chat=True', '--system=FILE:system.txt',
                                  '--max_new_tokens=3')
     assert (status, err) == (0, '') and 'nothing to save' in out and 'none/b.jsonl: No such file' in out
+    assert 'no command /rest: did you mean /reset?' in out
     assert 'a message of' in out and len(seen) == 3  # a line too long is refused, the session goes on
     system = '<|im_start|>system\nBe kind.<|im_end|>\n'
     assert [text.startswith(system) for text in seen] == [True] * 3
@@ -3884,7 +3908,7 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     assert run_stage('bench', 'ablate', '--what=norm', *flags)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')} == before
     status, _, err = run_stage('bench', 'ablate', '--what=colour', *flags)
-    assert status == 2 and err.count('\n') == 1 and "'colour' is not one of norm" in err
+    assert status == 2 and err.count('\n') == 1 and "'colour'; give one of norm" in err
     status, _, err = run_stage('bench', 'ablate', '--what=norm', *flags, '--seeds=0')
     assert status == 2 and err == 'error: seeds=0 must be >= 1\n'
     status, _, err = run_stage('bench', 'ablate', '--what=mlp', *flags, '--n_head=3')
