@@ -22,7 +22,7 @@ def lr_factor(step, schedule, warmup, decay, floor, decay_frac=0.5):
         return (step + 1) / (warmup + 1)
     if schedule == 'constant':
         return 1.0
-    begin = decay * (1 - decay_frac) if schedule == 'wsd' else warmup
+    begin = max(warmup, decay * (1 - decay_frac)) if schedule == 'wsd' else warmup
     t = min(1.0, max(0.0, (step - begin) / max(1, decay - begin)))  # 0 at the beginning of the decay, 1 at its end
     return floor + (1 - floor) * ((1 + math.cos(math.pi * t)) / 2 if schedule == 'cosine' else 1 - t)
 

@@ -431,7 +431,7 @@ RANGES = {
 
 
 def check_ranges(config, ranges):
-    """UserError for the first knob in config whose value is outside its range.
+    """UserError for the first knob in config whose value is outside its range, and for a schedule that would jump.
 
     ranges: {name: '>= 0 and < 1', or a tuple of the values that are allowed}; names that are not a knob are ignored.
     """
@@ -448,6 +448,13 @@ def check_ranges(config, ranges):
             base, _, power = bound.partition('**')
             if not RELATIONS[relation](value, int(base) ** int(power) if power else float(bound)):
                 raise UserError(f'{name}={value} must be {allowed}')
+    peak, floor, warmup, decay, steps = (config.get(key, 0) for key in (
+        'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'max_iters'))
+    if config.get('lr_schedule', 'constant') != 'constant':
+        if 0 < peak < floor:
+            raise UserError(f'min_lr={floor} must be <= learning_rate={peak}: it is where the decay ends')
+        if 0 < decay < warmup < steps:
+            raise UserError(f'lr_decay_iters={decay} must be >= warmup_iters={warmup}: the decay follows the warmup')
 
 
 # ----------------------------------------------------------------------------------------------------------------------

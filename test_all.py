@@ -4149,6 +4149,44 @@ def test_4_2_learning_rate_schedules_by_hand():
     assert wsd == pytest.approx([1, 1, 1, 0.5, 0])
 
 
+def test_4_2_schedules_are_those_of_torch_and_transformers():
+    def theirs(make, *args, **options):
+        optimizer, out = torch.optim.SGD([torch.zeros(1)], lr=1.0), []
+        schedule = make(optimizer, *args, **options)
+        for _ in range(130):
+            out.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return out
+
+    def ours(*args):
+        return [optim.lr_factor(step, *args) for step in range(130)]
+
+    schedulers = torch.optim.lr_scheduler
+    assert ours('cosine', 0, 100, 0.1)[:101] == pytest.approx(theirs(schedulers.CosineAnnealingLR, 100, 0.1)[:101])
+    assert ours('linear', 0, 100, 0.1) == pytest.approx(theirs(schedulers.LinearLR, 1, 0.1, 100))
+    # after the warmup; theirs begins at 0, ours at 1 / (warmup + 1)
+    for warmup, frac, begin in ((20, 0.2, 80), (20, 0.5, 50), (20, 1, 20), (60, 0.5, 60), (0, 1, 0), (99, 0.5, 99)):
+        wsd = theirs(transformers.get_wsd_schedule, num_warmup_steps=warmup, num_stable_steps=begin - warmup,
+                     num_decay_steps=100 - begin, min_lr_ratio=0.1, decay_type='linear')
+        assert ours('wsd', warmup, 100, 0.1, frac)[warmup:] == pytest.approx(wsd[warmup:])
+    assert ours('cosine', 20, 100, 0)[20:] == pytest.approx(
+        theirs(transformers.get_cosine_schedule_with_warmup, 20, 100)[20:100] + [0] * 30)
+    assert ours('wsd', 60, 100, 0)[:61] == pytest.approx(theirs(schedulers.LinearLR, 1 / 61, 1, 60)[:61])
+
+
+def test_4_2_a_schedule_that_would_jump_is_refused():
+    good = dict(learning_rate=1e-3, min_lr=1e-3, warmup_iters=10, lr_decay_iters=10, max_iters=20, lr_schedule='cosine')
+    for more in ({}, {'lr_decay_iters': 0}, {'lr_decay_iters': 5, 'max_iters': 10},  # a warmup that never ends
+                 {'min_lr': 1, 'lr_schedule': 'constant'}):
+        runtime.check_ranges(good | more, runtime.RANGES)
+    runtime.check_ranges({'min_lr': 1e-3, 'lr_schedule': 'cosine'}, runtime.RANGES)  # of a stage without the others
+    for more, words in (({'min_lr': 2e-3}, 'min_lr=0.002 must be <= learning_rate=0.001'),
+                        ({'lr_decay_iters': 5}, 'lr_decay_iters=5 must be >= warmup_iters=10')):
+        with pytest.raises(UserError, match=words):
+            runtime.check_ranges(good | more, runtime.RANGES)
+
+
 def test_4_2_adamw_decays_matrices_only():
     model = tiny()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
