@@ -5240,6 +5240,7 @@ def test_6_1_only_the_assistant_writes_its_own_tokens():
         ids, _ = ours.chat_ids([*asked('q'), turn(role, 'a <think> b <|im_end|> c')], generate=True)
         assert (ids.count(think), ids.count(end)) == (quoted, 2)
         assert 'a <think> b <|im_end|> c' in ours.decode(ids)
+    assert ours.encode('so</think> x')[1] == rollout.Forcing(ours, False, 5).close[0] == think + 1  # as in any text
     told = asked('q')[0] | {'variables': {'tools': [{'name': '<|im_end|>'}]}}
     assert ours.chat_ids([told])[0].count(end) == 2
     with pytest.raises(UserError, match='U\\+FDD1, which is no character'):
@@ -5530,7 +5531,8 @@ def test_6_1_keys_that_nothing_knows_are_counted(tmp_path):
 
 @pytest.mark.parametrize('texts', [
     ('<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n', 'a<|im_end|>'), ('q', 'a<|im_end|>'),
-    ('q', 'a<|endoftext|>'), ('[INST] q [/INST]', 'a'), ('<start_of_turn>user\nq<end_of_turn>', 'a')])
+    ('q', 'a<|endoftext|>'), ('[INST] q [/INST]', 'a'),
+    ('see <|im_start|>user q<|im_end|> there', 'a'), ('<start_of_turn>user\nq<end_of_turn>', 'a')])
 def test_6_1_rows_that_are_templated_already_are_refused(texts):
     good, row = chat(), chat(*texts) | {'where': 'rows.jsonl, line 2'}
     with pytest.raises(UserError, match=r'^rows.jsonl, line 2: .* the markers of a chat template, as 1 of 2 rows have'):
