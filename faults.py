@@ -249,8 +249,20 @@ FAULTS = [
           'test_7_1 and earlier'),
     Fault('any_number_is_right', 'grade.py', 'and last_number(text) == due',
           'and last_number(text) is not None', 'test_6_4 and graded'),
-    Fault('minus_lost', 'grade.py', 'return (-above if found[-1][1] else above) / below',
+    Fault('minus_lost', 'grade.py', 'return (-above if found[1] else above) / below',
           'return above / below', 'test_6_4 and last_number'),
+    Fault('power_of_ten_lost', 'grade.py', "UNSIGNED = rf'{SCIENTIFIC}|{DECIMAL}", "UNSIGNED = rf'{DECIMAL}",
+          'test_6_4 and (last_number or gold)'),
+    Fault('half_of_gold_is_read', 'grade.py', 'found = GOLD.fullmatch(', 'found = GOLD.match(', 'test_6_4 and gold'),
+    Fault('gold_is_not_checked', 'rows.py', "    if 'answer' in found:\n        check", "    if False:\n        check",
+          'test_6_1 and no_chat'),
+    Fault('sign_lost_in_words', 'grade.py', ', *MARKS.findall(text)]', ']', 'test_6_4 and grader_exact'),
+    Fault('words_are_products', 'math_answers.py', "whole = len(found) == 2 and not NO_FORMULA.search("
+          "COMMAND.sub('#', found[1]))", 'whole = len(found) == 2', 'test_6_4 and math'),
+    Fault('small_numbers_are_zero', 'grade.py', 'spelled_out(text), decimals_of(gold_number(gold)))',
+          'spelled_out(text), 6)', 'test_6_4 and mathematics'),
+    Fault('every_formula_votes_alone', 'grade.py', 'for vote in (*earlier, text) if', 'for vote in (text,) if',
+          'test_10_3 and votes'),
     Fault('thoughts_are_graded', 'grade.py', 'return GRADERS[grader](visible(text), str(gold))',
           'return GRADERS[grader](text, str(gold))', 'test_6_4 and (graded or thoughts)'),
     Fault('wilson_interval', 'grade.py', 'mean + z * z / (2 * n), z *', 'mean + z * z / n, z *',
@@ -630,7 +642,7 @@ def main():
                 sound = 'all pass' if status == 0 else f'{verdict} {why}'
                 continue
             counts[verdict] += 1
-            print(f'{verdict:<14} {trial.fault.file:<12} {trial.fault.name:<30} {seconds:4.0f} s  {why}', flush=True)
+            print(f'{verdict:<14} {trial.fault.file:<15} {trial.fault.name:<30} {seconds:4.0f} s  {why}', flush=True)
     summary = ', '.join(f'{n} {verdict}' for verdict, n in counts.most_common())
     print(f'{len(faults)} faults in {time.monotonic() - began:.0f} s: {summary}; without any fault: {sound}')
     sys.exit(0 if counts['caught'] == len(faults) and sound == 'all pass' else 1)

@@ -10,17 +10,26 @@ import math
 import re
 import string
 from collections import Counter
+from decimal import Decimal
 from fractions import Fraction
 
+import math_answers
 from chat import CALL
-from tokenizer import UserError
+from errors import UserError
 
-# A minus after a word, a number or a bracket takes away from that; commas that set off no thousands separate numbers.
-UNSIGNED = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+'
+# A minus after a word, a number or a bracket takes away from that; commas that set off no thousands separate numbers;
+# an e in a number is a power of ten, unless a letter touches the number: 'step2e3' ends in 3.
+DECIMAL = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?'
+SCIENTIFIC = rf'(?<![\w.])(?:{DECIMAL}|\.[0-9]+)[eE][-+−]?[0-9]+(?!\w|\.[0-9])'
+UNSIGNED = rf'{SCIENTIFIC}|{DECIMAL}|(?<![\w.])\.[0-9]+'
 NUMBER = re.compile(rf'((?<![\w)\]}}])[-−])?\$?({UNSIGNED})(?:/({UNSIGNED}))?')
-GRADERS = {
-    'number': lambda text, gold: (due := last_number(gold)) is not None and last_number(text) == due,
-    'exact': lambda text, gold: normalise(text) == normalise(gold),
+GOLD = re.compile(rf'(?:\+(?![-−])|\$(?=[-−]))?{NUMBER.pattern}\.?')  # nothing but a number
+HUGE = re.compile('[eE].?0*[1-9][0-9]{3}')  # Python would spell out such a power for ever
+MARKS = re.compile(r'(?<!\w)-(?=\.?\d)|(?<=\d)[^\w\s](?=\d)')  # of numbers: the minus, and '.', ',', '/', ':' … inside
+GRADERS = {  # by name, whether a text's answer is gold that `check_gold` lets pass
+    'number': lambda text, gold: (due := gold_number(gold)) is not None and last_number(text) == due,
+    'exact': lambda text, gold: exact_form(text) == exact_form(gold),
+    'math': lambda text, gold: math_answers.equal(spelled_out(gold), spelled_out(text), decimals_of(gold_number(gold))),
 }
 
 
@@ -30,13 +39,28 @@ def follows_format(text):
 
 
 def grade(text, gold, grader):
-    """Whether an answer is right: 'number', its last number is that of gold; 'exact', both are the same, normalised.
+    """Whether an answer is right: 'number', its last number is gold; 'exact', both are the same in `exact_form`;
+    'math', both are mathematically equal, see `math_answers.py`.
 
     Only the `visible` text counts, not the thoughts. UserError for another grader.
     """
     if grader not in GRADERS:
         raise UserError(f'"grader" is {grader!r}, not one of {", ".join(GRADERS)}: fix it in the rows')
     return GRADERS[grader](visible(text), str(gold))
+
+
+def check_gold(gold, grader):
+    """UserError for gold that this grader would misread, or that no answer could equal."""
+    text = str(gold)
+    number = gold_number(text)
+    if grader == 'number' and number is None:
+        raise UserError(f'"answer" {gold!r:.40} is not one plain number, which the grader \'number\' needs: give that '
+                        'alone, or "grader": "exact" for words, "math" for mathematics')
+    if grader == 'exact' and not text.strip():
+        raise UserError('"answer" is empty: give what is right, or leave it out')
+    if grader == 'math' and not math_answers.readable(spelled_out(text) if number is None else '0'):
+        raise UserError(f'"answer" {gold!r:.40} is no formula that the grader \'math\' reads whole: write it in LaTeX, '
+                        'with words in \\text{…}, or give "grader": "exact"')
 
 
 def is_correct(row, text):
@@ -97,18 +121,54 @@ def rendered(text):
 
 
 def last_number(text):
-    """The last number in a text, exact: '-3', '1,234.50', '$5.' or '1/2' -> Fraction; None where there is none."""
+    """The last number in a text, exact: '-3', '1,234.50', '$5.', '1.5e3' or '1/2' -> Fraction; None without one."""
     found = [*NUMBER.finditer(text)]
-    if not found or len(found[-1].group()) > 1000:  # Python refuses to read thousands of digits
+    return _value(found[-1]) if found else None
+
+
+def gold_number(gold):
+    """The number that gold is, exact -> Fraction; None if it is none, or more than a number: '1 1/2', '5 km', '50%',
+    '1.234,50'. In GSM8K's solutions it is what follows '####'."""
+    found = GOLD.fullmatch(gold.rpartition('####')[2].strip())
+    value = _value(found) if found else None
+    return value if value or found and not found[3] else None  # '1/0' is none
+
+
+def _value(found):
+    """The value of a match of NUMBER, exact -> Fraction; in '1/0' the last number is 0."""
+    if len(found[0]) > 1000 or HUGE.search(found[0]):  # Python refuses to read thousands of digits
         return None
-    above, below = (Fraction((part or '1').replace(',', '')) for part in found[-1].groups()[1:])
-    return (-above if found[-1][1] else above) / below if below else below  # in '1/0' the last is 0
+    above, below = (Fraction((part or '1').replace(',', '').replace('−', '-')) for part in found.groups()[1:])
+    return (-above if found[1] else above) / below if below else below
+
+
+def spelled_out(text):
+    """A text as `math_answers` reads it: 1500 for '1.5e3', '-' for '−', and a plain number without '$', ',' and '####'.
+    """
+    if gold_number(text) is not None:
+        text = re.sub('[$,]', '', text.rpartition('####')[2])
+
+    def digits(n):
+        return n[0] if HUGE.search(n[0]) else format(Decimal(n[0].replace(',', '')), 'f')
+    return re.sub(SCIENTIFIC, digits, text.replace('−', '-'))
+
+
+def decimals_of(number):
+    """To how many digits after the point 'math' compares decimals with gold: 6, more if gold is a number below 1."""
+    return 6 + max(0, -int(math.log10(abs(number)))) if number and abs(number) > 1e-300 else 6
 
 
 def normalise(text):
     """Lower case, without punctuation and the articles, blanks joined: what SQuAD compares (arXiv:1606.05250)."""
     text = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
     return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+def exact_form(text):
+    """What the grader 'exact' compares: the text normalised, or as it is where that leaves nothing ('A', '?'), and the
+    marks that its numbers lost: '-5' is not '5'."""
+    text = text.replace('−', '-').strip().lower()
+    return ' '.join([normalise(text) or text.rstrip('.'), *MARKS.findall(text)])
 
 
 def token_f1(text, gold):
@@ -204,11 +264,19 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def final_answer(row, text):
-    """The final answer in a text, for a vote: its last number, or its normalised words if the row's grader is 'exact';
-    None if there is none."""
-    said = visible(text)
-    return (normalise(said) or None) if row.get('grader') == 'exact' else last_number(said)
+def final_answers(row, texts):
+    """The final answers in texts, for a vote: the last number of each; by the row's grader 'exact' its words, by 'math'
+    the first of the texts that it equals; None where there is none."""
+    votes = []
+    for text in map(visible, texts):
+        if row.get('grader') == 'exact':
+            votes.append(exact_form(text) or None)
+        elif row.get('grader') == 'math':
+            earlier = [vote for vote in dict.fromkeys(votes) if vote is not None]
+            votes.append(next((vote for vote in (*earlier, text) if GRADERS['math'](text, vote)), None))
+        else:
+            votes.append(last_number(text))
+    return votes
 
 
 def majority(votes):
@@ -242,7 +310,7 @@ def at_k_lines(rows, answers, scorer, num_samples):
     """Lines of pass@k, maj@k and, with a scorer, best@k for k = 1, 2, 4 … num_samples, with 95 % intervals."""
     graded = [(row, texts) for row, texts in zip(rows, answers, strict=True) if 'answer' in row]
     correct = [[int(is_correct(row, text)) for text in texts] for row, texts in graded]
-    votes = [[final_answer(row, text) for text in texts] for row, texts in graded]
+    votes = [final_answers(row, texts) for row, texts in graded]
     scores = None
     if scorer:
         scores = scorer([(row['messages'][:-1], text) for row, texts in graded for text in texts])

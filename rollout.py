@@ -30,6 +30,7 @@ from grade import (
     GRADERS,
     accuracy_by,
     as_metrics,
+    check_gold,
     follows_format,
     format_answer,
     format_metrics,
@@ -37,7 +38,6 @@ from grade import (
     grades,
     interval,
     is_correct,
-    last_number,
     quality,
     summarise,
 )
@@ -412,6 +412,7 @@ class Rewards:
     correct     1 if the answer is right by the row's grader, else 0
     number      1 if its last number is that of the row's `answer`, else 0
     exact       1 if it is the row's `answer`, normalised, else 0
+    math        1 if it is mathematically equal to the row's `answer`, else 0
     format      1 if it is one <think> … </think> and then an answer, else 0
     length      its tokens / max_new_tokens
     model       its score by the reward model in the directory reward_model, normalised
@@ -461,10 +462,11 @@ class Rewards:
                 if 'answer' not in row:
                     raise UserError(f'{row["where"]}: it has no "answer", which rewards={name!r} compares with: add it '
                                     'or drop that reward')
-                grader = row.get('grader', 'number') if name == 'correct' else name
-                if grader == 'number' and last_number(str(row['answer'])) is None:
-                    raise UserError(f'{row["where"]}: its "answer" {row["answer"]!r:.40} has no number, so the grader '
-                                    "'number' finds nothing right: fix it or give another \"grader\"")
+                try:
+                    if name != 'correct':  # the row's own grader was asked where rows are read
+                        check_gold(row['answer'], name)
+                except UserError as e:
+                    raise UserError(f'{row["where"]}: {e}; rewards=correct asks the grader of each row') from e
 
     def __call__(self, data, answers):
         """Answers (Rollout) to prompts of data -> (totals (n,), terms {name: (n,)}), float64, nan where one failed."""

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from chat import ROLES, THOUGHTS
-from grade import GRADERS
+from grade import GRADERS, check_gold
 from tokenizer import UserError
 
 # optional fields of a row and their types: the correct answer, the grader that checks it, the problem's steps and kind;
@@ -338,6 +338,8 @@ def _extras(row):
             _text(value, f'"{key}"')
     if found.get('grader', 'number') not in GRADERS:
         raise UserError(f'"grader" is {found["grader"]!r:.40}, not one of {", ".join(GRADERS)}')
+    if 'answer' in found:
+        check_gold(found['answer'], found.get('grader', 'number'))
     return found
 
 

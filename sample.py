@@ -31,7 +31,7 @@ import runtime
 import torch
 
 from generate import generate, pack, stream
-from grade import final_answer, majority
+from grade import final_answers, majority
 from load import load_model
 from model import GPTConfig
 from rollout import forcing, load_scorer
@@ -127,7 +127,7 @@ def choose(model, tokenizer, ids, messages, scorer, force=None):
         scores = scorer([(messages, answer) for answer in answers])
         first = int(scores.argmax())
         return answers[first], f'score {scores[first]:.2f}, the best of {best_of}; their mean is {scores.mean():.2f}'
-    said = [final_answer({}, answer) for answer in answers]
+    said = final_answers({}, answers)
     first, count = majority(said)
     if not count:
         return answers[0], f'none of {votes} answers has a number: this is the first'

@@ -71,6 +71,7 @@ import grade as grading
 import grpo
 import load
 import lora
+import math_answers
 import model as model_file
 import optim
 import plot
@@ -5368,6 +5369,10 @@ def test_6_1_three_shapes_of_rows_are_one(tmp_path):
     ({'prompt': 'x', 'completion': 3}, '"completion" must be a text'),
     ({'prompt': [], 'completion': []}, '"messages" must be a list'),
     ({**GOOD_ROW, 'answer': [4]}, '"answer" must be'), ({**GOOD_ROW, 'steps': '2'}, '"steps" must be'),
+    ({**GOOD_ROW, 'answer': True}, '"answer" must be text or a number, not True'),
+    ({**GOOD_ROW, 'answer': 'Paris'}, "'Paris' is not one plain number"),
+    ({**GOOD_ROW, 'answer': '3/2 cups', 'grader': 'number'}, 'give that alone, or "grader": "exact"'),
+    ({**GOOD_ROW, 'answer': '', 'grader': 'exact'}, '"answer" is empty'),
     ({**GOOD_ROW, 'steps': True}, '"steps" must be a finite number, not True'),
     ({**GOOD_ROW, 'grader': 'judge'}, "\"grader\" is 'judge', not one"),
     ({**GOOD_ROW, 'answer': '\udfff'}, 'half a surrogate')], ids=lambda x: str(x)[:30])
@@ -5854,9 +5859,82 @@ def test_6_3_a_curriculum_starts_with_easy_rows_and_ends_with_all():
     ('0.1', Fraction(1, 10)), ('.5', Fraction(1, 2)), ('No.5', 5), ('x2', 2), ('**12**', 12), ('\\boxed{-12}', -12),
     ('3\n4 apples.', 4), ('12,345,6', 6), ('1234,567', 567), ('1,2345', 2345), ('007', 7), ('a - 3', 3), ('= -3', -3),
     ('1.50', Fraction(3, 2)), ('9' * 5000, None), ('1' * 400, (10 ** 400 - 1) // 9), ('٣', None), ('5, or so', 5),
-    ('2020-01-05', 5)], ids=lambda x: str(x)[:20])
+    ('2020-01-05', 5), ('1.5e3', 1500), ('-$1.5E+3 each', -1500), ('1e−2', Fraction(1, 100)), ('1,500e3', 1500000),
+    ('.5e1', 5), ('1e3/2e3', Fraction(1, 2)), ('step2e3', 3), ('1e3x', 3), ('4e2a', 2), ('e3', 3), ('1e3-4', 4),
+    ('1e1000', None), ('1e999999999', None)], ids=lambda x: str(x)[:20])
 def test_6_4_the_last_number_by_hand(text, number):
     assert last_number(text) == number
+
+
+@pytest.mark.parametrize('gold, number', [
+    (42, 42), (-3.0, -3), (1e-05, Fraction(1, 100000)), (1e22, 10 ** 22), ('−3', -3), ('+5', 5), ('1,234.50', 1234.5),
+    ('-$5', -5), ('$-5', -5), ('-3/4', -0.75), ('1.5e3', 1500), ('.5', 0.5), (' 5. ', 5), ('6*7 is\n#### 1,002', 1002),
+    *[(gold, None) for gold in (
+        'Paris', '', r'\frac{3}{2}', '$5$', '1 1/2', '1 234', '1,23', '1.234,50', '50%', '12 km', '3:2', 'x = 3 or 4',
+        '2020-01-05', '3-5', '+-5', '1/0', '2^10', '1e1000', '9' * 5000, '1_000', '٣', '½', 'inf', 'nan', '0x10')]])
+def test_6_4_gold_of_the_grader_number_is_one_number_and_nothing_else(gold, number):
+    assert grading.gold_number(str(gold)) == number
+    if number is not None:
+        assert last_number(str(gold)) == number and grade(f'It is {gold}', gold, 'number')
+        return grading.check_gold(gold, 'number')
+    with pytest.raises(UserError, match='"answer" .* is not one plain number.*"grader": "exact".*"math"'):
+        grading.check_gold(gold, 'number')
+
+
+def test_6_4_the_grader_exact_tells_numbers_and_letters_apart():
+    with pytest.raises(UserError, match='"answer" is empty'):
+        grading.check_gold(' ', 'exact')
+    grading.check_gold('A', 'exact')
+    for gold, text, right in (('-5', '5', False), ('-5', 'The −5.', True), ('1.5', '15', False), ('3:2', '32', False),
+                              ('3/2', '3/2!', True), ('well-known', 'wellknown', True), ('Paris', 'paris.', True),
+                              ('A', 'a.', True), ('A', 'the', False), ('A', '', False), ('?', '', False)):
+        assert grade(text, gold, 'exact') is right, (gold, text)
+
+
+@pytest.mark.parametrize('gold, right, wrong', [
+    (r'\frac{3}{2}', ['3/2', '1.5', 'It is 3/2.', '**6/4**', r'\boxed{\frac32}'], [r'\boxed{\frac{7}{2}}', '2', '']),
+    ('1.5e3', ['1,500', '1.5e3', r'$1.5 \times 10^3$', '$1,500'], ['3', '1.5', '1501']),
+    ('1e-7', ['0.0000001', '$10^{-7}$'], ['0', '2e-7']), ('1/3', ['0.333333'], ['0.33']), ('-3', ['x = −3'], ['3']),
+    (r'\sqrt{12}', [r'$2\sqrt{3}$', 'sqrt(12)'], ['12']), ('(0, 1]', ['$(0,1]$'], ['$[0,1]$', '1']),
+    ('x = 3 or 4', ['4 or 3', r'\boxed{x = 4} or \boxed{x = 3}'], ['4', '3 or 5']), ('2^{10}', ['1024'], ['2^9']),
+    ('50%', ['0.5', r'50\%'], ['5']), ('3:2', ['1.5'], ['2']), ('12 km', [r'$12\text{ km}$'], ['13']),
+    (r'\text{Paris}', [r'\boxed{Paris}'], ['Rome']), ('sum\n#### 42', ['42'], ['2'])], ids=lambda x: str(x)[:20])
+def test_6_4_mathematics_is_graded_by_what_it_means(gold, right, wrong):
+    pytest.importorskip('math_verify')
+    grading.check_gold(gold, 'math')
+    assert [text for text in right + wrong if grade(text, gold, 'math')] == right
+
+
+def test_6_4_gold_that_the_grader_math_would_misread_is_refused():
+    pytest.importorskip('math_verify')
+    for gold in ('Paris', '2pi', '1 1/2', '1 234', '1.234,50', '12/05/2020', '2020-05-12', '12:30', '3 to 5', '1/0', '',
+                 r'\frac{', '2√3', '3²', '2**10', '10 dollars', 'no', '__import__("os").getcwd()'):
+        with pytest.raises(UserError, match='"answer" .* is no formula.*LaTeX.*"exact"'):
+            grading.check_gold(gold, 'math')
+    for gold in (r'2\pi', '5 apples', '[0, 1)', 'C', r'So \boxed{7}.', 'x > 3', r'\begin{pmatrix}1\\2\end{pmatrix}'):
+        grading.check_gold(gold, 'math')
+
+
+def test_6_4_mathematics_that_takes_for_ever_is_wrong_in_time(monkeypatch):
+    pytest.importorskip('math_verify')
+    monkeypatch.setattr(math_answers, 'SECONDS', 0.5)
+    worker = math_answers.Worker()
+    began = time.monotonic()
+    assert worker.ask('5', '9**9**9**9', 6) is None and worker.process is None
+    assert time.monotonic() - began < 10
+    worker.stop()
+
+
+def test_6_4_mathematics_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / 'math_verify.py').write_text('raise ImportError("gone")')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    worker = math_answers.Worker()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"'math' needs math-verify \(gone\): pip install 'math-verify\[") as error:
+            worker.ask('1', '1', 6)
+        assert '\n' not in str(error.value)
+    name = re.search(r"'(math-verify\S+)'", str(error.value))[1]
+    assert name in (ROOT / 'requirements-test.txt').read_text().split()
 
 
 def test_6_4_f1_of_words_by_hand():
@@ -8552,12 +8630,12 @@ def test_8_3_mistakes_in_learning_from_samples_get_one_line(act, stage, words, a
 
 
 def test_8_3_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
-    rows = [{'prompt': f'{i}?', 'answer': 'seven' if i == 3 else '7'} for i in range(12)]
+    rows = [{'prompt': f'{i}?', 'answer': 'seven' if i == 3 else '7', 'grader': 'exact'} for i in range(12)]
     lines(tmp_path / 'words.jsonl', rows)
-    for rewards, status in (('number', 2), ('correct', 2), ('exact', 0)):
+    for rewards, status in (('number', 2), ('exact', 0)):
         found, _, err = act('grpo', f'--rewards={rewards}', '--dataset=words.jsonl', f'--out_dir={rewards}')
         assert found == status, err
-        assert not status or err.count('\n') == 1 and 'words.jsonl, line 4' in err and "'seven' has no number" in err
+        assert not status or err.count('\n') == 1 and 'words.jsonl, line 4' in err and "'seven' is not one plain" in err
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
@@ -9744,10 +9822,16 @@ def test_10_3_the_majority_wins_and_of_equals_the_first(votes, due):
 
 
 def test_10_3_votes_are_numbers_or_words():
-    assert grading.final_answer({}, '<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.') == 1007
-    assert grading.final_answer({'grader': 'exact'}, '<think>9</think> The Cat!') == 'cat'
-    assert grading.final_answer({}, '<think>9</think> none') is None
-    assert grading.final_answer({'grader': 'exact'}, '<think>9') is None
+    texts = ['<think>9</think>\nIt is <tool>3</tool>[1,007.0] now.', '<think>9</think> none']
+    assert grading.final_answers({}, texts) == [1007, None]
+    texts = ['<think>9</think> The Cat!', '<think>9', '5', '-5']
+    assert grading.final_answers({'grader': 'exact'}, texts) == ['cat', None, '5', '5 -']
+
+
+def test_10_3_votes_for_equal_mathematics_are_one():
+    pytest.importorskip('math_verify')
+    texts = ['2', '<think>2</think>3/2', r'\boxed{\frac32}', 'none', '$2$', '', 'It is 1.5.']
+    assert grading.final_answers({'grader': 'math'}, texts) == ['2', '3/2', '3/2', None, '2', None, '3/2']
 
 
 def test_10_3_shares_of_k_answers_are_unbiased():
