@@ -155,7 +155,7 @@ def spelled_out(text):
 
 def decimals_of(number):
     """To how many digits after the point 'math' compares decimals with gold: 6, more if gold is a number below 1."""
-    return 6 + max(0, -int(math.log10(abs(number)))) if number and abs(number) > 1e-300 else 6
+    return 6 - int(math.log10(abs(number))) if number and 1e-300 < abs(number) < 1 else 6
 
 
 def normalise(text):
