@@ -35,7 +35,7 @@ from generate import check_prompts, generate
 from grade import accuracy_by, as_metrics, format_answer, format_metrics, grades, is_correct, summarise
 from load import VERSION, fingerprint, load_model, load_to_train, state_of
 from lora import LoRAConfig, config_of
-from model import GPTConfig, chunk_rows, loss_by_rule
+from model import GPTConfig, chunk_rows, loss_by_rule, tempered
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
 from tokenizer import UserError
@@ -115,7 +115,7 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 RANGES = runtime.RANGES | {
     **dict.fromkeys(('alpha', 'on_policy'), '>= 0 and <= 1'),
     **dict.fromkeys(('jsd_beta', 'val_fraction'), '> 0 and < 1'),
-    **dict.fromkeys(('temperature', 'sample_temperature'), '> 0'),
+    'temperature': '> 0 and <= 1000', 'sample_temperature': '> 0',  # the loss has the former's square
     **dict.fromkeys(('max_new_tokens', 'num_answers', 'prompts_per_step'), '>= 1'),
     **dict.fromkeys(('top_k', 'answer_prompts', 'answer_temperature', 'max_length', 'eval_rows', 'show_answers',
                      'sample_tokens'), '>= 0'),
@@ -180,7 +180,7 @@ class Distillation:
         """Logits (n, V) of either model -> log-probabilities at t (n, vocab)."""
         # the same operations for both: identical models then have a divergence of exactly 0
         logits = logits[:, :self.vocab or None]
-        return (logits / self.t if self.t != 1 else logits).log_softmax(-1)
+        return tempered(logits, self.t).log_softmax(-1)
 
     def teacher_logprobs(self, hidden):
         """The teacher's hidden states (n, C) -> its top_k ids (n, k) and their log-probabilities at t (n, k + 1), or

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MLP, Layout, apply_rope, windowed
+from model import MLP, Layout, apply_rope, tempered, windowed
 
 # ----------------------------------------------------------------------------------------------------------------------
 # caches
@@ -311,17 +311,18 @@ def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0,
 
     texts: the ids of each row so far, for the penalty; the options are those of `generate`.
     """
-    logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    logprobs = F.log_softmax(tempered(logits, temperature or 1.0), dim=-1)
     logits = logits[:, :vocab_limit] if vocab_limit else logits
     if repetition_penalty != 1:
-        logits = logits.clone()  # the caller's stay as they are
+        logits, largest = logits.clone(), torch.finfo(logits.dtype).max  # the caller's stay as they are
         for row, text in zip(logits, texts, strict=True):
             seen = torch.tensor([i for i in set(text) if i < logits.shape[-1]], dtype=torch.long, device=logits.device)
-            row[seen] = torch.where(row[seen] > 0, row[seen] / repetition_penalty, row[seen] * repetition_penalty)
+            changed = torch.where(row[seen] > 0, row[seen] / repetition_penalty, row[seen] * repetition_penalty)
+            row[seen] = changed.clamp(-largest, largest)  # inf less inf would be nan
     if temperature == 0:
         ids = logits.argmax(-1)
     else:
-        cdf = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1).cumsum(-1)
+        cdf = filter_logits(tempered(logits, temperature), top_k, top_p, min_p).softmax(-1).cumsum(-1)
         # the first token whose cumulative probability exceeds u; scaled, because a float sum may miss 1
         ids = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
@@ -551,9 +552,10 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_
     """Raises ValueError with one sentence for options that sampling cannot have."""
     if num_samples < 1 or max_new_tokens < 0:
         raise ValueError('sampling needs num_samples >= 1 and max_new_tokens >= 0')
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1  # each is wrong for nan, too
+            and 0 < repetition_penalty < math.inf):
         raise ValueError('sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1 and '
-                         'repetition_penalty > 0')
+                         'a finite repetition_penalty > 0')
 
 
 def check_prompts(prompts, config, sources=None):

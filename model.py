@@ -616,6 +616,17 @@ def _softcap(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+def within(temperature):
+    """A temperature above 0, no closer to 0 or infinity than float32 can divide logits by."""
+    return min(max(temperature, 1e-30), 1e30)
+
+
+def tempered(logits, temperature):
+    """Logits (…, V) divided by a temperature above 0, less the largest of each row, which no softmax sees: so none
+    overflows, and small temperatures lose no digits."""
+    return logits if temperature == 1 else (logits - logits.detach().amax(-1, keepdim=True)) / within(temperature)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of h @ w.T against targets, a chunk of rows at a time, so that (N, V) never exists.
 
@@ -662,7 +673,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         the entropies, the latter may be None.
         """
         def rule(logits, rows):
-            logits = logits / temperature if temperature != 1 else logits
+            logits = tempered(logits, temperature)
             valid, tc = targets[rows] != -100, targets[rows].clamp(min=0)[:, None]
             logprobs = logits.sub_(logits.logsumexp(1, keepdim=True))
             if out is not None:
@@ -679,7 +690,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d = logprobs.sub_((p * logprobs).sum(1, keepdim=True)).mul_(p)
                 d = d.mul_(-(g[1][rows] * valid)[:, None]).add_(p.mul_(weights))
             d.scatter_add_(1, tc, -weights)  # softmax - onehot
-            return d / temperature if temperature != 1 else d
+            return d / within(temperature) if temperature != 1 else d
         return walk_logits(h, w, cap, rule, g is not None, learns)
 
 
@@ -995,7 +1006,7 @@ class GPT(nn.Module):
         device_type, per_token = h.device.type, reduction in ('none', 'details')
         # a head that is no nn.Linear, packed for generation, has no matrix to take chunks of
         if len(h) <= chunk_rows(self.config.vocab_size, device_type) or not isinstance(self.head, nn.Linear):
-            logits = self.logits(h) if temperature == 1 else self.logits(h) / temperature
+            logits = tempered(self.logits(h), temperature)
             if reduction != 'details':
                 return F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
             logprobs = logits.log_softmax(-1)

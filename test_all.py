@@ -3212,6 +3212,27 @@ def test_2_5_temperature_top_k_top_p_and_min_p_by_hand():
         np.testing.assert_allclose(after(**options), expected, atol=1e-6, err_msg=str(options))
 
 
+EXTREMES = (1e-320, 1e-38, 1e-6, 0.01, 3.0, 1e10, 1e300, math.inf)  # the first are 0 or nearly so in float32
+
+
+@pytest.mark.parametrize('options', [{}, dict(top_k=5), dict(top_p=0.9), dict(top_p=1e-9), dict(min_p=1.0),
+                                     *(dict(repetition_penalty=r) for r in (1e-45, 1e-38, 1.3, 1e38))], ids=str)
+def test_2_5_extreme_options_overflow_nowhere(options):
+    logits = 10 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, -1] = -99  # what nan would draw
+    for temperature in EXTREMES:
+        drawn, logprobs = generation.sample(logits, [range(50)] * 3, torch.tensor([0.1, 0.5, 0.9]),
+                                            temperature=temperature, **options)
+        exact = (logits.double() / min(max(temperature, 1e-30), 1e30)).log_softmax(-1)
+        np.testing.assert_allclose(logprobs, exact[range(3), drawn], rtol=1e-5, atol=1e-5)
+        if temperature < 1e-5 and 'repetition_penalty' not in options:
+            assert drawn == logits.argmax(-1).tolist()
+        assert temperature > 1 or 49 not in drawn
+    for bad in (dict(temperature=math.nan), dict(repetition_penalty=math.nan), dict(repetition_penalty=math.inf)):
+        with pytest.raises(ValueError, match='sampling needs'):
+            tiny().generate([[1]], 1, **bad)
+
+
 def test_2_5_a_row_does_not_depend_on_when_others_stop():
     model = tiny(pos='rope')
     free = model.generate([[1], [2], [3]], 20, seed=5)
@@ -7724,6 +7745,26 @@ def test_8_1_details_and_their_gradients_are_those_of_a_categorical_distribution
     y[:] = -100
     nothing = model(x, y, output=output)
     assert not nothing[0].any() and not nothing[1].any()
+
+
+@pytest.mark.parametrize('temperature', EXTREMES)
+@pytest.mark.parametrize('chunk', [7, 1000])
+def test_8_1_details_at_extreme_temperatures_are_finite_and_exact(temperature, chunk, monkeypatch):
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
+    model, draws, y = tiny(tie_weights=False), torch.Generator().manual_seed(1), ids(1, 20)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.randint(-2, 3, model.head.weight.shape, generator=draws))
+    hidden = torch.randint(-2, 3, (1, 20, 32), generator=draws).float().requires_grad_()  # logits without rounding
+    losses, entropies = model.cross_entropy(hidden, y, 'details', temperature)
+    logits = (hidden @ model.head.weight.T).detach().double()
+    table = torch.distributions.Categorical(logits=(logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30))
+    torch.testing.assert_close(losses.double(), -table.log_prob(y), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), table.entropy(), rtol=1e-5, atol=1e-5)
+    assert torch.autograd.grad(losses.sum(), hidden)[0].isfinite().all()
+    rule = distill.Distillation(0.5, min(temperature, 1000.0))
+    rule.head = model.head.weight.detach()
+    found = rule(logits[0].float(), True, y[0], hidden[0].detach().flip(0))
+    assert all(values.isfinite().all() for values in found)
 
 
 def test_8_1_gradients_of_read_are_those_of_each_answer_alone(stops_often):
