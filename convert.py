@@ -438,49 +438,65 @@ TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do 
 EXPERTS = {'n_expert_shared', 'router_bias_rate'}  # nor do these without experts
 
 
-def hf_family(config):  # noqa: C901
-    """The model_type that computes what a GPTConfig says; UserError names the first field that none has."""
-    def refuse(field, why):
-        raise UserError(f'{field}={getattr(config, field)!r} cannot be exported: {why}')
+def hf_family(config):
+    """The model_type that computes what a GPTConfig says; UserError names all fields that none has, and what would do.
+    """
+    heads = math.gcd(config.n_embd, config.n_head)
+    gpt2 = lacking(config, pos=['learned'], norm=['layernorm'], mlp=['gelu', 'gelu_tanh'], bias=[True],
+                   norm_affine=[True], qk_norm=[False], window=[0], n_expert=[0], n_head=[heads], n_kv_head=[heads],
+                   head_dim=[config.n_embd // heads], rope_scaling=['none'])
+    rotary = lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False]) | lacking_together(config)
+    remedies = min(gpt2, rotary, key=len)  # the nearer one
+    if remedies:
+        fields = ', '.join(f'{name}={getattr(config, name)!r}' for name in remedies)
+        flags = ' '.join(f'--{name}={value}' for name, value in remedies.items())
+        raise UserError(f'{fields} cannot be exported: the nearest architecture there would need a model that was '
+                        f'trained with {flags}')
+    return 'gpt2' if config.pos == 'learned' else rotary_family(config)
 
-    gpt2, sparse = config.pos == 'learned', config.n_expert > 0
-    local = [config.is_local(i) for i in range(config.n_layer)]
-    if config.pos not in ('learned', 'rope'):
-        refuse('pos', 'no architecture there has it')
-    wanted = {'norm': ['rmsnorm'], 'mlp': ['swiglu'], 'bias': [False]}
-    free = {*TRAINING, *KEYS, 'pos', 'qkv_bias', 'qk_norm', 'norm_affine', 'window', 'window_pattern', 'dense_layers',
-            'expert_every', 'router_renorm'}
-    if gpt2:
-        wanted = {'norm': ['layernorm'], 'mlp': ['gelu', 'gelu_tanh'], 'bias': [True], 'norm_affine': [True],
-                  'qk_norm': [False], 'window': [0], 'n_expert': [0], 'n_kv_head': [config.n_head],
-                  'head_dim': [config.n_embd // config.n_head]}
+
+def lacking(config, **wanted):
+    """{field: a value that would do} of the fields of a GPTConfig with another value than is wanted there, {field:
+    [values]}, or than their default, where they would change what a trained model computes."""
+    free = {*TRAINING, *KEYS, 'qkv_bias', 'qk_norm', 'norm_affine', 'window', 'window_pattern', 'dense_layers',
+            'expert_every', 'router_renorm', *(() if config.n_expert else EXPERTS)}
+    remedies = {}
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        if name in wanted and value not in wanted[name]:
-            refuse(name, f'the architectures with pos={config.pos!r} there lack it')
         # whatever else there may be one day must stand at its default
-        known = name in wanted or name in free or name.startswith('rope_') or not sparse and name in EXPERTS
-        if not known and value != field.default:
-            refuse(name, 'no architecture there has it')
-    if gpt2:
-        return 'gpt2'
-    if config.qkv_bias and (sparse or config.qk_norm):
-        refuse('qkv_bias', 'no architecture there has it beside qk_norm or experts')
-    if sparse:
-        family = 'qwen3_moe' if config.qk_norm else 'mixtral'
-    else:
-        family = 'qwen3' if config.qk_norm else 'qwen2' if config.qkv_bias else 'mistral' if any(local) else 'llama'
-        if family == 'llama' and config.n_embd % config.n_head:
-            family = 'mistral'  # without a window the same, and free in the width of a head
-    if family == 'mixtral':
-        if not config.renormalises:
-            name = 'router_renorm' if config.n_expert_active > 1 else 'n_expert_active'
-            refuse(name, 'without qk_norm there is Mixtral, whose router renormalises')
-        if not all(config.is_sparse(i) for i in range(config.n_layer)):
-            refuse('dense_layers' if config.dense_layers else 'expert_every', 'all layers of Mixtral have experts')
+        either = [value] if name in free or name.startswith('rope_') else [field.default]
+        if value not in wanted.get(name, either):
+            remedies[name] = wanted.get(name, either)[0]
+    return remedies
+
+
+def lacking_together(config):
+    """As `lacking`, of the fields that architectures with rotary positions have, but not beside others that it has."""
+    remedies, family = {}, rotary_family(config)
+    local = [config.is_local(i) for i in range(config.n_layer)]
+    if config.qkv_bias and family != 'qwen2':
+        remedies['qkv_bias'] = False
+    if family == 'mixtral':  # whose layers are all alike, and whose router renormalises
+        remedies |= {name: value for name, value in (('dense_layers', 0), ('expert_every', 1))
+                     if getattr(config, name) != value}
+        if not config.router_renorm:
+            remedies['router_renorm'] = True
+        if config.n_expert_active == 1 and not config.renormalises:
+            remedies |= {'n_expert_active': 2} if config.n_expert > 1 else {'n_expert': 0}
     if any(local) and not all(local) and family not in ('qwen2', 'qwen3'):
-        refuse('window_pattern', f'the layers of {FAMILIES[family][0]} are all alike')
-    return family
+        remedies['window_pattern'] = 'L'
+    return remedies
+
+
+def rotary_family(config):
+    """The model_type with rotary positions that is nearest to a GPTConfig."""
+    if config.n_expert:
+        return 'qwen3_moe' if config.qk_norm else 'mixtral'
+    if config.qk_norm or config.qkv_bias:
+        return 'qwen3' if config.qk_norm else 'qwen2'
+    # without a window a Mistral is a Llama, but free in the width of a head
+    windowed = any(config.is_local(i) for i in range(config.n_layer))
+    return 'mistral' if windowed or config.n_embd % config.n_head else 'llama'
 
 
 def hf_config(config, family):

@@ -10899,6 +10899,28 @@ def test_10_5_flags_that_no_architecture_there_has_are_refused(changes, words, t
     assert words in str(error.value) and '\n' not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('changes, fields, remedy', [
+    (dict(mlp='relu2', logit_softcap=30.0, attn_scale=0.5),
+     "mlp='relu2', attn_scale=0.5, logit_softcap=30.0 cannot", '--mlp=swiglu --attn_scale=0.0 --logit_softcap=0.0'),
+    (dict(pos='none', n_expert=4, expert_every=2, router_renorm=False, n_expert_shared=1),
+     "pos='none', n_expert_shared=1, expert_every=2, router_renorm=False cannot",
+     '--pos=rope --n_expert_shared=0 --expert_every=1 --router_renorm=True'),
+    (dict(n_expert=4, n_expert_active=1), 'n_expert_active=1 cannot', '--n_expert_active=2'),
+    (dict(n_expert=1, n_expert_active=1), 'n_expert=1 cannot', '--n_expert=0'),
+    (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', n_head=5, head_dim=16),
+     'n_head=5, n_kv_head=5, head_dim=16 cannot', '--n_head=1 --n_kv_head=1 --head_dim=64'),
+    (dict(pos='learned'), "pos='learned' cannot", '--pos=rope')])  # a Llama but for this: nearer than GPT-2
+def test_10_5_all_that_cannot_be_exported_is_named_with_what_can(changes, fields, remedy):
+    config = GPTConfig(**LLAMA_LIKE | changes)
+    with pytest.raises(UserError) as error:
+        convert.hf_family(config)
+    assert str(error.value).startswith(fields) and str(error.value).endswith(f'trained with {remedy}')
+    flags = dict(flag.removeprefix('--').split('=') for flag in remedy.split())
+    kinds = {'True': True, 'False': False}
+    values = {key: kinds[text] if text in kinds else type(getattr(config, key))(text) for key, text in flags.items()}
+    convert.hf_family(dataclasses.replace(config, **values))
+
+
 def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
     ours, _ = convert.from_hf(saved('llama')[1])
     (tmp_path / 'full').mkdir()
