@@ -210,7 +210,7 @@ class Json:
         return self.values.get(key, default)
 
     def refuse(self, key, why='is not supported'):
-        raise UserError(f'{self.where}: {self.prefix}{key}={self.get(key)!r} {why}')
+        raise UserError(f'{self.where}: {self.prefix}{key}={self.get(key)!r:.100} {why}')
 
     def number(self, key, default, least=1):
         """The value as the type of the default: true or false, a whole number from `least` on, a positive number."""
@@ -747,8 +747,11 @@ def to_peft(model_or_state, directory, base_name):
         for theirs, a, b in pairs:
             tensors[f'{PEFT}{theirs}.lora_A.weight'], tensors[f'{PEFT}{theirs}.lora_B.weight'] = a, b
     names = sorted({t for m in modules for t in m.theirs.values()})
-    if not config.n_expert:  # where experts are, some names are theirs too
-        names = sorted({re.split(r'\.\d+\.', name)[-1] for name in names})
+    if config.n_expert and any('.mlp.' in name for name in names):
+        raise UserError(f'{directory}: lora_targets={added.lora_targets!r}: beside experts PEFT takes gate, up and '
+                        'down of dense layers for theirs: export without --peft, or train with '
+                        '--lora_targets=q,k,v,proj')
+    names = sorted({re.split(r'\.\d+\.', name)[-1] for name in names})
     values = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': HUB.get(base_name, base_name),
               'r': rank, 'lora_alpha': alpha, 'lora_dropout': added.lora_dropout, 'use_rslora': added.lora_rs,
               'target_modules': names, 'rank_pattern': ranks, 'alpha_pattern': alphas, 'bias': 'none',
@@ -763,10 +766,47 @@ def to_peft(model_or_state, directory, base_name):
 
 
 PEFT = 'base_model.model.'  # before every name in its files
-PEFT_READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'bias', 'init_lora_weights',
+PEFT_READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'init_lora_weights',
              'base_model_name_or_path'}
 PEFT_IDLE = {'task_type', 'target_modules', 'exclude_modules', 'fan_in_fan_out', 'inference_mode', 'peft_version',
              'revision', 'auto_mapping', 'megatron_core', 'qalora_group_size', 'library_name'}  # change no number here
+PEFT_WHY = {
+    'bias': 'biases were trained, too', 'use_dora': 'magnitudes were trained, too',
+    'layers_to_transform': 'only some layers have LoRA', 'layers_pattern': 'only some layers have LoRA',
+    'rank_pattern': 'the rank is not everywhere the same', 'alpha_pattern': 'the scale is not everywhere the same',
+    'modules_to_save': 'whole modules were trained, too', 'trainable_token_indices': 'embeddings were trained, too',
+    'target_parameters': 'experts were trained, too'}
+PEFT_MERGE = 'let PEFT merge it, model.merge_and_unload().save_pretrained(…), and give that directory'
+
+
+def _check_peft_targets(config, base, modules, family):
+    """UserError where target_modules of an adapter_config.json, read, has of a base's modules others than PeftModules,
+    or those of some layers alone."""
+    def named(name, wanted):
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, name)
+        return any(name == end or name.endswith(f'.{end}') for end in wanted or ())
+
+    def refuse(why):
+        config.refuse('target_modules', f'is not supported ({why}): {PEFT_MERGE}')
+    part_of = {theirs: part for m in modules for part, theirs in m.theirs.items()}
+    with on_meta():
+        own = GPT(base).state_dict()
+    every = {theirs.rpartition('.')[0] for name, like in own.items() for theirs, _ in parts(name, like, base, family)}
+    wanted, unwanted = config.get('target_modules'), config.get('exclude_modules')
+    if wanted in (None, 'all-linear'):
+        return
+    try:
+        found = {name for name in every if named(name, wanted) and not named(name, unwanted)}
+    except (re.error, TypeError):
+        config.refuse('exclude_modules' if unwanted else 'target_modules', 'is neither a list of names nor a pattern')
+    if not found:
+        refuse('this model has none of them')
+    if strange := sorted(found - part_of.keys()):
+        refuse(f'{strange[0]} cannot have LoRA here')
+    for name in sorted(part_of.keys() - found):
+        if part_of[name] in {part_of[other] for other in found}:
+            refuse(f'only some layers have LoRA: {name} has none')
 
 
 def from_peft(directory, base):
@@ -779,21 +819,22 @@ def from_peft(directory, base):
     config = read_json(directory / 'adapter_config.json')
     if config.get('peft_type') != 'LORA':
         config.refuse('peft_type', "is not 'LORA'")
-    if config.get('bias', 'none') != 'none':
-        config.refuse('bias')
     if config.get('init_lora_weights', True) not in (True, False, None, 'gaussian', 'eva', 'orthogonal'):
         config.refuse('init_lora_weights', 'has changed the base too')
     for key, value in config.values.items():
-        if value and key not in PEFT_READ | PEFT_IDLE:
-            config.refuse(key)
-    where = directory / 'adapter_model.safetensors'
-    sources = safetensors_of(directory, where.name)
+        if (value or type(value) is int) and key not in PEFT_READ | PEFT_IDLE and (key, value) != ('bias', 'none'):
+            why = f' ({PEFT_WHY[key]})' if key in PEFT_WHY else ''
+            config.refuse(key, f'is not supported{why}: {PEFT_MERGE}')
     args = {
         'lora_rank': config.number('r', 8), 'lora_alpha': config.number('lora_alpha', 8.0),
-        'lora_dropout': float(config.get('lora_dropout') or 0), 'lora_rs': config.number('use_rslora', False)}
+        'lora_dropout': config.get('lora_dropout') and config.number('lora_dropout', 0.0) or 0.0,
+        'lora_rs': config.number('use_rslora', False)}
+    where = directory / 'adapter_model.safetensors'
     with runtime.user_errors(directory):
-        config = GPTConfig(**base['model_args'])
-        modules, _ = _peft_modules(config, LoRAConfig(**args), {})
+        settings, config = config, GPTConfig(**base['model_args'])
+        modules, family = _peft_modules(config, LoRAConfig(**args), {})
+        _check_peft_targets(settings, config, modules, family)
+        sources = safetensors_of(directory, where.name)
         targets = {part for m in modules for part, t in m.theirs.items() if f'{PEFT}{t}.lora_A.weight' in sources}
         args['lora_targets'] = ','.join(part for part in lora.TARGETS if part in targets)
         modules, _ = _peft_modules(config, LoRAConfig(**args), {})
@@ -814,7 +855,7 @@ def from_peft(directory, base):
         theirs, rows = (theirs[:1], [sum(rows)]) if m.fused else (theirs, rows)
         tensors[f'{m.name}.lora_b'] = torch.cat([read(t, 'B', (n, rank)) for t, n in zip(theirs, rows, strict=True)])
     if left:
-        raise UserError(f'{where}: tensor {sorted(left)[0]} is not part of LoRA on this model')
+        raise UserError(f'{where}: tensor {sorted(left)[0]} is not part of LoRA on this model: {PEFT_MERGE}')
     return base | {'model': base['model'] | tensors, 'lora_args': args}
 
 

@@ -6931,7 +6931,17 @@ def test_6_7_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
 
 @pytest.mark.parametrize('change, words', [
     (dict(use_dora=True), 'use_dora=True is not supported'), (dict(bias='all'), "bias='all' is not supported"),
-    (dict(rank_pattern={'q_proj': 2}), 'rank_pattern='), (dict(alpha_pattern={'q_proj': 2}), 'alpha_pattern='),
+    (dict(rank_pattern={'q_proj': 2}), r'rank_pattern=.*not everywhere the same\): let PEFT merge it, '
+     r'model.merge_and_unload\(\).save_pretrained'), (dict(alpha_pattern={'q_proj': 2}), 'alpha_pattern='),
+    (dict(layers_to_transform=0), r'layers_to_transform=0 is not supported \(only some layers have LoRA\)'),
+    (dict(layers_pattern='layers'), 'layers_pattern='), (dict(trainable_token_indices=[1]), 'trainable_token_indices='),
+    (dict(target_modules=['q_proj', 'embed_tokens']), r'target_modules=.*model.embed_tokens cannot have LoRA here\)'),
+    (dict(target_modules=['lm_head']), r'target_modules=.*lm_head cannot'),
+    (dict(target_modules=['c_attn']), r'target_modules=.*none of them'),
+    (dict(target_modules=['layers.1.self_attn.q_proj']), r'target_modules=.*layers.0.self_attn.q_proj has none'),
+    (dict(target_modules=r'.*\.1\..*_proj'), r'target_modules=.*layers.0.mlp.down_proj has none'),
+    (dict(exclude_modules=['layers.1.mlp.up_proj']), r'target_modules=.*layers.1.mlp.up_proj has none'),
+    (dict(target_modules='('), r"target_modules='\(' is neither"), (dict(lora_dropout='x'), "lora_dropout='x' must be"),
     (dict(modules_to_save=['lm_head']), r"modules_to_save=\['lm_head'\] is not supported"),
     (dict(layers_to_transform=[0]), 'layers_to_transform='), (dict(peft_type='IA3'), "peft_type='IA3' is not 'LORA'"),
     (dict(init_lora_weights='pissa'), "init_lora_weights='pissa' has changed the base too"),
@@ -6942,6 +6952,8 @@ def test_6_7_what_peft_computes_otherwise_is_refused_by_its_key(change, words, t
     convert.to_peft(built(state_of(base), lora_rank=3), tmp_path / 'peft', 'x')
     path = tmp_path / 'peft/adapter_config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if 'r' not in change:
+        (tmp_path / 'peft/adapter_model.safetensors').write_bytes(b'')  # not looked at before
     with pytest.raises(UserError, match=words) as error:
         convert.from_peft(tmp_path / 'peft', base)
     assert '\n' not in str(error.value)
@@ -6986,6 +6998,22 @@ def test_6_7_peft_computes_the_same_with_our_lora(family, options, tmp_path):
     convert.to_peft(ours, tmp_path / 'peft', str(tmp_path / 'hf'))
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'peft')
     x = ids(2, 20)
+    torch.testing.assert_close(theirs(x).logits, ours(x), atol=1e-4, rtol=1e-4)
+    assert (ours(x) - base(x)).abs().max() > 0.1
+
+
+def test_6_7_dense_layers_beside_experts_are_not_exported_as_peft(tmp_path):
+    """With their MLPs PEFT would give LoRA to experts: measured with peft 0.21, logits off by their size."""
+    peft = pytest.importorskip('peft')
+    experts = ARCH | dict(n_expert=4, expert_dim=16, qk_norm=True, dense_layers=1)
+    base = tiny(**experts)
+    with pytest.raises(UserError, match="lora_targets='q,down': beside experts .*with --lora_targets=q,k,v,proj$"):
+        convert.to_peft(built(state_of(base), lora_rank=3, lora_targets='q,down'), tmp_path / 'peft', 'x')
+    ours = learned(built(state_of(base), lora_rank=3, lora_targets='q,k,v,proj'), 0.1).eval()
+    convert.to_hf(base, tmp_path / 'hf')
+    convert.to_peft(ours, tmp_path / 'peft', str(tmp_path / 'hf'))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()
+    theirs, x = peft.PeftModel.from_pretrained(theirs, tmp_path / 'peft').eval(), ids(2, 20)
     torch.testing.assert_close(theirs(x).logits, ours(x), atol=1e-4, rtol=1e-4)
     assert (ours(x) - base(x)).abs().max() > 0.1
 
