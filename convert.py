@@ -401,6 +401,27 @@ def safetensors_of(folder, name='model.safetensors'):  # noqa: C901
     return tensors
 
 
+WRAPPERS = re.compile(  # what torch.compile, FSDP, activation checkpointing, DDP and PEFT put into names, or a wrapper
+    r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|'
+    r'^(module|base_model\.model|model(?=\.(model|transformer|lm_head)\.))\.')
+
+
+def unwrapped(tensors, where):
+    """Tensors {name: …} by their names without `WRAPPERS`, which a line on stderr names; UserError where two meet."""
+    found, plain = set(), {}
+    for name, tensor in tensors.items():
+        short = name
+        while match := WRAPPERS.search(short):
+            found.add(match[0])
+            short = short[:match.start()] + short[match.end():]
+        if short in plain:
+            raise UserError(f'{where}: tensor {name} is there twice, with and without {", ".join(sorted(found))}')
+        plain[short] = tensor
+    if found:
+        print(f'{where}: the names of its tensors are read without {", ".join(sorted(found))}', file=sys.stderr)
+    return plain
+
+
 BUFFERS = re.compile(r'rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$')  # not weights; older files have them
 
 
@@ -414,7 +435,9 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     if not folder.is_dir():
         raise UserError(f'{folder}: no such directory')
     family, args = hf_args(read_json(folder / 'config.json'))
-    sources = {name: t for name, t in safetensors_of(folder).items() if not BUFFERS.search(name)}
+    sources = {name: t for name, t in unwrapped(safetensors_of(folder), folder).items() if not BUFFERS.search(name)}
+    if wrapped := next((name for name in sources if '.lora_' in name or '.base_layer.' in name), None):
+        raise UserError(f'{folder}: tensor {wrapped} is of a model with LoRA beside it: {PEFT_MERGE}')
     embedding, positions = TABLES[family]['tok_emb'] + '.weight', 'transformer.wpe.weight'
     prefix = embedding.split('.')[0] + '.'
     if not any(name.startswith(prefix) for name in sources):  # saved without the head's class
@@ -423,6 +446,8 @@ def from_hf(directory, dtype=torch.float32, **overrides):
         if not torch.equal(_read(sources, 'lm_head.weight'), _read(sources, embedding)):
             raise UserError(f'{folder}: tensor lm_head.weight differs from {embedding}, but tie_word_embeddings=True')
         del sources['lm_head.weight']
+    elif args['tie_weights'] and 'lm_head.weight' in sources:  # as some writers keep the one tensor of both
+        sources[embedding] = sources.pop('lm_head.weight')
     rows = overrides.get('block_size', args['block_size'])
     if positions in sources and rows < args['block_size']:
         file, shape, read = sources[positions]

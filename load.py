@@ -24,7 +24,7 @@ import runtime
 import torch
 
 import lora
-from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, known, read_json, reason_of
+from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, known, read_json, reason_of, unwrapped
 from lora import LoRAConfig
 from model import GPT, GPTConfig, check_tensors, on_meta
 from preparation import check_sha256
@@ -111,7 +111,7 @@ def read_checkpoint(path, mmap=False):
     if not all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in (state['model'] or {}).items()):
         raise UserError(f"{path}: not a checkpoint of this project ('model' must hold tensors by name)")
     with runtime.user_errors(path):
-        return upgrade(state)
+        return upgrade(state | {'model': unwrapped(state['model'], path)})
 
 
 def state_of(model):

@@ -10857,6 +10857,42 @@ def test_10_5_models_saved_without_a_head_and_with_harmless_buffers(saved, tmp_p
             convert.from_hf(tmp_path / name)
 
 
+WRAPPED = {  # what writes such names: how
+    'torch.compile': lambda n: f'_orig_mod.{n}', 'DDP': lambda n: f'module.{n}', 'a wrapper': lambda n: f'model.{n}',
+    'FSDP and checkpointing': lambda n: '_fsdp_wrapped_module.' + re.sub(
+        r'(layers\.\d+\.)', r'\1_fsdp_wrapped_module._checkpoint_wrapped_module.', n),
+    'DDP of torch.compile': lambda n: f'module._orig_mod.{n}', 'PEFT': lambda n: f'base_model.model.{n}'}
+
+
+@pytest.mark.parametrize('how', WRAPPED)
+def test_10_5_names_with_the_prefixes_of_wrappers_are_read(how, saved, tmp_path, capsys):
+    theirs, folder = saved('llama-gqa-tied')
+    folder, tensors = edit(folder, tmp_path / 'wrapped'), tensors_in(folder)
+    tensors['lm_head.weight'] = tensors.pop('model.embed_tokens.weight')  # tied: either name will do
+    wrapped = {WRAPPED[how](name): tensor for name, tensor in tensors.items()}
+    safetensors_torch.save_file(wrapped, folder / 'model.safetensors', {'format': 'pt'})
+    assert_same_tensors(convert.from_hf(folder)[0].eval(), theirs)
+    err = capsys.readouterr().err
+    prefixes = ', '.join(sorted({found[0] for name in wrapped for found in [*convert.WRAPPERS.finditer(name)]}))
+    assert err == f'{folder}: the names of its tensors are read without {prefixes}\n'
+    state = state_of(tiny(**ARCH))  # a checkpoint of ours, as a changed stage may write it
+    run = save_run(tmp_path / 'run', state | {'model': {f'_orig_mod.{n}': t for n, t in state['model'].items()}})
+    assert all(torch.equal(t, state['model'][n]) for n, t in load.load_model(str(run))[0].state_dict().items())
+    assert capsys.readouterr().err.endswith('without _orig_mod.\n')
+
+
+def test_10_5_names_that_wrappers_make_ambiguous_are_refused(saved, tmp_path):
+    folder = edit(saved('llama')[1], tmp_path / 'wrapped')
+    for extra, words in (('module.model.norm.weight', 'there twice, with and without module.'),
+                         ('base_model.model.model.layers.0.mlp.up_proj.base_layer.weight', 'let PEFT merge it'),
+                         ('base_model.model.model.layers.0.mlp.up_proj.lora_A.weight', 'let PEFT merge it')):
+        tensors = tensors_in(saved('llama')[1]) | {extra: torch.ones(64)}
+        safetensors_torch.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+        with pytest.raises(UserError, match=words) as error:
+            convert.from_hf(folder)
+        assert str(folder) in str(error.value) and '\n' not in str(error.value)
+
+
 def test_10_5_fields_of_a_converted_model_can_be_overridden(saved):
     theirs, folder = saved('gpt2')
     short, _ = convert.from_hf(folder, block_size=16, dropout=0.1)
