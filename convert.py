@@ -12,6 +12,7 @@ Nothing here unpickles a stranger's file.
 
 Formats: https://huggingface.co/docs/safetensors, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -32,7 +33,7 @@ import torch
 import lora
 import tokenizer as tokenizers
 from lora import LoRAConfig, LoRALinear
-from model import GPT, GPTConfig, check_tensors, on_meta
+from model import GPT, GPTConfig, check_tensors, frequencies, on_meta, rope_frequencies
 from tokenizer import UserError
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -659,7 +660,9 @@ def from_gguf(path, dtype=torch.float32, **overrides):
         raise UserError(f'{path}: {error.strerror or reason_of(error)}') from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise UserError(f'{path}: not a whole GGUF file ({reason_of(error)})') from None
-    args = gguf_args(Json(fields, path))
+    stretch = tensors.pop('rope_freqs.weight', (None,))[0]
+    stretch = None if stretch is None else gguf.dequantize(stretch.data, stretch.tensor_type)
+    args = gguf_args(Json(fields, path), stretch)
     heads = {'attn_q': args['n_head'], 'attn_k': args['n_kv_head'] or args['n_head']}
 
     def reader_of(name, tensor, shape):
@@ -682,11 +685,25 @@ def from_gguf(path, dtype=torch.float32, **overrides):
     return model, fits(tokenizer, model, path)
 
 
-def gguf_args(fields):
-    """The metadata of a GGUF file -> fields of GPTConfig; UserError for the first key that we cannot honour."""
+# keys of a GGUF file, after its architecture's name: those read, those that change nothing, those of one value only
+GGUF_READ = {'context_length', 'block_count', 'embedding_length', 'feed_forward_length', 'attention.head_count',
+             'attention.head_count_kv', 'attention.key_length', 'attention.layer_norm_rms_epsilon', 'rope.freq_base',
+             'rope.scaling.type', 'rope.scaling.factor', 'rope.scale_linear', 'rope.scaling.original_context_length',
+             'rope.scaling.yarn_beta_slow', 'rope.scaling.yarn_beta_fast'}
+GGUF_IDLE = {'vocab_size', 'tensor_data_layout', 'rope.scaling.finetuned', 'expert_used_count'}
+GGUF_ONLY = {'attention.causal': True, 'rope.scaling.attn_factor': 1.0, 'rope.scaling.yarn_attn_factor': 1.0}
+
+
+def gguf_args(fields, stretch=None):
+    """The metadata of a GGUF file, and its rope_freqs.weight if it has any -> fields of GPTConfig; UserError for the
+    first key that we cannot honour."""
     arch = fields.get('general.architecture')
     if arch not in ('llama', 'qwen2', 'qwen3'):
         fields.refuse('general.architecture', "is not one of 'llama', 'qwen2', 'qwen3'")
+    if fields.get('general.type', 'model') != 'model':
+        fields.refuse('general.type', "is not 'model'")
+    if fields.get('split.count', 1) not in (0, 1):
+        fields.refuse('split.count', 'is not one file: join them with llama-gguf-split --merge')
     config = Json({k.removeprefix(f'{arch}.'): v for k, v in fields.values.items() if k.startswith(f'{arch}.')},
                   fields.where, f'{arch}.')
     args = {'pos': 'rope', 'qkv_bias': arch == 'qwen2', 'qk_norm': arch == 'qwen3'}
@@ -698,12 +715,60 @@ def gguf_args(fields):
     # a float32 there: 1e-5 is meant by 9.999999747378752e-06
     args['norm_eps'] = float(f'{config.number("attention.layer_norm_rms_epsilon", 1e-5):.7g}')
     args['rope_theta'] = config.number('rope.freq_base', 10000.0)
-    for key, only in (('attention.value_length', args['head_dim']), ('rope.dimension_count', args['head_dim']),
-                      ('expert_count', 0), ('attention.sliding_window', 0), ('rope.scaling.type', 'none'),
-                      ('rope.scale_linear', 1.0)):
-        if config.get(key, only) != only:
+    only = GGUF_ONLY | dict.fromkeys(('attention.value_length', 'rope.dimension_count'), args['head_dim'])
+    for key, value in config.values.items():
+        if value != only.get(key, value) or value and key not in GGUF_READ | GGUF_IDLE | only.keys():
             config.refuse(key)
+    scaled = gguf_scaling(config, args['block_size'])
+    if stretch is not None:
+        original = config.number('rope.scaling.original_context_length', 8192)
+        scaled = llama3_scaling(stretch, args, original) if not scaled else None
+        if scaled is None:
+            raise UserError(f"{fields.where}: tensor rope_freqs.weight does not stretch wavelengths as Llama 3's do")
+    return args | scaled
+
+
+def gguf_scaling(config, block_size):
+    """The fields of GPTConfig for the rope.scaling keys of a GGUF file, as llama.cpp reads them; {} for none."""
+    key = next((k for k in ('rope.scaling.factor', 'rope.scale_linear') if config.get(k)), None)
+    kind, factor = config.get('rope.scaling.type', 'linear'), config.number(key, 1.0) if key else 1.0
+    if kind not in ('none', 'linear', 'yarn'):
+        config.refuse('rope.scaling.type')
+    if factor < 1:
+        config.refuse(key, 'must be at least 1')
+    if kind == 'none' or factor == 1:
+        return {}
+    original = config.number('rope.scaling.original_context_length', block_size)
+    args = {'rope_scaling': kind, 'rope_factor': factor, 'rope_original': original}
+    for field, end in ('rope_low', 'slow'), ('rope_high', 'fast'):
+        if kind == 'yarn' and config.get(f'rope.scaling.yarn_beta_{end}'):
+            args[field] = config.number(f'rope.scaling.yarn_beta_{end}', 1.0)
     return args
+
+
+def llama3_scaling(stretch, args, original):
+    """What rotary frequencies are divided by, (head_dim / 2,) -> the fields of GPTConfig for rope_scaling='llama3' that
+    say the same, {} where that is nothing, None where none do.
+
+    The share of a frequency that stays, 0 to 1, is a line in its number of turns within the original context.
+    """
+    f = frequencies(args['head_dim'], args['rope_theta'])
+    if stretch.shape != f.shape or not (np.isfinite(stretch).all() and stretch.min() > 0.99999):
+        return None
+    factor = float(f'{stretch.max():.6g}')
+    if factor == 1:
+        return {}
+    stay, turns = (1 / stretch.astype(float) - 1 / factor) / (1 - 1 / factor), original * f.double() / (2 * math.pi)
+    between = (stay > 1e-3) & (stay < 1 - 1e-3)
+    low, high = 1.0, 4.0  # of all Llamas; the line where two points show it
+    if between.sum() > 1:
+        slope, start = np.polyfit(turns[between], stay[between], 1)
+        low, high = (float(f'{end:.6g}') for end in (-start / slope, (1 - start) / slope))
+    fields = {'rope_scaling': 'llama3', 'rope_factor': factor, 'rope_original': original, 'rope_low': low,
+              'rope_high': high}
+    with contextlib.suppress(ValueError):  # impossible values
+        found = rope_frequencies(GPTConfig(**args | fields))[0]
+        return fields if torch.allclose(found * torch.tensor(stretch), f, rtol=1e-5, atol=0) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

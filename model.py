@@ -237,12 +237,12 @@ def sinusoidal(positions, dim):
     return torch.stack((a.sin(), a.cos()), dim=-1).flatten(-2)
 
 
-def rope_tables(config):
-    """cos and sin (positions, head_dim) of `apply_rope`, with the wavelengths stretched as rope_scaling says.
+def rope_frequencies(config):
+    """`frequencies` with the wavelengths stretched as rope_scaling says (head_dim / 2,), and the factor on cos and sin.
 
     'linear' (arXiv:2306.15595) stretches all of them by rope_factor; the others keep those that turn often within the
     original context: 'llama3' (arXiv:2407.21783) blends by the number of turns, 'yarn' (arXiv:2309.00071) by the index
-    of the pair, and sharpens attention by 0.1 ln(rope_factor) + 1, here a factor on both tables.
+    of the pair, and sharpens attention by 0.1 ln(rope_factor) + 1, here the factor.
     """
     f, dim = frequencies(config.head_dim, config.rope_theta), config.head_dim
     sharpen, low, high = 1.0, config.rope_low, config.rope_high
@@ -259,6 +259,12 @@ def rope_tables(config):
         stretch = ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
         f = f * (1 - stretch) + f / config.rope_factor * stretch
         sharpen = 0.1 * math.log(config.rope_factor) + 1
+    return f, sharpen
+
+
+def rope_tables(config):
+    """cos and sin (positions, head_dim) of `apply_rope`."""
+    f, sharpen = rope_frequencies(config)
     # a RollingCache keeps positions below n_sink + window, and one prefill adds up to block_size more
     n = config.block_size + (config.n_sink + config.window if config.window else 0)
     a = torch.arange(n).float()[:, None] * f

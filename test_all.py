@@ -11128,8 +11128,11 @@ def write_gguf(path, theirs, arch='llama', kind=gguf.GGMLQuantizationType.F32, *
         writer.add_key_length(c.head_dim)
         writer.add_value_length(c.head_dim)
     for key, value in more.items():
-        writer.add_string(key.replace('__', '.'), value) if isinstance(value, str) else writer.add_uint32(
-            key.replace('__', '.'), value)
+        add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool, int: writer.add_uint32}
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(key.replace('__', '.'), value)
+        else:
+            add[type(value)](key.replace('__', '.'), value)
     writer.add_tokenizer_model('gpt2')
     writer.add_tokenizer_pre('smollm')
     import tokenizer as module
@@ -11180,9 +11183,62 @@ def test_10_5_gguf_files_compute_the_same_here(arch, kind, tmp_path):
     assert (a - b).abs().max() < {'F32': 1e-4, 'F16': 0.1, 'Q8_0': 2.0}[kind] * b.abs().mean().clamp(min=1)
 
 
+def stretch_of(rope, dim):
+    """What llama.cpp's converter writes as rope_freqs.weight, by the frequencies of transformers."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    config = transformers.LlamaConfig(rope_parameters=rope, head_dim=dim)
+    stretched, _ = ROPE_INIT_FUNCTIONS[rope['rope_type']](config)
+    return (rope['rope_theta'] ** (-torch.arange(0, dim, 2).double() / dim) / stretched).float().numpy()
+
+
+SCALED = 'llama__rope__scaling__'
+BY_LLAMA3 = LLAMA3_ARGS | dict(rope_theta=100.0, low_freq_factor=1.2)  # so that two of eight wavelengths are blended
+GGUF_ROPES = {
+    'linear': (dict(rope_type='linear', rope_theta=10000.0, factor=4.0), dict(type='linear', factor=4.0)),
+    'linear by default': (dict(rope_type='linear', rope_theta=10000.0, factor=4.0), dict(factor=4.0)),
+    'linear of old': (dict(rope_type='linear', rope_theta=10000.0, factor=4.0), dict(llama__rope__scale_linear=4.0)),
+    'yarn': (YARN, dict(type='yarn', factor=4.0, original_context_length=32, finetuned=True)),
+    'yarn with betas': (YARN | dict(beta_fast=4.0, beta_slow=0.5), dict(
+        type='yarn', factor=4.0, original_context_length=32, attn_factor=1.0, yarn_beta_fast=4.0, yarn_beta_slow=0.5)),
+    'none': (dict(rope_type='default', rope_theta=10000.0), dict(type='none', factor=4.0)),
+    'llama3': (BY_LLAMA3, dict(rope_freqs__weight=stretch_of(BY_LLAMA3, 16))),
+    'no change': (dict(rope_type='default', rope_theta=10000.0), dict(rope_freqs__weight=np.ones(8, np.float32)))}
+
+
+@pytest.mark.parametrize('name', GGUF_ROPES)
+def test_10_5_gguf_files_with_stretched_wavelengths_compute_the_same_here(name, tmp_path):
+    rope, keys = GGUF_ROPES[name]
+    theirs = gguf_model('llama', rope_parameters=rope)
+    keys = {key if '__' in key else SCALED + key: value for key, value in keys.items()}
+    ours = convert.from_gguf(write_gguf(tmp_path / 'm.gguf', theirs, **keys))[0].eval()
+    assert ours.config.rope_scaling == rope['rope_type'].replace('default', 'none')
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids_of(100)), theirs(ids_of(100)).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('dim, factor, low, high', [
+    (128, 8.0, 1.0, 4.0), (64, 32.0, 1.0, 4.0), (128, 2.5, 2.0, 7.0)])  # Llama 3.1, Llama 3.2, a made one
+def test_10_5_the_numbers_of_llama_3_are_found_in_what_its_frequencies_are_divided_by(dim, factor, low, high):
+    rope = LLAMA3_ARGS | dict(factor=factor, low_freq_factor=low, high_freq_factor=high,
+                              original_max_position_embeddings=8192)
+    stretch, args = stretch_of(rope, dim), dict(head_dim=dim, rope_theta=5e5, pos='rope', block_size=131072)
+    assert convert.llama3_scaling(stretch, args, 8192) == dict(
+        rope_scaling='llama3', rope_factor=factor, rope_original=8192, rope_low=low, rope_high=high)
+    stretch[dim // 4] *= 1.001
+    assert convert.llama3_scaling(stretch, args, 8192) is None
+
+
 @pytest.mark.parametrize('more, words', [
     (dict(llama__expert_count=4), 'llama.expert_count=4'), (dict(llama__rope__dimension_count=8), 'dimension_count=8'),
-    (dict(llama__rope__scaling__type='yarn'), "llama.rope.scaling.type='yarn'"),
+    (dict(llama__rope__scaling__type='longrope'), "llama.rope.scaling.type='longrope'"),
+    (dict(llama__rope__scaling__factor=0.5), 'rope.scaling.factor=0.5 must be at least 1'),
+    (dict(llama__rope__scaling__attn_factor=1.5), 'rope.scaling.attn_factor=1.5'),
+    (dict(llama__rope__scaling__yarn_ext_factor=0.5), 'rope.scaling.yarn_ext_factor=0.5'),
+    (dict(llama__rope__scaling__yarn_log_multiplier=0.5), 'yarn_log_multiplier=0.5'),
+    (dict(llama__final_logit_softcapping=30.0), 'softcapping=30.0'), (dict(split__count=3), 'split.count=3'),
+    (dict(llama__attention__causal=False), 'attention.causal=False'), (dict(general__type='adapter'), "'adapter'"),
+    (dict(rope_freqs__weight=np.arange(1, 9, dtype=np.float32)), 'rope_freqs.weight does not stretch'),
+    (dict(rope_freqs__weight=np.ones(4, np.float32)), 'rope_freqs.weight does not stretch'),
     (dict(llama__attention__sliding_window=8), 'sliding_window=8')])
 def test_10_5_a_gguf_that_we_cannot_honour_is_refused(more, words, tmp_path):
     with pytest.raises(UserError) as error:
