@@ -131,7 +131,7 @@ def build(args, overrides, family, sources, dtype, where):
     for name, like in own.items():
         weights[name] = torch.empty(like.shape, dtype=dtype)
         for theirs, view in parts(name, weights[name], config, family):
-            view.copy_(_read(sources, theirs))
+            _fill(view, sources, theirs)
     return model.assign(weights)
 
 
@@ -151,6 +151,13 @@ def _read(sources, name):
         raise UserError(f'{file}: tensor {name} cannot be read ({reason_of(error)})') from None
 
 
+def _fill(view, sources, name):
+    view.copy_(_read(sources, name))
+    if not view.sum(dtype=torch.float32).isfinite():  # in one pass: isfinite of each takes ten times as long
+        raise UserError(f'{sources[name][0]}: tensor {name} has values that are not finite (nan or inf): its training '
+                        'diverged, or the file is damaged')
+
+
 def reason_of(error):
     return (str(error).strip().split('\n')[0] or type(error).__name__)[:120]
 
@@ -159,7 +166,7 @@ def fits(tokenizer, model, where):
     """The tokenizer, if the model has an embedding for each of its ids; a larger embedding is padding."""
     if tokenizer is not None and tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f'{where}: the tokenizer has {tokenizer.n_vocab} tokens, the embedding '
-                        f'{model.config.vocab_size}')
+                        f'{model.config.vocab_size}: take out tokens that were added, or resize the embedding')
     return tokenizer
 
 
@@ -193,7 +200,7 @@ FAMILIES = {  # model_type: the class, and what transformers takes where config.
 ONLY = {  # keys that change what a model computes, and the one value that we can honour
     'attention_bias': False, 'mlp_bias': False, 'partial_rotary_factor': 1.0, 'scale_attn_weights': True,
     'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'is_encoder_decoder': False,
-    'rope_interleaved': False, 'quantization_config': None, 'pruned_heads': {},
+    'rope_interleaved': False, 'quantization_config': None, 'pruned_heads': {}, 'is_causal': True,
     'original_max_position_embeddings': None,
 }
 
@@ -449,6 +456,9 @@ def from_hf(directory, dtype=torch.float32, **overrides):
         del sources['lm_head.weight']
     elif args['tie_weights'] and 'lm_head.weight' in sources:  # as some writers keep the one tensor of both
         sources[embedding] = sources.pop('lm_head.weight')
+    elif embedding in sources and 'lm_head.weight' not in sources and not (args | overrides)['tie_weights']:
+        raise UserError(f'{folder}: tensor lm_head.weight is missing: if {embedding} is the head, too, write '
+                        '"tie_word_embeddings": true into config.json')
     rows = overrides.get('block_size', args['block_size'])
     if positions in sources and rows < args['block_size']:
         file, shape, read = sources[positions]
@@ -660,9 +670,7 @@ def from_gguf(path, dtype=torch.float32, **overrides):
         raise UserError(f'{path}: {error.strerror or reason_of(error)}') from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise UserError(f'{path}: not a whole GGUF file ({reason_of(error)})') from None
-    stretch = tensors.pop('rope_freqs.weight', (None,))[0]
-    stretch = None if stretch is None else gguf.dequantize(stretch.data, stretch.tensor_type)
-    args = gguf_args(Json(fields, path), stretch)
+    args = gguf_args(Json(fields, path))
     heads = {'attn_q': args['n_head'], 'attn_k': args['n_kv_head'] or args['n_head']}
 
     def reader_of(name, tensor, shape):
@@ -676,6 +684,12 @@ def from_gguf(path, dtype=torch.float32, **overrides):
         return path, shape, read
 
     sources = {name: reader_of(name, tensor, shape) for name, (tensor, shape) in tensors.items()}
+    if (freqs := 'rope_freqs.weight') in sources:
+        scaling = llama3_scaling(_read(sources, freqs).numpy(), args)
+        if scaling is None or scaling and 'rope_scaling' in args:
+            raise UserError(f"{path}: tensor {freqs} does not stretch wavelengths as Llama 3's do")
+        args |= scaling
+        del sources[freqs]
     args |= {'tie_weights': 'output.weight' not in sources, 'bias': False, 'mlp': 'swiglu', 'norm': 'rmsnorm'}
     if len(sources.get('token_embd.weight', (0, ()))[1]) == 2:
         args['vocab_size'] = sources['token_embd.weight'][1][0]
@@ -694,9 +708,8 @@ GGUF_IDLE = {'vocab_size', 'tensor_data_layout', 'rope.scaling.finetuned', 'expe
 GGUF_ONLY = {'attention.causal': True, 'rope.scaling.attn_factor': 1.0, 'rope.scaling.yarn_attn_factor': 1.0}
 
 
-def gguf_args(fields, stretch=None):
-    """The metadata of a GGUF file, and its rope_freqs.weight if it has any -> fields of GPTConfig; UserError for the
-    first key that we cannot honour."""
+def gguf_args(fields):
+    """The metadata of a GGUF file -> fields of GPTConfig; UserError for the first key that we cannot honour."""
     arch = fields.get('general.architecture')
     if arch not in ('llama', 'qwen2', 'qwen3'):
         fields.refuse('general.architecture', "is not one of 'llama', 'qwen2', 'qwen3'")
@@ -719,13 +732,7 @@ def gguf_args(fields, stretch=None):
     for key, value in config.values.items():
         if value != only.get(key, value) or value and key not in GGUF_READ | GGUF_IDLE | only.keys():
             config.refuse(key)
-    scaled = gguf_scaling(config, args['block_size'])
-    if stretch is not None:
-        original = config.number('rope.scaling.original_context_length', 8192)
-        scaled = llama3_scaling(stretch, args, original) if not scaled else None
-        if scaled is None:
-            raise UserError(f"{fields.where}: tensor rope_freqs.weight does not stretch wavelengths as Llama 3's do")
-    return args | scaled
+    return args | gguf_scaling(config, args['block_size'])
 
 
 def gguf_scaling(config, block_size):
@@ -746,11 +753,12 @@ def gguf_scaling(config, block_size):
     return args
 
 
-def llama3_scaling(stretch, args, original):
+def llama3_scaling(stretch, args, original=8192):
     """What rotary frequencies are divided by, (head_dim / 2,) -> the fields of GPTConfig for rope_scaling='llama3' that
     say the same, {} where that is nothing, None where none do.
 
-    The share of a frequency that stays, 0 to 1, is a line in its number of turns within the original context.
+    The share of a frequency that stays, 0 to 1, is a line in its number of turns within the original context. Of that
+    only the ratio to where the line begins and ends is to be seen, so it is taken to be Llama's.
     """
     f = frequencies(args['head_dim'], args['rope_theta'])
     if stretch.shape != f.shape or not (np.isfinite(stretch).all() and stretch.min() > 0.99999):
@@ -937,7 +945,9 @@ def from_peft(directory, base):
         if tuple(sources[name][1]) != shape:
             raise UserError(f'{where}: tensor {name} has shape {tuple(sources[name][1])}, not {shape}')
         left.discard(name)
-        return _read(sources, name).float()
+        tensor = torch.empty(shape)
+        _fill(tensor, sources, name)
+        return tensor
     for m in modules:
         _, rank, n_in = m.module.lora_a.shape
         theirs, rows = list(m.theirs.values()), m.module.learned

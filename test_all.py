@@ -6927,6 +6927,10 @@ def test_6_7_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
     back = built(convert.from_peft(tmp_path / 'peft', base))
     assert all(torch.equal(new_tensors(back)[n], t) for n, t in new_tensors(model).items())
     torch.testing.assert_close(back.eval()(ids(1, 9)), model.eval()(ids(1, 9)))
+    next(iter(tensors.values()))[0, 0] = math.nan
+    safetensors_torch.save_file(tensors, tmp_path / 'peft/adapter_model.safetensors')
+    with pytest.raises(UserError, match='has values that are not finite'):
+        convert.from_peft(tmp_path / 'peft', base)
 
 
 @pytest.mark.parametrize('change, words', [
@@ -11042,6 +11046,7 @@ def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
     ('llama', dict(rope_parameters=LLAMA3_ARGS | dict(low_freq_factor=0)), 'low_freq_factor=0'),
     ('llama', dict(rope_scaling=dict(type='dynamic', factor=2.0)), "type='dynamic'"),
     ('llama', dict(quantization_config=dict(bits=4)), 'quantization_config'),
+    ('llama', dict(is_causal=False), 'is_causal=False is not supported'),
     ('llama', dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
     ('qwen2', dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
     ('qwen2', dict(layer_types=['chunked_attention'] * 2), 'layer_types'),
@@ -11099,6 +11104,10 @@ def _index(weight_map):
     (lambda f: (f / 'config.json').write_bytes(b'\xff\xfe\xfa'), 'not JSON'),
     (lambda f: (f / 'config.json').write_text('[' * 100000), 'not JSON'),
     (_tensors(lambda t: t.pop('model.norm.weight')), 'model.norm.weight is missing'),
+    (_tensors(lambda t: t.pop('lm_head.weight')), '"tie_word_embeddings": true into config.json'),
+    *((_tensors(lambda t, bad=bad: t['model.layers.1.mlp.up_proj.weight'][3, 5:6].fill_(bad)),
+       'model.safetensors: tensor model.layers.1.mlp.up_proj.weight has values that are not finite')
+      for bad in (math.nan, math.inf, -math.inf)),
     (_tensors(lambda t: t.update(foo=torch.ones(2))), 'foo is not part of'),
     (_tensors(lambda t: t.update({'model.norm.weight': torch.ones(63)})), r'model.norm.weight has shape (63,)'),
     (_tensors(lambda t: t.update({'model.norm.weight': torch.ones(64, dtype=torch.int8)})), 'dtype I8'),
@@ -11222,10 +11231,10 @@ def test_10_5_the_numbers_of_llama_3_are_found_in_what_its_frequencies_are_divid
     rope = LLAMA3_ARGS | dict(factor=factor, low_freq_factor=low, high_freq_factor=high,
                               original_max_position_embeddings=8192)
     stretch, args = stretch_of(rope, dim), dict(head_dim=dim, rope_theta=5e5, pos='rope', block_size=131072)
-    assert convert.llama3_scaling(stretch, args, 8192) == dict(
+    assert convert.llama3_scaling(stretch, args) == dict(
         rope_scaling='llama3', rope_factor=factor, rope_original=8192, rope_low=low, rope_high=high)
     stretch[dim // 4] *= 1.001
-    assert convert.llama3_scaling(stretch, args, 8192) is None
+    assert convert.llama3_scaling(stretch, args) is None
 
 
 @pytest.mark.parametrize('more, words', [
@@ -11239,6 +11248,7 @@ def test_10_5_the_numbers_of_llama_3_are_found_in_what_its_frequencies_are_divid
     (dict(llama__attention__causal=False), 'attention.causal=False'), (dict(general__type='adapter'), "'adapter'"),
     (dict(rope_freqs__weight=np.arange(1, 9, dtype=np.float32)), 'rope_freqs.weight does not stretch'),
     (dict(rope_freqs__weight=np.ones(4, np.float32)), 'rope_freqs.weight does not stretch'),
+    (dict(rope_freqs__weight=np.ones(8, np.int8)), 'rope_freqs.weight cannot be read'),
     (dict(llama__attention__sliding_window=8), 'sliding_window=8')])
 def test_10_5_a_gguf_that_we_cannot_honour_is_refused(more, words, tmp_path):
     with pytest.raises(UserError) as error:
