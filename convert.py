@@ -817,12 +817,13 @@ def _as_state(model_or_state):
             'lora_args': dataclasses.asdict(lora.config_of(model_or_state))}
 
 
-def to_peft(model_or_state, directory, base_name):
+def to_peft(model_or_state, directory, base_name, tokenizer=None):
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads onto base_name. All or nothing.
 
     model_or_state: a GPT with LoRA, or a state of one, which need not hold the base. GPT-2 has queries, keys and values
     in one matrix: their updates become one of all their ranks together, with zeros where one would meet another's A.
-    Raises UserError for a model that no family there has, and as `to_hf`.
+    Of a model with rows that learn, for tokens that were added, the state must hold the base. tokenizer: that with
+    these tokens, to be written beside it. Raises UserError for a model that no family there has, and as `to_hf`.
     """
     directory, state = Path(directory), _as_state(model_or_state)
     _vacant(directory)
@@ -830,10 +831,8 @@ def to_peft(model_or_state, directory, base_name):
         config, added = GPTConfig(**state['model_args']), LoRAConfig(**state.get('lora_args', {}))
     if not added.lora_rank:
         raise UserError(f'{directory}: lora_rank=0: the model has no LoRA that could be exported')
-    if added.lora_rows_from:
-        raise UserError(f'{directory}: the run has added tokens to its base, which PEFT cannot: export it whole, '
-                        'without --peft')
-    modules, family = _peft_modules(config, added, {k: v for k, v in state['model'].items() if '.lora_' in k})
+    small = {k: v for k, v in state['model'].items() if '.lora_' in k}
+    modules, family = _peft_modules(config, added, small)
     rank, alpha, tensors, ranks, alphas = added.lora_rank, added.lora_alpha, {}, {}, {}
     for m in modules:
         pairs = zip(m.theirs.values(), m.module.lora_a, m.module.lora_b.split(m.module.learned), strict=True)
@@ -854,25 +853,74 @@ def to_peft(model_or_state, directory, base_name):
               'r': rank, 'lora_alpha': alpha, 'lora_dropout': added.lora_dropout, 'use_rslora': added.lora_rs,
               'target_modules': names, 'rank_pattern': ranks, 'alpha_pattern': alphas, 'bias': 'none',
               'fan_in_fan_out': family == 'gpt2', 'inference_mode': True}
+    if first := added.lora_rows_from:
+        found = [name for name in ROWS if f'{name}.lora_rows' in small]
+        for name in found:
+            tensors[_rows_name(name, family)] = _mean_row(state['model'], name, first) + small[f'{name}.lora_rows']
+        values['trainable_token_indices'] = {TABLES[family][name].rpartition('.')[2]: [*range(first, config.vocab_size)]
+                                             for name in found}
 
     def write(folder):
         from safetensors.torch import save_file
         save_file({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
                   folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+        if tokenizer:
+            tokenizer.to_hf(folder)
         _write_json(folder / 'adapter_config.json', values)
     _write_directory(directory, write)
 
 
 PEFT = 'base_model.model.'  # before every name in its files
+ROWS = ('tok_emb', 'head')  # what may have rows of tokens that were added
+
+
+def _rows_name(name, family):
+    return f'{PEFT}{TABLES[family][name]}.token_adapter.trainable_tokens_delta'
+
+
+def _mean_row(tensors, name, first):
+    """What rows of added tokens begin with, see `load.with_new_rows`: (C,) float32."""
+    return tensors[f'{name}.weight'][:first].float().mean(0)
+
+
+def _rows_of_peft(settings, base, sources, family):
+    """The rows of tokens that a PEFT directory has trained -> (first id, {name: lora_rows}, the model's vocab_size)."""
+    given, old = settings.get('trainable_token_indices'), base['model_args']['vocab_size']
+    names = {TABLES[family][name].rpartition('.')[2]: name for name in ROWS if f'{name}.weight' in base['model']}
+    given = {next(iter(names)): given} if isinstance(given, list) else given
+    if not isinstance(given, dict) or not given.keys() <= names.keys() or not all(
+            isinstance(ids, list) and ids and all(type(i) is int and 0 < i < 1 << 24 for i in ids)
+            for ids in given.values()):
+        settings.refuse('trainable_token_indices', f'must be lists of ids of {", ".join(names)}')
+    first, end = min(min(ids) for ids in given.values()), max(max(ids) for ids in given.values()) + 1
+    rows = {}
+    for theirs, name in names.items():
+        if name == 'head' and base['model_args'].get('tie_weights', True):
+            continue
+        weight = base['model'][f'{name}.weight'].float()
+        table, ids = torch.zeros(max(old, end), weight.shape[1]), given.get(theirs, [])
+        if ids:
+            tensor = _rows_name(name, family)
+            if tensor not in sources or tuple(sources[tensor][1]) != (len(ids), weight.shape[1]):
+                raise UserError(f'{settings.where}: no tensor {tensor} of {len(ids)} rows')
+            table[ids] = _read(sources, tensor).float()
+        if missing := sorted({*range(old, end)} - {*ids}):
+            settings.refuse('trainable_token_indices', f'has no row of {theirs} for the added token {missing[0]}')
+        known = [i for i in range(first, old) if i not in set(ids)]
+        table[known] = weight[known]
+        rows[f'{name}.lora_rows'] = table[first:] - _mean_row(base['model'], name, first)
+    return first, rows, len(table)
+
+
 PEFT_READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'init_lora_weights',
-             'base_model_name_or_path'}
+             'base_model_name_or_path', 'trainable_token_indices'}
 PEFT_IDLE = {'task_type', 'target_modules', 'exclude_modules', 'fan_in_fan_out', 'inference_mode', 'peft_version',
              'revision', 'auto_mapping', 'megatron_core', 'qalora_group_size', 'library_name'}  # change no number here
 PEFT_WHY = {
     'bias': 'biases were trained, too', 'use_dora': 'magnitudes were trained, too',
     'layers_to_transform': 'only some layers have LoRA', 'layers_pattern': 'only some layers have LoRA',
     'rank_pattern': 'the rank is not everywhere the same', 'alpha_pattern': 'the scale is not everywhere the same',
-    'modules_to_save': 'whole modules were trained, too', 'trainable_token_indices': 'embeddings were trained, too',
+    'modules_to_save': 'whole modules were trained, too',
     'target_parameters': 'experts were trained, too'}
 PEFT_MERGE = 'let PEFT merge it, model.merge_and_unload().save_pretrained(…), and give that directory'
 
@@ -937,6 +985,10 @@ def from_peft(directory, base):
         args['lora_targets'] = ','.join(part for part in lora.TARGETS if part in targets)
         modules, _ = _peft_modules(config, LoRAConfig(**args), {})
     tensors, left = {}, set(sources)
+    if settings.get('trainable_token_indices'):
+        args['lora_rows_from'], tensors, vocab_size = _rows_of_peft(settings, base, sources, family)
+        base = base | {'model_args': base['model_args'] | {'vocab_size': vocab_size}}
+        left -= {_rows_name(name, family) for name in ROWS}
 
     def read(theirs, kind, shape):
         name = f'{PEFT}{theirs}.lora_{kind}.weight'
@@ -974,7 +1026,14 @@ def main():
     if '--peft' in sys.argv:
         state = load.read_checkpoint(source)
         base = state['base']['init_from'] if 'base' in state else source
-        to_peft(state, target, base)
+        if first := state.get('lora_args', {}).get('lora_rows_from'):
+            state = load.complete(state, source)
+            tokenizer = tokenizers.Tokenizer.from_dict(state['tokenizer'])
+            to_peft(state, target, base, tokenizer)
+            print(f'it has rows of its own for tokens from {first} on: before PeftModel.from_pretrained, '
+                  f'model.resize_token_embeddings({state["model_args"]["vocab_size"]})')
+        else:
+            to_peft(state, target, base)
         if load.is_run(base):
             print(f"its base {base} is a run: export that too, and name it in adapter_config.json's "
                   'base_model_name_or_path')

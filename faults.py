@@ -335,6 +335,8 @@ FAULTS = [
     Fault('blanks_make_another_prompt', 'rows.py', "m['content'].strip()} for m in messages]",
           "m['content']} for m in messages]", 'test_7_1 and counts_once'),
     # tokens that are added to a base
+    Fault('peft_rows_without_the_mean', 'convert.py', '= _mean_row(state[', '= 0 * _mean_row(state[',
+          'test_6_6 and leave_as_peft'),
     Fault('new_rows_not_the_mean', 'load.py', 'old.float().mean(0)', 'old.float().sum(0)', 'test_6_6 and new_rows'),
     Fault('new_rows_not_in_the_head', 'lora.py', "self._parameters['weight'].to(rows.dtype) + F.pad(rows,",
           "self._parameters['weight'].to(rows.dtype) + 0 * F.pad(rows,", 'test_6_6 and rows_that_are_added'),

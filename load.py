@@ -29,7 +29,7 @@ from lora import LoRAConfig
 from model import GPT, GPTConfig, check_tensors, on_meta
 from preparation import check_sha256
 from reward_model import RewardModel, ScoreConfig
-from tokenizer import Tokenizer, UserError, with_chat_template
+from tokenizer import Tokenizer, UserError, hf_tokenizer, with_chat_template
 
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints
@@ -322,6 +322,8 @@ def from_peft_directory(directory):
         config.refuse('base_model_name_or_path', 'names no base')
     base = _load_base(next((ours for ours, hub in HUB.items() if hub == name), name), directory)
     state, sha256 = from_peft(directory, base), base_of(name, base)['sha256']
+    if (Path(directory) / 'tokenizer.json').is_file():  # with a chat template or tokens of its own
+        state['tokenizer'] = hf_tokenizer(directory).to_dict()
     small = {k: v for k, v in state['model'].items() if '.lora_' in k}
     return state | {'sha256': fingerprint(small, sha256)}
 

@@ -6567,8 +6567,6 @@ def test_6_6_a_base_without_chats_learns_them(options, unchatty, run_stage, tmp_
     if options:
         assert (model.tok_emb.weight[:n] - base.tok_emb.weight).abs().max() < (0.01 if near > 0.02 else 1e-9)
         assert [k for k in weights('run') if 'rows' in k] == ['tok_emb.lora_rows']
-        status, _, err = run_stage('convert', 'run', 'peft', '--peft')
-        assert status == 2 and 'export it whole, without --peft' in err or 'adapter' in str(options)
     assert run_stage('sft', *arguments[1:], '--init_from=resume', '--max_iters=6')[0] == 0
     if 'adapter' not in str(options):  # and it leaves, and stops
         assert run_stage('convert', 'run', 'away')[0] == 0
@@ -6576,6 +6574,30 @@ def test_6_6_a_base_without_chats_learns_them(options, unchatty, run_stage, tmp_
         auto = transformers.AutoTokenizer.from_pretrained('away')
         assert there['eos_token_id'] == [n - 1, end] == json.loads(Path('away/config.json').read_text())['eos_token_id']
         assert auto.apply_chat_template(FIVE, return_dict=False) == ours.chat_ids(FIVE)[0]
+
+
+@pytest.mark.parametrize('tie, padding', [(True, 0), (False, 0), (True, 5)])
+def test_6_6_added_tokens_leave_as_peft_and_come_back(tie, padding, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peft = pytest.importorskip('peft')
+    base = tiny(**SMALL_LLAMA, tie_weights=tie)
+    convert.to_hf(base, 'base')
+    args = state_of(base)['model_args'] | {'vocab_size': max(61, 64 - padding)}
+    whole = learned(built(state_of(base) | {'model_args': args}, lora_rank=2, lora_rows_from=61 - padding), 0.1).eval()
+    convert.to_peft(whole, 'peft', 'base')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained('base')
+    theirs.resize_token_embeddings(whole.config.vocab_size)
+    theirs = peft.PeftModel.from_pretrained(theirs, 'peft').eval()
+    idx = torch.randint(50, whole.config.vocab_size, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, whole(idx), atol=1e-4, rtol=1e-4)
+        again = built(convert.from_peft('peft', base)).eval()
+        torch.testing.assert_close(again(idx), whole(idx), atol=1e-4, rtol=1e-4)
+    settings = json.loads(Path('peft/adapter_config.json').read_text())
+    for wrong in ([0], {'wte': [60]}, {'embed_tokens': [5, 70]}):
+        Path('peft/adapter_config.json').write_text(json.dumps(settings | {'trainable_token_indices': wrong}))
+        with pytest.raises(UserError, match='trainable_token_indices=|no tensor .*trainable_tokens_delta of 2 rows'):
+            convert.from_peft('peft', base)
 
 
 def test_6_6_the_rows_that_are_added_compute_as_a_whole_model_would():
