@@ -123,6 +123,8 @@ FAULTS = [
     Fault('repetition_penalty_sign', 'generate.py',
           'row[seen] / repetition_penalty, row[seen] * repetition_penalty)',
           'row[seen] / repetition_penalty, row[seen] / repetition_penalty)', 'test_2_5 and (hand or filters)'),
+    Fault('u_of_1_draws_the_last', 'generate.py', 'u.clamp(max=1 - 2 ** -24)', 'u', 'test_2_5 and never_drawn'),
+    Fault('nan_becomes_text', 'generate.py', 'if any(map(math.isnan, drawn)):', 'if False:', 'test_2_5 and no_text'),
     Fault('vocab_limit_ignored', 'generate.py', 'logits = logits[:, :vocab_limit] if vocab_limit else logits',
           'pass', 'test_8_1 and recorded'),
     Fault('temperature_overflows', 'model.py',

@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from errors import UserError
 from model import MLP, Layout, apply_rope, tempered, windowed
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,7 +310,8 @@ def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
 def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
     """Draws a token per row from logits (B, V) with uniform numbers u (B,) -> ids and their log-probabilities, lists.
 
-    texts: the ids of each row so far, for the penalty; the options are those of `generate`.
+    texts: the ids of each row so far, for the penalty; the options are those of `generate`. UserError where a logit is
+    not finite.
     """
     logprobs = F.log_softmax(tempered(logits, temperature or 1.0), dim=-1)
     logits = logits[:, :vocab_limit] if vocab_limit else logits
@@ -324,8 +326,13 @@ def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0,
     else:
         cdf = filter_logits(tempered(logits, temperature), top_k, top_p, min_p).softmax(-1).cumsum(-1)
         # the first token whose cumulative probability exceeds u; scaled, because a float sum may miss 1
-        ids = torch.searchsorted(cdf, (u[:, None] * cdf[:, -1:]), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
+        u = u.clamp(max=1 - 2 ** -24)[:, None]  # a float64 below 1 may have become a float32 of 1, beyond all tokens
+        ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    drawn = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    if any(map(math.isnan, drawn)):
+        raise UserError(f'the logits of the next token are not finite at temperature={temperature}: the weights have '
+                        'diverged (lower learning_rate), or 16 bits do not hold them (take dtype=float32)')
+    return ids.tolist(), drawn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -500,7 +507,8 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
     temperature 0, before any filter or penalty. force(new ids of a row so far) returns ids that come next whatever the
     model would choose; their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text
     longer than block_size is continued from its last part, without end if all layers have a window. Raises ValueError
-    for an empty prompt, ids outside the vocabulary, and a prompt longer than a table of learned positions.
+    for an empty prompt, ids outside the vocabulary, a prompt longer than a table of learned positions, and logits that
+    are not finite.
     """
     out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
     logs = [[] for _ in out]

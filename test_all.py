@@ -3277,6 +3277,19 @@ def test_2_5_samples_have_the_models_distribution():
     assert chi2 < 18.5, (counts, probs)  # 4 degrees of freedom: exceeded by chance once in a thousand seeds
 
 
+def test_2_5_what_a_filter_drops_is_never_drawn():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    for u, due in ((0.0, 1), (1 - 2 ** -24, 2), (1 - 2 ** -40, 2)):  # the last is 1 as a float32
+        assert generation.sample(logits, [[0]], torch.tensor([u]), top_k=2)[0] == [due]
+
+
+@pytest.mark.parametrize('logits, temperature', [([math.nan] * 3, 1.0), ([math.nan] * 3, 0.0), ([0, math.inf, 0], 1.0),
+                                                 ([1.0, 2, 3], 1e-40)])
+def test_2_5_logits_that_are_not_finite_are_no_text(logits, temperature):
+    with pytest.raises(UserError, match='^the logits of the next token are not finite'):
+        generation.sample(torch.tensor([[0.0, 1, 2], logits]), [[0], [0]], torch.tensor([0.5, 0.5]), 0, temperature)
+
+
 def test_2_5_dropout_is_off_in_generation_and_restored():
     model = tiny(dropout=0.5).train()
     assert model.generate([[1, 2]], 20, temperature=0) == model.eval().generate([[1, 2]], 20, temperature=0)
@@ -6960,7 +6973,7 @@ def test_6_7_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
     (dict(rank_pattern={'q_proj': 2}), r'rank_pattern=.*not everywhere the same\): let PEFT merge it, '
      r'model.merge_and_unload\(\).save_pretrained'), (dict(alpha_pattern={'q_proj': 2}), 'alpha_pattern='),
     (dict(layers_to_transform=0), r'layers_to_transform=0 is not supported \(only some layers have LoRA\)'),
-    (dict(layers_pattern='layers'), 'layers_pattern='), (dict(trainable_token_indices=[1]), 'trainable_token_indices='),
+    (dict(layers_pattern='layers'), 'layers_pattern='),
     (dict(target_modules=['q_proj', 'embed_tokens']), r'target_modules=.*model.embed_tokens cannot have LoRA here\)'),
     (dict(target_modules=['lm_head']), r'target_modules=.*lm_head cannot'),
     (dict(target_modules=['c_attn']), r'target_modules=.*none of them'),
