@@ -158,7 +158,8 @@ def group_advantages(totals, scale='group'):
     values = totals.nan_to_num(0.0) * valid
     n = valid.sum(1, keepdim=True)
     means = values.sum(1, keepdim=True) / n.clamp(min=1)
-    centred = (values - means) * valid
+    # of equal rewards the mean may round to another number, and Adam would make a full step of the difference
+    centred = (values - means) * valid * has_spread(totals)[:, None]
     if scale == 'none':
         return centred
     if scale == 'group':
@@ -213,7 +214,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
     n_tokens = mask.sum().clamp(min=1)
     stats = {'clip_frac': (clipped * mask).sum() / n_tokens}
     if ref_logprobs is not None:  # the KL is part of the loss here, of the reward in PPO
-        k3 = kl_terms(logprobs, ref_logprobs, 'k3')
+        k3 = kl_terms(logprobs * mask, ref_logprobs * mask, 'k3')  # off the mask exp could give inf, and inf * 0 nan
         losses = losses + kl_coef * k3
         stats['kl'] = (k3.detach() * mask).sum() / n_tokens
     if entropies is not None and entropy_coef:

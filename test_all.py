@@ -8854,7 +8854,8 @@ def test_9_1_advantages_of_groups_by_hand():
     assert grpo.has_spread(totals).tolist() == [True, False, True, False, False]
     for scale in ('group', 'batch', 'none'):
         assert not grpo.group_advantages(t64([[nan, nan], [nan, nan]]), scale).any()
-        assert not grpo.group_advantages(t64([[0.1, 0.1, 0.1]]), scale).abs().max() > 1e-9
+        for equal in (0.1, 1e9 + 0.3):  # whose sum over three, divided by three, is another number
+            assert not grpo.group_advantages(t64([[equal] * 3, [equal] * 3]), scale).any()
 
 
 def test_9_1_answers_that_are_too_long_pay_as_in_dapo():
@@ -8931,6 +8932,9 @@ def test_9_1_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
     assert 'kl' not in told
     empty, _ = grpo.grpo_loss(t64(new), t64(old), t64(ref), t64(gains), t64(0 * mask), kind, tokens=0.0)
     assert empty.item() == 0
+    far = t64(np.where(mask, ref, 1000.0))  # an answer without a reward counts nowhere, whatever is known of it
+    again, told = grpo.grpo_loss(x, t64(old), far, t64(gains), t64(mask), kind, 0.2, 0.28, 0.3, h, 0.05, 12, 33.0)
+    assert again.item() == loss.item() and told['kl'].item() == pytest.approx(kl)
 
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
