@@ -117,7 +117,8 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_reje
         'sigmoid'   -(1 - e) log s(beta h) - e log s(-beta h)            DPO; with e > 0 cDPO
         'ipo'       (h - 1 / (2 beta))^2
         'hinge'     max(0, 1 - beta h)
-        'kto_pair'  1 - (s(beta (r_c - kl_r)) + s(beta (kl_c - r_r))) / 2    kl_c, kl_r: means of r_c, r_r, at least 0
+        'kto_pair'  1 - (s(beta (r_c - kl_r)) + s(beta (kl_c - r_r))) / 2    kl_c, kl_r: means of r_c, r_r, at least 0;
+                    those of these B pairs alone, so that micro-batches of 1 estimate them worse than larger ones
         'simpo'     'sigmoid' with beta h - gamma in the place of beta h
         'orpo'      -r_c - beta log s(logit(r_c) - logit(r_r))           logit(r) = r - log(1 - exp(r))
     """
