@@ -339,6 +339,8 @@ FAULTS = [
     # tokens that are added to a base
     Fault('peft_rows_without_the_mean', 'convert.py', '= _mean_row(state[', '= 0 * _mean_row(state[',
           'test_6_6 and leave_as_peft'),
+    Fault('tied_heads_differ', 'load.py', "if config.tie_weights and {'tok_emb.weight'",
+          "if not config and {'tok_emb.weight'", 'test_6_7 and head_of_its_own'),
     Fault('new_rows_not_the_mean', 'load.py', 'old.float().mean(0)', 'old.float().sum(0)', 'test_6_6 and new_rows'),
     Fault('new_rows_not_in_the_head', 'lora.py', "self._parameters['weight'].to(rows.dtype) + F.pad(rows,",
           "self._parameters['weight'].to(rows.dtype) + 0 * F.pad(rows,", 'test_6_6 and rows_that_are_added'),

@@ -144,6 +144,9 @@ def build_model(state, given=None, scores=False, fresh=False):
     lora_config = LoRAConfig(**lora_args | fields_of(LoRAConfig, given))
     tensors = {} if fresh else state['model']
     own = {name: tensor for name, tensor in tensors.items() if not lora.is_new(name) and not is_score(name)}
+    if config.tie_weights and {'tok_emb.weight', 'head.weight'} <= own.keys() and not torch.equal(
+            own['head.weight'], own['tok_emb.weight']):
+        raise ValueError('tie_weights=True, but head.weight differs from tok_emb.weight')
     if lora_config.lora_rows_from and own:
         own = with_new_rows(own, lora_config.lora_rows_from, config.vocab_size)
     if lora_config.quant and own:  # never held twice
@@ -553,6 +556,10 @@ def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False
     if given.get('router_bias_rate') and (stage not in ('sft', 'distill') or lora_config.learns):
         raise UserError(f'router_bias_rate={given["router_bias_rate"]}: only train.py, sft.py and distill.py move the '
                         'biases of routers, where all weights are trained: drop --router_bias_rate')
+    idle = sorted({'lora_alpha', 'lora_dropout', 'lora_targets', 'lora_rs'} & given.keys())
+    if idle and 'lora_rank' not in given and not lora_config.lora_rank:
+        raise UserError(f'{idle[0]}={given[idle[0]]}: without --lora_rank there is no LoRA, and all weights would '
+                        'learn: give one, or drop it')
     torch.manual_seed(seed)  # new weights are the same, whatever was sampled while the model was read
     with runtime.user_errors(origin):
         model = build_model(state, given, scores, fresh)

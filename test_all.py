@@ -6928,6 +6928,16 @@ def test_6_7_a_checkpoint_with_impossible_fields_is_refused_by_their_names(chang
     assert '\n' not in str(error.value) and str(run) in str(error.value)
 
 
+def test_6_7_a_tied_head_of_its_own_and_lora_without_a_rank_are_refused(tune):
+    state = state_of(tiny(tie_weights=True))
+    state['model']['head.weight'] = state['model']['tok_emb.weight'] + 1
+    with pytest.raises(ValueError, match='tie_weights=True, but head.weight differs from tok_emb.weight'):
+        built(state)
+    status, _, err = tune('--lora_alpha=8', '--lora_targets=q')
+    assert status == 2 and 'lora_alpha=8.0: without --lora_rank there is no LoRA' in err
+    assert tune('--lora_alpha=8', '--lora_rank=0', '--max_iters=1')[0] == 0
+
+
 def test_6_7_damaged_lora_is_not_exported(tmp_path):
     state = state_of(built(state_of(tiny(**ARCH)), lora_rank=3))
     name = 'blocks.0.attn.qkv.lora_a'
