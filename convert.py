@@ -611,7 +611,8 @@ def to_hf(model, directory, tokenizer=None):
             tokenizer.to_hf(folder)
         _write_json(folder / 'config.json', values)
         ids = {key: values[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id') if values[key] is not None}
-        _write_json(folder / 'generation_config.json', ids)
+        if ids:
+            _write_json(folder / 'generation_config.json', ids)
     _write_directory(directory, write)
 
 
