@@ -107,6 +107,10 @@ def _environment():
     return environment
 
 
+class NotNested(UserError):
+    """An answer that the chat template renders otherwise than it is generated, once other messages follow it."""
+
+
 class ChatTemplate:
     """A chat template and the tokens that its text is made of.
 
@@ -247,10 +251,9 @@ class ChatTemplate:
             before = self._render(messages[:i], True, variables)
             until = text if i == len(messages) - 1 else self._render(messages[:i + 1], False, variables)
             if not until.startswith(before) or not text.startswith(until):
-                raise UserError(f'message {i}: the chat template renders this answer otherwise than it is generated, '
-                                'as one does that drops earlier thoughts: learn from the last answer alone (sft.py '
-                                '--mask_history=True), or give a template that has {% generation %} '
-                                '(--chat_template=FILE.jinja)')
+                raise NotNested(f'message {i}: the chat template renders this answer otherwise than it is generated, '
+                                'as one does that drops thoughts: give a template that has {% generation %} (sft.py '
+                                '--chat_template=FILE.jinja)')
             ends = [found.end() for found in self.ends.finditer(until, len(before))]
             if not ends:
                 raise UserError(f'message {i}: the chat template ends this answer with no token that ends a turn: it '

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chat import NotNested
 from rows import fraction_of, read_chats, read_pairs, read_prefs, read_prompts
 from tokenizer import Tokenizer, UserError, get_tokenizer
 
@@ -453,12 +454,7 @@ class ChatData:
         self.tokenizer, self.block_size, self.pack = tokenizer, block_size, pack
         self.rows_kept, self.dropped = [], {'too_long': 0, 'truncated': 0, 'nothing_to_learn': 0}
         ids, counts = [], []
-        for row in self._untemplated(rows):
-            messages = unlearned(row['messages'][:-1]) + row['messages'][-1:] if mask_history else row['messages']
-            found = self._tokens(row, strict, lambda messages=messages: tokenizer.chat_ids(messages, calls=calls))
-            if found is None:
-                continue
-            tokens, mask = found
+        for row, tokens, mask in self._tokenised(self._untemplated(rows), mask_history, calls, strict):
             cut = len(tokens) > block_size + 1
             if cut and too_long == 'drop':
                 self.dropped['too_long'] += 1
@@ -474,11 +470,34 @@ class ChatData:
             counts.append(mask)
         self._take(ids, counts, rows, seed)
 
-    def _tokens(self, row, strict, make):
-        """What make() gives; where the chat template refuses the row, None, or with strict UserError that names it."""
+    def _tokenised(self, rows, mask_history, calls, strict):
+        """Yields rows, their ids and masks. A row whose earlier answers the chat template renders otherwise than they
+        are generated becomes several ('split'), one for each answer, which end with it."""
+        for row in rows:
+            messages = unlearned(row['messages'][:-1]) + row['messages'][-1:] if mask_history else row['messages']
+            try:
+                found = self._tokens(row, strict, lambda m=messages: self.tokenizer.chat_ids(m, calls=calls), True)
+                parts = [(row, found)]
+            except NotNested:
+                ends = [i for i, m in enumerate(messages) if m['role'] == 'assistant' and m.get('weight') != 0]
+                self.dropped['split'] = self.dropped.get('split', 0) + 1
+                parts = []
+                for i in ends:
+                    # what is right of the row is right of its last answer
+                    part = row if i == len(messages) - 1 else {'messages': messages[:i + 1], 'where': row['where']}
+                    answer = unlearned(messages[:i]) + [messages[i]]
+                    found = self._tokens(row, strict, lambda m=answer: self.tokenizer.chat_ids(m, calls=calls))
+                    parts.append((part, found))
+            yield from ((part, *found) for part, found in parts if found)
+
+    def _tokens(self, row, strict, make, splits=False):
+        """What make() gives; where the chat template refuses the row, None, or with strict UserError that names it.
+        splits: NotNested passes."""
         try:
             return make()
         except UserError as e:
+            if splits and isinstance(e, NotNested):
+                raise
             if strict:
                 raise UserError(f'{row["where"]}: {e}') from None
             self.dropped['refused_by_template'] = self.dropped.get('refused_by_template', 0) + 1
@@ -614,9 +633,12 @@ class ChatData:
         """In words, how many rows of a file are not in, or cut, and why, and which of their keys are not used; '' if
         none; skipped: see `read_chats`."""
         lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [
-            f'{n:,} {what.replace("_", " ")}' for what, n in self.dropped.items() if n and what != 'truncated']
+            f'{n:,} {what.replace("_", " ")}' for what, n in self.dropped.items()
+            if n and what not in ('truncated', 'split')]
         words = [f'left out: {", ".join(lost)}'] * bool(lost)
         words += [f'truncated: {self.dropped["truncated"]:,}'] * bool(self.dropped['truncated'])
+        if 'split' in self.dropped:
+            words.append(f'split, a row for each answer: {self.dropped["split"]:,}')
         words += [f'the first malformed one: {reason}' for reason in skipped[:1]]
         unused = getattr(skipped, 'unused', {})
         words += ['not used: ' + ', '.join(f'{key} ({n:,})' for key, n in unused.items())] * bool(unused)

@@ -346,6 +346,8 @@ FAULTS = [
           "self._parameters['weight'].to(rows.dtype) + 0 * F.pad(rows,", 'test_6_6 and rows_that_are_added'),
     Fault('history_learned', 'dataset.py', "unlearned(row['messages'][:-1]) + row['messages'][-1:] if",
           "row['messages'] if", 'test_6_2 and not_to_be_learned'),
+    Fault('split_rows_keep_the_gold', 'dataset.py', 'part = row if i == len(messages) - 1 else {',
+          'part = row if True else {', 'test_6_1 and real_chat_templates'),
     Fault('templated_rows_pass', 'dataset.py', 'if len(found) > 1 or any(', 'if len(found) > 9 or any(',
           'test_6_1 and templated_already'),
     Fault('calculator_precedence', 'tokenizer.py', 'value * _factor(tokens, depth) if',

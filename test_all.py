@@ -5250,6 +5250,12 @@ def test_6_1_real_chat_templates_are_those_of_transformers(name):
     if name in ('qwen3', 'gptoss'):  # of these an earlier answer stands otherwise than it was generated
         with pytest.raises(UserError, match='message 1: the chat template renders this answer otherwise'):
             ours.chat_ids(FIVE)
+        data = ChatData([{'messages': FIVE, 'where': 'x', 'answer': 5}], ours, 512)
+        learned = [ours.decode(data.ids[a:b][data.counts[a:b]].tolist()) for a, b in itertools.pairwise(data.ends)]
+        assert data.n_rows == 5 and data.left_out() == '5 rows; split, a row for each answer: 1'
+        assert all(answer in text for answer, text in zip('bdfhj', learned, strict=True))
+        assert [ours.decode(data.prompt(i)).count('<|im_start|>user' if name == 'qwen3' else '<|start|>user')
+                for i in range(5)] == [1, 2, 3, 4, 5] and [row.get('answer') for row in data.rows_kept][3:] == [None, 5]
         ids, mask = ours.chat_ids([*dataset.unlearned(FIVE[:-1]), FIVE[-1]])
         assert ours.decode([i for i, m in zip(ids, mask, strict=True) if m]).count('j') == 1
 
