@@ -556,7 +556,8 @@ def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False
     if given.get('router_bias_rate') and (stage not in ('sft', 'distill') or lora_config.learns):
         raise UserError(f'router_bias_rate={given["router_bias_rate"]}: only train.py, sft.py and distill.py move the '
                         'biases of routers, where all weights are trained: drop --router_bias_rate')
-    idle = sorted({'lora_alpha', 'lora_dropout', 'lora_targets', 'lora_rs'} & given.keys())
+    idle = [name for name in ('lora_alpha', 'lora_dropout', 'lora_targets', 'lora_rs')
+            if name in given and given[name] != getattr(LoRAConfig, name)]
     if idle and 'lora_rank' not in given and not lora_config.lora_rank:
         raise UserError(f'{idle[0]}={given[idle[0]]}: without --lora_rank there is no LoRA, and all weights would '
                         'learn: give one, or drop it')
