@@ -107,6 +107,12 @@ def _environment():
     return environment
 
 
+def variables_of(source):
+    """The names of the variables that a template reads."""
+    from jinja2 import meta
+    return meta.find_undeclared_variables(_environment().parse(source))
+
+
 class NotNested(UserError):
     """An answer that the chat template renders otherwise than it is generated, once other messages follow it."""
 
@@ -126,6 +132,7 @@ class ChatTemplate:
         self.date = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
         try:
             self.template = _environment().from_string(source, globals={'strftime_now': self.date.strftime})
+            self.variables = variables_of(source)
         except Exception as error:  # of syntax, in one of many classes
             raise UserError(f'its chat template is not one in Jinja: {_line(error)}') from None
         self.generation = bool(re.search(r'{%-?\s*generation\s', source))
@@ -148,7 +155,7 @@ class ChatTemplate:
         return {*self.markers.findall(MARKS.sub('', self._render(turns, False, {})))}
 
     def knows(self, name):
-        """Whether the template reads a variable, or a key of messages, of this name."""
+        """Whether the template reads a key of messages of this name."""
         return re.search(rf'\b{re.escape(name)}\b', self.source) is not None
 
     def _render(self, messages, generate, variables):
@@ -172,7 +179,7 @@ class ChatTemplate:
         """
         variables = _guarded(messages[0].get('variables', {}) if messages else {}, self.markers)
         for key in variables:
-            if not self.knows(key):
+            if key not in self.variables:
                 raise UserError(f'the chat template knows no {key!r}: take it out of the rows, or give a template that '
                                 'does (sft.py --chat_template=hermes or FILE.jinja)')
         messages = [self._prepared(number, message, calls) for number, message in enumerate(messages)]
@@ -200,8 +207,9 @@ class ChatTemplate:
             message['content'] = f"<think>\n{thoughts}\n</think>\n\n{message.get('content') or ''}"
         if message.get('tool_calls'):
             self._take_tool_calls(number, message)
-        if calls and said and message.get('content'):
-            message['content'] = ANSWERED_CALL.sub(rf'\1{RESULT}\3{RESULT_END}', message['content'])
+        for key in ('content', 'thinking', 'reasoning_content') if calls and said else ():
+            if message.get(key):
+                message[key] = ANSWERED_CALL.sub(rf'\1{RESULT}\3{RESULT_END}', message[key])
         return message
 
     def _take_tool_calls(self, number, message):
@@ -240,6 +248,9 @@ class ChatTemplate:
             if number % 2 and weights[number // 2:][:1] != [0]:
                 spans.append((len(plain), len(plain) + len(piece)))
             plain += piece
+        if spans and messages[-1].get('weight') != 0 and not self.ends.search(plain, *spans[-1]):
+            raise UserError('the {% generation %} of the chat template holds no token that ends a turn: it would never '
+                            'stop: put that before {% endgeneration %}')
         return plain, spans
 
     def _answer_spans(self, messages, text, variables):
@@ -274,7 +285,7 @@ def _guarded(value, markers):
             raise UserError(f'a message has U+{ord(mark[0]):04X}, which is no character')
         return markers.sub(lambda found: found[0][0] + GUARD + found[0][1:], value)
     if isinstance(value, dict):
-        return {key: _guarded(item, markers) for key, item in value.items()}
+        return {_guarded(key, markers): _guarded(item, markers) for key, item in value.items()}
     return [_guarded(item, markers) for item in value] if isinstance(value, list) else value
 
 

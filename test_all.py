@@ -5296,6 +5296,23 @@ def test_6_1_a_template_that_cannot_say_it_refuses(messages, message):
         bytes_tokenizer().chat_ids(messages)
 
 
+def test_6_1_a_template_that_never_ends_a_turn_or_only_speaks_of_tools_is_refused():
+    ours = bytes_tokenizer()
+    ours.chat_template = '{# tools #}' + chat_file.TEMPLATES['chatml']
+    with pytest.raises(UserError, match="knows no 'tools'"):  # a comment reads nothing
+        ours.chat_ids([asked('q')[0] | {'variables': {'tools': TOOLS}}])
+    ours = bytes_tokenizer()
+    ours.chat_template = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+                          "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+                          "{{ '<|im_end|>\n' }}{% endfor %}")
+    with pytest.raises(UserError, match='holds no token that ends a turn: it would never stop'):
+        ours.chat_ids(FIVE)
+    ids, mask = tok.with_chat_template(ours, 'chatml').chat_ids([*asked('q'), said('a')[0] | {
+        'reasoning_content': '<tool>1+1</tool>[2]'}])
+    assert ours.decode([i for i, m in zip(ids, mask, strict=True) if m]) == (
+        '<think>\n<tool>1+1</tool>\n</think>\n\na<|im_end|>')
+
+
 def test_6_1_templates_of_our_own():
     ours = bytes_tokenizer()
     ids, mask = ours.chat_ids([*asked('q'), said('a')[0] | {'reasoning_content': 'hm'}])
