@@ -5225,14 +5225,21 @@ def real_template(name):
         return archive.read(f'trl/chat_templates/{name}.jinja').decode()
 
 
-@pytest.mark.parametrize('name', REAL_TEMPLATES)
-def test_6_1_real_chat_templates_are_those_of_transformers(name):
-    model, refused = REAL_TEMPLATES[name]
-    folder, source = real_tokenizer(model), real_template(name)
+@pytest.mark.parametrize('model', ['qwen3', 'llama3_1', 'gemma3', 'gptoss'])
+def test_6_1_real_chat_templates_are_those_of_transformers(model):
+    folder = real_tokenizer(model)
     ours = tok.hf_tokenizer(folder)
-    ours.chat_template = source
     auto = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), bos_token='<bos>' if (
         model == 'gemma3') else ours.config.get('bos_token'), eos_token=ours.config.get('eos_token'))
+    for name, (of, refused) in REAL_TEMPLATES.items():
+        if of == model:
+            ours.__dict__.pop('chat', None)
+            ours.chat_template = real_template(name)
+            chats_equal_the_template(ours, auto, name, refused)
+
+
+def chats_equal_the_template(ours, auto, name, refused):
+    source = ours.chat_template
     for kind, messages in REAL_CHATS.items():
         variables, plain = messages[0].get('variables', {}), [{k: v for k, v in m.items() if k != 'variables'}
                                                               for m in messages]
