@@ -33,6 +33,9 @@ NOT_RUN = (
     ('python faults.py', 'runs the tests once for each fault'), ('python check_docs.py', 'is this command'),
     ('--nproc_per_node=8', 'needs 8 GPUs'), ('SLURM', 'needs Slurm'),
     ('train.py config/gpt2.py', 'needs a GPU and FineWeb'),
+    ('--init_from=gpt2', 'fetches GPT-2'), ('--init_from=qwen_base', "needs somebody's base"),
+    ('tokenizer_folder', 'needs a tokenizer without tokens for chats'), ('out/plain', 'needs a model with that'),
+    ('out/chatty', 'needs that model'),
     ('NANOGPT', 'needs a checkout of nanoGPT'), ('data/gsm8k', 'fetches GSM8K from GitHub'))
 # (a script and words among its arguments, what is added to make such a command short)
 SHORT = (
