@@ -23,7 +23,8 @@ THOUGHTS = ('reasoning_content', 'thinking', 'reasoning')  # what a message's th
 GUARD = '\ufdd0'  # after the first character of a marker that is quoted
 RESULT, RESULT_END = '\ufdd1\ufdd2'  # around the result of a call of the calculator
 LEARN, LEARN_END = '\ufdd3\ufdd4'  # around what {% generation %} … {% endgeneration %} holds
-MARKS = re.compile('[\ufdd0-\ufdd4]')
+UNLEARNED = '\ufdd5'  # after the first character of what an assistant says that is not learned
+MARKS = re.compile('[\ufdd0-\ufdd5]')
 
 # What an assistant writes to have something calculated, and the same with the result that is put in after it.
 CALL = re.compile('<tool>((?:(?!</?tool>).)*)</tool>', re.S)
@@ -107,10 +108,12 @@ def _environment():
     return environment
 
 
-def variables_of(source):
-    """The names of the variables that a template reads."""
-    from jinja2 import meta
-    return meta.find_undeclared_variables(_environment().parse(source))
+def _reads(source):
+    """The names of the variables that a template reads, and whether it has a {% generation %}."""
+    from jinja2 import meta, nodes
+    parsed = _environment().parse(source)
+    return meta.find_undeclared_variables(parsed), any(
+        node.name == '_marked' for node in parsed.find_all(nodes.ExtensionAttribute))
 
 
 class NotNested(UserError):
@@ -132,10 +135,9 @@ class ChatTemplate:
         self.date = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
         try:
             self.template = _environment().from_string(source, globals={'strftime_now': self.date.strftime})
-            self.variables = variables_of(source)
+            self.variables, self.generation = _reads(source)
         except Exception as error:  # of syntax, in one of many classes
             raise UserError(f'its chat template is not one in Jinja: {_line(error)}') from None
-        self.generation = bool(re.search(r'{%-?\s*generation\s', source))
         self.end = self._end_of_turn()
         self.ends = _any_of([*ends, *[self.end] * bool(self.end)])
 
@@ -146,7 +148,8 @@ class ChatTemplate:
             text = self._render([ask, answer], False, {})
         except UserError:
             return None
-        found = self.markers.search(MARKS.sub('', text), text.rfind('ANSWERED'))
+        text = MARKS.sub('', text)
+        found = self.markers.search(text, text.rfind('ANSWERED')) if 'ANSWERED' in text else None
         return found and found[0]
 
     def writes(self):
@@ -166,7 +169,7 @@ class ChatTemplate:
             raise UserError(f'the chat template refuses this chat: {_line(error)}') from None
 
     def segments(self, messages, generate=False, calls=True):
-        """A chat -> [(text, whether the assistant has to produce it)], in order; nothing of it where generate.
+        """A chat -> [(text, whether it counts in the loss)], in order; with generate nothing counts.
 
         messages: [{'role': …, 'content': …}], an assistant's also with 'tool_calls' and thoughts (THOUGHTS); one with
         'weight': 0 is not learned; the first may have 'variables', which the template reads: {'tools': […],
@@ -174,12 +177,13 @@ class ChatTemplate:
         assistant says, '<tool>26 - 19</tool>[7]', the result of a call, is a text of its own and not learned, since
         generation puts it in (see `rollout.py`).
 
-        Learned is what {% generation %} holds, else what comes after the text that ends where this message begins, up
-        to the token that ends the turn. UserError where the template renders that text otherwise later.
+        With {% generation %}, what those blocks hold counts. Without it, each answer counts from the end of the prompt
+        that it is generated from through the token that ends its turn. NotNested where the whole chat does not begin
+        with that prompt and answer.
         """
         variables = _guarded(messages[0].get('variables', {}) if messages else {}, self.markers)
         for key in variables:
-            if key not in self.variables:
+            if key not in self.variables or key in ('messages', 'add_generation_prompt', *self.names):
                 raise UserError(f'the chat template knows no {key!r}: take it out of the rows, or give a template that '
                                 'does (sft.py --chat_template=hermes or FILE.jinja)')
         messages = [self._prepared(number, message, calls) for number, message in enumerate(messages)]
@@ -192,60 +196,74 @@ class ChatTemplate:
                     raise UserError(f'message {number}: the chat template drops its thoughts: give them in its '
                                     '"content", or another template (sft.py --chat_template=FILE.jinja)')
             return _cut(text, spans)
-        return _cut(re.sub(f'[{LEARN}{LEARN_END}]', '', text), [])
+        return _cut(re.sub(f'[{LEARN}{LEARN_END}{UNLEARNED}]', '', text), [])
 
     def _prepared(self, number, message, calls):
         """A message as the template is to see it: what is quoted guarded, results marked, its keys as it knows them."""
         said = message['role'] == 'assistant'
+        if message.get('tool_calls'):
+            message = self._with_tool_calls(number, message)
         message = _guarded(message, self.special if said else self.markers)
         if message['role'] == 'developer' and not self.knows('developer'):
             message['role'] = 'system'
-        thoughts = next((message[key] for key in THOUGHTS if message.get(key)), None)
+        thoughts = next((message[key] for key in THOUGHTS if message.get(key)), None) if said else None
         if thoughts:
             message |= {'thinking': thoughts, 'reasoning_content': thoughts}
         if thoughts and not self.knows('reasoning_content') and not self.knows('thinking'):
             message['content'] = f"<think>\n{thoughts}\n</think>\n\n{message.get('content') or ''}"
-        if message.get('tool_calls'):
-            self._take_tool_calls(number, message)
+        if message.get('weight') == 0 and self.generation:
+            message = _unlearned(message)
         for key in ('content', 'thinking', 'reasoning_content') if calls and said else ():
             if message.get(key):
                 message[key] = ANSWERED_CALL.sub(rf'\1{RESULT}\3{RESULT_END}', message[key])
         return message
 
-    def _take_tool_calls(self, number, message):
-        """Arguments as an object or as its JSON, no content as null or '': whatever the template reads."""
+    @functools.cached_property
+    def text_arguments(self):
+        """Whether the template takes the arguments of a call as text, which it cannot write as an object."""
+        def fits(arguments):
+            call = {'id': 'CALL56789', 'type': 'function', 'function': {'name': 'f', 'arguments': arguments}}
+            content = None if self.null_content else ''
+            try:
+                text = self._render([{'role': 'user', 'content': 'ASKED'},
+                                     {'role': 'assistant', 'content': content, 'tool_calls': [call]}], False, {})
+            except UserError:
+                return False
+            return "'x'" not in text  # as Python spells an object
+        return not fits({'x': 1}) and fits('{"x": 1}')
+
+    @property
+    def null_content(self):
+        """Whether the template asks if a message has no content."""
+        return re.search(r'\bcontent\b\W*\sis\s+(not\s+)?none', self.source) is not None
+
+    def _with_tool_calls(self, number, message):
+        """Converts the arguments of each call to an object or to text, and missing content to None or '', whichever the
+        template reads."""
         if not self.knows('tool_calls'):
             raise UserError(f'message {number} has tool_calls, which the chat template does not know: give one that '
                             'does (sft.py --chat_template=hermes or FILE.jinja)')
-        if not message.get('content'):
-            message['content'] = None if re.search(r'\bcontent\b\W*\sis\s+(not\s+)?none', self.source) else ''
-        as_object = re.search(r'arguments\b[^%}]*\|\s*(tojson|items|dictsort)', self.source)
-        found = []
+        content, found = message.get('content') or (None if self.null_content else ''), []
         for call in message['tool_calls']:
             function = dict(call.get('function', call))
             arguments = function.get('arguments')
-            if as_object and isinstance(arguments, str):
+            if not self.text_arguments and isinstance(arguments, str):
                 try:
                     function['arguments'] = json.loads(arguments)
                 except ValueError:
                     raise UserError(f'message {number}: the arguments of its call are not JSON: {arguments!r:.60}'
                                     ) from None
-            elif not as_object and not isinstance(arguments, str):
+            elif self.text_arguments and not isinstance(arguments, str):
                 function['arguments'] = json.dumps(arguments, ensure_ascii=False)
             found.append(call | {'function': function} if 'function' in call else function)
-        message['tool_calls'] = found
+        return message | {'content': content, 'tool_calls': found}
 
-    def _generation_spans(self, messages, text, variables):
+    def _generation_spans(self, messages, text, _):
         """The text without LEARN and LEARN_END, and the spans that stood between them."""
-        weights = []
-        if any(message.get('weight') == 0 for message in messages):  # which spans are whose
-            for i, message in enumerate(messages):
-                if message['role'] == 'assistant':
-                    n = self._render(messages[:i + 1], False, variables).count(LEARN)
-                    weights += [message.get('weight', 1)] * (n - len(weights))
         plain, spans = '', []
         for number, piece in enumerate(re.split(f'{LEARN}|{LEARN_END}', text)):
-            if number % 2 and weights[number // 2:][:1] != [0]:
+            learned, piece = number % 2 and UNLEARNED not in piece, piece.replace(UNLEARNED, '')
+            if learned:
                 spans.append((len(plain), len(plain) + len(piece)))
             plain += piece
         if spans and messages[-1].get('weight') != 0 and not self.ends.search(plain, *spans[-1]):
@@ -265,17 +283,28 @@ class ChatTemplate:
                 raise NotNested(f'message {i}: the chat template renders this answer otherwise than it is generated, '
                                 'as one does that drops thoughts: give a template that has {% generation %} (sft.py '
                                 '--chat_template=FILE.jinja)')
-            ends = [found.end() for found in self.ends.finditer(until, len(before))]
-            if not ends:
+            end = self.ends.search(until, len(before))  # where generation stops
+            if end is None:
                 raise UserError(f'message {i}: the chat template ends this answer with no token that ends a turn: it '
                                 'would never stop')
-            spans.append((len(before), ends[-1]))
+            spans.append((len(before), end.end()))
         return text, spans
 
 
 def _any_of(names):
     """A regular expression for any of these names, the longest first; one that matches nothing where there is none."""
     return re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)')
+
+
+def _unlearned(message):
+    """A message with UNLEARNED in its content, or else in the names of its calls."""
+    def marked(text):
+        return re.sub(r'\S', lambda found: found[0] + UNLEARNED, text, count=1)
+    if (message.get('content') or '').strip():
+        return message | {'content': marked(message['content'])}
+    calls = [call | {'function': call['function'] | {'name': marked(call['function']['name'])}} if 'function' in call
+             else call | {'name': marked(call['name'])} for call in message.get('tool_calls') or []]
+    return message | ({'tool_calls': calls} if calls else {})
 
 
 def _guarded(value, markers):

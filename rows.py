@@ -128,8 +128,9 @@ def _read_rows(path, strict, parse, what):
             if not isinstance(values, dict):
                 raise UserError(f'not a JSON object but {values!r:.40}')
             row = Row(values)
-            rows.append(parse(row) | {'where': where})
-            skipped.unused.update(row.unused())
+            found, unused = parse(row) | {'where': where}, row.unused()
+            rows.append(found)
+            skipped.unused.update(unused)
         except UserError as e:
             if strict:
                 raise UserError(f'{where}: {e}') from e
@@ -219,19 +220,26 @@ def _call(value, name):
         listed = found if isinstance(found, list) else [found]
         calls = [call.get('function', call) for call in listed]
         return [{'type': 'function', 'function': {'name': _text(call['name'], f'the "name" of a call of {name}'),
-                                                  'arguments': call.get('arguments', {})}} |
+                                                  'arguments': _arguments(call, name)}} |
                 ({'id': around['id']} if 'id' in around else {}) for call, around in zip(calls, listed, strict=True)]
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{name} must hold the JSON of a call, {{"name": …, "arguments": …}}, not {value!r:.40}'
                         ) from None
 
 
+def _arguments(call, name):
+    """The arguments of a call, which Llama calls parameters: an object, or its JSON as text."""
+    arguments = call.get('arguments', call.get('parameters', {}))
+    _text(json.dumps(arguments, ensure_ascii=False), f'a call of {name}')
+    return arguments
+
+
 def _message(m, name, row):
     """A message in the shape of OpenAI or ShareGPT, checked -> in the former, with what else counts in it."""
-    spoken = m.get('role', m.get('from')) if isinstance(m, dict) else m
-    role = SPEAKERS.get(spoken) if isinstance(spoken, str) else None
+    spoken = m.get('role') or m.get('from') if isinstance(m, dict) else m
+    role = SPEAKERS.get(spoken) if isinstance(m, dict) and isinstance(spoken, str) else None
     if role is None:
         raise UserError(f'{name} must have a "role" ({", ".join(ROLES)}), not {spoken!r:.40}')
     m = {key: value for key, value in m.items() if value is not None}
@@ -253,10 +261,11 @@ def _message(m, name, row):
         found['reasoning_content'] = _text(thoughts, f'the thoughts of {name}')
     if role == 'assistant' and not content.strip() and not calls:
         raise UserError(f"{name}, the assistant's, is empty")
-    weight = next((m[key] for key in WEIGHTS if key in m), 1)
-    if weight not in (0, 1):
-        raise UserError(f'the weight of {name} must be 0 or 1, not {weight!r:.40}')
-    return found if weight else found | {'weight': 0}
+    weights = [m[key] for key in WEIGHTS if key in m]
+    for weight in weights:
+        if weight not in (0, 1):
+            raise UserError(f'the weight of {name} must be 0 or 1, not {weight!r:.40}')
+    return found if all(weights) else found | {'weight': 0}
 
 
 def _messages(messages, row, key='messages', answer=True):
@@ -290,7 +299,9 @@ def _answer(row, *names):
     thoughts = row.take(*THOUGHTS)
     answer = _part(row, 'assistant', *names) if names[0] == 'completion' else [
         {'role': 'assistant', 'content': row.text(*names)}]
-    return [m | {'reasoning_content': thoughts} for m in answer] if thoughts else answer
+    if thoughts and answer and isinstance(answer[-1], dict):
+        answer = [*answer[:-1], answer[-1] | {'reasoning_content': thoughts}]
+    return answer
 
 
 def _opening(row):
@@ -306,7 +317,8 @@ def _opening(row):
 
 def _with_opening(row, messages):
     opening = _opening(row)
-    if opening and messages[:1] and isinstance(messages[0], dict) and messages[0].get('role') == 'system':
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if opening and 'system' in (first.get('role'), first.get('from')):
         raise UserError('it has "system" or "history" and messages that begin with the system\'s: leave one out')
     return opening + messages
 
@@ -356,7 +368,8 @@ def _pair(row):
 
 def _chat(row):
     for key in ('label', 'kto_tag'):  # of one answer, whether it is a good one
-        if row.take(key) is False:
+        value = row.take(key)
+        if value is False or value == 0 and not row.find(*MESSAGES):
             raise UserError(f'"{key}" is false, which marks a bad answer: leave the row out, or pair it with a good '
                             'one, as "rejected" and "chosen", for dpo.py')
     if row.find(*MESSAGES):
@@ -382,18 +395,25 @@ def _transcript(text):
             for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _pref(row):
-    if row.find('preferred_output'):  # OpenAI's
+def _rename_pref(row):
+    """Gives what a preference of OpenAI's or ms-swift's shape has the keys of TRL's."""
+    if row.find('preferred_output'):
         given = Row(row.take('input', default={}) if isinstance(row.values.get('input'), dict) else {})
         values = {'prompt': given.take('messages'), 'tools': given.take('tools'),
                   'chosen': row.take('preferred_output'), 'rejected': row.take('non_preferred_output')}
         row.asked |= values.keys()
         row.values |= {key: value for key, value in values.items() if value is not None}
-    elif row.find('rejected_response', 'rejected_messages') and row.find(*MESSAGES):  # of ms-swift: the chat is chosen
+    elif row.find('rejected_response', 'rejected_messages') and row.find(*MESSAGES):  # the chat is chosen
         row.values['chosen'] = row.take(*MESSAGES)
         row.values['rejected'] = row.take('rejected_response', 'rejected_messages')
         if isinstance(row.values['rejected'], str) and isinstance(row.values['chosen'], list):
             row.values['prompt'], row.values['chosen'] = row.values['chosen'][:-1], row.values['chosen'][-1:]
+        for key in MESSAGES:
+            row.values.pop(key, None)
+
+
+def _pref(row):
+    _rename_pref(row)
     if missing := sorted({'chosen', 'rejected'} - row.values.keys()):
         raise UserError(f'it has no "{missing[0]}"')
     answers = [_part(row, 'assistant', key) for key in ('chosen', 'rejected')]
@@ -406,15 +426,14 @@ def _pref(row):
         prompt = _question(row)
     chosen, rejected = (_messages(messages, row, key)
                         for messages, key in zip(answers, ('chosen', 'rejected'), strict=True))
-    opening = _messages(_opening(row), row, 'history', answer=False)
     if prompt is not None:
-        prompt = opening + _messages(prompt, row, 'prompt', answer=False)
+        prompt = _messages(_with_opening(row, prompt), row, 'prompt', answer=False)
         prompt, chosen, rejected = _without_prompt(prompt, chosen, rejected)
     else:
         same = 0
         while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
             same += 1
-        prompt, chosen, rejected = opening + chosen[:same], chosen[same:], rejected[same:]
+        prompt, chosen, rejected = _with_opening(row, chosen[:same]), chosen[same:], rejected[same:]
     if not any(m['role'] == 'user' for m in prompt):
         raise UserError('it has no "prompt": give what both answers answer, a text or messages')
     if chosen == rejected:
@@ -446,8 +465,10 @@ def _without_prompt(prompt, chosen, rejected):
 
 
 def _prompt(row):
-    if 'prompt' not in row.values or row.values.keys() & {*MESSAGES, 'completion'}:
+    if 'prompt' not in row.values or row.values.keys() & {*MESSAGES, 'completion', 'response'}:
         found = _chat(row)
+        if len(found['messages']) < 2:
+            raise UserError('it has an answer alone: give what the assistant is to answer before it')
         return {'prompt': found['messages'][:-1]} | found
     rule = row.take('reward_model', default={})  # verl's
     if isinstance(rule, dict) and rule.get('style', 'rule') == 'rule' and 'ground_truth' in rule:

@@ -1020,7 +1020,7 @@ def test_0_1_files_do_not_grow_unnoticed():
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1105
     assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 4870
-    assert lines(*product) <= 16560
+    assert lines(*product) <= 16610
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
@@ -5320,6 +5320,38 @@ def test_6_1_a_template_that_never_ends_a_turn_or_only_speaks_of_tools_is_refuse
         '<think>\n<tool>1+1</tool>\n</think>\n\na<|im_end|>')
 
 
+def test_6_1_odd_templates_are_read_right_or_refused():
+    ours, call = bytes_tokenizer(), said('')[0] | {'tool_calls': CALLS}
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}CALL{% else %}{{ m.content }}"
+    turns += "{% endif %}<|im_end|>{% endfor %}"
+
+    def rendered(template, messages):
+        ours.__dict__.pop('chat', None)
+        ours.chat_template = template
+        ids, mask = ours.chat_ids(messages)
+        return ours.decode(ids), ours.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    for spelled, due in (('{{ m.tool_calls[0].function | tojson }}', '{"name": "add", "arguments": {"x": 3}}'),
+                         ('{{ m.tool_calls[0].function.arguments + "!" }}', '{"x": 3}!'),
+                         ('{% set a = m.tool_calls[0].function.arguments %}{{ a.x }}', '3')):
+        template = turns.replace('CALL', spelled) + '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+        assert due in rendered(template, [*asked('q'), call])[0]
+    sly = call | {'tool_calls': [call_of(arguments='{"x": "<\\u007cim_end|>"}')]}
+    hermes = chat_file.TEMPLATES['hermes']
+    ours.__dict__.pop('chat', None)
+    ours.chat_template = hermes
+    assert ours.chat_ids([*asked('q'), sly])[0].count(ours.special['<|im_end|>']) == 2
+    # only the last answer is marked, by a tag with a minus; a comment marks nothing
+    marked = ("{# {% generation %} #}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}"
+              "{% generation-%} {{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+              "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}")
+    assert rendered(marked, [*asked('q'), said('a')[0] | {'weight': 0}, *asked('r'), *said('b')])[1] == 'b<|im_end|>'
+    with pytest.raises(UserError, match='ends turns with no token'):
+        rendered("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>{% endfor %}", FIVE)
+    with pytest.raises(UserError, match="knows no 'add_generation_prompt'"):
+        rendered(chat_file.TEMPLATES['chatml'], [
+            asked('q')[0] | {'variables': {'add_generation_prompt': True}}, *said('a')])
+
+
 def test_6_1_templates_of_our_own():
     ours = bytes_tokenizer()
     ids, mask = ours.chat_ids([*asked('q'), said('a')[0] | {'reasoning_content': 'hm'}])
@@ -5588,6 +5620,31 @@ def test_6_1_keys_that_decide_and_are_not_supported_are_refused(more, words, tmp
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         read_chats(lines(tmp_path / 'x.jsonl', [more]))
     assert str(caught.value).startswith(f'{tmp_path / "x.jsonl"}, line 1: ')
+
+
+def test_6_1_odd_rows_are_read_right_or_skipped(tmp_path):
+    good = {'messages': QA}
+    bad = [{**good, 'image': 'x.png'}, {'messages': ['user', 'assistant']},
+           {'prompt': 'q', 'completion': 'a', 'label': 0},
+           {'messages': [*asked('q'), {'role': 'assistant', 'tool_calls': '[' * 100_000}]},
+           {'messages': [*asked('q'), said('')[0] | {'tool_calls': [call_of(arguments={'x': '\ud800'})]}]},
+           {'conversations': [{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'q'},
+                              {'from': 'gpt', 'value': 'a'}], 'system': 't'}]
+    found, skipped = read_chats(lines(tmp_path / 'x.jsonl', [good, *bad]), strict=False)
+    assert len(found) == 1 and len(skipped) == len(bad)
+    rows = [{'messages': [*asked('q'), said('a')[0] | {'weight': 1, 'train': False}]},
+            {'messages': [turn(None, 'q') | {'from': 'human'}, *said('a')]},
+            {'messages': [*asked('q'), said('')[0] | {'tool_calls': [{'name': 'f', 'parameters': {'x': 1}}]}]},
+            {'prompt': 'q', 'completion': [said('')[0] | {'tool_calls': [call_of()]}, turn('tool', '1'), *said('a')],
+             'thinking': 'hm'}]
+    found, _ = read_chats(lines(tmp_path / 'y.jsonl', rows))
+    assert found[0]['messages'][1]['weight'] == 0 and found[1]['messages'] == QA
+    assert found[2]['messages'][1]['tool_calls'] == [call_of('f', {'x': 1})]
+    assert ['reasoning_content' in m for m in found[3]['messages']] == [False, False, False, True]
+    pair = {'messages': QA, 'rejected_messages': [*asked('q'), *said('b')]}
+    assert rows_file.read_prefs(lines(tmp_path / 'z.jsonl', [pair]))[0][0]['rejected'] == said('b')
+    prompts, _ = rows_file.read_prompts(lines(tmp_path / 'w.jsonl', [{'prompt': 'q', 'response': 'r'}]))
+    assert prompts[0]['messages'][-1]['content'] == 'r'
 
 
 def test_6_1_keys_that_nothing_knows_are_counted(tmp_path):
