@@ -7,8 +7,9 @@ Chats -> text, by a chat template in Jinja: the one that a model comes with, or 
 A template is a stranger's program: it runs in Jinja's sandbox, with the filters and functions that transformers has
 (https://huggingface.co/docs/transformers/chat_templating_writing). `Tokenizer.chat_ids` makes ids of the text.
 
-What somebody typed must never become a token of the template, so inside a text GUARD stands in each marker that is only
-quoted; whoever makes ids takes it out. The marks are noncharacters of Unicode, which no text has.
+What somebody typed must never become a token of the template: a marker in a message's text is broken up with GUARD,
+which the tokenizer takes out after it has cut the text at its special tokens. GUARD and the other marks below are
+noncharacters of Unicode; a text that has one is refused.
 """
 import datetime
 import functools
@@ -64,7 +65,7 @@ TEMPLATES = {
 
 
 def chatml(system=None):
-    """ChatML in which the system says something where it says nothing."""
+    """ChatML with a default system message for chats that have none."""
     if system is None:
         return TEMPLATES['chatml']
     first = "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\n"
@@ -117,15 +118,17 @@ def _reads(source):
 
 
 class NotNested(UserError):
-    """An answer that the chat template renders otherwise than it is generated, once other messages follow it."""
+    """The text up to an answer does not begin the text of the whole chat: the template renders earlier answers
+    otherwise than they are generated, for example without their thoughts."""
 
 
 class ChatTemplate:
     """A chat template and the tokens that its text is made of.
 
-    source: in Jinja; markers: the names of all tokens that plain text must not become; special: those of them that
-    nothing but the template may write, while an assistant may write the others, <think> say; ends: the names of tokens
-    that end a turn; names: {'bos_token': '<s>', …}, which templates read; date: of templates that tell it, ISO 8601.
+    source: the template, in Jinja. markers: the names of all added tokens, which a message's text must not become.
+    special: those that only the template may write (default: all); an assistant may write the others, such as <think>.
+    ends: the names of tokens that end a turn. names: the template's variables for tokens, {'bos_token': '<s>'}.
+    date: what strftime_now tells, ISO 8601 (default: now).
     """
 
     def __init__(self, source, markers, ends=(), special=None, names=None, date=None):
@@ -199,7 +202,8 @@ class ChatTemplate:
         return _cut(re.sub(f'[{LEARN}{LEARN_END}{UNLEARNED}]', '', text), [])
 
     def _prepared(self, number, message, calls):
-        """A message as the template is to see it: what is quoted guarded, results marked, its keys as it knows them."""
+        """A message prepared for the template: markers guarded, results of calls marked, keys as the template reads
+        them."""
         said = message['role'] == 'assistant'
         if message.get('tool_calls'):
             message = self._with_tool_calls(number, message)

@@ -337,8 +337,6 @@ FAULTS = [
     # rows.py
     Fault('one_weight_of_two', 'rows.py', 'return found if all(weights) else',
           'return found if any(weights or [1]) else', 'test_6_1 and odd_rows'),
-    Fault('calls_guarded_before_they_are_read', 'chat.py', "arguments = function.get('arguments')",
-          "arguments = _guarded(function.get('arguments'), self.special)", 'test_6_1 and odd_templates'),
     Fault('observation_is_the_user', 'rows.py', "'ipython'), 'tool')}", "'ipython'), 'user')}", 'test_6_1 and wider'),
     Fault('bad_answers_learned', 'rows.py', 'if value is False or', 'if False and', 'test_6_1 and that_decide'),
     Fault('decisive_keys_pass', 'rows.py', "_refuse(REFUSED, {key: self.values[key] for key in left}, '')", 'pass',

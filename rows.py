@@ -35,7 +35,8 @@ WEIGHTS = ('weight', 'loss', 'train')  # of a message: whether it is learned, 1 
 TEXTS = ('content', 'value')
 OF_MESSAGE = {'role', 'from', *TEXTS, *WEIGHTS, *THOUGHTS, 'tool_calls', 'tool_call_id', 'name'}
 
-# what decides what is learned and is not honoured: {key: what to do}; as in IDLE, or a weight of 1, it decides nothing
+# keys that would change what is learned and are not supported: {key: what to do}; a value of IDLE, or 1 for a weight,
+# changes nothing and passes
 IDLE = (False, 0, '', [], {})
 PICTURES = 'only text is learned here'
 REFUSED = {
@@ -324,7 +325,7 @@ def _with_opening(row, messages):
 
 
 def _with_variables(row, messages):
-    """Messages of which the first has what the chat template is told, {'variables': {…}}, where that is anything."""
+    """The messages; tools and chat_template_kwargs stand in 'variables' of the first, if there are any."""
     tools, found = row.take('tools', default=[]), row.take('chat_template_kwargs', default={})
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
@@ -444,9 +445,8 @@ def _pref(row):
 def _without_prompt(prompt, chosen, rejected):
     """Answers that are whole chats -> (what both answer, the two answers alone).
 
-    They may begin with the prompt or with its last messages, or with more than the prompt, which is then a copy of the
-    end of what they have in common; blanks around a text make no other message of it. UserError where an answer has
-    turns of others that are not the prompt's.
+    Both may begin with the prompt, with its last messages, or with a longer history that ends with the prompt. Messages
+    are compared without the blanks around their texts. UserError where an answer has other turns of a user or system.
     """
     def plain(messages):
         return [m | {'content': m['content'].strip()} for m in messages]

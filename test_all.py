@@ -1020,7 +1020,7 @@ def test_0_1_files_do_not_grow_unnoticed():
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1105
     assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 4870
-    assert lines(*product) <= 16610
+    assert lines(*product) <= 16620
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
