@@ -17,6 +17,7 @@ Papers: the nucleus (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition pen
 and rolling caches (arXiv:2309.17453).
 """
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +48,8 @@ class KVCache:
         """Before a forward over T new tokens per row -> Layout. counts: how many of the T are no padding, per row."""
         config, before = self.config, self.lengths
         self.layer, self.T, self.end = 0, T, max(before) + T
-        self.reserve(self.end)
+        if self.end > self.capacity:
+            self.reserve(max(self.end, self.capacity * 3 // 2))  # what is kept is copied: seldom, then
         self.uniform = min(before) == max(before)
         self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
         slides = config.window and self.end > config.window
@@ -251,16 +253,27 @@ def pack(model, quant=''):
 # ----------------------------------------------------------------------------------------------------------------------
 # one step
 
-@torch.inference_mode()
 def prefill(model, contexts, cache=None, memory=None, memory_mask=None):
     """Ragged contexts (lists of ids) -> float32 logits (B, V) of the token after each; fills an empty cache.
 
     A context longer than block_size needs a RollingCache: it is read a block at a time. memory, memory_mask: of an
     encoder, see `GPT.hidden`.
     """
+    *_, logits = prefill_in_parts(model, contexts, cache, memory, memory_mask)
+    return logits
+
+
+@torch.inference_mode()
+def prefill_in_parts(model, contexts, cache=None, memory=None, memory_mask=None, size=0):
+    """As `prefill`, at most size tokens of each context at a time: yields None between two parts, last the logits.
+
+    The cache may hold tokens already, the same number of each row: the contexts come after them.
+    """
     lengths, device, hidden = [len(c) for c in contexts], model.tok_emb.weight.device, None
-    idx = padded(contexts).to(device)
-    for part in idx.split(model.config.block_size if cache is not None and cache.rolling else max(lengths), dim=1):
+    idx, rolling = padded(contexts).to(device), cache is not None and cache.rolling
+    for part in idx.split(model.config.block_size if rolling else size or max(lengths), dim=1):
+        if hidden is not None:
+            yield None
         counts = [min(n, part.shape[1]) for n in lengths]
         lengths = [n - c for n, c in zip(lengths, counts, strict=True)]
         # right padding: causality already hides it
@@ -268,7 +281,7 @@ def prefill(model, contexts, cache=None, memory=None, memory_mask=None):
         here = torch.tensor(counts, device=device)
         last = x[torch.arange(len(x), device=device), (here - 1).clamp(min=0)]
         hidden = last if hidden is None else torch.where(here[:, None] > 0, last, hidden)
-    return model.logits(hidden)
+    yield model.logits(hidden)
 
 
 @torch.inference_mode()
@@ -335,6 +348,18 @@ def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0,
     return ids.tolist(), drawn
 
 
+def penalise(logits, answers, presence=0.0, frequency=0.0):
+    """Logits (B, V) less OpenAI's two penalties: presence once for each token that is in the row's answer (lists of
+    ids), frequency as often as it is there."""
+    logits = logits.clone()  # the caller's stay as they are
+    for row, answer in zip(logits, answers, strict=True):
+        counts = Counter(answer)
+        ids = torch.tensor([*counts], dtype=torch.long, device=row.device)
+        times = torch.tensor([*counts.values()], dtype=row.dtype, device=row.device)
+        row[ids] -= presence + frequency * times
+    return logits
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # texts side by side
 
@@ -377,11 +402,11 @@ class Batch:
 
     A row may join while others are being continued; what is drawn for it does not depend on them. use_cache: False
     reads every context afresh at each step. rolling: use a RollingCache. sources: lists of ids for the encoder, which
-    Row.source indexes.
+    Row.source indexes. room: for how many new tokens a cache has memory at first; it grows. None: for all of them.
     """
 
-    def __init__(self, model, use_cache=True, rolling=False, sources=None):
-        self.model, self.use_cache, self.rolling = model, use_cache, rolling
+    def __init__(self, model, use_cache=True, rolling=False, sources=None, room=None):
+        self.model, self.use_cache, self.rolling, self.room = model, use_cache, rolling, room
         self.rows, self.cache, self.waiting = [], None, None
         self.memory = self.memory_mask = None
         if sources is not None:
@@ -390,14 +415,23 @@ class Batch:
             self.memory_mask = (torch.arange(lengths.max()) < lengths[:, None]).to(device)
             self.memory = model.encode(padded(sources).to(device), self.memory_mask)
 
-    @torch.inference_mode()
     def admit(self, rows, shared=1):
         """Reads the prompts of new rows, of which `shared` neighbours have the same; they join at the next `advance`.
         """
+        for _ in self.admit_in_parts(rows, shared):
+            pass
+
+    @torch.inference_mode()
+    def admit_in_parts(self, rows, shared=1, size=0):
+        """As `admit`, size tokens of each prompt at a time: a generator that yields between two parts, so that other
+        rows can advance while a long prompt is read."""
         if not self.rolling:
             for row in rows:
                 row.start = max(0, len(row.ids) - self.model.config.block_size)
-        logits, cache = self.read(rows[::shared])
+        cache, first = self.new_cache(rows[::shared]), rows[::shared]
+        for logits in prefill_in_parts(self.model, [row.context for row in first], cache, *self.seen(first), size):
+            if logits is None:
+                yield
         if shared > 1:
             copies = [i for i in range(len(rows) // shared) for _ in range(shared)]
             logits = logits[copies]
@@ -418,13 +452,18 @@ class Batch:
         if len(row.ids) - row.start > block:
             row.start = len(row.ids) - max(1, block * 3 // 4)
 
+    def new_cache(self, rows):
+        """An empty cache for rows, or None."""
+        config, device = self.model.config, self.model.tok_emb.weight.device
+        if self.rolling:
+            return RollingCache(config, len(rows), device)
+        longest = max(row.length if self.room is None else min(row.length, len(row.context) + self.room)
+                      for row in rows)
+        return KVCache(config, len(rows), min(config.block_size, longest), device) if self.use_cache else None
+
     def read(self, rows):
         """One pass over the contexts of rows -> logits (B, V) and their cache."""
-        config, device, cache = self.model.config, self.model.tok_emb.weight.device, None
-        if self.rolling:
-            cache = RollingCache(config, len(rows), device)
-        elif self.use_cache:
-            cache = KVCache(config, len(rows), min(config.block_size, max(row.length for row in rows)), device)
+        cache = self.new_cache(rows)
         return prefill(self.model, [row.context for row in rows], cache, *self.seen(rows)), cache
 
     def seen(self, rows):

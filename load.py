@@ -25,6 +25,7 @@ import torch
 
 import lora
 from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, known, read_json, reason_of, unwrapped
+from generate import pack
 from lora import LoRAConfig
 from model import GPT, GPTConfig, check_tensors, on_meta
 from preparation import check_sha256
@@ -250,6 +251,17 @@ def fetch_smollm2():
 
 NO_SCORER = '{} is not a reward model: give a run of reward.py'
 NO_WRITER = '{} is a reward model, which scores answers and writes none: give a model that does'
+
+
+def load_to_generate(init_from, device, dtype='auto', quant='auto', **overrides):
+    """As `load_model`, ready to generate on a device and fit for nothing else; dtype, quant: as in sample.py."""
+    if device == 'cpu':
+        runtime.keep_freed_memory()  # or a stream's buffers, of one size after the other, would scatter over the heap
+    model, tokenizer = load_model(init_from, **overrides)
+    with runtime.user_errors(init_from):
+        how = runtime.pick_quant(quant, dtype, device, model.num_params())
+        model = pack(model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval(), how)
+    return model, tokenizer
 
 
 def load_model(init_from, scores=False, **overrides):

@@ -281,6 +281,16 @@ def _messages(messages, row, key='messages', answer=True):
     return found
 
 
+def read_request(values):
+    """What a client asks a server: {"messages": …, "tools": …, "chat_template_kwargs": …} -> messages, as in a row of
+    `read_chats`, but whoever's the last one is."""
+    row = Row(values)
+    messages = row.take('messages')
+    if not isinstance(messages, list) or not messages:
+        raise UserError('"messages" must be a list of at least one {"role": "…", "content": "…"}')
+    return _with_variables(row, _messages(messages, row, answer=False))
+
+
 def _part(row, role, *names):
     """What a row has under a key: a list of messages, one message, or the text of one of this role -> messages."""
     value = row.take(*names)

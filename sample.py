@@ -30,9 +30,9 @@ import runtime
 
 import torch
 
-from generate import generate, pack, stream
+from generate import generate, stream
 from grade import final_answers, majority
-from load import load_model
+from load import load_to_generate
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
@@ -80,17 +80,6 @@ def read_text(key, text):
     if not text:
         raise UserError(f'{where} is empty: give some text, such as --{key}="ROMEO:"')
     return text
-
-
-def load(path, device, **overrides):
-    """A model ready for generation, with fields of its config overridden, and its tokenizer."""
-    if device == 'cpu':
-        runtime.keep_freed_memory()  # or a stream's buffers, of one size after the other, would scatter over the heap
-    model, tokenizer = load_model(path, **overrides)
-    with runtime.user_errors(path):
-        how = runtime.pick_quant(quant, dtype, device, model.num_params())
-        model = pack(model.to(device, runtime.pick_dtype(dtype, device, model.num_params())[1]).eval(), how)
-    return model, tokenizer
 
 
 def stops(tokenizer):
@@ -332,7 +321,7 @@ def main():
     check_knobs(talk)
     system = read_text('system', system) if system else ''
     text = None if talk else read_text('source', source) if source else read_text('start', start)
-    model, tokenizer = load(init_from, runtime.pick_device(device), **given)
+    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, **given)
     if (model.config.n_encoder_layer > 0) != bool(source):
         raise UserError(f'{init_from} has ' + ('no encoder that could read --source: drop it' if source else
                                                'an encoder: give it something to read, --source=TEXT'))

@@ -11449,7 +11449,7 @@ def test_10_5_the_command_line_goes_both_ways(tmp_path, monkeypatch):
         assert same.encode('abc') == tokenizer.encode('abc')
         own = ours.state_dict()
         assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
-        assert sample.load(str(path), 'cpu')[1].encode('abc') == tokenizer.encode('abc')
+        assert load.load_to_generate(str(path), 'cpu')[1].encode('abc') == tokenizer.encode('abc')
     for args, words in (((tmp_path / 'run', tmp_path / 'exported'), 'not empty'),
                         ((tmp_path / 'no', tmp_path / 'x'), 'no such'), (('smolm2', tmp_path / 'x'), 'smollm2')):
         with pytest.raises(UserError, match=words):

@@ -1,0 +1,836 @@
+"""
+Serve a model: OpenAI's API for programs, and a page to talk to it for people.
+
+    python serve.py --init_from=out/sft                     a run, a Hugging Face directory, a .gguf file, smollm2 …
+    python serve.py --init_from=smollm2 --port=8001 --max_rows=8
+    python serve.py --init_from=out/sft --host=0.0.0.0 --api_key=SECRET            for other machines, too
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+
+/v1/models, /v1/chat/completions and /v1/completions have the shapes of OpenAI's API, whole or streamed (SSE), so its
+Python client works: OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none'). Beside its fields: top_k, min_p,
+repetition_penalty, and chat_template_kwargs for the chat template. A field that would change the answer and is not
+supported is refused. <think>…</think> comes as "reasoning_content", and where "tools" are given,
+<tool_call>{"name": …, "arguments": …}</tool_call> as "tool_calls".
+
+Requests are continued side by side: one thread owns the model (`Engine`), and before each step of all rows, new ones
+join and those that are done leave (iteration-level scheduling: Orca, OSDI 2022, Yu et al.). A long prompt is read in
+parts, between which the others advance (chunked prefill, arXiv:2308.16369).
+"""
+import asyncio
+import hmac
+import itertools
+import json
+import re
+import socket
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import runtime
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from generate import Batch, Row, check_prompts, penalise, sample, uniforms
+from load import load_to_generate
+from model import GPTConfig
+from rollout import forcing
+from rows import read_request
+from tokenizer import UserError
+
+init_from = 'out/sft'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
+model_name = ''  # what the API calls the model; empty: init_from
+host = '127.0.0.1'  # of this machine alone; another address, such as 0.0.0.0, needs api_key
+port = 8000  # 0 = any that is free
+api_key = ''  # what clients must send: Authorization: Bearer KEY
+max_rows = 16  # answers that are continued side by side
+max_queue = 64  # answers that may wait for their turn; more are refused with status 429
+tools = False  # the calculator answers <tool>…</tool>
+max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
+device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
+quant = 'auto'  # on a CPU: weights in 16 bits ('fp16') or 8 ('int8'); '' = as in dtype, auto = as is fast and exact
+
+PART = 256  # tokens of prompts that are read between two steps of the other rows
+ROOM = 256  # new tokens that a cache has memory for at first
+MAX_BODY = 8 << 20  # bytes of a request
+GRACE = 1.5  # seconds that Ctrl-C leaves to running answers
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a client may ask for
+
+
+class Refused(Exception):
+    """An error in OpenAI's shape."""
+
+    def __init__(self, message, status=400, param=None, code=None):
+        super().__init__(message)
+        kind = {401: 'authentication_error', 429: 'rate_limit_error'}.get(status, 'invalid_request_error')
+        self.status = status
+        self.body = {'error': {'message': message, 'type': 'server_error' if status >= 500 else kind, 'param': param,
+                               'code': code}}
+
+
+class Number(NamedTuple):
+    """A field that is a number from low to high; whole: an integer."""
+    low: float
+    high: float
+    default: float
+    whole: bool = False
+
+
+WHOLE = 1 << 53
+SAMPLING = {'temperature': Number(0, 2, 1.0), 'top_k': Number(0, WHOLE, 0, True), 'top_p': Number(1e-9, 1, 1.0),
+            'min_p': Number(0, 1, 0.0), 'repetition_penalty': Number(1e-3, 1e3, 1.0)}
+PENALTIES = {'presence_penalty': Number(-2, 2, 0.0), 'frequency_penalty': Number(-2, 2, 0.0)}
+COUNTS = {'n': Number(1, WHOLE, 1, True), 'max_tokens': Number(1, WHOLE, None, True),
+          'max_completion_tokens': Number(1, WHOLE, None, True), 'seed': Number(-WHOLE, WHOLE, None, True)}
+# fields with the only values that are supported; fields that change no answer
+ONLY = {'response_format': ({'type': 'text'},), 'modalities': (['text'],), 'tool_choice': ('auto', 'none'),
+        'echo': (False,), 'suffix': ('',), 'best_of': (1,), 'functions': ([],), 'function_call': ('auto', 'none'),
+        'parallel_tool_calls': (True,), 'store': (False,)}
+IGNORED = {'user', 'metadata', 'service_tier', 'safety_identifier', 'prompt_cache_key', 'stream_options', 'stream',
+           'model'}
+OWN = {'chat': {'messages', 'tools', 'chat_template_kwargs', 'logprobs', 'top_logprobs', 'stop', 'logit_bias'},
+       'text': {'prompt', 'logprobs', 'stop', 'logit_bias'}}
+MAX_STOPS, MAX_TOP = 16, 20
+
+
+class Options(NamedTuple):
+    """How the answers to a prompt are drawn."""
+    sampling: tuple  # the values of SAMPLING
+    penalties: tuple  # of PENALTIES
+    stop: tuple  # texts that end an answer
+    bias: dict  # {id: what is added to its logit}
+    top: int | None  # how many of the likeliest tokens are told beside each; None: no log-probabilities
+
+
+def number(body, name, kind):
+    """The value of a field that is a Number."""
+    value = body.get(name)
+    if value is None:
+        return kind.default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind.whole and value != value // 1:
+        raise Refused(f'{name!r} must be a {"whole " * kind.whole}number, not {value!r:.40}', param=name)
+    if not kind.low <= value <= kind.high:
+        raise Refused(f'{name!r} must be from {kind.low:g} to {kind.high:g}, not {value!r:.40}', param=name)
+    return int(value) if kind.whole else float(value)
+
+
+def truth(body, name):
+    value = body.get(name)
+    if not isinstance(value, bool | None):
+        raise Refused(f'{name!r} must be true or false, not {value!r:.40}', param=name)
+    return bool(value)
+
+
+def check_fields(body, shape):
+    """Refused for a field that is unknown, or not supported and given a value that would change the answer."""
+    known = {*ONLY, *SAMPLING, *PENALTIES, *COUNTS, *IGNORED, *OWN[shape]}
+    for name, value in body.items():
+        if name in ONLY and value is not None and value not in ONLY[name]:
+            raise Refused(f'{name!r} is not supported: leave it out', param=name)
+        if name not in known and value is not None:
+            raise Refused(f'unknown field {name!r:.60}', param=name)
+    usage = body.get('stream_options')
+    if not (usage is None or isinstance(usage, dict)):
+        raise Refused("'stream_options' must be an object", param='stream_options')
+
+
+def read_options(body, shape, n_vocab):
+    """The Options of a request's body."""
+    stop = body.get('stop')
+    stop = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
+        raise Refused(f"'stop' must be a text or a list of at most {MAX_STOPS} texts, none empty", param='stop')
+    bias = body.get('logit_bias') or {}
+    if not isinstance(bias, dict) or not all(
+            re.fullmatch('[0-9]{1,9}', key) and int(key) < n_vocab and type(value) in (int, float) and
+            -100 <= value <= 100 for key, value in bias.items()):
+        raise Refused("'logit_bias' must map ids of tokens to numbers from -100 to 100", param='logit_bias')
+    if shape == 'chat':
+        top = number(body, 'top_logprobs', Number(0, MAX_TOP, 0, True)) if truth(body, 'logprobs') else None
+        if top is None and body.get('top_logprobs'):
+            raise Refused("'top_logprobs' needs 'logprobs': true", param='top_logprobs')
+    else:
+        top = number(body, 'logprobs', Number(0, MAX_TOP, None, True))
+    return Options(tuple(number(body, name, kind) for name, kind in SAMPLING.items()),
+                   tuple(number(body, name, kind) for name, kind in PENALTIES.items()), tuple(stop),
+                   {int(key): value for key, value in bias.items()}, top)
+
+
+def read_prompts(body, tokenizer):
+    """The 'prompt' of a request for a text: a text, ids, or a list of either -> lists of ids."""
+    prompt = body.get('prompt')
+    if isinstance(prompt, str) or isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt or not all(
+            isinstance(p, str) or isinstance(p, list) and p and all(type(i) is int for i in p) for p in prompt):
+        raise Refused("'prompt' must be a text, a list of ids, or a list of these, none empty", param='prompt')
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    # of no text at all: what may follow the end of another
+    return [p if isinstance(p, list) else [*start, *tokenizer.encode(p)] or [tokenizer.eot] for p in prompt]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the text of an answer
+
+
+class Part(NamedTuple):
+    """Some of an answer's text. kind: 'content', 'reasoning_content', or 'call', whose text is {'name', 'arguments'}.
+    """
+    kind: str
+    text: object
+
+
+class Text:
+    """The text of an answer as its tokens come: thoughts, calls of tools and the rest apart, up to a stop text.
+
+    What may be the beginning of a stop text or of a marker is held back until that is decided. thinking: whether the
+    prompt ends within a thought.
+    """
+
+    def __init__(self, tokenizer, stop=(), chat=False, calls=False, thinking=False):
+        self.decoder, self.stop, self.calls = tokenizer.stream(start=chat), stop, calls
+        self.kind, self.held = 'reasoning_content' if thinking else 'content', ''
+        self.may_think = chat and not thinking  # a thought comes first or not at all
+        self.skip_newlines = thinking  # which templates put around thoughts and calls
+        self.stopped = self.called = False
+
+    def push(self, token):
+        """The Parts that are complete with one more token."""
+        return self.feed(self.decoder.push(token))
+
+    def end(self):
+        """The Parts that are left."""
+        parts, left = self.feed(self.decoder.flush()), self.held
+        if self.kind == 'call':
+            self.kind, left = 'content', f'<tool_call>{left}'
+        self.held = ''
+        return parts + self.say(left)
+
+    def markers(self):
+        """What changes the kind of the text after it -> that kind."""
+        if self.kind == 'reasoning_content':
+            return {'</think>': 'content'}
+        if self.kind == 'call':
+            return {'</tool_call>': 'content'}
+        return {marker: kind for marker, kind, may in (('<think>', 'reasoning_content', self.may_think),
+                                                       ('<tool_call>', 'call', self.calls)) if may}
+
+    def feed(self, text):
+        self.held += text
+        parts = []
+        while not self.stopped:
+            markers = self.markers()
+            words = [*markers] if self.kind == 'call' else [*self.stop, *markers]
+            found = re.search('|'.join(map(re.escape, words)), self.held) if words else None
+            if found is None:
+                cut = 0 if self.kind == 'call' else len(self.held) - held_back(self.held, words)
+                before, self.held = self.held[:cut], self.held[cut:]
+                return parts + self.say(before)
+            before, self.held = self.held[:found.start()], self.held[found.end():]
+            parts += self.call(before) if self.kind == 'call' else self.say(before)
+            if found[0] in self.stop:
+                self.stopped, self.held = True, ''
+            else:
+                self.kind, self.skip_newlines = markers[found[0]], True
+        return parts
+
+    def say(self, text):
+        """A text of the kind that it is now -> its Parts."""
+        if self.skip_newlines:
+            text = text.lstrip('\n')
+        if not text:
+            return []
+        self.skip_newlines = False
+        self.may_think &= not text.strip()
+        return [Part(self.kind, text)]
+
+    def call(self, text):
+        """What stood in <tool_call>…</tool_call> -> its Parts: a call, or the text itself where it is none."""
+        try:
+            found = json.loads(text)
+            name, arguments = found['name'], found.get('arguments', found.get('parameters', {}))
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return [Part('content', f'<tool_call>{text}</tool_call>')]
+        self.called = True
+        return [Part('call', {'name': f'{name}', 'arguments': arguments})]
+
+
+def held_back(text, words):
+    """How many characters at the end of text may be the beginning of one of some words."""
+    longest = max(map(len, words), default=1) - 1
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(w.startswith(text[-n:]) for w in words)), 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the thread that owns the model
+
+
+class Piece(NamedTuple):
+    """What has come of an answer since the last Piece of it."""
+    index: int  # which of the answers to a request it is
+    parts: list  # Parts
+    tokens: list  # (id, log-probability, [(id, log-probability) of the likeliest]), where these are asked for
+    finish: str | None  # why it ended: 'stop', 'length', 'tool_calls'
+    length: int  # tokens of the answer so far
+
+
+@dataclass
+class Request:
+    """A prompt that is waiting for n answers. put: takes each Piece, or the Refused that ends it all."""
+    ids: list
+    n: int
+    max_new_tokens: int
+    options: Options
+    uniforms: list  # of each answer
+    text: object  # makes the Text of an answer
+    put: object
+    first: int = 0  # the index of its first answer
+    cancelled: bool = False
+
+
+@dataclass
+class Answer(Row):
+    """A row of the batch."""
+    request: Request = None
+    index: int = 0
+    text: Text = None
+    tokens: list = field(default_factory=list)  # of the next Piece
+
+
+class Engine:
+    """One thread that continues all answers side by side; the rest of the program hands it Requests."""
+
+    def __init__(self, model, tokenizer, rows, queue, force=None):
+        self.model, self.tokenizer, self.force = model, tokenizer, force
+        self.max_rows, self.max_queue = rows, queue
+        self.stop_ids = set(tokenizer.turn_ids)
+        self.batch = Batch(model, room=ROOM)
+        self.reading = None  # (a generator that reads prompts part by part, their Answers)
+        self.waiting, self.changed = deque(), threading.Condition()
+        self.news, self.loop = [], None  # what the event loop is to be told
+        self.closing = False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def submit(self, requests):
+        """Queues requests, all or none; Refused where there is no room."""
+        with self.changed:
+            if self.closing:
+                raise Refused('the server is stopping', 503)
+            if len(self.waiting) + len(requests) > self.max_queue:
+                raise Refused(f'{len(self.waiting)} requests are waiting already: try again later', 429,
+                              code='rate_limit_exceeded')
+            self.waiting += requests
+            self.changed.notify()
+
+    def cancel(self, requests):
+        """Forgets requests whose client has gone; their rows leave before the next step."""
+        with self.changed:
+            for request in requests:
+                request.cancelled = True
+            self.waiting = deque(request for request in self.waiting if not request.cancelled)
+
+    def close(self):
+        """Ends everything that is under way."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+
+    @property
+    def active(self):
+        return len(self.batch.rows) + (len(self.reading[1]) if self.reading else 0)
+
+    def run(self):
+        while not self.closing:
+            with self.changed:
+                while not (self.waiting or self.active or self.closing):
+                    self.changed.wait()
+            try:
+                self.read_prompts()
+                self.step()
+            except Exception as error:  # whatever it is, the next request is not to suffer from it
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
+                self.fail(Refused(f'the model failed: {error}'.split('\n')[0], 500))
+            self.tell()
+        self.fail(Refused('the server is stopping', 503))
+        self.tell()
+
+    def read_prompts(self):
+        """Begins to read the next prompts, if there are rows for them, or goes on with the next part of some."""
+        if self.reading is None:
+            rows, shared = self.next_rows()
+            if not rows:
+                return
+            self.reading = self.batch.admit_in_parts(rows, shared, PART), rows
+        parts, rows = self.reading
+        if all(row.request.cancelled for row in rows):
+            self.reading = None
+        elif next(parts, 'done') == 'done':
+            self.reading = None  # they are in the batch
+
+    def next_rows(self):
+        """Rows for the requests whose turn it is, and how many neighbours share a prompt: the next one's answers, or,
+        with one answer each, of as many as take one part together."""
+        with self.changed:
+            free, taken = self.max_rows - self.active, []
+            while self.waiting and self.waiting[0].n <= free:
+                both = [*taken, self.waiting[0]]
+                if taken and (any(request.n > 1 for request in both)
+                              or len(both) * max(len(request.ids) for request in both) > PART):
+                    break
+                taken.append(self.waiting.popleft())
+                free -= taken[-1].n
+        return [Answer(request.ids, request.max_new_tokens, request.uniforms[i], request=request,
+                       index=request.first + i, text=request.text())
+                for request in taken for i in range(request.n)], taken[0].n if taken else 1
+
+    def step(self):
+        """The next token of every row."""
+        batch = self.batch
+        for row in batch.rows:
+            row.done |= row.request.cancelled
+        batch.retire()
+        if not batch.rows and batch.waiting is None:
+            return
+        logits = batch.advance()
+        for i in (~logits.amax(-1).isfinite()).nonzero()[:, 0].tolist():  # one text of many may overflow 16 bits
+            self.refuse(batch.rows[i], Refused('the logits of the next token are not finite', 500))
+            logits[i] = 0
+        ids = self.draw(logits)
+        forced = [row.forced[0] if row.forced else None for row in batch.rows]
+        ids = [token if other is None else other for token, other in zip(ids, forced, strict=True)]
+        said = self.logprobs(logits, ids)
+        was_done = [row.done for row in batch.rows]
+        batch.append(ids, [0.0] * len(ids), self.stop_ids, self.force)
+        for row, token, info, done in zip(batch.rows, ids, said, was_done, strict=True):
+            if not done:
+                self.take(row, token, info)
+        batch.retire()
+
+    def draw(self, logits):
+        """A token for every row, drawn as its request wants it; rows that want the same are drawn for together."""
+        rows, alike, ids = self.batch.rows, {}, [0] * len(logits)
+        for i, row in enumerate(rows):
+            alike.setdefault(row.request.options.sampling, []).append(i)
+            for token, value in row.request.options.bias.items():
+                logits = logits.clone() if i == 0 else logits
+                logits[i, token] += value
+        for sampling, which in alike.items():
+            mine, part = [rows[i] for i in which], logits[which]
+            for penalties in {row.request.options.penalties for row in mine} - {(0.0, 0.0)}:
+                hit = [k for k, row in enumerate(mine) if row.request.options.penalties == penalties]
+                part[hit] = penalise(part[hit], [mine[k].answer for k in hit], *penalties)
+            u = torch.tensor([row.u for row in mine], device=logits.device)
+            drawn, _ = sample(part, [row.ids for row in mine], u, self.tokenizer.n_vocab, **dict(
+                zip(SAMPLING, sampling, strict=True)))
+            for i, token in zip(which, drawn, strict=True):
+                ids[i] = token
+        return ids
+
+    def logprobs(self, logits, ids):
+        """Of each row's new token: (its log-probability, [(id, log-probability) of the likeliest]), as the model has
+        them before any option of sampling; None where the request did not ask."""
+        out = [None] * len(ids)
+        for i, row in enumerate(self.batch.rows):
+            top = row.request.options.top
+            if top is not None:
+                logprobs = logits[i, :self.tokenizer.n_vocab].log_softmax(-1)
+                best = logprobs.topk(min(top, len(logprobs)))
+                out[i] = logprobs[ids[i]].item(), [*zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return out
+
+    def take(self, row, token, info):
+        """Tells what a row's new token adds to its text."""
+        ended = token in self.stop_ids
+        if info is not None and not ended:
+            row.tokens.append((token, *info))
+        parts = [] if ended else row.text.push(token)
+        finish = None
+        if row.done or row.text.stopped:
+            parts += row.text.end()
+            finish = 'stop' if ended or row.text.stopped else 'length'
+            finish = 'tool_calls' if row.text.called and ended else finish
+            row.done = True
+        if parts or finish:
+            self.news.append((row.request, Piece(row.index, parts, row.tokens, finish, len(row.answer))))
+            row.tokens = []
+
+    def refuse(self, row, why):
+        row.done = row.request.cancelled = True
+        self.news.append((row.request, why))
+
+    def fail(self, why):
+        """Ends every answer that is under way, and at the end those that wait."""
+        rows = self.batch.rows + (self.batch.waiting[0] if self.batch.waiting else []) + (
+            self.reading[1] if self.reading else [])
+        with self.changed:
+            requests = [row.request for row in rows] + [self.waiting.popleft() for _ in [*self.waiting] if self.closing]
+        self.news += [(request, why) for request in requests]
+        self.batch, self.reading = Batch(self.model, room=ROOM), None
+
+    def tell(self):
+        """Hands the event loop all that is new, in one call."""
+        news, self.news = self.news, []
+        if news and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(lambda: [request.put(item) for request, item in news])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# OpenAI's shapes
+
+
+class Reply:
+    """What a client is told of a request with some prompts: its id, and the shape of what comes."""
+
+    def __init__(self, shape, name, tokenizer, prompt_tokens):
+        self.chat, self.name, self.tokenizer, self.prompt_tokens = shape == 'chat', name, tokenizer, prompt_tokens
+        self.id = ('chatcmpl-' if self.chat else 'cmpl-') + uuid.uuid4().hex
+        self.created, self.lengths, self.calls, self.offsets = int(time.time()), {}, {}, {}
+
+    def around(self, choices, streamed, **more):
+        kind = ('chat.completion' if self.chat else 'text_completion') + '.chunk' * (streamed and self.chat)
+        return {'id': self.id, 'object': kind, 'created': self.created, 'model': self.name, 'choices': choices} | more
+
+    def usage(self):
+        said = sum(self.lengths.values())
+        return {'prompt_tokens': self.prompt_tokens, 'completion_tokens': said,
+                'total_tokens': self.prompt_tokens + said}
+
+    def choice(self, piece, streamed=True):
+        """A Piece, or all of an answer as one, in its shape."""
+        self.lengths[piece.index] = piece.length
+        texts = {kind: ''.join(part.text for part in piece.parts if part.kind == kind)
+                 for kind in ('content', 'reasoning_content')}
+        found = {'index': piece.index, 'finish_reason': piece.finish, 'logprobs': None}
+        if not self.chat:
+            return found | {'text': texts['content'], 'logprobs': self.text_logprobs(piece)}
+        calls = []
+        for part in piece.parts:
+            if part.kind == 'call':
+                number = self.calls[piece.index] = self.calls.get(piece.index, -1) + 1
+                calls.append({'id': f'call_{uuid.uuid4().hex[:24]}', 'type': 'function', 'function': part.text}
+                             | ({'index': number} if streamed else {}))
+        message = {kind: text for kind, text in texts.items() if text} | ({'tool_calls': calls} if calls else {})
+        if piece.tokens:
+            found['logprobs'] = {'content': [
+                self.token(i, logprob) | {'top_logprobs': [self.token(*other) for other in top]}
+                for i, logprob, top in piece.tokens], 'refusal': None}
+        if streamed:
+            return found | {'delta': message}
+        message = {'role': 'assistant', 'content': texts['content'] or ('' if not calls else None)} | message
+        return found | {'message': message | {'refusal': None}}
+
+    def token(self, i, logprob):
+        """A token and its log-probability in chats' shape."""
+        return {'token': self.tokenizer.decode([i], start=False), 'logprob': max(logprob, -9999.0),
+                'bytes': list(self.tokenizer.decode_bytes([i]))}
+
+    def text_logprobs(self, piece):
+        """The same in texts' shape."""
+        if not piece.tokens:
+            return None
+        spelled = [self.tokenizer.decode([i], start=False) for i, *_ in piece.tokens]
+        begin = self.offsets.get(piece.index, 0)
+        offsets = [*itertools.accumulate(map(len, spelled), initial=begin)]
+        self.offsets[piece.index] = offsets[-1]
+        return {'tokens': spelled, 'token_logprobs': [max(logprob, -9999.0) for _, logprob, _ in piece.tokens],
+                'top_logprobs': [{self.tokenizer.decode([i], start=False): max(value, -9999.0) for i, value in top}
+                                 for *_, top in piece.tokens], 'text_offset': offsets[:-1]}
+
+
+def merged(pieces):
+    """The Pieces of one answer -> one."""
+    parts = []
+    for part in (part for piece in pieces for part in piece.parts):
+        if parts and part.kind == parts[-1].kind != 'call':
+            parts[-1] = Part(part.kind, parts[-1].text + part.text)
+        else:
+            parts.append(part)
+    return pieces[-1]._replace(parts=parts, tokens=[token for piece in pieces for token in piece.tokens])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HTTP
+
+
+async def read_json(request):
+    """The object that a request's body holds."""
+    data = bytearray()
+    try:
+        async with asyncio.timeout(30):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_BODY:
+                    raise Refused(f'the body has more than {MAX_BODY:,} bytes', 413)
+    except TimeoutError:
+        raise Refused('the body took more than 30 s to come', 408) from None
+    try:
+        body = json.loads(data, parse_constant=lambda name: 1 / 0)
+    except (ValueError, RecursionError, ZeroDivisionError) as error:
+        raise Refused(f'the body is not JSON: {error}') from None
+    if not isinstance(body, dict):
+        raise Refused('the body must be a JSON object')
+    return body
+
+
+class Server:
+    """The endpoints around an Engine."""
+
+    def __init__(self, engine, name, secret=''):
+        self.engine, self.name, self.secret, self.began = engine, name, secret, int(time.time())
+        self.tokenizer, self.config = engine.tokenizer, engine.model.config
+        try:
+            self.chats = bool(self.tokenizer.chat)
+        except UserError as error:
+            self.chats, self.no_chats = False, f'{error}'
+
+    def allow(self, request):
+        """Refused for a request without the key, and for one that another site's page sends from a browser."""
+        given = request.headers.get('authorization', '')
+        if self.secret and not hmac.compare_digest(given.encode(), f'Bearer {self.secret}'.encode()):
+            raise Refused('wrong or no API key: send the header Authorization: Bearer KEY', 401, code='invalid_api_key')
+        origin = request.headers.get('origin')
+        if origin and urlsplit(origin).netloc != request.headers.get('host'):
+            raise Refused(f'a page of {origin:.100} may not use this server', 403)
+
+    async def models(self, request):
+        self.allow(request)
+        known = {'id': self.name, 'object': 'model', 'created': self.began, 'owned_by': 'flatgpt',
+                 'parameters': self.engine.model.num_params(), 'context': self.config.block_size, 'chat': self.chats}
+        name = request.path_params.get('name')
+        if name not in (None, self.name):
+            raise no_model(name, self.name)
+        return answer(known if name else {'object': 'list', 'data': [known]})
+
+    async def health(self, request):
+        engine = self.engine
+        return answer({'status': 'stopping' if engine.closing else 'ok', 'rows': engine.active,
+                       'waiting': len(engine.waiting)})
+
+    async def chat(self, request):
+        return await self.complete(request, 'chat')
+
+    async def text(self, request):
+        return await self.complete(request, 'text')
+
+    async def complete(self, request, shape):
+        """The answers to a request, whole or as they come."""
+        self.allow(request)
+        body = await read_json(request)
+        check_fields(body, shape)
+        if body.get('model') not in (None, self.name):
+            raise no_model(body['model'], self.name)
+        streamed, news = truth(body, 'stream'), asyncio.Queue()
+        # in a thread of its own: a long text takes a while
+        requests = await asyncio.to_thread(self.requests, body, shape, news.put_nowait)
+        reply = Reply(shape, self.name, self.tokenizer, sum(len(r.ids) for r in requests))
+        self.engine.submit(requests)
+        if streamed:
+            usage = (body.get('stream_options') or {}).get('include_usage')
+            return EventStream(self.events(requests, news, reply, usage), lambda: self.engine.cancel(requests))
+        return await self.whole(request, requests, news, reply)
+
+    def requests(self, body, shape, put):
+        """The Requests of a body, one for each prompt; Refused for one that the model cannot have."""
+        options, n = read_options(body, shape, self.tokenizer.n_vocab), number(body, 'n', COUNTS['n'])
+        calls, thinking, block = False, False, self.config.block_size
+        try:
+            if shape == 'chat':
+                if not self.chats:
+                    raise Refused(f'{self.no_chats}; /v1/completions continues texts')
+                hidden = {'tools'} if body.get('tool_choice') == 'none' else set()
+                asked = {'messages', 'tools', 'chat_template_kwargs'} - hidden
+                messages = read_request({key: body.get(key) for key in asked})
+                calls = 'tools' in messages[0].get('variables', {})
+                ids, _ = self.tokenizer.chat_ids(messages, generate=True, calls=False)
+                prompts, thinking = [ids], self.tokenizer.decode(ids[-16:]).rstrip().endswith('<think>')
+            else:
+                prompts = read_prompts(body, self.tokenizer)
+            check_prompts(prompts, self.config)
+        except ValueError as error:  # a UserError is one
+            raise Refused(f'{error}', param='messages' if shape == 'chat' else 'prompt') from None
+        if n > self.engine.max_rows or n * len(prompts) > self.engine.max_queue:
+            raise Refused(f'{n} answers to {len(prompts)} prompts are more than this server takes at once', param='n')
+        longest = max(map(len, prompts))
+        if longest >= block:
+            raise Refused(f'the prompt has {longest} tokens, and the context of this model ends at {block}: shorten it',
+                          param='messages' if shape == 'chat' else 'prompt', code='context_length_exceeded')
+        most = number(body, 'max_completion_tokens', COUNTS['max_completion_tokens'])
+        most = most or number(body, 'max_tokens', COUNTS['max_tokens']) or (block if shape == 'chat' else 16)
+        steps = [min(most, block - len(ids)) for ids in prompts]
+        draws = uniforms(number(body, 'seed', COUNTS['seed']), len(prompts), n, max(steps))
+
+        def text():
+            return Text(self.tokenizer, options.stop, shape == 'chat', calls, thinking)
+        return [Request(ids, n, steps[i], options, draws[i * n:i * n + n], text, put, first=i * n)
+                for i, ids in enumerate(prompts)]
+
+    async def events(self, requests, news, reply, usage):
+        """The lines of a stream."""
+        left, begun = sum(request.n for request in requests), set()
+        while left:
+            try:
+                piece = await asyncio.wait_for(news.get(), 15)
+            except TimeoutError:
+                yield ': waiting\n\n'  # or a proxy would close the connection
+                continue
+            if isinstance(piece, Refused):
+                yield f'data: {json.dumps(piece.body)}\n\n'
+                return
+            choice = reply.choice(piece)
+            if reply.chat and piece.index not in begun:
+                begun.add(piece.index)
+                choice['delta'] = {'role': 'assistant', 'content': ''} | choice['delta']
+            left -= piece.finish is not None
+            yield f'data: {json.dumps(reply.around([choice], True))}\n\n'
+        if usage:
+            yield f'data: {json.dumps(reply.around([], True, usage=reply.usage()))}\n\n'
+        yield 'data: [DONE]\n\n'
+
+    async def whole(self, request, requests, news, reply):
+        """The one answer with everything, or nothing, if the client goes away before."""
+        async def gone():
+            while (await request.receive())['type'] != 'http.disconnect':
+                pass
+
+        async def collect():
+            pieces, left = {}, sum(request.n for request in requests)
+            while left:
+                piece = await news.get()
+                if isinstance(piece, Refused):
+                    raise piece
+                pieces.setdefault(piece.index, []).append(piece)
+                left -= piece.finish is not None
+            choices = [reply.choice(merged(pieces[i]), streamed=False) for i in sorted(pieces)]
+            return answer(reply.around(choices, False, usage=reply.usage()))
+
+        tasks = [asyncio.ensure_future(task) for task in (collect(), gone())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return tasks[0].result() if tasks[0].done() else answer({}, 499)
+        finally:
+            self.engine.cancel(requests)
+            for task in tasks:
+                task.cancel()
+
+    async def page(self, request):
+        headers = {'content-security-policy': "default-src 'none'; script-src 'unsafe-inline'; style-src "
+                                              "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+                                              "form-action 'none'; frame-ancestors 'none'"}
+        return HTMLResponse((Path(__file__).parent / 'serve.html').read_text(encoding='utf-8'), headers=headers)
+
+    async def openapi_error(self, request, error):
+        """An exception -> OpenAI's error object."""
+        if isinstance(error, HTTPException):
+            error = Refused(f'{request.method} {request.url.path:.100}: {error.detail}; see /v1/models, '
+                            '/v1/chat/completions, /v1/completions', error.status_code)
+        elif isinstance(error, ClientDisconnect):
+            error = Refused('the client has gone', 499)
+        elif not isinstance(error, Refused):
+            error = Refused(f'{type(error).__name__} in the server', 500)
+        return answer(error.body, error.status, {'retry-after': '1'} if error.status in (429, 503) else None)
+
+    def app(self):
+        @asynccontextmanager
+        async def lifespan(_):
+            self.engine.loop = asyncio.get_running_loop()
+            self.engine.thread.start()
+            yield
+            self.engine.close()
+
+        routes = [Route('/', self.page), Route('/health', self.health), Route('/v1/models', self.models),
+                  Route('/v1/models/{name:path}', self.models),
+                  Route('/v1/chat/completions', self.chat, methods=['POST']),
+                  Route('/v1/completions', self.text, methods=['POST'])]
+        return Starlette(routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys(
+            (Refused, HTTPException, ClientDisconnect, Exception), self.openapi_error))
+
+
+def no_model(given, name):
+    return Refused(f'there is no model {given!r:.60} here, only {name!r}', 404, param='model', code='model_not_found')
+
+
+def answer(values, status=200, headers=None):
+    """JSON in ASCII: half a surrogate pair, which some client sent, has no UTF-8."""
+    return Response(json.dumps(values), status, headers, media_type='application/json')
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. gone: called at the end, however that comes."""
+
+    def __init__(self, events, gone):
+        super().__init__(events, media_type='text/event-stream',
+                         headers={'cache-control': 'no-cache', 'x-accel-buffering': 'no'})
+        self.gone = gone
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.gone()
+
+
+class Process(uvicorn.Server):
+    """uvicorn, which at Ctrl-C leaves a moment to running answers and then ends them."""
+
+    def __init__(self, config, engine):
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig, frame):
+        if not self.should_exit and self.engine.active:
+            print(f'\n{self.engine.active} answers are under way and have {GRACE:g} s to finish', flush=True)
+        if not self.should_exit:
+            threading.Timer(GRACE * bool(self.engine.active), self.engine.close).start()
+        super().handle_exit(sig, frame)
+
+
+def listen(address, number):
+    """A socket that is bound to an address."""
+    try:
+        return socket.create_server((address, number), family=socket.AF_INET6 if ':' in address else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(f'host={address} port={number}: {getattr(error, "strerror", None) or error}: give another '
+                        '--port, or 0 for any that is free') from None
+
+
+def main():
+    _, given = runtime.configure(globals(), GPTConfig)
+    if max_rows < 1 or max_queue < 1 or max_think_tokens < 0:
+        raise UserError('max_rows and max_queue must be >= 1, max_think_tokens >= 0')
+    if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:
+        raise UserError(f'host={host} lets other machines in: give --api_key=SECRET, which they must send')
+    listener = listen(host, port)  # before the model is read, which takes a while
+    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, **given)
+    if model.config.n_encoder_layer or not model.config.causal:
+        raise UserError(f'{init_from} is an encoder or has one: sample.py --source=TEXT talks to it')
+    engine = Engine(model, tokenizer, max_rows, max_queue, forcing(tokenizer, tools, max_think_tokens))
+    server = Server(engine, model_name or init_from, api_key)
+    app = server.app()
+    config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=75, timeout_graceful_shutdown=2)
+    at = f'http://{"[::1]" if ":" in host else host}:{listener.getsockname()[1]}'
+    print(f'{init_from}, {model.num_params():,} parameters: talk to it at {at}, programs at {at}/v1; Ctrl-C ends',
+          flush=True)
+    Process(config, engine).run(sockets=[listener])
+
+
+if __name__ == '__main__':
+    runtime.cli(main)
