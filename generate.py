@@ -94,6 +94,13 @@ class KVCache:
         self.source = {layer: kv[:, rows] for layer, kv in self.source.items()}
         self.lengths = [self.lengths[r] for r in rows]
 
+    def part(self, row, length):
+        """A copy of the first tokens of one row, as a cache of its own."""
+        one = KVCache(self.config, 1, length, self.device)
+        one.layers = [[x[row:row + 1, :, :length].clone() for x in stored] for stored in self.layers]
+        one.lengths = [length]
+        return one
+
     def reserve(self, capacity):
         """Makes room for so many tokens a row."""
         if capacity > self.capacity:
@@ -422,14 +429,16 @@ class Batch:
             pass
 
     @torch.inference_mode()
-    def admit_in_parts(self, rows, shared=1, size=0):
+    def admit_in_parts(self, rows, shared=1, size=0, cache=None):
         """As `admit`, size tokens of each prompt at a time: a generator that yields between two parts, so that other
-        rows can advance while a long prompt is read."""
+        rows can advance while a long prompt is read. cache: holds the beginning of the one prompt (`KVCache.part`)."""
         if not self.rolling:
             for row in rows:
                 row.start = max(0, len(row.ids) - self.model.config.block_size)
-        cache, first = self.new_cache(rows[::shared]), rows[::shared]
-        for logits in prefill_in_parts(self.model, [row.context for row in first], cache, *self.seen(first), size):
+        first, known = rows[::shared], cache.lengths[0] if cache else 0
+        cache = cache or self.new_cache(first)
+        contexts = [row.context[known:] for row in first]
+        for logits in prefill_in_parts(self.model, contexts, cache, *self.seen(first), size):
             if logits is None:
                 yield
         if shared > 1:

@@ -58,6 +58,7 @@ host = '127.0.0.1'  # of this machine alone; another address, such as 0.0.0.0, n
 port = 8000  # 0 = any that is free
 api_key = ''  # what clients must send: Authorization: Bearer KEY
 max_rows = 16  # answers that are continued side by side
+max_kept = 8192  # tokens whose keys and values are kept after an answer, for the next turn of its chat; 0 = none
 max_queue = 64  # answers that may wait for their turn; more are refused with status 429
 tools = False  # the calculator answers <tool>…</tool>
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
@@ -294,15 +295,16 @@ class Piece(NamedTuple):
 
 @dataclass
 class Request:
-    """A prompt that is waiting for n answers. put: takes each Piece, or the Refused that ends it all."""
+    """A prompt that is waiting for n answers."""
     ids: list
     n: int
     max_new_tokens: int
     options: Options
     uniforms: list  # of each answer
     text: object  # makes the Text of an answer
-    put: object
+    put: object  # takes each Piece, or the Refused that ends it all
     first: int = 0  # the index of its first answer
+    cached: int = 0  # tokens of the prompt that were known
     cancelled: bool = False
 
 
@@ -318,16 +320,19 @@ class Answer(Row):
 class Engine:
     """One thread that continues all answers side by side; the rest of the program hands it Requests."""
 
-    def __init__(self, model, tokenizer, rows, queue, force=None):
+    def __init__(self, model, tokenizer, rows=16, queue=64, keep=8192, force=None):
         self.model, self.tokenizer, self.force = model, tokenizer, force
-        self.max_rows, self.max_queue = rows, queue
+        self.max_rows, self.max_queue, self.max_kept = rows, queue, keep
         self.stop_ids = set(tokenizer.turn_ids)
         self.batch = Batch(model, room=ROOM)
         self.reading = None  # (a generator that reads prompts part by part, their Answers)
+        self.kept = []  # (ids, the cache that holds them) of answers that have ended, the last used last
         self.waiting, self.changed = deque(), threading.Condition()
         self.news, self.loop = [], None  # what the event loop is to be told
         self.closing = False
         self.thread = threading.Thread(target=self.run, daemon=True)
+
+    # called by the event loop's thread
 
     def submit(self, requests):
         """Queues requests, all or none; Refused where there is no room."""
@@ -357,6 +362,8 @@ class Engine:
     def active(self):
         return len(self.batch.rows) + (len(self.reading[1]) if self.reading else 0)
 
+    # the thread
+
     def run(self):
         while not self.closing:
             with self.changed:
@@ -370,121 +377,151 @@ class Engine:
                     traceback.print_exc()
                 self.fail(Refused(f'the model failed: {error}'.split('\n')[0], 500))
             self.tell()
+        if self.active:
+            print(f'answers that were cut off: {self.active}', flush=True)
         self.fail(Refused('the server is stopping', 503))
         self.tell()
 
     def read_prompts(self):
-        """Begins to read the next prompts, if there are rows for them, or goes on with the next part of some."""
-        if self.reading is None:
-            rows, shared = self.next_rows()
-            if not rows:
-                return
-            self.reading = self.batch.admit_in_parts(rows, shared, PART), rows
-        parts, rows = self.reading
-        if all(row.request.cancelled for row in rows):
-            self.reading = None
-        elif next(parts, 'done') == 'done':
-            self.reading = None  # they are in the batch
+        """Reads about PART tokens of the next prompts for which there are rows, perhaps in the midst of one."""
+        room = PART
+        while room > 0:
+            if self.reading is None:
+                rows, shared, cache = self.next_rows()
+                if not rows:
+                    return
+                self.reading = self.batch.admit_in_parts(rows, shared, PART, cache), rows
+            parts, rows = self.reading
+            left = max(len(row.ids) - row.request.cached for row in rows) * len({id(row.request) for row in rows})
+            if all(row.request.cancelled for row in rows) or next(parts, 'read') == 'read':
+                self.reading = None  # they are in the batch, or nobody waits for them
+            room -= left
 
     def next_rows(self):
-        """Rows for the requests whose turn it is, and how many neighbours share a prompt: the next one's answers, or,
-        with one answer each, of as many as take one part together."""
+        """Rows for the requests whose turn it is, how many neighbours share a prompt, and a cache that holds the
+        beginning of the prompt, or None: those of the next request, or, if each wants one answer to an unknown prompt,
+        of as many as take one part together."""
         with self.changed:
             free, taken = self.max_rows - self.active, []
             while self.waiting and self.waiting[0].n <= free:
-                both = [*taken, self.waiting[0]]
-                if taken and (any(request.n > 1 for request in both)
-                              or len(both) * max(len(request.ids) for request in both) > PART):
+                request = self.waiting[0]
+                request.cached, source = self.known(request.ids)
+                longest = max(len(r.ids) for r in [*taken, request])
+                alone = request.n > 1 or request.cached
+                if taken and (alone or (len(taken) + 1) * longest > PART):
                     break
                 taken.append(self.waiting.popleft())
-                free -= taken[-1].n
-        return [Answer(request.ids, request.max_new_tokens, request.uniforms[i], request=request,
-                       index=request.first + i, text=request.text())
-                for request in taken for i in range(request.n)], taken[0].n if taken else 1
+                free -= request.n
+                if alone:
+                    break
+        rows = [Answer(request.ids, request.max_new_tokens, request.uniforms[i], request=request,
+                       index=request.first + i, text=request.text()) for request in taken for i in range(request.n)]
+        cached = taken[0].cached if taken else 0
+        return rows, taken[0].n if taken else 1, source.part(0, cached) if cached else None
 
+    def known(self, ids):
+        """How many of a prompt's first ids are in a cache that was kept, and that cache: of a chat, all but what its
+        last turn has brought."""
+        best, found = 0, None
+        for at, (known, _) in enumerate(self.kept):
+            same = next((i for i, (a, b) in enumerate(zip(ids[:-1], known, strict=False)) if a != b),
+                        min(len(ids) - 1, len(known)))
+            if same > best:
+                best, found = same, at
+        if best < 64:  # reading these takes no time, together with others
+            return 0, None
+        self.kept.append(self.kept.pop(found))
+        return best, self.kept[-1][1]
+
+    def keep(self, number, row):
+        """Keeps what the cache holds of a row that has ended, in place of what was kept of its beginning."""
+        length = self.batch.cache.lengths[number] if self.batch.cache else 0
+        ids = row.ids[:length]
+        if row.start or not 0 < length <= self.max_kept:
+            return
+        self.kept = [(known, cache) for known, cache in self.kept if known != ids[:len(known)]]
+        self.kept.append((ids, self.batch.cache.part(number, length)))
+        while sum(len(known) for known, _ in self.kept) > self.max_kept:
+            self.kept.pop(0)
+
+    @torch.inference_mode()
     def step(self):
         """The next token of every row."""
         batch = self.batch
         for row in batch.rows:
             row.done |= row.request.cancelled
-        batch.retire()
+        self.retire()
         if not batch.rows and batch.waiting is None:
             return
         logits = batch.advance()
         for i in (~logits.amax(-1).isfinite()).nonzero()[:, 0].tolist():  # one text of many may overflow 16 bits
-            self.refuse(batch.rows[i], Refused('the logits of the next token are not finite', 500))
-            logits[i] = 0
-        ids = self.draw(logits)
-        forced = [row.forced[0] if row.forced else None for row in batch.rows]
-        ids = [token if other is None else other for token, other in zip(ids, forced, strict=True)]
-        said = self.logprobs(logits, ids)
-        was_done = [row.done for row in batch.rows]
+            row, logits[i] = batch.rows[i], 0
+            row.done = row.request.cancelled = True
+            self.news.append((row.request, Refused('the logits of the next token are not finite', 500)))
+        ids = [row.forced[0] if row.forced else token for row, token in zip(batch.rows, self.draw(logits), strict=True)]
+        new = [(row, token, self.logprobs(row, logits[i], token)) for i, (row, token) in enumerate(
+            zip(batch.rows, ids, strict=True)) if not row.done]
         batch.append(ids, [0.0] * len(ids), self.stop_ids, self.force)
-        for row, token, info, done in zip(batch.rows, ids, said, was_done, strict=True):
-            if not done:
-                self.take(row, token, info)
-        batch.retire()
+        for row, token, logprobs in new:
+            self.take(row, token, logprobs)
+        self.retire()
+
+    def retire(self):
+        for number, row in enumerate(self.batch.rows):
+            if row.done:
+                self.keep(number, row)
+        self.batch.retire()
 
     def draw(self, logits):
-        """A token for every row, drawn as its request wants it; rows that want the same are drawn for together."""
+        """A token for every row, drawn as its request wants it; for those that want the same in one go."""
         rows, alike, ids = self.batch.rows, {}, [0] * len(logits)
         for i, row in enumerate(rows):
-            alike.setdefault(row.request.options.sampling, []).append(i)
-            for token, value in row.request.options.bias.items():
-                logits = logits.clone() if i == 0 else logits
-                logits[i, token] += value
-        for sampling, which in alike.items():
-            mine, part = [rows[i] for i in which], logits[which]
-            for penalties in {row.request.options.penalties for row in mine} - {(0.0, 0.0)}:
-                hit = [k for k, row in enumerate(mine) if row.request.options.penalties == penalties]
-                part[hit] = penalise(part[hit], [mine[k].answer for k in hit], *penalties)
+            alike.setdefault((row.request.options.sampling, row.request.options.penalties), []).append(i)
+        for (sampling, penalties), which in alike.items():
+            mine, wanted = [rows[i] for i in which], logits[which]  # a copy
+            if any(penalties):
+                wanted = penalise(wanted, [row.answer for row in mine], *penalties)
+            for row, line in zip(mine, wanted, strict=True):
+                for token, value in row.request.options.bias.items():
+                    line[token] += value
             u = torch.tensor([row.u for row in mine], device=logits.device)
-            drawn, _ = sample(part, [row.ids for row in mine], u, self.tokenizer.n_vocab, **dict(
-                zip(SAMPLING, sampling, strict=True)))
+            options = dict(zip(SAMPLING, sampling, strict=True))
+            drawn, _ = sample(wanted, [row.ids for row in mine], u, self.tokenizer.n_vocab, **options)
             for i, token in zip(which, drawn, strict=True):
                 ids[i] = token
         return ids
 
-    def logprobs(self, logits, ids):
-        """Of each row's new token: (its log-probability, [(id, log-probability) of the likeliest]), as the model has
-        them before any option of sampling; None where the request did not ask."""
-        out = [None] * len(ids)
-        for i, row in enumerate(self.batch.rows):
-            top = row.request.options.top
-            if top is not None:
-                logprobs = logits[i, :self.tokenizer.n_vocab].log_softmax(-1)
-                best = logprobs.topk(min(top, len(logprobs)))
-                out[i] = logprobs[ids[i]].item(), [*zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        return out
+    def logprobs(self, row, logits, token):
+        """(The log-probability of a row's next token, [(id, log-probability) of the likeliest]) as the model has them,
+        before any option of sampling; None where the request did not ask."""
+        top = row.request.options.top
+        if top is None:
+            return None
+        logprobs = logits[:self.tokenizer.n_vocab].log_softmax(-1)
+        best = logprobs.topk(min(top, len(logprobs)))
+        return logprobs[token].item(), [*zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
-    def take(self, row, token, info):
+    def take(self, row, token, logprobs):
         """Tells what a row's new token adds to its text."""
         ended = token in self.stop_ids
-        if info is not None and not ended:
-            row.tokens.append((token, *info))
-        parts = [] if ended else row.text.push(token)
-        finish = None
+        if logprobs is not None and not ended:
+            row.tokens.append((token, *logprobs))
+        parts, finish = [] if ended else row.text.push(token), None
         if row.done or row.text.stopped:
-            parts += row.text.end()
-            finish = 'stop' if ended or row.text.stopped else 'length'
-            finish = 'tool_calls' if row.text.called and ended else finish
-            row.done = True
+            parts, row.done = parts + row.text.end(), True
+            finish = 'tool_calls' if ended and row.text.called else 'stop' if ended or row.text.stopped else 'length'
         if parts or finish:
             self.news.append((row.request, Piece(row.index, parts, row.tokens, finish, len(row.answer))))
             row.tokens = []
 
-    def refuse(self, row, why):
-        row.done = row.request.cancelled = True
-        self.news.append((row.request, why))
-
     def fail(self, why):
-        """Ends every answer that is under way, and at the end those that wait."""
+        """Ends every answer that is under way, and where the server stops those that wait."""
         rows = self.batch.rows + (self.batch.waiting[0] if self.batch.waiting else []) + (
             self.reading[1] if self.reading else [])
         with self.changed:
             requests = [row.request for row in rows] + [self.waiting.popleft() for _ in [*self.waiting] if self.closing]
         self.news += [(request, why) for request in requests]
-        self.batch, self.reading = Batch(self.model, room=ROOM), None
+        self.batch, self.reading, self.kept = Batch(self.model, room=ROOM), None, []
 
     def tell(self):
         """Hands the event loop all that is new, in one call."""
@@ -500,8 +537,8 @@ class Engine:
 class Reply:
     """What a client is told of a request with some prompts: its id, and the shape of what comes."""
 
-    def __init__(self, shape, name, tokenizer, prompt_tokens):
-        self.chat, self.name, self.tokenizer, self.prompt_tokens = shape == 'chat', name, tokenizer, prompt_tokens
+    def __init__(self, shape, name, tokenizer, requests):
+        self.chat, self.name, self.tokenizer, self.requests = shape == 'chat', name, tokenizer, requests
         self.id = ('chatcmpl-' if self.chat else 'cmpl-') + uuid.uuid4().hex
         self.created, self.lengths, self.calls, self.offsets = int(time.time()), {}, {}, {}
 
@@ -511,8 +548,10 @@ class Reply:
 
     def usage(self):
         said = sum(self.lengths.values())
-        return {'prompt_tokens': self.prompt_tokens, 'completion_tokens': said,
-                'total_tokens': self.prompt_tokens + said}
+        read = sum(len(request.ids) for request in self.requests)
+        cached = sum(request.cached for request in self.requests)
+        return {'prompt_tokens': read, 'completion_tokens': said, 'total_tokens': read + said,
+                'prompt_tokens_details': {'cached_tokens': cached}}
 
     def choice(self, piece, streamed=True):
         """A Piece, or all of an answer as one, in its shape."""
@@ -641,7 +680,7 @@ class Server:
         streamed, news = truth(body, 'stream'), asyncio.Queue()
         # in a thread of its own: a long text takes a while
         requests = await asyncio.to_thread(self.requests, body, shape, news.put_nowait)
-        reply = Reply(shape, self.name, self.tokenizer, sum(len(r.ids) for r in requests))
+        reply = Reply(shape, self.name, self.tokenizer, requests)
         self.engine.submit(requests)
         if streamed:
             usage = (body.get('stream_options') or {}).get('include_usage')
@@ -737,7 +776,7 @@ class Server:
                                               "form-action 'none'; frame-ancestors 'none'"}
         return HTMLResponse((Path(__file__).parent / 'serve.html').read_text(encoding='utf-8'), headers=headers)
 
-    async def openapi_error(self, request, error):
+    async def refuse(self, request, error):
         """An exception -> OpenAI's error object."""
         if isinstance(error, HTTPException):
             error = Refused(f'{request.method} {request.url.path:.100}: {error.detail}; see /v1/models, '
@@ -761,7 +800,7 @@ class Server:
                   Route('/v1/chat/completions', self.chat, methods=['POST']),
                   Route('/v1/completions', self.text, methods=['POST'])]
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys(
-            (Refused, HTTPException, ClientDisconnect, Exception), self.openapi_error))
+            (Refused, HTTPException, ClientDisconnect, Exception), self.refuse))
 
 
 def no_model(given, name):
@@ -799,7 +838,9 @@ class Process(uvicorn.Server):
         if not self.should_exit and self.engine.active:
             print(f'\n{self.engine.active} answers are under way and have {GRACE:g} s to finish', flush=True)
         if not self.should_exit:
-            threading.Timer(GRACE * bool(self.engine.active), self.engine.close).start()
+            timer = threading.Timer(GRACE * bool(self.engine.active), self.engine.close)
+            timer.daemon = True
+            timer.start()
         super().handle_exit(sig, frame)
 
 
@@ -814,15 +855,15 @@ def listen(address, number):
 
 def main():
     _, given = runtime.configure(globals(), GPTConfig)
-    if max_rows < 1 or max_queue < 1 or max_think_tokens < 0:
-        raise UserError('max_rows and max_queue must be >= 1, max_think_tokens >= 0')
+    if max_rows < 1 or max_queue < 1 or min(max_kept, max_think_tokens) < 0:
+        raise UserError('max_rows and max_queue must be >= 1, max_kept and max_think_tokens >= 0')
     if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:
         raise UserError(f'host={host} lets other machines in: give --api_key=SECRET, which they must send')
     listener = listen(host, port)  # before the model is read, which takes a while
-    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, **given)
+    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, even=True, **given)
     if model.config.n_encoder_layer or not model.config.causal:
         raise UserError(f'{init_from} is an encoder or has one: sample.py --source=TEXT talks to it')
-    engine = Engine(model, tokenizer, max_rows, max_queue, forcing(tokenizer, tools, max_think_tokens))
+    engine = Engine(model, tokenizer, max_rows, max_queue, max_kept, forcing(tokenizer, tools, max_think_tokens))
     server = Server(engine, model_name or init_from, api_key)
     app = server.app()
     config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=75, timeout_graceful_shutdown=2)
