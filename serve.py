@@ -22,6 +22,7 @@ import asyncio
 import hmac
 import itertools
 import json
+import os
 import re
 import socket
 import threading
@@ -207,6 +208,7 @@ class Text:
 
     def __init__(self, tokenizer, stop=(), chat=False, calls=False, thinking=False):
         self.decoder, self.stop, self.calls = tokenizer.stream(start=chat), stop, calls
+        self.unsaid = {*tokenizer.special.values()}  # which a client could not tell from text
         self.kind, self.held = 'reasoning_content' if thinking else 'content', ''
         self.may_think = chat and not thinking  # a thought comes first or not at all
         self.skip_newlines = thinking  # which templates put around thoughts and calls
@@ -214,7 +216,7 @@ class Text:
 
     def push(self, token):
         """The Parts that are complete with one more token."""
-        return self.feed(self.decoder.push(token))
+        return [] if token in self.unsaid else self.feed(self.decoder.push(token))
 
     def end(self):
         """The Parts that are left."""
@@ -234,7 +236,7 @@ class Text:
                                                        ('<tool_call>', 'call', self.calls)) if may}
 
     def feed(self, text):
-        self.held += text
+        self.held += '' if self.stopped else text
         parts = []
         while not self.stopped:
             markers = self.markers()
@@ -245,6 +247,9 @@ class Text:
                 before, self.held = self.held[:cut], self.held[cut:]
                 return parts + self.say(before)
             before, self.held = self.held[:found.start()], self.held[found.end():]
+            if found[0] == '<think>' and before.strip():  # no thought but text, as what comes before it shows
+                self.may_think, self.held = False, before + found[0] + self.held
+                continue
             parts += self.call(before) if self.kind == 'call' else self.say(before)
             if found[0] in self.stop:
                 self.stopped, self.held = True, ''
@@ -360,7 +365,13 @@ class Engine:
 
     @property
     def active(self):
-        return len(self.batch.rows) + (len(self.reading[1]) if self.reading else 0)
+        """How many answers are under way."""
+        return len(self.rows())
+
+    def rows(self):
+        """Those whose prompts are being read, too."""
+        joining, reading = self.batch.waiting, self.reading
+        return self.batch.rows + (joining[0] if joining else []) + (reading[1] if reading else [])
 
     # the thread
 
@@ -516,10 +527,8 @@ class Engine:
 
     def fail(self, why):
         """Ends every answer that is under way, and where the server stops those that wait."""
-        rows = self.batch.rows + (self.batch.waiting[0] if self.batch.waiting else []) + (
-            self.reading[1] if self.reading else [])
         with self.changed:
-            requests = [row.request for row in rows] + [self.waiting.popleft() for _ in [*self.waiting] if self.closing]
+            requests = [row.request for row in self.rows()] + [self.waiting.popleft() for _ in [*self.waiting] if self.closing]
         self.news += [(request, why) for request in requests]
         self.batch, self.reading, self.kept = Batch(self.model, room=ROOM), None, []
 
@@ -846,9 +855,17 @@ class Process(uvicorn.Server):
 
 def listen(address, number):
     """A socket that is bound to an address."""
+    # with the protocol named: else asyncio does not tell it to send small pieces at once, and each waits for 40 ms
+    listener = socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET, socket.SOCK_STREAM,
+                             socket.IPPROTO_TCP)
     try:
-        return socket.create_server((address, number), family=socket.AF_INET6 if ':' in address else socket.AF_INET)
+        if os.name != 'nt':  # where it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, number))
+        listener.listen(1024)
+        return listener
     except (OSError, OverflowError) as error:
+        listener.close()
         raise UserError(f'host={address} port={number}: {getattr(error, "strerror", None) or error}: give another '
                         '--port, or 0 for any that is free') from None
 

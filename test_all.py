@@ -27,6 +27,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import types
 import zipfile
 from collections import Counter, defaultdict
@@ -45,6 +47,7 @@ import runtime
 
 import gguf
 import numpy as np
+import openai
 import pytest
 import regex
 import requests
@@ -55,6 +58,7 @@ import torch
 import torch.distributed.run
 import torch.nn.functional as F
 import transformers
+import uvicorn
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,6 +85,7 @@ import reward
 import rollout
 import rows as rows_file
 import sample
+import serve as serve_file
 import tokenizer as tok
 import train
 from dataset import (
@@ -98,7 +103,7 @@ from lora import LoRAConfig, LoRALinear
 from model import GPT, Context, GPTConfig, LinearCrossEntropy, sinusoidal
 from preparation import fetch_url, write_dataset, write_rows
 from reward_model import ScoreConfig
-from rows import fraction_of, read_chats, read_prefs, read_prompts
+from rows import fraction_of, read_chats, read_prefs, read_prompts, read_request
 from tokenizer import SPECIALS, Tokenizer, UserError, bytes_tokenizer, get_tokenizer, train_bpe
 
 # Tests run side by side, a process each on a core; what a test starts reads the environment.
@@ -11509,3 +11514,542 @@ def test_10_5_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
     (tmp_path / 'hf/model.safetensors').write_bytes(b'0')
     status, _, err = run_stage('train', *args)
     assert status == 2 and 'model.safetensors' in err and err.count('\n') == 1
+
+
+# 10.6 a server
+
+@contextlib.contextmanager
+def serving(model=None, tokenizer=None, secret='', **options):
+    """A server on loopback, in threads of this process -> (its address, its Engine, the ids that greedy decoding makes
+    of a prompt alone)."""
+    tokenizer = tokenizer or bytes_tokenizer()
+    model = model or tiny(pos='rope', vocab_size=260, block_size=256)
+    engine = serve_file.Engine(model, tokenizer, **options)
+    app = serve_file.Server(engine, 'tiny', secret).app()
+    listener = serve_file.listen('127.0.0.1', 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level='critical', timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+
+    def alone(prompt, n, **more):
+        more = {'temperature': 0} | more
+        return model.generate([prompt], n, stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab, **more)
+    try:
+        yield f'http://127.0.0.1:{listener.getsockname()[1]}', engine, alone
+    finally:
+        engine.close()
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope='module')
+def served():
+    with serving() as found:
+        yield found
+
+
+def client(address, key='none'):
+    return openai.OpenAI(base_url=f'{address}/v1', api_key=key, max_retries=0)
+
+
+def post(address, path='chat/completions', **body):
+    return requests.post(f'{address}/v1/{path}', json=body, timeout=30)
+
+
+def idle(engine, seconds=10):
+    """Whether an Engine has nothing to do before these are over."""
+    until = time.monotonic() + seconds
+    while (engine.active or engine.waiting) and time.monotonic() < until:
+        time.sleep(0.01)
+    return not engine.active and not engine.waiting
+
+
+def shown(ids):
+    """The text of an answer of bytes."""
+    return bytes_tokenizer().decode([i for i in ids if i < 256])  # special tokens are no text
+
+
+HELLO = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Héllo 🙂'}]
+
+
+def test_10_6_openais_client_gets_what_generation_gives(served):
+    address, _, alone = served
+    openais = client(address)
+    model, = openais.models.list().data
+    assert (model.id, openais.models.retrieve('tiny').id) == ('tiny', 'tiny')
+    prompt = bytes_tokenizer().chat_ids(HELLO, generate=True)[0]
+    due, = alone(prompt, 20)
+    whole = openais.chat.completions.create(model='tiny', messages=HELLO, max_tokens=20, temperature=0)
+    assert whole.choices[0].message.content == shown(due)
+    assert whole.choices[0].finish_reason == ('length' if len(due) == 20 and due[-1] < 256 else 'stop')
+    usage = whole.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
+        len(prompt), len(due), len(prompt) + len(due))
+    chunks = [*openais.chat.completions.create(model='tiny', messages=HELLO, max_completion_tokens=20, temperature=0,
+                                               stream=True, stream_options={'include_usage': True})]
+    deltas = [choice.delta.content or '' for chunk in chunks for choice in chunk.choices]
+    assert ''.join(deltas) == shown(due) and len(deltas) > 5
+    assert chunks[0].choices[0].delta.role == 'assistant' and chunks[-2].choices[0].finish_reason == 'length'
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == len(due)
+    assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].object == 'chat.completion.chunk'
+
+    text = openais.completions.create(model='tiny', prompt='Once upon', max_tokens=9, temperature=0)
+    assert text.choices[0].text == shown(alone([*b'Once upon'], 9)[0])
+    assert openais.completions.create(model='tiny', prompt='x').usage.completion_tokens <= 16
+    both = openais.completions.create(model='tiny', prompt=['Once', [104, 105]], max_tokens=5, n=2, seed=3, top_p=0.9)
+    drawn = served[1].model.generate([[*b'Once'], [104, 105]], 5, num_samples=2, seed=3, top_p=0.9,
+                                     stop_ids=bytes_tokenizer().turn_ids, vocab_limit=260)
+    assert [choice.text for choice in both.choices] == [*map(shown, drawn)]
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+
+
+def test_10_6_answers_that_join_and_leave_are_those_that_each_would_get_alone(served):
+    """Greedy and drawn, of all lengths, more than there are rows, some with several answers."""
+    address, engine, alone = served
+    rng = random.Random(0)
+    asked = [dict(prompt=[rng.randrange(256) for _ in range(rng.choice((1, 3, 40, 150)))],
+                  max_tokens=rng.choice((1, 7, 40)), n=rng.choice((1, 1, 2)), seed=i,
+                  **rng.choice(({'temperature': 0}, {'temperature': 0.7, 'top_k': 9}, {'min_p': 0.1},
+                                {'repetition_penalty': 1.4}))) for i in range(28)]
+    answers = [None] * len(asked)
+
+    def ask(i):
+        time.sleep(0.02 * (i % 7))
+        answers[i] = post(address, 'completions', **asked[i]).json()
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    most = 0
+    while any(thread.is_alive() for thread in threads):
+        most = max(most, engine.active)
+        time.sleep(0.002)
+    assert 3 < most <= engine.max_rows
+    for request, answer in zip(asked, answers, strict=True):
+        options = {key: value for key, value in request.items() if key not in ('prompt', 'max_tokens', 'n')}
+        due = alone(request['prompt'], request['max_tokens'], num_samples=request['n'],
+                    **{'temperature': 1.0} | options)
+        assert [choice['text'] for choice in answer['choices']] == [*map(shown, due)]
+    assert idle(engine)
+
+
+@pytest.mark.parametrize('options', [{}, dict(window=16, n_sink=2), dict(pos='learned'), MOE], ids=str)
+def test_10_6_a_prompt_is_read_in_parts_while_others_advance(options, monkeypatch):
+    monkeypatch.setattr(serve_file, 'PART', 8)
+    model = tiny(**dict(pos='rope', vocab_size=260, block_size=128) | options)
+    engine, heard = serve_file.Engine(model, bytes_tokenizer()), []
+
+    def request(ids, n):
+        drawn = serve_file.Options((0, 0, 1.0, 0.0, 1.0), (0.0, 0.0), (), {}, None)
+        return serve_file.Request(ids, 1, n, drawn, [[0.5] * n], lambda: serve_file.Text(engine.tokenizer), None)
+    short, long = request([104], 30), request([*range(70)], 5)
+    long.put = lambda piece: heard.append('long')
+    engine.loop = types.SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=lambda call: call())
+    texts = []
+    short.put = lambda piece: (heard.append('short'), texts.append(''.join(part.text for part in piece.parts)))
+    engine.submit([short])
+    for step in range(60):
+        if step == 4:
+            engine.submit([long])
+        engine.read_prompts()
+        engine.step()
+        engine.tell()
+    first = heard.index('long')
+    assert heard[4:first].count('short') >= 5  # 9 parts of 8 tokens, a step of the other row between two
+    assert 'short' in heard[first:]
+    assert ''.join(texts) == shown(model.generate([[104]], 30, temperature=0, vocab_limit=260,
+                                                  stop_ids=engine.stop_ids)[0])
+
+
+def test_10_6_parts_of_a_prompt_make_the_logits_of_the_whole():
+    for options in (dict(), dict(pos='rope', window=6, n_sink=1), dict(pos='rope', n_kv_head=2), MOE):
+        model, texts = tiny(**options), [ids(20).tolist(), ids(3, seed=1).tolist(), ids(13, seed=2).tolist()]
+        caches = [KVCache(model.config, 3, 24, 'cpu') for _ in range(2)]
+        whole = prefill(model, texts, caches[0])
+        *between, parts = generation.prefill_in_parts(model, texts, caches[1], size=6)
+        assert between == [None] * 3
+        np.testing.assert_allclose(parts, whole, atol=1e-4)
+        assert caches[0].lengths == caches[1].lengths == [20, 3, 13]
+        new = [generation.decode_step(model, [5, 6, 7], cache) for cache in caches]
+        np.testing.assert_allclose(*new, atol=1e-4)
+        one = caches[0].part(2, 9)  # a row's beginning, read on
+        *_, logits = generation.prefill_in_parts(model, [texts[2][9:]], one, size=2)
+        np.testing.assert_allclose(logits[0], whole[2], atol=1e-4)
+
+
+def test_10_6_the_next_turn_of_a_chat_reads_what_is_new(served):
+    """And gets the tokens that reading it all would give; so do a question asked again and one that branches off."""
+    address, engine, alone = served
+    engine.kept.clear()
+    messages, read = [{'role': 'user', 'content': 'a long question ' * 5}], 0
+    for _ in range(3):
+        prompt = bytes_tokenizer().chat_ids(messages, generate=True)[0]
+        reply = post(address, messages=messages, max_tokens=12, temperature=0).json()
+        said = reply['choices'][0]['message']['content']
+        assert said == shown(alone(prompt, 12)[0])
+        cached = reply['usage']['prompt_tokens_details']['cached_tokens']
+        assert (read <= cached if read else cached == 0) and cached < len(prompt)
+        read = len(prompt)  # what has been read, and most of the answer where its bytes are UTF-8
+        messages += [{'role': 'assistant', 'content': said or '?'}, {'role': 'user', 'content': 'and?'}]
+    again = post(address, messages=messages[:1], max_tokens=12, temperature=0, n=2).json()
+    first = bytes_tokenizer().chat_ids(messages[:1], generate=True)[0]
+    assert again['usage']['prompt_tokens_details']['cached_tokens'] == len(first) - 1
+    assert {choice['message']['content'] for choice in again['choices']} == {shown(alone(first, 12)[0])}
+    other = [{'role': 'user', 'content': 'a long question ' * 4 + 'another'}]
+    reply = post(address, messages=other, max_tokens=12, temperature=0).json()
+    assert 64 <= reply['usage']['prompt_tokens_details']['cached_tokens'] < 100
+    assert reply['choices'][0]['message']['content'] == shown(
+        alone(bytes_tokenizer().chat_ids(other, generate=True)[0], 12)[0])
+    assert sum(len(ids) for ids, _ in engine.kept) <= engine.max_kept
+
+
+def test_10_6_what_is_kept_is_bounded():
+    with serving(keep=200) as (address, engine, _):
+        for i in range(6):
+            assert post(address, 'completions', prompt=f'{i}' * 80, max_tokens=3).ok
+        assert idle(engine) and [ids[0] for ids, _ in engine.kept] == [*b'45']
+        assert all(cache.lengths == [len(ids)] == [cache.capacity] for ids, cache in engine.kept)
+        assert post(address, 'completions', prompt='x' * 250, max_tokens=3).ok
+        assert idle(engine) and len(engine.kept) == 2  # too long to keep
+
+
+def test_10_6_log_probabilities_are_those_of_the_model(served):
+    """As it has them: temperature, filters and penalties do not show."""
+    address, engine, _ = served
+    prompt = bytes_tokenizer().chat_ids(HELLO, generate=True)[0]
+    body = dict(messages=HELLO, max_tokens=8, temperature=1.7, top_k=5, seed=1, frequency_penalty=1.5)
+    tokens = post(address, **body, logprobs=True, top_logprobs=3).json()['choices'][0]['logprobs']['content']
+    new = [token['bytes'][0] for token in tokens]
+    with torch.no_grad():
+        expected = engine.model(torch.tensor([prompt + new]))[0, len(prompt) - 1:-1, :260].log_softmax(-1)
+    assert len(new) == 8
+    for token, row in zip(tokens, expected, strict=True):
+        assert token['logprob'] == pytest.approx(row[token['bytes'][0]].item(), abs=1e-4)
+        best = row.topk(3)
+        assert [top['logprob'] for top in token['top_logprobs']] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [bytes(top['bytes']) for top in token['top_logprobs']] == [
+            bytes_tokenizer().decode_bytes([i]) for i in best.indices.tolist()]
+    found = post(address, 'completions', prompt='abc', max_tokens=6, temperature=0, logprobs=2).json()
+    logprobs = found['choices'][0]['logprobs']
+    assert logprobs['text_offset'] == [0, 1, 2, 3, 4, 5] and len(logprobs['tokens']) == 6
+    assert all(max(top.values()) == value for value, top in zip(
+        logprobs['token_logprobs'], logprobs['top_logprobs'], strict=True))
+    del body['top_k']
+    streamed = client(address).chat.completions.create(model='tiny', **body, logprobs=True, stream=True)
+    spoken = [token for chunk in streamed if chunk.choices[0].logprobs
+              for token in chunk.choices[0].logprobs.content]
+    assert len(spoken) == 8 and not any(token.top_logprobs for token in spoken)
+
+
+def test_10_6_penalties_and_biases_by_hand(served):
+    """Logits 1, 2, 3, 4; the answer has 3, 3, 1: presence 0.5 and frequency 0.25 leave 1, 1.25, 3, 3."""
+    logits = torch.tensor([[1.0, 2, 3, 4]])
+    assert generation.penalise(logits, [[3, 3, 1]], 0.5, 0.25).tolist() == [[1, 1.25, 3, 3]]
+    assert logits.tolist() == [[1, 2, 3, 4]]
+    (address, engine, _), texts = served, set()
+    body = dict(prompt='abc', max_tokens=12, temperature=0)
+    found = post(address, 'completions', **body, logit_bias={'65': 100}).json()
+    assert found['choices'][0]['text'] == 'A' * 12
+    for presence, frequency in ((0.0, 0.0), (2.0, 0.0), (0.0, 1.5), (-1.0, 0.5)):
+        due, said = [*b'abc'], []
+        for _ in range(12):
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([due]))[0, -1]
+            logits[65:80] += 50
+            for token in {*said}:
+                logits[token] -= presence + frequency * said.count(token)
+            said.append(logits.argmax().item())
+            due.append(said[-1])
+        found = post(address, 'completions', **body, logit_bias={f'{i}': 50 for i in range(65, 80)},
+                     presence_penalty=presence, frequency_penalty=frequency).json()
+        assert found['choices'][0]['text'] == shown(said)
+        texts.add(found['choices'][0]['text'])
+    assert len(texts) > 2
+
+
+def test_10_6_a_stop_text_ends_an_answer_wherever_tokens_cut_it(served):
+    address, _, alone = served
+    full = shown(alone([*b'abc'], 60)[0])
+    whole = post(address, 'completions', prompt='abc', max_tokens=60, temperature=0).json()['choices'][0]
+    assert whole['text'] == full and whole['finish_reason'] == 'length'
+    for at in (3, 17, 40):
+        stop = full[at:at + 3]
+        due = full[:full.index(stop)]
+        body = dict(prompt='abc', max_tokens=60, temperature=0, stop=['never there', stop])
+        found = post(address, 'completions', **body).json()
+        assert (found['choices'][0]['text'], found['choices'][0]['finish_reason']) == (due, 'stop')
+        assert found['usage']['completion_tokens'] < 60  # the row has left
+        streamed = client(address).completions.create(model='tiny', **body, stream=True)
+        assert ''.join(chunk.choices[0].text for chunk in streamed) == due
+
+
+SAID = '<think>\nhm, <tool_call> no\n</think>\n\nSo:<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize('text,options,due', [
+    (SAID, dict(chat=True, calls=True), [('reasoning_content', 'hm, <tool_call> no\n'), ('content', 'So:'),
+                                         ('call', {'name': 'f', 'arguments': '{"x": 1}'})]),
+    (SAID, dict(chat=True), [('reasoning_content', 'hm, <tool_call> no\n'), ('content', SAID.split('\n\n')[1])]),
+    (SAID, dict(), [('content', SAID)]),
+    ('hm</think>\nyes', dict(chat=True, thinking=True), [('reasoning_content', 'hm'), ('content', 'yes')]),
+    ('Use <think> so', dict(chat=True), [('content', 'Use <think> so')]),
+    ('a<tool_call>{oops}</tool_call>b', dict(chat=True, calls=True), [
+        ('content', 'a<tool_call>{oops}</tool_call>b')]),
+    ('a<tool_call>{"na', dict(chat=True, calls=True), [('content', 'a<tool_call>{"na')]),
+    ('aXYZb', dict(stop=('XYZ', 'Q')), [('content', 'a')]), ('aXYb', dict(stop=('XYZ',)), [('content', 'aXYb')]),
+    ('aXY', dict(stop=('XYZ',)), [('content', 'aXY')]), ('ab</thi', dict(chat=True), [('content', 'ab</thi')]),
+    ('<think>a</think>bSTOPc', dict(chat=True, stop=('STOP',)), [('reasoning_content', 'a'), ('content', 'b')])])
+def test_10_6_thoughts_calls_and_stop_texts_however_a_text_is_cut(text, options, due):
+    for seed in range(40):
+        rng, parser, parts = random.Random(seed), serve_file.Text(bytes_tokenizer(), **options), []
+        cuts = sorted(rng.sample(range(len(text) + 1), rng.randrange(min(12, len(text))))) if seed else range(len(text))
+        for a, b in itertools.pairwise([0, *cuts, len(text)]):
+            parts += parser.feed(text[a:b])
+        parts += parser.end()
+        found = serve_file.merged([serve_file.Piece(0, parts, [], None, 0)]).parts
+        assert [tuple(part) for part in found] == due, cuts
+
+
+def test_10_6_tools_thoughts_and_results_in_openais_shape():
+    """What the model says is put in by `force`, behind a first token that a bias chooses."""
+    tokenizer = tok.with_chat_template(bytes_tokenizer(), 'hermes')
+    model = tiny(pos='rope', vocab_size=tokenizer.n_vocab, block_size=1024)
+
+    def force(answer):
+        return tokenizer.encode(SAID[1:], allow_special=True) + [tokenizer.turn_ids[-1]] if len(answer) == 1 else []
+    tools = [{'type': 'function', 'function': {'name': 'f', 'description': 'what f does', 'parameters': {
+        'type': 'object', 'properties': {'x': {'type': 'integer'}}}}}]
+    with serving(model, tokenizer, force=force) as (address, _, _):
+        openais, body = client(address), dict(model='tiny', messages=HELLO, logit_bias={'60': 100}, tools=tools)
+        found = openais.chat.completions.create(**body).choices[0]
+        call, = found.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ('f', {'x': 1})
+        assert (found.finish_reason, found.message.content) == ('tool_calls', 'So:')
+        assert found.message.reasoning_content == 'hm, <tool_call> no\n'
+        chunks = [chunk.choices[0] for chunk in openais.chat.completions.create(**body, stream=True)]
+        calls = [call for choice in chunks for call in choice.delta.tool_calls or []]
+        assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [(0, 'f', '{"x": 1}')]
+        assert chunks[-1].finish_reason == 'tool_calls'
+        messages = [*HELLO, found.message.model_dump(exclude_none=True), {
+            'role': 'tool', 'tool_call_id': call.id, 'content': '7'}]
+        prompt = tokenizer.chat_ids(read_request({'messages': messages, 'tools': tools}), generate=True)[0]
+        assert 'what f does' in tokenizer.decode(prompt) and '<tool_response>\n7' in tokenizer.decode(prompt)
+        more = openais.chat.completions.create(**body | {'messages': messages})
+        assert more.usage.prompt_tokens == len(prompt)
+        none = openais.chat.completions.create(**body, tool_choice='none')
+        assert not none.choices[0].message.tool_calls and none.usage.prompt_tokens < 100
+    with serving(model, tok.with_chat_template(bytes_tokenizer(), 'alpaca')) as (address, _, _):
+        found = post(address, messages=HELLO[1:], tools=tools)
+        assert found.status_code == 400 and "knows no 'tools'" in found.json()['error']['message']
+
+
+def test_10_6_a_client_that_goes_away_frees_its_row(served):
+    address, engine, _ = served
+    body = {'prompt': 'abc', 'max_tokens': 250, 'temperature': 0, 'logit_bias': {'65': 100}}
+    for streamed in (True, False):
+        with requests.Session() as session:
+            reply = None
+            if streamed:
+                reply = session.post(f'{address}/v1/completions', json=body | {'stream': True}, stream=True, timeout=9)
+                assert next(reply.iter_lines()).startswith(b'data: ')
+            else:
+                with pytest.raises(requests.ReadTimeout):
+                    session.post(f'{address}/v1/completions', json=body, timeout=0.05)
+        assert reply is None or reply.close() is None
+        before = time.monotonic()
+        assert idle(engine, 5) and time.monotonic() - before < 0.5  # all 250 take longer
+    waiting = requests.get(f'{address}/health', timeout=5).json()
+    assert waiting == {'status': 'ok', 'rows': 0, 'waiting': 0}
+
+
+def test_10_6_a_full_queue_is_429_and_what_waits_comes_in_its_turn():
+    with serving(rows=1, queue=2) as (address, engine, alone):
+        release, advance = threading.Event(), engine.batch.advance
+        engine.batch.advance = lambda: (release.wait(), advance())[1]
+        answers = {}
+
+        def ask(i):
+            answers[i] = post(address, 'completions', prompt=f'{i}', max_tokens=4, temperature=0).json()
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+        for n, thread in enumerate(threads):
+            thread.start()
+            while engine.active + len(engine.waiting) <= n:
+                time.sleep(0.005)
+        refused = post(address, 'completions', prompt='x')
+        assert refused.status_code == 429 and refused.headers['retry-after']
+        assert refused.json()['error']['code'] == 'rate_limit_exceeded'
+        with pytest.raises(openai.RateLimitError):
+            client(address).completions.create(model='tiny', prompt='x')
+        release.set()
+        for thread in threads:
+            thread.join()
+        assert [answers[i]['choices'][0]['text'] for i in range(3)] == [
+            shown(alone([*f'{i}'.encode()], 4)[0]) for i in range(3)]
+        assert post(address, 'completions', prompt='x').ok
+
+
+WRONG = [
+    ({}, 'messages'), ({'messages': []}, 'messages'), ({'messages': 'hi'}, 'messages'), ({'messages': [1]}, 'role'),
+    ({'messages': [{'role': 'king', 'content': 'x'}]}, 'role'), ({'messages': [{'role': 'user'}]}, 'content'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]}, 'image_url'),
+    ({'temperature': -1}, 'temperature'), ({'temperature': 'hot'}, 'temperature'), ({'temperature': True}, 'number'),
+    ({'top_p': 0}, 'top_p'), ({'top_p': 1.5}, 'top_p'), ({'n': 0}, "'n'"), ({'n': 17}, '17 answers'),
+    ({'n': 1.5}, 'whole'), ({'max_tokens': 0}, 'max_tokens'), ({'seed': 'x'}, 'seed'), ({'stop': ['']}, 'stop'),
+    ({'stop': [3]}, 'stop'), ({'stop': ['x'] * 17}, 'stop'), ({'stream': 'yes'}, 'stream'),
+    ({'logprobs': 3}, 'logprobs'), ({'top_logprobs': 3}, 'top_logprobs'), ({'presence_penalty': 3}, 'presence'),
+    ({'logprobs': True, 'top_logprobs': 21}, 'top_logprobs'), ({'logit_bias': {'x': 1}}, 'logit_bias'),
+    ({'logit_bias': {'260': 1}}, 'logit_bias'), ({'logit_bias': {'1': 101}}, 'logit_bias'),
+    ({'response_format': {'type': 'json_object'}}, 'response_format'), ({'tool_choice': 'required'}, 'tool_choice'),
+    ({'functions': [{'name': 'f'}]}, 'functions'), ({'temprature': 0.5}, 'temprature'), ({'tools': 'f'}, 'tools'),
+    ({'stream_options': 3}, 'stream_options'), ({'chat_template_kwargs': {'x': 1}}, "knows no 'x'"),
+    ({'messages': [{'role': 'user', 'content': 'x' * 300}]}, 'context'), ({'n': float('nan')}, 'JSON'),
+    ({'messages': [{'role': 'user', 'content': '\ud800'}]}, 'surrogate')]
+
+
+@pytest.mark.parametrize('wrong,words', WRONG, ids=lambda value: str(value)[:40])
+def test_10_6_a_wrong_field_is_named_in_openais_error(served, wrong, words):
+    body = {'messages': HELLO} | wrong if wrong else wrong
+    found = requests.post(f'{served[0]}/v1/chat/completions', data=json.dumps(body), timeout=9)
+    error = found.json()['error']
+    assert found.status_code == 400 and words in error['message'] and '\n' not in error['message']
+    assert error.keys() == {'message', 'type', 'param', 'code'} and error['type'] == 'invalid_request_error'
+
+
+def test_10_6_other_errors_have_that_shape_too(served, monkeypatch):
+    address, engine, _ = served
+    for call, status, words in (
+            (lambda: post(address, messages=HELLO, model='gpt-4'), 404, 'gpt-4'),
+            (lambda: requests.get(f'{address}/v1/models/gpt-4', timeout=9), 404, 'gpt-4'),
+            (lambda: requests.get(f'{address}/v2/x', timeout=9), 404, '/v1/models'),
+            (lambda: requests.get(f'{address}/v1/completions', timeout=9), 405, '/v1/models'),
+            (lambda: requests.post(f'{address}/v1/completions', data=b'\xff{', timeout=9), 400, 'JSON'),
+            (lambda: requests.post(f'{address}/v1/completions', data='[' * 99_999, timeout=9), 400, 'JSON'),
+            (lambda: requests.post(f'{address}/v1/completions', data='[1]', timeout=9), 400, 'object'),
+            (lambda: requests.post(f'{address}/v1/completions', data=b' ' * (9 << 20), timeout=9), 413, 'bytes'),
+            (lambda: post(address, 'completions', prompt=[]), 400, 'prompt'),
+            (lambda: post(address, 'completions', prompt=[999]), 400, '999'),
+            (lambda: post(address, 'completions', prompt=[-1]), 400, '-1'),
+            (lambda: post(address, 'completions', prompt=[True]), 400, 'prompt'),
+            (lambda: post(address, 'completions', prompt='x', echo=True), 400, 'echo'),
+            (lambda: post(address, 'completions', prompt=['x'] * 65), 400, '65 prompts'),
+            (lambda: requests.post(f'{address}/v1/completions', json={'prompt': 'x'}, timeout=9,
+                                   headers={'origin': 'http://elsewhere.example'}), 403, 'elsewhere')):
+        found = call()
+        assert found.status_code == status and words in found.json()['error']['message'], words
+    same = {'origin': address}
+    assert requests.post(f'{address}/v1/completions', json={'prompt': 'x'}, timeout=9, headers=same).ok
+    assert post(address, 'completions', prompt='').ok  # what may follow the end of a text
+    for kind, call in ((openai.NotFoundError, dict(model='gpt-4')), (openai.BadRequestError, dict(temperature=9))):
+        with pytest.raises(kind):
+            client(address).chat.completions.create(**dict(model='tiny', messages=HELLO) | call)
+
+    advance, failed = engine.batch.advance, []
+
+    def fails():
+        if not failed:
+            failed.append(True)
+            raise RuntimeError('no memory')
+        return advance()
+    monkeypatch.setattr(engine.batch, 'advance', fails)
+    monkeypatch.setattr(traceback, 'print_exc', lambda: None)
+    found = post(address, 'completions', prompt='x')
+    assert found.status_code == 500 and found.json()['error']['message'] == 'the model failed: no memory'
+    assert post(address, 'completions', prompt='x').ok
+
+
+def test_10_6_a_text_whose_logits_are_not_finite_leaves_the_others_alone():
+    model = tiny(pos='rope', vocab_size=260, block_size=64)
+    with torch.no_grad():
+        model.tok_emb.weight[7] = math.nan
+        model.head.weight = torch.nn.Parameter(torch.randn_like(model.tok_emb.weight) * 0.2)
+    with serving(model) as (address, engine, alone):
+        bad, good = [], []
+        threads = [threading.Thread(target=lambda: good.append(post(address, 'completions', prompt='abc', max_tokens=50,
+                                                                     temperature=0).json())),
+                   threading.Thread(target=lambda: bad.append(post(address, 'completions', prompt=[1, 7, 2])))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert bad[0].status_code == 500 and 'not finite' in bad[0].json()['error']['message']
+        assert good[0]['choices'][0]['text'] == shown(alone([*b'abc'], 50)[0])
+
+
+def test_10_6_a_thousand_malformed_requests_and_a_slow_reader_leave_it_serving(served):
+    address, engine, alone = served
+    place = address.removeprefix('http://').split(':')
+    body = json.dumps({'prompt': 'abc', 'max_tokens': 250, 'stream': True, 'logit_bias': {'65': 100},
+                       'logprobs': 20}).encode()
+    head = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n' % len(body)
+    with contextlib.ExitStack() as stack:
+        for sent in (head + body, head + body[:20], head[:30]):  # none of these reads, or sends the rest
+            slow = stack.enter_context(socket.create_connection((place[0], int(place[1]))))
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            slow.sendall(sent)
+        rng = random.Random(1)
+        good = json.dumps({'messages': HELLO, 'max_tokens': 1, 'temperature': 0.5, 'stop': ['x'], 'n': 1}).encode()
+        values = [None, True, -1, 1e400, '', 'x', [], {}, [[]], {'a': 1}, 10 ** 400, '\ud800', [None], ['a', 1]]
+        with requests.Session() as session:
+            for i in range(1000):
+                if i % 3:
+                    data = bytearray(good)
+                    for _ in range(rng.randrange(1, 5)):
+                        data[rng.randrange(len(data))] = rng.randrange(256)
+                else:
+                    key = rng.choice(['messages', 'temperature', 'stop', 'n', 'max_tokens', 'tools', 'stream', 'x'])
+                    data = json.dumps({'messages': HELLO, 'max_tokens': 1, key: rng.choice(values)}).encode()
+                path = rng.choice(('completions', 'chat/completions'))
+                found = session.post(f'{address}/v1/{path}', data=bytes(data), timeout=20)
+                assert found.status_code in (200, 400, 404), found.text
+                assert found.status_code == 200 or found.json()['error']['message']
+        assert post(address, 'completions', prompt='abc', max_tokens=9, temperature=0).json()['choices'][0][
+            'text'] == shown(alone([*b'abc'], 9)[0])
+    assert idle(engine)
+
+
+def test_10_6_a_key_lets_in(run_stage, tmp_path):
+    with serving(secret='s3cret') as (address, _, _):
+        assert requests.get(f'{address}/health', timeout=9).ok
+        for header in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': 's3cret'},
+                       {'Authorization': 'Bearer s3cret\xe9'.encode('latin-1')}):
+            found = requests.get(f'{address}/v1/models', headers=header, timeout=9)
+            assert found.status_code == 401 and found.json()['error']['code'] == 'invalid_api_key'
+            assert requests.post(f'{address}/v1/completions', headers=header, json={}, timeout=9).status_code == 401
+        assert client(address, 's3cret').models.list().data[0].id == 'tiny'
+    for args, words in ((['--host=0.0.0.0'], 'api_key'), (['--max_rows=0'], 'max_rows'), (['--port=70000'], 'port'),
+                        (['--init_from=nowhere', '--port=0'], 'nowhere')):
+        status, _, err = run_stage('serve', *args)
+        assert status == 2 and words in err and err.count('\n') == 1
+    with serve_file.listen('127.0.0.1', 0) as taken:
+        port = taken.getsockname()[1]
+        status, _, err = run_stage('serve', f'--port={port}')
+    assert status == 2 and f'port={port}' in err and 'in use' in err
+
+
+@pytest.mark.parametrize('long', [False, True])
+def test_10_6_ctrl_c_ends_within_two_seconds(tmp_path, long):
+    """A short answer comes to its end, a long one is cut off, and both clients are told; the model is slowed down."""
+    model = tiny(pos='rope', vocab_size=260, block_size=8192)
+    runtime.save_checkpoint(tmp_path / 'ckpt.pt', load.state_of(model) | {
+        'tokenizer': bytes_tokenizer().to_dict(), 'iter': 1})
+    process = subprocess.Popen([sys.executable, ROOT / 'serve.py', f'--init_from={tmp_path}', '--port=0'], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        address = re.search(r'http://[\d.:]+', process.stdout.readline())[0]
+        reply = requests.post(f'{address}/v1/completions', stream=True, timeout=20, json={
+            'prompt': 'abc', 'max_tokens': 8000 if long else 150, 'stream': True, 'logit_bias': {'65': 100}})
+        lines = reply.iter_lines()
+        next(lines)
+        before = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        last = [line for line in lines if line][-1]
+        out, err = process.communicate(timeout=20)
+        assert time.monotonic() - before < 3.5  # two seconds, and a busy machine's
+        assert process.returncode == 130 and not err and '1 answers are under way' in out
+        assert (last == b'data: [DONE]') == (not long) and ('cut off: 1' in out) == long
+        assert not long or b'the server is stopping' in last
+    finally:
+        process.kill()
+        process.communicate()
