@@ -5,6 +5,7 @@ Measure: speed as a share of what the machine can do, or beside another program 
     python bench.py sample --init_from=out/tiny             prefill and decode tokens/s against the memory's bandwidth
     python bench.py sample --init_from=smollm2 --against=transformers    the same generation by transformers, in turn
     python bench.py stream --init_from=smollm2              loss per token of a stream ten contexts long, in a window
+    python bench.py serve --init_from=smollm2               clients of serve.py, one after another and at once
     python bench.py tokenizer                               BPE training and encoding, MB/s
     python bench.py ablate [--what=norm,mlp …]              small variants, three seeds each, their curves with bands
     python bench.py memory                                  bytes per GPU of three models by the sharding used
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
@@ -58,9 +60,9 @@ repeats = 3  # runs of each side, in turn; mode loss: each with a seed of its ow
 steps = 20  # mode train: steps to time, after warming up
 profile = False  # mode train: write a torch.profiler trace (Chrome, Perfetto) and print the operators that take longest
 memory = True  # mode train: the peak memory of a step beside one with all logits in float32, in processes of their own
-batches = [1, 8]  # mode sample: texts at a time
+batches = [1, 8]  # mode sample: texts at a time; mode serve: clients at a time
 contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones; those that fit into block_size
-max_new_tokens = 64  # mode sample: tokens to add to each text
+max_new_tokens = 64  # modes sample and serve: tokens to add to each text
 num_samples = 1  # mode sample against transformers: above 1, so many continuations of each text, drawn: a rollout
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
 what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, optimizer, experts, warmup, batch, precision
@@ -495,6 +497,57 @@ def against_transformers(model, tokenizer, device):
     return rows, {'dtype': str(model.tok_emb.weight.dtype), 'quant': quant}
 
 
+QUESTIONS = ('What is the capital of France?', 'Tell me a story about a dragon.', 'Explain photosynthesis.',
+             'Write a poem about rain.', 'How do I bake bread?', 'List ten animals.', 'What is gravity?',
+             'Why is the sky blue?')
+
+
+def stream_of(address, question):
+    """Asks a server that continues texts -> (the text, its tokens, seconds to the first, seconds in all)."""
+    body = {'prompt': question, 'max_tokens': max_new_tokens, 'temperature': 0, 'stream': True,
+            'stream_options': {'include_usage': True}}
+    request = urllib.request.Request(f'{address}/v1/completions', json.dumps(body).encode())
+    began, first, text = time.perf_counter(), None, ''
+    with urllib.request.urlopen(request) as reply:
+        for line in reply:
+            if line.startswith(b'data: {'):
+                chunk = json.loads(line[6:])
+                first = first or time.perf_counter() - began
+                text += ''.join(choice['text'] for choice in chunk['choices'])
+    return text, chunk['usage']['completion_tokens'], first, time.perf_counter() - began
+
+
+def bench_serve(knobs, model_args):
+    """Eight questions to serve.py, so many clients at a time, in turn: tokens/s of all, and the wait for the first."""
+    serve = [sys.executable, Path(__file__).parent / 'serve.py', f'--init_from={knobs.init_from}', '--port=0',
+             f'--dtype={knobs.dtype}', f'--quant={quant or "auto"}', f'--max_rows={max(batches)}', '--max_kept=0',
+             *[f'--{key}={value}' for key, value in model_args.items()]]
+    rates, waits, texts = ({n: [] for n in batches} for _ in range(3))
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = re.search(r'http://\S+:\d+', server.stdout.readline())
+            if not address:
+                raise UserError('serve.py did not start, see above')
+            for turn in range(repeats + 1):  # the first warms up
+                for clients in batches:
+                    began = time.perf_counter()
+                    with ThreadPoolExecutor(clients) as pool:
+                        found = [*pool.map(lambda question: stream_of(address[0], question), QUESTIONS)]
+                    seconds = time.perf_counter() - began
+                    texts[clients] = [text for text, *_ in found]
+                    if turn:
+                        rates[clients].append(sum(n for _, n, *_ in found) / seconds)
+                        waits[clients] += [first for *_, first, _ in found]
+        finally:
+            server.terminate()
+    one = batches[0]
+    return [{'clients': n, 'tokens/s': statistics.median(rates[n]),
+             'over the first row': statistics.median(b / a for a, b in zip(rates[one], rates[n], strict=True)),
+             'seconds to the first token': statistics.median(waits[n]), 'longest': max(waits[n]),
+             'same texts': f'{sum(a == b for a, b in zip(texts[one], texts[n], strict=True))} of {len(QUESTIONS)}'}
+            for n in batches], {'dtype': knobs.dtype, 'quant': quant or 'auto'}
+
+
 def resident_mb():
     return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGESIZE') / 1e6
 
@@ -787,6 +840,7 @@ def bench_ablate(knobs, model_args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 MODES = {'train': bench_train, 'sample': bench_sample, 'stream': bench_stream, 'tokenizer': bench_tokenizer,
+         'serve': bench_serve,
          'memory': bench_memory, 'ablate': bench_ablate, 'loss': None, 'step': one_step}
 
 

@@ -95,21 +95,22 @@ class Number(NamedTuple):
     whole: bool = False
 
 
-WHOLE = 1 << 53
+WHOLE, MAX_STOPS, MAX_TOP = 1 << 53, 16, 20
 SAMPLING = {'temperature': Number(0, 2, 1.0), 'top_k': Number(0, WHOLE, 0, True), 'top_p': Number(1e-9, 1, 1.0),
             'min_p': Number(0, 1, 0.0), 'repetition_penalty': Number(1e-3, 1e3, 1.0)}
 PENALTIES = {'presence_penalty': Number(-2, 2, 0.0), 'frequency_penalty': Number(-2, 2, 0.0)}
-COUNTS = {'n': Number(1, WHOLE, 1, True), 'max_tokens': Number(1, WHOLE, None, True),
-          'max_completion_tokens': Number(1, WHOLE, None, True), 'seed': Number(-WHOLE, WHOLE, None, True)}
+OTHERS = {'n': Number(1, WHOLE, 1, True), 'max_tokens': Number(1, WHOLE, None, True),
+          'max_completion_tokens': Number(1, WHOLE, None, True), 'seed': Number(-WHOLE, WHOLE, None, True),
+          'top_logprobs': Number(0, MAX_TOP, 0, True)}
+NUMBERS = {**SAMPLING, **PENALTIES, **OTHERS}
 # fields with the only values that are supported; fields that change no answer
 ONLY = {'response_format': ({'type': 'text'},), 'modalities': (['text'],), 'tool_choice': ('auto', 'none'),
         'echo': (False,), 'suffix': ('',), 'best_of': (1,), 'functions': ([],), 'function_call': ('auto', 'none'),
         'parallel_tool_calls': (True,), 'store': (False,)}
 IGNORED = {'user', 'metadata', 'service_tier', 'safety_identifier', 'prompt_cache_key', 'stream_options', 'stream',
            'model'}
-OWN = {'chat': {'messages', 'tools', 'chat_template_kwargs', 'logprobs', 'top_logprobs', 'stop', 'logit_bias'},
+OWN = {'chat': {'messages', 'tools', 'chat_template_kwargs', 'logprobs', 'stop', 'logit_bias'},
        'text': {'prompt', 'logprobs', 'stop', 'logit_bias'}}
-MAX_STOPS, MAX_TOP = 16, 20
 
 
 class Options(NamedTuple):
@@ -121,9 +122,9 @@ class Options(NamedTuple):
     top: int | None  # how many of the likeliest tokens are told beside each; None: no log-probabilities
 
 
-def number(body, name, kind):
-    """The value of a field that is a Number."""
-    value = body.get(name)
+def number(body, name, kind=None):
+    """The value of a field that is a Number, of NUMBERS if not of another kind."""
+    value, kind = body.get(name), kind or NUMBERS[name]
     if value is None:
         return kind.default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or kind.whole and value != value // 1:
@@ -142,7 +143,7 @@ def truth(body, name):
 
 def check_fields(body, shape):
     """Refused for a field that is unknown, or not supported and given a value that would change the answer."""
-    known = {*ONLY, *SAMPLING, *PENALTIES, *COUNTS, *IGNORED, *OWN[shape]}
+    known = {*ONLY, *NUMBERS, *IGNORED, *OWN[shape]} - ({'top_logprobs'} if shape == 'text' else set())
     for name, value in body.items():
         if name in ONLY and value is not None and value not in ONLY[name]:
             raise Refused(f'{name!r} is not supported: leave it out', param=name)
@@ -165,13 +166,13 @@ def read_options(body, shape, n_vocab):
             -100 <= value <= 100 for key, value in bias.items()):
         raise Refused("'logit_bias' must map ids of tokens to numbers from -100 to 100", param='logit_bias')
     if shape == 'chat':
-        top = number(body, 'top_logprobs', Number(0, MAX_TOP, 0, True)) if truth(body, 'logprobs') else None
+        top = number(body, 'top_logprobs') if truth(body, 'logprobs') else None
         if top is None and body.get('top_logprobs'):
             raise Refused("'top_logprobs' needs 'logprobs': true", param='top_logprobs')
     else:
         top = number(body, 'logprobs', Number(0, MAX_TOP, None, True))
-    return Options(tuple(number(body, name, kind) for name, kind in SAMPLING.items()),
-                   tuple(number(body, name, kind) for name, kind in PENALTIES.items()), tuple(stop),
+    return Options(tuple(number(body, name) for name in SAMPLING),
+                   tuple(number(body, name) for name in PENALTIES), tuple(stop),
                    {int(key): value for key, value in bias.items()}, top)
 
 
@@ -528,7 +529,10 @@ class Engine:
     def fail(self, why):
         """Ends every answer that is under way, and where the server stops those that wait."""
         with self.changed:
-            requests = [row.request for row in self.rows()] + [self.waiting.popleft() for _ in [*self.waiting] if self.closing]
+            requests = [row.request for row in self.rows()]
+            if self.closing:
+                requests += self.waiting
+                self.waiting.clear()
         self.news += [(request, why) for request in requests]
         self.batch, self.reading, self.kept = Batch(self.model, room=ROOM), None, []
 
@@ -698,7 +702,7 @@ class Server:
 
     def requests(self, body, shape, put):
         """The Requests of a body, one for each prompt; Refused for one that the model cannot have."""
-        options, n = read_options(body, shape, self.tokenizer.n_vocab), number(body, 'n', COUNTS['n'])
+        options, n = read_options(body, shape, self.tokenizer.n_vocab), number(body, 'n')
         calls, thinking, block = False, False, self.config.block_size
         try:
             if shape == 'chat':
@@ -708,7 +712,7 @@ class Server:
                 asked = {'messages', 'tools', 'chat_template_kwargs'} - hidden
                 messages = read_request({key: body.get(key) for key in asked})
                 calls = 'tools' in messages[0].get('variables', {})
-                ids, _ = self.tokenizer.chat_ids(messages, generate=True, calls=False)
+                ids, _ = self.tokenizer.chat_ids(messages, generate=True)
                 prompts, thinking = [ids], self.tokenizer.decode(ids[-16:]).rstrip().endswith('<think>')
             else:
                 prompts = read_prompts(body, self.tokenizer)
@@ -721,10 +725,10 @@ class Server:
         if longest >= block:
             raise Refused(f'the prompt has {longest} tokens, and the context of this model ends at {block}: shorten it',
                           param='messages' if shape == 'chat' else 'prompt', code='context_length_exceeded')
-        most = number(body, 'max_completion_tokens', COUNTS['max_completion_tokens'])
-        most = most or number(body, 'max_tokens', COUNTS['max_tokens']) or (block if shape == 'chat' else 16)
+        most = number(body, 'max_completion_tokens')
+        most = most or number(body, 'max_tokens') or (block if shape == 'chat' else 16)
         steps = [min(most, block - len(ids)) for ids in prompts]
-        draws = uniforms(number(body, 'seed', COUNTS['seed']), len(prompts), n, max(steps))
+        draws = uniforms(number(body, 'seed'), len(prompts), n, max(steps))
 
         def text():
             return Text(self.tokenizer, options.stop, shape == 'chat', calls, thinking)
