@@ -502,19 +502,21 @@ QUESTIONS = ('What is the capital of France?', 'Tell me a story about a dragon.'
              'Why is the sky blue?')
 
 
-def stream_of(address, question):
-    """Asks a server that continues texts -> (the text, its tokens, seconds to the first, seconds in all)."""
-    body = {'prompt': question, 'max_tokens': max_new_tokens, 'temperature': 0, 'stream': True,
-            'stream_options': {'include_usage': True}}
-    request = urllib.request.Request(f'{address}/v1/completions', json.dumps(body).encode())
+def stream_of(address, question, chat):
+    """Asks a server, in a chat or for a text's continuation -> (the answer, its tokens, seconds to the first)."""
+    body = {'max_tokens': max_new_tokens, 'temperature': 0, 'stream': True, 'stream_options': {'include_usage': True}}
+    body |= {'messages': [{'role': 'user', 'content': question}]} if chat else {'prompt': question}
+    path = 'chat/completions' if chat else 'completions'
+    request = urllib.request.Request(f'{address}/v1/{path}', json.dumps(body).encode())
     began, first, text = time.perf_counter(), None, ''
     with urllib.request.urlopen(request) as reply:
         for line in reply:
             if line.startswith(b'data: {'):
                 chunk = json.loads(line[6:])
                 first = first or time.perf_counter() - began
-                text += ''.join(choice['text'] for choice in chunk['choices'])
-    return text, chunk['usage']['completion_tokens'], first, time.perf_counter() - began
+                text += ''.join(choice['delta'].get('content', '') if chat else choice['text']
+                                for choice in chunk['choices'])
+    return text, chunk['usage']['completion_tokens'], first
 
 
 def bench_serve(knobs, model_args):
@@ -528,16 +530,18 @@ def bench_serve(knobs, model_args):
             address = re.search(r'http://\S+:\d+', server.stdout.readline())
             if not address:
                 raise UserError('serve.py did not start, see above')
+            with urllib.request.urlopen(f'{address[0]}/v1/models') as reply:
+                chat = json.loads(reply.read())['data'][0]['chat']
             for turn in range(repeats + 1):  # the first warms up
                 for clients in batches:
                     began = time.perf_counter()
                     with ThreadPoolExecutor(clients) as pool:
-                        found = [*pool.map(lambda question: stream_of(address[0], question), QUESTIONS)]
+                        found = [*pool.map(lambda question: stream_of(address[0], question, chat), QUESTIONS)]
                     seconds = time.perf_counter() - began
-                    texts[clients] = [text for text, *_ in found]
+                    texts[clients] = [text for text, _, _ in found]
                     if turn:
-                        rates[clients].append(sum(n for _, n, *_ in found) / seconds)
-                        waits[clients] += [first for *_, first, _ in found]
+                        rates[clients].append(sum(n for _, n, _ in found) / seconds)
+                        waits[clients] += [first for _, _, first in found]
         finally:
             server.terminate()
     one = batches[0]
