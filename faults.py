@@ -578,6 +578,28 @@ FAULTS = [
     # check_docs.py
     Fault('docs_flags_unread', 'check_docs.py', 'configure, [script, *args]', 'configure, [script]', 'a_wrong_command'),
     Fault('docs_status', 'check_docs.py', 'raise SystemExit(1)', 'pass', 'commands_of_the_docs_run'),
+    # ---- serving
+    Fault('serve_penalty_of_prompt', 'serve.py', 'wanted = penalise(wanted, [row.answer for row in mine], *penalties)',
+          'wanted = penalise(wanted, [row.ids for row in mine], *penalties)', 'test_10_6'),
+    Fault('serve_logprobs_after_bias', 'serve.py', 'mine, wanted = [rows[i] for i in which], logits[which]  # a copy',
+          'mine, wanted = [rows[i] for i in which], logits', 'test_10_6'),
+    Fault('serve_stop_not_held_back', 'serve.py', 'len(self.held) - held_back(self.held, words)', 'len(self.held)',
+          'test_10_6'),
+    Fault('serve_gone_client_keeps_row', 'serve.py', '            row.done |= row.request.cancelled\n',
+          '            pass\n', 'test_10_6'),
+    Fault('serve_last_token_known', 'serve.py', 'min(len(ids) - 1, len(known)))', 'min(len(ids), len(known)))',
+          'test_10_6'),
+    Fault('serve_no_nodelay', 'serve.py', 'socket.IPPROTO_TCP)\n    try:', '0)\n    try:', 'test_10_6'),
+    Fault('serve_joining_rows_uncounted', 'serve.py', 'self.batch.rows + (joining[0] if joining else []) +',
+          'self.batch.rows +', 'test_10_6'),
+    Fault('serve_one_chunk', 'serve.py', 'admit_in_parts(rows, shared, PART, cache)',
+          'admit_in_parts(rows, shared, 0, cache)', 'test_10_6'),
+    Fault('serve_key_prefix', 'serve.py', "not hmac.compare_digest(given.encode(), f'Bearer {self.secret}'.encode())",
+          "not given.startswith('Bearer ')", 'test_10_6'),
+    Fault('cache_part_shares', 'generate.py', '[[x[row:row + 1, :, :length].clone() for x in stored]',
+          '[[x[:1, :, :length].clone() for x in stored]', 'test_10_6'),
+    Fault('penalty_once', 'generate.py', 'row[ids] -= presence + frequency * times', 'row[ids] -= presence + frequency',
+          'test_10_6'),
 ]
 
 
