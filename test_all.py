@@ -11752,8 +11752,9 @@ def test_10_6_penalties_and_biases_by_hand(served):
     body = dict(prompt='abc', max_tokens=12, temperature=0)
     found = post(address, 'completions', **body, logit_bias={'65': 100}).json()
     assert found['choices'][0]['text'] == 'A' * 12
+    prompt = 'ACEGIKMO' * 3
     for presence, frequency in ((0.0, 0.0), (2.0, 0.0), (0.0, 1.5), (-1.0, 0.5)):
-        due, said = [*b'abc'], []
+        due, said = [*prompt.encode()], []  # of these none is penalised
         for _ in range(12):
             with torch.no_grad():
                 logits = engine.model(torch.tensor([due]))[0, -1]
@@ -11762,7 +11763,8 @@ def test_10_6_penalties_and_biases_by_hand(served):
                 logits[token] -= presence + frequency * said.count(token)
             said.append(logits.argmax().item())
             due.append(said[-1])
-        found = post(address, 'completions', **body, logit_bias={f'{i}': 50 for i in range(65, 80)},
+        found = post(address, 'completions', **body | {'prompt': prompt},
+                     logit_bias={f'{i}': 50 for i in range(65, 80)},
                      presence_penalty=presence, frequency_penalty=frequency).json()
         assert found['choices'][0]['text'] == shown(said)
         texts.add(found['choices'][0]['text'])
@@ -11941,6 +11943,9 @@ def test_10_6_other_errors_have_that_shape_too(served, monkeypatch):
     same = {'origin': address}
     assert requests.post(f'{address}/v1/completions', json={'prompt': 'x'}, timeout=9, headers=same).ok
     assert post(address, 'completions', prompt='').ok  # what may follow the end of a text
+    with requests.Session() as session:
+        took = sorted(session.get(f'{address}/health', timeout=9).elapsed.total_seconds() for _ in range(41))
+    assert took[20] < 0.03  # 0.04 where each piece waits for the one before to be acknowledged
     for kind, call in ((openai.NotFoundError, dict(model='gpt-4')), (openai.BadRequestError, dict(temperature=9))):
         with pytest.raises(kind):
             client(address).chat.completions.create(**dict(model='tiny', messages=HELLO) | call)
