@@ -11946,7 +11946,7 @@ def test_10_6_other_errors_have_that_shape_too(served, monkeypatch):
     assert post(address, 'completions', prompt='').ok  # what may follow the end of a text
     with requests.Session() as session:
         times = [(time.perf_counter(), session.get(f'{address}/health', timeout=9))[0] for _ in range(42)]
-    assert statistics.median(b - a for a, b in itertools.pairwise(times)) < 0.03  # 0.04 where each piece waits for the one before to be acknowledged
+    assert statistics.median(b - a for a, b in itertools.pairwise(times)) < 0.03  # else 0.04
     for kind, call in ((openai.NotFoundError, dict(model='gpt-4')), (openai.BadRequestError, dict(temperature=9))):
         with pytest.raises(kind):
             client(address).chat.completions.create(**dict(model='tiny', messages=HELLO) | call)
