@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent
 NOT_RUN = (
     ('pip install', 'installs packages'), ('python -m pytest', 'the tests are run by themselves'),
     ('python faults.py', 'runs the tests once for each fault'), ('python check_docs.py', 'is this command'),
-    ('--nproc_per_node=8', 'needs 8 GPUs'), ('SLURM', 'needs Slurm'),
+    ('python serve.py', 'serves until it is stopped'), ('--nproc_per_node=8', 'needs 8 GPUs'), ('SLURM', 'needs Slurm'),
     ('train.py config/gpt2.py', 'needs a GPU and FineWeb'),
     ('--init_from=gpt2', 'fetches GPT-2'), ('--init_from=qwen_base', "needs somebody's base"),
     ('tokenizer_folder', 'needs a tokenizer without tokens for chats'), ('out/plain', 'needs a model with that'),

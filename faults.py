@@ -600,6 +600,21 @@ FAULTS = [
           '[[x[:1, :, :length].clone() for x in stored]', 'test_10_6'),
     Fault('penalty_once', 'generate.py', 'row[ids] -= presence + frequency * times', 'row[ids] -= presence + frequency',
           'test_10_6'),
+    # serve.html
+    Fault('page_reads_html', 'serve.html', 'body.textContent = message.content', 'body.innerHTML = message.content',
+          'test_10_7 and anything'),
+    Fault('page_does_not_stop', 'serve.html', "$('stop').onclick = () => { running?.abort(); composer.focus() }",
+          "$('stop').onclick = () => { composer.focus() }", 'test_10_7 and stop_button'),
+    Fault('page_sends_while_composing', 'serve.html', '|| event.isComposing || event.keyCode === 229) return',
+          ') return', 'test_10_7 and while_it_comes'),
+    Fault('page_leaves_thoughts_open', 'serve.html', 'thought.open = false', 'thought.open = true',
+          'test_10_7 and folded'),
+    Fault('page_shades_by_the_last_token', 'serve.html', '(sum, logprob) => sum + logprob', '(_, logprob) => logprob',
+          'test_10_7 and of_a_token'),
+    Fault('page_sends_unanswered_questions', 'serve.html', 'return all[i + 1]?.blocks.length === 0 ?', 'return false ?',
+          'test_10_7 and stand_in_place'),
+    Fault('page_follows_in_any_case', 'serve.html', 'else if (log.scrollTop < lastTop) follow = false',
+          'else if (log.scrollTop < lastTop) follow = true', 'test_10_7 and follows'),
 ]
 
 
@@ -615,7 +630,8 @@ def make_tree(tree, fault=None):
     source = source.replace(fault.old, fault.new)
     path.write_text(source, encoding='utf-8')
     try:
-        compile(source, fault.file, 'exec')
+        if path.suffix == '.py':
+            compile(source, fault.file, 'exec')
     except SyntaxError as error:
         return f'it makes a syntax error: {error}'
     return ''

@@ -4,6 +4,7 @@ topic, and each topic with what a pencil can follow. The truth comes from transf
 arithmetic by hand.
 """
 import ast
+import base64
 import bz2
 import contextlib
 import copy
@@ -15,6 +16,7 @@ import gzip
 import hashlib
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -40,6 +42,7 @@ import traceback
 import types
 import zipfile
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12059,3 +12062,529 @@ def test_10_6_ctrl_c_ends_within_two_seconds(tmp_path, long):
     finally:
         process.kill()
         process.communicate()
+
+
+# 10.7 the page of the server, in headless Chromium and with a server that answers by heart
+
+class Site:
+    """A server that speaks as serve.py does, with the answers that a test has written down.
+
+    says: {last message or text: (status, object), or what is sent in its turn: objects and texts of events, a
+    threading.Event to wait for, or ... for ' on' and on, until the reader goes away}.
+    """
+
+    def __init__(self, **about):
+        self.says, self.asked, self.gone, self.key = {}, [], threading.Event(), ''
+        self.about = {'id': 'sft', 'object': 'model', 'parameters': 1115776, 'context': 256, 'chat': True} | about
+        self.html = (ROOT / 'serve.html').read_bytes()
+        hashes = [base64.b64encode(hashlib.sha256(re.search(tag, self.html, re.S)[1]).digest()).decode()
+                  for tag in (rb'<script>(.*?)</script>', rb'<style>(.*?)</style>')]
+        self.policy = ("default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; connect-src 'self'; "
+                       "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'").format(*hashes)
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Clerk, self))
+        self.server.daemon_threads = True
+        self.url = f'http://127.0.0.1:{self.server.server_port}/'
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Clerk(http.server.BaseHTTPRequestHandler):
+    """Answers one request to a Site."""
+
+    def __init__(self, site, *args):
+        self.site = site
+        super().__init__(*args)
+
+    def reply(self, status, body, kind='application/json'):
+        self.send_response(status)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Security-Policy', self.site.policy)
+        self.end_headers()
+        self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    def do_GET(self):
+        if self.path == '/':
+            self.reply(200, self.site.html, 'text/html; charset=utf-8')
+        elif self.site.key and self.headers['Authorization'] != f'Bearer {self.site.key}':
+            self.reply(401, wrong('no such key'))
+        else:
+            self.reply(200, {'object': 'list', 'data': [self.site.about]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        self.site.asked.append((self.path, body))
+        said = self.site.says[body['messages'][-1]['content'] if 'messages' in body else body['prompt']]
+        if isinstance(said, tuple):
+            return self.reply(*said)
+        self.reply(200, b'', 'text/event-stream')
+        try:
+            for event in said:
+                self.send(event)
+        except OSError:
+            self.site.gone.set()
+
+    def send(self, event):
+        while event is ...:
+            self.send(spoken(' on')[0])
+            time.sleep(0.01)
+        if isinstance(event, threading.Event):
+            event.wait(5)
+        else:
+            event = event if isinstance(event, str) else json.dumps(event)
+            self.wfile.write(f'data: {event}\n\n'.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def wrong(message):
+    return {'error': {'message': message, 'type': 'invalid_request_error', 'param': None, 'code': None}}
+
+
+def drawn(text, p=0.9, others=(), spelled=None):
+    """A token of a streamed answer, with its probability and those of others."""
+    return {'token': text, 'logprob': math.log(p), 'bytes': list(spelled or text.encode()), 'top_logprobs': [
+        {'token': other, 'logprob': math.log(q), 'bytes': list(other.encode())} for other, q in others]}
+
+
+def chunk(tokens=(), finish=None, **delta):
+    return {'object': 'chat.completion.chunk', 'choices': [
+        {'index': 0, 'delta': delta, 'finish_reason': finish, 'logprobs': {'content': list(tokens)}}]}
+
+
+def spoken(*tokens, key='content'):
+    """A chunk for each token."""
+    return [chunk([drawn(text)], **{key: text}) for text in tokens]
+
+
+def whole(*events, finish='stop'):
+    """An answer from its beginning to its end."""
+    usage = {'choices': [], 'usage': {'prompt_tokens': 9, 'completion_tokens': 7, 'total_tokens': 16}}
+    return [chunk(role='assistant', content=''), *events, chunk(finish=finish), usage, '[DONE]']
+
+
+@pytest.fixture(scope='session')
+def chromium():
+    """A headless Chromium and the one thread that may speak to it: playwright keeps an event loop running there, and
+    where one runs, asyncio.run is refused."""
+    path = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not path:
+        pytest.skip('no Chromium here: apt-get install chromium')
+    playwright = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+             '--disable-component-update', '--disable-sync']
+    with ThreadPoolExecutor(1) as thread:
+        driver = thread.submit(lambda: playwright.sync_playwright().start()).result()
+        browser = thread.submit(driver.chromium.launch, executable_path=path, args=quiet).result()
+        yield thread, browser, playwright.expect
+        thread.submit(browser.close).result()
+        thread.submit(driver.stop).result()
+
+
+class Tab:
+    """A page of the browser, with what the tests do there again and again."""
+
+    def __init__(self, browser, expect, **options):
+        self.context, self.expect, self.requests, self.errors = browser.new_context(**options), expect, [], []
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(5000)
+        self.page.on('request', lambda request: self.requests.append(request.url))
+        self.page.on('pageerror', lambda error: self.errors.append(f'{error}'))
+        self.page.on('console', lambda said: self.errors.append(said.text) if 'Policy' in said.text else None)
+        self.page.on('dialog', lambda dialog: self.errors.append(dialog.message))
+
+    def __getattr__(self, name):
+        return getattr(self.page, name)
+
+    def open(self, url):
+        self.goto(url)
+        self.until('model')
+
+    def until(self, expression):
+        """Waits for an expression of JavaScript to hold; wait_for_function needs the eval that the page forbids."""
+        late = time.monotonic() + 5
+        while not self.evaluate(expression):
+            assert time.monotonic() < late, expression
+            self.wait_for_timeout(10)
+
+    def ask(self, text, wait=True):
+        self.fill('#text', text)
+        self.press('#text', 'Enter')
+        if wait:
+            self.wait_for_selector('body:not(.busy)')
+
+    def sees(self, selector, text):
+        self.expect(self.locator(selector)).to_have_text(text, use_inner_text=True)
+
+
+def in_chromium(**options):
+    """Makes of a test(tab, site, …) one that runs in the thread of the browser, in a new context with these options."""
+    def decorate(test):
+        def run(chromium, **fixtures):
+            thread, browser, expect = chromium
+
+            def steps():
+                site, tab = Site(), Tab(browser, expect, **options)
+                try:
+                    test(tab, site, **fixtures)
+                    assert tab.errors == []
+                    assert {re.match(r'\w+://[^/]*/|data:', url)[0] for url in tab.requests} <= {site.url, 'data:'}
+                finally:
+                    tab.context.close()
+                    site.close()
+            thread.submit(steps).result()
+        given = list(inspect.signature(test).parameters.values())[2:]
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        run.__signature__ = inspect.Signature([inspect.Parameter('chromium', 1), *given])
+        return run
+    return decorate
+
+
+@in_chromium()
+def test_10_7_an_answer_is_seen_while_it_comes(tab, site):
+    gate = threading.Event()
+    site.says['How many\n?'] = whole(*spoken('It', ' is'), gate, *spoken(' 7', '.'), finish='length')
+    tab.open(site.url)
+    assert tab.inner_text('#model') == 'sft, 1.1M parameters, context 256'
+    tab.type('#text', 'How many')
+    tab.evaluate("document.getElementById('text').dispatchEvent("
+                 "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, cancelable: true}))")
+    tab.press('#text', 'Shift+Enter')
+    tab.type('#text', '?')
+    tab.press('#text', 'Enter')
+    tab.sees('.model .body', 'It is')
+    assert tab.is_visible('#stop') and not tab.is_visible('#send') and tab.input_value('#text') == ''
+    assert tab.inner_text('.user .body') == 'How many\n?'
+    gate.set()
+    tab.sees('.model .body', 'It is 7.')
+    tab.wait_for_selector('#send')
+    assert re.fullmatch(r'7 tokens · [\d.]+ tokens/s · cut off: no tokens left', tab.inner_text('.model .below span'))
+    assert tab.text_content('#spoken') == 'It is 7.'
+    tab.click('#settings summary')
+    for name, value in dict(system='Be brief.', temperature='0.5', top_p='0.9', max_tokens='20', seed='3').items():
+        tab.fill(f'[name={name}]', value)
+    site.says['More?'] = whole(*spoken('No.'))
+    tab.ask('More?')
+    options = {'model': 'sft', 'stream': True, 'stream_options': {'include_usage': True}, 'logprobs': True,
+               'top_logprobs': 5}
+    said = [turn('user', 'How many\n?'), turn('assistant', 'It is 7.'), turn('user', 'More?')]
+    assert site.asked == [
+        ('/v1/chat/completions', options | {'messages': said[:1]}),
+        ('/v1/chat/completions', options | {'messages': [turn('system', 'Be brief.'), *said], 'temperature': 0.5,
+                                            'top_p': 0.9, 'max_tokens': 20, 'seed': 3})]
+    tab.fill('[name=temperature]', '3')
+    tab.ask('Too hot?')
+    assert len(site.asked) == 2 and tab.input_value('#text') == 'Too hot?'
+
+
+@in_chromium()
+def test_10_7_the_stop_button_stops_the_server(tab, site):
+    site.says |= {'Go': whole(...), 'And?': whole(*spoken('Yes.'))}
+    tab.open(site.url)
+    tab.ask('Go', wait=False)
+    tab.until("document.querySelector('.model .body').textContent.length > 20")
+    tab.click('#stop')
+    assert site.gone.wait(3)
+    tab.wait_for_selector('text=stopped by you')
+    text = tab.inner_text('.model .body')
+    assert re.fullmatch('( on)+', ' ' + text.strip()) and tab.is_visible('#send')
+    assert tab.evaluate('document.activeElement.id') == 'text'
+    tab.ask('And?')
+    assert site.asked[1][1]['messages'][1]['content'].strip() == text.strip()
+    tab.click('text=Again >> visible=true')
+    tab.wait_for_selector('body:not(.busy)')
+    assert site.asked[2] == site.asked[1] and tab.locator('.model').count() == 2
+
+
+@in_chromium()
+def test_10_7_errors_stand_in_place_and_can_be_tried_again(tab, site):
+    site.says['Q'] = (429, wrong('4 requests are waiting <b>already</b>'))
+    tab.open(site.url)
+    tab.ask('Q')
+    tab.sees('.error', '4 requests are waiting <b>already</b>Retry')
+    site.says['Q'] = [*spoken('Half'), wrong('the model failed'), ...]
+    tab.click('text=Retry')
+    tab.sees('.error', 'the model failedRetry')
+    assert site.gone.wait(3) and tab.inner_text('.model .body') == 'Half' and tab.inner_text('.user .body') == 'Q'
+    site.says['Q'] = spoken('Ha')
+    tab.click('text=Retry')
+    tab.sees('.error', 'The connection broke off.Retry')
+    site.says['Q'] = (500, 'no object of an error')
+    tab.click('text=Retry')
+    tab.sees('.error', 'The server answers 500.Retry')
+    site.says['R'] = whole(*spoken('Fine.'))
+    tab.ask('R')  # a question without an answer is not part of what follows
+    assert site.asked[-1][1]['messages'] == [turn('user', 'R')] and tab.locator('.user').count() == 2
+    site.close()
+    tab.ask('S')
+    tab.sees('.error >> nth=1', 'The server does not answer.Retry')
+
+
+@in_chromium()
+def test_10_7_the_key_is_asked_for(tab, site):
+    site.key = 'open sesame'
+    site.says['Q'] = whole(*spoken('A'))
+    tab.goto(site.url)
+    for key, why in (('barley', 'no such key'), ('open sesame', 'no such key')):
+        tab.sees('#why', why)
+        tab.fill('#key', key)
+        tab.press('#key', 'Enter')
+    tab.until('model')
+    tab.ask('Q')
+    tab.reload()
+    tab.until('model')
+    assert not tab.is_visible('dialog') and 'sesame' not in tab.evaluate('JSON.stringify(localStorage)')
+
+
+@in_chromium(has_touch=True)
+def test_10_7_probabilities_of_a_token(tab, site):
+    others = [(' Paris', 0.6), (' the', 0.25), (' Lyon', 0.1), ('\n', 0.03), (' a\u200b', 0.0002)]
+    site.says['Where?'] = whole(
+        *spoken('It is'), chunk([drawn(' Paris', 0.6, others)], content=' Paris'),
+        chunk([drawn(' or', 0.04, [(' and', 0.9)])], content=' or'), chunk([drawn(' Rome', 0.07)], content=' Rome'),
+        chunk([drawn('\ufffd', 0.5, spelled=b'\xf0\x9f'), drawn('\ufffd', 0.8, spelled=b'\x98\x80')], content='😀'),
+        chunk([drawn('</', 0.9), drawn('b>', 0.9), drawn(' x', 0.01)], content=' x'), chunk(content=' given'))
+    tab.open(site.url)
+    tab.ask('Where?')
+    tab.check('[name=colours]')
+    tokens = tab.locator('.model .tok')
+    names = ['high', 'high', 'low', 'mid', 'mid', 'mark high', 'mark high', 'low']
+    assert [of.replace(' tok', '').replace('tok ', '') for of in
+            tokens.evaluate_all('all => all.map(it => it.className)')] == names
+    colours = [tab.locator(f'.model .{of}').first.evaluate('it => getComputedStyle(it).backgroundColor') for of in
+               ('high', 'mid', 'low')]
+    assert len({*colours, 'rgba(0, 0, 0, 0)'}) == 4
+
+    def rows():
+        tab.wait_for_selector('#tip:visible')
+        return re.findall(r'(\S+)\n+([^\n]+) %', tab.inner_text('#tip'))
+    tokens.nth(1).hover()
+    assert rows() == [('␣Paris', '60.0'), ('␣the', '25.0'), ('␣Lyon', '10.0'), ('↵', '3.0'), ('␣a<U+200B>', '< 0.1')]
+    widths = tab.locator('#tip i span').evaluate_all('all => all.map(it => parseFloat(it.style.width))')
+    assert widths == pytest.approx([60, 25, 10, 3, 0.02], abs=0.01)
+    tab.hover('h1')
+    tab.wait_for_selector('#tip', state='hidden')
+    tab.focus('.model .block')
+    for _ in range(3):
+        tab.keyboard.press('ArrowRight')
+    assert rows() == [('␣or', '4.0'), ('␣and', '90.0')]
+    assert tab.locator('#tip .drawn').all_inner_texts() == ['␣or']
+    assert tab.evaluate("document.activeElement.getAttribute('aria-describedby')") == 'tip'
+    tab.keyboard.press('ArrowLeft')
+    assert rows()[0] == ('␣Paris', '60.0')
+    tokens.nth(4).tap()
+    assert rows() == [('<F0><9F>', '50.0'), ('<98><80>', '80.0')]
+    assert tab.inner_text('.model .body').endswith('Rome😀 x given')
+    tab.uncheck('[name=colours]')
+    assert tab.locator('.model .tok').first.evaluate('it => getComputedStyle(it).backgroundColor') == 'rgba(0, 0, 0, 0)'
+
+
+@in_chromium()
+def test_10_7_thoughts_are_folded_and_calls_shown(tab, site):
+    gates = [threading.Event() for _ in range(3)]
+    call = {'index': 0, 'id': 'call_1', 'type': 'function', 'function': {'name': 'look', 'arguments': '{"at": '}}
+    more = {'index': 0, 'function': {'arguments': '"<i>"}'}}
+    site.says['Q'] = whole(
+        chunk([drawn('<think>')]), *spoken('Let', ' me', key='reasoning_content'), gates[0], chunk([drawn('</think>')]),
+        *spoken('So', ' <', 'to', 'ol>26', ' -', ' 19', '</tool'), gates[1], *spoken('>'), chunk(content='[7]'),
+        *spoken(' is 1 < 2 <b> <tool>4', '</tool> no [x]'), gates[2],
+        chunk([drawn('<tool_call>')], tool_calls=[call]), chunk(tool_calls=[more]), finish='tool_calls')
+    tab.open(site.url)
+    tab.ask('Q', wait=False)
+    tab.sees('.thought .block', 'Let me')
+    assert tab.get_attribute('.thought', 'open') == ''
+    gates[0].set()
+    tab.sees('.model .text', 'So <tool>26 - 19</tool')
+    assert tab.get_attribute('.thought', 'open') is None and not tab.is_visible('.thought .block')
+    gates[1].set()
+    tab.sees('.model .text', 'So 26 - 19 = 7 is 1 < 2 <b> 4 no [x]')
+    assert tab.locator('.call').all_inner_texts() == ['26 - 19 = 7', '4']
+    gates[2].set()
+    tab.sees('.model pre', 'look({"at": "<i>"})')
+    tab.wait_for_selector('text=calls a tool')
+    raw = 'So <tool>26 - 19</tool>[7] is 1 < 2 <b> <tool>4</tool> no [x]'
+    before = tab.inner_html('.model .text')
+    site.says['R'] = whole(*spoken('Yes'))
+    tab.ask('R')
+    function = {'name': 'look', 'arguments': '{"at": "<i>"}'}
+    assert site.asked[1][1]['messages'][1] == turn('assistant', raw) | {
+        'reasoning_content': 'Let me', 'tool_calls': [{'id': 'call_1', 'type': 'function', 'function': function}]}
+    tab.reload()  # drawn at once, it looks the same
+    assert tab.locator('.model .text').first.inner_html() == before and not tab.is_visible('.thought .block')
+    tab.check('[name=colours]')
+    assert tab.locator('.thought .mark').first.get_attribute('data-name') == '<think>'
+    assert tab.locator('.call').first.inner_text() == '<tool>26 - 19</tool>[ = 7]'
+
+
+@in_chromium(accept_downloads=True)
+def test_10_7_a_conversation_is_kept_edited_and_saved(tab, site, tmp_path):
+    site.says |= {'One': whole(*spoken('1')), 'Two': whole(chunk([drawn('Hm')], reasoning_content='Hm'), *spoken('2')),
+                  'Too': whole(*spoken('Oh')), 'Three': (400, wrong('no'))}
+    tab.open(site.url)
+    tab.click('text=Save')
+    tab.sees('#notice', 'There is no answer yet.')
+    tab.ask('One')
+    tab.ask('Two')
+    tab.evaluate("options.system.value = 'Count.'")
+    tab.fill('#text', 'a draft')
+    tab.reload()
+    tab.until('model')
+    assert tab.locator('.body').all_inner_texts() == ['One', '1', 'Two', 'Thoughts\n2']
+    assert tab.input_value('#text') == 'a draft'
+    tab.locator('.model .text .tok').first.hover()
+    tab.wait_for_selector('#tip:visible')
+    tab.ask('Three')
+    with tab.expect_download() as download:
+        tab.click('text=Save')
+    download.value.save_as(tmp_path / 'chats.jsonl')
+    assert download.value.suggested_filename == 'chats.jsonl'
+    assert len(read_chats(tmp_path / 'chats.jsonl')[0]) == 1  # as sft.py does
+    assert json.loads((tmp_path / 'chats.jsonl').read_text()) == {'messages': [
+        turn('system', 'Count.'), turn('user', 'One'), turn('assistant', '1'), turn('user', 'Two'),
+        turn('assistant', '2') | {'reasoning_content': 'Hm'}]}
+    tab.click('text=Edit >> visible=true')
+    assert tab.input_value('#text') == 'Three' and tab.locator('.user').count() == 2
+    tab.click('text=Undo')
+    assert tab.locator('.user').count() == 3
+    tab.click('text=Edit >> visible=true')
+    tab.ask('Too')
+    assert [m['content'] for m in site.asked[-1][1]['messages']] == ['Count.', 'One', '1', 'Two', '2', 'Too']
+    tab.context.grant_permissions(['clipboard-read', 'clipboard-write'])
+    tab.locator('text=Copy').last.click()
+    assert tab.evaluate('navigator.clipboard.readText()') == 'Oh'
+    tab.click('#new')
+    assert tab.locator('article').count() == 0
+    tab.click('text=Undo')
+    assert tab.locator('article').count() == 6
+    tab.click('#new')
+    tab.reload()
+    assert tab.locator('article').count() == 0
+
+
+HOSTILE = ('<script>alert(1)</script><img src=x onerror=alert(2)>', '"><svg onload=alert(3)>', '</div></main>',
+           'javascript:alert(4)', '&lt;b&gt;', '\u202egnirts\u202c', 'a\u200b\u2060b', '\x00\x07')
+
+
+@in_chromium(viewport={'width': 360, 'height': 640}, color_scheme='dark')
+def test_10_7_a_model_may_say_anything_on_a_phone(tab, site):
+    long, arabic = 'x' * 100_000, 'مرحبا بالعالم 123 (أقواس)'
+    many = [drawn(f'w{i} ') for i in range(2000)]
+    site.says |= {'<b>Q</b>' + HOSTILE[0]: whole(*spoken(*HOSTILE, arabic), *spoken(*HOSTILE, key='reasoning_content')),
+                  'long': whole(chunk([drawn(long)], content=long), *(chunk([t], content=t['token']) for t in many)),
+                  'call': whole(chunk(tool_calls=[{'index': 0, 'id': '1', 'type': 'function', 'function': {
+                      'name': HOSTILE[0], 'arguments': long[:500]}}]))}
+    site.says['right to left'] = whole(*spoken(arabic))
+    site.about['id'] = 'out/' + HOSTILE[0]
+    tab.open(site.url)
+    tab.check('[name=colours]')
+    for question in site.says:
+        tab.ask(question)
+        assert tab.evaluate('document.documentElement.scrollWidth') == 360
+        assert tab.evaluate("log.scrollWidth <= log.clientWidth && log.scrollTop > 0 || state.messages.length === 2")
+    block, line = (tab.locator(f'.model:last-child {of}').bounding_box() for of in ('.text', '.tok'))
+    assert line['x'] > block['x'] + 20
+    assert line['x'] + line['width'] == pytest.approx(block['x'] + block['width'], abs=2)
+    assert tab.locator('.user .body').first.text_content() == '<b>Q</b>' + HOSTILE[0]
+    assert tab.locator('.model .text').first.text_content() == ''.join(HOSTILE) + arabic
+    assert tab.evaluate("document.querySelectorAll('main script, main img, main svg, main b').length") == 0
+    assert tab.locator('.model .text').nth(1).text_content() == long + ''.join(t['token'] for t in many)
+    tab.click('#settings summary')
+    assert tab.evaluate('document.documentElement.scrollWidth') == 360
+
+    def paper():
+        return tab.evaluate('getComputedStyle(document.body).backgroundColor')
+    dark = paper()
+    tab.select_option('[name=theme]', 'light')
+    assert max(map(int, re.findall(r'\d+', dark))) < 60 and min(map(int, re.findall(r'\d+', paper()))) > 200
+    tab.reload()  # kept, also where 5 MB do not hold the probabilities
+    assert min(map(int, re.findall(r'\d+', paper()))) > 200 and tab.locator('.model').count() == 4
+
+
+@in_chromium(viewport={'width': 600, 'height': 300})
+def test_10_7_the_page_follows_an_answer_unless_the_reader_reads(tab, site):
+    gate, lines = threading.Event(), [f'line {i}\n' for i in range(60)]
+    site.says['Q'] = whole(*spoken(*lines[:30]), gate, *spoken(*lines[30:]))
+    tab.open(site.url)
+    below = 'log.scrollHeight - log.scrollTop - log.clientHeight'
+    tab.ask('Q', wait=False)
+    tab.until(f"log.textContent.includes('line 29') && {below} < 2 && log.scrollTop > 100")
+    tab.hover('#log')
+    tab.mouse.wheel(0, -300)
+    tab.until(f'{below} > 200')
+    gate.set()
+    tab.wait_for_selector('body:not(.busy)')
+    assert tab.evaluate('log.scrollTop') < 700 and tab.evaluate(below) > 600 and 'line 59' in tab.inner_text('#log')
+
+
+@in_chromium()
+def test_10_7_a_base_model_continues_a_text(tab, site):
+    def said(*tokens):
+        return [*({'object': 'text_completion', 'choices': [
+            {'index': 0, 'text': text, 'finish_reason': None, 'logprobs': {
+                'tokens': [text], 'token_logprobs': [math.log(0.9)], 'text_offset': [0],
+                'top_logprobs': [{text: math.log(0.9), ' of': math.log(0.05)}]}}]} for text in tokens), '[DONE]']
+    site.about |= {'chat': False}
+    site.says |= {'To be, ': said('or ', 'not'), 'To be, or not': said(' to', ' be')}
+    tab.open(site.url)
+    tab.ask('To be, ')
+    tab.sees('.model .body', 'or not')
+    tab.locator('.tok').first.hover()
+    tab.wait_for_selector('#tip:visible')
+    assert tab.locator('#tip code').all_inner_texts() == ['or␣', '␣of']
+    tab.locator('.below').get_by_text('Continue').click()
+    tab.sees('.model .body', 'or not to be')
+    assert not tab.is_visible('#save') and not tab.is_visible('#system')
+    tab.locator('.below').get_by_text('Edit', exact=True).locator('visible=true').click()
+    assert tab.input_value('#text') == 'To be, or not to be' and tab.locator('article').count() == 0
+    assert site.asked == [('/v1/completions', {
+        'model': 'sft', 'prompt': prompt, 'stream': True, 'stream_options': {'include_usage': True}, 'logprobs': 5,
+        'max_tokens': 200}) for prompt in ('To be, ', 'To be, or not')]
+
+
+@in_chromium()
+def test_10_7_the_page_talks_to_the_server_itself(tab, site):
+    with serving(secret='secret') as (address, *_):
+        site.close()
+        site.url = f'{address}/'  # the one host that may be asked
+        tab.goto(site.url)
+        tab.fill('#key', 'secret')
+        tab.press('#key', 'Enter')
+        tab.until('model')
+        tab.evaluate("options.max_tokens.value = 20, options.seed.value = 1")
+        texts = []
+        for _ in range(2):
+            tab.ask('How many?')
+            assert tab.locator('.error').count() == 0
+            assert re.match('20 tokens · .* · cut off', tab.inner_text('.model .below span'))
+            texts.append(tab.text_content('.model .text'))
+            tab.locator('.model .tok').nth(3).hover()
+            tab.wait_for_selector('#tip:visible')
+            assert tab.locator('#tip b').count() >= 5
+            tab.click('#new')
+        assert texts[0] == texts[1] != ''
+        tab.evaluate("options.max_tokens.value = ''")
+        tab.ask('x' * 300)
+        assert 'context' in tab.inner_text('.error')
+        tab.context.close()
+
+
+def test_10_7_ways_to_serve_hold_together(tmp_path):
+    docker, docs = (ROOT / 'Dockerfile').read_text(), (ROOT / 'docs/running.md').read_text()
+    for line in re.findall('^COPY (.+)', docker, re.M):
+        assert all([*ROOT.glob(name)] for name in line.split()[:-1])
+    (tmp_path / 'python').write_text('#!/bin/sh\nprintf "%s\\n" python "$@"\n')  # says what the image would run
+    (tmp_path / 'python').chmod(0o755)
+    entry = [*json.loads(re.search('^ENTRYPOINT (.+)', docker, re.M)[1]), '--init_from=out/sft', '--model_name=a b']
+    for key in ('SECRET', 'two words'):
+        environment = {'API_KEY': key, 'PATH': f'{tmp_path}:/bin:/usr/bin'}
+        words = subprocess.run(entry, capture_output=True, text=True, env=environment).stdout.splitlines()
+        knobs = check_docs.check_command(words, {})[2]
+        assert [knobs[name] for name in ('host', 'api_key', 'init_from', 'model_name')] == [
+            '0.0.0.0', key, 'out/sft', 'a b']
+    unit = shlex.split(re.search('^ExecStart=(.+)', docs, re.M)[1])
+    assert check_docs.check_command(['python', *unit[1:]], {})[2]['api_key'] == '${API_KEY}'
+    limit = int(re.search(r'client_max_body_size (\d+)m;', docs)[1]) << 20
+    assert limit == serve_file.MAX_BODY
