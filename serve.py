@@ -19,6 +19,8 @@ join and those that are done leave (iteration-level scheduling: Orca, OSDI 2022,
 parts, between which the others advance (chunked prefill, arXiv:2308.16369).
 """
 import asyncio
+import base64
+import hashlib
 import hmac
 import itertools
 import json
@@ -57,7 +59,7 @@ init_from = 'out/sft'  # a run's directory or checkpoint, a Hugging Face directo
 model_name = ''  # what the API calls the model; empty: init_from
 host = '127.0.0.1'  # of this machine alone; another address, such as 0.0.0.0, needs api_key
 port = 8000  # 0 = any that is free
-api_key = ''  # what clients must send: Authorization: Bearer KEY
+api_key = ''  # what clients must send: Authorization: Bearer KEY; FILE:PATH keeps it out of the process list
 max_rows = 16  # answers that are continued side by side
 max_kept = 8192  # tokens whose keys and values are kept after an answer, for the next turn of its chat; 0 = none
 max_queue = 64  # answers that may wait for their turn; more are refused with status 429
@@ -784,10 +786,14 @@ class Server:
                 task.cancel()
 
     async def page(self, request):
-        headers = {'content-security-policy': "default-src 'none'; script-src 'unsafe-inline'; style-src "
-                                              "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
-                                              "form-action 'none'; frame-ancestors 'none'"}
-        return HTMLResponse((Path(__file__).parent / 'serve.html').read_text(encoding='utf-8'), headers=headers)
+        page = (Path(__file__).parent / 'serve.html').read_bytes()
+        own = []  # no other code can run in it, whatever a model says
+        for tag in ('script', 'style'):
+            text = re.search(rf'<{tag}>(.*?)</{tag}>'.encode(), page, re.S)[1]
+            own.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'")
+        policy = (f"default-src 'none'; {'; '.join(own)}; connect-src 'self'; img-src data:; base-uri 'none'; "
+                  "form-action 'none'; frame-ancestors 'none'")
+        return HTMLResponse(page, headers={'content-security-policy': policy})
 
     async def refuse(self, request, error):
         """An exception -> OpenAI's error object."""
@@ -857,6 +863,19 @@ class Process(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def read_key(text):
+    """The api_key, from itself or a file."""
+    if not text.startswith('FILE:'):
+        return text
+    try:
+        key = Path(text[5:]).read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'api_key={text}: {getattr(error, "strerror", None) or "not UTF-8 text"}') from None
+    if not key:
+        raise UserError(f'api_key={text}: the file is empty')
+    return key
+
+
 def listen(address, number):
     """A socket that is bound to an address."""
     # with the protocol named: else asyncio does not tell it to send small pieces at once, and each waits for 40 ms
@@ -875,7 +894,9 @@ def listen(address, number):
 
 
 def main():
+    global api_key
     _, given = runtime.configure(globals(), GPTConfig)
+    api_key = read_key(api_key)
     if max_rows < 1 or max_queue < 1 or min(max_kept, max_think_tokens) < 0:
         raise UserError('max_rows and max_queue must be >= 1, max_kept and max_think_tokens >= 0')
     if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:

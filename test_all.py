@@ -12027,7 +12027,10 @@ def test_10_6_a_key_lets_in(run_stage, tmp_path):
             assert found.status_code == 401 and found.json()['error']['code'] == 'invalid_api_key'
             assert requests.post(f'{address}/v1/completions', headers=header, json={}, timeout=9).status_code == 401
         assert client(address, 's3cret').models.list().data[0].id == 'tiny'
-    for args, words in ((['--host=0.0.0.0'], 'api_key'), (['--max_rows=0'], 'max_rows'), (['--port=70000'], 'port'),
+    (tmp_path / 'key').write_text('s3cret\n')
+    assert serve_file.read_key(f'FILE:{tmp_path / "key"}') == serve_file.read_key('s3cret') == 's3cret'
+    for args, words in ((['--host=0.0.0.0'], 'api_key'), ([f'--api_key=FILE:{tmp_path}/none'], 'none'),
+                        (['--max_rows=0'], 'max_rows'), (['--port=70000'], 'port'),
                         (['--init_from=nowhere', '--port=0'], 'nowhere')):
         status, _, err = run_stage('serve', *args)
         assert status == 2 and words in err and err.count('\n') == 1
