@@ -12588,6 +12588,6 @@ def test_10_7_ways_to_serve_hold_together(tmp_path):
         assert [knobs[name] for name in ('host', 'api_key', 'init_from', 'model_name')] == [
             '0.0.0.0', key, 'out/sft', 'a b']
     unit = shlex.split(re.search('^ExecStart=(.+)', docs, re.M)[1])
-    assert check_docs.check_command(['python', *unit[1:]], {})[2]['api_key'] == '${API_KEY}'
+    assert check_docs.check_command(['python', *unit[1:]], {})[2]['api_key'] == 'FILE:%d/api_key'
     limit = int(re.search(r'client_max_body_size (\d+)m;', docs)[1]) << 20
     assert limit == serve_file.MAX_BODY
