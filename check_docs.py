@@ -195,8 +195,8 @@ def check_command(words, copies):  # noqa: C901
         if not (ROOT / script).is_file():
             raise DocError(f'{name}: no such file')
         if script == 'convert.py':
-            if len([arg for arg in args if arg != '--peft']) != 2:
-                raise DocError('convert.py takes a source, a target and perhaps --peft')
+            if len([arg for arg in args if arg != '--peft' and not arg.startswith('--type=')]) != 2:
+                raise DocError('convert.py takes a source, a target and perhaps --peft or --type')
             return name, args, {}
         if script == 'faults.py':
             return name, args, {}
@@ -234,7 +234,7 @@ def checked_commands(paths):
 def made_and_needed(script, args, knobs):
     """The files that a command makes, and those that it needs: two sets of paths and patterns."""
     if script in ('cp', 'convert.py'):
-        source, target = (arg for arg in args if arg != '--peft')
+        source, target = (arg for arg in args if not arg.startswith('--'))
         return {target}, {source}
     made, needed = set(), {script, *re.findall(r'\w+\.py', knobs.get('rewards', ''))}
     if script.startswith('data/'):

@@ -1,18 +1,19 @@
 """
-Models in and out: Hugging Face directories (config.json and safetensors) both ways, GGUF files in, LoRA as PEFT has it.
+Models in and out: Hugging Face directories (config.json and safetensors), GGUF files, and LoRA as PEFT has it.
 
     python convert.py out/tiny exported          a run of ours -> a directory that transformers, vLLM, … read
     python convert.py hf_directory out/name      a Hugging Face directory, a .gguf file or a name -> a run of ours
     python convert.py out/lora exported --peft   the LoRA of a run, without its base -> a directory that PEFT reads
+    python convert.py out/tiny mine.gguf         any of these -> one file for llama.cpp, ollama, …, and a Modelfile
+                                                 --type=f16 (the default, whatever the run's dtype), f32, bf16, q8_0
 
 A family's tensors are a table from our names to theirs; both directions walk it. The keys and defaults of config.json
 are those of transformers (models/*/configuration_*.py), in its spelling of today (`rope_parameters`, `dtype`) and of
 before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do is refused by its key, not dropped.
-Nothing here unpickles a stranger's file.
+Nothing here unpickles a stranger's file. GGUF is in gguf_format.py.
 
-Formats: https://huggingface.co/docs/safetensors, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Format: https://huggingface.co/docs/safetensors
 """
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -27,13 +28,12 @@ from pathlib import Path
 
 import runtime
 
-import numpy as np
 import torch
 
 import lora
 import tokenizer as tokenizers
 from lora import LoRAConfig, LoRALinear
-from model import GPT, GPTConfig, check_tensors, frequencies, on_meta, rope_frequencies
+from model import GPT, GPTConfig, check_tensors, on_meta
 from tokenizer import UserError
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -76,8 +76,11 @@ TABLES = {
         'blocks.#.attn.qkv': 'blk.#.attn_[qkv]', 'blocks.#.attn.proj': 'blk.#.attn_output',
         'blocks.#.attn.q_norm': 'blk.#.attn_q_norm', 'blocks.#.attn.k_norm': 'blk.#.attn_k_norm',
         'blocks.#.mlp.gate': 'blk.#.ffn_gate', 'blocks.#.mlp.up': 'blk.#.ffn_up', 'blocks.#.mlp.down': 'blk.#.ffn_down',
+        'blocks.#.mlp.router': 'blk.#.ffn_gate_inp', 'blocks.#.mlp.gate*': 'blk.#.ffn_gate_exps',
+        'blocks.#.mlp.up*': 'blk.#.ffn_up_exps', 'blocks.#.mlp.down*': 'blk.#.ffn_down_exps',
     },
 }
+TABLES['gguf_gpt2'] = TABLES['gguf'] | {'pos_emb': 'position_embd', 'blocks.#.attn.qkv': 'blk.#.attn_qkv'}
 
 
 def parts(name, tensor, config, family):
@@ -143,7 +146,7 @@ def known(overrides):
             raise UserError(f'{key!r} is no field of a model; did you mean {near}?')
 
 
-def _read(sources, name):
+def read_tensor(sources, name):
     file, _, read = sources[name]
     try:
         return read()
@@ -152,7 +155,7 @@ def _read(sources, name):
 
 
 def _fill(view, sources, name):
-    view.copy_(_read(sources, name))
+    view.copy_(read_tensor(sources, name))
     if not view.sum(dtype=torch.float32).isfinite():  # in one pass: isfinite of each takes ten times as long
         raise UserError(f'{sources[name][0]}: tensor {name} has values that are not finite (nan or inf): its training '
                         'diverged, or the file is damaged')
@@ -451,7 +454,7 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     if not any(name.startswith(prefix) for name in sources):  # saved without the head's class
         sources = {name if name == 'lm_head.weight' else prefix + name: t for name, t in sources.items()}
     if args['tie_weights'] and {'lm_head.weight', embedding} <= sources.keys():
-        if not torch.equal(_read(sources, 'lm_head.weight'), _read(sources, embedding)):
+        if not torch.equal(read_tensor(sources, 'lm_head.weight'), read_tensor(sources, embedding)):
             raise UserError(f'{folder}: tensor lm_head.weight differs from {embedding}, but tie_word_embeddings=True')
         del sources['lm_head.weight']
     elif args['tie_weights'] and 'lm_head.weight' in sources:  # as some writers keep the one tensor of both
@@ -464,7 +467,7 @@ def from_hf(directory, dtype=torch.float32, **overrides):
         file, shape, read = sources[positions]
         sources[positions] = file, [*(min(rows, n) for n in shape[:1]), *shape[1:]], lambda: read()[:rows]
     if dtype is None and embedding in sources:
-        dtype = _read(sources, embedding).dtype
+        dtype = read_tensor(sources, embedding).dtype
     tokenizer = tokenizers.hf_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
     model = build(args, overrides, family, sources, dtype, folder)
     return model, fits(tokenizer, model, folder)
@@ -474,14 +477,17 @@ TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do 
 EXPERTS = {'n_expert_shared', 'router_bias_rate'}  # nor do these without experts
 
 
-def hf_family(config):
+def hf_family(config, gguf=False):
     """The model_type that computes what a GPTConfig says; UserError names all fields that none has, and what would do.
+
+    gguf: that computes it in llama.cpp, too, which has GPT-2 with one GELU, no windows, and experts in one way.
     """
     heads = math.gcd(config.n_embd, config.n_head)
-    gpt2 = lacking(config, pos=['learned'], norm=['layernorm'], mlp=['gelu', 'gelu_tanh'], bias=[True],
+    gpt2 = lacking(config, pos=['learned'], norm=['layernorm'], mlp=['gelu', 'gelu_tanh'][gguf:], bias=[True],
                    norm_affine=[True], qk_norm=[False], window=[0], n_expert=[0], n_head=[heads], n_kv_head=[heads],
                    head_dim=[config.n_embd // heads], rope_scaling=['none'])
-    rotary = lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False]) | lacking_together(config)
+    rotary = lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False])
+    rotary |= lacking_together(config, gguf)
     remedies = min(gpt2, rotary, key=len)  # the nearer one
     if remedies:
         fields = ', '.join(f'{name}={getattr(config, name)!r}' for name in remedies)
@@ -506,20 +512,27 @@ def lacking(config, **wanted):
     return remedies
 
 
-def lacking_together(config):
+def lacking_together(config, gguf=False):
     """As `lacking`, of the fields that architectures with rotary positions have, but not beside others that it has."""
     remedies, family = {}, rotary_family(config)
     local = [config.is_local(i) for i in range(config.n_layer)]
     if config.qkv_bias and family != 'qwen2':
         remedies['qkv_bias'] = False
-    if family == 'mixtral':  # whose layers are all alike, and whose router renormalises
+    if family == 'mixtral' or gguf and config.n_expert:  # whose layers are all alike, and whose router renormalises
         remedies |= {name: value for name, value in (('dense_layers', 0), ('expert_every', 1))
                      if getattr(config, name) != value}
         if not config.router_renorm:
             remedies['router_renorm'] = True
         if config.n_expert_active == 1 and not config.renormalises:
             remedies |= {'n_expert_active': 2} if config.n_expert > 1 else {'n_expert': 0}
-    if any(local) and not all(local) and family not in ('qwen2', 'qwen3'):
+    if gguf and family == 'qwen2' and config.head_dim != (width := config.n_embd // config.n_head):
+        remedies['head_dim'] = width
+    if gguf and config.rope_scaling == 'yarn':  # of which it reads no more for these architectures
+        remedies |= {name: usual for name, usual in (('rope_low', 1.0), ('rope_high', 32.0))
+                     if getattr(config, name) != usual}
+    if any(local) and gguf and config.window < config.block_size:
+        remedies['window'] = 0
+    elif any(local) and not all(local) and family not in ('qwen2', 'qwen3') and not gguf:
         remedies['window_pattern'] = 'L'
     return remedies
 
@@ -575,18 +588,32 @@ def _vacant(directory):
         raise UserError(f'{directory}: already exists and is not empty; give a new directory')
 
 
-def to_hf(model, directory, tokenizer=None):
+def tensors_of(model, family):
+    """Yields (their name, tensor) of a GPT by a family's table; a norm without weights gets ones, which change nothing.
+
+    UserError for a model with LoRA or adapters in it.
+    """
+    config, state = model.config, runtime.full_state(model.state_dict())
+    for name in ('lora_rank', 'adapter_dim', 'quant'):
+        if value := getattr(lora.config_of(model), name):
+            raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
+    with on_meta():
+        whole = GPT(dataclasses.replace(config, norm_affine=True)).state_dict()
+    for name, like in whole.items():
+        if name != 'head.weight' or not config.tie_weights:
+            tensor = state[name] if name in state else torch.ones(like.shape, dtype=model.tok_emb.weight.dtype)
+            yield from parts(name, tensor, config, family)
+
+
+def to_hf(model, directory, tokenizer=None, card=None):
     """Writes a directory that transformers reads: config.json, model.safetensors, tokenizer.json. All or nothing.
 
-    The tensors keep their dtype, bit for bit. A norm without weights gets ones, which change nothing. Raises UserError
+    card: the text of its README.md (see card.py). The tensors keep their dtype, bit for bit. Raises UserError
     for a field that no architecture there has, a directory that is not empty, a disk that fails.
     """
     directory, config = Path(directory), model.config
     _vacant(directory)
     fits(tokenizer, model, directory)
-    for name in ('lora_rank', 'adapter_dim', 'quant'):
-        if value := getattr(lora.config_of(model), name):
-            raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
     family = hf_family(config)
     ends = list(tokenizer.turn_ids) if tokenizer else []  # an exported chat model must stop, too
     dtype = model.tok_emb.weight.dtype
@@ -595,14 +622,7 @@ def to_hf(model, directory, tokenizer=None):
         'architectures': [FAMILIES[family][0]], 'model_type': family, 'torch_dtype': name_of_dtype,
         'dtype': name_of_dtype, 'bos_token_id': tokenizer and tokenizer.bos, 'pad_token_id': None,
         'eos_token_id': ends[0] if len(ends) == 1 else ends or None}
-    state, tensors = runtime.full_state(model.state_dict()), {}
-    with on_meta():
-        whole = GPT(dataclasses.replace(config, norm_affine=True)).state_dict()
-    for name, like in whole.items():
-        if name != 'head.weight' or not config.tie_weights:
-            tensor = state[name] if name in state else torch.ones(like.shape, dtype=dtype)
-            for theirs, part in parts(name, tensor, config, family):
-                tensors[theirs] = part.detach().cpu().contiguous()
+    tensors = {name: part.detach().cpu().contiguous() for name, part in tensors_of(model, family)}
 
     def write(folder):
         from safetensors.torch import save_file
@@ -610,9 +630,11 @@ def to_hf(model, directory, tokenizer=None):
         if tokenizer:
             tokenizer.to_hf(folder)
         _write_json(folder / 'config.json', values)
-        ids = {key: values[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id') if values[key] is not None}
+        ids = {key: values[key] for key in ('bos_token_id', 'eos_token_id') if values[key] is not None}
         if ids:
             _write_json(folder / 'generation_config.json', ids)
+        if card:
+            runtime.write_atomic(folder / 'README.md', lambda file: file.write(card.encode()))
     _write_directory(directory, write)
 
 
@@ -642,142 +664,6 @@ def _write_directory(directory, write):
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# GGUF
-
-def from_gguf(path, dtype=torch.float32, **overrides):
-    """A GGUF file of a Llama, Qwen2 or Qwen3, whatever its quantisation -> (model, tokenizer), the weights dequantised.
-
-    Raises UserError with one line for a file that is damaged or of another architecture.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(f'{path}: reading GGUF needs the package gguf: pip install gguf') from None
-    class Reader(gguf.GGUFReader):  # which takes what lies behind the end of a file for an empty array
-        def _get(self, offset, dtype, count=1, override_order=None):
-            self.data = np.asarray(self.data)  # slices of a memmap itself would cost three times as much
-            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError('it ends too early')
-            return super()._get(offset, dtype, count, override_order)
-
-    try:
-        reader = Reader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {t.name: (t, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors}
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror or reason_of(error)}') from None
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise UserError(f'{path}: not a whole GGUF file ({reason_of(error)})') from None
-    args = gguf_args(Json(fields, path))
-    heads = {'attn_q': args['n_head'], 'attn_k': args['n_kv_head'] or args['n_head']}
-
-    def reader_of(name, tensor, shape):
-        def read():
-            weights = gguf.dequantize(tensor.data, tensor.tensor_type)  # of float32 only a view of the file
-            weights = torch.from_numpy(np.require(weights, requirements='W')).view(shape)
-            n = heads.get(name.split('.')[-2])
-            if n and fields['general.architecture'] == 'llama':  # pairs that rotate lie side by side there
-                weights = weights.view(n, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-            return weights
-        return path, shape, read
-
-    sources = {name: reader_of(name, tensor, shape) for name, (tensor, shape) in tensors.items()}
-    if (freqs := 'rope_freqs.weight') in sources:
-        scaling = llama3_scaling(_read(sources, freqs).numpy(), args)
-        if scaling is None or scaling and 'rope_scaling' in args:
-            raise UserError(f"{path}: tensor {freqs} does not stretch wavelengths as Llama 3's do")
-        args |= scaling
-        del sources[freqs]
-    args |= {'tie_weights': 'output.weight' not in sources, 'bias': False, 'mlp': 'swiglu', 'norm': 'rmsnorm'}
-    if len(sources.get('token_embd.weight', (0, ()))[1]) == 2:
-        args['vocab_size'] = sources['token_embd.weight'][1][0]
-    with runtime.user_errors(path):
-        tokenizer = tokenizers.gguf_tokenizer(fields)
-    model = build(args, overrides, 'gguf', sources, dtype, path)
-    return model, fits(tokenizer, model, path)
-
-
-# keys of a GGUF file, after its architecture's name: those read, those that change nothing, those of one value only
-GGUF_READ = {'context_length', 'block_count', 'embedding_length', 'feed_forward_length', 'attention.head_count',
-             'attention.head_count_kv', 'attention.key_length', 'attention.layer_norm_rms_epsilon', 'rope.freq_base',
-             'rope.scaling.type', 'rope.scaling.factor', 'rope.scale_linear', 'rope.scaling.original_context_length',
-             'rope.scaling.yarn_beta_slow', 'rope.scaling.yarn_beta_fast'}
-GGUF_IDLE = {'vocab_size', 'tensor_data_layout', 'rope.scaling.finetuned', 'expert_used_count'}
-GGUF_ONLY = {'attention.causal': True, 'rope.scaling.attn_factor': 1.0, 'rope.scaling.yarn_attn_factor': 1.0}
-
-
-def gguf_args(fields):
-    """The metadata of a GGUF file -> fields of GPTConfig; UserError for the first key that we cannot honour."""
-    arch = fields.get('general.architecture')
-    if arch not in ('llama', 'qwen2', 'qwen3'):
-        fields.refuse('general.architecture', "is not one of 'llama', 'qwen2', 'qwen3'")
-    if fields.get('general.type', 'model') != 'model':
-        fields.refuse('general.type', "is not 'model'")
-    if fields.get('split.count', 1) not in (0, 1):
-        fields.refuse('split.count', 'is not one file: join them with llama-gguf-split --merge')
-    config = Json({k.removeprefix(f'{arch}.'): v for k, v in fields.values.items() if k.startswith(f'{arch}.')},
-                  fields.where, f'{arch}.')
-    args = {'pos': 'rope', 'qkv_bias': arch == 'qwen2', 'qk_norm': arch == 'qwen3'}
-    for field, key in (('block_size', 'context_length'), ('n_layer', 'block_count'), ('n_embd', 'embedding_length'),
-                       ('mlp_dim', 'feed_forward_length'), ('n_head', 'attention.head_count')):
-        args[field] = config.number(key, 0)
-    args['n_kv_head'] = config.number('attention.head_count_kv', args['n_head'])
-    args['head_dim'] = config.number('attention.key_length', max(1, args['n_embd'] // args['n_head']))
-    # a float32 there: 1e-5 is meant by 9.999999747378752e-06
-    args['norm_eps'] = float(f'{config.number("attention.layer_norm_rms_epsilon", 1e-5):.7g}')
-    args['rope_theta'] = config.number('rope.freq_base', 10000.0)
-    only = GGUF_ONLY | dict.fromkeys(('attention.value_length', 'rope.dimension_count'), args['head_dim'])
-    for key, value in config.values.items():
-        if value != only.get(key, value) or value and key not in GGUF_READ | GGUF_IDLE | only.keys():
-            config.refuse(key)
-    return args | gguf_scaling(config, args['block_size'])
-
-
-def gguf_scaling(config, block_size):
-    """The fields of GPTConfig for the rope.scaling keys of a GGUF file, as llama.cpp reads them; {} for none."""
-    key = next((k for k in ('rope.scaling.factor', 'rope.scale_linear') if config.get(k)), None)
-    kind, factor = config.get('rope.scaling.type', 'linear'), config.number(key, 1.0) if key else 1.0
-    if kind not in ('none', 'linear', 'yarn'):
-        config.refuse('rope.scaling.type')
-    if factor < 1:
-        config.refuse(key, 'must be at least 1')
-    if kind == 'none' or factor == 1:
-        return {}
-    original = config.number('rope.scaling.original_context_length', block_size)
-    args = {'rope_scaling': kind, 'rope_factor': factor, 'rope_original': original}
-    for field, end in ('rope_low', 'slow'), ('rope_high', 'fast'):
-        if kind == 'yarn' and config.get(f'rope.scaling.yarn_beta_{end}'):
-            args[field] = config.number(f'rope.scaling.yarn_beta_{end}', 1.0)
-    return args
-
-
-def llama3_scaling(stretch, args, original=8192):
-    """What rotary frequencies are divided by, (head_dim / 2,) -> the fields of GPTConfig for rope_scaling='llama3' that
-    say the same, {} where that is nothing, None where none do.
-
-    The share of a frequency that stays, 0 to 1, is a line in its number of turns within the original context. Of that
-    only the ratio to where the line begins and ends is to be seen, so it is taken to be Llama's.
-    """
-    f = frequencies(args['head_dim'], args['rope_theta'])
-    if stretch.shape != f.shape or not (np.isfinite(stretch).all() and stretch.min() > 0.99999):
-        return None
-    factor = float(f'{stretch.max():.6g}')
-    if factor == 1:
-        return {}
-    stay, turns = (1 / stretch.astype(float) - 1 / factor) / (1 - 1 / factor), original * f.double() / (2 * math.pi)
-    between = (stay > 1e-3) & (stay < 1 - 1e-3)
-    low, high = 1.0, 4.0  # of all Llamas; the line where two points show it
-    if between.sum() > 1:
-        slope, start = np.polyfit(turns[between], stay[between], 1)
-        low, high = (float(f'{end:.6g}') for end in (-start / slope, (1 - start) / slope))
-    fields = {'rope_scaling': 'llama3', 'rope_factor': factor, 'rope_original': original, 'rope_low': low,
-              'rope_high': high}
-    with contextlib.suppress(ValueError):  # impossible values
-        found = rope_frequencies(GPTConfig(**args | fields))[0]
-        return fields if torch.allclose(found * torch.tensor(stretch), f, rtol=1e-5, atol=0) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -904,7 +790,7 @@ def _rows_of_peft(settings, base, sources, family):
             tensor = _rows_name(name, family)
             if tensor not in sources or tuple(sources[tensor][1]) != (len(ids), weight.shape[1]):
                 raise UserError(f'{settings.where}: no tensor {tensor} of {len(ids)} rows')
-            table[ids] = _read(sources, tensor).float()
+            table[ids] = read_tensor(sources, tensor).float()
         if missing := sorted({*range(old, end)} - {*ids}):
             settings.refuse('trainable_token_indices', f'has no row of {theirs} for the added token {missing[0]}')
         known = [i for i in range(first, old) if i not in set(ids)]
@@ -1012,20 +898,58 @@ def from_peft(directory, base):
     return base | {'model': base['model'] | tensors, 'lora_args': args}
 
 
-def main():
-    import load  # which imports this file
-
-    args = [arg for arg in sys.argv[1:] if arg != '--peft']
-    for arg in args:
-        if arg.startswith('-') and arg not in ('-h', '--help'):
-            raise UserError(f'unknown option {arg!r}; {runtime.suggest(arg, ["--peft", "--help"])}')
-    if len(args) != 2 or {'-h', '--help'} & set(args):
+def options(argv):
+    """Arguments -> (source, target, whether --peft is given, --type or None); exits with the help where they ask."""
+    names, peft, kind = [], False, None
+    for arg in argv:
+        key, _, value = arg.partition('=')
+        if arg in ('-h', '--help'):
+            print(f'{__doc__.strip()}\n\nCannot be exported, whatever the other flags (docs/data.md has all):\n  '
+                  f'{" ".join(never_exported())}')
+            raise SystemExit(0)
+        if arg == '--peft':
+            peft = True
+        elif key == '--type' and value in ('f32', 'f16', 'bf16', 'q8_0'):
+            kind = value
+        elif key == '--type':
+            raise UserError(f'--type={value}: give one of f32, f16, bf16, q8_0')
+        elif arg.startswith('-'):
+            raise UserError(f'unknown option {arg!r}; {runtime.suggest(arg, ["--peft", "--type=f16", "--help"])}')
+        else:
+            names.append(arg)
+    if len(names) != 2:
         print(__doc__.strip())
-        raise SystemExit(0 if {'-h', '--help'} & set(args) else 2)
-    source, target = args[0], Path(args[1])
+        raise SystemExit(2)
+    if peft and names[1].endswith('.gguf') or kind and not names[1].endswith('.gguf'):
+        raise UserError(f'{names[1]}: --type is for a target NAME.gguf, --peft for a directory')
+    return names[0], Path(names[1]), peft, kind
+
+
+def never_exported():
+    """The flags of GPTConfig's values that no family has, whatever the others say."""
+    values = {'mlp': ['relu2'], 'pos': ['sinusoidal', 'none'], 'norm_place': ['post'], 'causal': [False],
+              'n_encoder_layer': [1], 'attn_scale': [1.0], 'logit_softcap': [30.0], 'n_sink': [1]}
+    return [f'--{name}' if type(value) in (int, float) else f'--{name}={value}'
+            for name, found in values.items() for value in found]
+
+
+def main():
+    import card  # these import this file
+    import gguf_format
+    import load
+
+    source, target, peft, kind = options(sys.argv[1:])
+    if target.suffix == '.gguf':
+        gguf_format.vacant_file(target)
+        model, tokenizer = load.load_model(source)
+        gguf_format.to_gguf(model, target, tokenizer, kind or 'f16', card.gguf_about(source))
+        print(f'{source} -> {target} ({kind or "f16"})')
+        return
     _vacant(target)
-    if '--peft' in sys.argv:
+    if peft:
         state = load.read_checkpoint(source)
+        if 'score_args' in state:
+            raise UserError(load.NO_WRITER.format(source))
         base = state['base']['init_from'] if 'base' in state else source
         if first := state.get('lora_args', {}).get('lora_rows_from'):
             state = load.complete(state, source)
@@ -1040,9 +964,9 @@ def main():
                   'base_model_name_or_path')
     elif load.is_run(source):
         model, tokenizer = load.load_model(source)
-        to_hf(model, target, tokenizer)
+        to_hf(model, target, tokenizer, card.model_card(source, target.name, model))
     else:
-        state = load.load_state(source)
+        state = load.load_state(source) | {'converted_from': source}
         try:
             target.mkdir(parents=True, exist_ok=True)
             runtime.save_checkpoint(target / 'ckpt.pt', state)

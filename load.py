@@ -24,8 +24,9 @@ import runtime
 import torch
 
 import lora
-from convert import GPT2, HUB, fits, from_gguf, from_hf, from_peft, known, read_json, reason_of, unwrapped
+from convert import GPT2, HUB, fits, from_hf, from_peft, known, read_json, reason_of, unwrapped
 from generate import pack
+from gguf_format import from_gguf
 from lora import LoRAConfig
 from model import GPT, GPTConfig, check_tensors, on_meta
 from preparation import check_sha256
@@ -368,7 +369,7 @@ def base_of(init_from, state):
     return {'init_from': str(init_from), 'sha256': state.get('sha256') or fingerprint(state['model'] or {})}
 
 
-def _find(init_from, directory):
+def find_nearby(init_from, directory):
     """A base's path as it is written, else below one of the folders that hold the directory; else what is written."""
     places = [Path(init_from), *(parent / init_from for parent in directory.resolve().parents)]
     return str(next((path for path in places if path.exists()), init_from))
@@ -376,7 +377,7 @@ def _find(init_from, directory):
 
 def _load_base(init_from, where):
     """The state of a base that `where` names; UserError says what is missing and what to do."""
-    path, where = _find(init_from, Path(where)), Path(where)
+    path, where = find_nearby(init_from, Path(where)), Path(where)
     if Path(path).exists() and Path(path).resolve() in (where.resolve(), where.resolve().parent):
         raise UserError(f'{where}: its base {init_from} is this very directory: put the base back elsewhere')
     try:

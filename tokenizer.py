@@ -18,6 +18,7 @@ import functools
 import gc
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import re
@@ -49,7 +50,8 @@ SMOLLM_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+
 QWEN2_PATTERN = GPT4_PATTERN.replace(r'\p{N}{1,3}', r'\p{N}')
 # What a GGUF file calls them: the pattern, whether text becomes NFC first, whether whole words are looked up unmerged.
 GGUF_PRE = {'gpt-2': (GPT2_PATTERN, False, False), 'smollm': (SMOLLM_PATTERN, False, False),
-            'qwen2': (QWEN2_PATTERN, True, False), 'llama-bpe': (GPT4_PATTERN, False, True)}
+            'qwen2': (QWEN2_PATTERN, True, False), 'llama-bpe': (GPT4_PATTERN, False, True),
+            'dbrx': (GPT4_PATTERN, False, False)}
 OTHERS_PATTERNS = (GPT4_PATTERN, GPT2_PATTERN, SMOLLM_PATTERN, QWEN2_PATTERN)
 # GPT-2's printable spelling of a byte: itself where Latin-1 can show it, else the next letter from U+0100 on ('Ġ' is a
 # space). The base tokens have this order too, so that ties between equally frequent pairs fall as in GPT-2's own files.
@@ -414,12 +416,19 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f'{path}: {error}') from None
 
-    def to_hf(self, directory):
-        """Write tokenizer.json and tokenizer_config.json: transformers' AutoTokenizer reads the same ids from them."""
+    def tokenizer_json(self):
+        """The text of a tokenizer.json that makes the same ids."""
         if self.kind == 'chars':
-            raise UserError("Hugging Face has no such tokenizer as 'chars': train with 'bpe' or 'bytes' to export")
-        config = {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>', 'chat_template': self.chat_template}
-        _write_hf(directory, _byte_level_json(self.tokens, self.special, self.pattern), config)
+            raise UserError("elsewhere there is no such tokenizer as 'chars': train with 'bpe' or 'bytes' to export")
+        return _byte_level_json(self.tokens, self.special, self.pattern)
+
+    def names(self):
+        """The tokens that have a role, by the keys of a tokenizer_config.json."""
+        return {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>'}
+
+    def to_hf(self, directory):
+        """Write tokenizer.json and what belongs to it: transformers' AutoTokenizer reads the same ids and chats."""
+        _write_hf(directory, self.tokenizer_json(), self.names(), {'chat_template': self.chat_template})
 
 
 def _read_text(path):
@@ -795,11 +804,21 @@ class HFTokenizer(Tokenizer):
             {'id': self.n_vocab + i, 'content': name, 'special': True} | flags for i, name in enumerate(names)]
         return self.to_dict() | {'tokenizer_json': json.dumps(content, ensure_ascii=False)}
 
+    def tokenizer_json(self):
+        return self.text
+
+    def names(self):
+        names = {key: value['content'] if isinstance(value, dict) else value for key, value in self.config.items()
+                 if key.endswith('_token') and key != 'add_bos_token'}
+        own = {'eos_token': self.eot} | ({} if self.bos is None else {'bos_token': self.bos})
+        return names | {key: self.library.id_to_token(i) for key, i in own.items()}
+
     def to_hf(self, directory):
-        """Write its own tokenizer.json, and a tokenizer_config.json by which transformers takes that as it is."""
-        names = {'eos_token': self.eot} | ({} if self.bos is None else {'bos_token': self.bos})
+        """Write its own tokenizer.json, and what belongs to it so that transformers takes that as it is."""
         config = {key: value for key, value in self.config.items() if key != 'date'}
-        _write_hf(directory, self.text, config | {k: self.library.id_to_token(i) for k, i in names.items()})
+        if self.chat_template and 'chat_template' not in config:
+            config['chat_template'] = self.chat_template
+        _write_hf(directory, self.text, self.names(), config, self.chat_template)
 
 
 class _TokenBytes(dict):
@@ -840,7 +859,7 @@ def _state(part):
     """A normalizer, pre-tokenizer or decoder of the library -> its dict, without what is of no interest to ids."""
     def hook(d):
         return d | {'trim_offsets': True} if 'trim_offsets' in d else d
-    return part and json.loads(part.__getstate__(), object_hook=hook)
+    return None if part is None else json.loads(part.__getstate__(), object_hook=hook)
 
 
 def _steps(part):
@@ -917,15 +936,123 @@ def gguf_tokenizer(fields):
                        {} if template is None else {'chat_template': template}, map(int, ends))
 
 
+def gguf_vocabulary(tokenizer, n_vocab):
+    """The inverse of `gguf_tokenizer`: the metadata of a tokenizer whose model has n_vocab embeddings.
+
+    UserError for one whose ids llama.cpp would not make, by the key of its tokenizer.json.
+    """
+    text = tokenizer.tokenizer_json()
+    d, library = json.loads(text), _library(text)
+    if d['model'].get('type') != 'BPE':
+        raise UserError(f"'model.type' is {d['model'].get('type')!r}: of others' tokenizers only BPE can be exported")
+    for key in ('continuing_subword_prefix', 'end_of_word_suffix'):
+        if d['model'].get(key):
+            raise UserError(f"'model.{key}' is {d['model'][key]!r}, which llama.cpp does not know")
+    vocab, added = d['model']['vocab'], d.get('added_tokens') or []
+    tokens, types = [f'[PAD{i}]' for i in range(n_vocab)], [5] * n_vocab  # what has no text is not in use
+    pieces = bool(d['model'].get('byte_fallback'))
+    for token, i in vocab.items():
+        tokens[i], types[i] = token, 6 if pieces and re.fullmatch('<0x[0-9A-F]{2}>', token) else 1
+    for t in added:
+        tokens[t['id']], types[t['id']] = t['content'], 4
+        flag = next((flag for flag in ('lstrip', 'rstrip', 'single_word') if t.get(flag)), None)
+        if flag:
+            raise UserError(f"added token {t['content']!r} has {flag}=true, which llama.cpp does not know")
+    for i in tokenizer.special.values():
+        types[i] = 3
+    if len({*tokens}) < n_vocab:
+        raise UserError(f'two ids have the text {Counter(tokens).most_common(1)[0][0]!r}')
+    fields = {'tokens': tokens, 'token_type': types} | (
+        _pieces_of(tokenizer, d, library, tokens, types) if pieces else _cuts_of(tokenizer, d, library))
+    names = {key: library.token_to_id(token) for key, token in tokenizer.names().items()}
+    ends = tokenizer.turn_ids
+    first = next(i for i in (tokenizer.bos, names.get('bos_token'), ends[0]) if i is not None)
+    fields |= {'add_bos_token': tokenizer.bos is not None, 'bos_token_id': first, 'eos_token_id': ends[0],
+               'eot_token_id': ends[min(1, len(ends) - 1)]}  # given, or llama.cpp guesses by names
+    for key, i in (('eom_token_id', ends[2] if len(ends) > 2 else None),
+                   ('padding_token_id', names.get('pad_token'))):
+        if i is not None:
+            fields[key] = i
+    fields = {f'tokenizer.ggml.{key}': value for key, value in fields.items()}
+    return fields | ({'tokenizer.chat_template': tokenizer.chat_template} if tokenizer.chat_template else {})
+
+
+def _flat(part):
+    """The dicts of the steps of a normalizer or pre-tokenizer."""
+    d = _state(part) or {}
+    return d.get('pretokenizers', d.get('normalizers', [d] * bool(d)))
+
+
+def _cuts_of(tokenizer, d, library):
+    """Of a byte-level BPE what `gguf_vocabulary` gives beside its tokens."""
+    model, vocab = d['model'], d['model']['vocab']
+    if model.get('unk_token') and not {*UNSPELL} <= vocab.keys():
+        raise UserError(f"'model.unk_token' is {model['unk_token']!r}: llama.cpp leaves bytes out that have no token")
+    if _flat(library.normalizer) not in ([], [{'type': 'NFC'}]):
+        raise UserError(f"'normalizer' is {json.dumps(_state(library.normalizer))[:100]}, which llama.cpp has not")
+    found = {}
+    for name, (pattern, _, starts) in GGUF_PRE.items():
+        cuts = _pre_tokenizer(pattern)
+        if cuts.get('pretokenizers', [cuts]) == _flat(library.pre_tokenizer):
+            found[starts] = name
+    if not found:
+        raise UserError(f"tokenizer {tokenizer.name} cuts text as llama.cpp does for no model ('pre_tokenizer'): it "
+                        f"can as {', '.join(GGUF_PRE)} do: train with one of these, such as 'bpe' or 'gpt2'")
+    starts = bool(model.get('ignore_merges'))
+    if starts not in found:  # then only where this changes nothing
+        other = _library(json.dumps(d | {'model': model | {'ignore_merges': not starts}}))
+        specials = {t['content'] for t in d.get('added_tokens') or []}
+        for token in vocab.keys() - specials:
+            if [t.id for t in library.model.tokenize(token)] != [t.id for t in other.model.tokenize(token)]:
+                raise UserError(f"'model.ignore_merges' is {str(starts).lower()}, with which token {token!r} is made "
+                                f"otherwise than llama.cpp does")
+    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
+    return {'model': 'gpt2', 'pre': found.get(starts) or found[not starts], 'merges': merges}
+
+
+BLANKS_TO_LINES = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+BLANK_FIRST = {'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}, BLANKS_TO_LINES]}
+
+
+def _pieces_of(tokenizer, d, library, tokens, types):
+    """Of SentencePiece's BPE what `gguf_vocabulary` gives beside its tokens, whose types it completes."""
+    normalizer, cuts = _flat(library.normalizer), _flat(library.pre_tokenizer)
+    for step in cuts:
+        idle = step['type'] == 'Split' and step['pattern'] == {'String': ' '}  # of which the normalizer leaves none
+        never = step['type'] == 'Metaspace' and step['prepend_scheme'] == 'never' and not step['split']
+        if not (idle and normalizer or never):
+            raise UserError(f"'pre_tokenizer' is {json.dumps(step, ensure_ascii=False)[:150]}: llama.cpp cuts no words "
+                            'here, and has a blank before every text after a special token, or before none')
+    if normalizer not in ([BLANKS_TO_LINES], BLANK_FIRST['normalizers'], *[[]] * bool(cuts)):
+        raise UserError(f"'normalizer' is {json.dumps(normalizer, ensure_ascii=False)[:150]}, which llama.cpp has not")
+    vocab, scores = d['model']['vocab'], [-1e6] * len(tokens)
+    pairs = [tuple(merge.split(' ') if isinstance(merge, str) else merge) for merge in d['model']['merges']]
+    merged = [''.join(pair) for pair in pairs]
+    for n, token in reversed([*enumerate(merged)]):
+        scores[vocab[token]] = -float(n)
+    # scores say in which order tokens are merged, of any two halves: then the list must say the same
+    if {*pairs} != _halves(vocab) or len([*itertools.groupby(merged)]) != len({*merged}):
+        raise UserError("'model.merges' are not what scores of tokens say, by which llama.cpp merges: only merges that "
+                        'SentencePiece has learned are')
+    fields = {'model': 'llama', 'pre': 'default', 'scores': scores,
+              'add_space_prefix': normalizer == BLANK_FIRST['normalizers']}
+    unknown = vocab.get(d['model'].get('unk_token'))
+    if unknown is not None:
+        fields['unknown_token_id'], types[unknown] = unknown, 2
+    return fields
+
+
+def _halves(vocab):
+    """The pairs of tokens that make a token, a set."""
+    return {(token[:k], token[k:]) for token in vocab for k in range(1, len(token))
+            if token[:k] in vocab and token[k:] in vocab}
+
+
 def _sentencepiece(vocab, merges, scores, blank_first, unknown):
     """SentencePiece's BPE, its parts in a tokenizer.json. merges: None to find them by the scores of the tokens."""
     if merges is None:
-        halves = [(-scores[i], vocab[token[:k]], vocab[token[k:]], token[:k], token[k:]) for token, i in vocab.items()
-                  for k in range(1, len(token)) if token[:k] in vocab and token[k:] in vocab]
-        merges = [half[3:] for half in sorted(halves)]
-    blanks = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
-    if blank_first:
-        blanks = {'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': '▁'}, blanks]}
+        merges = sorted(_halves(vocab), key=lambda ab: (-scores[vocab[ab[0] + ab[1]]], vocab[ab[0]], vocab[ab[1]]))
+    blanks = BLANK_FIRST if blank_first else BLANKS_TO_LINES
     decoder = {'type': 'Sequence', 'decoders': DECODERS[1:4 + bool(blank_first)]}
     return {'normalizer': blanks, 'decoder': decoder, 'model': {
         'type': 'BPE', 'vocab': vocab, 'merges': merges, 'unk_token': unknown, 'fuse_unk': True, 'byte_fallback': True}}
@@ -990,11 +1117,15 @@ def _parts(token, rank, limit):
     return parts
 
 
-def _write_hf(directory, text, config):
+def _write_hf(directory, text, names, config, template=None):
+    """The files of a tokenizer there. names: {role: token}; template: that of chats, where config has more than one."""
     try:
         os.makedirs(directory, exist_ok=True)
     except OSError as error:
         raise UserError(f'cannot write {directory}: {error.strerror}') from None
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False} | config
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False} | config | names
     _write_text(os.path.join(directory, 'tokenizer.json'), text)
-    _write_text(os.path.join(directory, 'tokenizer_config.json'), json.dumps(config, ensure_ascii=False, indent=0))
+    for name, values in (('tokenizer_config', config), ('special_tokens_map', names)):
+        _write_text(os.path.join(directory, f'{name}.json'), json.dumps(values, ensure_ascii=False, indent=0))
+    if template := template or config.get('chat_template'):  # where transformers looks first since version 4.51
+        _write_text(os.path.join(directory, 'chat_template.jinja'), template)
