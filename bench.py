@@ -20,9 +20,11 @@ Communication is the time in which a collective of gloo or nccl was under way (f
 the backward pass. The bandwidth floor of decoding is the time to read all weights and the cache once per step; a model
 that fits into the processor's cache can be faster.
 """
+import contextlib
 import difflib
 import importlib.util
 import json
+import math
 import os
 import pickle
 import platform
@@ -237,6 +239,9 @@ def peak_memories(knobs, config):
     if largest > 4e9 and not runtime.pick_device(knobs.device).startswith('cuda'):
         print(f'(memory: all logits in float32 would take {largest / 1e9:.0f} GB several times over: left out)')
         return {}
+    if math.isnan(resident_bytes()):
+        print('(memory: only Linux tells what a process holds, in /proc: left out)')
+        return {}
     found = []
     for full in (0, 1):
         args = [__file__, 'step', *sys.argv[2:], f'--steps={full}', '--memory=False']
@@ -246,14 +251,14 @@ def peak_memories(knobs, config):
 
 def one_step(knobs, model_args):
     """A process of its own for `peak_memories`: prints the MB that one step takes; steps=1: with all logits."""
-    pages = int(Path('/proc/self/statm').read_text().split()[1])  # resident before there is a model
+    resident = resident_bytes()  # before there is a model
     run, _, _, step = training(knobs, model_args)
     forward = GPT.forward
     if steps:
         GPT.forward = lambda self, idx, targets: F.cross_entropy(forward(self, idx).flatten(0, 1), targets.flatten())
     step()
     synchronize(run.device)
-    before = 0 if run.device_type == 'cuda' else pages * os.sysconf('SC_PAGESIZE') / 2 ** 20
+    before = 0 if run.device_type == 'cuda' else resident / 2 ** 20
     print(runtime.peak_memory_mb(run.device) - before)
 
 
@@ -262,7 +267,7 @@ def one_step(knobs, model_args):
 
 def command(args, **options):
     """Runs a Python script to its end and returns what it printed; UserError with its last words if it fails."""
-    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, **options)
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, encoding='locale', **options)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f'status {done.returncode}']
         raise UserError(f'{" ".join(map(str, args[:2]))} failed: {said[-1]}')
@@ -285,8 +290,8 @@ def project_run(folder, seed, iters):
     iters = [f'--max_iters={iters}', f'--eval_interval={iters}', '--eval_iters=1'] if iters else ['--eval_iters=0']
     command([Path(folder).absolute() / 'train.py', *args, *iters, f'--out_dir={run}', f'--seed={seed}',
              '--sample_tokens=0'], cwd=folder)
-    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
-    summary = json.loads((run / 'summary.json').read_text())
+    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    summary = json.loads((run / 'summary.json').read_text(encoding='utf-8'))
     rate = statistics.median(row['tok_per_sec'] for row in rows if 'tok_per_sec' in row)
     result = {'seconds': summary['seconds'], 'ms': 1000 * summary['tokens'] / summary['iter'] / rate,
               'val': summary['val/loss']}
@@ -310,8 +315,9 @@ def nanogpt_run(knobs, model_args, seed, iters):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / 'nanoGPT'
         shutil.copytree(against, copy, ignore=shutil.ignore_patterns('.git', 'out*', '*.bin'))
-        script = (copy / 'train.py').read_text()
-        (copy / 'train.py').write_text(script.replace('torch.manual_seed(1337 + ', f'torch.manual_seed({seed} + '))
+        script = (copy / 'train.py').read_text(encoding='utf-8')
+        script = script.replace('torch.manual_seed(1337 + ', f'torch.manual_seed({seed} + ')
+        (copy / 'train.py').write_text(script, encoding='utf-8')
         tokens = copy / 'data' / 'tokens'
         tokens.mkdir()
         largest = 0
@@ -387,7 +393,7 @@ def compare_modes(mode):
     def run(folder):
         out = command([Path(folder).absolute() / 'bench.py', mode, *args], cwd=folder)
         path = re.findall('written to (.*)', out)[-1]
-        return json.loads((Path(folder) / path).read_text())['rows']
+        return json.loads((Path(folder) / path).read_text(encoding='utf-8'))['rows']
     found = pairs(lambda seed: run(Path(__file__).parent), lambda seed: run(against))
     rows = []
     for i, (a, b) in enumerate(zip(*found[0], strict=False)):
@@ -552,8 +558,11 @@ def bench_serve(knobs, model_args):
             for n in batches], {'dtype': knobs.dtype, 'quant': quant or 'auto'}
 
 
-def resident_mb():
-    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGESIZE') / 1e6
+def resident_bytes():
+    """What this process holds in memory; nan where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(Path('/proc/self/statm').read_text(encoding='utf-8').split()[1]) * os.sysconf('SC_PAGESIZE')
+    return math.nan
 
 
 def bench_stream(knobs, model_args):
@@ -582,7 +591,7 @@ def bench_stream(knobs, model_args):
             piece = min(128, config.block_size)
             for x, y in zip(ids[:, :-1].split(piece, dim=1), ids[:, 1:].split(piece, dim=1), strict=True):
                 parts.append(model.cross_entropy(model.hidden(x, cache=cache), y, 'none')[0])
-                resident.append(resident_mb())
+                resident.append(resident_bytes() / 1e6)
         losses.append(torch.cat(parts))
         summary |= {f'{sinks} sinks, tokens/s': len(losses[-1]) / (time.perf_counter() - began),
                     f'{sinks} sinks, resident MB after a quarter': resident[len(resident) // 4],
@@ -736,12 +745,12 @@ def ablated(name, variant, seed, steps, given):
     flags = [*(f'--{key}={value}' for key, value in given.items()), *ABLATIONS[name][variant].split(),
              f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
     done = folder / 'flags.json'  # is written when the run is over
-    if not done.exists() or json.loads(done.read_text()) != flags:
+    if not done.exists() or json.loads(done.read_text(encoding='utf-8')) != flags:
         alone = {} if torch.cuda.is_available() else {'OMP_NUM_THREADS': '1'}
         command([TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--keep_checkpoints=1', '--sample_tokens=0'],
                 env=os.environ | alone)
-        done.write_text(json.dumps(flags))
-        loss = json.loads((folder / 'summary.json').read_text())['val/loss']
+        done.write_text(json.dumps(flags), encoding='utf-8')
+        loss = json.loads((folder / 'summary.json').read_text(encoding='utf-8'))['val/loss']
         print(f'{name}, {variant}, seed {seed}: held-out loss {loss:.3f}', flush=True)
     return folder
 
@@ -821,7 +830,7 @@ def bench_ablate(knobs, model_args):
             curves = [points(logged(path), 'iter', 'val/loss') for path in paths]
             draw_mean(axes, color, variant, [curve[1:] for curve in curves])
             mean, spread = mean_and_spread([curve[-1][1] for curve in curves])
-            last = [json.loads((path / 'summary.json').read_text()) for path in paths]
+            last = [json.loads((path / 'summary.json').read_text(encoding='utf-8')) for path in paths]
             config = load_model(str(paths[0] / 'ckpt.pt'))[0].config
             table.append({'compared': name, 'variant': variant, 'seeds': seeds, 'held-out loss': mean,
                           'low': mean - spread, 'high': mean + spread, 'parameters': last[0]['parameters'],

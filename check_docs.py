@@ -29,7 +29,8 @@ only = ''  # run the commands with one of these texts in them, with commas betwe
 ROOT = Path(__file__).parent
 # (text in a command, why `check_docs.py` does not run it; test_all.py still checks its flags and files)
 NOT_RUN = (
-    ('pip install', 'installs packages'), ('python -m pytest', 'the tests are run by themselves'),
+    ('pip install', 'installs packages'), ('uv run', 'needs uv'),
+    ('python -m pytest', 'the tests are run by themselves'),
     ('python faults.py', 'runs the tests once for each fault'), ('python check_docs.py', 'is this command'),
     ('python serve.py', 'serves until it is stopped'), ('--nproc_per_node=8', 'needs 8 GPUs'), ('SLURM', 'needs Slurm'),
     ('train.py config/gpt2.py', 'needs a GPU and FineWeb'),
@@ -169,6 +170,8 @@ def check_command(words, copies):  # noqa: C901
     program, *args = words
     if program == 'srun':
         program, *args = args
+    if program == 'uv':
+        program, args = ('python', args[1:]) if args[0] == 'run' else ('pip', args)
     if program == 'cp':
         if not (ROOT / args[0]).exists():
             raise DocError(f'{args[0]}: no such file')
@@ -301,7 +304,7 @@ def run_command(command, flags, folder):
     shell = 'python() { "$PYTHON" "$@"; }; torchrun() { "$PYTHON" -m torch.distributed.run "$@"; }; set -o pipefail; '
     began = time.perf_counter()
     try:
-        ran = subprocess.run(['bash', '-c', f'{shell}{command.line} {flags}'], cwd=folder, env=env, text=True,
+        ran = subprocess.run(['bash', '-c', f'{shell}{command.line} {flags}'], cwd=folder, env=env, encoding='utf-8',
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
         status, printed = ran.returncode, ran.stdout
     except subprocess.TimeoutExpired:

@@ -14,6 +14,7 @@ Nothing here unpickles a stranger's file. GGUF is in gguf_format.py.
 
 Format: https://huggingface.co/docs/safetensors
 """
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -656,6 +657,8 @@ def _write_directory(directory, write):
             with open(path, 'rb+') as file:
                 os.fsync(file.fileno())
         temporary.chmod(mode | (mode & 0o444) >> 2)
+        with contextlib.suppress(FileNotFoundError):
+            directory.rmdir()  # it may be there, empty: only POSIX renames onto that
         os.rename(temporary, directory)
     except UserError:
         raise

@@ -13,7 +13,8 @@ and the same two files beside them.
 A folder of chats, which a model learns to answer from, holds `{train,val,test}.jsonl`, rows {"messages": [{"role": "…",
 "content": "…"} …]} or another shape that `read_chats` knows; a meta.json may be beside them. Preferences, which reward
 models and DPO learn from, are in `prefs_{train,val,test}.jsonl` there, or in the former where a folder has no chats:
-rows {"prompt": […], "chosen": […], "rejected": […]} or another shape that `read_prefs` knows.
+rows {"prompt": […], "chosen": […], "rejected": […]} or another shape that `read_prefs` knows. Such a file may also be
+.json or .parquet, compressed, or in shards, and called and placed as on the Hugging Face Hub: `find_rows`.
 """
 import bisect
 import contextlib
@@ -32,12 +33,13 @@ from pathlib import Path
 import numpy as np
 
 from chat import NotNested
-from rows import fraction_of, read_chats, read_pairs, read_prefs, read_prompts
+from files import OPENERS
+from rows import SUFFIXES, fraction_of, is_file_of_rows, read_chats, read_pairs, read_prefs, read_prompts
 from tokenizer import Tokenizer, UserError, get_tokenizer
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
-SPLITS = ('train', 'val', 'test')
+SPLITS = {'train': 'train', 'val': 'val|validation', 'test': 'test'}  # what names of files call them
 CHUNK_ROWS = 1024  # chats that are packed together
 # what a prepare.py is told to write data/NAME_tools and data/NAME_mixed: rows that call the calculator, all or some
 VARIANTS = {'tools': ['--tools=True'], 'mixed': ['--tools=True', '--tool_share=0.3']}
@@ -68,7 +70,7 @@ def find_dataset(name):
     if not script.exists():
         raise UserError(f'dataset={name!r}: ' + _remedy(name, datasets))
     print(f'preparing {datasets / name} …', flush=True)
-    done = subprocess.run([sys.executable, script, *flags], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, script, *flags], stderr=subprocess.PIPE, encoding='locale')
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f'{script} ended with status {done.returncode}']
         raise UserError(lines[-1].removeprefix('error: '))
@@ -84,7 +86,7 @@ def _remedy(name, datasets):
         stem = re.sub(r'\W+', '_', path.resolve().name.split('.')[0]).strip('_') or 'mine'
         stem += '_text' * (datasets / stem / 'prepare.py').exists()
         return (f'not a prepared dataset; for text: python {datasets / "text/prepare.py"} --input={shlex.quote(name)} '
-                f'--name={stem}, then --dataset={stem}; chats are a .json or .jsonl file, or a folder with train.jsonl')
+                f'--name={stem}, then --dataset={stem}; chats are a {" or ".join(SUFFIXES)} file or in a folder')
     names = sorted({path.parent.name for path in datasets.glob('*/*')
                     if path.name in ('prepare.py', 'meta.json', 'train.jsonl')})
     near = difflib.get_close_matches(name, names, 1)
@@ -101,7 +103,29 @@ def kind_of(folder):
 
 def splits_of(folder, prefix=''):
     """Of which splits a folder has rows; prefix: 'prefs_' for preferences."""
-    return [split for split in SPLITS if (Path(folder) / f'{prefix}{split}.jsonl').exists()]
+    return [split for split in SPLITS if _matches(folder, split, prefix)]
+
+
+def _matches(folder, split, prefix):
+    """The files of rows of a split, in order, each as a match: what it is called, (its shard, of how many,) suffix."""
+    suffixes = [re.escape(suffix) for suffix in (*SUFFIXES, *OPENERS)]
+    name = re.compile(rf'((?:.*/)?{prefix}(?:{SPLITS[split]}))(?:-(\d+)-of-(\d+)(?:-[0-9a-f]+)?)?'
+                      rf'((?:{"|".join(suffixes[:len(SUFFIXES)])})(?:{"|".join(suffixes[len(SUFFIXES):])})?)')
+    files = [file.relative_to(folder).as_posix() for place in ('*', 'data/*') for file in Path(folder).glob(place)]
+    return list(filter(None, map(name.fullmatch, sorted(files))))
+
+
+def find_rows(folder, split, prefix=''):
+    """The files with the rows of a split, in order: train.jsonl, or the Hugging Face Hub's train-00000-of-00002.parquet
+    ..., there or in data/ below. UserError where one is missing, or where the rows may be there twice."""
+    found = _matches(folder, split, prefix)
+    first = found[0]
+    for other in found:
+        if other.group(1, 3, 4) != first.group(1, 3, 4):
+            raise UserError(f'{folder}: {first[0]} and {other[0]} both have the rows of {split}: leave one there')
+    if first[2] and [int(match[2]) for match in found] != list(range(int(first[3]))):
+        raise UserError(f'{folder}: {len(found)} shards like {first[0]}, not {int(first[3])}: fetch the others')
+    return [Path(folder) / match[0] for match in found]
 
 
 def find_shards(folder, split):
@@ -113,7 +137,7 @@ def _read_meta(folder, take):
     """What take(content) takes out of a folder's meta.json; None where there is none. UserError for a malformed one."""
     path = Path(folder) / 'meta.json'
     try:
-        return take(json.loads(path.read_text()))
+        return take(json.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as e:
@@ -146,8 +170,8 @@ class TokenData:
         if not folder.is_dir():
             raise UserError(f'{folder}: no such folder: prepare the dataset with data/NAME/prepare.py')
         self.files = find_shards(folder, split)
-        if not self.files and (folder / f'{split}.jsonl').exists():
-            raise UserError(f'{folder}: {split}.jsonl holds rows, not tokens of running text')
+        if not self.files and (rows := _matches(folder, split, '')):
+            raise UserError(f'{folder}: {rows[0][0]} holds rows, not tokens of running text')
         if not self.files:
             raise UserError(f'{folder}: no {split}.bin and no {split}_*.bin: {_again(folder)}')
         tokenizer = folder / 'tokenizer.json'
@@ -382,9 +406,10 @@ def _mix(x):
 def load_chats(dataset, split, strict=True, val_fraction=0.1):
     """A split of a dataset -> (rows, skipped), see `read_chats` in rows.py.
 
-    dataset: what `find_dataset` finds, a folder with {split}.jsonl; or a path to one .json or .jsonl file. Of a file
-    'val' is the val_fraction of its prompts (all before the last message) that have the lowest hashes, one at least,
-    and 'train' the others: no prompt is in both. UserError names a split that is not there.
+    dataset: what `find_dataset` finds, a folder with {split}.jsonl or what `find_rows` takes for it; or a path to one
+    file of rows. Of a file, and of shards of train without any of val, 'val' is the val_fraction of the prompts (all
+    before the last message) that have the lowest hashes, one at least, and 'train' the others: no prompt is in both.
+    UserError names a split that is not there.
     """
     return _load(dataset, split, read_chats, strict, val_fraction)
 
@@ -401,17 +426,11 @@ def load_prompts(dataset, split, strict=True, val_fraction=0.1):
 
 def _load(dataset, split, read, strict, val_fraction, prefix=''):
     path = Path(dataset)
-    if path.suffix in ('.json', '.jsonl') and not path.is_dir():
+    if is_file_of_rows(path):
         if split not in ('train', 'val'):
             raise UserError(f'{path}: a single file has only train and val: make a folder with {prefix}{split}.jsonl')
-        rows, skipped = read(path, strict)
-        hashes = [fraction_of(json.dumps(row['prompt'] if prefix else row['messages'][:-1])) for row in rows]
-        ordered = sorted(set(hashes))
-        if len(ordered) < 2:
-            raise UserError(f'{path}: all rows have one prompt, so none can be held out: add others')
-        first = ordered[min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)]  # of those to learn from
-        return [row for row, h in zip(rows, hashes, strict=True) if (h < first) == (split == 'val')], skipped
-    folder = find_dataset(dataset)
+        return _one_of_two(path, split, read(path, strict), val_fraction, bool(prefix))
+    folder, prefs = find_dataset(dataset), bool(prefix)
     if (kind := kind_of(folder)) != 'chats':
         found = {'tokens': 'running text', 'pairs': 'pairs of source and target'}[kind]
         what = 'preferences' if prefix else 'chats'
@@ -423,9 +442,22 @@ def _load(dataset, split, read, strict, val_fraction, prefix=''):
     there = splits_of(folder, prefix)
     if not there:
         raise UserError(f'{folder} holds preferences, which reward.py and dpo.py learn from, not chats')
+    if split != 'test' and 'val' not in there and any(match[2] for match in _matches(folder, 'train', prefix)):
+        return _one_of_two(folder, split, read(find_rows(folder, 'train', prefix), strict), val_fraction, prefs)
     if split not in there:
         raise UserError(f'{folder}: no {prefix}{split}.jsonl, only {" and ".join(there)}: add it or take of these')
-    return read(folder / f'{prefix}{split}.jsonl', strict)
+    return read(find_rows(folder, split, prefix), strict)
+
+
+def _one_of_two(path, split, found, val_fraction, prefs):
+    """Of the rows of a file, or of shards, that are for training and validation, those of a split."""
+    rows, skipped = found
+    hashes = [fraction_of(json.dumps(row['prompt'] if prefs else row['messages'][:-1])) for row in rows]
+    ordered = sorted(set(hashes))
+    if len(ordered) < 2:
+        raise UserError(f'{path}: all rows have one prompt, so none can be held out: add others')
+    first = ordered[min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)]  # of those to learn from
+    return [row for row, h in zip(rows, hashes, strict=True) if (h < first) == (split == 'val')], skipped
 
 
 class ChatData:

@@ -38,6 +38,7 @@ from lora import LoRAConfig, config_of
 from model import GPTConfig, chunk_rows, loss_by_rule, tempered
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
+from rows import is_file_of_rows
 from tokenizer import UserError
 
 # where and what
@@ -45,7 +46,7 @@ out_dir = 'out/distill'  # directory of the run: checkpoints, metrics, samples
 teacher = 'out/teacher'  # model to learn from, as init_from of sample.py
 init_from = 'scratch'  # the student: 'scratch', 'teacher' (n_layer of its layers), a model; 'resume'; or 'auto'
 base = 'scratch'  # init_from='auto': the student to start from if out_dir has no run yet
-dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of new weights, the order of the data, dropout and samples
 # distillation
@@ -334,7 +335,7 @@ class Cache:
     def check(self, path, sizes, meta):
         """UserError where meta.json or the size of a file is not that of this run."""
         try:
-            found = {**json.loads(path.read_text())}
+            found = {**json.loads(path.read_text(encoding='utf-8'))}
         except (ValueError, TypeError) as error:
             raise UserError(f'{path}: malformed ({error}): delete {self.folder}, to have it made again') from None
         for key in meta:
@@ -416,7 +417,7 @@ def read_answers(path, spec, n_answers, answers_per_write):
     """
     meta, path = Path(f'{path}.meta.json'), Path(path)
     try:
-        if meta.exists() and json.loads(meta.read_text()) != spec:
+        if meta.exists() and json.loads(meta.read_text(encoding='utf-8')) != spec:
             raise UserError(f'answers_file={path} has answers of another teacher, to other prompts or sampled in '
                             'another way: give another file')
         if not meta.exists() and path.exists():
@@ -477,7 +478,7 @@ def teacher_answers(teacher, data, run, indices, num_samples, sampling_temperatu
 
 def find_data(run, dataset):
     """The folder or file of a dataset, prepared if it is not yet -> (path, whether it holds chats)."""
-    if Path(dataset).suffix in ('.json', '.jsonl'):
+    if is_file_of_rows(dataset):
         return dataset, True
     run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     folder = find_dataset(dataset)

@@ -16,7 +16,6 @@ Papers: DPO (arXiv:2305.18290), IPO (arXiv:2310.12036), SLiC's hinge (arXiv:2305
 (arXiv:2405.14734), ORPO (arXiv:2403.07691), the SFT term (arXiv:2404.19733), cDPO's label smoothing (Mitchell 2023).
 """
 import math
-from pathlib import Path
 
 import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
@@ -31,13 +30,14 @@ from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import divergence, forcing, generate_rollouts, gold_scores, load_scorer
+from rows import is_file_of_rows
 from tokenizer import UserError
 
 # where and what
 out_dir = 'out/dpo'  # directory of the run: checkpoints, metrics, samples
 init_from = 'out/sft'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
 base = 'out/sft'  # init_from='auto': the model to start from if out_dir has no run yet
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout, new weights and samples
 # pairs
@@ -283,7 +283,7 @@ def main():
         raise UserError(f'max_new_tokens={max_new_tokens} must be < block_size={model.config.block_size}, which needs '
                         'room for the prompt: lower it')
     scorer = load_scorer(reward_model, run) if reward_model else None
-    if Path(dataset).suffix not in ('.json', '.jsonl'):
+    if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
         initial = start.initial_weights()  # {} where no run of this stage has trained it: it is its own reference

@@ -30,7 +30,6 @@ Papers: DeepSeekMath's GRPO (arXiv:2402.03300), the k3 estimator of KL (Schulman
 DAPO (arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585), GSPO (arXiv:2507.18071), PPO's clip (arXiv:1707.06347).
 """
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
@@ -58,13 +57,14 @@ from rollout import (
     load_prompt_data,
     to_batch,
 )
+from rows import is_file_of_rows
 from tokenizer import UserError
 
 # where and what
 out_dir = 'out/grpo'  # directory of the run: checkpoints, metrics, samples
 init_from = 'out/sft'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
 base = 'out/sft'  # init_from='auto': the model to start from if out_dir has no run yet
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, new weights and samples
 strict = True  # stop at a malformed row; False: skip and count it
@@ -303,7 +303,7 @@ def main():
     block_size = model.config.block_size
     force = forcing(tokenizer, tools, max_think_tokens)  # inserts tool results and </think> while sampling, or None
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
-    if Path(dataset).suffix not in ('.json', '.jsonl'):
+    if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
         net = run.wrap(model, compile)

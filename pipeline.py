@@ -156,12 +156,12 @@ def work(stage, record, keep):
 
 def result_of(stage, record):
     """What came out of a stage: {seconds, memory in MB, score in words, sample or answers}."""
-    summary = json.loads((Path(stage.run) / 'summary.json').read_text())
+    summary = json.loads((Path(stage.run) / 'summary.json').read_text(encoding='utf-8'))
     key, form = stage.score
     samples = []
     for question in QUESTIONS if '{question}' in stage.sample else ['']:
         command = stage.sample.format(run=stage.run, question=shlex.quote(question))
-        printed, status, stop = python(command, stdout=subprocess.PIPE, text=True)
+        printed, status, stop = python(command, stdout=subprocess.PIPE, encoding='locale')
         if status or stop:
             raise SystemExit(status or 128 + stop)
         samples.append(printed.strip())
@@ -210,7 +210,7 @@ def main():
     plot.new_figure(1, 1, 1, 1)  # what cannot be drawn is better said now
     path = Path('out/pipeline.json')
     try:
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     except ValueError as error:
         raise UserError(f'{path}: {error}: remove it, and all stages are run again') from None
     for stage in stages:

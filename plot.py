@@ -74,7 +74,7 @@ def report(path, rows, result):
     for key, value in result.items():
         print(f'{key}: {text(value)}')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({'rows': rows or [result], 'result': result}, indent=1) + '\n')
+    path.write_bytes(json.dumps({'rows': rows or [result], 'result': result}, indent=1).encode() + b'\n')
     print(f'written to {path}')
 
 

@@ -18,7 +18,6 @@ summarize (arXiv:2009.01325), InstructGPT (arXiv:2203.02155), The N implementati
 (arXiv:2403.17031), reward over-optimisation (arXiv:2210.10760).
 """
 import math
-from pathlib import Path
 
 import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
 
@@ -46,13 +45,14 @@ from rollout import (
     load_prompt_data,
     to_batch,
 )
+from rows import is_file_of_rows
 from tokenizer import UserError
 
 # where and what
 out_dir = 'out/ppo'  # directory of the run: checkpoints, metrics, samples
 init_from = 'out/sft'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
 base = 'out/sft'  # init_from='auto': the model to start from if out_dir has no run yet
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, new weights and samples
 strict = True  # stop at a malformed row; False: skip and count it
@@ -338,7 +338,7 @@ def main():
     share_prompts = critic == 'shared'  # several answers after one prompt in a row: no input for a separate critic
 
     # data
-    if Path(dataset).suffix not in ('.json', '.jsonl'):
+    if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     splits = {split: load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed, strict,
                                       val_fraction)

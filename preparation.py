@@ -94,7 +94,7 @@ def _all_or_nothing(folder, names, tokenizer, meta):
         yield
         if tokenizer:
             tokenizer.save(folder / 'tokenizer.json.tmp')
-        (folder / 'meta.json.tmp').write_text(json.dumps(meta, indent=1) + '\n')
+        (folder / 'meta.json.tmp').write_bytes(json.dumps(meta, indent=1).encode() + b'\n')
         for temporary in renames:
             with open(temporary, 'rb+') as f:
                 os.fsync(f.fileno())

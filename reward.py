@@ -19,7 +19,6 @@ Papers: InstructGPT (arXiv:2203.02155), learning to summarize (arXiv:2009.01325)
 import math
 import random
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
@@ -35,14 +34,14 @@ from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from reward_model import ScoreConfig
-from rows import fraction_of
+from rows import fraction_of, is_file_of_rows
 from tokenizer import UserError
 
 # where and what
 out_dir = 'out/reward'  # directory of the run: checkpoints, metrics, samples
 init_from = 'out/sft'  # model to start from, as in sample.py; 'scratch'; 'resume'; 'auto' (resume if out_dir has a run)
 base = 'out/sft'  # 'auto': model to start from if out_dir has no run yet; 'scratch': model with the tokenizer and shape
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout and new weights
 # pairs
@@ -353,7 +352,7 @@ def main():
     if (eval_only or check) and start.new_head:
         raise UserError(f'{start.origin} is not a reward model, its score head is untrained: train one and give it as '
                         '--init_from')
-    if Path(dataset).suffix not in ('.json', '.jsonl'):
+    if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only or check:
         net = run.wrap(model, compile)

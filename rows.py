@@ -1,9 +1,10 @@
 """
 Rows of a file: chats, preferences, prompts and pairs of texts, in the shapes that other libraries write, checked.
 
-A file is a .json one, a list of rows, or a .jsonl one, a row a line; blank lines are passed over. A reader returns
-(rows, skipped): each row with 'where' it is from, and the reasons for which malformed ones were left out. With strict
-such a row raises UserError instead, with file, line and reason; so does a file without any good row.
+A file is a .json one, a list of rows; a .jsonl one, a row a line, where blank lines are passed over; or a .parquet one,
+a table of them. Each may be compressed (.jsonl.gz). A reader takes a file, or a list of those that follow one another,
+and returns (rows, skipped): each row with 'where' it is from, and the reasons for which malformed ones were left out.
+With strict such a row raises UserError instead, with file, line and reason; so does a file without any good row.
 
 A key that decides what is learned is honoured or refused by its name (REFUSED); one that nothing here knows is counted.
 The shapes are those of OpenAI, TRL, ShareGPT, axolotl, LLaMA-Factory, ms-swift and verl.
@@ -15,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from chat import ROLES, THOUGHTS
+from files import format_of, opened, parquet_rows
 from grade import GRADERS, check_gold
 from tokenizer import UserError
 
@@ -50,6 +52,14 @@ OF_MESSAGE_REFUSED = {
     'refusal': 'give it as "content"', 'prefix': 'leave the message out or give it whole',
     'channel': 'give thoughts as "reasoning_content"', 'recipient': 'give "tool_calls"',
     'train_detail': 'give "weight": 0 or 1 for the whole message', 'loss_scale': 'give "weight": 0 or 1'}
+
+
+SUFFIXES = ('.json', '.jsonl', '.parquet')  # of files of rows
+
+
+def is_file_of_rows(dataset):
+    """Whether the name of a dataset is that of a file of rows, and no folder's."""
+    return format_of(dataset)[1] in SUFFIXES and not Path(dataset).is_dir()
 
 
 class Skipped(list):
@@ -107,25 +117,13 @@ def read_pairs(path):
     return _read_rows(path, True, _pair, 'a pair')[0]
 
 
-def _read_rows(path, strict, parse, what):
-    """The rows of a file, each as parse makes them."""
-    path, rows, skipped = Path(path), [], Skipped()
-    listed = path.suffix == '.json'
-    try:
-        data = path.read_bytes()
-        items = json.loads(data.decode('utf-8-sig')) if listed else data.split(b'\n')
-        if not isinstance(items, list):
-            raise ValueError(f'but {type(items).__name__}')
-    except OSError as e:
-        raise UserError(f'{path}: {e.strerror}') from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'{path}: not a JSON list ({e}); name a file with a JSON object on every line .jsonl') from e
-    for number, item in enumerate(items, 1):
-        if not listed and not item.strip():
-            continue
-        where = f'{path}, {"row" if listed else "line"} {number}'
+def _read_rows(paths, strict, parse, what):
+    """The rows of files, each as parse makes them."""
+    paths = paths if isinstance(paths, list) else [Path(paths)]
+    rows, skipped = [], Skipped()
+    for where, item in (item for path in paths for item in _items(path)):
         try:
-            values = item if listed else _from_line(item)
+            values = _from_line(item) if isinstance(item, bytes) else item
             if not isinstance(values, dict):
                 raise UserError(f'not a JSON object but {values!r:.40}')
             row = Row(values)
@@ -137,9 +135,34 @@ def _read_rows(path, strict, parse, what):
                 raise UserError(f'{where}: {e}') from e
             skipped.append(f'{where}: {e}')
     if not rows:
-        raise UserError(f'{path}: ' + (f'none of its {len(skipped):,} rows is {what}; {skipped[0]}' if skipped
-                                       else 'no rows: put some there, see read_chats and read_prefs in rows.py'))
+        raise UserError(f'{paths[0]}: ' + (f'none of its {len(skipped):,} rows is {what}; {skipped[0]}' if skipped
+                                           else 'no rows: put some there, see read_chats and read_prefs in rows.py'))
     return rows, skipped
+
+
+def _items(path):
+    """Yields (where, line of a JSONL file or what is in a list or table) for the rows of a file."""
+    suffix = format_of(path)[1]
+    with opened(path) as file:
+        if suffix == '.parquet':
+            yield from parquet_rows(path, file)
+        elif suffix == '.json':
+            yield from ((f'{path}, row {number}', item) for number, item in enumerate(_from_list(path, file.read()), 1))
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f'{path}, line {number}', line.removesuffix(b'\n')
+
+
+def _from_list(path, data):
+    """The items of a JSON list."""
+    try:
+        items = json.loads(data.decode('utf-8-sig'))
+        if not isinstance(items, list):
+            raise ValueError(f'but {type(items).__name__}')
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{path}: not a JSON list ({e}); name a file with a JSON object on every line .jsonl') from e
+    return items
 
 
 def _from_line(line):

@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import tokenize
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -37,9 +38,10 @@ if 'OMP_WAIT_POLICY' not in os.environ and 'GOMP_SPINCOUNT' not in os.environ:
     with contextlib.suppress(OSError, ValueError, IndexError):
         for moment in range(3):
             time.sleep(0.005 * (moment > 0))
-            others.append(int(Path('/proc/loadavg').read_text().split()[3].partition('/')[0]) - 1)
+            others.append(int(Path('/proc/loadavg').read_text(encoding='utf-8').split()[3].partition('/')[0]) - 1)
     os.environ['GOMP_SPINCOUNT'] = '1000' if others and 2 * min(others) >= os.cpu_count() else '10000'
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -244,7 +246,7 @@ def cli(main):
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 128 + signal.SIGPIPE
+            status = 128 + 13  # SIGPIPE, which Windows has no name for
         elif isinstance(error, OSError) and not error.filename:
             raise
         else:  # a file that cannot be read or written: the user can fix that
@@ -297,22 +299,33 @@ def write_atomic(path, write, keep=1):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the renames themselves must reach the disk too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if hasattr(os, 'O_DIRECTORY'):  # not on Windows, which opens no folder as a file
+        folder = os.open(path.parent, os.O_RDONLY)  # the renames themselves must reach the disk too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+WINDOWS = sys.platform == 'win32'  # where a folder with an open file in it has to keep its name
+LOCKED = weakref.WeakValueDictionary()  # {device and number of a file: that file, as this process has locked it}
 
 
 def lock_file(file):
-    """Locks an open file for this process; BlockingIOError or PermissionError if another one holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Locks an open file for this process -> the file whose closing, or the end of the process, unlocks it.
+
+    A lock belongs to a process: a run that begins where an earlier one of this process was goes on with the earlier's.
+    BlockingIOError if another process holds it, another OSError if the file system has no locks.
+    """
+    found = os.fstat(file.fileno())
+    place = found.st_dev, found.st_ino
+    earlier = LOCKED.get(place)
+    if earlier and not earlier.closed:
+        return earlier
+    if not filelock.lock_descriptor(file.fileno(), blocking=False):
+        raise BlockingIOError
+    LOCKED[place] = file
+    return file
 
 
 def older(path, i):
@@ -583,7 +596,7 @@ def peak_memory_mb(device='cpu'):
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated() / 2 ** 20
     with contextlib.suppress(OSError):  # Linux: getrusage would count the parent's memory before exec
-        for line in Path('/proc/self/status').read_text().splitlines():
+        for line in Path('/proc/self/status').read_text(encoding='utf-8').splitlines():
             if line.startswith('VmHWM'):
                 return int(line.split()[1]) / 1024
     try:
@@ -600,7 +613,7 @@ def keep_freed_memory():
     Training and generation free and take the same big tensors at every step: without this a fifth of a training step is
     page faults, and a long stream may leave holes that add up.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library manages as it likes
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library manages as it likes
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -998,7 +1011,7 @@ class Run:
                 except ImportError:
                     raise UserError('wandb_log=True needs wandb: pip install wandb') from None
                 known = self.out_dir / 'wandb_id'  # a resumed run continues there too
-                id = known.read_text() if step is not None and known.exists() else None
+                id = known.read_text(encoding='utf-8') if step is not None and known.exists() else None
                 try:
                     self._wandb = wandb.init(project=wandb_project, config=config, id=id, name=wandb_run_name,
                                              resume='allow')
@@ -1015,6 +1028,8 @@ class Run:
                     place = self.out_dir.resolve()  # a link to another disk stays
                     n = next(n for n in range(1, 10 ** 6) if not Path(f'{place}.{n}').exists())
                     try:
+                        if WINDOWS:
+                            self._locked.close()
                         place.rename(f'{place}.{n}')
                         place.mkdir()
                     except OSError as error:  # a mounted disk; nothing is copied, nothing deleted
@@ -1027,7 +1042,7 @@ class Run:
                 for path in self.out_dir.glob('*.tmp'):  # of a save that was killed
                     path.unlink()
                 for path in self._damaged:
-                    path.rename(f'{path}.damaged')
+                    path.replace(f'{path}.damaged')
                 if step is None:
                     for name in ('metrics.jsonl', 'samples.txt', 'summary.json'):
                         (self.out_dir / name).unlink(missing_ok=True)
@@ -1052,10 +1067,10 @@ class Run:
     def _lock(self):
         """Takes the directory for this process; the system frees it when the process ends, however it ends."""
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._locked = open(self.out_dir / '.lock', 'w')
+        self._locked = open(self.out_dir / '.lock', 'ab')
         try:
-            lock_file(self._locked)
-        except (BlockingIOError, PermissionError):
+            self._locked = lock_file(self._locked)
+        except BlockingIOError:
             raise UserError(f'out_dir={self.out_dir}: another run is writing there; stop it, or give another '
                             '--out_dir') from None
         except OSError:
@@ -1167,7 +1182,7 @@ class Run:
                 self.stop, self._asked = number, now
             elif number == signal.SIGINT and now - self._asked > 5:
                 signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handle)
 

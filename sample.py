@@ -145,7 +145,7 @@ def turn(model, tokenizer, messages):
 def save_chat(path, messages):
     """Writes a chat as a row that sft.py learns from; says where, or why not."""
     try:
-        with open(path, 'a', encoding='utf-8') as file:
+        with open(path, 'a', encoding='utf-8', newline='\n') as file:
             file.write(json.dumps({'messages': messages}, ensure_ascii=False) + '\n')
     except OSError as error:
         print(f'{path}: {error.strerror}')

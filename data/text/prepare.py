@@ -18,15 +18,10 @@ Validation is every tenth document (see val_fraction) where there are so many, e
     python data/text/prepare.py --input=BOOK.txt --name=book --tokenizer=chars
     python data/text/prepare.py --input=notes/ --input=more.jsonl.gz --name=notes --vocab_size=8192
 """
-import bz2
 import codecs
-import contextlib
 import csv
-import gzip
-import importlib
 import io
 import json
-import lzma
 import os
 import re
 import sys
@@ -39,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
+from files import format_of, opened, parquet_rows
 from preparation import write_dataset
 from tokenizer import UserError, get_tokenizer
 
@@ -63,34 +59,6 @@ NOT_TEXT = {f'.{suffix}' for suffix in '''
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files
-
-def open_zst(path, mode):
-    for library in ('compression.zstd', 'backports.zstd'):  # the zstandard package passes over a file's missing end
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(library).open(path, mode)
-    raise UserError(f'{path}: before Python 3.14 a .zst file needs backports.zstd: pip install backports.zstd')
-
-
-OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': open_zst}
-
-
-def format_of(path):
-    """What opens a file, and its suffix, in small letters and without that of the compression."""
-    stem, suffix = os.path.splitext(path.name.lower())
-    return OPENERS.get(suffix, open), os.path.splitext(stem)[1] if suffix in OPENERS else suffix
-
-
-@contextlib.contextmanager
-def opened(path):
-    """A file, decompressed, to read bytes from; UserError for whatever a library finds wrong in it."""
-    try:
-        with format_of(path)[0](path, 'rb') as file:
-            yield io.BufferedReader(file)
-    except UserError:
-        raise
-    except Exception as e:  # each library has classes of its own
-        raise UserError(f'{path}: damaged, or not what its name says ({type(e).__name__}: {e})') from e
-
 
 def find_files(paths):
     """All files below paths -> those to read and, of folders, those that are no text, which are left out.
@@ -175,20 +143,8 @@ def csv_rows(path, file):
         raise UserError(f'{path}, line {table.line_num}: {e}: mend the table') from None
 
 
-def parquet_rows(path, file):
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f'{path}: a .parquet file needs pyarrow: pip install pyarrow') from None
-    table, number = parquet.ParquetFile(file), 1
-    columns = [text_key] if text_key in table.schema_arrow.names else None
-    for batch in table.iter_batches(1024, columns=columns):
-        yield from ((f'{path}, row {i}', row) for i, row in enumerate(batch.to_pylist(), number))
-        number += batch.num_rows
-
-
 ROWS = {'.jsonl': json_rows, '.ndjson': json_rows, '.json': json_rows, '.csv': csv_rows, '.tsv': csv_rows,
-        '.parquet': parquet_rows}
+        '.parquet': lambda path, file: parquet_rows(path, file, text_key)}
 
 
 def text_of(where, row):

@@ -35,7 +35,7 @@ def main():
     if not path.is_file():
         raise UserError(f'{path}: no such file: give the text of {URL} or no --input')
     check_sha256(path, SHA256)
-    text = path.read_text()
+    text = path.read_text(encoding='utf-8')
     cut = int(len(text) * 0.9)
     encoder = get_tokenizer(tokenizer, [text if tokenizer == 'chars' else text[:cut]], vocab_size)
     write_dataset(folder, encoder, {'train': [text[:cut]], 'val': [text[cut:]]}, f'{URL} (sha256 {SHA256})', eot=False)
