@@ -531,7 +531,7 @@ def bench_serve(knobs, model_args):
              f'--dtype={knobs.dtype}', f'--quant={quant or "auto"}', f'--max_rows={max(batches)}', '--max_kept=0',
              *[f'--{key}={value}' for key, value in model_args.items()]]
     rates, waits, texts = ({n: [] for n in batches} for _ in range(3))
-    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, encoding='utf-8') as server:
         try:
             address = re.search(r'http://\S+:\d+', server.stdout.readline())
             if not address:

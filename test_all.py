@@ -3630,7 +3630,7 @@ def test_2_5_an_answer_of_a_chat_ends_with_its_turn_and_a_text_does_not(monkeypa
 def test_2_5_a_text_begins_with_the_tokenizers_bos(run_stage):
     tokenizer = bytes_tokenizer()
     tokenizer.bos = tokenizer.eot
-    run_stage.given = {'load': lambda *args, **options: (tiny(vocab_size=260), tokenizer)}
+    run_stage.given = {'load_to_generate': lambda *args, **options: (tiny(vocab_size=260), tokenizer)}
     status, out, _ = run_stage('sample', '--start=ab', '--show=probs', '--device=cpu')
     assert status == 0 and out.splitlines()[1].strip() == "'<|endoftext|>'"
 
