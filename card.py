@@ -59,7 +59,7 @@ def history(source):
 def metrics_of(run, step):
     """{name: number} of validation that a run's metrics.jsonl has of a step."""
     try:
-        rows = [json.loads(row) for row in (run / 'metrics.jsonl').read_text().splitlines()]
+        rows = [json.loads(row) for row in (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     except (OSError, ValueError):
         return {}
     found = {}
