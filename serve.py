@@ -323,6 +323,7 @@ class Answer(Row):
     index: int = 0
     text: Text = None
     tokens: list = field(default_factory=list)  # of the next Piece
+    broken: bool = False  # its keys and values may be no numbers
 
 
 class Engine:
@@ -451,7 +452,7 @@ class Engine:
         """Keeps what the cache holds of a row that has ended, in place of what was kept of its beginning."""
         length = self.batch.cache.lengths[number] if self.batch.cache else 0
         ids = row.ids[:length]
-        if row.start or not 0 < length <= self.max_kept:
+        if row.start or row.broken or not 0 < length <= self.max_kept:
             return
         self.kept = [(known, cache) for known, cache in self.kept if known != ids[:len(known)]]
         self.kept.append((ids, self.batch.cache.part(number, length)))
@@ -470,7 +471,7 @@ class Engine:
         logits = batch.advance()
         for i in (~logits.amax(-1).isfinite()).nonzero()[:, 0].tolist():  # one text of many may overflow 16 bits
             row, logits[i] = batch.rows[i], 0
-            row.done = row.request.cancelled = True
+            row.done = row.broken = row.request.cancelled = True
             self.news.append((row.request, Refused('the logits of the next token are not finite', 500)))
         ids = [row.forced[0] if row.forced else token for row, token in zip(batch.rows, self.draw(logits), strict=True)]
         new = [(row, token, self.logprobs(row, logits[i], token)) for i, (row, token) in enumerate(

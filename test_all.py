@@ -13018,6 +13018,7 @@ def test_10_6_a_text_whose_logits_are_not_finite_leaves_the_others_alone():
             thread.join()
         assert bad[0].status_code == 500 and 'not finite' in bad[0].json()['error']['message']
         assert good[0]['choices'][0]['text'] == shown(alone([*b'abc'], 50)[0])
+        assert idle(engine) and not any(7 in ids for ids, _ in engine.kept)
 
 
 def test_10_6_a_thousand_malformed_requests_and_a_slow_reader_leave_it_serving(served):
