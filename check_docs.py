@@ -37,7 +37,8 @@ NOT_RUN = (
     ('--init_from=gpt2', 'fetches GPT-2'), ('--init_from=qwen_base', "needs somebody's base"),
     ('tokenizer_folder', 'needs a tokenizer without tokens for chats'), ('out/plain', 'needs a model with that'),
     ('out/chatty', 'needs that model'),
-    ('NANOGPT', 'needs a checkout of nanoGPT'), ('data/gsm8k', 'fetches GSM8K from GitHub'))
+    ('NANOGPT', 'needs a checkout of nanoGPT'), ('lm_eval_adapter.py', 'needs lm-eval and its data'),
+    ('data/gsm8k', 'fetches GSM8K from GitHub'))
 # (a script and words among its arguments, what is added to make such a command short)
 SHORT = (
     ('train.py', '--max_iters=2 --eval_interval=2 --eval_iters=1 --eval_pairs=4 --sample_tokens=8'),
@@ -51,7 +52,8 @@ SHORT = (
     ('distill.py', '--max_iters=2 --eval_interval=2 --eval_rows=4 --batch_size=2'),
     ('distill.py config/distill_words.py', '--max_new_tokens=8'),
     ('distill.py --answers=teacher', '--answer_prompts=4'), ('distill.py --on_policy=1', '--prompts_per_step=2'),
-    ('sample.py', '--max_new_tokens=8'), ('pipeline.py', '--only=train --flags=--max_iters=2'),
+    ('sample.py', '--max_new_tokens=8'), ('evaluate.py', '--limit=2 --max_new_tokens=4'),
+    ('pipeline.py', '--only=train --flags=--max_iters=2'),
     ('data/pairs/prepare.py', '--val_fraction=0.5'), ('data/reverse/prepare.py', '--train_pairs=200 --val_pairs=20'),
     ('bench.py train', '--steps=1 --repeats=1'), ('bench.py train config/nanogpt.py', '--dataset=shakespeare'),
     ('bench.py sample', '--repeats=1 --max_new_tokens=8'),
@@ -201,7 +203,7 @@ def check_command(words, copies):  # noqa: C901
             if len([arg for arg in args if arg != '--peft' and not arg.startswith('--type=')]) != 2:
                 raise DocError('convert.py takes a source, a target and perhaps --peft or --type')
             return name, args, {}
-        if script == 'faults.py':
+        if script in ('faults.py', 'lm_eval_adapter.py'):  # of which other programs read the flags
             return name, args, {}
         return name, args, started(script, args)[0]
     elif program not in ('.', 'printf'):
@@ -246,6 +248,8 @@ def made_and_needed(script, args, knobs):
         needed.add(knobs.get('tokenizer', ''))
     elif script in ('bench.py', 'plot.py', 'sample.py'):
         needed |= {knobs.get('init_from', ''), knobs.get('reward_model', ''), *knobs.get('runs', [])}
+    elif script == 'evaluate.py':
+        needed |= {knobs[key] for key in ('init_from', 'against', 'judge')} | {knobs['data_dir']}
     elif script not in ('model.py', 'pipeline.py') and 'out_dir' in knobs:
         if not knobs.get('eval_only') and not knobs.get('check'):
             made.add(knobs['out_dir'])

