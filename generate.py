@@ -422,16 +422,18 @@ class Batch:
             self.memory_mask = (torch.arange(lengths.max()) < lengths[:, None]).to(device)
             self.memory = model.encode(padded(sources).to(device), self.memory_mask)
 
-    def admit(self, rows, shared=1):
+    def admit(self, rows, shared=1, cache=None):
         """Reads the prompts of new rows, of which `shared` neighbours have the same; they join at the next `advance`.
+
+        cache: holds the beginning of the one prompt (`KVCache.part`).
         """
-        for _ in self.admit_in_parts(rows, shared):
+        for _ in self.admit_in_parts(rows, shared, cache=cache):
             pass
 
     @torch.inference_mode()
     def admit_in_parts(self, rows, shared=1, size=0, cache=None):
         """As `admit`, size tokens of each prompt at a time: a generator that yields between two parts, so that other
-        rows can advance while a long prompt is read. cache: holds the beginning of the one prompt (`KVCache.part`)."""
+        rows can advance while a long prompt is read."""
         if not self.rolling:
             for row in rows:
                 row.start = max(0, len(row.ids) - self.model.config.block_size)

@@ -260,7 +260,7 @@ def _arguments(call, name):
     return arguments
 
 
-def _message(m, name, row):
+def _message(m, name, row, empty=False):
     """A message in the shape of OpenAI or ShareGPT, checked -> in the former, with what else counts in it."""
     spoken = m.get('role') or m.get('from') if isinstance(m, dict) else m
     role = SPEAKERS.get(spoken) if isinstance(m, dict) and isinstance(spoken, str) else None
@@ -271,7 +271,8 @@ def _message(m, name, row):
     row.of_messages.update(f'{key} of messages' for key in m if key not in OF_MESSAGE)
     key = next((key for key in TEXTS if key in m), 'content')
     calls = m.get('tool_calls') or []
-    content = '' if calls and key not in m else _content(m.get(key), f'the "{key}" of {name}')
+    silent = calls or empty and role == 'assistant'
+    content = '' if silent and key not in m else _content(m.get(key), f'the "{key}" of {name}')
     if spoken in CALLERS:
         calls, content = _call(content, name), ''
     found = {'role': role, 'content': content}
@@ -283,7 +284,7 @@ def _message(m, name, row):
     thoughts = next((m[key] for key in THOUGHTS if m.get(key)), '')
     if thoughts:
         found['reasoning_content'] = _text(thoughts, f'the thoughts of {name}')
-    if role == 'assistant' and not content.strip() and not calls:
+    if role == 'assistant' and not content.strip() and not calls and not empty:
         raise UserError(f"{name}, the assistant's, is empty")
     weights = [m[key] for key in WEIGHTS if key in m]
     for weight in weights:
@@ -292,12 +293,12 @@ def _message(m, name, row):
     return found if all(weights) else found | {'weight': 0}
 
 
-def _messages(messages, row, key='messages', answer=True):
-    """Messages, checked; answer: whether the last one is the assistant's."""
+def _messages(messages, row, key='messages', answer=True, empty=False):
+    """Messages, checked; answer: whether the last one is the assistant's; empty: whether those may be empty."""
     if not isinstance(messages, list) or not messages and answer:
         raise UserError(f'"{key}" must be a list of at least one {{"role": "…", "content": "…"}}')
     of_key = '' if key in MESSAGES else f' of "{key}"'
-    found = [_message(m, f'message {number}{of_key}', row) for number, m in enumerate(messages, 1)]
+    found = [_message(m, f'message {number}{of_key}', row, empty) for number, m in enumerate(messages, 1)]
     if answer and found[-1]['role'] != 'assistant':
         last = f'the last message{of_key}' if of_key else 'its last message'
         raise UserError(f"{last} is the {found[-1]['role']}'s: it must be the assistant's")
@@ -311,7 +312,7 @@ def read_request(values):
     messages = row.take('messages')
     if not isinstance(messages, list) or not messages:
         raise UserError('"messages" must be a list of at least one {"role": "…", "content": "…"}')
-    return _with_variables(row, _messages(messages, row, answer=False))
+    return _with_variables(row, _messages(messages, row, answer=False, empty=True))
 
 
 def _part(row, role, *names):

@@ -22,8 +22,8 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -36,7 +36,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import runtime
 
@@ -98,11 +97,12 @@ class Number(NamedTuple):
 
 
 WHOLE, MAX_STOPS, MAX_TOP = 1 << 53, 16, 20
-SAMPLING = {'temperature': Number(0, 2, 1.0), 'top_k': Number(0, WHOLE, 0, True), 'top_p': Number(1e-9, 1, 1.0),
+SAMPLING = {'temperature': Number(0, 2, 1.0), 'top_k': Number(0, WHOLE, 0, True), 'top_p': Number(0, 1, 1.0),
             'min_p': Number(0, 1, 0.0), 'repetition_penalty': Number(1e-3, 1e3, 1.0)}
 PENALTIES = {'presence_penalty': Number(-2, 2, 0.0), 'frequency_penalty': Number(-2, 2, 0.0)}
 OTHERS = {'n': Number(1, WHOLE, 1, True), 'max_tokens': Number(1, WHOLE, None, True),
-          'max_completion_tokens': Number(1, WHOLE, None, True), 'seed': Number(-WHOLE, WHOLE, None, True),
+          'max_completion_tokens': Number(1, WHOLE, None, True),
+          'seed': Number(1 - (1 << 63), (1 << 63) - 1, None, True),
           'top_logprobs': Number(0, MAX_TOP, 0, True)}
 NUMBERS = {**SAMPLING, **PENALTIES, **OTHERS}
 # fields with the only values that are supported; fields that change no answer
@@ -173,7 +173,9 @@ def read_options(body, shape, n_vocab):
             raise Refused("'top_logprobs' needs 'logprobs': true", param='top_logprobs')
     else:
         top = number(body, 'logprobs', Number(0, MAX_TOP, None, True))
-    return Options(tuple(number(body, name) for name in SAMPLING),
+    sampling = {name: number(body, name) for name in SAMPLING}
+    sampling['top_p'] = max(sampling['top_p'], 1e-9)  # of 0: the likeliest alone
+    return Options(tuple(sampling.values()),
                    tuple(number(body, name) for name in PENALTIES), tuple(stop),
                    {int(key): value for key, value in bias.items()}, top)
 
@@ -275,11 +277,14 @@ class Text:
         try:
             found = json.loads(text)
             name, arguments = found['name'], found.get('arguments', found.get('parameters', {}))
-            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            if not isinstance(name, str):
+                raise TypeError
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return [Part('content', f'<tool_call>{text}</tool_call>')]
         self.called = True
-        return [Part('call', {'name': f'{name}', 'arguments': arguments})]
+        return [Part('call', {'name': name, 'arguments': arguments})]
 
 
 def held_back(text, words):
@@ -301,7 +306,7 @@ class Piece(NamedTuple):
     length: int  # tokens of the answer so far
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt that is waiting for n answers."""
     ids: list
@@ -335,6 +340,7 @@ class Engine:
         self.stop_ids = set(tokenizer.turn_ids)
         self.batch = Batch(model, room=ROOM)
         self.reading = None  # (a generator that reads prompts part by part, their Answers)
+        self.taken = []  # requests whose rows are being made
         self.kept = []  # (ids, the cache that holds them) of answers that have ended, the last used last
         self.waiting, self.changed = deque(), threading.Condition()
         self.news, self.loop = [], None  # what the event loop is to be told
@@ -405,30 +411,38 @@ class Engine:
                 rows, shared, cache = self.next_rows()
                 if not rows:
                     return
-                self.reading = self.batch.admit_in_parts(rows, shared, PART, cache), rows
+                self.reading, self.taken = (self.batch.admit_in_parts(rows, shared, PART, cache), rows), []
             parts, rows = self.reading
             left = max(len(row.ids) - row.request.cached for row in rows) * len({id(row.request) for row in rows})
             if all(row.request.cancelled for row in rows) or next(parts, 'read') == 'read':
                 self.reading = None  # they are in the batch, or nobody waits for them
             room -= left
+        if self.reading:  # a long prompt does not keep short ones waiting
+            rows, shared, cache = self.next_rows(most=PART)
+            if rows:
+                self.batch.admit(rows, shared, cache)
+                self.taken = []
 
-    def next_rows(self):
+    def next_rows(self, most=math.inf):
         """Rows for the requests whose turn it is, how many neighbours share a prompt, and a cache that holds the
         beginning of the prompt, or None: those of the next request, or, if each wants one answer to an unknown prompt,
-        of as many as take one part together."""
+        of as many as take one part together. most: pass over those with longer prompts."""
         with self.changed:
-            free, taken = self.max_rows - self.active, []
-            while self.waiting and self.waiting[0].n <= free:
-                request = self.waiting[0]
+            free, taken, source = self.max_rows - self.active, [], None
+            for request in [request for request in self.waiting if len(request.ids) <= most]:
+                if request.n > free:
+                    break
                 request.cached, source = self.known(request.ids)
                 longest = max(len(r.ids) for r in [*taken, request])
                 alone = request.n > 1 or request.cached
                 if taken and (alone or (len(taken) + 1) * longest > PART):
                     break
-                taken.append(self.waiting.popleft())
+                taken.append(request)
+                self.waiting.remove(request)
                 free -= request.n
                 if alone:
                     break
+            self.taken = taken  # what fails from here on is told to them, too
         rows = [Answer(request.ids, request.max_new_tokens, request.uniforms[i], request=request,
                        index=request.first + i, text=request.text()) for request in taken for i in range(request.n)]
         cached = taken[0].cached if taken else 0
@@ -532,12 +546,12 @@ class Engine:
     def fail(self, why):
         """Ends every answer that is under way, and where the server stops those that wait."""
         with self.changed:
-            requests = [row.request for row in self.rows()]
+            requests = [row.request for row in self.rows()] + self.taken
             if self.closing:
                 requests += self.waiting
                 self.waiting.clear()
         self.news += [(request, why) for request in requests]
-        self.batch, self.reading, self.kept = Batch(self.model, room=ROOM), None, []
+        self.batch, self.reading, self.kept, self.taken = Batch(self.model, room=ROOM), None, [], []
 
     def tell(self):
         """Hands the event loop all that is new, in one call."""
@@ -556,7 +570,7 @@ class Reply:
     def __init__(self, shape, name, tokenizer, requests):
         self.chat, self.name, self.tokenizer, self.requests = shape == 'chat', name, tokenizer, requests
         self.id = ('chatcmpl-' if self.chat else 'cmpl-') + uuid.uuid4().hex
-        self.created, self.lengths, self.calls, self.offsets = int(time.time()), {}, {}, {}
+        self.created, self.lengths, self.calls, self.decoders = int(time.time()), {}, {}, {}
 
     def around(self, choices, streamed, **more):
         kind = ('chat.completion' if self.chat else 'text_completion') + '.chunk' * (streamed and self.chat)
@@ -584,7 +598,7 @@ class Reply:
                 calls.append({'id': f'call_{uuid.uuid4().hex[:24]}', 'type': 'function', 'function': part.text}
                              | ({'index': number} if streamed else {}))
         message = {kind: text for kind, text in texts.items() if text} | ({'tool_calls': calls} if calls else {})
-        if piece.tokens:
+        if piece.tokens or not streamed and self.requests[0].options.top is not None:
             found['logprobs'] = {'content': [
                 self.token(i, logprob) | {'top_logprobs': [self.token(*other) for other in top]}
                 for i, logprob, top in piece.tokens], 'refusal': None}
@@ -602,13 +616,16 @@ class Reply:
         """The same in texts' shape."""
         if not piece.tokens:
             return None
-        spelled = [self.tokenizer.decode([i], start=False) for i, *_ in piece.tokens]
-        begin = self.offsets.get(piece.index, 0)
-        offsets = [*itertools.accumulate(map(len, spelled), initial=begin)]
-        self.offsets[piece.index] = offsets[-1]
+        decoder, length = self.decoders.setdefault(piece.index, (self.tokenizer.stream(start=False), 0))
+        spelled, offsets, silent = [], [], {*self.tokenizer.special.values()}
+        for i, *_ in piece.tokens:
+            spelled.append(self.tokenizer.decode([i], start=False))
+            offsets.append(length)
+            length += 0 if i in silent else len(decoder.push(i))
+        self.decoders[piece.index] = decoder, length
         return {'tokens': spelled, 'token_logprobs': [max(logprob, -9999.0) for _, logprob, _ in piece.tokens],
-                'top_logprobs': [{self.tokenizer.decode([i], start=False): max(value, -9999.0) for i, value in top}
-                                 for *_, top in piece.tokens], 'text_offset': offsets[:-1]}
+                'top_logprobs': [{self.tokenizer.decode([i], start=False): max(value, -9999.0)
+                                  for i, value in reversed(top)} for *_, top in piece.tokens], 'text_offset': offsets}
 
 
 def merged(pieces):
@@ -656,15 +673,20 @@ class Server:
             self.chats = bool(self.tokenizer.chat)
         except UserError as error:
             self.chats, self.no_chats = False, f'{error}'
+        self.longest = int(self.tokenizer.token_bytes().max()) * self.config.block_size  # bytes of a context
 
     def allow(self, request):
         """Refused for a request without the key, and for one that another site's page sends from a browser."""
-        given = request.headers.get('authorization', '')
-        if self.secret and not hmac.compare_digest(given.encode(), f'Bearer {self.secret}'.encode()):
+        scheme, _, given = request.headers.get('authorization', '').partition(' ')
+        if self.secret and not (scheme.lower() == 'bearer' and
+                                hmac.compare_digest(given.encode('latin-1'), self.secret.encode())):
             raise Refused('wrong or no API key: send the header Authorization: Bearer KEY', 401, code='invalid_api_key')
-        origin = request.headers.get('origin')
-        if origin and urlsplit(origin).netloc != request.headers.get('host'):
+        origin, address = request.headers.get('origin'), request.headers.get('host', '')
+        if origin and origin.partition('://')[2] != address:
             raise Refused(f'a page of {origin:.100} may not use this server', 403)
+        if not self.secret and re.sub(r':\d+$', '', address) not in ('127.0.0.1', 'localhost', '[::1]'):
+            # nor one whose name has come to lead to this machine
+            raise Refused(f'{address:.100} is not this machine: start the server with --api_key=SECRET', 403)
 
     async def models(self, request):
         self.allow(request)
@@ -707,6 +729,11 @@ class Server:
         """The Requests of a body, one for each prompt; Refused for one that the model cannot have."""
         options, n = read_options(body, shape, self.tokenizer.n_vocab), number(body, 'n')
         calls, thinking, block = False, False, self.config.block_size
+        said = body.get('messages' if shape == 'chat' else 'prompt')
+        for text in said if isinstance(said, list) else [said]:
+            text = text.get('content') if isinstance(text, dict) else text
+            if isinstance(text, str) and len(text) > self.longest:  # tokenising it would take long
+                raise too_long(f'more than {len(text):,} characters', block, shape)
         try:
             if shape == 'chat':
                 if not self.chats:
@@ -720,14 +747,13 @@ class Server:
             else:
                 prompts = read_prompts(body, self.tokenizer)
             check_prompts(prompts, self.config)
-        except ValueError as error:  # a UserError is one
+        except (ValueError, RecursionError) as error:  # a UserError is one
             raise Refused(f'{error}', param='messages' if shape == 'chat' else 'prompt') from None
         if n > self.engine.max_rows or n * len(prompts) > self.engine.max_queue:
             raise Refused(f'{n} answers to {len(prompts)} prompts are more than this server takes at once', param='n')
         longest = max(map(len, prompts))
         if longest >= block:
-            raise Refused(f'the prompt has {longest} tokens, and the context of this model ends at {block}: shorten it',
-                          param='messages' if shape == 'chat' else 'prompt', code='context_length_exceeded')
+            raise too_long(f'{longest} tokens', block, shape)
         most = number(body, 'max_completion_tokens')
         most = most or number(body, 'max_tokens') or (block if shape == 'chat' else 16)
         steps = [min(most, block - len(ids)) for ids in prompts]
@@ -823,6 +849,11 @@ class Server:
             (Refused, HTTPException, ClientDisconnect, Exception), self.refuse))
 
 
+def too_long(what, block, shape):
+    return Refused(f'the prompt has {what}, and the context of this model ends at {block} tokens: shorten it',
+                   param='messages' if shape == 'chat' else 'prompt', code='context_length_exceeded')
+
+
 def no_model(given, name):
     return Refused(f'there is no model {given!r:.60} here, only {name!r}', 404, param='model', code='model_not_found')
 
@@ -909,11 +940,16 @@ def main():
     engine = Engine(model, tokenizer, max_rows, max_queue, max_kept, forcing(tokenizer, tools, max_think_tokens))
     server = Server(engine, model_name or init_from, api_key)
     app = server.app()
-    config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=75, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=75, timeout_graceful_shutdown=10)
     at = f'http://{"[::1]" if ":" in host else host}:{listener.getsockname()[1]}'
     print(f'{init_from}, {model.num_params():,} parameters: talk to it at {at}, programs at {at}/v1; Ctrl-C ends',
           flush=True)
-    Process(config, engine).run(sockets=[listener])
+    try:
+        Process(config, engine).run(sockets=[listener])
+    finally:  # a thread in the midst of a product would abort the end of the process
+        engine.close()
+        if engine.thread.is_alive():
+            engine.thread.join()
 
 
 if __name__ == '__main__':

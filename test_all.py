@@ -12718,6 +12718,22 @@ def test_10_6_a_prompt_is_read_in_parts_while_others_advance(options, monkeypatc
                                                   stop_ids=engine.stop_ids)[0])
 
 
+def test_10_6_a_long_prompt_keeps_no_short_one_waiting(monkeypatch):
+    monkeypatch.setattr(serve_file, 'PART', 8)
+    engine, heard = serve_file.Engine(tiny(pos='rope', vocab_size=260, block_size=256), bytes_tokenizer(), rows=2), []
+    engine.loop = types.SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=lambda call: call())
+    drawn = serve_file.Options((0, 0, 1.0, 0.0, 1.0), (0.0, 0.0), (), {}, None)
+    for name, ids_ in (('long', [*range(200)]), ('long too', [*range(100)]), ('short', [5])):
+        engine.submit([serve_file.Request(ids_, 1, 3, drawn, [[0.5] * 3], lambda: serve_file.Text(engine.tokenizer),
+                                          lambda piece, name=name: heard.append(name))])
+    for _ in range(60):
+        engine.read_prompts()
+        engine.step()
+        engine.tell()
+        assert engine.active <= 2
+    assert [*dict.fromkeys(heard)] == ['short', 'long', 'long too'] and not engine.active
+
+
 def test_10_6_parts_of_a_prompt_make_the_logits_of_the_whole():
     for options in (dict(), dict(pos='rope', window=6, n_sink=1), dict(pos='rope', n_kv_head=2), MOE):
         model, texts = tiny(**options), [ids(20).tolist(), ids(3, seed=1).tolist(), ids(13, seed=2).tolist()]
@@ -12952,7 +12968,7 @@ WRONG = [
     ({'messages': [{'role': 'king', 'content': 'x'}]}, 'role'), ({'messages': [{'role': 'user'}]}, 'content'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}]}, 'image_url'),
     ({'temperature': -1}, 'temperature'), ({'temperature': 'hot'}, 'temperature'), ({'temperature': True}, 'number'),
-    ({'top_p': 0}, 'top_p'), ({'top_p': 1.5}, 'top_p'), ({'n': 0}, "'n'"), ({'n': 17}, '17 answers'),
+    ({'top_p': -0.1}, 'top_p'), ({'top_p': 1.5}, 'top_p'), ({'n': 0}, "'n'"), ({'n': 17}, '17 answers'),
     ({'n': 1.5}, 'whole'), ({'max_tokens': 0}, 'max_tokens'), ({'seed': 'x'}, 'seed'), ({'stop': ['']}, 'stop'),
     ({'stop': [3]}, 'stop'), ({'stop': ['x'] * 17}, 'stop'), ({'stream': 'yes'}, 'stream'),
     ({'logprobs': 3}, 'logprobs'), ({'top_logprobs': 3}, 'top_logprobs'), ({'presence_penalty': 3}, 'presence'),
@@ -12991,6 +13007,13 @@ def test_10_6_other_errors_have_that_shape_too(served, monkeypatch):
             (lambda: post(address, 'completions', prompt=[True]), 400, 'prompt'),
             (lambda: post(address, 'completions', prompt='x', echo=True), 400, 'echo'),
             (lambda: post(address, 'completions', prompt=['x'] * 65), 400, '65 prompts'),
+            (lambda: post(address, messages=HELLO, tools=[functools.reduce(lambda d, _: {'a': d}, range(900), {})]),
+             400, ''),
+            (lambda: post(address, 'completions', prompt='x' * 10_000), 400, '10,000 characters'),
+            (lambda: requests.post(f'{address}/v1/completions', json={'prompt': 'x'}, timeout=9,
+                                   headers={'origin': 'http://['}), 403, 'a page of'),
+            (lambda: requests.post(f'{address}/v1/completions', json={'prompt': 'x'}, timeout=9, headers={
+                'host': 'evil.example:80', 'origin': 'http://evil.example:80'}), 403, 'evil.example'),
             (lambda: requests.post(f'{address}/v1/completions', json={'prompt': 'x'}, timeout=9,
                                    headers={'origin': 'http://elsewhere.example'}), 403, 'elsewhere')):
         found = call()
@@ -13017,6 +13040,32 @@ def test_10_6_other_errors_have_that_shape_too(served, monkeypatch):
     found = post(address, 'completions', prompt='x')
     assert found.status_code == 500 and found.json()['error']['message'] == 'the model failed: no memory'
     assert post(address, 'completions', prompt='x').ok
+    long = 'a text that is kept ' * 5
+    assert post(address, 'completions', prompt=long).ok and idle(engine)
+    monkeypatch.setattr(KVCache, 'part', lambda *_: fails())
+    failed.clear()
+    assert post(address, 'completions', prompt=long + 'and').status_code == 500  # before its rows are made
+    monkeypatch.undo()
+    assert post(address, 'completions', prompt=long + 'and').ok
+
+
+def test_10_6_what_the_server_said_can_be_sent_back(served):
+    """An answer that was empty, or all thoughts; its log-probabilities are a list, if an empty one."""
+    address, _, _ = served
+    end = {f'{bytes_tokenizer().eot}': 100}
+    found = post(address, messages=HELLO, logit_bias=end, logprobs=True).json()['choices'][0]
+    assert found['message']['content'] == '' and found['logprobs']['content'] == []
+    assert found['finish_reason'] == 'stop'
+    for message in (found['message'], {'role': 'assistant', 'content': None, 'reasoning_content': 'hm'}):
+        assert post(address, messages=[*HELLO, message, HELLO[-1]], max_tokens=1).ok
+    text = post(address, 'completions', prompt='abc', max_tokens=40, temperature=0, logprobs=5).json()['choices'][0]
+    logprobs, at = text['logprobs'], 0
+    for token, offset, value, top in zip(*(logprobs[key] for key in ('tokens', 'text_offset', 'token_logprobs',
+                                                                     'top_logprobs')), strict=True):
+        assert at <= offset <= len(text['text']) and max(top.values()) == top[token] == value
+        if token in 'abcdefghijklmnopqrstuvwxyz':
+            assert text['text'][offset] == token
+        at = offset
 
 
 def test_10_6_a_text_whose_logits_are_not_finite_leaves_the_others_alone():
@@ -13043,7 +13092,7 @@ def test_10_6_a_thousand_malformed_requests_and_a_slow_reader_leave_it_serving(s
     place = address.removeprefix('http://').split(':')
     body = json.dumps({'prompt': 'abc', 'max_tokens': 250, 'stream': True, 'logit_bias': {'65': 100},
                        'logprobs': 20}).encode()
-    head = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n' % len(body)
+    head = b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n' % len(body)
     with contextlib.ExitStack() as stack:
         for sent in (head + body, head + body[:20], head[:30]):  # none of these reads, or sends the rest
             slow = stack.enter_context(socket.create_connection((place[0], int(place[1]))))
@@ -13092,7 +13141,7 @@ def test_10_6_a_key_lets_in(run_stage, tmp_path):
     assert status == 2 and f'port={port}' in err and 'in use' in err
 
 
-@pytest.mark.parametrize('long', [False, True])
+@pytest.mark.parametrize('long', [False, True, 'twice'])
 def test_10_6_ctrl_c_ends_within_two_seconds(tmp_path, long):
     """A short answer comes to its end, a long one is cut off, and both clients are told; the model is slowed down."""
     model = tiny(pos='rope', vocab_size=260, block_size=8192)
@@ -13108,6 +13157,12 @@ def test_10_6_ctrl_c_ends_within_two_seconds(tmp_path, long):
         next(lines)
         before = time.monotonic()
         process.send_signal(signal.SIGINT)
+        if long == 'twice':
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=20)
+            assert process.returncode == 130  # and no abort
+            return
         last = [line for line in lines if line][-1]
         out, err = process.communicate(timeout=20)
         assert time.monotonic() - before < 5  # two seconds, and a busy machine's
@@ -13778,7 +13833,7 @@ def test_10_7_windows_judge_every_token_once():
             text, done = [*range(length)], []
             for ids_, n in evaluate.windows(text, block, stride):
                 assert ids_ == text[ids_[0]:ids_[-1] + 1] and n <= len(ids_) - 1 <= block
-                assert len(ids_) - 1 - n >= block - stride or not ids_[0]  # so many tokens before the first evaluated one
+                assert len(ids_) - 1 - n >= block - stride or not ids_[0]  # so many before the first
                 done += ids_[-n:]
             assert done == text[1:]
 
