@@ -8,6 +8,7 @@ Measure: speed as a share of what the machine can do, or beside another program 
     python bench.py serve --init_from=smollm2               clients of serve.py, one after another and at once
     python bench.py tokenizer                               BPE training and encoding, MB/s
     python bench.py ablate [--what=norm,mlp …]              small variants, three seeds each, their curves with bands
+    python bench.py scaling                                 a ladder of models, its scaling law, a larger run foretold
     python bench.py memory                                  bytes per GPU of three models by the sharding used
     python bench.py train config/nanogpt.py --against=DIR   side by side, in turn: DIR is a checkout of nanoGPT, or
     python bench.py loss --against=NANOGPT                  (every mode but memory) another checkout of this project
@@ -27,7 +28,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import shutil
 import statistics
@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
@@ -48,6 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import scaling
 from convert import to_hf
 from dataset import TokenData, find_dataset
 from generate import RollingCache, check_prompts, generate, pack, stream
@@ -69,6 +71,9 @@ num_samples = 1  # mode sample against transformers: above 1, so many continuati
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
 what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, optimizer, experts, warmup, batch, precision
 seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …
+ladder = ['1x32', '1x64', '2x64', '2x96', '3x128']  # mode scaling: sizes, layers x width; heads are 32 wide
+larger = '4x160'  # mode scaling: the size whose loss after the longest of lengths is predicted before it is trained
+lengths = [109, 218, 437, 874]  # mode scaling: steps of each size; 874 read data/shakespeare once
 input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
 results = 'out/bench'  # where the results and the runs go
 
@@ -99,12 +104,9 @@ def seconds_of(work, device, times=5):
 
 
 def processor():
-    """One line: the processor, the instruction set PyTorch runs with, threads, and what multiplies faster."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    name = found.get('cpu_name') or platform.processor() or platform.machine()
+    """One line: the processor, and what it multiplies faster."""
     faster = 'bfloat16' if runtime.fast_bfloat16('cpu') else 'float32'
-    return (f'{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, '
-            f'{faster} products are the faster ones')
+    return f'{runtime.processor()}, {faster} products are the faster ones'
 
 
 def matmul_peak(device, dtype):
@@ -851,20 +853,122 @@ def bench_ablate(knobs, model_args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# a ladder of models, and what it predicts
+
+LADDER_SETS = ('n_layer', 'n_head', 'n_embd', 'max_iters', 'out_dir', 'init_from', 'eval_interval')
+
+
+def rung_of(size, n_steps, knobs, given, vocab_size):
+    """A run of the ladder -> {'size', 'parameters', 'tokens'}, and the flags that train.py gets.
+
+    config/tiny.py is tuned at a width of 128. The rate of head and norms falls with the width, that of the embedding
+    stays (arXiv:2203.03466); Muon's is scaled by the shape of its matrices as it is (arXiv:2310.17813). Each length has
+    a decay of its own. parameters: all but a token embedding of its own, which takes no part in any product.
+    """
+    tiny = {key: value for key, value, _ in runtime.read_config(ABLATED)} | given
+    found = re.fullmatch('([1-9][0-9]*)x([1-9][0-9]*)', size)
+    if not found or int(found[2]) % 32:
+        raise UserError(f'{size!r} is not a size: write layers x width, the width a multiple of 32, as 4x160')
+    depth, width = int(found[1]), int(found[2])
+    shape = {'n_layer': depth, 'n_embd': width, 'n_head': width // 32}
+    args = {key: value for key, value in tiny.items() if key in MODEL_FIELDS} | shape
+    with runtime.user_errors(), on_meta():
+        model = GPT(GPTConfig(**{'vocab_size': vocab_size} | args))
+    flags = given | shape | {'learning_rate': tiny['learning_rate'] * 128 / width, 'max_iters': n_steps,
+                             'eval_interval': n_steps, 'seed': knobs.seed, 'sample_tokens': 0, 'keep_checkpoints': 1,
+                             'eval_iters': given.get('eval_iters', 40)}
+    tokens = n_steps * tiny['batch_size'] * tiny.get('gradient_accumulation_steps', 1) * model.config.block_size
+    untied = 0 if model.config.tie_weights else model.tok_emb.weight.numel()
+    return ({'size': size, 'parameters': model.num_params() - untied, 'tokens': tokens},
+            [f'--{key}={value}' for key, value in flags.items()])
+
+
+def climbed(flags, threads=''):
+    """Makes a run of the ladder, or what is missing of it -> its held-out loss. Other flags have another directory."""
+    folder = folder_of(flags)
+    summary = folder / 'summary.json'
+    n_steps = next(int(flag.partition('=')[2]) for flag in flags if flag.startswith('--max_iters='))
+    if not summary.exists() or json.loads(summary.read_text())['iter'] < n_steps:
+        command([TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--init_from=auto'],
+                env=os.environ | ({'OMP_NUM_THREADS': threads} if threads else {}))
+        print(f'{folder}: held-out loss {json.loads(summary.read_text())["val/loss"]:.4f}', flush=True)
+    return json.loads(summary.read_text())['val/loss']
+
+
+def folder_of(flags):
+    return Path(results) / 'scaling' / f'{zlib.crc32(" ".join(flags).encode()):08x}'
+
+
+def foretold(made, begun):
+    """Writes a prediction, unless it has been written for the same runs -> the one that counts. UserError where the run
+    that it is of has begun: no prediction comes before that any more."""
+    path = Path(results) / 'scaling' / 'prediction.json'
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if all(before.get(key) == made[key] for key in ('size', 'tokens', 'runs')):
+        return before
+    if begun:
+        raise UserError(f'{path}: the run of {made["size"]} has begun, and the ladder is another than the prediction '
+                        'was made from: give another --results')
+    runtime.write_atomic(path, lambda file: file.write(json.dumps(made, indent=1).encode()))
+    return made
+
+
+def bench_scaling(knobs, model_args):
+    """Trains a ladder, one run to a processor, fits its law, writes down what that says of a larger run, and then makes
+    that one: a table, and results/scaling.svg. What is trained already is not trained again."""
+    given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
+    data = TokenData(find_dataset(knobs.dataset), 'train', 1)
+    sizes = [(size, n_steps) for size in ladder for n_steps in sorted(lengths)]
+    rungs = [rung_of(*size, knobs, given, data.tokenizer.n_vocab) for size in sizes]
+    target, its_flags = rung_of(larger, max(lengths), knobs, given, data.tokenizer.n_vocab)
+    cost = [run['parameters'] * run['tokens'] for run, _ in rungs]
+    print(f'{len(rungs)} runs and a larger one, of at most {target["tokens"] / data.n_tokens:.2f} epochs: '
+          f'{6 * (sum(cost) + target["parameters"] * target["tokens"]):.1e} FLOP', flush=True)
+    order = sorted(range(len(rungs)), key=lambda i: -cost[i])  # the longest first: the processors end together
+    on_gpu = torch.cuda.is_available()
+    with ThreadPoolExecutor(1 if on_gpu else os.cpu_count()) as pool:
+        losses = dict(zip(order, pool.map(lambda i: climbed(rungs[i][1], '' if on_gpu else '1'), order), strict=True))
+    runs = [run | {'loss': losses[i]} for i, (run, _) in enumerate(rungs)]
+    n, d, losses = (np.array([run[key] for run in runs], float) for key in ('parameters', 'tokens', 'loss'))
+    law, _ = scaling.fit(n, d, losses)
+    laws, residuals = scaling.bootstrap(n, d, losses, law), np.log(losses / law.loss(n, d))
+    low, high = scaling.predict(laws, residuals, target['parameters'], target['tokens'])
+    made = foretold(target | {'loss': law.loss(target['parameters'], target['tokens']), 'low': low, 'high': high,
+                              'law': law._asdict(), 'runs': runs}, folder_of(its_flags).exists())
+    print(f'{larger} is predicted to reach {made["loss"]:.4f} ({made["low"]:.4f} to {made["high"]:.4f})', flush=True)
+    measured = climbed(its_flags)
+    scaling.draw(Path(results) / 'scaling.svg', runs, law, laws, made, measured)
+    rows = [run | {'law': law.loss(run['parameters'], run['tokens'])} for run in runs]
+    rows.append(target | {'loss': measured, 'law': made['loss']})
+    result = {name: f'{value:.4g} ({low:.4g} to {high:.4g})' for name, value, (low, high) in (
+        *((key, getattr(law, key), scaling.interval([getattr(other, key) for other in laws])) for key in law._fields),
+        ('best size, exponent of FLOP', law.share, scaling.interval([other.share for other in laws])),
+        ('prediction', made['loss'], (made['low'], made['high'])))}
+    inside = 'inside' if made['low'] <= measured <= made['high'] else 'outside'
+    return rows, result | {'measured afterwards': f'{measured:.4f}, {inside} the interval',
+                           'root mean square residual of log loss': float(np.sqrt(np.mean(residuals ** 2))),
+                           'drawn to': f'{results}/scaling.svg'}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 MODES = {'train': bench_train, 'sample': bench_sample, 'stream': bench_stream, 'tokenizer': bench_tokenizer,
-         'serve': bench_serve,
-         'memory': bench_memory, 'ablate': bench_ablate, 'loss': None, 'step': one_step}
+         'serve': bench_serve, 'memory': bench_memory, 'ablate': bench_ablate, 'scaling': bench_scaling,
+         'loss': None, 'step': one_step}
 
 
 def check(mode, knobs, given):
     """UserError for knobs that mean nothing together."""
     nanogpt, checkout = ((Path(against) / name).is_file() for name in ('configurator.py', 'runtime.py'))
     transformers = against == 'transformers' and mode == 'sample'
-    alone = mode in ('memory', 'ablate', 'step') or nanogpt and mode not in ('train', 'loss') or 'RANK' in os.environ
+    alone = (mode in ('memory', 'ablate', 'scaling', 'step') or nanogpt and mode not in ('train', 'loss')
+             or 'RANK' in os.environ)
+    taken = next((key for key in LADDER_SETS if key in given and mode == 'scaling'), '')
     for wrong, message in (
             (min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'),
              'repeats, steps, max_new_tokens, batches and contexts must be >= 1'),
+            (min(lengths) < 1, f'lengths={min(lengths)} must be >= 1'),
+            (taken, f'mode scaling sets {taken} from ladder, larger and lengths: drop --{taken}'),
             (min(knobs.batch_size, knobs.gradient_accumulation_steps) < 1 or not 0 <= knobs.seed < 2 ** 63,
              'batch_size and gradient_accumulation_steps must be >= 1, seed >= 0'),
             (mode == 'memory' and given, f'mode memory takes no knobs: drop {min(given, default="")}'),

@@ -42,18 +42,23 @@ def history(source):
     state, path, earlier = load.read_checkpoint(source, mmap=True), Path(source), []
     if 'converted_from' in state:
         return [], state['converted_from']
-    begun, config = state.get('base') or state.get('began_with') or {}, state.get('config') or {}
-    start = first = begun.get('init_from') or config.get('init_from') or ''
+    begun = state.get('base') or state.get('began_with') or {}
+    start = first = start_of(state)
     if begun:
         found = load.find_nearby(start, path)
         with contextlib.suppress(UserError):  # a base that is gone tells nothing
             if load.is_run(found) and load.base_of(start, load.load_state(found))['sha256'] == begun['sha256']:
                 earlier, first = history(found)
-    elif start in ('scratch', 'resume', 'auto'):
-        start = first = ''
     run = path if path.is_dir() else path.parent
     return [*earlier, Past(load.stage_of(state), {k: v for k, v in state.items() if k != 'model'},
                            metrics_of(run, state['iter']), start)], first
+
+
+def start_of(state):
+    """What the run of a checkpoint began with, as its user named it; '' for new weights, or where it does not say."""
+    begun, config = state.get('base') or state.get('began_with') or {}, state.get('config') or {}
+    start = begun.get('init_from') or config.get('init_from') or ''
+    return '' if not begun and start in ('scratch', 'resume', 'auto') else start
 
 
 def metrics_of(run, step):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from dataset import ChatData, PromptData, TokenData, find_dataset, kind_of, load_chats, load_prompts, real_tokens
 from generate import check_prompts, generate
-from grade import accuracy_by, as_metrics, format_answer, format_metrics, grades, is_correct, summarise
+from grade import accuracy_by, as_metrics, format_answer, format_metrics, grades, is_correct, ratio_interval, summarise
 from load import VERSION, fingerprint, load_model, load_to_train, state_of
 from lora import LoRAConfig, config_of
 from model import GPTConfig, chunk_rows, loss_by_rule, tempered
@@ -578,12 +578,13 @@ def held_out_metrics(net, data, indices, run, token_bytes, rule=None, teacher=No
     was_training = net.training
     net.eval()
     lengths = data.lengths[indices] if isinstance(data, ChatData) else np.full(len(indices), data.block_size)
-    sums = run.distributed_map(work, lengths, max(batch_size, 4096 // data.block_size)).sum(0)
+    sums = run.distributed_map(work, lengths, max(batch_size, 4096 // data.block_size))
     net.train(was_training)
-    nats, divergences, n_targets, n_bytes = sums
+    low, high = ratio_interval(sums[:, 0].tolist(), sums[:, 2].tolist())
+    nats, divergences, n_targets, n_bytes = sums.sum(0)
     loss = nats / n_targets
-    return {'val/loss': loss, 'val/ppl': math.exp(min(loss, 99)), 'val/kl': divergences / n_targets,
-            'val/bpb': nats / math.log(2) / max(1, n_bytes)}
+    return {'val/loss': loss, 'val/loss_low': low, 'val/loss_high': high, 'val/ppl': math.exp(min(loss, 99)),
+            'val/kl': divergences / n_targets, 'val/bpb': nats / math.log(2) / max(1, n_bytes)}
 
 
 def evaluate(net, model, teacher, data, indices, run, rule, chats, token_bytes, force):
@@ -746,7 +747,7 @@ def main():
         sizes.append(f'{train_data.n_rows:,} rows' if chats else f'{train_data.n_tokens:,} tokens')
     if prompt_data is not None:
         sizes.append(f'{prompt_data.n_rows:,} prompts to answer')
-    run.print0(
+    run.announce(
         f'{folder}: {", ".join(sizes)} ({tokenizer.name})\n'
         f'teacher {teacher}: {teacher_model.num_params():,} parameters, held-out loss {teacher_loss:.4f}\n'
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n{max_iters:,} steps')

@@ -785,6 +785,10 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ('text.json' if text else 'summary.json')
     runtime.write_atomic(path, lambda file: file.write((json.dumps(report, indent=1) + '\n').encode()))
+    if not text and (Path(init_from) / 'metrics.jsonl').is_file():  # a run: for its report, see report.py
+        rows = [{key: of[key] for key in ('task', 'metric', 'n')} | {'chance': of['chance'] or None} | dict(
+            zip(('value', 'low', 'high'), of['metrics'][of['metric']], strict=True)) for of in summaries]
+        runtime.write_atomic(Path(init_from) / 'evaluate.json', lambda file: file.write(json.dumps(rows).encode()))
     if against:
         theirs = compare(names, results, prompts, overrides)
         if judge:

@@ -278,6 +278,18 @@ def mcnemar(only_first, only_second):
     return min(1.0, 2 * total / 2 ** n)
 
 
+def ratio_interval(sums, counts):
+    """The 95 % confidence interval of sum(sums) / sum(counts), a loss per token, over rows or batches of any length ->
+    (low, high); a single one is its own interval. Linearised (Cochran, Sampling Techniques, 1977, 6.4)."""
+    n, total = len(sums), max(1, sum(counts))
+    ratio = sum(sums) / total
+    if n == 1:
+        return ratio, ratio
+    squares = sum((x - ratio * count) ** 2 for x, count in zip(sums, counts, strict=True))
+    half = t_quantile(n - 1) * math.sqrt(n / (n - 1) * squares) / total
+    return ratio - half, ratio + half
+
+
 def pass_at_k(n, c, k):
     """The chance that of k answers at least one is right, from n of which c are: unbiased (arXiv:2107.03374)."""
     if not (0 <= c <= n and 1 <= k <= n):

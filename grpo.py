@@ -354,7 +354,7 @@ def main():
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * prompts_per_step / train_data.n_rows
-    run.print0(
+    run.announce(
         f'{dataset}: {train_data.n_rows:,} training prompts, {val_data.n_rows:,} held out ({tokenizer.name})\n'
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
         f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and '

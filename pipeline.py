@@ -6,7 +6,8 @@ The whole life of a small model, command by command: pretraining, fine-tuning, p
     python pipeline.py --flags=--seed=2         another seed; what was made with other flags is made again
 
 It starts the commands that you would type, shows them, and then what each took, what held-out data say of it, and one
-sample: printed, in out/pipeline.md and as a figure in out/pipeline.svg. Interrupted, it goes on where it was: every
+sample: printed, in out/pipeline.md and as a figure in out/pipeline.svg; the reports of all stages make out/report.md.
+Interrupted, it goes on where it was: every
 stage trains with --init_from=auto. Done is what has a summary.json and, by out/pipeline.json, was made by the same
 commands from the same models.
 """
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import runtime
 
 import plot
+import report
 from tokenizer import UserError
 
 only = ''  # names of stages, with commas between; empty = all
@@ -239,7 +241,9 @@ def main():
     print(f'\n{text}')
     runtime.write_atomic('out/pipeline.md', lambda file: file.write(text.encode()))
     draw(stages, found, 'out/pipeline.svg')
-    print('written to out/pipeline.md, drawn to out/pipeline.svg')
+    report.join([stage.run for stage in stages], Path('out/report.md'), '\n'.join(
+        ['# The pipeline', '', *lines[:2 + len(stages)], '', '![the stages](pipeline.svg)', '']))
+    print('written to out/pipeline.md and out/report.md, drawn to out/pipeline.svg')
 
 
 if __name__ == '__main__':

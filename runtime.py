@@ -18,6 +18,7 @@ import json
 import math
 import operator
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -473,6 +474,15 @@ def check_ranges(config, ranges):
 # ----------------------------------------------------------------------------------------------------------------------
 # the processor
 
+def processor(device='cpu'):
+    """One line: a GPU's name, or the processor, the instruction set PyTorch runs with, and threads."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    name = found.get('cpu_name') or platform.processor() or platform.machine()
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
+
+
 def has_bfloat16(device):
     """Whether a device ('cpu', …) has fast bfloat16 products: True, False, or None where only a timing can tell."""
     kind = device.split(':')[0]
@@ -672,7 +682,8 @@ class Run:
         self.failed_saves = {}  # {file: reason}
         self._damaged = []  # checkpoints that were skipped
         self._write_failed = set()  # files of the log that could not be written
-        self._wandb = self._tensorboard = self._prepare = None
+        self._wandb = self._tensorboard = self._prepare = self._start = None
+        self.flops_per_token = 0  # of training, as far as the stage's Meter knows
         self._on_progress_line = self._recomputes = False
         self.start_time = time.perf_counter()
         if dtype == 'bfloat16' and self.device == 'cpu' and not fast_bfloat16('cpu'):
@@ -1002,7 +1013,7 @@ class Run:
         so that a mistake that shows in its first evaluation costs nothing, and an earlier run in the same place is
         moved aside. UserError if another process is writing there.
         """
-        self.config = config
+        self.config, self._step = config, step or 0
 
         def work():  # noqa: C901
             if wandb_log:
@@ -1044,7 +1055,8 @@ class Run:
                 for path in self._damaged:
                     path.replace(f'{path}.damaged')
                 if step is None:
-                    for name in ('metrics.jsonl', 'samples.txt', 'summary.json'):
+                    for name in ('metrics.jsonl', 'samples.txt', 'summary.json', 'starts.jsonl', 'report.md',
+                                 'report.svg', 'evaluate.json'):
                         (self.out_dir / name).unlink(missing_ok=True)
                 else:
                     self._rewind(step)
@@ -1059,10 +1071,13 @@ class Run:
             self._before_writing()
 
     def _before_writing(self):
-        """Runs, once, the set-up that `open` postponed; every process must call it."""
+        """Runs, once, the set-up that `open` postponed, and notes the start; every process must call it."""
         if self._prepare:
             work, self._prepare = self._prepare, None
             self.on_main(work)
+        if self._start:
+            start, self._start = self._start, None
+            self._append('starts.jsonl', json.dumps(start) + '\n')
 
     def _lock(self):
         """Takes the directory for this process; the system frees it when the process ends, however it ends."""
@@ -1154,6 +1169,19 @@ class Run:
         else:
             self._print(line)
 
+    def announce(self, text):
+        """Prints, after `open`, what the stage is about to do: its data, its model, its steps. report.py finds that in
+        starts.jsonl, beside the command and the versions."""
+        self.print0(text)
+        if self.main:
+            import report  # which loads models
+            self._start = report.start_of(self, self._step, text)
+
+    def command(self, args):
+        """The command of these arguments, as it is typed."""
+        program = f'torchrun --nproc_per_node={self.world_size}' if self.world_size > 1 else 'python'
+        return f'{program} {shlex.join(args)}'
+
     def print0(self, text):
         """Prints from rank 0, below the progress line."""
         self._print(('\n' if self._on_progress_line else '') + text)
@@ -1238,32 +1266,41 @@ class Run:
             'total_seconds': self.total_seconds()}, keep)
 
     def finish(self, step, stop=0, **final):
-        """Writes summary.json: the last value of every metric and the totals given; closes the loggers.
+        """Writes summary.json, the last value of every metric and the totals given, and report.md; closes the loggers.
 
         Ends the process with 128 + stop after a signal, and with 1 where the last save failed.
         """
         self._before_writing()
         if self.main:
             summary = self.last | final | {'total_seconds': round(self.total_seconds(), 1),
-                                           'peak_memory_mb': round(peak_memory_mb(self.device), 1)}
+                                           'peak_memory_mb': round(peak_memory_mb(self.device), 1),
+                                           'flops_per_token': self.flops_per_token}
             try:
                 write_atomic(self.out_dir / 'summary.json', lambda f: f.write(json.dumps(summary, indent=1).encode()))
             except OSError as error:
                 self.print0(f'{self.out_dir}/summary.json: not written ({error.strerror})')
+            self._report()
             if self._wandb:
                 self._wandb.finish()
             if self._tensorboard:
                 self._tensorboard.close()
         self.print0(f'plot its metrics: python plot.py {self.out_dir}')
         if stop:
-            again = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume'])
-            program = f'torchrun --nproc_per_node={self.world_size}' if self.world_size > 1 else 'python'
-            self.print0(f'stopped at step {step}; resume with: {program} {again}')
+            again = [*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume']
+            self.print0(f'stopped at step {step}; resume with: {self.command(again)}')
         for error in self.failed_saves.values():
             if self.main:
                 print(f'error: the last save failed: {error}', file=sys.stderr, flush=True)
         if stop or self.failed_saves:
             raise SystemExit(128 + stop if stop else 1)
+
+    def _report(self):
+        """Writes report.md. Whatever is wrong with it, the run that it is about has ended well."""
+        try:
+            import report
+            report.write(self.out_dir)
+        except Exception as error:
+            self.print0(f'{self.out_dir}/report.md: not written ({getattr(error, "strerror", None) or error})')
 
     def total_seconds(self):
         """Seconds since the run began, everything counted, over all the processes that worked on it in turn."""
@@ -1302,6 +1339,7 @@ class Meter:
 
     def __init__(self, run, clock, max_iters, flops_per_token):
         self.run, self.clock, self.max_iters, self.flops_per_token = run, clock, max_iters, flops_per_token
+        run.flops_per_token = flops_per_token
         self.reset(0)
 
     def reset(self, step):

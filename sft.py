@@ -255,7 +255,7 @@ def main():
     run.catch_signals()
     epochs = max_iters * items_per_step * rows_per_item / train_data.n_rows
     packed = f' of {length} tokens, packed' if pack else ''
-    run.print0(
+    run.announce(
         f'{dataset}: {train_data.n_rows:,} training rows, {val_data.n_rows:,} held out ({tokenizer.name})\n'
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
         f'{max_iters:,} steps of {items_per_step} rows{packed}: {epochs:.2f} epochs')

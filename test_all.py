@@ -60,6 +60,7 @@ import pytest
 import regex
 import requests
 import safetensors.torch as safetensors_torch
+import scipy
 import tiktoken
 import tokenizers as hf
 import torch
@@ -96,10 +97,12 @@ import optim
 import plot
 import ppo
 import preparation
+import report
 import reward
 import rollout
 import rows as rows_file
 import sample
+import scaling
 import serve as serve_file
 import tokenizer as tok
 import train
@@ -1039,8 +1042,8 @@ def test_0_1_files_do_not_grow_unnoticed():
     product = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'))
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1105
-    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 4900
-    assert lines(*product) <= 19400
+    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 4902
+    assert lines(*product) <= 19920
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
@@ -2084,13 +2087,15 @@ def test_0_4_the_pipeline_does_what_is_not_done(run_stage, text_data, tmp_path):
         return {path.parent.name: path.stat().st_mtime_ns for path in Path('out').glob('*/ckpt.pt')}
     status, _, err = run_stage('pipeline', '--flags=--max_iters=2')
     assert (status, err) == (0, ''), err
-    before, told = made(), Path('out/pipeline.md').read_text()
+    before, told, joined = made(), Path('out/pipeline.md').read_text(), Path('out/report.md').read_text()
     assert set(before) == {'first', 'second', 'apart'} and Path('out/pipeline.svg').stat().st_size > 3000
     for stage in stages:
         loss = json.loads((Path(stage.run) / 'summary.json').read_text())['val/loss']
         assert re.search(rf'\| {stage.name} \| `python {re.escape(stage.commands[0])} --max_iters=2` \| [0-9]+ s \| '
                          rf'[0-9,]+ MB \| {loss:.1f} nats \|', told)
         assert f'{stage.name}:\n```\nthe' in told
+        assert f'## {stage.name}\n' in joined and f']({stage.name}/report.svg)' in joined
+        assert Path(stage.run, 'report.svg').exists() and f'| {stage.name} | `python' in joined.split('## first')[0]
     assert run_stage('pipeline', '--flags=--max_iters=2')[0] == 0 and made() == before
     (tmp_path / 'out/first/ckpt.pt').unlink()  # and with it goes what came of it
     assert run_stage('pipeline', '--flags=--max_iters=2')[0] == 0
@@ -2141,6 +2146,233 @@ def test_0_4_stages_of_the_pipeline_go_together():
         assert {stages[run].name for run in needed} == set(stage.after), stage.name
 
 
+# reports of runs
+
+def tables_of(text):
+    """The rows of all tables of a Markdown text, as lists of cells."""
+    return [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| ') and '---' not in line]
+
+
+@pytest.mark.parametrize('stage', ['train', 'sft', 'reward', 'dpo', 'grpo', 'ppo', 'distill'])
+def test_0_4_every_stage_reports_what_it_logged(run_stage, text_data, chat_data, pref_data, base_run, stage):
+    data = {'train': text_data, 'reward': pref_data, 'dpo': pref_data}.get(stage, chat_data)
+    args = {'train': SMALL, 'reward': RATED, 'distill': [*TUNED, f'--teacher={base_run}']}.get(stage, TUNED)
+    args = [f'--dataset={data}', *args, '--max_iters=2', '--eval_interval=1', '--log_interval=1', '--seed=77',
+            *([] if stage == 'train' else [f'--init_from={base_run}'])]
+    args += {'ppo': ['--reward_model=', '--rewards=correct', '--batch_size=8', '--prompts_per_step=8'],
+             'grpo': ['--batch_size=16', '--gradient_accumulation_steps=1', '--prompts_per_step=4',
+                      '--num_generations=4']}.get(stage, [])
+    status, out, err = run_stage(stage, *args, '--out_dir=run')
+    assert (status, err) == (0, ''), err
+    text, rows, summary = Path('run/report.md').read_text(), rows_of('run'), json.loads(
+        Path('run/summary.json').read_text())
+    table = {cells[0]: cells[1:] for cells in tables_of(text)}
+    assert table['stage'] == [f'{stage}.py, step 2 of 2'] and table['seeds'] == ['seed=77']
+    assert str(data) in table['data'][0] and re.search('[0-9]', table['data'][0].replace(str(data), ''))
+    count, learns = summary['parameters'], summary.get('trainable', summary['parameters'])
+    assert table['parameters'] == [f'{count:,}' + f', {learns:,} of them trained' * (learns != count)]
+    assert table['peak memory'] == [f'{summary["peak_memory_mb"]:,.0f} MB']
+    assert float(table['time'][0].split()[0]) * 3600 == pytest.approx(summary['total_seconds'], rel=1e-2)
+    assert f'torch {torch.__version__}' in table['versions'][0] and f'numpy {np.__version__}' in table['versions'][0]
+    assert table['base'] == [f'{base_run}, sha256 {weights_sha(base_run)[:12]}…'] if stage != 'train' else True
+    # tokens: the rates of both steps, by the seconds that they took
+    logs = [row for row in rows if 'tok_per_sec' in row]
+    tokens = sum(row['tok_per_sec'] * (row['seconds'] - before) for row, before in zip(
+        logs, [0, logs[0]['seconds']], strict=True))
+    told = float(re.search('([0-9,]+) tokens', table['trained on'][0])[1].replace(',', ''))
+    assert told == pytest.approx(2 * 4 * 32 if stage == 'train' else tokens, abs=1)
+    assert float(table['compute'][0].split()[0]) == pytest.approx(told * summary['flops_per_token'], rel=6e-3)
+    # the first and the last evaluation, with intervals where the log has them
+    evaluations = [{k: v for row in rows if row['iter'] == step for k, v in row.items()} for step in (0, 2)]
+    with_interval = 0
+    for name in [k for k in evaluations[1] if k.startswith('val/') and not k.endswith(('_low', '_high'))]:
+        for cell, found in zip(table[name.removeprefix('val/')], evaluations, strict=False):
+            if f'{name}_low' in found:
+                with_interval += 1
+                low, high = found[f'{name}_low'], found[f'{name}_high']
+                assert cell == f'{found[name]:.4g} ({low:.4g} to {high:.4g})' and low <= found[name] <= high
+            else:
+                assert cell == f'{found[name]:.4g}'
+    assert with_interval >= 2
+    command, full = re.findall('```sh\n(.*?)\n```', text, re.S)
+    assert command == f'python {shlex.join([f"{stage}.py", *map(str, args), "--out_dir=run"])}'
+    flags = dict(flag[2:].split('=', 1) for flag in shlex.split(full)[2:])
+    config = torch.load('run/ckpt.pt', weights_only=True)['config']
+    assert flags['seed'] == '77' and flags['max_iters'] == '2'
+    for name, (default, _) in runtime.knobs_of_file(ROOT / f'{stage}.py').items():
+        if name not in card.UNTOLD:
+            assert str(config[name]) == flags.get(name, str(default)), name
+    last = Path('run/samples.txt').read_text().split('--- step 2\n')[1].split('\n')
+    assert '## A sample, step 2' in text and all(line[:200] in text for line in last[:20])
+
+
+def weights_sha(run):
+    return load.base_of(str(run), load.load_state(str(run)))['sha256']
+
+
+def test_0_4_a_report_tells_of_every_start_and_can_be_written_again(run_stage, text_data, monkeypatch, tmp_path):
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run', '--eval_interval=2']
+    assert run_stage('train', *args, '--max_iters=2')[0] == 0
+    assert run_stage('train', *args, '--max_iters=6', '--init_from=auto')[0] == 0
+    first = Path('run/report.md').read_text()
+    assert first.count('python train.py --dataset') == 3 and '--init_from=auto  # from step 2 on\n' in first
+    assert 'step 6 of 6 |' in first and f'{6 * 4 * 32:,} tokens' in first and '| 0 |' in first and '![' not in first
+    Path('run/evaluate.json').write_text(json.dumps([dict(task='arc_easy', metric='acc', value=0.47, low=0.4021,
+                                                          high=0.54, n=200, chance=0.25)]))
+    assert run_stage('report', 'run') == (0, 'run/report.md\n', '')
+    again = Path('run/report.md').read_text()
+    assert '| arc_easy | acc | 0.47 (0.4021 to 0.54) | 200 | 0.25 |' in again and '](report.svg)' in again
+    assert Path('run/report.svg').stat().st_size > 3000 and 'val/loss' in Path('run/report.svg').read_text()
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # what is not installed
+    assert run_stage('report', 'run')[0] == 0
+    assert '![' not in Path('run/report.md').read_text() and '| 4 |' in Path('run/report.md').read_text()
+    # an older run, a run that was killed, one that began anew, and no run
+    for name in ('starts.jsonl', 'samples.txt', 'evaluate.json'):
+        Path('run', name).unlink()
+    Path('run/summary.json').unlink()
+    with open('run/metrics.jsonl', 'a') as file:
+        file.write('{"iter": 7, "val/lo')  # cut short
+    assert run_stage('report', 'run')[0] == 0
+    old = Path('run/report.md').read_text()
+    assert '## Command' in old and 'step 6 of 6, not finished' in old and 'A sample' not in old
+    assert f'| data | {text_data} |' in old
+    assert shlex.split(re.findall('```sh\n(.*?)\n```', old, re.S)[-1])[:2] == ['python', 'train.py']
+    Path('run/metrics.jsonl').unlink()
+    for argument, words in ((['run'], 'run: no metrics.jsonl'), ([], 'give directories of runs')):
+        status, _, err = run_stage('report', *argument)
+        assert status == 2 and err.count('\n') == 1 and words in err
+    for path in Path('run').glob('*.pt'):  # of a run whose checkpoints are gone nothing is left beside a new one
+        path.unlink()
+    for name in ('starts.jsonl', 'evaluate.json'):
+        Path('run', name).write_text('{}\n')
+    with monkeypatch.context() as patch:  # whatever is wrong with a report, the run has ended well
+        patch.setattr(report, 'page', lambda *_: 1 / 0)
+        status, out, err = run_stage('train', *args, '--max_iters=2')
+        assert (status, err) == (0, '') and 'run/report.md: not written (division by zero)' in out
+    assert len(Path('run/starts.jsonl').read_text().splitlines()) == 1 and not Path('run/evaluate.json').exists()
+
+
+def test_0_4_intervals_of_losses_are_students(run_stage, text_data):
+    """Over batches of one size the interval of a ratio is Student's of the mean; of many sizes it has its coverage."""
+    values = [3.1, 2.9, 3.4, 3.0, 2.7]
+    low, high = scipy.stats.t.interval(0.95, 4, np.mean(values), scipy.stats.sem(values))
+    assert grading.ratio_interval([7 * v for v in values], [7] * 5) == pytest.approx((low, high), rel=1e-4)
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        counts = rng.integers(1, 40, 60)
+        sums = counts * (2 + rng.normal(0, 0.5, 60)) + rng.normal(0, 1, 60)
+        low, high = grading.ratio_interval(sums.tolist(), counts.tolist())
+        hits += low < 2 < high
+    assert 0.91 < hits / 400 < 0.98
+    assert grading.ratio_interval([6.0], [2]) == (3.0, 3.0)
+    args = [f'--dataset={text_data}', *SMALL, '--eval_iters=96', '--max_iters=1', '--out_dir=run']
+    assert run_stage('train', *args)[0] == 0
+    data, (model, _) = TokenData(text_data, 'val', 32), load.load_model('run/ckpt.pt')
+    starts, losses = data.fixed(96 * 4), []
+    for part in range(0, len(starts), 128):  # 4,096 tokens at a time
+        x, y = map(torch.from_numpy, data.read(starts[part:part + 128]))
+        losses.append(F.cross_entropy(model.eval()(x).flatten(0, 1), y.flatten()).item())
+    low, high = scipy.stats.t.interval(0.95, len(losses) - 1, np.mean(losses), scipy.stats.sem(losses))
+    row = [row for row in rows_of('run') if 'val/loss' in row][-1]
+    assert len(losses) == 3 and (row['val/loss_low'], row['val/loss_high']) == pytest.approx((low, high), rel=1e-4)
+    assert row['val/bpb_high'] / row['val/bpb'] == pytest.approx(row['val/loss_high'] / row['val/loss'], rel=1e-4)
+
+
+# scaling laws
+
+def grid_of(law, noise=0.0):
+    """Parameters, tokens and losses of a grid of runs on a law."""
+    n, d = map(np.ravel, np.meshgrid(np.geomspace(5e4, 2e6, 5), np.geomspace(2e5, 3e6, 4)))
+    return n, d, law.loss(n, d) * np.exp(noise * np.random.default_rng(0).standard_normal(len(n)))
+
+
+def test_0_4_a_scaling_law_is_found_again():
+    law = scaling.Law(1.69, 406.4, 0.34, 410.7, 0.28)  # Chinchilla's
+    found, least = scaling.fit(*grid_of(law))
+    assert found == pytest.approx(law, rel=1e-3) and least < 1e-12
+    for flops in (1e12, 1e15):  # and the best size by scipy's search
+        best = scipy.optimize.minimize_scalar(lambda x, c=flops: law.loss(np.exp(x), c / 6 / np.exp(x)), (10, 16)).x
+        assert law.best_size(flops) == pytest.approx(np.exp(best), rel=1e-4)
+    assert found.share == pytest.approx(0.28 / 0.62, rel=1e-3)
+    assert math.isnan(law._replace(a=-0.1).best_size(1e12))
+
+
+def test_0_4_no_law_fits_better_than_the_one_found():
+    """scipy, from the law that is found and from others, reaches no lower sum of the paper's Huber losses."""
+    law = scaling.Law(1.9, 300, 0.36, 500, 0.31)
+    n, d, losses = grid_of(law, 0.003)
+    found, least = scaling.fit(n, d, losses)
+
+    def total(theta):
+        e, a, alpha, b, beta = theta
+        r = np.abs(np.logaddexp.reduce([0 * n + e, a - alpha * np.log(n), b - beta * np.log(d)]) - np.log(losses))
+        return np.where(r < 1e-3, r * r / 2, 1e-3 * (r - 5e-4)).sum()
+    thetas = [[math.log(E), math.log(A), a, math.log(B), b] for E, A, a, B, b in (found, law)]
+    assert total(thetas[0]) == pytest.approx(least, rel=1e-6)
+    best = min(scipy.optimize.minimize(total, theta, method='Nelder-Mead', options=dict(
+        maxiter=4000, maxfev=4000, xatol=1e-9, fatol=1e-14)).fun for theta in thetas)
+    assert least < best * (1 + 1e-4)
+    laws = scaling.bootstrap(n, d, losses, found, 30)
+    assert scaling.interval([other.a for other in laws])[0] < found.a < scaling.interval([other.a for other in laws])[1]
+    residuals = np.log(losses / found.loss(n, d))
+    low, high = scaling.predict(laws, residuals, 8e6, 3e6)
+    assert low < law.loss(8e6, 3e6) < high < 1.05 * low
+    exact = scaling.predict([found], residuals, 8e6, 3e6)  # without doubt about the law the residuals' spread remains
+    assert exact[1] / exact[0] == pytest.approx(np.exp(np.ptp(residuals)), abs=0.004)
+    with pytest.raises(UserError, match='8 runs of 4 sizes and 1 token counts'):
+        scaling.fit([1, 2, 3, 4] * 2, [5] * 8, [1] * 8)
+
+
+LADDER = ['--ladder=1x32', '--ladder=2x32', '--lengths=1', '--lengths=2', '--lengths=3', '--larger=1x64',
+          '--block_size=16', '--eval_iters=1', '--device=cpu', '--results=found']
+
+
+def test_0_4_a_prediction_is_written_before_its_run_is_made(run_stage, text_data, monkeypatch):
+    began = []
+
+    class Watched(ForkedScripts):
+        def run(command, **options):
+            began.append((command, Path('found/scaling/prediction.json').exists()))
+            return ForkedScripts.run(command, **options)
+    run_stage.given = {'subprocess': Watched}
+    monkeypatch.setattr(scaling, 'bootstrap', functools.partial(scaling.bootstrap, count=5))
+    monkeypatch.setattr(scaling, 'STARTS', scaling.STARTS[:2])
+    args = ['scaling', f'--dataset={text_data}', *LADDER]
+    status, out, err = run_stage('bench', *args)
+    assert (status, err) == (0, ''), err
+    # the larger run, and it alone, begins after the prediction is on the disk
+    assert len(began) == 7 and [there for _, there in began] == [False] * 6 + [True]
+    assert '--n_embd=64' in began[-1][0] and not any('--n_embd=64' in command for command, _ in began[:-1])
+    assert '--learning_rate=0.006' in began[-1][0] and '--learning_rate=0.012' in began[0][0]  # tiny.py: 0.003 at 128
+    made = json.loads(Path('found/scaling/prediction.json').read_text())
+    found = json.loads(Path('found/scaling.json').read_text())
+    for row in found['rows']:
+        (folder,) = {path.parent for path in Path('found/scaling').glob('*/summary.json') if (
+            json.loads(path.read_text())['iter'] * 8 * 16 == row['tokens']
+            and load.load_model(str(path.parent))[0].config.n_embd == int(row['size'][2:])
+            and load.load_model(str(path.parent))[0].config.n_layer == int(row['size'][0]))}
+        model, _ = load.load_model(str(folder))
+        assert row['parameters'] == model.num_params() - model.tok_emb.weight.numel()
+        assert row['loss'] == logged(folder, 'val/loss')[-1]
+    assert made['runs'] == [{k: row[k] for k in ('size', 'parameters', 'tokens', 'loss')} for row in found['rows'][:-1]]
+    law = scaling.Law(**made['law'])
+    assert made['loss'] == law.loss(made['parameters'], made['tokens']) == found['rows'][-1]['law']
+    inside = made['low'] <= found['rows'][-1]['loss'] <= made['high']
+    assert found['result']['measured afterwards'].endswith(f'{"inside" if inside else "outside"} the interval')
+    assert Path('found/scaling.svg').stat().st_size > 10_000
+    # nothing is made twice; what is missing is
+    assert run_stage('bench', *args)[0] == 0 and len(began) == 7
+    shutil.rmtree(next(path.parent for path in Path('found/scaling').glob('*/summary.json')
+                       if '"iter": 3' in path.read_text() and load.load_model(str(path.parent))[0].config.n_layer == 2))
+    assert run_stage('bench', *args)[0] == 0 and len(began) == 8
+    assert json.loads(Path('found/scaling/prediction.json').read_text()) == made
+    # of another ladder there is no prediction any more that comes before this run
+    status, _, err = run_stage('bench', *args, '--eval_iters=1', '--ladder=1x32', '--ladder=2x32', '--ladder=3x32')
+    assert status == 2 and err.count('\n') == 1 and 'the run of 1x64 has begun' in err
+    for flags, words in ((['--n_embd=32'], 'drop --n_embd'), (['--larger=2x30'], "'2x30' is not a size"),
+                         (['--lengths=0'], 'lengths=0 must be >= 1')):
+        status, _, err = run_stage('bench', *args, *flags)
+        assert status == 2 and err.count('\n') == 1 and words in err
 # 0.5 other machines: what Windows lacks is taken away here
 
 AS_ON_WINDOWS = '''
@@ -13912,6 +14144,20 @@ def test_10_7_a_run_goes_on_where_it_was_killed(evaluated, tmp_path):
         json.loads(line)['id']: json.loads(line) for line in whole.splitlines()}]
     assert both[0] == both[1] and len(again.splitlines()) == 13  # one of them is half a line
     assert json.loads((tmp_path / 'results/summary.json').read_text())['tasks'][0] == report['tasks'][0]
+
+
+def test_10_7_a_run_has_its_benchmarks_in_its_report(evaluated, base_run, tmp_path):
+    shutil.copytree(base_run, tmp_path / 'mine')
+    Path('mine/metrics.jsonl').write_text('{"iter": 7, "val/loss": 2.5}\n')
+    assert evaluated('--init_from=mine', '--tasks=arc_easy,nq_open')[0] == 0
+    rows, (easy, asked) = json.loads(Path('mine/evaluate.json').read_text()), json.loads(
+        (tmp_path / 'results/summary.json').read_text())['tasks']
+    value, low, high = easy['metrics'][easy['metric']]
+    assert rows[0] == dict(task='arc_easy', metric=easy['metric'], n=12, chance=easy['chance'], value=value, low=low,
+                           high=high)
+    assert rows[1]['chance'] is None and rows[1]['task'] == asked['task'] == 'nq_open'
+    assert ['arc_easy', easy['metric'], f'{value:.4g} ({low:.4g} to {high:.4g})', '12', '0.3333'] in tables_of(
+        report.page('mine'))
 
 
 def test_10_7_results_of_another_prompt_or_model_are_not_mixed(evaluated, tmp_path, base_run):

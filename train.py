@@ -20,6 +20,7 @@ import torch
 
 from dataset import PairData, TokenData, find_dataset, kind_of
 from generate import check_prompts, generate
+from grade import ratio_interval
 from load import VERSION, build_model, check_same_model, load_state, read_checkpoint
 from model import GPT, GPTConfig
 from optim import lr_factor, make_optimizers
@@ -83,12 +84,14 @@ def tensors_of(run, arrays):
 
 @torch.no_grad()
 def evaluate(model, data, n_windows, run, token_bytes, batch_size=12):
-    """Loss on evenly spaced windows (or pairs) of a split, always the same -> (nats per token, bits per byte)."""
+    """Loss on evenly spaced windows (or pairs) of a split, always the same -> (nats per token, bits per byte, metrics:
+    the 95 % intervals of both, over batches)."""
     starts = data.fixed(n_windows)
     local = starts[run.rank::run.world_size]
     n_local = math.ceil(len(starts) / run.world_size)  # the same in every process, as FSDP needs: all forward together
     rows = max(batch_size, 4096 // data.block_size)  # without gradients there is room for 4,096 tokens
     nats = tokens = n_bytes = 0
+    parts = {}  # the same three of each batch
     model.eval()
     for i in range(0, n_local, rows):
         counts = i < len(local)
@@ -97,12 +100,17 @@ def evaluate(model, data, n_windows, run, token_bytes, batch_size=12):
             loss = model(**tensors_of(run, arrays), reduction='sum').item()
         if counts:
             y = arrays[1][arrays[1] != -100]
+            parts[run.rank, i] = loss, y.size, int(token_bytes[y].sum())
             nats += loss
             tokens += y.size
-            n_bytes += int(token_bytes[y].sum())
+            n_bytes += parts[run.rank, i][2]
     model.train()
     nats, tokens, n_bytes = run.sum(nats, tokens, n_bytes)
-    return nats / tokens, nats / math.log(2) / max(1, n_bytes)
+    losses, sizes, sizes_in_bytes = zip(*run.collect(parts).values(), strict=True)
+    low, high = ratio_interval(losses, sizes)
+    bpb_low, bpb_high = (nats / math.log(2) for nats in ratio_interval(losses, sizes_in_bytes))
+    ranges = {'val/loss_low': low, 'val/loss_high': high, 'val/bpb_low': bpb_low, 'val/bpb_high': bpb_high}
+    return nats / tokens, nats / math.log(2) / max(1, n_bytes), ranges
 
 
 def router_metrics(stats):
@@ -219,7 +227,7 @@ def main():
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
     epochs = max_iters * tokens_per_step / train_data.n_tokens
-    run.print0(
+    run.announce(
         f'{folder}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
         f'{model.num_params():,} parameters from {origin} on {run.world_size} x {run.device}, {run.dtype}; '
         f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs')
@@ -241,10 +249,10 @@ def main():
         if evaluating:
             clock.stop()
             n_windows = eval_iters * batch_size or len(val_data.fixed(0))  # 0: as many of both as validation has
-            train_loss, _ = evaluate(net, train_data, n_windows, run, token_bytes, batch_size)
-            score, bits_per_byte = evaluate(net, val_data, n_windows, run, token_bytes, batch_size)
+            train_loss, *_ = evaluate(net, train_data, n_windows, run, token_bytes, batch_size)
+            score, bits_per_byte, ranges = evaluate(net, val_data, n_windows, run, token_bytes, batch_size)
             metrics = {'iter': step, 'train/eval_loss': train_loss, 'val/loss': score,
-                       'val/ppl': math.exp(min(score, 99)), 'val/bpb': bits_per_byte, 'seconds': clock.read()}
+                       'val/ppl': math.exp(min(score, 99)), 'val/bpb': bits_per_byte, **ranges, 'seconds': clock.read()}
             summary = (f'step {step}: train loss {train_loss:.4f}, val loss {score:.4f}, perplexity '
                        f'{metrics["val/ppl"]:.2f}, {bits_per_byte:.4f} bits per byte, {clock.read():.1f} s of training')
             if pairs:
