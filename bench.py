@@ -888,11 +888,14 @@ def climbed(flags, threads=''):
     folder = folder_of(flags)
     summary = folder / 'summary.json'
     n_steps = next(int(flag.partition('=')[2]) for flag in flags if flag.startswith('--max_iters='))
-    if not summary.exists() or json.loads(summary.read_text())['iter'] < n_steps:
+
+    def ended():
+        return json.loads(summary.read_text(encoding='utf-8'))
+    if not summary.exists() or ended()['iter'] < n_steps:
         command([TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--init_from=auto'],
                 env=os.environ | ({'OMP_NUM_THREADS': threads} if threads else {}))
-        print(f'{folder}: held-out loss {json.loads(summary.read_text())["val/loss"]:.4f}', flush=True)
-    return json.loads(summary.read_text())['val/loss']
+        print(f'{folder}: held-out loss {ended()["val/loss"]:.4f}', flush=True)
+    return ended()['val/loss']
 
 
 def folder_of(flags):
@@ -903,7 +906,7 @@ def foretold(made, begun):
     """Writes a prediction, unless it has been written for the same runs -> the one that counts. UserError where the run
     that it is of has begun: no prediction comes before that any more."""
     path = Path(results) / 'scaling' / 'prediction.json'
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     if all(before.get(key) == made[key] for key in ('size', 'tokens', 'runs')):
         return before
     if begun:

@@ -40,7 +40,7 @@ def versions():
     if (here / '.git').exists():
         try:
             done = subprocess.run(['git', '-C', here, 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=12'],
-                                  capture_output=True, text=True, timeout=10)
+                                  capture_output=True, encoding='utf-8', timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return found
         found |= {'commit': done.stdout.strip()} if not done.returncode else {}
