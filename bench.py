@@ -530,8 +530,8 @@ def stream_of(address, question, chat):
 def bench_serve(knobs, model_args):
     """Eight questions to serve.py, so many clients at a time, in turn: tokens/s of all, and the wait for the first."""
     serve = [sys.executable, Path(__file__).parent / 'serve.py', f'--init_from={knobs.init_from}', '--port=0',
-             f'--dtype={knobs.dtype}', f'--quant={quant or "auto"}', f'--max_rows={max(batches)}', '--max_kept=0',
-             *[f'--{key}={value}' for key, value in model_args.items()]]
+             f'--dtype={knobs.dtype}', f'--quant={quant or "auto"}', f'--max_rows={max(batches)}',
+             '--prefix_cache_tokens=0', *[f'--{key}={value}' for key, value in model_args.items()]]
     rates, waits, texts = ({n: [] for n in batches} for _ in range(3))
     with subprocess.Popen(serve, stdout=subprocess.PIPE, encoding='utf-8') as server:
         try:

@@ -254,19 +254,19 @@ NO_SCORER = '{} is not a reward model: give a run of reward.py'
 NO_WRITER = '{} is a reward model, which scores answers and writes none: give a model that does'
 
 
-def load_to_generate(init_from, device, dtype='auto', quant='auto', even=False, **overrides):
+def load_to_generate(init_from, device, dtype='auto', quant='auto', batch_invariant=False, **overrides):
     """As `load_model`, ready to generate on a device and fit for nothing else; dtype, quant: as in sample.py.
 
-    even: on a CPU, 'auto' takes arithmetic in float32, with weights in 16 bits, so that a text comes out the same
-    beside others as alone: sums in bfloat16 are rounded otherwise in another company.
+    batch_invariant: on a CPU, 'auto' takes arithmetic in float32, with weights in 16 bits, so that a text comes out
+    the same in any batch: sums in bfloat16 are rounded otherwise in another one.
     """
     if device == 'cpu':
         runtime.keep_freed_memory()  # or a stream's buffers, of one size after the other, would scatter over the heap
     model, tokenizer = load_model(init_from, **overrides)
     weights = model.num_params()
     with runtime.user_errors(init_from):
-        how = runtime.pick_quant(quant, dtype, device, weights, even)
-        if even and dtype == 'auto' and device == 'cpu' and how != 'int8':
+        how = runtime.pick_quant(quant, dtype, device, weights, batch_invariant)
+        if batch_invariant and dtype == 'auto' and device == 'cpu' and how != 'int8':
             dtype = 'float32'
         model = pack(model.to(device, runtime.pick_dtype(dtype, device, weights)[1]).eval(), how)
     return model, tokenizer

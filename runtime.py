@@ -583,19 +583,19 @@ def pick_dtype(name, device, weights=None):
     return name, dtypes[name]
 
 
-def pick_quant(name, dtype, device, weights, even=False):
+def pick_quant(name, dtype, device, weights, batch_invariant=False):
     """What `generate.pack` does to the matrices of a model with this many weights, loaded with these knobs: 'auto' ->
     'fp16' where dtype='auto' finds no fast 16-bit arithmetic on a CPU and the model outgrows its cache, else ''.
 
     float16 has half of float32's bytes to read and costs no measurable perplexity; 'int8' costs up to 1 %, which nobody
-    should get unasked. even: also where 16-bit arithmetic is fast, see `load.load_to_generate`.
+    should get unasked. batch_invariant: also where 16-bit arithmetic is fast, see `load.load_to_generate`.
     """
     if name != 'auto':
         return name
     from generate import has_fp16_kernels
     if dtype != 'auto' or device != 'cpu' or weights < LARGE or not has_fp16_kernels():
         return ''
-    return 'fp16' if even or pick_dtype(dtype, device, weights)[0] == 'float32' else ''
+    return 'fp16' if batch_invariant or pick_dtype(dtype, device, weights)[0] == 'float32' else ''
 
 
 def peak_memory_mb(device='cpu'):

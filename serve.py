@@ -34,6 +34,7 @@ import uuid
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ host = '127.0.0.1'  # of this machine alone; another address, such as 0.0.0.0, n
 port = 8000  # 0 = any that is free
 api_key = ''  # what clients must send: Authorization: Bearer KEY; FILE:PATH keeps it out of the process list
 max_rows = 16  # answers that are continued side by side
-max_kept = 8192  # tokens whose keys and values are kept after an answer, for the next turn of its chat; 0 = none
+prefix_cache_tokens = 8192  # of ended answers, whose keys and values are kept for the next turn of a chat; 0 = off
 max_queue = 64  # answers that may wait for their turn; more are refused with status 429
 tools = False  # the calculator answers <tool>…</tool>
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
@@ -297,8 +298,8 @@ def held_back(text, words):
 # the thread that owns the model
 
 
-class Piece(NamedTuple):
-    """What has come of an answer since the last Piece of it."""
+class Delta(NamedTuple):
+    """What has come of an answer since the last Delta of it."""
     index: int  # which of the answers to a request it is
     parts: list  # Parts
     tokens: list  # (id, log-probability, [(id, log-probability) of the likeliest]), where these are asked for
@@ -315,7 +316,7 @@ class Request:
     options: Options
     uniforms: list  # of each answer
     text: object  # makes the Text of an answer
-    put: object  # takes each Piece, or the Refused that ends it all
+    put: object  # takes each Delta, or the Refused that ends it all
     first: int = 0  # the index of its first answer
     cached: int = 0  # tokens of the prompt that were known
     cancelled: bool = False
@@ -327,16 +328,16 @@ class Answer(Row):
     request: Request = None
     index: int = 0
     text: Text = None
-    tokens: list = field(default_factory=list)  # of the next Piece
+    tokens: list = field(default_factory=list)  # of the next Delta
     broken: bool = False  # its keys and values may be no numbers
 
 
 class Engine:
     """One thread that continues all answers side by side; the rest of the program hands it Requests."""
 
-    def __init__(self, model, tokenizer, rows=16, queue=64, keep=8192, force=None):
+    def __init__(self, model, tokenizer, rows=16, queue=64, prefix_cache_tokens=8192, force=None):
         self.model, self.tokenizer, self.force = model, tokenizer, force
-        self.max_rows, self.max_queue, self.max_kept = rows, queue, keep
+        self.max_rows, self.max_queue, self.prefix_cache_tokens = rows, queue, prefix_cache_tokens
         self.stop_ids = set(tokenizer.turn_ids)
         self.batch = Batch(model, room=ROOM)
         self.reading = None  # (a generator that reads prompts part by part, their Answers)
@@ -466,11 +467,11 @@ class Engine:
         """Keeps what the cache holds of a row that has ended, in place of what was kept of its beginning."""
         length = self.batch.cache.lengths[number] if self.batch.cache else 0
         ids = row.ids[:length]
-        if row.start or row.broken or not 0 < length <= self.max_kept:
+        if row.start or row.broken or not 0 < length <= self.prefix_cache_tokens:
             return
         self.kept = [(known, cache) for known, cache in self.kept if known != ids[:len(known)]]
         self.kept.append((ids, self.batch.cache.part(number, length)))
-        while sum(len(known) for known, _ in self.kept) > self.max_kept:
+        while sum(len(known) for known, _ in self.kept) > self.prefix_cache_tokens:
             self.kept.pop(0)
 
     @torch.inference_mode()
@@ -540,7 +541,7 @@ class Engine:
             parts, row.done = parts + row.text.end(), True
             finish = 'tool_calls' if ended and row.text.called else 'stop' if ended or row.text.stopped else 'length'
         if parts or finish:
-            self.news.append((row.request, Piece(row.index, parts, row.tokens, finish, len(row.answer))))
+            self.news.append((row.request, Delta(row.index, parts, row.tokens, finish, len(row.answer))))
             row.tokens = []
 
     def fail(self, why):
@@ -583,25 +584,25 @@ class Reply:
         return {'prompt_tokens': read, 'completion_tokens': said, 'total_tokens': read + said,
                 'prompt_tokens_details': {'cached_tokens': cached}}
 
-    def choice(self, piece, streamed=True):
-        """A Piece, or all of an answer as one, in its shape."""
-        self.lengths[piece.index] = piece.length
-        texts = {kind: ''.join(part.text for part in piece.parts if part.kind == kind)
+    def choice(self, delta, streamed=True):
+        """A Delta, or all of an answer as one, in its shape."""
+        self.lengths[delta.index] = delta.length
+        texts = {kind: ''.join(part.text for part in delta.parts if part.kind == kind)
                  for kind in ('content', 'reasoning_content')}
-        found = {'index': piece.index, 'finish_reason': piece.finish, 'logprobs': None}
+        found = {'index': delta.index, 'finish_reason': delta.finish, 'logprobs': None}
         if not self.chat:
-            return found | {'text': texts['content'], 'logprobs': self.text_logprobs(piece)}
+            return found | {'text': texts['content'], 'logprobs': self.text_logprobs(delta)}
         calls = []
-        for part in piece.parts:
+        for part in delta.parts:
             if part.kind == 'call':
-                number = self.calls[piece.index] = self.calls.get(piece.index, -1) + 1
+                number = self.calls[delta.index] = self.calls.get(delta.index, -1) + 1
                 calls.append({'id': f'call_{uuid.uuid4().hex[:24]}', 'type': 'function', 'function': part.text}
                              | ({'index': number} if streamed else {}))
         message = {kind: text for kind, text in texts.items() if text} | ({'tool_calls': calls} if calls else {})
-        if piece.tokens or not streamed and self.requests[0].options.top is not None:
+        if delta.tokens or not streamed and self.requests[0].options.top is not None:
             found['logprobs'] = {'content': [
                 self.token(i, logprob) | {'top_logprobs': [self.token(*other) for other in top]}
-                for i, logprob, top in piece.tokens], 'refusal': None}
+                for i, logprob, top in delta.tokens], 'refusal': None}
         if streamed:
             return found | {'delta': message}
         message = {'role': 'assistant', 'content': texts['content'] or ('' if not calls else None)} | message
@@ -612,31 +613,31 @@ class Reply:
         return {'token': self.tokenizer.decode([i], start=False), 'logprob': max(logprob, -9999.0),
                 'bytes': list(self.tokenizer.decode_bytes([i]))}
 
-    def text_logprobs(self, piece):
+    def text_logprobs(self, delta):
         """The same in texts' shape."""
-        if not piece.tokens:
+        if not delta.tokens:
             return None
-        decoder, length = self.decoders.setdefault(piece.index, (self.tokenizer.stream(start=False), 0))
+        decoder, length = self.decoders.setdefault(delta.index, (self.tokenizer.stream(start=False), 0))
         spelled, offsets, silent = [], [], {*self.tokenizer.special.values()}
-        for i, *_ in piece.tokens:
+        for i, *_ in delta.tokens:
             spelled.append(self.tokenizer.decode([i], start=False))
             offsets.append(length)
             length += 0 if i in silent else len(decoder.push(i))
-        self.decoders[piece.index] = decoder, length
-        return {'tokens': spelled, 'token_logprobs': [max(logprob, -9999.0) for _, logprob, _ in piece.tokens],
+        self.decoders[delta.index] = decoder, length
+        return {'tokens': spelled, 'token_logprobs': [max(logprob, -9999.0) for _, logprob, _ in delta.tokens],
                 'top_logprobs': [{self.tokenizer.decode([i], start=False): max(value, -9999.0)
-                                  for i, value in reversed(top)} for *_, top in piece.tokens], 'text_offset': offsets}
+                                  for i, value in reversed(top)} for *_, top in delta.tokens], 'text_offset': offsets}
 
 
-def merged(pieces):
-    """The Pieces of one answer -> one."""
+def merged(deltas):
+    """The Deltas of one answer -> one."""
     parts = []
-    for part in (part for piece in pieces for part in piece.parts):
+    for part in (part for delta in deltas for part in delta.parts):
         if parts and part.kind == parts[-1].kind != 'call':
             parts[-1] = Part(part.kind, parts[-1].text + part.text)
         else:
             parts.append(part)
-    return pieces[-1]._replace(parts=parts, tokens=[token for piece in pieces for token in piece.tokens])
+    return deltas[-1]._replace(parts=parts, tokens=[token for delta in deltas for token in delta.tokens])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -702,12 +703,6 @@ class Server:
         return answer({'status': 'stopping' if engine.closing else 'ok', 'rows': engine.active,
                        'waiting': len(engine.waiting)})
 
-    async def chat(self, request):
-        return await self.complete(request, 'chat')
-
-    async def text(self, request):
-        return await self.complete(request, 'text')
-
     async def complete(self, request, shape):
         """The answers to a request, whole or as they come."""
         self.allow(request)
@@ -769,18 +764,18 @@ class Server:
         left, begun = sum(request.n for request in requests), set()
         while left:
             try:
-                piece = await asyncio.wait_for(news.get(), 15)
+                delta = await asyncio.wait_for(news.get(), 15)
             except TimeoutError:
                 yield ': waiting\n\n'  # or a proxy would close the connection
                 continue
-            if isinstance(piece, Refused):
-                yield f'data: {json.dumps(piece.body)}\n\n'
+            if isinstance(delta, Refused):
+                yield f'data: {json.dumps(delta.body)}\n\n'
                 return
-            choice = reply.choice(piece)
-            if reply.chat and piece.index not in begun:
-                begun.add(piece.index)
+            choice = reply.choice(delta)
+            if reply.chat and delta.index not in begun:
+                begun.add(delta.index)
                 choice['delta'] = {'role': 'assistant', 'content': ''} | choice['delta']
-            left -= piece.finish is not None
+            left -= delta.finish is not None
             yield f'data: {json.dumps(reply.around([choice], True))}\n\n'
         if usage:
             yield f'data: {json.dumps(reply.around([], True, usage=reply.usage()))}\n\n'
@@ -793,14 +788,14 @@ class Server:
                 pass
 
         async def collect():
-            pieces, left = {}, sum(request.n for request in requests)
+            deltas, left = {}, sum(request.n for request in requests)
             while left:
-                piece = await news.get()
-                if isinstance(piece, Refused):
-                    raise piece
-                pieces.setdefault(piece.index, []).append(piece)
-                left -= piece.finish is not None
-            choices = [reply.choice(merged(pieces[i]), streamed=False) for i in sorted(pieces)]
+                delta = await news.get()
+                if isinstance(delta, Refused):
+                    raise delta
+                deltas.setdefault(delta.index, []).append(delta)
+                left -= delta.finish is not None
+            choices = [reply.choice(merged(deltas[i]), streamed=False) for i in sorted(deltas)]
             return answer(reply.around(choices, False, usage=reply.usage()))
 
         tasks = [asyncio.ensure_future(task) for task in (collect(), gone())]
@@ -843,8 +838,8 @@ class Server:
 
         routes = [Route('/', self.page), Route('/health', self.health), Route('/v1/models', self.models),
                   Route('/v1/models/{name:path}', self.models),
-                  Route('/v1/chat/completions', self.chat, methods=['POST']),
-                  Route('/v1/completions', self.text, methods=['POST'])]
+                  Route('/v1/chat/completions', partial(self.complete, shape='chat'), methods=['POST']),
+                  Route('/v1/completions', partial(self.complete, shape='text'), methods=['POST'])]
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers=dict.fromkeys(
             (Refused, HTTPException, ClientDisconnect, Exception), self.refuse))
 
@@ -929,15 +924,17 @@ def main():
     global api_key
     _, given = runtime.configure(globals(), GPTConfig)
     api_key = read_key(api_key)
-    if max_rows < 1 or max_queue < 1 or min(max_kept, max_think_tokens) < 0:
-        raise UserError('max_rows and max_queue must be >= 1, max_kept and max_think_tokens >= 0')
+    if max_rows < 1 or max_queue < 1 or min(prefix_cache_tokens, max_think_tokens) < 0:
+        raise UserError('max_rows and max_queue must be >= 1, prefix_cache_tokens and max_think_tokens >= 0')
     if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:
         raise UserError(f'host={host} lets other machines in: give --api_key=SECRET, which they must send')
     listener = listen(host, port)  # before the model is read, which takes a while
-    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, even=True, **given)
+    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, batch_invariant=True,
+                                        **given)
     if model.config.n_encoder_layer or not model.config.causal:
         raise UserError(f'{init_from} is an encoder or has one: sample.py --source=TEXT talks to it')
-    engine = Engine(model, tokenizer, max_rows, max_queue, max_kept, forcing(tokenizer, tools, max_think_tokens))
+    engine = Engine(model, tokenizer, max_rows, max_queue, prefix_cache_tokens,
+                    forcing(tokenizer, tools, max_think_tokens))
     server = Server(engine, model_name or init_from, api_key)
     app = server.app()
     config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=75, timeout_graceful_shutdown=10)

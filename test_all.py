@@ -13009,11 +13009,11 @@ def test_10_6_the_next_turn_of_a_chat_reads_what_is_new(served):
     assert 64 <= reply['usage']['prompt_tokens_details']['cached_tokens'] < 100
     assert reply['choices'][0]['message']['content'] == shown(
         alone(bytes_tokenizer().chat_ids(other, generate=True)[0], 12)[0])
-    assert sum(len(ids) for ids, _ in engine.kept) <= engine.max_kept
+    assert sum(len(ids) for ids, _ in engine.kept) <= engine.prefix_cache_tokens
 
 
 def test_10_6_what_is_kept_is_bounded():
-    with serving(keep=200) as (address, engine, _):
+    with serving(prefix_cache_tokens=200) as (address, engine, _):
         for i in range(6):
             assert post(address, 'completions', prompt=f'{i}' * 80, max_tokens=3).ok
         assert idle(engine) and [ids[0] for ids, _ in engine.kept] == [*b'45']
@@ -13117,7 +13117,7 @@ def test_10_6_thoughts_calls_and_stop_texts_however_a_text_is_cut(text, options,
         for a, b in itertools.pairwise([0, *cuts, len(text)]):
             parts += parser.feed(text[a:b])
         parts += parser.end()
-        found = serve_file.merged([serve_file.Piece(0, parts, [], None, 0)]).parts
+        found = serve_file.merged([serve_file.Delta(0, parts, [], None, 0)]).parts
         assert [tuple(part) for part in found] == due, cuts
 
 
