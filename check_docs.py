@@ -275,7 +275,7 @@ def prepare_copy(folder):
         if isinstance(content, list):
             content = ''.join(json.dumps(row) + '\n' for row in content)
         path.write_text(content if isinstance(content, str) else content.read_text(encoding='utf-8'), encoding='utf-8')
-    rows = ['--train_rows=400', '--val_rows=40', '--test_rows=20']
+    rows = ['--train_rows=400', '--val_rows=40', '--test_rows=20', '--unseen_rows=20']
     for flags in (['--pref_rows=200'], ['--tools=True'], ['--tools=True', '--tool_share=0.3']):
         subprocess.run([sys.executable, 'data/wordproblems/prepare.py', *rows, *flags], cwd=folder, check=True,
                        stdout=subprocess.DEVNULL)

@@ -39,7 +39,8 @@ from tokenizer import Tokenizer, UserError, get_tokenizer
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
-SPLITS = {'train': 'train', 'val': 'val|validation', 'test': 'test'}  # what names of files call them
+# what names of files call a split
+SPLITS = {'train': 'train', 'val': 'val|validation', 'test': 'test', 'unseen': 'unseen'}
 CHUNK_ROWS = 1024  # chats that are packed together
 # what a prepare.py is told to write data/NAME_tools and data/NAME_mixed: rows that call the calculator, all or some
 VARIANTS = {'tools': ['--tools=True'], 'mixed': ['--tools=True', '--tool_share=0.3']}
@@ -442,7 +443,8 @@ def _load(dataset, split, read, strict, val_fraction, prefix=''):
     there = splits_of(folder, prefix)
     if not there:
         raise UserError(f'{folder} holds preferences, which reward.py and dpo.py learn from, not chats')
-    if split != 'test' and 'val' not in there and any(match[2] for match in _matches(folder, 'train', prefix)):
+    shards = any(match[2] for match in _matches(folder, 'train', prefix))
+    if split in ('train', 'val') and 'val' not in there and shards:
         return _one_of_two(folder, split, read(find_rows(folder, 'train', prefix), strict), val_fraction, prefs)
     if split not in there:
         raise UserError(f'{folder}: no {prefix}{split}.jsonl, only {" and ".join(there)}: add it or take of these')

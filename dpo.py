@@ -74,7 +74,7 @@ decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out pairs to evaluate on and prompts to answer, the same every time; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
-eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
 reward_model = ''  # directory of a run of reward.py that scores the greedy answers; '' = none
 max_new_tokens = 128  # maximum length of an answer, in tokens
 tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
@@ -99,7 +99,8 @@ REFERENCE_FREE = ('simpo', 'orpo')
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1', 'beta': '> 0', 'label_smoothing': '>= 0 and < 0.5', 'max_new_tokens': '>= 1',
     **dict.fromkeys(('max_length', 'gamma', 'sft_coef', 'eval_rows', 'show_answers'), '>= 0'),
-    'loss_type': ('sigmoid', 'ipo', 'hinge', 'kto_pair', 'simpo', 'orpo'), 'eval_split': ('val', 'test', 'train')}
+    'loss_type': ('sigmoid', 'ipo', 'hinge', 'kto_pair', 'simpo', 'orpo'),
+    'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

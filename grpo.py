@@ -114,7 +114,7 @@ decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 eval_interval = 25  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out prompts per evaluation, always the same; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
-eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
 show_answers = 3  # answers printed at each evaluation
 log_interval = 1  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
@@ -141,7 +141,7 @@ RANGES = runtime.RANGES | {
     **dict.fromkeys(('prompts_per_step', 'max_new_tokens', 'num_epochs'), '>= 1'),
     **dict.fromkeys(('dynamic_sampling', 'clip_eps', 'clip_eps_high', 'kl_coef', 'overlong_buffer', 'max_bad_rewards',
                      'max_think_tokens', 'eval_rows', 'show_answers'), '>= 0'),
-    'loss_type': LOSSES, 'scale_rewards': ('group', 'batch', 'none'), 'eval_split': ('val', 'test', 'train')}
+    'loss_type': LOSSES, 'scale_rewards': ('group', 'batch', 'none'), 'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 eval_interval = 25  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out prompts per evaluation, always the same; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
-eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
 show_answers = 3  # answers printed at each evaluation
 log_interval = 1  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
@@ -141,7 +141,7 @@ RANGES = runtime.RANGES | {
                      'eos_penalty', 'entropy_coef', 'max_bad_rewards', 'max_think_tokens', 'eval_rows',
                      'show_answers'), '>= 0'),
     'critic': ('shared', 'separate'), 'kl_estimator': ('k1', 'k3'), 'kl_controller': ('fixed', 'adaptive'),
-    'eval_split': ('val', 'test', 'train')}
+    'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ eval_interval = 100  # steps between evaluations, each with a checkpoint
 eval_rows = 512  # held-out pairs to score, the same every time; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
 check = False  # run ten sanity checks on init_from and exit, without training
-eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
 log_interval = 10  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
 max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
@@ -95,7 +95,7 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1',
     **dict.fromkeys(('max_length', 'margin', 'center_coef', 'eval_rows'), '>= 0'),
-    'loss_type': ('bt', 'margin', 'bt_margin'), 'eval_split': ('val', 'test', 'train')}
+    'loss_type': ('bt', 'margin', 'bt_margin'), 'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

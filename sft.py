@@ -77,7 +77,7 @@ decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 eval_interval = 100  # steps between evaluations, each with answers and a checkpoint
 eval_rows = 256  # held-out rows for the loss and for generated answers, always the same; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
-eval_split = 'val'  # split that eval_only evaluates: 'val', 'test' or 'train'
+eval_split = 'val'  # split that eval_only evaluates: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
 eval_samples = 0  # eval_only: answers sampled per prompt, for pass@k and maj@k; 0 = one greedy answer
 eval_temperature = 0.8  # eval_only: sampling temperature with eval_samples
 reward_model = ''  # eval_only: directory of a reward.py run, for best@k with eval_samples
@@ -106,7 +106,7 @@ RANGES = runtime.RANGES | {
     **dict.fromkeys(('max_length', 'curriculum_iters', 'eval_rows', 'eval_samples', 'eval_temperature',
                      'max_think_tokens', 'show_answers'), '>= 0'),
     'too_long': ('drop', 'left', 'right'), 'curriculum': ('none', 'length', 'steps', 'loss'),
-    'eval_split': ('val', 'test', 'train')}
+    'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
 def tensors_of(run, arrays):

@@ -6890,10 +6890,10 @@ def question(row):
 
 @pytest.fixture(scope='module')
 def problems(tmp_path_factory):
-    """(the script, {split: rows}) of 8,000, 1,500 and 1,000 word problems, with the template of each row."""
+    """(the script, {split: rows}) of word problems, with the template of each row."""
     script, rows = load_script('wordproblems'), {}
     templates = script.read_templates()
-    for split, count in (('train', 8000), ('val', 1500), ('test', 1000)):
+    for split, count in (('train', 8000), ('val', 1000), ('test', 1000), ('unseen', 1000)):
         rows[split] = list(script.draw_rows(split, count, templates))
     return script, rows
 
@@ -6979,33 +6979,39 @@ def test_6_5_numbers_stay_small(problems):
 def test_6_5_splits_of_word_problems_share_no_question_no_name_and_no_template(problems):
     script, rows = problems
     questions = {split: {question(row) for row in rows[split]} for split in rows}
-    assert {split: len(found) for split, found in questions.items()} == {'train': 8000, 'val': 1500, 'test': 1000}
+    assert {split: len(found) for split, found in questions.items()} == {
+        'train': 8000, 'val': 1000, 'test': 1000, 'unseen': 1000}
     names = {split: {word for text in questions[split] for word in re.findall(r'\b[A-Z][a-z]+', text)} &
              set(script.PERSONS) for split in rows}
-    assert not names['train'] & (names['val'] | names['test']) and len(names['train']) > 90 and len(names['val']) > 15
+    held_out = names['val'] | names['test'] | names['unseen']
+    assert not names['train'] & held_out and len(names['train']) > 90 and len(names['val']) > 15
     for one, other in itertools.combinations(rows, 2):
         assert not questions[one] & questions[other]
-    # A question without its names, and with train's numbers, is never one of val: nothing but the names would be new.
+    # A question without its names, and with train's numbers, is never one of val or test: nothing but the names would be
+    # new. Nor is one of val one of test.
     bare = {split: {re.sub('|'.join(script.PERSONS), 'N', text) for text in questions[split]} for split in rows}
-    assert not bare['train'] & bare['val']
-    # What is left without names, numbers and what comes in them is shared by train and val, never with test.
+    for one, other in itertools.combinations(rows, 2):
+        assert not bare[one] & bare[other]
+    # What is left without names, numbers and what comes in them is shared by train, val and test, never with unseen.
     def ending(text):
         return re.sub(r'\d+', '0', text)
     shapes = {split: {ending(text) for text in bare[split]} for split in rows}
-    assert not shapes['test'] & (shapes['train'] | shapes['val']) and shapes['train'] & shapes['val']
+    seen = shapes['train'] | shapes['val'] | shapes['test']
+    assert not shapes['unseen'] & seen and shapes['train'] & shapes['val'] & shapes['test']
 
 
-def test_6_5_the_same_numbers_of_a_template_are_never_in_both_train_and_val(problems):
+def test_6_5_the_same_numbers_of_a_template_are_never_in_two_splits(problems):
     books = {split: {tuple(re.findall(r'\d+', question(row))) for row in problems[1][split]
-                     if 'is reading a book' in question(row)} for split in ('train', 'val')}
-    assert len(books['train']) > 50 and len(books['val']) > 10 and not books['train'] & books['val']
+                     if 'is reading a book' in question(row)} for split in ('train', 'val', 'test')}
+    assert len(books['train']) > 50 and min(len(books['val']), len(books['test'])) > 5
+    assert not books['train'] & (books['val'] | books['test']) and not books['val'] & books['test']
 
 
 def test_6_5_word_problems_have_many_templates_kinds_and_words(problems):
     script, rows = problems
     templates = script.read_templates()
     kinds = {'addition', 'multiplication', 'sharing', 'comparison', 'money', 'time', 'mixed'}
-    tests = Counter(t['kind'] for t in templates if t['test'])
+    tests = Counter(t['kind'] for t in templates if t['unseen'])
     assert len(templates) - tests.total() >= 60 and tests.keys() == kinds and min(tests.values()) >= 2
     for split in rows:
         assert {row['kind'] for row in rows[split]} == kinds
@@ -7065,10 +7071,11 @@ def read_rows(folder, *splits):
 
 def test_6_5_word_problems_are_prepared(house):
     folder = house.root / 'data/wordproblems'
-    small = 'wordproblems --train_rows=300 --val_rows=60 --test_rows=70 --pref_rows=80'
+    small = 'wordproblems --train_rows=300 --val_rows=60 --test_rows=70 --unseen_rows=50 --pref_rows=80'
     assert house(small)[0][::2] == (0, '')
-    assert [len(read_rows(folder, f'prefs_{split}')) for split in ('train', 'val', 'test')] == [80, 60, 70]
-    assert [len(read_rows(folder, split)) for split in ('train', 'val', 'test')] == [300, 60, 70]
+    splits = ('train', 'val', 'test', 'unseen')
+    assert [len(read_rows(folder, f'prefs_{split}')) for split in splits] == [80, 60, 70, 50]
+    assert [len(read_rows(folder, split)) for split in splits] == [300, 60, 70, 50]
     before, digest = contents(folder), json.loads((folder / 'meta.json').read_text())['sha256']
     assert house(small)[0][0] == 0 and contents(folder) == before
     assert house(f'{small} --train_rows=301')[0][0] == 0  # the held-out rows are the same
@@ -7089,7 +7096,7 @@ def test_6_5_word_problems_are_prepared(house):
 
 def test_6_5_more_questions_than_there_are_is_refused(problems, monkeypatch):
     script = problems[0]
-    template = dict(kind='k', test=False, question='{a}?', ranges={'a': (2, 9)}, plan=[('s', '', 'a', '+', 'a', '')],
+    template = dict(kind='k', unseen=False, question='{a}?', ranges={'a': (2, 9)}, plan=[('s', '', 'a', '+', 'a', '')],
                     result='{s}')
     monkeypatch.setattr(script, 'max_steps', 1)
     rows = script.draw_rows('train', 50, [template])
@@ -11062,14 +11069,14 @@ def test_10_4_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, s
 
 
 def test_10_4_word_problems_with_tools_are_the_same_problems(house):
-    small = '--train_rows=300 --val_rows=40 --test_rows=40 --pref_rows=10'
+    small = '--train_rows=300 --val_rows=40 --test_rows=40 --unseen_rows=40 --pref_rows=10'
     plain, tools, named = house(f'wordproblems {small}', f'wordproblems {small} --tools=True',
                                 f'wordproblems {small} --tools=True --name=calling')
     assert [r[0] for r in (plain, tools, named)] == [0] * 3, (plain, tools, named)
     data = house.root / 'data'
     assert not list((data / 'wordproblems_tools').glob('prefs*')) and (data / 'wordproblems/prefs_train.jsonl').exists()
     calls = 0
-    for split in ('train', 'val', 'test'):
+    for split in ('train', 'val', 'test', 'unseen'):
         for row, same, called in zip(*(read_rows(data / name, split) for name in (
                 'wordproblems', 'calling', 'wordproblems_tools')), strict=True):
             answer, text = (r['messages'][1]['content'] for r in (row, called))
@@ -11089,7 +11096,7 @@ def test_10_4_rows_with_tools_are_prepared_when_asked_for(house, monkeypatch):
     monkeypatch.setattr(dataset, '__file__', str(house.root / 'dataset.py'))
     script = house.root / 'data/wordproblems/prepare.py'
     small = {'train_rows = 60_000': 'train_rows = 60', 'val_rows = 2_000': 'val_rows = 9',
-             'test_rows = 1_000': 'test_rows = 9'}
+             'test_rows = 2_000': 'test_rows = 9', 'unseen_rows = 1_000': 'unseen_rows = 9'}
     text = script.read_text()
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     for old, new in small.items():
@@ -11129,7 +11136,7 @@ def test_10_4_gsm8k_with_tools_calls_the_calculator_where_it_agrees(house, tmp_p
 
 
 def test_10_4_a_share_of_the_rows_calls_the_calculator(house):
-    small = '--train_rows=400 --val_rows=20 --test_rows=20 --tools=True'
+    small = '--train_rows=400 --val_rows=20 --test_rows=20 --unseen_rows=20 --tools=True'
     (status, _, err), = house(f'wordproblems {small} --tool_share=0.3')
     assert (status, err) == (0, ''), err
     rows = read_rows(house.root / 'data/wordproblems_mixed', 'train')

@@ -1,14 +1,15 @@
 """
-Word problems of grade school with worked solutions -> train.jsonl, val.jsonl and test.jsonl here, and pairs of answers
-to others -> prefs_train.jsonl, prefs_val.jsonl and prefs_test.jsonl. Rows of the former:
+Word problems of grade school with worked solutions -> train.jsonl, val.jsonl, test.jsonl and unseen.jsonl here, and
+pairs of answers to others -> prefs_train.jsonl and so on. Rows of the former:
 
     {"messages": [{"role": "user", "content": "Mia has 17 apples. Ben gives her 25 more. How many apples …?"},
                   {"role": "assistant", "content": "<think>17 + 25 = 42 apples</think>\nMia has 42 apples."}],
      "answer": "42", "grader": "number", "steps": 1, "kind": "addition"}
 
 The answer is the last number of the text after </think>. A step is one line and one equation, a division that does not
-come out even is written `23 / 5 = 4 remainder 3`. What training never sees: in val, the names of the persons and, for
-each template, the numbers; in test, the templates too.
+come out even is written `23 / 5 = 4 remainder 3`. What training never sees: in val and test, the names of the persons
+and, for each template, the numbers, which are others in val than in test; in unseen, the templates too. Choose a recipe
+and a checkpoint by val, report test.
 
 Rows of the latter are {"prompt": […], "chosen": […], "rejected": […]}, one answer right and clean, the other with one
 of DEFECTS, and the label flipped in `noise` of them, as people err; beside the keys above, "defect", "flipped" and
@@ -40,21 +41,22 @@ tools = False  # the steps call the calculator; this writes no pairs, and to ano
 tool_share = 1.0  # with tools: in this share of the rows, so that a model learns both ways
 name = ''  # the dataset is written to data/NAME/; empty: wordproblems, wordproblems_tools or, of a share, _mixed
 train_rows = 60_000  # to learn from
-val_rows = 2_000  # with names and numbers held out
-test_rows = 1_000  # with templates held out
-pref_rows = 30_000  # pairs to learn from; for val and test as many as they have rows
+val_rows = 2_000  # with names and numbers held out, to choose by
+test_rows = 2_000  # with names and other numbers held out, to report
+unseen_rows = 1_000  # with templates held out, too
+pref_rows = 30_000  # pairs to learn from; of the other splits as many as they have rows
 noise = 0.1  # share of pairs whose label is flipped, in all splits
 max_number = 30  # largest number to add or subtract; factors go to 12, quotients to 20, results to three times this
 max_steps = 4  # equations of the longest solutions, 1 to 4
 seed = 1337  # decides the problems
 
 STEP_SHARE = {1: 35, 2: 35, 3: 20, 4: 10}  # of the problems with so many steps, in percent, in each split
-VAL_NUMBERS = 0.1  # share of a template's numbers that are for val
+HELD_NUMBERS = 0.1  # share of a template's numbers that are for val, and as many for test
 # what is wrong with the worse answer of a pair, and in how many of a hundred: the result; a step but not the result;
 # the working, which is missing; it goes on after the answer; it is rude; it breaks off
 DEFECTS = {'wrong_answer': 30, 'wrong_step': 20, 'no_working': 15, 'rambling': 12, 'rude': 12, 'truncated': 11}
 
-NAMES = {  # every sixth is for val and test
+NAMES = {  # every sixth is held out
     'she': 'Mia Aisha Yuki Priya Elena Fatima Ingrid Chloe Amara Sofia Leila Hana Zoe Nadia Carmen Olga Maya Freya '
            'Camila Noor Ananya Mei Zainab Greta Lucia Naomi Thandi Ivana Rosa Salma Keiko Divya Bianca Astrid Wanjiru '
            'Paloma Ruth Sana Marta Linh Esther Giulia Ama Tala Nina Emma Siti Alma Kavya Helga Lina Abena Clara Yara '
@@ -97,7 +99,7 @@ POOLS['thing'] = POOLS['toy'] + POOLS['fruit'] + POOLS['treat']
 PLURALS = {'person': 'people', 'child': 'children', 'sheep': 'sheep', 'goose': 'geese', 'potato': 'potatoes',
            'tomato': 'tomatoes', 'mango': 'mangoes', 'domino': 'dominoes', 'scarf': 'scarves'}
 
-# A template is a question (* before it: for test), "= ", its plan, "=> " and the sentence that gives the result.
+# A template is a question (* before it: for unseen), "= ", its plan, "=> " and the sentence that gives the result.
 # [x|y] is one of them; <x;y> are sentences in either order; {A}, {B}, {C} are persons and {he}, {him}, {his} stand for
 # A; {a}, {b} … are numbers, {a thing} a number of some thing of POOLS (or of the very word), {things} its plural,
 # {an thing} one of it, {thing2} another one, {a:is/are} the verb that goes with the number.
@@ -405,7 +407,7 @@ STEP = re.compile(r'(\w) ?(\w?) = (\w+) ([-+*/]) (\w+) ?(.*)')
 
 
 def read_templates():
-    """TEMPLATES as dicts: kind, test, question, plan [(name, of the remainder, x, op, y, unit)], ranges, result."""
+    """TEMPLATES as dicts: kind, unseen, question, plan [(name, of the remainder, x, op, y, unit)], ranges, result."""
     templates = []
     for kind, text in TEMPLATES.items():
         for mark, question, plan, result in re.findall(r'\n(\*?)([^=]+)\n= (.+) => (.+)', text):
@@ -417,7 +419,7 @@ def read_templates():
                 ranges |= {name: (2, h) for name, h in zip((x, y), high, strict=True)
                            if name.isalpha() and name not in results}
             ranges |= {name: (int(low), int(high)) for name, low, high in given}
-            templates.append({'kind': kind, 'test': bool(mark), 'plan': plan, 'ranges': ranges, 'result': result,
+            templates.append({'kind': kind, 'unseen': bool(mark), 'plan': plan, 'ranges': ranges, 'result': result,
                               'question': question.replace('\n', ' ')})
     return templates
 
@@ -435,13 +437,18 @@ def solve(plan, numbers):
     return values
 
 
+def split_of(numbers):
+    """The split that a template's numbers, written as text, are for."""
+    place = fraction_of(numbers) / HELD_NUMBERS
+    return 'val' if place < 1 else 'test' if place < 2 else 'train'
+
+
 def draw_values(template, split, draw):
     """Numbers that are of the split and make sense in the template, and all results."""
     for _ in range(20_000):
         numbers = {name: draw.randint(*bounds) for name, bounds in template['ranges'].items()}
         values = solve(template['plan'], numbers)
-        held_out = values and fraction_of(f'{template["question"]} {numbers}') < VAL_NUMBERS
-        if values and (split == 'test' or held_out == (split == 'val')):
+        if values and split in ('unseen', split_of(f'{template["question"]} {numbers}')):
             return values
     raise UserError(f'max_number={max_number}: no numbers for "{template["question"]}": raise it')
 
@@ -582,7 +589,7 @@ def spoil(defect, lines, result, values, name, draw):
 def draw_rows(split, count, templates, draw_one=draw_row, stream=''):
     """Yields count rows with different questions; which ones does not depend on the other splits."""
     draw, seen = random.Random(f'{seed} {stream}{split}'), set()
-    by_steps = {n: [t for t in templates if len(t['plan']) == n and t['test'] == (split == 'test')]
+    by_steps = {n: [t for t in templates if len(t['plan']) == n and t['unseen'] == (split == 'unseen')]
                 for n in range(1, max_steps + 1)}
     for _ in range(count):
         steps, = draw.choices(list(by_steps), [STEP_SHARE[n] for n in by_steps])
@@ -600,9 +607,10 @@ def draw_rows(split, count, templates, draw_one=draw_row, stream=''):
 
 def main():
     runtime.configure(globals())
-    counts = {'train': train_rows, 'val': val_rows, 'test': test_rows}
+    counts = {'train': train_rows, 'val': val_rows, 'test': test_rows, 'unseen': unseen_rows}
     if min(counts.values()) < 1 or max_number < 20 or max_steps not in STEP_SHARE:
-        raise UserError('train_rows, val_rows and test_rows start at 1, max_number at 20; max_steps is 1 to 4')
+        raise UserError('train_rows, val_rows, test_rows and unseen_rows start at 1, max_number at 20; max_steps is '
+                        '1 to 4')
     if pref_rows < 1 or not 0 <= noise < 0.5:
         raise UserError('pref_rows starts at 1, and noise lies between 0 and 0.5: with half of the labels flipped '
                         'nothing is left to learn')
