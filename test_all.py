@@ -6987,8 +6987,7 @@ def test_6_5_splits_of_word_problems_share_no_question_no_name_and_no_template(p
     assert not names['train'] & held_out and len(names['train']) > 90 and len(names['val']) > 15
     for one, other in itertools.combinations(rows, 2):
         assert not questions[one] & questions[other]
-    # A question without its names, and with train's numbers, is never one of val or test: nothing but the names would be
-    # new. Nor is one of val one of test.
+    # A question without its names is in one split alone: nothing but the names would be new elsewhere.
     bare = {split: {re.sub('|'.join(script.PERSONS), 'N', text) for text in questions[split]} for split in rows}
     for one, other in itertools.combinations(rows, 2):
         assert not bare[one] & bare[other]
@@ -9232,6 +9231,67 @@ def test_8_3_knobs_of_ppo_reach_its_loss(pull):
     assert [row['value/loss'] for row in rows] == pytest.approx([0.37 ** 2 / 2] * 3, rel=1e-3)  # it does not learn
     rows = first_step('--vf_coef=0', '--entropy_coef=1', steps=5)
     assert rows[-1]['entropy'] > rows[0]['entropy'] + 0.1
+
+
+def test_8_3_the_laws_of_over_optimisation_are_the_papers():
+    import best_of_n
+    u = (np.arange(400_000) + 0.5) / 400_000  # the quantile of the chosen answer has the density n u^(n - 1)
+    for n in (1, 2, 16, 100):
+        log_density = math.log(n) + (n - 1) * np.log(u)
+        assert best_of_n.best_of_n_kl(n) == pytest.approx(np.mean(np.exp(log_density) * log_density), abs=1e-3)
+    kl, d = np.linspace(0, 6, 20), np.linspace(0, 5, 5001)
+    for rl, alpha, beta in ((False, 0.3, 0.1), (True, 0.3, 0.2)):
+        gains = best_of_n.law(np.sqrt(kl), alpha, beta, rl)
+        assert best_of_n.fit(kl, gains, rl) == pytest.approx([alpha, beta])
+        assert d[best_of_n.law(d, alpha, beta, rl).argmax()] == pytest.approx(best_of_n.peak(alpha, beta, rl), abs=1e-3)
+        assert best_of_n.peak(alpha, -beta, rl) == math.inf
+
+
+def test_8_3_a_fall_of_quality_is_told_from_noise():
+    import best_of_n
+    draw = np.random.default_rng(0)
+    noise = draw.normal(size=(200, 3, 60, 9))
+    mean, low, high = np.array([best_of_n.fall(values) for values in noise]).T
+    assert abs(mean.mean()) < 3 * mean.std() / math.sqrt(200) and 0.85 < np.mean((low < 0) & (high > 0)) < 0.99
+    mean, low, _ = best_of_n.fall(noise[0] - 0.5 * abs(np.arange(9) - 5))
+    assert low > 0.5 and mean == pytest.approx(1.5, abs=0.4)
+
+
+def test_8_3_the_best_of_n_is_measured_and_drawn(run_stage, base_run, scorer, chat_data):
+    def measured(*args):
+        status, out, err = run_stage('best_of_n', f'--dataset={chat_data}', '--split=val', '--rows=5', '--device=cpu',
+                                     '--max_new_tokens=4', '--dtype=float32', f'--reward_models=r={scorer}', *args)
+        assert (status, err) == (0, ''), err
+        return json.loads(Path(re.search('written to (.*)', out)[1]).read_text())
+    points = measured(f'--init_from={base_run}', '--num_samples=4', '--name=a')['points']
+    assert [(p['chooser'], p['n']) for p in points] == [(c, n) for n in (1, 2, 4) for c in ('r', 'vote', 'oracle')]
+    for rank in zip(*(p['proxy'] for p in points if p['chooser'] == 'r'), strict=True):
+        assert rank[0] < rank[1] < rank[2]  # the more to choose from, the higher the score
+    assert all(p['kl'] == pytest.approx({1: 0, 2: math.log(2) - 0.5, 4: math.log(4) - 0.75}[p['n']]) for p in points)
+    same = measured(f'--init_from={base_run}', f'--reference={base_run}', '--num_samples=4', '--name=b', '--label=l')
+    assert same['points'][0] == points[0]  # the same answers, and no distance
+    state = torch.load(base_run / 'ckpt.pt', weights_only=True)
+    for name, size in (('c', 0.02), ('d', 0.04)):
+        torch.manual_seed(0)
+        moved = {k: v + size * torch.randn_like(v) for k, v in state['model'].items()}
+        moved['head.weight'] = moved['tok_emb.weight']
+        Path(name).mkdir()
+        runtime.save_checkpoint(Path(name) / 'ckpt.pt', state | {'model': moved})
+        found = measured(f'--init_from={name}', f'--reference={base_run}', '--num_samples=16', '--label=l')
+        assert found['points'][0]['kl'] > 0  # far beyond its error: 80 answers
+    status, out, err = run_stage('best_of_n', '--draw=out/best_of_n/*.json')
+    assert (status, err) == (0, ''), err
+    assert out.count(', r, 1 seeds | gold |') == 2 and Path('out/best_of_n/best_of_n.svg').exists()
+
+
+def test_8_3_what_cannot_be_measured_is_told_in_a_line(run_stage, base_run, scorer, chat_data, tmp_path):
+    lines(tmp_path / 'bare.jsonl', [{'prompt': 'Q'}, {'prompt': 'R'}])
+    (tmp_path / 'none.json').write_text('{}')
+    for args, words in ((('--draw=x*.json',), 'no such file'), (('--draw=none.json',), 'none.json is no measurement'),
+                        ((f'--init_from={base_run}', '--dataset=bare.jsonl', '--split=val', '--max_new_tokens=4'),
+                         'it has no "answer"'), (('--num_samples=0',), 'num_samples=0')):
+        status, _, err = run_stage('best_of_n', *args, '--device=cpu')
+        assert status == 2 and words in err and err.count('\n') == 1, err
 
 
 def test_8_3_answers_that_are_cut_off_teach_nothing_where_they_are_masked(pull):
