@@ -327,11 +327,13 @@ def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
     return logits
 
 
-def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+           entropies=False):
     """Draws a token per row from logits (B, V) with uniform numbers u (B,) -> ids and their log-probabilities, lists.
 
-    texts: the ids of each row so far, for the penalty; the options are those of `generate`. UserError where a logit is
-    not finite.
+    texts: the ids of each row so far, for the penalty; the options are those of `generate`. With entropies each token
+    has a pair (array): its log-probability and the entropy of the distribution that this is of. UserError where a logit
+    is not finite.
     """
     logprobs = F.log_softmax(tempered(logits, temperature or 1.0), dim=-1)
     logits = logits[:, :vocab_limit] if vocab_limit else logits
@@ -352,6 +354,9 @@ def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0,
     if any(map(math.isnan, drawn)):
         raise UserError(f'the logits of the next token are not finite at temperature={temperature}: the weights have '
                         'diverged (lower learning_rate), or 16 bits do not hold them (take dtype=float32)')
+    if entropies:
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        drawn = torch.stack((logprobs.gather(1, ids[:, None])[:, 0], entropy), 1).cpu().numpy()
     return ids.tolist(), drawn
 
 
@@ -520,7 +525,7 @@ class Batch:
             if row.done:
                 continue
             if row.forced:
-                token, logprob = row.forced.pop(0), math.nan
+                token, logprob = row.forced.pop(0), logprob * math.nan
             row.ids.append(token)
             if force is not None and not row.forced:
                 row.forced = list(force(row.answer))
@@ -554,11 +559,11 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
     repeatable, row by row: what is drawn for a prompt depends on no other one, and with a list of seeds, one each,
     not on its place either. vocab_limit: ids from here on (padding of the vocabulary) are never drawn. With
     return_logprobs also the log-probability of each new id under softmax(logits / temperature), softmax(logits) for
-    temperature 0, before any filter or penalty. force(new ids of a row so far) returns ids that come next whatever the
-    model would choose; their log-probability is nan. sources: for each prompt the ids that an encoder reads. A text
-    longer than block_size is continued from its last part, without end if all layers have a window. Raises ValueError
-    for an empty prompt, ids outside the vocabulary, a prompt longer than a table of learned positions, and logits that
-    are not finite.
+    temperature 0, before any filter or penalty; with entropies pairs of it and of that distribution's entropy.
+    force(new ids of a row so far) returns ids that come next whatever the model would choose; their log-probability is
+    nan. sources: for each prompt the ids that an encoder reads. A text longer than block_size is continued from its
+    last part, without end if all layers have a window. Raises ValueError for an empty prompt, ids outside the
+    vocabulary, a prompt longer than a table of learned positions, and logits that are not finite.
     """
     out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
     logs = [[] for _ in out]
@@ -571,7 +576,8 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
 
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None, force=None):
+           stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None, force=None,
+           entropies=False):
     """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
     config = model.config
     check_prompts(prompts, config, sources)
@@ -599,7 +605,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
             logits = batch.advance()
             u = torch.tensor([row.u for row in batch.rows], device=device)
             ids, logprobs = sample(logits, [row.ids for row in batch.rows], u, vocab_limit, temperature, top_k, top_p,
-                                   min_p, repetition_penalty)
+                                   min_p, repetition_penalty, entropies)
             yield batch.append(ids, logprobs, stop_ids, force)
             batch.retire(at_once=False)
     finally:

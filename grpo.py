@@ -17,17 +17,27 @@ One training step, in `main`:
     advantage   an answer's reward minus the mean of its group, over the group's standard deviation; the same for all
                 tokens of the answer, it replaces the critic of PPO
     updates     num_epochs passes over the answers: the loss clips the ratio of new to old probabilities, as PPO does,
-                and contains the KL to the model that the run began with
+                and contains the KL to the model that the run began with. Weights (tis_cap) correct for what is
+                between that old policy and the sampler: rounding, rollout_quant, or the steps of rollout_lag
 
-loss_type sets only how the ratio enters the loss and what the sum over tokens is divided by. The papers' full recipes:
+loss_type sets only how the ratio enters the loss, where it is clipped, and what the sum over tokens is divided by. The
+papers' full recipes:
 
-    Dr. GRPO    --loss_type=dr_grpo --scale_rewards=none --kl_coef=0
-    DAPO        --loss_type=dapo --scale_rewards=group --kl_coef=0 --clip_eps_high=0.28 --dynamic_sampling=4
-                --overlong_buffer=32
-    GSPO        --loss_type=gspo --scale_rewards=group --kl_coef=0 --clip_eps=3e-4 --clip_eps_high=4e-4
+    Dr. GRPO                --loss_type=dr_grpo --scale_rewards=none --kl_coef=0
+    DAPO                    --loss_type=dapo --scale_rewards=group --kl_coef=0 --dynamic_sampling=4 --overlong_buffer=32
+    GSPO                    --loss_type=gspo --scale_rewards=group --kl_coef=0
+    CISPO                   --loss_type=cispo --scale_rewards=group --kl_coef=0
+    RLOO                    --baseline=leave_one_out --scale_rewards=none --loss_type=dr_grpo
+    REINFORCE++             --baseline=batch --scale_rewards=batch --loss_type=dapo
+    REINFORCE++-baseline    --baseline=group --scale_rewards=advantages --loss_type=dapo
+    INTELLECT-2             --loss_type=dapo --delta=4 --rollout_lag=2
+
+(RLOO and REINFORCE++ have the KL in the reward; here it is in the loss.)
 
 Papers: DeepSeekMath's GRPO (arXiv:2402.03300), the k3 estimator of KL (Schulman 2020), Dr. GRPO (arXiv:2503.20783),
-DAPO (arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585), GSPO (arXiv:2507.18071), PPO's clip (arXiv:1707.06347).
+DAPO (arXiv:2503.14476), CISPO (MiniMax-M1, arXiv:2506.13585, its bound from ScaleRL, arXiv:2510.13786), GSPO
+(arXiv:2507.18071), RLOO (arXiv:2402.14740), REINFORCE++ (arXiv:2501.03262), INTELLECT-2 (arXiv:2505.07291), PPO's clip
+(arXiv:1707.06347), asynchronous training (arXiv:2410.18252).
 """
 import math
 from typing import NamedTuple
@@ -43,6 +53,7 @@ from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
 from rollout import (
+    SAMPLERS,
     SHARED_ROW,
     Rewards,
     Rollout,
@@ -52,9 +63,11 @@ from rollout import (
     forcing,
     generate_rollouts,
     gold_scores,
+    importance_weights,
     join_rollouts,
     kl_terms,
     load_prompt_data,
+    make_sampler,
     to_batch,
 )
 from rows import is_file_of_rows
@@ -75,18 +88,24 @@ max_bad_rewards = 20  # stop once more rewards than this have failed
 overlong_buffer = 0  # DAPO's L_cache: the reward falls, by up to 1, in this many tokens before max_new_tokens; 0 = off
 # answers
 prompts_per_step = 32  # prompts per step
-num_generations = 8  # answers to each prompt: the group size G
+num_generations = 8  # answers to each prompt: the group size G; 1 is enough for baseline='batch'
 max_new_tokens = 128  # maximum length of an answer, in tokens
 tools = False  # run the calculator on <tool>…</tool>; its results are masked out of the loss
 max_think_tokens = 0  # close <think> after this many tokens; that </think> is masked out of the loss; 0 = no limit
 temperature = 1.0  # of sampling; the log-probabilities in the loss are computed at it, too
 mask_truncated = False  # True: answers that max_new_tokens has cut off are masked out of the loss
 dynamic_sampling = 0  # DAPO: up to this many times a step, replace groups of equal rewards by new prompts; 0 = off
+rollout_quant = ''  # the sampler's weights: 'int8' or 'fp16' (as quant in sample.py), 'bfloat16', 'float32'; '' = auto
+rollout_lag = 0  # answers are drawn with the weights of this many steps ago, as asynchronous trainers do; 0 = of now
 # loss
 loss_type = 'grpo'  # 'grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo' or 'gspo'
-scale_rewards = 'group'  # standard deviation that divides advantages: of the 'group', of the 'batch', or 'none'
-clip_eps = 0.2  # lower end of the ratio's clip: 1 - clip_eps; 'cispo' has none
-clip_eps_high = 0.0  # upper end of the ratio's clip: 1 + clip_eps_high; 0 = clip_eps
+baseline = 'group'  # subtracted from a reward: the mean of its 'group', of 'leave_one_out' (RLOO), or of the 'batch'
+scale_rewards = 'group'  # what divides advantages: std of the 'group's or 'batch's rewards, of all 'advantages'; 'none'
+clip_eps = 0.0  # lower end of the ratio's clip: 1 - clip_eps; 0 = the loss's own, see LOSSES; 'cispo' has none
+clip_eps_high = 0.0  # upper end of the ratio's clip: 1 + clip_eps_high; 0 = clip_eps, or the loss's own
+delta = 0.0  # INTELLECT-2: bounds the ratio where the advantage is negative, which the clip does not; 0 = no bound
+tis_cap = 2.0  # truncated importance sampling: weight min(old policy / sampler, tis_cap) of a loss; 0 = no weights
+tis_level = 'token'  # these weights are of each 'token', or of a whole answer: 'sequence'
 kl_coef = 0.04  # beta: weight of KL(policy || reference) in the loss, k3 per token; 0 = no reference model
 entropy_coef = 0.0  # weight of the entropy bonus, per token
 # batches
@@ -130,43 +149,52 @@ compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
-LOSSES = ('grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo', 'gspo')
+# Losses with the clip of their papers: (clip_eps, clip_eps_high). 'bnpo' and 'dapo' are the same mean over tokens; TRL
+# takes it over a micro-batch for its 'bnpo' and over the full update for 'dapo', which is right and done here for both
+LOSSES = {'grpo': (0.2, 0.2), 'bnpo': (0.2, 0.2), 'dr_grpo': (0.2, 0.2), 'dapo': (0.2, 0.28), 'cispo': (math.inf, 4.0),
+          'gspo': (3e-4, 4e-4)}
 # Losses whose value and gradient stay the same when answers with advantage 0 are skipped. A loss that divides by the
-# number of answers or tokens in the micro-batch, as 'bnpo' does, must not be listed: skipping changes its denominator.
-SKIPS_ZERO_ADVANTAGE = ('grpo', 'dr_grpo', 'dapo', 'cispo', 'gspo')
+# number of answers or tokens in the micro-batch must not be listed: skipping changes its denominator.
+SKIPS_ZERO_ADVANTAGE = ('grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo', 'gspo')
 
 # allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | {
-    'val_fraction': '> 0 and < 1', 'temperature': '> 0', 'num_generations': '>= 2',
-    **dict.fromkeys(('prompts_per_step', 'max_new_tokens', 'num_epochs'), '>= 1'),
-    **dict.fromkeys(('dynamic_sampling', 'clip_eps', 'clip_eps_high', 'kl_coef', 'overlong_buffer', 'max_bad_rewards',
-                     'max_think_tokens', 'eval_rows', 'show_answers'), '>= 0'),
-    'loss_type': LOSSES, 'scale_rewards': ('group', 'batch', 'none'), 'eval_split': ('val', 'test', 'unseen', 'train')}
+    'val_fraction': '> 0 and < 1', 'temperature': '> 0',
+    **dict.fromkeys(('prompts_per_step', 'num_generations', 'max_new_tokens', 'num_epochs'), '>= 1'),
+    **dict.fromkeys(('dynamic_sampling', 'rollout_lag', 'clip_eps', 'clip_eps_high', 'delta', 'tis_cap', 'kl_coef',
+                     'overlong_buffer', 'max_bad_rewards', 'max_think_tokens', 'eval_rows', 'show_answers'), '>= 0'),
+    'rollout_quant': tuple(SAMPLERS), 'loss_type': tuple(LOSSES), 'baseline': ('group', 'leave_one_out', 'batch'),
+    'scale_rewards': ('group', 'batch', 'advantages', 'none'), 'tis_level': ('token', 'sequence'),
+    'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the maths. Shapes: P prompts, G answers to each; B answers of a micro-batch, the longest of A tokens
 
-def group_advantages(totals, scale='group'):
+def group_advantages(totals, scale='group', baseline='group'):
     """Rewards (P, G), nan where there is none -> advantages (P, G), 0 there.
 
-    A reward minus the mean of its group (arXiv:2402.03300, 4.1.2), divided by the standard deviation plus 1e-4 of the
-    group ('group') or of all rewards ('batch'), or by nothing ('none', arXiv:2503.20783). The variance has n - 1 in
-    its denominator; a group of one has standard deviation 0.
+    A reward minus a baseline: 'group', the mean of its group (arXiv:2402.03300, 4.1.2); 'leave_one_out', the mean of
+    the others in its group (RLOO, arXiv:2402.14740); 'batch', the mean of all, which then are one group (REINFORCE++,
+    arXiv:2501.03262). Divided by a standard deviation plus 1e-4: of the rewards of the 'group', of the rewards of the
+    'batch', of all 'advantages' (REINFORCE++-baseline), or by nothing ('none', arXiv:2503.20783). Variances have n - 1
+    in their denominators; of one number the standard deviation is 0.
     """
-    valid = torch.isfinite(totals)
-    values = totals.nan_to_num(0.0) * valid
+    groups = totals.reshape(1, -1) if baseline == 'batch' else totals
+    valid = torch.isfinite(groups)
+    values = groups.nan_to_num(0.0) * valid
     n = valid.sum(1, keepdim=True)
     means = values.sum(1, keepdim=True) / n.clamp(min=1)
     # of equal rewards the mean may round to another number, and Adam would make a full step of the difference
-    centred = (values - means) * valid * has_spread(totals)[:, None]
-    if scale == 'none':
-        return centred
+    centred = (values - means) * valid * has_spread(groups)[:, None]
+    advantages = centred
+    if baseline == 'leave_one_out':  # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1)
+        advantages = centred * n / (n - 1).clamp(min=1)
     if scale == 'group':
-        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    else:
-        std = totals[valid].std() if valid.sum() > 1 else 0.0
-    return centred / (std + 1e-4)
+        advantages = advantages / ((centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4)
+    elif scale != 'none' and valid.sum() > 1:
+        advantages = advantages / ((values if scale == 'batch' else advantages)[valid].std() + 1e-4)
+    return advantages.view_as(totals)
 
 
 def has_spread(totals):
@@ -181,18 +209,21 @@ def overlong(lengths, longest, buffer):
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type='grpo', clip_eps=0.2, clip_eps_high=0.2,
-              kl_coef=0.0, entropies=None, entropy_coef=0.0, longest=1, tokens=None, n_answers=None):
-    """The loss of a micro-batch -> (loss, {'clip_frac': fraction of tokens whose ratio is clipped, 'kl': mean k3}).
+              kl_coef=0.0, entropies=None, entropy_coef=0.0, longest=1, tokens=None, n_answers=None, delta=math.inf,
+              weights=1.0):
+    """The loss of a micro-batch -> (loss, {'clip_frac': how many tokens' ratios are clipped, 'kl': the sum of k3}).
 
     logprobs (B, A): of the answers' tokens under the policy
-    old_logprobs (B, A): under the policy that sampled them
+    old_logprobs (B, A): under the policy before the step's first update
     ref_logprobs (B, A): under the reference, or None
     advantages (B,): of the answers
     mask (B, A): 1 on the tokens that count
     entropies (B, A): of the policy before each token, or None
     longest: max_new_tokens, for 'dr_grpo'
-    tokens: tokens that count in the full update, per micro-batch, for 'dapo' and 'cispo'
+    tokens: tokens that count in the full update, per micro-batch, for 'bnpo', 'dapo' and 'cispo'; None = of this one
     n_answers: answers of the micro-batch before some were skipped; None = B
+    delta: upper bound of the ratio where the advantage is negative (arXiv:2505.07291), above 1 + clip_eps_high
+    weights (B, A) or (B, 1): of the tokens' or answers' losses, see `rollout.importance_weights`
     """
     n_answers = n_answers or len(logprobs)
     log_ratio = (logprobs - old_logprobs) * mask
@@ -207,16 +238,16 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
         losses = -ratio.clamp(max=high).detach() * advantages * logprobs
         clipped = (ratio > high) & (advantages != 0)
     else:
-        # PPO's clipped surrogate: -min(r A, clip(r, low, high) A)
-        losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-        clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
-    losses = losses.expand_as(mask)
-    n_tokens = mask.sum().clamp(min=1)
-    stats = {'clip_frac': (clipped * mask).sum() / n_tokens}
+        # PPO's clipped surrogate: -min(r A, clip(r, low, high) A). It bounds r on one side for each sign of A; delta
+        # also bounds it above where A < 0, where a token that has become likely could grow the loss without limit
+        losses = -torch.minimum(ratio.clamp(max=delta) * advantages, ratio.clamp(low, high) * advantages)
+        clipped = ((ratio > high) & (advantages > 0)) | (((ratio < low) | (ratio > delta)) & (advantages < 0))
+    losses = (losses * weights).expand_as(mask)
+    stats = {'clip_frac': (clipped * mask).sum()}
     if ref_logprobs is not None:  # the KL is part of the loss here, of the reward in PPO
         k3 = kl_terms(logprobs * mask, ref_logprobs * mask, 'k3')  # off the mask exp could give inf, and inf * 0 nan
         losses = losses + kl_coef * k3
-        stats['kl'] = (k3.detach() * mask).sum() / n_tokens
+        stats['kl'] = (k3.detach() * mask).sum()
     if entropies is not None and entropy_coef:
         losses = losses - entropy_coef * entropies
     losses = losses * mask
@@ -224,10 +255,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
         loss = (losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / n_answers
     elif loss_type == 'dr_grpo':  # a constant: every token counts the same, however long its answer is
         loss = losses.sum() / (n_answers * longest)
-    elif loss_type == 'bnpo' or tokens is None:  # the tokens of this micro-batch
-        loss = losses.sum() / n_tokens
-    else:  # 'dapo', 'cispo': the tokens of the full update, so that it does not matter how it is cut
-        loss = losses.sum() / max(1.0, tokens)
+    else:  # 'bnpo', 'dapo', 'cispo': the tokens of the full update, so that it does not matter how it is cut
+        loss = losses.sum() / (mask.sum().clamp(min=1) if tokens is None else tokens)
     return loss, stats
 
 
@@ -237,14 +266,20 @@ class Groups(NamedTuple):
     """The answers of a step, those to one prompt side by side, with their rewards."""
     answers: Rollout  # P * G answers
     totals: torch.Tensor  # (P, G): their rewards, float64, nan where one failed
-    terms: dict  # {name: (P * G,)}: the terms of the rewards before their weights
+    terms: dict  # {name: tensor (P * G,)}: the terms of the rewards before their weights
     zero_spread: float  # fraction of the groups sampled first whose rewards are all equal
     prompts_seen: int  # prompts that the run has taken from the data
+    policy_step: int  # the step before whose updates the answers were drawn
+
+    def state(self):
+        """As a dict that a checkpoint can hold."""
+        return self._asdict() | {'answers': self.answers.state()}
 
 
-def generate_groups(model, data, prompts_seen, step, run, reward, force):
+def generate_groups(model, data, prompts_seen, step, policy_step, run, reward, force):
     """Samples num_generations answers to each of the next prompts_per_step prompts and rewards them -> Groups.
 
+    step: which learns from them, not before policy_step, the step of today.
     With dynamic_sampling, groups whose rewards are all equal are replaced by groups of the prompts that follow.
     """
     parts, totals, terms = [], [], []
@@ -254,7 +289,7 @@ def generate_groups(model, data, prompts_seen, step, run, reward, force):
         rows = data.rows(prompts_seen, missing)  # of an endless sequence, shuffled anew in each epoch
         prompts_seen += missing
         answers = generate_rollouts(model, data, rows, run, max_new_tokens, num_generations, temperature, sample_seed,
-                                    force=force)
+                                    force=force, quant=rollout_quant)
         answer_totals, answer_terms = reward(data, answers)
         if overlong_buffer:
             penalty = overlong(torch.from_numpy(answers.lengths), max_new_tokens, overlong_buffer)
@@ -274,8 +309,8 @@ def generate_groups(model, data, prompts_seen, step, run, reward, force):
         missing -= int(keep.sum())
         if missing == 0:
             break
-    terms = {name: np.concatenate([part[name] for part in terms]) for name in terms[0]}
-    return Groups(join_rollouts(parts), torch.cat(totals), terms, zero_spread, prompts_seen)
+    terms = {name: torch.from_numpy(np.concatenate([part[name] for part in terms])) for name in terms[0]}
+    return Groups(join_rollouts(parts), torch.cat(totals), terms, zero_spread, prompts_seen, policy_step)
 
 
 def main():
@@ -286,6 +321,14 @@ def main():
         raise UserError(f'overlong_buffer={overlong_buffer} must be <= max_new_tokens={max_new_tokens}')
     if given.get('dropout') or given.get('lora_dropout'):
         raise UserError('dropout and lora_dropout must be 0: their noise would show up in the probability ratios')
+    if num_generations == 1 and (baseline != 'batch' or dynamic_sampling):
+        raise UserError(f'num_generations=1 must be >= 2: baseline={baseline!r} and dynamic_sampling='
+                        f"{dynamic_sampling} compare answers to one prompt (only baseline='batch' does not)")
+    eps_low, eps_high = LOSSES[loss_type]
+    eps_low, eps_high = clip_eps or eps_low, clip_eps_high or clip_eps or eps_high
+    if delta and (loss_type == 'cispo' or delta <= 1 + eps_high):
+        raise UserError(f'delta={delta} must be > {1 + eps_high:g}, where the clip of loss_type={loss_type!r} ends; 0 '
+                        "for 'cispo', whose clip does not depend on the advantage")
     n_answers = prompts_per_step * num_generations
     answers_per_update = batch_size * gradient_accumulation_steps
     if n_answers % answers_per_update:
@@ -301,6 +344,9 @@ def main():
                           given | {'dropout': 0.0, 'lora_dropout': 0.0}, seed)
     model, tokenizer = start.model, start.tokenizer
     block_size = model.config.block_size
+    if rollout_quant:
+        with runtime.user_errors('rollout_quant'):
+            make_sampler(model, run, rollout_quant)  # what cannot be ends here, before anything is written
     force = forcing(tokenizer, tools, max_think_tokens)  # inserts tool results and </think> while sampling, or None
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if not is_file_of_rows(dataset):
@@ -335,6 +381,7 @@ def main():
 
     # resume
     step = prompts_seen = 0
+    queue = []  # Groups that are drawn and not learned from yet, of the next rollout_lag steps
     clock = runtime.Clock()
     if resume_from:
         checkpoint = start.checkpoint
@@ -343,6 +390,11 @@ def main():
         prompts_seen = checkpoint['prompts']
         clock = runtime.Clock(checkpoint['seconds'])
         reward.failed = checkpoint['failed']
+        queue = [Groups(**state | {'answers': Rollout.from_state(state['answers'])})
+                 for state in checkpoint.get('queue', ())]
+        if any(groups.totals.shape != (prompts_per_step, num_generations) for groups in queue):
+            raise UserError(f'{start.origin} holds answers for its next steps (rollout_lag), not {num_generations} to '
+                            f'{prompts_per_step} prompts: resume with its prompts_per_step and num_generations')
         if reference is not None and checkpoint['reference'] is None:
             raise UserError(f'{start.origin} was trained with kl_coef=0 and holds no reference: resume with kl_coef=0')
         for name, tensor in (reference or {}).items():
@@ -359,6 +411,9 @@ def main():
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
         f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and '
         f'{updates_per_step} updates: {epochs:.2f} epochs of the data')
+    if updates_per_step == 1:
+        run.print0('a single update per step: the ratio is always 1, and clip_eps, clip_eps_high and delta never act '
+                   '(more updates: lower batch_size or gradient_accumulation_steps, or raise num_epochs)')
 
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(min(block_size, SHARED_ROW)))
     warmed_up = not run.ddp
@@ -381,20 +436,27 @@ def main():
         if evaluating or (stop and step > last_eval):
             clock.stop()
             run.save_checkpoint(start.model_state() | {'iter': step, 'prompts': prompts_seen, 'seconds': clock.read()},
-                                optimizers, score, keep_checkpoints, {'reference': reference, 'failed': reward.failed})
+                                optimizers, score, keep_checkpoints,
+                                {'reference': reference, 'failed': reward.failed,
+                                 'queue': [groups.state() for groups in queue]})
             clock.start()
             meter.reset(step)
         if stop or step >= max_iters:
             break
 
-        # rollouts: a group of answers to each prompt, and their rewards
-        rollout_start = clock.read()
-        groups = generate_groups(model, train_data, prompts_seen, step, run, reward, force)
-        rollout_seconds = clock.read() - rollout_start
+        # rollouts: a group of answers to each prompt, and their rewards. With rollout_lag those of a later step are
+        # drawn before this step's updates. An asynchronous trainer draws them meanwhile, on other devices; here one
+        # thing comes after the other, so that a run can be repeated: it shows what such answers teach, saves no time
+        while len(queue) <= rollout_lag:
+            rollout_start = clock.read()
+            groups = generate_groups(model, train_data, prompts_seen, step + len(queue), step, run, reward, force)
+            prompts_seen = groups.prompts_seen
+            meter.add(**{'rollout/tok_per_sec': groups.answers.lengths.sum() / (clock.read() - rollout_start)})
+            queue.append(groups)
+        groups = queue.pop(0)
         answers = groups.answers
         totals = groups.totals.numpy()
-        prompts_seen = groups.prompts_seen
-        advantages = group_advantages(groups.totals, scale_rewards).flatten().numpy()
+        advantages = group_advantages(groups.totals, scale_rewards, baseline).flatten().numpy()
 
         # answers.response_mask excludes padding and forced tokens (tool results, </think>). The loss also excludes
         # answers whose reward failed (nan) and, with mask_truncated, those that were cut off
@@ -403,8 +465,9 @@ def main():
             loss_mask = loss_mask * answers.ended[:, None]
 
         # The ratio compares with the policy before the first update of the step. Its log-probabilities are computed
-        # again, because the sampler rounds differently: with the sampler's the ratio would not start at 1. With a
-        # single update per step the pass is unnecessary: the old log-probabilities are the new ones, detached
+        # again, because the sampler differs: with its own the ratio would not start at 1, and the clip would cut what
+        # no update has done; the weights of tis_cap account for that. With a single update per step the pass is
+        # unnecessary: the old log-probabilities are the new ones, detached
         old_logprobs = ref_logprobs = None
         if updates_per_step > 1:
             old_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
@@ -412,7 +475,7 @@ def main():
             with run.swapped_weights(model, reference):
                 ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
 
-        if groups.zero_spread == 1 and not warned:
+        if not advantages.any() and not warned:
             run.print0(f'step {step}: all answers to each prompt have equal rewards: there is nothing to learn from '
                        'until some differ (zero_spread)')
             warned = True
@@ -421,11 +484,14 @@ def main():
         gold = gold_scores(train_data, answers)
         if np.isfinite(totals).any():
             meter.add(**{'reward/mean': np.nanmean(totals), 'reward/std': np.nanstd(totals)})
-            meter.add(**{f'reward/{name}': np.nanmean(values) for name, values in groups.terms.items()})
+            meter.add(**{f'reward/{name}': values.nanmean() for name, values in groups.terms.items()})
         if np.isfinite(gold).any():
             meter.add(**{'reward/gold': np.nanmean(gold)})
-        meter.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=groups.zero_spread)
-        meter.add(**{'rollout/tok_per_sec': answers.lengths.sum() / rollout_seconds})
+        meter.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=groups.zero_spread,
+                  **{'rollout/staleness': (step - groups.policy_step) * updates_per_step})  # in updates
+        # the entropy of the distributions that tokens were sampled from. It is the sampler's: answers without an
+        # advantage get no forward pass below, and a mean over the others would be of the difficult prompts alone
+        meter.add(weight=answers.response_mask.sum(), entropy=answers.entropies[answers.response_mask].mean())
 
         # the learning rate of this step, for all its updates
         lr_scale = lr_factor(step, lr_schedule, warmup_iters, lr_decay_iters or max_iters, min_lr / learning_rate,
@@ -434,8 +500,8 @@ def main():
             group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_scale
 
         # An answer with advantage 0 or without a token in the loss cannot change the gradient: its forward pass is
-        # skipped. KL and entropy act on every answer, so with either none is skipped. entropy, clip_frac, rollout/gap
-        # and tok_per_sec then describe only the answers that are left
+        # skipped. KL and entropy act on every answer, so with either none is skipped. What is logged of the sampler
+        # (rollout/gap, rollout/weight) and tok_per_sec then describe only the answers that are left
         active = (advantages != 0) & loss_mask.any(1)
         if kl_coef or entropy_coef or loss_type not in SKIPS_ZERO_ADVANTAGE:
             active[:] = True
@@ -459,7 +525,7 @@ def main():
                 used = used[np.argsort(group_sizes[used], kind='stable')]
                 micro_batches = np.array_split(used, gradient_accumulation_steps)
                 # denominators are those of the full update: they count the skipped answers, too
-                tokens_per_micro_batch = loss_mask[in_update].sum() / gradient_accumulation_steps
+                tokens_per_micro_batch = max(1, loss_mask[in_update].sum()) / gradient_accumulation_steps
 
                 # forward and backward, over this process's micro-batches
                 step_loss = 0.0
@@ -471,19 +537,26 @@ def main():
                     old, ref = to_batch(run, part, width, old_logprobs, ref_logprobs)
                     if old is None:
                         old = logprobs.detach()
+                    cap = tis_cap or math.inf
+                    weights = importance_weights(old * mask, sampled * mask, cap, tis_level)
                     loss, stats = grpo_loss(
-                        logprobs, old, ref, advantage, mask, loss_type, clip_eps=clip_eps,
-                        clip_eps_high=clip_eps_high or clip_eps, kl_coef=kl_coef, entropies=entropies,
-                        entropy_coef=entropy_coef, longest=max_new_tokens, tokens=tokens_per_micro_batch,
-                        n_answers=batch_size)  # of the micro-batch before answers were skipped
+                        logprobs, old, ref, advantage, mask, loss_type, clip_eps=eps_low, clip_eps_high=eps_high,
+                        delta=delta or math.inf, weights=weights if tis_cap else 1.0, kl_coef=kl_coef,
+                        entropies=entropies, entropy_coef=entropy_coef, longest=max_new_tokens,
+                        tokens=tokens_per_micro_batch, n_answers=batch_size)  # before answers were skipped
                     # the routers of a mixture of experts have a loss of their own, which balances their load
                     run.backward((loss + model.router_loss()) / micro_steps)
                     step_loss += loss.detach() / micro_steps
 
+                    # means over the tokens of the step: a mean of micro-batches' means would not be, as they are sorted
+                    # by length. Of a skipped answer no token is clipped
+                    meter.add(answers.tokens(part), tokens_per_micro_batch,
+                              **{name: total / tokens_per_micro_batch for name, total in stats.items()})
                     n_tokens = mask.sum().clamp(min=1)
-                    entropy = (entropies.detach() * mask).sum() / n_tokens
-                    gap = ((sampled - old).abs() * mask).sum() / n_tokens  # the sampler's rounding against training's
-                    meter.add(tokens=answers.tokens(part), entropy=entropy, **stats, **{'rollout/gap': gap})
+                    meter.add(weight=n_tokens, **{
+                        'rollout/gap': ((sampled - old).abs() * mask).sum() / n_tokens,  # between sampler and training
+                        'rollout/weight': (weights * mask).sum() / n_tokens,
+                        'rollout/capped': ((weights >= cap) * mask).sum() / n_tokens})
 
                 # update; where the gradient is not finite it is skipped, decided on the device without waiting for it
                 grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)

@@ -33,6 +33,7 @@ from model import GPTConfig
 from optim import Optimizers, lr_factor, make_optimizers
 from reward_model import RewardModel
 from rollout import (
+    SAMPLERS,
     SHARED_ROW,
     Rewards,
     compute_all_logprobs,
@@ -41,8 +42,10 @@ from rollout import (
     forcing,
     generate_rollouts,
     gold_scores,
+    importance_weights,
     kl_terms,
     load_prompt_data,
+    make_sampler,
     to_batch,
 )
 from rows import is_file_of_rows
@@ -72,6 +75,7 @@ tools = False  # run the calculator on <tool>…</tool>; its results are masked 
 max_think_tokens = 0  # close <think> after this many tokens; that </think> is masked out of the loss; 0 = no limit
 adapt_length = False  # limit the next step's answers to 1.25 times this step's longest, up to max_new_tokens
 temperature = 1.0  # of sampling; log-probabilities, KL and entropy are computed at it, too
+rollout_quant = ''  # the sampler's weights: 'int8' or 'fp16' (as quant in sample.py), 'bfloat16', 'float32'; '' = auto
 kl_budget = 0.0  # truncate an answer once its summed log-ratio to the reference exceeds this, in nats; 0 = never
 # KL
 kl_coef = 0.05  # coefficient of the KL penalty in the rewards; 'adaptive': its initial value
@@ -87,6 +91,8 @@ whiten_advantages = True  # normalise advantages to mean 0 and variance 1 over t
 critic = 'shared'  # 'shared': a value head on the policy; 'separate': a second model
 critic_lr = 1e-3  # peak learning rate of the value head or of the second model
 clip_eps = 0.2  # the probability ratio is clipped to 1 ± clip_eps
+tis_cap = 2.0  # truncated importance sampling: weight min(old policy / sampler, tis_cap) of a loss; 0 = no weights
+tis_level = 'token'  # these weights are of each 'token', or of a whole answer: 'sequence'
 clip_value = 0.2  # values are clipped to those of the rollout ± clip_value; 0 = no clipping
 vf_coef = 0.1  # coefficient of the value loss
 entropy_coef = 0.0  # coefficient of the entropy bonus, per token
@@ -137,10 +143,11 @@ RANGES = runtime.RANGES | {
     **dict.fromkeys(('temperature', 'kl_target', 'critic_lr'), '> 0'), 'val_fraction': '> 0 and < 1',
     **dict.fromkeys(('gamma', 'gae_lambda'), '>= 0 and <= 1'),
     **dict.fromkeys(('prompts_per_step', 'num_generations', 'max_new_tokens', 'num_epochs', 'kl_horizon'), '>= 1'),
-    **dict.fromkeys(('clip_eps', 'clip_value', 'kl_coef', 'kl_budget', 'kl_stop', 'reward_clip', 'vf_coef',
+    **dict.fromkeys(('clip_eps', 'clip_value', 'tis_cap', 'kl_coef', 'kl_budget', 'kl_stop', 'reward_clip', 'vf_coef',
                      'eos_penalty', 'entropy_coef', 'max_bad_rewards', 'max_think_tokens', 'eval_rows',
                      'show_answers'), '>= 0'),
     'critic': ('shared', 'separate'), 'kl_estimator': ('k1', 'k3'), 'kl_controller': ('fixed', 'adaptive'),
+    'rollout_quant': tuple(SAMPLERS), 'tis_level': ('token', 'sequence'),
     'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
@@ -322,6 +329,7 @@ def main():
     runtime.check_ranges(config, RANGES)
     n_answers = prompts_per_step * num_generations
     answers_per_update = batch_size * gradient_accumulation_steps
+    updates_per_step = n_answers // answers_per_update * num_epochs
     check_knobs(n_answers, answers_per_update, given)
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
@@ -332,6 +340,9 @@ def main():
                           given | {'dropout': 0.0, 'lora_dropout': 0.0}, seed)
     policy, tokenizer = start.model, start.tokenizer
     block_size = policy.config.block_size
+    if rollout_quant:
+        with runtime.user_errors('rollout_quant'):
+            make_sampler(policy, run, rollout_quant)  # what cannot be ends here, before anything is written
     force = forcing(tokenizer, tools, max_think_tokens)  # inserts calculator results and </think> while generating
     reward_fn = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     model = ActorCritic(policy, make_critic(policy) if critic == 'separate' else None)
@@ -398,8 +409,10 @@ def main():
         f'{dataset}: {train_data.n_rows:,} training prompts, {val_data.n_rows:,} held out ({tokenizer.name})\n'
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
         f'critic: {sum(p.numel() for p in critic_parameters):,} parameters, {critic}\n'
-        f'{max_iters:,} steps of {n_answers} answers and {n_answers // answers_per_update * num_epochs} updates: '
-        f'{epochs:.2f} epochs')
+        f'{max_iters:,} steps of {n_answers} answers and {updates_per_step} updates: {epochs:.2f} epochs')
+    if updates_per_step == 1:
+        run.print0('a single update per step: the ratio is always 1, and clip_eps, clip_value and kl_stop never act '
+                   '(more updates: lower batch_size or gradient_accumulation_steps, or raise num_epochs)')
 
     row_length = min(block_size, SHARED_ROW)  # answers to one prompt share rows of up to SHARED_ROW tokens
     meter = runtime.Meter(run, clock, max_iters, policy.flops_per_token(row_length))
@@ -435,7 +448,7 @@ def main():
         began = clock.read()
         rows = train_data.rows(step * prompts_per_step, prompts_per_step)  # of an endless sequence of shuffled epochs
         answers = generate_rollouts(policy, train_data, rows, run, length_limit, num_generations, temperature,
-                                    1 + step, force=force)  # sample_seed: evaluations have 0
+                                    1 + step, force=force, quant=rollout_quant)  # sample_seed: evaluations have 0
         seconds = clock.read() - began
         old_logprobs, _, old_values = compute_all_logprobs(net, run, answers, block_size, temperature, share_prompts)
         # the reference is the same network with other weights: they are swapped in for this pass, and back
@@ -521,9 +534,12 @@ def main():
                 logprobs, entropies, new_values = compute_logprobs(net, run, answers, part, block_size, temperature,
                                                                    share_prompts)
                 width = logprobs.shape[1]  # tokens of the longest answer of this part
-                mask, advantage, target = to_batch(run, part, width, loss_mask, advantages, returns)
+                mask, sampled, advantage, target = to_batch(run, part, width, loss_mask, answers.logprobs, advantages,
+                                                            returns)
                 old_logprob, old_value = to_batch(run, part, width, old_logprobs, old_values)
                 losses, clipped = policy_loss(logprobs, old_logprob, advantage, clip_eps)
+                weights = importance_weights(old_logprob * mask, sampled * mask, tis_cap or math.inf, tis_level)
+                losses = losses * weights if tis_cap else losses
                 errors, value_clipped = value_loss(new_values, old_value, target, clip_value)
                 total = losses + vf_coef * errors
                 if entropy_coef:
@@ -538,10 +554,11 @@ def main():
                 log_ratio = (logprobs.detach() - old_logprob) * mask
                 stats = {'approx_kl': log_ratio.exp() - 1 - log_ratio,  # KL(old || new) by k3: r - 1 - log r
                          'ratio': log_ratio.exp(), 'clip_frac': clipped, 'entropy': entropies, 'policy/loss': losses,
-                         'value/loss': errors, 'value/clip_frac': value_clipped}
-                stats = {name: masked_mean(x.detach(), mask) for name, x in stats.items()}
+                         'value/loss': errors, 'value/clip_frac': value_clipped, 'rollout/weight': weights}
+                # means over the tokens of the update, as the loss is
+                stats = {name: (x.detach() * mask).sum() / tokens_per_micro_batch for name, x in stats.items()}
                 update_kl += stats['approx_kl'] / micro_steps
-                meter.add(answers.tokens(part), **stats)
+                meter.add(answers.tokens(part), tokens_per_micro_batch, **stats)
 
             # clip and update; a gradient that is not finite skips the update, which the device decides without a wait
             grad_norm = run.clip_grad_norm(model, optimizers, grad_clip)

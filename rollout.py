@@ -56,6 +56,7 @@ class Rollout:
     texts: list  # n strings: the answers
     response_mask: np.ndarray  # bool (n, A): True on sampled tokens, False on forced ones and padding
     logprobs: np.ndarray  # float64 (n, A): of sampled tokens, at the temperature of sampling; 0 on the others
+    entropies: np.ndarray  # float64 (n, A): of the distributions that they were sampled from; 0 on the others
     ended: np.ndarray  # bool (n,): True if the answer ends its turn, False if it was cut off
 
     def __len__(self):
@@ -93,6 +94,7 @@ class Rollout:
             texts=[self.texts[i] for i in chosen],
             response_mask=self.response_mask[chosen, :longest],
             logprobs=self.logprobs[chosen, :longest],
+            entropies=self.entropies[chosen, :longest],
             ended=self.ended[chosen])
 
     def cut(self, lengths, data):
@@ -103,8 +105,17 @@ class Rollout:
                  for answer, text, is_cut in zip(ids, self.texts, shorter, strict=True)]
         inside = np.arange(self.response_mask.shape[1]) < lengths[:, None]
         answers = dataclasses.replace(self, ids=ids, texts=texts, response_mask=self.response_mask & inside,
-                                      logprobs=self.logprobs * inside, ended=self.ended & ~shorter)
+                                      logprobs=self.logprobs * inside, entropies=self.entropies * inside,
+                                      ended=self.ended & ~shorter)
         return answers.take(range(len(self)))
+
+    def state(self):
+        """As a dict that a checkpoint can hold."""
+        return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in vars(self).items()}
+
+    @classmethod
+    def from_state(cls, state):
+        return cls(**{name: x.clone().numpy() if isinstance(x, torch.Tensor) else x for name, x in state.items()})
 
 
 class Forcing:
@@ -168,7 +179,7 @@ def join_rollouts(parts):
     fields = {}
     for field in dataclasses.fields(Rollout):
         values = [getattr(part, field.name) for part in parts]
-        if field.name in ('response_mask', 'logprobs'):
+        if field.name in ('response_mask', 'logprobs', 'entropies'):
             values = [np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in values]
         fields[field.name] = sum(values, []) if isinstance(values[0], list) else np.concatenate(values)
     return Rollout(**fields)
@@ -183,16 +194,29 @@ def load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens,
     return data
 
 
-def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_seed=0, at_once=32, **options):
+# how rollouts can be generated: dtype, None = that of all generation, and `generate.pack`'s quant
+SAMPLERS = {'': (None, ''), 'int8': (None, 'int8'), 'fp16': (torch.float32, 'fp16'), 'bfloat16': (torch.bfloat16, ''),
+            'float32': (torch.float32, '')}
+
+
+def make_sampler(model, run, quant=''):
+    """A copy of a model that can do nothing but generate, fast; quant: one of SAMPLERS, ValueError where the device or
+    the dtype is not made for it."""
+    dtype, packed = SAMPLERS[quant]
+    with run.unsharded(model):
+        copy = lora.merge(model, dtype or run.decode_dtype(model.num_params()))
+        return pack(copy.to(run.device).eval(), packed)
+
+
+def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_seed=0, at_once=32, quant='',
+                     **options):
     """Answers to prompts, lists of ids -> for each prompt num_samples lists of ids, the same in every process.
 
     options: of `generate.generate`; with return_logprobs, pairs (ids, log-probabilities) take the place of ids.
-    at_once: prompts per batch. The samples depend on the run's seed, sample_seed and the index of the prompt, not on
-    the number of processes. A prompt longer than block_size loses its beginning.
+    at_once: prompts per batch. quant: see `make_sampler`. The samples depend on the run's seed, sample_seed and the
+    index of the prompt, not on the number of processes. A prompt longer than block_size loses its beginning.
     """
-    with run.unsharded(model):
-        dtype = run.decode_dtype(model.num_params())
-        sampler = pack(lora.merge(model, dtype).to(run.device).eval())  # the fastest to generate with
+    sampler = make_sampler(model, run, quant)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # by length, for little padding
     seeds = np.random.SeedSequence([run.seed, sample_seed]).generate_state(len(prompts)).tolist()
     at_once = max(1, min(at_once, -(-len(order) // run.world_size)))
@@ -210,31 +234,32 @@ def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_
 
 
 def generate_rollouts(model, data, rows, run, max_new_tokens, num_samples=1, temperature=1.0, sample_seed=0, at_once=64,
-                      force=None):
+                      force=None, quant=''):
     """num_samples answers to the prompt of each of these rows of a PromptData -> Rollout, the same in every process.
 
     Answers to one prompt are neighbours. temperature 0: greedy. sample_seed: the samples are a function of the run's
     seed and of this one. force: see `generate.generate`; its tokens are False in response_mask. A prompt that leaves
-    no room for max_new_tokens loses its beginning.
+    no room for max_new_tokens loses its beginning. quant: see `make_sampler`.
     """
     tokenizer = data.tokenizer
     room = model.config.block_size - max_new_tokens
     prompts = [data.prompt(i)[-room:] for i in rows]
     groups = generate_answers(model, prompts, run, max_new_tokens, num_samples, sample_seed, at_once,
-                              return_logprobs=True, temperature=temperature, stop_ids=tokenizer.turn_ids,
-                              vocab_limit=tokenizer.n_vocab, force=force)
-    ids, logprobs = zip(*(answer for group in groups for answer in group), strict=True)
+                              quant, return_logprobs=True, entropies=True, temperature=temperature,
+                              stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab, force=force)
+    ids, details = zip(*(answer for group in groups for answer in group), strict=True)
     inside = np.arange(max(map(len, ids))) < np.array([len(answer) for answer in ids])[:, None]
-    table = np.full(inside.shape, np.nan)  # stays nan on padding; the log-probability of a forced token is nan, too
-    table[inside] = np.concatenate(logprobs)
+    table = np.full((*inside.shape, 2), np.nan)  # stays nan on padding; what is known of a forced token is nan, too
+    table[inside] = np.concatenate(details)
     turn_ids = set(tokenizer.turn_ids)
     return Rollout(
         rows=np.repeat(rows, num_samples),
         prompts=[prompt for prompt in prompts for _ in range(num_samples)],
         ids=list(ids),
         texts=[data.text(answer) for answer in ids],
-        response_mask=~np.isnan(table),
-        logprobs=np.nan_to_num(table),
+        response_mask=~np.isnan(table[..., 0]),
+        logprobs=np.nan_to_num(table[..., 0]),
+        entropies=np.nan_to_num(table[..., 1]),
         ended=np.array([answer[-1] in turn_ids for answer in ids]))
 
 
@@ -334,6 +359,20 @@ def compute_all_logprobs(net, run, answers, block_size, temperature=1.0, share=T
     outputs = run.distributed_map(work, answers.group_sizes, 32)
     net.train()
     return np.split(outputs, outputs.shape[1] // A, 1)
+
+
+def importance_weights(logprobs, sampled, cap, level='token'):
+    """Truncated importance sampling: weights min(p / p of the sampler, cap) for what policy p learns from answers that
+    the sampler gave, with weights of fewer bits, other kernels or of some steps ago.
+
+    logprobs, sampled (B, A): of the answers' tokens under both, 0 where no token counts. -> (B, A) of the tokens, or
+    with level 'sequence' (B, 1) of whole answers, whose ratio is the product of their tokens'.
+    (https://fengyao.notion.site/off-policy-rl; the ratio of the decoupled loss in AReaL, arXiv:2505.24298.)
+    """
+    log_ratio = logprobs - sampled
+    if level == 'sequence':
+        log_ratio = log_ratio.sum(1, keepdim=True)
+    return log_ratio.exp().clamp(max=cap)
 
 
 def to_batch(run, indices, width, *arrays):

@@ -1332,7 +1332,8 @@ def elapsed(seconds):
 
 
 class Meter:
-    """Accumulates tokens and means of named values between two lines of a log; tensors stay on the device until then.
+    """Accumulates tokens and weighted means of named values between two lines of a log; tensors stay on the device
+    until then.
 
     flops_per_token: of training, for the fraction of the device's peak (MFU).
     """
@@ -1345,23 +1346,26 @@ class Meter:
     def reset(self, step):
         """Drops what was accumulated: when training begins, after a line of the log and after an evaluation."""
         self.step, self.seconds = step, self.clock.read()
-        self.tokens, self.sums, self.counts = 0, {}, {}
+        self.tokens, self.sums, self.weights = 0, {}, {}
 
-    def add(self, tokens=0, **values):
+    def add(self, tokens=0, weight=1.0, **values):
+        """Counts tokens, and values in the means of their names, with this weight: that of a mean over some tokens is
+        their number, so that what is logged is the mean over all of them."""
         self.tokens += tokens
         for name, value in values.items():
-            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight
+            self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def log(self, step, loss, grad_norm, lr, **more):
         """Logs a line for this step, over all processes: mean loss, means of what was added, and more. The host waits
         for the device here."""
-        # the order of the names is the same in every process
-        means = {name: float(self.sums[name]) / self.counts[name] for name in sorted(self.sums)}
-        loss, tokens, *values = self.run.sum(loss.item(), self.tokens, *means.values())
+        names = sorted(self.sums)  # in the same order in every process
+        totals = [float(total[name]) for total in (self.sums, self.weights) for name in names]
+        loss, tokens, *totals = self.run.sum(loss.item(), self.tokens, *totals)
+        means = {name: totals[i] / totals[i + len(names)] for i, name in enumerate(names)}
         seconds = self.clock.read()
         rate = tokens / (seconds - self.seconds)
         seconds_left = (self.max_iters - step) * (seconds - self.seconds) / (step - self.step)
-        means = {name: value / self.run.world_size for name, value in zip(means, values, strict=True)}
         self.run.log_step({'iter': step, 'train/loss': loss / self.run.world_size, 'lr': lr,
                            'grad_norm': grad_norm.item(), **means, **more, 'tok_per_sec': rate, 'seconds': seconds,
                            'flops': rate * self.flops_per_token}, self.max_iters, seconds_left)

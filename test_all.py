@@ -8608,7 +8608,7 @@ def test_8_1_reading_an_answer_again_gives_what_the_sampler_recorded(options, te
             np.testing.assert_allclose(found[:n], due, atol=1e-4)
             assert not found[n:].any()
         spread = torch.distributions.Categorical(logits=table).entropy().numpy()
-        for found in (entropies[i].detach().numpy(), again[1][i]):
+        for found in (entropies[i].detach().numpy(), again[1][i], answers.entropies[i]):
             np.testing.assert_allclose(found[:n], spread, atol=1e-4)
             assert not found[n:].any()
         assert answers.response_mask[i].tolist() == [True] * n + [False] * (24 - n)
@@ -8910,7 +8910,8 @@ def test_8_1_rewards_are_a_weighted_sum_of_named_parts(tmp_path):
     texts = ['<think>1</think>It is 2', 'so 2', '2', 'It is 2']
     n = len(texts)
     answers = rollout.Rollout(np.array([0, 0, 1, 1]), [[1]] * n, [[5] * k for k in (1, 2, 3, 8)], texts,
-                              np.ones((n, 8), bool), np.zeros((n, 8)), np.ones(n, bool))
+                              np.ones((n, 8), bool), np.zeros((n, 8)), np.zeros((n, 8)),
+                              np.ones(n, bool))
     words = f'correct, 0.5*format,-0.1 * length, 2*exact, {tmp_path}/my.py:scatter'
     rewards = rollout.Rewards(words, bytes_tokenizer(), lone(), 8)
     totals, parts = rewards(data, answers)
@@ -9336,9 +9337,9 @@ def told(run):
 SAME = ('model', 'optimizers', 'iter', 'best', 'failed', 'reference')
 RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01']),
         ('grpo', ['--dynamic_sampling=2', '--overlong_buffer=3', '--num_epochs=2', '--loss_type=dapo',
-                  '--rewards=mine.py:scatter, 0.5*correct, length', '--kl_coef=0']),
+                  '--rewards=mine.py:scatter, 0.5*correct, length', '--kl_coef=0', '--rollout_lag=1', '--delta=2']),
         ('grpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=gspo', '--rewards=mine.py:rarely',
-                  '--max_bad_rewards=500']),
+                  '--max_bad_rewards=500', '--rollout_quant=int8', '--tis_level=sequence', '--rollout_lag=3']),
         ('ppo', ['--kl_controller=adaptive', '--kl_target=0.01', '--kl_horizon=20', '--running_rewards=True',
                  '--kl_budget=0.02', '--adapt_length=True']),
         ('ppo', ['--critic=separate', '--whiten_rewards=True', '--kl_estimator=k3', '--reward_clip=0.5',
@@ -9357,7 +9358,7 @@ def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkey
     assert (status, err) == (143, '') and 'stopped at step 3' in out
     status, out, err = act(stage, '--out_dir=parts', '--init_from=resume', *flags)
     assert (status, err) == (0, ''), err
-    keep = SAME + (('prompts',) if stage == 'grpo' else ('critic', 'kl_coef', 'longest', 'scale'))
+    keep = SAME + (('prompts', 'queue') if stage == 'grpo' else ('critic', 'kl_coef', 'longest', 'scale'))
     assert digest('parts', keep) == digest('whole', keep)
     assert told('parts') == told('whole') and 'val/reward' in told('whole')[-1]
     whole = [row for row in told('whole') if 'train/loss' in row]
@@ -9522,16 +9523,21 @@ def test_8_3_a_copied_stage_can_be_hacked(stage, run_stage, base_run, text_data,
 
 
 def test_8_3_a_new_loss_of_grpo_reads_all_answers(run_stage, base_run, chat_data):
-    """A loss of another name averages over the tokens of its micro-batch, those without an advantage among them."""
-    source = (ROOT / 'grpo.py').read_text(encoding='utf-8').replace("'gspo')\n#", "'gspo', 'mine')\n#", 1)
-    source = source.replace("elif loss_type == 'bnpo'", "elif loss_type in ('bnpo', 'mine')")
+    """A loss of another name averages over the tokens that it is given, those without an advantage among them."""
+    source = (ROOT / 'grpo.py').read_text(encoding='utf-8')
+    branch = "    elif loss_type == 'dr_grpo':"
+    own = f"    elif loss_type == 'mine':\n        loss = losses.sum() / mask.sum()\n{branch}"
+    for old, new in (('LOSSES = {', "LOSSES = {'mine': (0.2, 0.2), "), (branch, own)):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
     Path('own.py').write_text(source)
     Path('mine.py').write_text('def third(row, text):\n    return float(sum(map(ord, text)) % 3 == 0)\n')
     args = [f'--init_from={base_run}', f'--dataset={chat_data}', *STEPS, *STAGES['grpo'], '--rewards=mine.py:third',
-            '--kl_coef=0', '--num_generations=4', '--batch_size=8']
+            '--kl_coef=0', '--num_generations=4', '--batch_size=16', '--gradient_accumulation_steps=1']
     assert run_stage('grpo', *args, '--out_dir=bnpo', '--loss_type=bnpo')[0] == 0
     status, _, err = run_stage(Path('own').resolve(), *args, '--out_dir=own', '--loss_type=mine')
-    assert (status, err) == (0, '') and same_weights('bnpo', 'own')
+    assert (status, err) == (0, '')
+    np.testing.assert_allclose(logged('own', 'grad_norm'), logged('bnpo', 'grad_norm'), rtol=1e-3)
     assert any(0 < share < 1 for share in logged('own', 'zero_spread'))
 
 
@@ -9612,6 +9618,13 @@ def test_8_3_a_reward_model_judges_samples(scorer, act, base_run, chat_data):
     ('grpo', ['mine.py:correct', 'rename'], ['--rewards=mine.py:correct']),
     ('grpo', ['temperature=0'], ['--temperature=0']), ('ppo', ['temperature=0'], ['--temperature=0']),
     ('grpo', ['overlong_buffer=9', 'max_new_tokens=6'], ['--overlong_buffer=9']),
+    ('grpo', ['baseline', 'leave_one_out'], ['--baseline=rloo']), ('grpo', ['delta=1.2', '> 1.2'], ['--delta=1.2']),
+    ('grpo', ['delta=9', 'cispo'], ['--delta=9', '--loss_type=cispo']),
+    ('grpo', ['num_generations=1', 'dynamic_sampling=1'],
+     ['--num_generations=1', '--prompts_per_step=8', '--baseline=batch', '--dynamic_sampling=1']),
+    ('grpo', ['rollout_quant', "'int4'", "'int8'"], ['--rollout_quant=int4']),
+    ('ppo', ['rollout_quant', "'int4'", "'int8'"], ['--rollout_quant=int4']),
+    ('ppo', ['tis_level', 'sequence'], ['--tis_level=answer']),
     ('grpo', ['scratch'], ['--init_from=scratch']), ('ppo', ['no such run'], ['--init_from=out/none']),
     ('grpo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
     ('ppo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
@@ -9752,7 +9765,33 @@ def test_9_1_advantages_of_groups_by_hand():
     for scale in ('group', 'batch', 'none'):
         assert not grpo.group_advantages(t64([[nan, nan], [nan, nan]]), scale).any()
         for equal in (0.1, 1e9 + 0.3):  # whose sum over three, divided by three, is another number
-            assert not grpo.group_advantages(t64([[equal] * 3, [equal] * 3]), scale).any()
+            for baseline in ('group', 'leave_one_out', 'batch'):
+                assert not grpo.group_advantages(t64([[equal] * 3, [equal] * 3]), scale, baseline).any()
+
+
+@pytest.mark.parametrize('holes', [False, True])
+def test_9_1_baselines_are_those_of_rloo_and_reinforce_plus_plus(holes):
+    """Against the papers' sums in NumPy, answer by answer; nan: an answer whose reward failed."""
+    r = np.random.default_rng(3).normal(size=(5, 4))
+    if holes:
+        r[0, 1] = r[2, :3] = r[4] = np.nan
+    others = np.array([[np.nanmean(np.delete(row, i)) if np.isfinite(np.delete(row, i)).any() else np.nan
+                        for i in range(4)] for row in np.where(np.isfinite(r).any(1, keepdims=True), r, 0)])
+    rloo = r - others  # arXiv:2402.14740, eq. 8
+    whole = r - np.nanmean(r)  # arXiv:2501.03262, REINFORCE++
+    group = r - np.nanmean(np.where(np.isfinite(r).any(1, keepdims=True), r, 0), 1, keepdims=True)
+
+    def found(scale, baseline):
+        return grpo.group_advantages(t64(r), scale, baseline).numpy()
+
+    def std(x):
+        return np.nanstd(x, ddof=1) + 1e-4
+    for scale, baseline, due in (('none', 'leave_one_out', rloo), ('advantages', 'leave_one_out', rloo / std(rloo)),
+                                 ('none', 'batch', whole), ('batch', 'batch', whole / std(r)),
+                                 ('group', 'batch', whole / std(r)), ('advantages', 'batch', whole / std(whole)),
+                                 ('advantages', 'group', group / std(group)), ('batch', 'group', group / std(r))):
+        if not (holes and scale == 'advantages' and baseline == 'leave_one_out'):  # there its mean is not 0
+            np.testing.assert_allclose(found(scale, baseline), np.nan_to_num(due), atol=1e-12, err_msg=baseline + scale)
 
 
 def test_9_1_answers_that_are_too_long_pay_as_in_dapo():
@@ -9793,9 +9832,9 @@ def by_loops(kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, en
             k3s.append(math.exp(gap) - gap - 1)
             answers[-1].append(loss + kl_coef * k3s[-1] - entropy_coef * entropies[b, t])
     total = sum(map(sum, answers))
-    loss = {'grpo': sum(sum(x) / max(1, len(x)) for x in answers) / len(answers), 'bnpo': total / len(k3s),
+    loss = {'grpo': sum(sum(x) / max(1, len(x)) for x in answers) / len(answers),
             'dr_grpo': total / (len(answers) * longest), 'dapo': total / tokens}
-    return loss[{'gspo': 'grpo', 'cispo': 'dapo'}.get(kind, kind)], cut / len(k3s), np.mean(k3s)
+    return loss[{'gspo': 'grpo', 'cispo': 'dapo', 'bnpo': 'dapo'}.get(kind, kind)], cut, sum(k3s)
 
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
@@ -9805,7 +9844,7 @@ def test_9_1_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
     x, h = t64(new).requires_grad_(), t64(entropies).requires_grad_()
     loss, told = grpo.grpo_loss(x, t64(old), t64(ref), t64(gains), t64(mask), kind, 0.2, 0.28, 0.3, h, 0.05, 12, 33.0)
     due, cut, kl = by_loops(kind, new, old, ref, gains, mask, entropies, **knobs)
-    assert loss.item() == pytest.approx(due, rel=1e-12) and 0 < cut < 1
+    assert loss.item() == pytest.approx(due, rel=1e-12) and 0 < cut < mask.sum()
     assert told['clip_frac'].item() == pytest.approx(cut) and told['kl'].item() == pytest.approx(kl)
     loss.backward()
     held = new.copy()  # for the ratio of cispo, through which nothing flows
@@ -9827,7 +9866,7 @@ def test_9_1_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
     assert bare.item() == pytest.approx(
         by_loops(kind, new, old, ref, gains, mask, entropies, **knobs | dict(kl_coef=0, entropy_coef=0))[0], rel=1e-12)
     assert 'kl' not in told
-    empty, _ = grpo.grpo_loss(t64(new), t64(old), t64(ref), t64(gains), t64(0 * mask), kind, tokens=0.0)
+    empty, _ = grpo.grpo_loss(t64(new), t64(old), t64(ref), t64(gains), t64(0 * mask), kind, tokens=0.25)
     assert empty.item() == 0
     far = t64(np.where(mask, ref, 1000.0))  # an answer without a reward counts nowhere, whatever is known of it
     again, told = grpo.grpo_loss(x, t64(old), far, t64(gains), t64(mask), kind, 0.2, 0.28, 0.3, h, 0.05, 12, 33.0)
@@ -9836,7 +9875,7 @@ def test_9_1_losses_of_grpo_are_the_formulas_with_their_gradients(kind):
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
 def test_9_1_micro_batches_add_up_to_the_loss_of_the_whole_update(kind):
-    """The mean over micro-batches is the whole batch's loss, but for bnpo, which divides by each one's own tokens."""
+    """The mean over micro-batches is the whole batch's loss, whatever their lengths are."""
     new, old, ref, gains, mask, _ = map(t64, losses_of_answers())
     new, old, ref, gains, mask = (x[:4] for x in (new, old, ref, gains, mask))
     tokens = mask.sum().item()
@@ -9846,10 +9885,11 @@ def test_9_1_micro_batches_add_up_to_the_loss_of_the_whole_update(kind):
                               tokens=tokens)[0].item()
     whole = loss(slice(4), tokens)
     parts = (loss(slice(2), tokens / 2) + loss(slice(2, 4), tokens / 2)) / 2
-    assert (parts == pytest.approx(whole, rel=1e-12)) == (kind != 'bnpo')
+    assert parts == pytest.approx(whole, rel=1e-12) and mask[:2].sum() != mask[2:].sum()
 
 
-def their_loss(trainer, kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, entropy_coef, longest, tokens):
+def their_loss(trainer, kind, new, old, ref, gains, mask, entropies, low, high, kl_coef, entropy_coef, longest, tokens,
+               delta, weights):
     """TRL's GRPOTrainer._compute_loss, of a trainer that is only what this method looks at."""
     one = types.SimpleNamespace(num_processes=1, gather=lambda x: x, sync_gradients=False,
                                 reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x)
@@ -9857,34 +9897,61 @@ def their_loss(trainer, kind, new, old, ref, gains, mask, entropies, low, high, 
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, entropies, None), aux_loss_enabled=False,
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=kl_coef, epsilon_low=low, epsilon_high=high,
         importance_sampling_level='sequence' if kind == 'gspo' else 'token', max_completion_length=longest,
-        loss_type='grpo' if kind == 'gspo' else kind, use_vllm=False, vllm_importance_sampling_correction=False,
+        loss_type='grpo' if kind == 'gspo' else kind, use_vllm=True, vllm_importance_sampling_correction=True,
         model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1, accelerator=one,
         _entropy_bonus_enabled=entropy_coef > 0, use_adaptive_entropy=False, entropy_coef=entropy_coef,
         _metrics={'train': defaultdict(list)},
-        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1))
+        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=1))
     shape = (len(new), 3)
     return trainer._compute_loss(stub, None, dict(
         prompt_ids=torch.zeros(shape).long(), prompt_mask=torch.ones(shape).long(), completion_ids=torch.zeros(
             new.shape).long(), completion_mask=mask, advantages=gains, old_per_token_logps=old,
-        ref_per_token_logps=ref, num_items_in_batch=t64(tokens)))
+        ref_per_token_logps=ref, num_items_in_batch=t64(tokens), importance_sampling_ratio=weights))
 
 
 @pytest.mark.parametrize('kind', grpo.LOSSES)
 def test_9_1_losses_of_grpo_are_those_of_trl(kind):
     trainer = pytest.importorskip('trl.trainer.grpo_trainer').GRPOTrainer
-    for seed, (kl_coef, entropy_coef) in enumerate([(0.0, 0.0), (0.3, 0.0), (0.3, 0.1)]):
+    for seed, (kl_coef, entropy_coef, delta, level) in enumerate([
+            (0.0, 0.0, None, 'token'), (0.3, 0.0, 1.5, 'token'), (0.3, 0.1, 1.3, 'sequence')]):
         new, old, ref, gains, mask, entropies = map(t64, losses_of_answers(seed))
+        sampled = old + 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed))
+        weights = rollout.importance_weights(old * mask, sampled * mask, 1.4, level)
+        tokens = mask.sum().item() if kind == 'bnpo' else 33.0  # TRL's is the mean over the tokens at hand
+        if delta:  # some ratios are above it where the advantage is negative, those of GSPO, too
+            ratios = (new - old).exp() if kind != 'gspo' else ((new - old) * mask).sum(1, keepdim=True).exp()
+            assert ((ratios > delta) & (gains[:, None] < 0)).any()
         if entropy_coef and kind != 'bnpo':
             continue  # TRL's bonus is a mean over tokens whatever the loss is, ours is part of each token's loss
         x, y = new.clone().requires_grad_(), new.clone().requires_grad_()
         ours, _ = grpo.grpo_loss(x, old, ref if kl_coef else None, gains, mask, kind, 0.2, 0.28, kl_coef, entropies,
-                                 entropy_coef, 12, 33.0)
+                                 entropy_coef, 12, tokens, delta=delta or math.inf, weights=weights)
         theirs = their_loss(trainer, kind, y, old, ref, gains, mask, entropies, 0.2, 1.28 if kind == 'cispo' else 0.28,
-                            kl_coef, entropy_coef, 12, 33.0)
+                            kl_coef, entropy_coef, 12, tokens, delta, weights)
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
         ours.backward()
         theirs.backward()
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_9_1_a_ratio_without_bound_is_bounded_by_delta():
+    """Where the advantage is negative, PPO's clip lets the loss grow with the ratio (arXiv:2505.07291)."""
+    ratios = t64([[0.5, 1.0, 3.0, 50.0]])
+    for gain, due in ((1.0, [0.5, 1.0, 1.2, 1.2]), (-1.0, [0.8, 1.0, 3.0, 4.0])):
+        for t, expected in enumerate(due):
+            x = ratios[:, t:t + 1].log().requires_grad_()
+            loss, told = grpo.grpo_loss(x, torch.zeros_like(x), None, t64([gain]), torch.ones_like(x), delta=4.0)
+            assert loss.item() == pytest.approx(-gain * expected)
+            loss.backward()
+            assert told['clip_frac'].item() == (x.grad.item() == 0) == (ratios[0, t].item() != expected)
+
+
+def test_9_1_importance_weights_are_truncated_ratios():
+    """By hand, of tokens and of answers; with no token at the end, where both are 0, the ratio is 1."""
+    logprobs, sampled = t64([[-1.0, -2.0, 0.0], [-0.5, -0.1, -0.3]]), t64([[-1.5, -1.0, 0.0], [-2.5, -1.1, -0.2]])
+    due = [[math.exp(0.5), math.exp(-1), 1], [2, 2, math.exp(-0.1)]]
+    np.testing.assert_allclose(rollout.importance_weights(logprobs, sampled, 2.0), due)
+    np.testing.assert_allclose(rollout.importance_weights(logprobs, sampled, 2.0, 'sequence'), [[math.exp(-0.5)], [2]])
 
 
 def test_9_1_what_teaches_nothing_is_not_read_and_changes_no_gradient():
@@ -9893,7 +9960,7 @@ def test_9_1_what_teaches_nothing_is_not_read_and_changes_no_gradient():
     logprobs, old = -torch.rand(6, 5), -torch.rand(6, 5)
     mask, gains = torch.ones(6, 5), torch.tensor([1.0, 0, -1, 0, 0, 0.5])
     kept = gains != 0
-    for kind in ('grpo', 'gspo', 'dr_grpo', 'dapo', 'cispo'):
+    for kind in grpo.SKIPS_ZERO_ADVANTAGE:
         both = []
         for which in (slice(None), kept):
             x = logprobs[which].clone().requires_grad_()
@@ -9916,6 +9983,110 @@ def test_9_2_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kin
     assert same_weights('run', bandit / 'base')
     rows = pull('grpo', 'right', f'--loss_type={kind}', '--max_iters=3', '--eval_rows=6', name='other')
     assert not same_weights('other', bandit / 'base') and {r['zero_spread'] < 1 for r in rows if 'lr' in r} == {True}
+
+
+@pytest.mark.parametrize(('kind', 'same', 'other'), [
+    ('gspo', ['--clip_eps=3e-4', '--clip_eps_high=4e-4'], ['--clip_eps=0.2']),
+    ('cispo', ['--clip_eps_high=4'], ['--clip_eps_high=0.01']),
+    ('dapo', ['--clip_eps=0.2', '--clip_eps_high=0.28'], ['--clip_eps=0.01'])])
+def test_9_2_each_loss_has_the_clip_of_its_paper(pull, kind, same, other):
+    flags = [f'--loss_type={kind}', '--num_epochs=4', '--max_iters=2', '--eval_rows=6']
+    for name, clip in (('own', []), ('same', same), ('other', other)):
+        pull('grpo', 'right', *flags, *clip, name=name)
+    assert same_weights('own', 'same') and not same_weights('own', 'other')
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_9_2_a_clip_that_cannot_act_is_announced(act, stage):
+    flags = ['--max_iters=1', '--num_epochs=1']
+    assert 'a single update per step: the ratio is always 1' in act(stage, *flags, '--out_dir=one')[1]
+    assert 'a single update per step' not in act(stage, '--max_iters=1', '--num_epochs=2', '--out_dir=two')[1]
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_9_2_metrics_are_means_over_tokens(act, monkeypatch, stops_often, stage):
+    """Of all answers' tokens, though micro-batches are sorted by length and GRPO skips answers without an advantage."""
+    known = []
+
+    def remember(model, data, rows, run, *args, **options):
+        answers = rollout_of(model, data, rows, run, *args, **options)
+        entropies = rollout.compute_all_logprobs(model, run, answers, 192)[1]
+        known.append((entropies[answers.response_mask].mean(), (entropies.sum(1) / answers.lengths).mean()))
+        return answers
+    rollout_of = rollout.generate_rollouts
+    monkeypatch.setattr(rollout, 'generate_rollouts', remember)
+    Path('mine.py').write_text('def rare(row, text):\n    return float(len(text) == 1)\n')
+    flags = ['--max_iters=2', '--max_new_tokens=24', '--rewards=mine.py:rare', '--learning_rate=1e-9', '--kl_coef=0']
+    more = ['--critic_lr=1e-9', '--num_epochs=1', '--gamma=0'] if stage == 'ppo' else ['--prompts_per_step=8',
+                                                                                     '--batch_size=8']
+    status, _, err = act(stage, *flags, *more, '--out_dir=run')
+    assert (status, err) == (0, '')
+    drawn = [known[2], known[3]]  # the first evaluation has two
+    np.testing.assert_allclose(logged('run', 'entropy'), [tokens for tokens, _ in drawn], rtol=1e-4)
+    assert all(abs(answers / tokens - 1) > 1e-3 for tokens, answers in drawn)  # not the mean of the answers' means
+    if stage == 'grpo':
+        assert max(logged('run', 'zero_spread')) > 0  # some were skipped
+
+
+@pytest.mark.parametrize(('stage', 'flags'), [('grpo', []), ('grpo', ['--num_epochs=2', '--kl_coef=0.1']),
+                                              ('ppo', ['--vf_coef=0', '--num_epochs=1'])], ids=str)
+def test_9_2_weights_of_importance_reach_the_loss(act, stage, flags):
+    """The first update has ratios of 1, on which a cap of a half makes all weights, and the gradient, a half."""
+    flags = [*flags, '--max_iters=1', '--grad_clip=0', '--learning_rate=1e-9']
+    for name, cap in (('none', 0), ('half', 0.5), ('two', 2)):
+        status, _, err = act(stage, *flags, f'--tis_cap={cap}', f'--out_dir={name}')
+        assert (status, err) == (0, '')
+    none, half, two = (logged(name, 'grad_norm')[0] for name in ('none', 'half', 'two'))
+    assert half == pytest.approx(none / 2, rel=1e-3) and two == pytest.approx(none, rel=1e-3)
+    assert logged('half', 'rollout/weight')[0] == pytest.approx(0.5) and none > 0
+
+
+@pytest.mark.parametrize('quant', ['int8', 'fp16', 'bfloat16', 'float32'])
+def test_9_2_rollouts_of_fewer_bits_are_weighted_by_what_they_differ(act, quant):
+    if quant == 'fp16' and not generation.has_fp16_kernels():
+        pytest.skip('no FBGEMM')
+    for stage in ('grpo', 'ppo'):
+        status, _, err = act(stage, f'--rollout_quant={quant}', f'--out_dir={stage}', '--max_iters=2')
+        assert (status, err) == (0, '')
+        rows = [row for row in rows_of(stage) if 'lr' in row]
+        assert all((row['rollout/gap'] > 1e-5) == (quant != 'float32') for row in rows)
+        assert all(abs(row['rollout/weight'] - 1) < 0.02 for row in rows)
+
+
+def test_9_2_a_quant_that_the_machine_lacks_ends_before_anything_is_written(act, monkeypatch):
+    monkeypatch.setattr(generation, 'has_fp16_kernels', lambda: False)
+    for stage in ('grpo', 'ppo'):
+        status, _, err = act(stage, '--rollout_quant=fp16', '--out_dir=run')
+        assert status == 2 and err.count('\n') == 1 and 'rollout_quant' in err and 'FBGEMM' in err
+        assert not Path('run').exists()
+
+
+def test_9_2_answers_of_a_lag_are_drawn_with_the_weights_of_then(act, monkeypatch):
+    seen = []
+
+    def watch(model, *args, sample_seed=0, **options):
+        if options.get('quant') is not None and len(args) > 6:
+            seen.append((args[6], model.tok_emb.weight.sum().item()))
+        return rollout_of(model, *args, **options)
+    rollout_of = rollout.generate_rollouts
+    monkeypatch.setattr(rollout, 'generate_rollouts', watch)
+    assert act('grpo', '--rollout_lag=2', '--num_epochs=2', '--out_dir=run', '--learning_rate=1e-2')[0] == 0
+    assert [seed for seed, _ in seen] == [1, 2, 3, 4, 5, 6]  # 1 + the step that learns from them
+    weights = [weight for _, weight in seen]
+    assert weights[0] == weights[1] == weights[2] and len(set(weights)) == 4  # of before steps 0, 1, 2, 3
+    assert logged('run', 'rollout/staleness') == [0, 2, 4, 4]
+    assert logged('run', 'rollout/gap')[0] < 1e-5 and min(logged('run', 'rollout/gap')[1:]) > 1e-4
+    status, _, err = act('grpo', '--rollout_lag=2', '--init_from=resume', '--out_dir=run', '--max_iters=6',
+                         '--prompts_per_step=8')
+    assert status == 2 and err.count('\n') == 1 and 'prompts_per_step' in err and 'rollout_lag' in err, err
+    assert act('grpo', '--init_from=resume', '--out_dir=run', '--max_iters=7')[0] == 0  # first what is there
+    assert logged('run', 'rollout/staleness')[4:] == [2, 1, 0]
+
+
+def test_9_2_a_single_answer_is_enough_where_the_batch_is_the_baseline(pull):
+    rows = pull('grpo', 'right', '--num_generations=1', '--prompts_per_step=48', '--baseline=batch', '--seed=1')
+    first, last = ends_of(rows, 'val/reward')
+    assert first < 0.3 and last > 0.9
 
 
 def test_9_2_grpo_with_one_update_a_step_is_on_policy(act):
