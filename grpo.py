@@ -488,7 +488,7 @@ def main():
         if np.isfinite(gold).any():
             meter.add(**{'reward/gold': np.nanmean(gold)})
         meter.add(response_len=answers.lengths.mean(), ended=answers.ended.mean(), zero_spread=groups.zero_spread,
-                  **{'rollout/staleness': (step - groups.policy_step) * updates_per_step})  # in updates
+                  **{'rollout/staleness': step - groups.policy_step})  # in steps
         # the entropy of the distributions that tokens were sampled from. It is the sampler's: answers without an
         # advantage get no forward pass below, and a mean over the others would be of the difficult prompts alone
         meter.add(weight=answers.response_mask.sum(), entropy=answers.entropies[answers.response_mask].mean())
