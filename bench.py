@@ -69,8 +69,8 @@ contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones;
 max_new_tokens = 64  # modes sample and serve: tokens to add to each text
 num_samples = 1  # mode sample against transformers: above 1, so many continuations of each text, drawn: a rollout
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
-what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, optimizer, experts, warmup, batch, precision
-seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …
+what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, rates, optimizer, experts, warmup, batch …
+seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …, or from --seed on
 ladder = ['1x32', '1x64', '2x64', '2x96', '3x128']  # mode scaling: sizes, layers x width; heads are 32 wide
 larger = '4x160'  # mode scaling: the size whose loss after the longest of lengths is predicted before it is trained
 lengths = [109, 218, 437, 874]  # mode scaling: steps of each size; 874 read data/shakespeare once
@@ -723,28 +723,31 @@ def bench_memory(knobs, model_args):
 
 ABLATED = str(Path(__file__).parent / 'config/tiny.py')
 BINS = 16  # places in a window that are averaged
+ADAMW = '--optimizer=adamw --grad_clip=1.0'
 # what is compared: {variant: flags over that}; the sizes of variants are equal where they can be
 ABLATIONS = {
     'norm': {'LayerNorm': '--norm=layernorm --bias=True', 'RMSNorm': '--norm=rmsnorm',
              'RMSNorm, no weights': '--norm=rmsnorm --norm_affine=False'},
     'place': {place: f'--norm_place={place}' for place in ('pre', 'post')},
-    'position': {pos: f'--pos={pos}' for pos in ('learned', 'sinusoidal', 'rope', 'none')},
-    'mlp': {'GELU': '--mlp=gelu --mlp_dim=512', 'SwiGLU': '--mlp=swiglu --mlp_dim=344',
-            'ReLU^2': '--mlp=relu2 --mlp_dim=512'},
+    'position': {'learned': '--pos=learned', 'sinusoidal': '--pos=sinusoidal --embed_lr=0.0008',  # see `GPT.embed`
+                 'rope': '--pos=rope', 'none': '--pos=none'},
+    'mlp': {'GELU': '--mlp=gelu --mlp_dim=576', 'SwiGLU': '--mlp=swiglu', 'ReLU^2': '--mlp=relu2 --mlp_dim=576'},
     'heads': {name: f'--n_head=4 --n_kv_head={n}' for name, n in (('MHA', 4), ('GQA', 2), ('MQA', 1))},
-    'optimizer': {f'AdamW, {rate}': f'--optimizer=adamw --learning_rate={rate}' for rate in (3e-3, 1e-2, 3e-2)}
-                 | {'Muon': '--optimizer=muon'},
-    'experts': {'dense': '--mlp_dim=512', '2 of 8 experts': '--n_expert=8 --expert_dim=256 --router_bias_rate=0.001'},
+    # to choose rates by, on a seed that is not compared afterwards: --what=rates --seeds=1 --seed=4
+    'rates': {f'AdamW, {rate}': f'{ADAMW} --learning_rate={rate}' for rate in (0.002, 0.004, 0.008, 0.016, 0.032)}
+             | {f'Muon, {rate}': f'--optimizer=muon --muon_lr={rate}' for rate in (0.005, 0.01, 0.02, 0.04, 0.08)},
+    'optimizer': {'AdamW': f'{ADAMW} --learning_rate=0.004', 'Muon': '--optimizer=muon'},
+    'experts': {'dense': '--n_expert=0', '2 of 8 experts': '--n_expert=8 --expert_dim=192 --router_bias_rate=0.001'},
     'warmup': {f'{n} steps': f'--warmup_iters={n}' for n in (0, 20, 100)},
     'batch': {'16 windows': '--batch_size=16', '4 x 4 windows': '--batch_size=4 --gradient_accumulation_steps=4'},
     'precision': {dtype: f'--dtype={dtype}' for dtype in ('float32', 'bfloat16')}}
 
 
-def ablated(name, variant, seed, steps, given):
-    """Trains a variant, unless that is done already -> its directory."""
-    words = re.sub('[^a-z0-9]+', '-', variant.lower())
-    folder = Path(results) / 'ablate' / f'{name}_{words}_{seed}'
-    flags = [*(f'--{key}={value}' for key, value in given.items()), *ABLATIONS[name][variant].split(),
+def ablated(variant, seed, steps, given):
+    """Trains a variant, a tuple of flags, unless that is done already -> its directory."""
+    name = re.sub('[^a-z0-9.]+', '-', ' '.join(variant)).strip('-') or 'tiny'
+    folder = Path(results) / 'ablate' / f'{name}_{seed}'
+    flags = [*(f'--{key}={value}' for key, value in given.items()), *variant,
              f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
     done = folder / 'flags.json'  # is written when the run is over
     if not done.exists() or json.loads(done.read_text(encoding='utf-8')) != flags:
@@ -753,7 +756,7 @@ def ablated(name, variant, seed, steps, given):
                 env=os.environ | alone)
         done.write_text(json.dumps(flags), encoding='utf-8')
         loss = json.loads((folder / 'summary.json').read_text(encoding='utf-8'))['val/loss']
-        print(f'{name}, {variant}, seed {seed}: held-out loss {loss:.3f}', flush=True)
+        print(f'{folder.name}: held-out loss {loss:.3f}', flush=True)
     return folder
 
 
@@ -816,8 +819,15 @@ def bench_ablate(knobs, model_args):
     figure, panels = new_figure(-(-n_panels // 3), min(3, n_panels), 4, 3)
     panels, table, found = iter(panels.flat), [], {}
     given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
-    steps = given.pop('max_iters', 400)
-    jobs = [(name, variant, seed) for name in names for variant in ABLATIONS[name] for seed in range(1, seeds + 1)]
+    steps, first_seed = given.pop('max_iters', 400), given.pop('seed', 1)
+    # what a variant changes: several comparisons have config/tiny.py itself among theirs, which is trained once
+    tiny = {key: value for key, value, _ in runtime.read_config(ABLATED)}
+    defaults = {field.name: field.default for field in fields(GPTConfig)} | TRAIN_DEFAULTS
+    unchanged = {f'--{key}={value}' for key, value in (defaults | tiny | given).items()}
+    variants = {(name, variant): tuple(flag for flag in flags.split() if flag not in unchanged)
+                for name in names for variant, flags in ABLATIONS[name].items()}
+    all_seeds = range(first_seed, first_seed + seeds)
+    jobs = [(flags, seed) for flags in dict.fromkeys(variants.values()) for seed in all_seeds]
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
         folders = dict(zip(jobs, pool.map(lambda job: ablated(*job, steps, given), jobs), strict=True))
     for name in names:
@@ -828,7 +838,7 @@ def bench_ablate(knobs, model_args):
             more = next(panels)
             more.set(xlabel=x, ylabel=y, title=title)
         for color, variant in enumerate(ABLATIONS[name]):
-            paths = [folders[name, variant, seed] for seed in range(1, seeds + 1)]
+            paths = [folders[variants[name, variant], seed] for seed in all_seeds]
             curves = [points(logged(path), 'iter', 'val/loss') for path in paths]
             draw_mean(axes, color, variant, [curve[1:] for curve in curves])
             mean, spread = mean_and_spread([curve[-1][1] for curve in curves])

@@ -76,7 +76,7 @@ class GPTConfig:
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
     n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
-    init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in), and 1 for embeddings
+    init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in), and 1 for tokens' embeddings
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
 
     def __post_init__(self):
@@ -816,7 +816,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero."""
+        """GPT-2's normal initialisation: projections into the residual stream shrink with depth, or start at zero.
+
+        A position's vector begins no larger than a token's: learned ones with the token's std, as in nanoGPT, or with
+        that of a matrix of this width; beside sinusoids, whose size is given, tokens begin as in arXiv:1706.03762.
+        """
         config = self.config
         for name, p in self.named_parameters():
             into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))
@@ -825,7 +829,11 @@ class GPT(nn.Module):
             elif config.zero_init and (into_residual or name == 'head.weight'):
                 p.zero_()
             else:
-                std = config.init_std or (1.0 if name.endswith('emb.weight') else p.shape[-1] ** -0.5)
+                std = config.init_std or p.shape[-1] ** -0.5
+                if name == 'tok_emb.weight' and config.pos == 'sinusoidal':
+                    std = config.n_embd ** -0.5  # `embed` multiplies by sqrt(n_embd): 1 beside the sinusoids' 0.7
+                elif name == 'tok_emb.weight':
+                    std = config.init_std or 1.0
                 p.normal_(0.0, std / math.sqrt(2 * config.n_layer) if into_residual else std)
 
     def embed(self, idx, positions=None):

@@ -2629,6 +2629,18 @@ def test_1_1_sinusoidal_positions_by_hand():
     torch.testing.assert_close(model.logits(model.norm(first)), model(ids(1, 5)))
 
 
+@pytest.mark.parametrize('init_std', [0.0, 0.02, 0.3])
+def test_1_1_positions_begin_no_larger_than_tokens(init_std):
+    model = GPT(GPTConfig(vocab_size=500, block_size=400, n_layer=1, n_head=2, n_embd=64, init_std=init_std))
+    assert model.tok_emb.weight.std().item() == pytest.approx(init_std or 1, rel=0.02)
+    assert model.pos_emb.weight.std().item() == pytest.approx(init_std or 1 / 8, rel=0.02)
+    model = GPT(dataclasses.replace(model.config, pos='sinusoidal'))
+    x = ids(8, 400, vocab=500)
+    positions = model_file.sinusoidal(torch.arange(400), 64)
+    assert positions.square().mean().item() == pytest.approx(0.5)  # sin^2 + cos^2 = 1
+    assert (model.embed(x) - positions).std().item() == pytest.approx(1, rel=0.02)
+
+
 # 1.2 self-attention
 
 def test_1_2_self_attention_with_a_pencil():
@@ -4687,6 +4699,23 @@ def test_4_2_schedules_are_those_of_torch_and_transformers():
     assert ours('cosine', 20, 100, 0)[20:] == pytest.approx(
         theirs(transformers.get_cosine_schedule_with_warmup, 20, 100)[20:100] + [0] * 30)
     assert ours('wsd', 60, 100, 0)[:61] == pytest.approx(theirs(schedulers.LinearLR, 1 / 61, 1, 60)[:61])
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'wsd', 'constant'])
+def test_4_2_no_schedule_jumps(schedule):
+    """Between steps it changes by no more than warmup, or the decay at its steepest, would, whatever reaches where."""
+    draw = random.Random(0)
+    for _ in range(300):
+        warmup = draw.randrange(60)
+        decay, floor, frac = draw.randrange(warmup, 120), draw.choice((0, draw.random(), 1)), draw.choice((0, 0.5, 1))
+        frac = draw.choice((frac, draw.random()))
+        factors = [optim.lr_factor(step, schedule, warmup, decay, floor, frac) for step in range(130)]
+        length = decay - max(warmup, decay * (1 - frac)) if schedule == 'wsd' else decay - warmup
+        steepest = (1 - floor) * {'cosine': math.pi / 2, 'constant': 0}.get(schedule, 1) / max(1, length)
+        assert max(abs(np.diff(factors))) <= max(1 / (warmup + 1), steepest) + 1e-12, (warmup, decay, floor, frac)
+        assert 0 < factors[0] and max(factors) == factors[warmup] == 1
+        assert schedule == 'constant' or factors[decay + 1] == pytest.approx(floor)
+        assert (np.diff(factors[warmup:]) <= 0).all() and (np.diff(factors[:warmup + 1]) > 0).all()
 
 
 def test_4_2_a_schedule_that_would_jump_is_refused():
