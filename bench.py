@@ -745,7 +745,7 @@ ABLATIONS = {
 
 def ablated(variant, seed, steps, given):
     """Trains a variant, a tuple of flags, unless that is done already -> its directory."""
-    name = re.sub('[^a-z0-9.]+', '-', ' '.join(variant)).strip('-') or 'tiny'
+    name = re.sub('[^a-z0-9.]+', '-', ' '.join(variant).lower()).strip('-') or 'tiny'
     folder = Path(results) / 'ablate' / f'{name}_{seed}'
     flags = [*(f'--{key}={value}' for key, value in given.items()), *variant,
              f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']

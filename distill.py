@@ -32,7 +32,17 @@ import torch.nn.functional as F
 
 from dataset import ChatData, PromptData, TokenData, find_dataset, kind_of, load_chats, load_prompts, real_tokens
 from generate import check_prompts, generate
-from grade import accuracy_by, as_metrics, format_answer, format_metrics, grades, is_correct, ratio_interval, summarise
+from grade import (
+    accuracy_by,
+    as_metrics,
+    format_answer,
+    format_metrics,
+    grades,
+    is_correct,
+    outcomes,
+    ratio_interval,
+    summarise,
+)
 from load import VERSION, fingerprint, load_model, load_to_train, state_of
 from lora import LoRAConfig, config_of
 from model import GPTConfig, chunk_rows, loss_by_rule, tempered
@@ -598,7 +608,7 @@ def evaluate(net, model, teacher, data, indices, run, rule, chats, token_bytes, 
         rows = [data.rows_kept[i] for i in indices]
         row_grades = [grades(row, text) for row, text in zip(rows, texts, strict=True)]
         means, ranges = summarise(row_grades)
-        metrics |= as_metrics(means, ranges)
+        metrics |= as_metrics(means, ranges) | outcomes(rows, row_grades)
         summary += f', {format_metrics(means, ranges)}'
         if by_steps := accuracy_by(rows, row_grades, 'steps'):
             summary += f', correct by steps: {by_steps}'

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset import find_dataset, pad_texts, prefs_of
-from grade import accuracy_by, format_answer, format_metrics, grades, interval, quality, summarise
+from grade import accuracy_by, format_answer, format_metrics, grades, interval, outcomes, quality, summarise
 from load import load_to_train
 from lora import LoRAConfig
 from model import GPTConfig
@@ -239,10 +239,10 @@ def evaluate(model, net, reference, ref_logps, data, run, scorer):
     greedy = generate_rollouts(model, data, pairs, run, max_new_tokens, temperature=0, force=force)
     # log-ratios of the sampled answers, whose mean estimates the KL divergence
     kl = divergence(net, model, reference, run, sampled, block_size).sum(1)
-    half = 1.96 * kl.std() / math.sqrt(max(1, len(kl) - 1))
-    metrics |= {'kl': float(kl.mean()), 'kl_low': float(kl.mean() - half), 'kl_high': float(kl.mean() + half),
-                'response_len': float(greedy.lengths.mean())}
+    low, high = interval(kl.tolist())
+    metrics |= {'kl': float(kl.mean()), 'kl_low': low, 'kl_high': high, 'response_len': float(greedy.lengths.mean())}
     rows, answer_grades = grade_answers(data, greedy, scorer)
+    metrics |= outcomes(rows, answer_grades)
     means, ranges = summarise(answer_grades)
     if 'gold' in means:
         metrics['reward/gold_sampled'] = float(np.nanmean(gold_scores(data, sampled)))

@@ -36,7 +36,7 @@ import torch
 
 from dataset import TokenData
 from generate import Batch, KVCache, Row, pack, padded
-from grade import interval, mcnemar, normalise, token_f1
+from grade import difference, interval, normalise, token_f1
 from load import fingerprint, load_model
 from model import GPTConfig
 from rollout import load_scorer
@@ -588,14 +588,7 @@ def paired(metric, ours, theirs):
     both = [(ours[i][metric], theirs[i][metric]) for i in ours if i in theirs]
     if not both:
         return 'no question in common'
-    difference = [a - b for a, b in both]
-    mean = sum(difference) / len(both)
-    if {value for pair in both for value in pair} <= {0, 1}:
-        only_ours, only_theirs = difference.count(1), difference.count(-1)
-        return (f'{metric} {mean:+.1%} on {len(both)} questions: {only_ours} to {only_theirs} where one alone is right,'
-                f' p = {mcnemar(only_ours, only_theirs):.3g}')
-    low, high = interval(difference)
-    return f'{metric} {mean:+.3f} ({low:+.3f} to {high:+.3f}) on {len(both)} questions'
+    return f'{metric} {difference([a - b for a, b in both], "questions")}'
 
 
 def judge_answers(names, ours, theirs):

@@ -51,6 +51,8 @@ class Fault(NamedTuple):
 
 FAULTS = [
     # model.py
+    Fault('sinusoids_drowned_by_tokens', 'model.py', "std = config.n_embd ** -0.5  #", 'std = 1.0  #',
+          'test_1_1_positions_begin'),
     Fault('sinusoidal_order', 'model.py', 'torch.stack((a.sin(), a.cos()), dim=-1)',
           'torch.stack((a.cos(), a.sin()), dim=-1)', 'test_1_1'),
     Fault('rope_pair', 'model.py', 'x.roll(x.shape[-1] // 2, -1)', 'x.roll(1, -1)', 'test_3_2'),
@@ -664,6 +666,8 @@ FAULTS = [
           'strict=True)]', '[logprob / n for logprob, _, n in results]', 'test_10_7 and by_hand'),
     Fault('evaluate_stride_repeats', 'evaluate.py', 'n = min(block_size if done == 1 else stride,',
           'n = min(stride if done == 1 else block_size,', 'test_10_7 and windows'),
+    Fault('compared_across_prompts', 'grade.py', "if len({text.split()[0] for text in [*ours, *theirs]}) != 1:",
+          'if False:', 'test_6_4_two_runs'),
     Fault('mcnemar_one_sided', 'grade.py', 'return min(1.0, 2 * total / 2 ** n)', 'return min(1.0, total / 2 ** n)',
           'test_6_4_mcnemars'),
     Fault('interval_leaves_shares', 'grade.py', 'shares = all(0 <= v <= 1 for v in values)', 'shares = False',

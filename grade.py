@@ -9,6 +9,7 @@ best@k, and 95 % intervals.
 import math
 import re
 import string
+import zlib
 from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
@@ -218,6 +219,37 @@ def as_metrics(means, ranges):
     """The result of `summarise` as metrics: {'val/NAME', 'val/NAME_low', 'val/NAME_high'} for each name."""
     return {f'val/{name}{end}': value for name, mean in means.items()
             for end, value in zip(('', '_low', '_high'), (mean, *ranges[name]), strict=True)}
+
+
+def outcomes(rows, marks):
+    """Which answers to rows are correct, as a metric for `compared`: {'correct_by_prompt': '5f3c9e21 0110…'}, the
+    prompts' checksum and a digit for each; {} where a row has no gold."""
+    if not all('correct' in mark for mark in marks):
+        return {}
+    prompts = zlib.crc32(repr([row['messages'][:-1] for row in rows]).encode())
+    return {'correct_by_prompt': f'{prompts:08x} ' + ''.join(str(int(mark['correct'])) for mark in marks)}
+
+
+def compared(ours, theirs):
+    """Two lists of what `outcomes` keeps of a run -> in words by how much ours are better, prompt by prompt (the mean
+    of runs, if there are several); '' where the prompts are not the same."""
+    if len({text.split()[0] for text in [*ours, *theirs]}) != 1:
+        return ''
+    digits = [[text.split()[1] for text in side] for side in (ours, theirs)]
+    means = [[sum(map(int, hits)) / len(side) for hits in zip(*side, strict=True)] for side in digits]
+    return difference([a - b for a, b in zip(*means, strict=True)], 'prompts')
+
+
+def difference(values, what):
+    """Differences between two models, one for each question, in words: with McNemar's exact test where each was right
+    or wrong, else with the mean's interval."""
+    mean = sum(values) / len(values)
+    if set(values) <= {-1, 0, 1}:
+        plus, minus = values.count(1), values.count(-1)
+        return (f'{mean:+.1%} on {len(values)} {what}: {plus} to {minus} where one alone is right, p = '
+                f'{mcnemar(plus, minus):.3g}')
+    low, high = interval(values)
+    return f'{mean:+.3f} ({low:+.3f} to {high:+.3f}) on {len(values)} {what}'
 
 
 def accuracy_by(rows, marks, key, name='correct'):

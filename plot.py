@@ -3,6 +3,7 @@ Draw what runs have logged, and keep the numbers behind it; needs matplotlib.
 
     python plot.py out/tiny [out/other …]           all that they have logged, a panel for what belongs together
     python plot.py 'out/try_*' --metric=val/loss    learning curves, seeds in one colour, and a table of where they end
+    python plot.py out/sft out/dpo --metric=val/correct             … with a paired test on the prompts of both
     python plot.py 'out/ppo_*' --metric=val/reward,val/gold --axis=val/kl
 """
 import fnmatch
@@ -16,7 +17,7 @@ from pathlib import Path
 import runtime
 from runtime import new_figure
 
-from grade import t_quantile
+from grade import compared, t_quantile
 from tokenizer import UserError
 
 metric = ''  # what to draw, as 'val/loss'; several, as 'val/reward,val/gold', side by side; empty: everything
@@ -34,7 +35,8 @@ PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss',
           ('learning rate', ('lr',)), ('gradient norm', ('grad_norm',)),
           ('tokens/s', ('tok_per_sec', 'rollout/tok_per_sec')), ('perplexity', ('val/ppl',)),
           ('bits per byte', ('val/bpb',)))
-NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped')
+NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped', 'correct_by_prompt')
+SHARES = ('true quality', 'held-out answers', 'accuracy', 'share clipped', 'shares')  # panels of what is from 0 to 1
 
 
 def mean_and_spread(values):
@@ -133,15 +135,29 @@ def draw(axes, panel, names, groups):
 
 
 def ends(groups, names):
-    """Where the runs of each group end: a row for each group and metric, with the mean's 95 % interval."""
+    """Where the runs of each group end: a row for each group and metric, with the mean's 95 % interval over seeds."""
     rows = []
     for name in names:
         for label, runs in groups.items():
             last = [points(run, axis, name)[-1] for run in runs]
             mean, spread = mean_and_spread([y for _, y in last])
-            rows.append({'runs': label, 'count': len(last), 'metric': name, 'at the end': mean, 'low': mean - spread,
-                         'high': mean + spread, f'{axis} at the end': statistics.mean(x for x, _ in last)})
+            low, high = mean - spread, mean + spread
+            if panels_of([name])[0][0] in SHARES:
+                low, high = max(0.0, low), min(1.0, high)
+            rows.append({'runs': label, 'count': len(last), 'metric': name, 'at the end': mean, 'low': low,
+                         'high': high, f'{axis} at the end': statistics.mean(x for x, _ in last)})
     return rows
+
+
+def paired(groups):
+    """{name: by how much the last answers of a group's runs are better than those of the first group's, prompt by
+    prompt}, of the groups that have answered the same prompts."""
+    last = {label: [each[-1][0] for run in runs if (each := points(run, 'correct_by_prompt'))]
+            for label, runs in groups.items()}
+    last = {label: texts for label, texts in last.items() if texts}
+    first = next(iter(last), '')
+    return {f'{Path(label).name} less {Path(first).name}, correct': words for label, texts in last.items()
+            if label != first and (words := compared(texts, last[first]))}
 
 
 def main():
@@ -177,7 +193,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     if names:
-        report(folder / 'curves.json', ends(groups, names), {'drawn to': str(file)})
+        result = paired(groups) if 'val/correct' in names else {}
+        report(folder / 'curves.json', ends(groups, names), result | {'drawn to': str(file)})
     else:
         print(f'{len(paths)} run{"s" * (len(paths) > 1)}, {len(chosen)} panels: {file}')
 

@@ -21,6 +21,7 @@ import runtime
 import torch
 
 import card
+import grade
 import load
 import plot
 from errors import UserError
@@ -147,7 +148,11 @@ def measures(folder, title, found, picture):
     lines = [f'{title} Held-out data', '', *table(
         ['measure', *(f'{name}, step {row["iter"]:,}' for name, row in columns)],
         [[n.removeprefix('val/'), *(number(row, n) for _, row in columns)] for n in names]),
-        'In brackets: the 95 % interval, of the measures that have one.', '', f'{title} Curves', '']
+        'In brackets: the 95 % interval, of the measures that have one.', '']
+    each = [row['correct_by_prompt'] for _, row in columns[:2] if 'correct_by_prompt' in row]
+    if len(each) == 2 and found[0] is not found[-1] and (words := grade.compared(each[1:], each[:1])):
+        lines += [f'Correct after less before, on the same prompts: {words}.', '']
+    lines += [f'{title} Curves', '']
     if picture:
         return [*lines, f'![curves of {folder.name}]({picture})', '']
     names = ['train/loss', *names][:5]

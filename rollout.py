@@ -38,6 +38,7 @@ from grade import (
     grades,
     interval,
     is_correct,
+    outcomes,
     quality,
     summarise,
 )
@@ -588,7 +589,7 @@ def evaluate_policy(net, model, reference, data, run, rewards, chosen, max_new_t
     row_grades = [grades(row, text) | ({'gold': quality(row, text)['gold']} if 'answer' in row else {})
                   for row, text in zip(rows, greedy.texts, strict=True)]
     means, ranges = summarise(row_grades)
-    metrics = as_metrics(means, ranges)
+    metrics = as_metrics(means, ranges) | outcomes(rows, row_grades)
     totals, terms = rewards(data, sampled)
     values = {'reward': totals} | {f'reward_{name}': term for name, term in terms.items()}
     if reference is not None:

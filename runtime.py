@@ -1138,7 +1138,7 @@ class Run:
         if self._tensorboard:
             try:
                 for key, value in metrics.items():
-                    if key != 'iter' and not isinstance(value, list):
+                    if key != 'iter' and not isinstance(value, (list, str)):
                         self._tensorboard.add_scalar(key, value, metrics['iter'])
             except OSError as error:
                 self.print0(f'{self.out_dir}/tensorboard: not written ({error.strerror}); the run continues without')

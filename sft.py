@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from dataset import ChatData, find_dataset, load_chats, real_tokens
-from grade import accuracy_by, as_metrics, at_k_lines, format_answer, format_metrics, grades, summarise
+from grade import accuracy_by, as_metrics, at_k_lines, format_answer, format_metrics, grades, outcomes, summarise
 from load import load_to_train
 from lora import LoRAConfig
 from model import GPTConfig
@@ -279,7 +279,7 @@ def main():
                                                           force=force)
             means, ranges = summarise(first_grades)
             run.log({'iter': step, 'val/loss': score, 'val/ppl': math.exp(min(score, 99)), 'seconds': clock.read()}
-                    | as_metrics(means, ranges))
+                    | as_metrics(means, ranges) | outcomes(rows, first_grades))
             run.print0(f'step {step}: val loss {score:.4f}, {format_metrics(means, ranges)}, {clock.read():.1f} s of '
                        'training')
             if accuracies := accuracy_by(rows, first_grades, 'steps'):

@@ -2021,6 +2021,12 @@ def test_0_4_several_metrics_of_several_runs_are_drawn(run_stage, tmp_path):
     assert [(row['metric'], row['count']) for row in rows] == [('val/reward', 2), ('val/gold', 2)]
     assert rows[0]['at the end'] == pytest.approx(3.5) and rows[1]['val/kl at the end'] == 1
     assert Path('out/plot/curves.svg').stat().st_size > 1000
+    for seed, share in ((1, 0.6), (2, 1.0)):  # the interval over two seeds is wide, and a share is at most 1
+        row = {'iter': 1, 'val/correct': share, 'val/loss': share}
+        (tmp_path / f'run_{seed}/metrics.jsonl').write_text(json.dumps(row))
+    assert run_stage('plot', 'run_*', '--metric=val/correct,val/loss')[0] == 0
+    rows = json.loads(Path('out/plot/curves.json').read_text())['rows']
+    assert [rows[0]['low'], rows[0]['high']] == [0, 1] and rows[1]['low'] < -1 and rows[1]['high'] > 2
 
 
 def test_0_4_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
@@ -4413,15 +4419,17 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     rows = json.loads(Path('found/ablate.json').read_text())['rows']
     assert [row['variant'] for row in rows] == ['LayerNorm', 'RMSNorm', 'RMSNorm, no weights', 'learned', 'sinusoidal',
                                                 'rope', 'none']
-    for row in rows:
-        name = f'{row["compared"]}_{re.sub("[^a-z0-9]+", "-", row["variant"].lower())}'
+    # two of the variants are config/tiny.py itself, which is trained once
+    names = ['norm-layernorm-bias-true', 'tiny', 'norm-affine-false', 'pos-learned', 'pos-sinusoidal-embed-lr-0.0008',
+             'tiny', 'pos-none']
+    for name, row in zip(names, rows, strict=True):
         ends = [logged(f'found/ablate/{name}_{seed}', 'val/loss')[-1] for seed in (1, 2)]
         assert row['held-out loss'] == pytest.approx(np.mean(ends), rel=1e-6)
         half = 12.706 * np.std(ends, ddof=1) / math.sqrt(2)  # Student's t with one degree of freedom
         assert row['high'] - row['held-out loss'] == pytest.approx(half, rel=1e-3, abs=1e-9)
     result, ends = json.loads(Path('found/ablate.json').read_text())['result'], []
     for seed in (1, 2):  # the last quarter of windows of twice the length, by torch's own loss
-        model, _ = load.load_model(f'found/ablate/position_rope_{seed}/ckpt.pt', block_size=64)
+        model, _ = load.load_model(f'found/ablate/tiny_{seed}/ckpt.pt', block_size=64)
         data = TokenData(text_data, 'val', 64)
         x, y = map(torch.from_numpy, data.read(data.fixed(96)))
         with torch.no_grad():
@@ -4430,9 +4438,12 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     assert result['learned, twice as far: loss'] == 'none' and float(result['learned, as far as in training: loss']) > 0
     assert len(result['RMSNorm: norm of the gradient, layer by layer'].split(', ')) == 2
     before = {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')}
-    assert len(before) == 14 and Path('found/ablate.svg').stat().st_size > 10_000
+    assert len(before) == 12 and Path('found/ablate.svg').stat().st_size > 10_000
     assert run_stage('bench', 'ablate', '--what=norm', *flags)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in Path('found/ablate').glob('*/ckpt.pt')} == before
+    assert run_stage('bench', 'ablate', '--what=place', *flags, '--seed=7', '--seeds=1')[0] == 0  # from another seed on
+    assert {path.parent.name for path in Path('found/ablate').glob('*/ckpt.pt')} == {
+        *(path.parent.name for path in before), 'tiny_7', 'norm-place-post_7'}
     status, _, err = run_stage('bench', 'ablate', '--what=colour', *flags)
     assert status == 2 and err.count('\n') == 1 and "'colour'; give one of norm" in err
     status, _, err = run_stage('bench', 'ablate', '--what=norm', *flags, '--seeds=0')
@@ -6883,6 +6894,38 @@ def test_6_4_mcnemars_test_is_a_fair_coins():
             assert grading.mcnemar(k, n - k) == pytest.approx(exact)
     assert grading.mcnemar(1, 9) == pytest.approx(2 * 11 / 1024)  # the sign test's table: 0.0107 on each side
     assert grading.mcnemar(3000, 3100) > 0.1
+
+
+def test_6_4_two_runs_are_compared_prompt_by_prompt(monkeypatch, tmp_path, run_stage):
+    rows = [{'messages': [{'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': '1'}]}
+            for i in range(40)]
+    draw = np.random.default_rng(0)
+    hits = draw.random((2, 2, 40)) < np.array([0.9, 0.4])[:, None, None]  # two groups of two runs
+    each = [[grading.outcomes(rows, [{'correct': float(hit)} for hit in run])['correct_by_prompt'] for run in group]
+            for group in hits]
+    (ours, _), (theirs, _) = each
+    plus, minus = (hits[0, 0] & ~hits[1, 0]).sum(), (~hits[0, 0] & hits[1, 0]).sum()
+    p = scipy.stats.binomtest(plus, plus + minus).pvalue
+    assert grading.compared([ours], [theirs]) == (
+        f'{(plus - minus) / 40:+.1%} on 40 prompts: {plus} to {minus} where one alone is right, p = {p:.3g}')
+    by_prompt = hits.mean(1)  # of several runs the mean of each prompt, whose spread over prompts is what counts
+    test = scipy.stats.ttest_rel(*by_prompt)
+    low, high = test.confidence_interval()
+    assert grading.compared(*each) == (f'{(by_prompt[0] - by_prompt[1]).mean():+.3f} ({low:+.3f} to {high:+.3f}) on 40 '
+                                       'prompts')
+    other = grading.outcomes(rows[::-1], [{'correct': 1.0}] * 40)['correct_by_prompt']
+    assert grading.compared([ours], [other]) == '' and grading.outcomes(rows, [{'correct': 1.0}] * 39 + [{}]) == {}
+    for name, text in (('a_1', ours), ('b_1', theirs), ('c_1', other)):
+        (tmp_path / name).mkdir()
+        rows = [{'iter': 0, 'correct_by_prompt': theirs, 'val/correct': 0.4},
+                {'iter': 1, 'correct_by_prompt': text, 'val/correct': 0.9}]
+        (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    assert run_stage('plot', 'b_1', 'a_1', 'c_1', '--metric=val/correct')[0] == 0
+    result = json.loads(Path('out/plot/curves.json').read_text())['result']
+    assert result == {'a less b, correct': grading.compared([ours], [theirs]), 'drawn to': 'out/plot/curves.svg'}
+    assert run_stage('report', 'a_1')[0] == 0
+    assert (f'Correct after less before, on the same prompts: {grading.compared([ours], [theirs])}.'
+            in Path('a_1/report.md').read_text())
 
 
 def test_6_4_pass_at_k_counts_subsets():
