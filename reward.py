@@ -76,7 +76,7 @@ eval_interval = 100  # steps between evaluations, each with a checkpoint
 eval_rows = 512  # held-out pairs to score, the same every time; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
 check = False  # run ten sanity checks on init_from and exit, without training
-eval_split = 'val'  # split that eval_only evaluates: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
+eval_split = 'val'  # split of eval_only and check: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
 log_interval = 10  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
 max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gradient not finite)
@@ -238,6 +238,11 @@ def format_tables(scores, rows, gain, bias):
 # ----------------------------------------------------------------------------------------------------------------------
 # sanity checks -> (name, passes, result as text); passes is None where the data do not allow the check
 
+def noisy(low, high, *limits):
+    """The words that a limit lies in the 95 % interval from low to high of what was measured, or '' if none does."""
+    return ', within noise' if any(low < limit < high for limit in limits) else ''
+
+
 def length_check(rows, scores, lengths):
     """Scores do not follow lengths, among problems with equally many steps: their quality and difficulty are alike."""
     by_steps = {}
@@ -248,7 +253,10 @@ def length_check(rows, scores, lengths):
         return 'length', None, 'all answers have the same length'
     x, y = (np.concatenate([values[group] - values[group].mean() for group in groups]) for values in (lengths, scores))
     r = float(np.corrcoef(x, y)[0, 1]) if y.std() > 0 else 0.0
-    return 'length', abs(r) <= 0.3, f'correlation of score and length of better answers {r:.2f} (within ±0.3)'
+    error = 1.96 / math.sqrt(max(1, len(x) - 3))  # of artanh(r), Fisher 1915
+    low, high = (math.tanh(math.atanh(max(-0.999999, min(r, 0.999999))) + side * error) for side in (-1, 1))
+    return 'length', abs(r) <= 0.3, (f'correlation of score and length of better answers {r:.2f} ({low:.2f} to '
+                                     f'{high:.2f}; limit ±0.3{noisy(low, high, -0.3, 0.3)})')
 
 
 def halves_check(prompts, hits):
@@ -275,7 +283,8 @@ def checks(reward, rows, tokenizer):
     """Ten sanity checks of a reward model: list of (name, passes, result).
 
     reward(list of (messages, answer)) returns normalised scores (n,); rows: those of `load_prefs`. Damaged answers are
-    compared with the truly better answer of each pair: the rejected one where the label is flipped.
+    compared with the truly better answer of each pair: the rejected one where the label is flipped. Results have their
+    95 % intervals, and say where these leave the verdict open.
     """
     better_pairs, worse_pairs = [], []
     for row in rows:
@@ -304,18 +313,24 @@ def checks(reward, rows, tokenizer):
             results.append((name, None, 'no row of this data allows it'))
             continue
         scores = reward([(prompts[i], answers[i]) for i in indices])
-        rate = pair_accuracy(better_scores[indices] - scores).mean()
-        results.append((name, rate >= minimum,
-                        f'the better answer wins in {rate:.1%} of {len(indices):,} (at least {minimum:.0%})'))
+        hits = pair_accuracy(better_scores[indices] - scores)
+        low, high = interval(hits)
+        results.append((name, hits.mean() >= minimum,
+                        f'the better answer wins in {hits.mean():.1%} of {len(indices):,} ({low:.1%} to {high:.1%}; at '
+                        f'least {minimum:.0%}{noisy(low, high, minimum)})'))
     for name, tail in (('trailing space', ' '), ('trailing newline', '\n')):
         scores = reward([(prompt, answer + tail) for prompt, answer in better_pairs])
-        shift = np.abs(scores - better_scores).mean()
-        results.append((name, shift <= 0.1, f'moves a score by {shift:.3f} sd on average (at most 0.1)'))
+        shifts = np.abs(scores - better_scores)
+        low, high = interval(shifts)
+        results.append((name, shifts.mean() <= 0.1, f'moves a score by {shifts.mean():.3f} sd on average ({low:.3f} to '
+                                                    f'{high:.3f}; at most 0.1{noisy(low, high, 0.1)})'))
 
     results.append(halves_check(prompts, pair_accuracy(better_scores - worse_scores)))
     scores = np.concatenate((better_scores, worse_scores))
-    results.append(('drift of the mean', abs(scores.mean()) <= 0.1 and 0.8 <= scores.std() <= 1.25,
-                    f'mean {scores.mean():.3f}, sd {scores.std():.3f} (within ±0.1, and 0.8 to 1.25)'))
+    mean, sd = scores.mean(), scores.std()
+    noise = noisy(*interval(scores), -0.1, 0.1) or noisy(*interval((scores - mean) ** 2), 0.8 ** 2, 1.25 ** 2)
+    results.append(('drift of the mean', abs(mean) <= 0.1 and 0.8 <= sd <= 1.25,
+                    f'mean {mean:.3f}, sd {sd:.3f} (within ±0.1, and 0.8 to 1.25{noise})'))
     return results
 
 
@@ -346,7 +361,9 @@ def main():
     # model
     resume_from = run.find_checkpoint(init_from)
     # base at the end: where the tokenizer and the shape of new weights are from, if init_from is 'scratch'
-    start = load_to_score('reward', base if init_from == 'auto' else init_from, resume_from, given, seed, base)
+    # dropout is off unless it is given, whatever the base was trained with; a resumed run keeps its own
+    start = load_to_score('reward', base if init_from == 'auto' else init_from, resume_from,
+                          given if resume_from else {'dropout': 0.0} | given, seed, base)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
     if (eval_only or check) and start.new_head:

@@ -96,7 +96,8 @@ def read_prefs(path, strict=True):
         {"messages": […], "rejected_response": "…"}, or "conversations" with "chosen" and "rejected"
         {"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}, OpenAI's
     and becomes {'prompt': messages, 'chosen': messages, 'rejected': messages}, and what else it has of EXTRAS. Both
-    answers end with the assistant's message; a pair of equal ones is malformed.
+    answers end with the assistant's message, which may be empty in the rejected one alone; a pair of equal ones is
+    malformed.
     """
     return _read_rows(path, strict, _pref, 'a preference')
 
@@ -459,7 +460,7 @@ def _pref(row):
         prompt = _part(row, 'user', 'prompt', *MESSAGES)
     elif row.find(*QUESTION):
         prompt = _question(row)
-    chosen, rejected = (_messages(messages, row, key)
+    chosen, rejected = (_messages(messages, row, key, empty=key == 'rejected')
                         for messages, key in zip(answers, ('chosen', 'rejected'), strict=True))
     if prompt is not None:
         prompt = _messages(_with_opening(row, prompt), row, 'prompt', answer=False)

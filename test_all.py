@@ -8107,13 +8107,16 @@ def test_7_1_shapes_of_preferences_are_one(tmp_path):
     assert row.items() >= more.items()
     (tmp_path / 'mine.json').write_text(json.dumps(rows))
     assert [row['prompt'] for row in read_prefs(tmp_path / 'mine.json')[0]] == [asked('Hi')] * 5
+    row, = read_prefs(lines(tmp_path / 'silent.jsonl', [{'prompt': 'Hi', 'chosen': 'Yo', 'rejected': ''}]))[0]
+    assert row['rejected'] == said('')  # no answer at all is the worse one
 
 
 @pytest.mark.parametrize(('row', 'words'), [
     ({'prompt': 'Hi', 'chosen': 'Yo'}, 'it has no "rejected"'), ({'prompt': 'Hi', 'rejected': 'Yo'}, 'no "chosen"'),
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': None}, 'it has no "rejected"'),
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'Yo'}, 'are equal: nothing is preferred'),
-    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': ' '}, 'message 1 of "rejected", the assistant\'s, is empty'),
+    ({'prompt': 'Hi', 'chosen': ' ', 'rejected': 'Yo'}, 'message 1 of "chosen", the assistant\'s, is empty'),
+    ({'prompt': 'Hi', 'chosen': '', 'rejected': ''}, 'is empty'),
     ({'prompt': 'Hi', 'chosen': 3, 'rejected': 'a'}, '"chosen" must be a text, not 3'),
     ({'prompt': 'Hi', 'chosen': asked('a'), 'rejected': 'a'}, 'the last message of "chosen" is the user\'s'),
     ({'chosen': 'Yo', 'rejected': 'a'}, 'it has no "prompt"'),
@@ -8265,12 +8268,17 @@ def test_7_1_preferences_have_a_known_truth_and_known_shares(problems, prefs):
         assert {'wrong_answer': lost in ({'correct'}, {'correct', 'working'}), 'wrong_step': lost == {'working'},
                 'no_working': lost == {'working'}, 'rambling': lost == {'concise'},
                 'rude': 'polite' in lost <= {'polite', 'concise'}, 'truncated': 'complete' in lost or 'working' in lost,
+                'empty': not worse.strip() and lost == {'correct', 'working', 'complete', 'concise'},
                 }[row['defect']], row
-        assert (row['defect'] == 'no_working') == ('<think>' not in worse) or row['defect'] == 'truncated'
+        assert (row['defect'] in ('no_working', 'empty')) == ('<think>' not in worse) or row['defect'] == 'truncated'
     for defect, share in script.DEFECTS.items():
         found = sum(row['defect'] == defect for row in rows) / len(rows)
         assert abs(found - share / 100) < 4 * math.sqrt(share / 100 * (1 - share / 100) / len(rows)), defect
-    assert abs(sum(row['flipped'] for row in rows) / len(rows) - script.noise) < 4 * math.sqrt(0.09 / len(rows))
+    flips = [row['flipped'] for row in rows if row['defect'] != 'empty']
+    assert abs(sum(flips) / len(flips) - script.noise) < 4 * math.sqrt(0.09 / len(flips))
+    for tail in (' ', '\n'):  # what follows an answer says nothing about it
+        good, bad = ([row[key][0]['content'].endswith(tail) for row in rows] for key in ('chosen', 'rejected'))
+        assert abs(sum(good) - sum(bad)) < 4 * math.sqrt(2 * 0.25 * 0.75 * len(rows)) and sum(good) > len(rows) / 5
 
 
 @pytest.fixture(scope='module', params=PRE)

@@ -12,8 +12,9 @@ and, for each template, the numbers, which are others in val than in test; in un
 and a checkpoint by val, report test.
 
 Rows of the latter are {"prompt": […], "chosen": […], "rejected": […]}, one answer right and clean, the other with one
-of DEFECTS, and the label flipped in `noise` of them, as people err; beside the keys above, "defect", "flipped" and
-"margin", by how much the better one's `grade.quality` is higher.
+of DEFECTS, and the label flipped in `noise` of them, as people err, but for empty answers. A blank or a newline may
+follow either answer and says nothing about it. Beside the keys above they have "defect", "flipped" and "margin", by how
+much the better one's `grade.quality` is higher.
 
     python data/wordproblems/prepare.py
     python data/wordproblems/prepare.py --train_rows=5000 --max_number=20 --max_steps=2 --seed=2
@@ -45,7 +46,7 @@ val_rows = 2_000  # with names and numbers held out, to choose by
 test_rows = 2_000  # with names and other numbers held out, to report
 unseen_rows = 1_000  # with templates held out, too
 pref_rows = 30_000  # pairs to learn from; of the other splits as many as they have rows
-noise = 0.1  # share of pairs whose label is flipped, in all splits
+noise = 0.1  # share of pairs whose label is flipped, in all splits; of those with an empty answer none is
 max_number = 30  # largest number to add or subtract; factors go to 12, quotients to 20, results to three times this
 max_steps = 4  # equations of the longest solutions, 1 to 4
 seed = 1337  # decides the problems
@@ -53,8 +54,11 @@ seed = 1337  # decides the problems
 STEP_SHARE = {1: 35, 2: 35, 3: 20, 4: 10}  # of the problems with so many steps, in percent, in each split
 HELD_NUMBERS = 0.1  # share of a template's numbers that are for val, and as many for test
 # what is wrong with the worse answer of a pair, and in how many of a hundred: the result; a step but not the result;
-# the working, which is missing; it goes on after the answer; it is rude; it breaks off
-DEFECTS = {'wrong_answer': 30, 'wrong_step': 20, 'no_working': 15, 'rambling': 12, 'rude': 12, 'truncated': 11}
+# the working, which is missing; it goes on after the answer; it is rude; it breaks off; there is none
+DEFECTS = {'wrong_answer': 30, 'wrong_step': 20, 'no_working': 12, 'rambling': 12, 'rude': 10, 'truncated': 10,
+           'empty': 6}
+# what follows an answer of a pair, good or bad, so that it carries no information: half of the answers end clean
+TAILS = ('', '', ' ', '\n')
 
 NAMES = {  # every sixth is held out
     'she': 'Mia Aisha Yuki Priya Elena Fatima Ingrid Chloe Amara Sofia Leila Hana Zoe Nadia Carmen Olga Maya Freya '
@@ -551,9 +555,9 @@ def draw_pref(template, split, draw):
         margin = quality(row, better)['gold'] - quality(row, worse)['gold']
         if margin > 0.01:  # a text may break off where nothing is missing, a wrong step be true
             break
-    flipped = draw.random() < noise
-    prompt, answers = [{'role': 'user', 'content': question}], [[{'role': 'assistant', 'content': text}]
-                                                                for text in (better, worse)]
+    flipped = bool(worse) and draw.random() < noise  # nobody prefers no answer
+    prompt, answers = [{'role': 'user', 'content': question}], [
+        [{'role': 'assistant', 'content': text + draw.choice(TAILS)}] for text in (better, worse)]
     chosen, rejected = answers[::-1] if flipped else answers
     return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | row | {
         'defect': defect, 'flipped': flipped, 'margin': round(margin, 3)}
@@ -576,6 +580,8 @@ def spoil(defect, lines, result, values, name, draw):
         lines[step] = f'{before}{int(number) + slip}{after}'
     elif defect == 'no_working':
         return said
+    elif defect == 'empty':
+        return ''
     elif defect == 'rambling':
         more = draw.sample(RAMBLING, draw.randint(1, 3))
         said = ' '.join([said, *(text.replace('{A}', draw.choice(list(PERSONS))) for text in more)])
