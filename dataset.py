@@ -34,7 +34,7 @@ import numpy as np
 
 from chat import NotNested
 from files import OPENERS
-from rows import SUFFIXES, fraction_of, is_file_of_rows, read_chats, read_pairs, read_prefs, read_prompts
+from rows import SUFFIXES, fraction_of, is_file_of_rows, read_chats, read_labelled, read_pairs, read_prefs, read_prompts
 from tokenizer import Tokenizer, UserError, get_tokenizer
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
@@ -420,6 +420,11 @@ def load_prefs(dataset, split, strict=True, val_fraction=0.1):
     return _load(dataset, split, read_prefs, strict, val_fraction, 'prefs_')
 
 
+def load_labelled(dataset, split, strict=True, val_fraction=0.1):
+    """As `load_prefs`, of single answers that are good or bad: see `read_labelled`."""
+    return _load(dataset, split, read_labelled, strict, val_fraction, 'prefs_')
+
+
 def load_prompts(dataset, split, strict=True, val_fraction=0.1):
     """As `load_chats`, of prompts: see `read_prompts`."""
     return _load(dataset, split, read_prompts, strict, val_fraction)
@@ -686,7 +691,10 @@ class PrefData(ChatData):
     end of the assistant's turn; answers count, prompts do not. Of texts of more than block_size tokens the prompt loses
     its beginning, as much for both answers ('truncated'); a pair whose answers do not fit whole is left out
     ('too_long'). Otherwise as ChatData: `rows` and `fixed` give pairs, `read` takes texts.
+
+    labels: of each text, whether it is the chosen one, bool.
     """
+    answers = ('chosen', 'rejected')  # what a row has its answers under
 
     def __init__(self, rows, tokenizer, block_size, seed=1337, calls=True, strict=True):
         self.tokenizer, self.block_size, self.pack = tokenizer, block_size, False
@@ -694,7 +702,7 @@ class PrefData(ChatData):
         ids, counts = [], []
         for row in self._untemplated(rows):
             pair = self._tokens(row, strict, lambda row=row: [
-                answered(tokenizer, row['prompt'], row[key], calls=calls) for key in ('chosen', 'rejected')])
+                answered(tokenizer, row['prompt'], row[key], calls=calls) for key in self.answers])
             if pair is None:
                 continue
             cut = max(0, max(len(tokens) for tokens, _ in pair) - block_size)
@@ -702,11 +710,16 @@ class PrefData(ChatData):
                 self.dropped['too_long'] += 1
                 continue
             self.dropped['truncated'] += cut > 0
-            first = next(i for i, m in enumerate(row['chosen'], 1) if m['role'] == 'assistant')
-            self.rows_kept.append(row | {'messages': row['prompt'] + row['chosen'][:first]})
+            answer = row[self.answers[0]]
+            first = next(i for i, m in enumerate(answer, 1) if m['role'] == 'assistant')
+            self.rows_kept.append(row | {'messages': row['prompt'] + answer[:first]})
             ids += [tokens[cut:] for tokens, _ in pair]
             counts += [mask[cut:] for _, mask in pair]
-        self._take(ids, counts, rows, seed, each=2)
+        self._take(ids, counts, rows, seed, each=len(self.answers))
+        self.labels = self._labels()
+
+    def _labels(self):
+        return np.arange(2 * self.n_rows) % 2 == 0
 
     def texts(self, pairs):
         """The numbers of the texts of pairs: of all chosen answers, then of all rejected ones, int64 (2 n,)."""
@@ -718,10 +731,22 @@ class PrefData(ChatData):
         return self.ids[where], self.counts[where]
 
 
-def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say, calls=True):
-    """A split of a dataset as PrefData; say(text) is told what was left out or cut."""
-    rows, skipped = load_prefs(dataset, split, strict, val_fraction)
-    data = PrefData(rows, tokenizer, length, seed, calls, strict)
+class LabelledData(PrefData):
+    """As PrefData, of single answers, the rows of `load_labelled`: text i is that of row i."""
+    answers = ('completion',)
+
+    def _labels(self):
+        return np.array([row['label'] for row in self.rows_kept])
+
+    def texts(self, rows):
+        return np.asarray(rows)
+
+
+def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say, calls=True, paired=True):
+    """A split of a dataset as PrefData, or, not paired, as LabelledData; say(text) is told what was left out or cut.
+    """
+    rows, skipped = (load_prefs if paired else load_labelled)(dataset, split, strict, val_fraction)
+    data = (PrefData if paired else LabelledData)(rows, tokenizer, length, seed, calls, strict)
     if lost := data.left_out(skipped):
         say(f'{dataset}, {split}: {lost}')
     return data

@@ -102,6 +102,17 @@ def read_prefs(path, strict=True):
     return _read_rows(path, strict, _pref, 'a preference')
 
 
+def read_labelled(path, strict=True):
+    """Single answers that are good or bad. A row of the file is one of
+        {"prompt": …, "completion": …, "label": true}, each a text or a list of messages, TRL's for KTO
+        any that `read_chats` knows, with "label" or "kto_tag": the answer is what follows the last user's message
+        any that `read_prefs` knows, which becomes two: the chosen answer is good, the rejected one bad
+    and becomes {'prompt': messages, 'completion': messages, 'label': bool}, and what else it has of EXTRAS.
+    """
+    rows, skipped = _read_rows(path, strict, _labelled, 'a labelled answer')
+    return [part for row in rows for part in _unpaired(row)], skipped
+
+
 def read_prompts(path, strict=True):
     """Prompts for a model to answer, whose answers are then rewarded. A row of the file is one of
         {"prompt": …, "answer": "42", "grader": "number"}, the prompt a text or a list of messages, the rest optional
@@ -402,12 +413,19 @@ def _pair(row):
     return found
 
 
+LABELS = ('label', 'kto_tag')  # of one answer, whether it is a good one
+
+
 def _chat(row):
-    for key in ('label', 'kto_tag'):  # of one answer, whether it is a good one
+    for key in LABELS:
         value = row.take(key)
         if value is False or value == 0 and not row.find(*MESSAGES):
-            raise UserError(f'"{key}" is false, which marks a bad answer: leave the row out, or pair it with a good '
-                            'one, as "rejected" and "chosen", for dpo.py')
+            raise UserError(f'"{key}" is false, which marks a bad answer: leave the row out; dpo.py --loss_type=kto '
+                            'learns from it')
+    return _unlabelled_chat(row)
+
+
+def _unlabelled_chat(row):
     if row.find(*MESSAGES):
         messages = row.take(*MESSAGES)
     elif row.find(*QUESTION) and row.find(*ANSWER):
@@ -421,6 +439,28 @@ def _chat(row):
     return {'messages': _with_variables(row, messages)} | _extras(row)
 
 
+def _labelled(row):
+    if row.find(*PREFERRED):
+        return _pref(row)
+    label = row.take(*LABELS)
+    if label not in (True, False):
+        raise UserError(f'it needs "label", true or false, not {label!r:.40}, or "chosen" and "rejected"')
+    found = _unlabelled_chat(row)
+    messages = found.pop('messages')
+    end = 1 + max((i for i, m in enumerate(messages) if m['role'] == 'user'), default=-1)
+    if not end:
+        raise UserError('it has no "prompt": give what is answered, a text or messages')
+    return found | {'prompt': messages[:end], 'completion': messages[end:], 'label': bool(label)}
+
+
+def _unpaired(row):
+    """A labelled answer -> [it]; a pair of answers -> both as labelled ones."""
+    if 'label' in row:
+        return [row]
+    rest = {key: value for key, value in row.items() if key not in ('chosen', 'rejected')}
+    return [rest | {'completion': row[key], 'label': key == 'chosen'} for key in ('chosen', 'rejected')]
+
+
 HUMAN = re.compile(r'\n\n(Human|Assistant): ?')  # whose turn begins, in Anthropic's transcripts
 
 
@@ -429,6 +469,10 @@ def _transcript(text):
     parts = HUMAN.split(text)[1:]
     return [{'role': {'Human': 'user', 'Assistant': 'assistant'}[who], 'content': said}
             for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+# what a pair has its answers under, in one of the shapes of `read_prefs`
+PREFERRED = ('chosen', 'rejected', 'preferred_output', 'rejected_response', 'rejected_messages')
 
 
 def _rename_pref(row):
@@ -451,7 +495,9 @@ def _rename_pref(row):
 def _pref(row):
     _rename_pref(row)
     if missing := sorted({'chosen', 'rejected'} - row.values.keys()):
-        raise UserError(f'it has no "{missing[0]}"')
+        labelled = row.find(*LABELS)
+        raise UserError(f'it has no "{missing[0]}"' + (f' but a "{labelled}": dpo.py --loss_type=kto learns from it'
+                                                       if labelled else ''))
     answers = [_part(row, 'assistant', key) for key in ('chosen', 'rejected')]
     prompt = None
     if all(isinstance(row.values[key], str) and HUMAN.match(row.values[key]) for key in ('chosen', 'rejected')):
