@@ -320,8 +320,10 @@ def generate_pairs(model, data, rows_seen, step, run, reward, force):
                                     force=force)
         totals, _ = reward(data, answers)
         if attempt == 0:  # of prompts as they come
-            metrics = {'reward/mean': np.nanmean(totals), 'reward/gold': np.nanmean(gold_scores(data, answers)),
-                       'response_len': answers.lengths.mean()}
+            metrics = {'response_len': answers.lengths.mean()}
+            for name, values in (('reward/mean', totals), ('reward/gold', gold_scores(data, answers))):
+                if np.isfinite(values).any():
+                    metrics[name] = np.nanmean(values)
         for pairs, part in zip((best, worst), pair_up(answers, totals, missing), strict=True):
             pairs.append(part)
         missing -= len(best[-1])
@@ -338,10 +340,11 @@ def answer_metrics(held, logps, kl):
     arrays = (logps, held.ref_logps, held.n_tokens, held.labels)
     losses, margins = losses_of(*(torch.from_numpy(x).double() for x in arrays), kl)
     hits = ((torch.sign(margins) + 1) / 2).tolist()  # a tie counts half
+    name = 'val/labels_met' if loss_type == 'kto' else 'val/accuracy'  # the latter: of pairs, how many are ordered
     low, high = interval(hits)  # 95 %
-    return {'val/loss': losses.mean().item(), 'val/accuracy': float(np.mean(hits)), 'val/accuracy_low': low,
-            'val/accuracy_high': high, 'val/margin': margins.mean().item(),
-            'val/logp_chosen': float(logps[held.labels].mean()), 'val/logp_rejected': float(logps[~held.labels].mean())}
+    return {'val/loss': losses.mean().item(), name: float(np.mean(hits)), f'{name}_low': low, f'{name}_high': high,
+            'val/margin': margins.mean().item(), 'val/logp_chosen': float(logps[held.labels].mean()),
+            'val/logp_rejected': float(logps[~held.labels].mean())}
 
 
 def grade_answers(data, answers, scorer):
@@ -401,7 +404,7 @@ def evaluate(model, net, reference, held, data, run, scorer, reward, force):
     metrics = {'kl': float(kl.mean()), 'kl_low': low, 'kl_high': high, 'response_len': float(greedy.lengths.mean())}
     if online:
         totals, _ = reward(data, sampled)
-        metrics['val/reward'] = float(np.nanmean(totals))
+        metrics['val/reward'] = float(totals[np.isfinite(totals)].mean()) if np.isfinite(totals).any() else math.nan
         examples, labels = examples_of(join_rollouts(pair_up(sampled, totals, len(rows))))
         held = examples and with_reference(model, net, reference, run, examples, labels, block_size)
     if held:  # online there may be no pair
@@ -421,10 +424,10 @@ def evaluate(model, net, reference, held, data, run, scorer, reward, force):
     samples = list(map(format_answer, rows[:show_answers], greedy.texts, answer_grades))
     shown_means = {name: means[name] for name in means if name in ('gold', 'correct', 'f1', 'model_share')}
     summary = []
-    if 'val/loss' in metrics:
-        summary += [f'val loss {metrics["val/loss"]:.4f}',
-                    f'{"labels met" if loss_type == "kto" else "pairs ordered"} {metrics["val/accuracy"]:.1%} '
-                    f'({metrics["val/accuracy_low"]:.1%} to {metrics["val/accuracy_high"]:.1%})',
+    if held:
+        name, words = ('labels_met', 'labels met') if loss_type == 'kto' else ('accuracy', 'pairs ordered')
+        hits, low, high = (metrics[f'val/{name}{end}'] for end in ('', '_low', '_high'))
+        summary += [f'val loss {metrics["val/loss"]:.4f}', f'{words} {hits:.1%} ({low:.1%} to {high:.1%})',
                     f'margin {metrics["val/margin"]:.2f}',
                     f'log-probabilities {metrics["val/logp_chosen"]:.1f} and {metrics["val/logp_rejected"]:.1f}']
     if online:
@@ -636,8 +639,9 @@ def main():
             meter.log(step, step_loss, grad_norm, learning_rate * lr_scale)
 
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
-    run.print0(f'done: best validation loss {run.best:.4f}; talk to it: '
-               f'python sample.py --init_from={out_dir} --chat=True')
+    best = f'held-out reward {-run.best:.4f}' if online else f'validation loss {run.best:.4f}'
+    run.print0(f'done: best {best}; talk to it: '
+               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
 
 
 if __name__ == '__main__':

@@ -28,6 +28,7 @@ from errors import UserError
 
 LIBRARIES = ('torch', 'numpy', 'tiktoken', 'tokenizers', 'safetensors', 'jinja2', 'gguf')
 POINTS = 8  # evaluations in the table of a curve, where there is no picture
+NAMES = {'val/accuracy': 'pairs ordered', 'kl': 'KL to the reference'}  # of measures that do not say what they are
 SAMPLE = (24, 200)  # lines of a sample that are shown, and letters of each
 
 
@@ -147,7 +148,7 @@ def measures(folder, title, found, picture):
     names = [n for n in names if not n.endswith(('_low', '_high'))]
     lines = [f'{title} Held-out data', '', *table(
         ['measure', *(f'{name}, step {row["iter"]:,}' for name, row in columns)],
-        [[n.removeprefix('val/'), *(number(row, n) for _, row in columns)] for n in names]),
+        [[NAMES.get(n, n.removeprefix('val/')), *(number(row, n) for _, row in columns)] for n in names]),
         'In brackets: the 95 % interval, of the measures that have one.', '']
     each = [row['correct_by_prompt'] for _, row in columns[:2] if 'correct_by_prompt' in row]
     if len(each) == 2 and found[0] is not found[-1] and (words := grade.compared(each[1:], each[:1])):

@@ -425,7 +425,7 @@ def _chat(row):
     return _unlabelled_chat(row)
 
 
-def _unlabelled_chat(row):
+def _unlabelled_chat(row, empty=False):
     if row.find(*MESSAGES):
         messages = row.take(*MESSAGES)
     elif row.find(*QUESTION) and row.find(*ANSWER):
@@ -435,7 +435,7 @@ def _unlabelled_chat(row):
     else:
         raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"'
                         + (': running text is what train.py learns from' if 'text' in row.values else ''))
-    messages = _messages(_with_opening(row, messages) if isinstance(messages, list) else messages, row)
+    messages = _messages(_with_opening(row, messages) if isinstance(messages, list) else messages, row, empty=empty)
     return {'messages': _with_variables(row, messages)} | _extras(row)
 
 
@@ -445,7 +445,7 @@ def _labelled(row):
     label = row.take(*LABELS)
     if label not in (True, False):
         raise UserError(f'it needs "label", true or false, not {label!r:.40}, or "chosen" and "rejected"')
-    found = _unlabelled_chat(row)
+    found = _unlabelled_chat(row, empty=not label)  # a bad answer may say nothing
     messages = found.pop('messages')
     end = 1 + max((i for i, m in enumerate(messages) if m['role'] == 'user'), default=-1)
     if not end:

@@ -5729,8 +5729,8 @@ REAL_TEMPLATES = {'qwen3': ('qwen3', ('three', 'five', 'system', 'tools')), 'qwe
 TRL = 'trl==1.16.0'  # a wheel with the chat templates of many models, as they are and with {% generation %}
 
 
-def real_template(name):
-    """The source of a model's chat template, out of TRL's wheel: fetched once, into the cache."""
+def wheel_of_trl():
+    """TRL's wheel, fetched once, into the cache."""
     cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
     wheel = cache / f'{TRL.replace("==", "-")}-py3-none-any.whl'
     if not wheel.exists():
@@ -5741,7 +5741,12 @@ def real_template(name):
             if done.returncode:
                 pytest.skip(f'pip download {TRL} failed: {done.stderr.strip()[-200:]}')
             os.replace(next(Path(folder).glob('*.whl')), wheel)
-    with zipfile.ZipFile(wheel) as archive:
+    return wheel
+
+
+def real_template(name):
+    """The source of a model's chat template, out of TRL's wheel."""
+    with zipfile.ZipFile(wheel_of_trl()) as archive:
         return archive.read(f'trl/chat_templates/{name}.jinja').decode()
 
 
@@ -9242,11 +9247,12 @@ def bandit(tmp_path_factory):
 def pull(run_stage, bandit):
     """pull('grpo', 'right', '--key=value', …) -> the rows of metrics of a run on the bandit that evaluates twice."""
     small = ['--max_iters=20', '--eval_interval=20', '--eval_rows=0', '--max_new_tokens=1', '--device=cpu',
-             '--dtype=float32', '--warmup_iters=2', '--kl_coef=0', '--learning_rate=1.4e-2', '--lr_schedule=linear']
-    shape = {'grpo': ['--prompts_per_step=6', '--num_generations=8', '--batch_size=48',
+             '--dtype=float32', '--warmup_iters=2', '--learning_rate=1.4e-2', '--lr_schedule=linear']
+    shape = {'grpo': ['--prompts_per_step=6', '--num_generations=8', '--batch_size=48', '--kl_coef=0',
                       '--gradient_accumulation_steps=1'],
-             'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2',
-                     '--eos_penalty=0']}
+             'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2', '--kl_coef=0',
+                     '--eos_penalty=0'],
+             'dpo': ['--online=True', '--batch_size=6', '--num_generations=8']}
 
     def call(stage, rewards, *args, name='run'):
         words = ', '.join(f'{term[:-len(n)]}{bandit}/bandit.py:{n}' for term in rewards.split(', ')
@@ -9265,7 +9271,7 @@ def ends_of(rows, key):
 
 @pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
 @pytest.mark.parametrize('seed', range(5))
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+@pytest.mark.parametrize('stage', ['grpo', 'ppo', 'dpo'])
 def test_8_3_a_bandit_is_solved_from_every_seed(pull, stage, seed):
     rows = pull(stage, 'right', f'--seed={seed}')
     first, last = ends_of(rows, 'val/reward')
@@ -9383,7 +9389,7 @@ def test_8_3_answers_that_are_cut_off_teach_nothing_where_they_are_masked(pull):
         assert len(norms) == 1 and (norms[0] == 0) == masked
 
 
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+@pytest.mark.parametrize('stage', ['grpo', 'ppo', 'dpo'])
 def test_8_3_the_best_checkpoint_has_the_highest_reward(pull, stage):
     rows = pull(stage, 'right', '--max_iters=6', '--eval_interval=2', '--eval_rows=30')
     rewards = {row['iter']: row['val/reward'] for row in rows if 'val/reward' in row}
@@ -9395,7 +9401,8 @@ STEPS = ['--max_iters=4', '--eval_interval=2', '--log_interval=1', '--eval_rows=
          '--max_new_tokens=6', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3', '--rewards=mine.py:scatter']
 STAGES = {'grpo': ['--prompts_per_step=4', '--num_generations=2', '--batch_size=4', '--gradient_accumulation_steps=2'],
           'ppo': ['--prompts_per_step=8', '--batch_size=4', '--gradient_accumulation_steps=2', '--reward_model=',
-                  '--critic_lr=1e-2']}
+                  '--critic_lr=1e-2'],
+          'dpo': ['--online=True', '--num_generations=3', '--batch_size=2', '--gradient_accumulation_steps=2']}
 
 
 @pytest.fixture
@@ -9424,7 +9431,10 @@ RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01
                  '--kl_budget=0.02', '--adapt_length=True']),
         ('ppo', ['--critic=separate', '--whiten_rewards=True', '--kl_estimator=k3', '--reward_clip=0.5',
                  '--kl_stop=0.0001', '--entropy_coef=0.01']),
-        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500'])]
+        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500']),
+        ('dpo', ['--dynamic_sampling=2', '--rewards=mine.py:scatter, 0.5*correct', '--dropout=0.1']),
+        ('dpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=ipo', '--rewards=mine.py:rarely',
+                 '--max_bad_rewards=500'])]
 
 
 @pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
@@ -9438,7 +9448,7 @@ def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkey
     assert (status, err) == (143, '') and 'stopped at step 3' in out
     status, out, err = act(stage, '--out_dir=parts', '--init_from=resume', *flags)
     assert (status, err) == (0, ''), err
-    keep = SAME + (('prompts', 'queue') if stage == 'grpo' else ('critic', 'kl_coef', 'longest', 'scale'))
+    keep = SAME + {'grpo': ('prompts', 'queue'), 'dpo': ('prompts',)}.get(stage, ('critic', 'kl_coef', 'longest', 'scale'))
     assert digest('parts', keep) == digest('whole', keep)
     assert told('parts') == told('whole') and 'val/reward' in told('whole')[-1]
     whole = [row for row in told('whole') if 'train/loss' in row]
@@ -9450,10 +9460,10 @@ def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkey
         assert all('lora' in name for name in [*state['model'], *state['reference']])
         assert not any(t.any() for name, t in state['reference'].items() if name.endswith('lora_b'))
         assert all('lora' in k for k in torch.load('whole/best.pt', weights_only=True)['model'])
-        assert whole[-1]['failed'] > 0
+        assert state['failed'] > 0
 
 
-@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+@pytest.mark.parametrize('stage', ['grpo', 'ppo', 'dpo'])
 def test_8_3_a_killed_run_of_samples_goes_on_as_if_nothing_had_been(act, base_run, chat_data, tmp_path, stage):
     flags = ['--init_from=auto', f'--base={base_run}', '--max_iters=12', '--eval_interval=2']
     assert act(stage, *flags, '--out_dir=whole')[0] == 0
@@ -9488,7 +9498,7 @@ def assert_two_are_one():
         assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
 
 
-@pytest.mark.parametrize('stage, flags', [RUNS[1], RUNS[3], RUNS[4], ('grpo', ['--fsdp=True', '--num_epochs=2']),
+@pytest.mark.parametrize('stage, flags', [*(RUNS[i] for i in (1, 3, 4, 6)), ('grpo', ['--fsdp=True', '--num_epochs=2']),
                                           ('ppo', ['--fsdp=True', '--critic=separate'])], ids=str)
 def test_8_3_two_processes_learn_from_the_samples_of_one(act, base_run, chat_data, tmp_path, stage, flags):
     assert act(stage, '--out_dir=one', *(flag for flag in flags if flag != '--fsdp=True'))[0] == 0
@@ -10206,9 +10216,6 @@ def test_10_1_losses_of_preferences_are_the_published_formulas():
           lambda c, r: ((c - rc) / n_c - (r - rr) / n_r - 1 / (2 * beta)) ** 2, c, r)
     holds(ours(length_normalise=True), lambda c, r: -np.log(sigmoid(beta * ((c - rc) / n_c - (r - rr) / n_r))), c, r)
     holds(ours(loss_type='hinge'), lambda c, r: np.maximum(0, 1 - beta * h(c, r)), c, r)
-    kl_c, kl_r = max(0, (c - rc).mean()), max(0, (r - rr).mean())  # no gradient goes through these
-    holds(ours(loss_type='kto_pair'), lambda c, r: (1 - sigmoid(beta * (c - rc - kl_r))
-                                                    + 1 - sigmoid(beta * (kl_c - (r - rr)))) / 2, c, r)
     holds(ours(loss_type='simpo'), lambda c, r: -np.log(sigmoid(beta * (c / n_c - r / n_r) - gamma)), c, r)
 
     def orpo(c, r):
@@ -10218,6 +10225,196 @@ def test_10_1_losses_of_preferences_are_the_published_formulas():
     holds(ours(loss_type='orpo'), orpo, c, r)
     losses, up, down = dpo.preference_loss(*map(torch.tensor, (rc, rr, rc, rr, n_c, n_r)))
     assert losses.tolist() == pytest.approx([math.log(2)] * 8) and not up.any() and not down.any()
+
+
+def kto_of_trl(logps, ref_logps, labels, kl_logps, ref_kl_logps, beta, weights):
+    """The sum of the losses of `KTOTrainer`, its own code out of TRL's wheel, with one token to an answer."""
+    with zipfile.ZipFile(wheel_of_trl()) as archive:
+        tree = ast.parse(archive.read('trl/trainer/kto_trainer.py'))
+    (trainer,) = [node for node in tree.body if getattr(node, 'name', '') == 'KTOTrainer']
+    (compute,) = [node for node in trainer.body if getattr(node, 'name', '') == '_compute_loss']
+    found = {'torch': torch, 'F': F, 'Any': object}
+    exec(compile(ast.Module([compute], []), 'kto_trainer.py', 'exec'), found)
+    metrics = {mode: defaultdict(list) for mode in ('train', 'eval')}
+    accelerator = types.SimpleNamespace(device='cpu', gather_for_metrics=lambda x: x)
+    stub = types.SimpleNamespace(
+        model=types.SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, calculate_KL=True,
+        precompute_ref_logps=True, loss_type='kto', beta=beta, desirable_weight=weights[0],
+        undesirable_weight=weights[1], _metrics=metrics, _total_train_tokens=0, _tp_size=1,
+        _compute_kl_logps=lambda model, batch: kl_logps)
+    tokens = torch.zeros(len(logps), 2).long()
+    batch = {'label': labels.bool(), 'input_ids': tokens, 'attention_mask': tokens + 1, 'completion_mask': tokens + 1,
+             'ref_logps': ref_logps, 'ref_KL_logps': ref_kl_logps}
+    zeros = torch.zeros(len(logps), 1)
+    out = types.SimpleNamespace(log_probs=logps[:, None], entropy=zeros, mean_logits=zeros)
+    return found['_compute_loss'](stub, lambda **_: out, batch, False) * len(logps), metrics['train']['kl'][0]
+
+
+@pytest.mark.parametrize('shift', [-8, 8])  # of the policy's log-probabilities: KLs below and above 0
+def test_10_1_kto_is_that_of_trl_and_of_the_paper(shift):
+    draw = np.random.default_rng(3)
+    logps, ref_logps, kl_logps, ref_kl_logps = -np.abs(draw.normal(size=(4, 9))) * 12
+    logps, kl_logps = logps + shift, kl_logps + shift
+    labels, beta, weights = (draw.random(9) < 0.4).astype(float), 0.2, (1.5, 0.7)
+    kl = max(0, (kl_logps - ref_kl_logps).mean())
+    assert (kl > 0) == (shift > 0)
+
+    def by_hand(logps):
+        value = beta * (logps - ref_logps - kl)
+        return np.where(labels > 0, weights[0] * (1 - sigmoid(value)), weights[1] * (1 - sigmoid(-value)))
+    constants = t64(ref_logps), t64(labels), kl, beta, *weights
+    holds(lambda x: dpo.kto_loss(x, *constants)[0], by_hand, logps)
+    x, y = t64(logps).requires_grad_(), t64(logps).requires_grad_()
+    ours = dpo.kto_loss(x, *constants)[0].sum()
+    theirs, their_kl = kto_of_trl(y, t64(ref_logps), t64(labels), t64(kl_logps), t64(ref_kl_logps), beta, weights)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12) and kl == pytest.approx(their_kl, rel=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, y), rtol=1e-12, atol=0)
+
+
+def test_10_1_the_baseline_of_kto_is_of_answers_to_the_prompts_before(monkeypatch):
+    texts = [(np.array([1, 2, 3, 7, 8]), np.array([0, 0, 0, 1, 1], bool)),
+             (np.array([4, 9, 5]), np.array([0, 1, 0], bool)), (np.array([6, 0, 0]), np.array([0, 1, 1], bool))]
+    found = [(ids.tolist(), counts.tolist()) for ids, counts in dpo.mismatched(texts, 4)]
+    assert found == [([2, 3, 0, 0], [0, 0, 1, 1]), ([4, 7, 8], [0, 1, 1]), ([6, 9, 5], [0, 1, 0])]
+    for ratios, due in (([-5, -3, 2], 0), ([5, -3, 4], 2)):  # never negative
+        monkeypatch.setattr(dpo, 'compute_all_logps', lambda *_, ratios=ratios: np.array(ratios) - 9.0)
+        monkeypatch.setattr(dpo, 'reference_logps', lambda *_: np.full(3, -9.0))
+        assert dpo.kl_baseline(None, None, None, None, texts, 4) == due
+
+
+def test_10_1_online_results_of_calls_do_not_count(base_run, says):
+    """The log-probability of an answer is that of the tokens that the policy chose, a calculator's result left out."""
+    (model, tokenizer), run = load.load_model(base_run), lone()
+    data = prompts_of('7?', '8?', block_size=192, max_new_tokens=120)
+    says(tokenizer, [CALLING])
+    answers = rollout.generate_rollouts(model, data, [0, 1], run, 120, force=rollout.forcing(tokenizer, True))
+    examples, labels = dpo.examples_of(answers)
+    assert answers.texts == [CALLING] * 2 and labels.tolist() == [True, False]
+    ids, mask = answer_ids(tokenizer, CALLING)
+    assert 0 in mask and [ids[i] for i in np.flatnonzero(mask)] == examples[0][0][examples[0][1]].tolist()[:sum(mask)]
+    logps = dpo.compute_all_logps(model, run, examples, 192)
+    assert logps == pytest.approx(rollout.compute_all_logprobs(model, run, answers, 192)[0].sum(1), rel=1e-5)
+
+
+def test_10_1_kto_does_not_depend_on_how_a_step_is_cut(prefer, base_run, pref_data):
+    flags = ['--loss_type=kto', '--beta=0.3', '--max_iters=3', '--eval_interval=3']
+    for name, cut in (('one', ['--batch_size=8']), ('cut', ['--batch_size=2', '--gradient_accumulation_steps=4'])):
+        assert prefer(f'--out_dir={name}', *flags, *cut)[0] == 0
+    for key in ('train/loss', 'train/kl', 'train/accuracy', 'grad_norm', 'val/loss', 'kl'):
+        assert logged('one', key) == pytest.approx(logged('cut', key), rel=1e-4, abs=1e-6), key
+    kls = logged('one', 'train/kl')
+    assert kls[0] == pytest.approx(0, abs=1e-5) and kls[-1] > 1e-3 and logged('one', 'train/loss')[0] == pytest.approx(
+        0.5, abs=1e-5)
+    # that of the third step by hand: its eight answers, each after the prompt of the one before, without batches
+    assert prefer('--out_dir=two', *flags, '--batch_size=8', '--max_iters=2', '--lr_decay_iters=3',
+                  '--eval_interval=2')[0] == 0
+    model, reference = load.load_model('two/ckpt.pt')[0], load.load_model(base_run)[0]
+    data = dataset.LabelledData(dataset.load_labelled(pref_data, 'train')[0], bytes_tokenizer(), 192, seed=1337)
+    rows = [data.rows_kept[i] for i in data.rows(16, 8)]
+    ratios = []
+    for row, other in zip(rows, rows[-1:] + rows[:-1], strict=True):
+        tokens, mask = dataset.answered(bytes_tokenizer(), row['prompt'], other['completion'])
+        with torch.no_grad():
+            at = np.flatnonzero(mask)
+            new, old = (m(torch.from_numpy(tokens)[None].long())[0].double().log_softmax(-1)[at - 1, tokens[at]].sum()
+                        for m in (model, reference))
+        ratios.append((new - old).item())
+    assert kls[-1] == pytest.approx(np.mean(ratios), rel=1e-3)
+
+
+def test_10_1_single_answers_are_read_and_pairs_are_split(tmp_path, prefer):
+    good, bad = asked('q') + said('a'), asked('q') + said('b')
+    rows = [{'prompt': 'q', 'completion': 'a', 'label': True}, {'messages': bad, 'kto_tag': False},
+            {'prompt': asked('q'), 'completion': said('a'), 'label': 1},
+            {'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}, {'prompt': 'q', 'completion': '', 'label': False}]
+    found, _ = rows_file.read_labelled(lines(tmp_path / 'x.jsonl', rows))
+    assert [(row['prompt'] + row['completion'], row['label']) for row in found] == [
+        (good, True), (bad, False), (good, True), (good, True), (bad, False), (asked('q') + said(''), False)]
+    for row, words in (({'prompt': 'q', 'completion': 'a'}, '"label", true or false, not None'),
+                       ({'prompt': 'q', 'completion': 'a', 'label': 'no'}, "true or false, not 'no'"),
+                       ({'completion': 'a', 'prompt': '', 'label': True, 'messages': said('a')}, 'no "prompt"'),
+                       ({'prompt': 'q', 'completion': '', 'label': True}, 'is empty')):
+        with pytest.raises(UserError, match=words):
+            rows_file.read_labelled(lines(tmp_path / 'x.jsonl', [row]))
+    unpaired = lines(tmp_path / 'unpaired.jsonl', [
+        {'prompt': f'{i}?', 'completion': ['No.', 'Yes.'][i % 2], 'label': i % 2 == 1} for i in range(60)])
+    flags = [f'--dataset={unpaired}', '--val_fraction=0.3', '--learning_rate=4e-3', '--eval_rows=0', '--out_dir=run']
+    status, _, err = prefer(*flags)
+    assert status == 2 and err.count('\n') == 1 and 'line 1: it has no "chosen" but a "label": dpo.py --loss' in err
+    assert prefer(*flags, '--loss_type=kto', '--batch_size=8', '--max_iters=20', '--eval_interval=20')[0] == 0
+    first, last = [row for row in rows_of('run') if 'val/loss' in row]
+    assert first['val/labels_met'] == 0.5 and last['val/labels_met'] > 0.9 and last['val/loss'] < 0.45
+    heavy = ['--loss_type=kto', '--max_iters=1', '--desirable_weight=3', '--undesirable_weight=3']
+    assert prefer(*flags, *heavy)[0] == 0 and logged('run', 'train/loss') == pytest.approx([1.5], abs=1e-4)
+    lines(unpaired, [{'prompt': f'{i}?', 'completion': 'No.', 'label': False} for i in range(60)])
+    status, _, err = prefer(*flags, '--loss_type=kto')
+    assert status == 2 and err.count('\n') == 1 and 'same label' in err
+
+
+def test_10_1_the_dropout_of_the_base_is_not_taken_on(prefer, base_run):
+    state = torch.load(base_run / 'ckpt.pt', weights_only=True)
+    state['model_args']['dropout'] = 0.5
+    save_run(Path('base'), state)
+    for name, flags in (('off', []), ('given', ['--dropout=0.5']), ('lora', ['--lora_rank=2'])):
+        assert prefer('--init_from=base', f'--out_dir={name}', '--max_iters=1', *flags)[0] == 0
+    assert logged('off', 'train/loss')[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged('lora', 'train/loss')[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(logged('given', 'train/loss')[0] - math.log(2)) > 1e-3
+
+
+def test_10_1_the_best_and_the_worst_answer_of_each_prompt():
+    totals = np.array([[0, 1, 1, 0], [1, 1, 1, 1], [math.nan, 2, math.nan, 2], [math.nan, -1, 3, math.nan],
+                       [math.nan] * 4, [5, 5, 4, 6]])
+    best, worst = dpo.best_and_worst(totals)
+    assert best.tolist() == [1, 14, 23] and worst.tolist() == [0, 13, 22]
+
+
+def test_10_1_online_a_step_is_dpo_on_the_best_and_worst_of_its_samples(act, base_run, chat_data):
+    """Its loss, by hand: from the answers that generate_rollouts gives, their rewards, and two models."""
+    assert act('dpo', '--out_dir=run', '--beta=0.7')[0] == 0
+    assert act('dpo', '--out_dir=before', '--beta=0.7', '--max_iters=2', '--lr_decay_iters=4')[0] == 0
+    (model, tokenizer), reference = load.load_model('before/ckpt.pt'), load.load_model(base_run)[0]
+    rows, _ = dataset.load_prompts(chat_data, 'train')
+    data, run = dataset.PromptData(rows, tokenizer, 192, 6, 1337), lone(seed=1337)
+    seen = torch.load('before/ckpt.pt', weights_only=True)['prompts']
+    answers = rollout.generate_rollouts(model, data, data.rows(seen, 4), run, 6, 3, 1.0, sample_seed=3)
+    spec = importlib.util.spec_from_file_location('mine', 'mine.py')
+    spec.loader.exec_module(mine := importlib.util.module_from_spec(spec))
+    losses = []
+    for first in range(0, 12, 3):
+        group = range(first, first + 3)
+        score = {i: mine.scatter(data.rows_kept[answers.rows[i]], answers.texts[i]) for i in group}
+        best, worst = max(group, key=score.get), min(group, key=score.get)
+        if score[best] == score[worst]:
+            continue
+        ratios = []
+        for i in (best, worst):
+            ids, n = torch.tensor([answers.prompts[i] + answers.ids[i]]), len(answers.ids[i])
+            with torch.no_grad():
+                new, old = (m(ids)[0].double().log_softmax(-1)[torch.arange(-n - 1, -1), ids[0, -n:]].sum()
+                            for m in (model, reference))
+            ratios.append((new - old).item())
+        losses.append(-math.log(sigmoid(0.7 * (ratios[0] - ratios[1]))))
+    assert losses and logged('run', 'train/loss')[2] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert logged('run', 'pairs')[2] == len(losses) / 4
+
+
+def test_10_1_online_without_a_pair_nothing_is_updated(pull, bandit):
+    rows = pull('dpo', 'constant', '--max_iters=3', '--eval_interval=3', '--eval_rows=6')
+    assert same_weights('run', bandit / 'base') and not any('val/accuracy' in row for row in rows)
+    assert [row['iter'] for row in rows if 'val/reward' in row] == [0, 3]
+    rows = pull('dpo', 'right', '--max_iters=3', '--eval_interval=3', '--dynamic_sampling=3', name='more')
+    assert all(row['pairs'] == 1 for row in rows if 'pairs' in row)
+    assert torch.load('more/ckpt.pt', weights_only=True)['prompts'] > 18  # others came in their places
+
+
+def test_10_1_online_the_report_says_pairs_and_kl_with_their_intervals(act):
+    assert act('dpo', '--out_dir=run')[0] == 0
+    page = Path('run/report.md').read_text()
+    for name in ('pairs ordered', 'KL to the reference'):
+        assert re.search(rf'^\| {name} \|.* \(.* to .*\) \|$', page, re.M), page
+    status, _, err = act('dpo', '--out_dir=run', '--init_from=resume', '--online=False')
+    assert status == 2 and err.count('\n') == 1
 
 
 def test_10_1_log1mexp_has_all_digits():
@@ -10241,7 +10438,7 @@ def test_10_1_log_probabilities_of_answers_are_those_of_the_model(base_run, pref
 
 
 @pytest.mark.parametrize('flags', [[], ['--loss_type=ipo', '--length_normalise=True'],
-                                   ['--loss_type=hinge', '--beta=0.05'], ['--loss_type=kto_pair'],
+                                   ['--loss_type=hinge', '--beta=0.05'], ['--loss_type=kto', '--desirable_weight=1.2'],
                                    ['--loss_type=simpo', '--beta=2', '--label_smoothing=0.1'],
                                    ['--loss_type=orpo', '--beta=1'], ['--sft_coef=0.5', '--lora_rank=4']])
 def test_10_1_a_policy_learns_what_is_preferred(prefer, flags):
@@ -10249,14 +10446,16 @@ def test_10_1_a_policy_learns_what_is_preferred(prefer, flags):
                               '--eval_rows=40', '--learning_rate=4e-3', *flags)
     assert (status, err) == (0, ''), err
     first, last = [row for row in rows_of('run') if 'val/loss' in row]
-    assert last['val/loss'] < first['val/loss'] and last['val/accuracy'] >= 0.85
+    hits = 'val/labels_met' if '--loss_type=kto' in flags else 'val/accuracy'
+    assert last['val/loss'] < first['val/loss'] and last[hits] >= 0.85
     assert first['kl'] == pytest.approx(0, abs=1e-4)
     assert last['kl_low'] < last['kl'] < last['kl_high'] and last['kl'] > 0.01
     if not {'--loss_type=simpo', '--loss_type=orpo'} & set(flags):
-        assert first['val/accuracy'] == 0.5 and first['val/margin'] == pytest.approx(0, abs=1e-6)
+        assert first[hits] == 0.5 and first['val/margin'] == pytest.approx(0, abs=1e-6)
     assert last['val/logp_chosen'] - last['val/logp_rejected'] > first['val/logp_chosen'] - first['val/logp_rejected']
     assert {'reward/gold', 'reward/gold_sampled', 'val/correct', 'val/f1', 'response_len'} < last.keys()
-    assert {'train/logp_chosen', 'train/logp_rejected', 'train/margin', 'train/accuracy'} < rows_of('run')[-2].keys()
+    assert {'train/margin', 'train/accuracy'} < rows_of('run')[-2].keys()
+    assert '--loss_type=kto' in flags or {'train/logp_chosen', 'train/logp_rejected'} < rows_of('run')[-2].keys()
 
 
 def test_10_1_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base_run, pref_data, tmp_path):
@@ -10277,7 +10476,8 @@ def test_10_1_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base
     assert not torch.equal(trained(ids(1, 9)), model(ids(1, 9)))
 
 
-@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--loss_type=simpo', '--dropout=0.1']])
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--loss_type=simpo', '--dropout=0.1'],
+                                   ['--loss_type=kto']])
 def test_10_1_dpo_resumes_bit_for_bit(prefer, flags):
     assert prefer('--out_dir=whole', *flags)[0] == 0
     assert prefer('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
@@ -10310,7 +10510,11 @@ def test_10_1_a_judge_scores_the_answers(scorer, prefer):
 
 
 @pytest.mark.parametrize(('words', 'args'), [
-    (["loss_type='dpo'", 'kto_pair'], ['--loss_type=dpo']), (['beta=0'], ['--beta=0']), (['beta'], ['--beta=-1']),
+    (["loss_type='dpo'", 'kto'], ['--loss_type=dpo']), (["'kto_pair' is now 'kto'"], ['--loss_type=kto_pair']),
+    (['raise batch_size'], ['--loss_type=kto', '--batch_size=1']),
+    (['without online'], ['--loss_type=kto', '--online=1']), (["need loss_type='kto'"], ['--desirable_weight=2']),
+    (['num_generations=1 must'], ['--online=1', '--num_generations=1']),
+    (['go together'], ['--online=1', '--rewards=model']), (['beta=0'], ['--beta=0']), (['beta'], ['--beta=-1']),
     (['label_smoothing=0.1', 'ipo'], ['--label_smoothing=0.1', '--loss_type=ipo']),
     (['scratch'], ['--init_from=scratch']), (['label_smoothing'], ['--label_smoothing=0.6']),
     (['out/none', 'no such run'], ['--reward_model=out/none']),
@@ -10343,7 +10547,7 @@ def test_10_1_a_policy_is_measured_against_the_model_it_began_with(prefer, flags
     last = rows_of('run')[-1]
     status, out, err = prefer('--init_from=run/ckpt.pt', '--eval_only=True')
     assert (status, err) == (0, '')
-    found = re.search(r'val loss ([0-9.]+), accuracy ([0-9.]+)%.* KL (-?[0-9.]+) ', out).groups()
+    found = re.search(r'val loss ([0-9.]+), pairs ordered ([0-9.]+)%.* KL (-?[0-9.]+) ', out).groups()
     assert [float(x) for x in found] == pytest.approx(
         [last['val/loss'], 100 * last['val/accuracy'], last['kl']], abs=0.06)
 
