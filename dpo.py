@@ -4,7 +4,7 @@ reward model. The pairs are given, or drawn from the policy itself while it lear
 
     python dpo.py config/dpo_tiny.py                               word problems, from the model of config/sft_tiny.py
     python dpo.py config/dpo_tiny.py --beta=0.5 --loss_type=ipo
-    python dpo.py config/dpo_tiny.py --loss_type=kto --beta=0.1    single answers, each labelled good or bad
+    python dpo.py config/dpo_tiny.py --loss_type=kto --label_smoothing=0    single answers, each labelled good or bad
     python dpo.py config/dpo_online.py                             pairs of its own answers, from config/sft_mixed.py
     python dpo.py config/dpo_tiny.py --reward_model=out/reward     a reward model scores the answers at evaluations
     python dpo.py config/dpo_smollm2.py --dataset=data/mine        SmolLM2-135M learns your pairs with LoRA
@@ -343,8 +343,9 @@ def answer_metrics(held, logps, kl):
     name = 'val/labels_met' if loss_type == 'kto' else 'val/accuracy'  # the latter: of pairs, how many are ordered
     low, high = interval(hits)  # 95 %
     return {'val/loss': losses.mean().item(), name: float(np.mean(hits)), f'{name}_low': low, f'{name}_high': high,
-            'val/margin': margins.mean().item(), 'val/logp_chosen': float(logps[held.labels].mean()),
-            'val/logp_rejected': float(logps[~held.labels].mean())}
+            'val/margin': margins.mean().item()} | {
+            f'val/logp_{kind}': float(logps[which].mean()) if which.any() else math.nan
+            for kind, which in (('chosen', held.labels), ('rejected', ~held.labels))}
 
 
 def grade_answers(data, answers, scorer):

@@ -107,10 +107,11 @@ def read_labelled(path, strict=True):
         {"prompt": …, "completion": …, "label": true}, each a text or a list of messages, TRL's for KTO
         any that `read_chats` knows, with "label" or "kto_tag": the answer is what follows the last user's message
         any that `read_prefs` knows, which becomes two: the chosen answer is good, the rejected one bad
-    and becomes {'prompt': messages, 'completion': messages, 'label': bool}, and what else it has of EXTRAS.
+    and becomes {'prompt': messages, 'completion': messages, 'label': bool}, and what else it has of EXTRAS. Good ones
+    come first: of good and bad ones in turn, every other row would be of one kind.
     """
     rows, skipped = _read_rows(path, strict, _labelled, 'a labelled answer')
-    return [part for row in rows for part in _unpaired(row)], skipped
+    return sorted((part for row in rows for part in _unpaired(row)), key=lambda row: not row['label']), skipped
 
 
 def read_prompts(path, strict=True):

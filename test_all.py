@@ -9816,18 +9816,20 @@ def test_8_3_help_on_learning_from_samples_prints_every_knob(run_stage, stage):
             assert line.split('  # ')[1] in out, line
 
 
-@pytest.mark.parametrize('config', ['grpo_tiny', 'ppo_tiny'])
+@pytest.mark.parametrize('config', ['grpo_tiny', 'ppo_tiny', 'dpo_online'])
 def test_8_3_configs_of_learning_from_samples_run_shortened(act, base_run, chat_data, run_stage, config):
-    status, out, err = run_stage(config[:-5], ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
+    stage = config.split('_')[0]
+    status, out, err = run_stage(stage, ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
                                  f'--dataset={chat_data}', '--max_iters=1', '--eval_rows=4', '--max_new_tokens=4',
-                                 '--device=cpu', '--rewards=mine.py:scatter', '--prompts_per_step=4', '--batch_size=4',
-                                 '--gradient_accumulation_steps=1', '--num_generations=2', '--reward_model=')
+                                 '--device=cpu', '--rewards=mine.py:scatter', '--batch_size=4', '--num_generations=2',
+                                 '--gradient_accumulation_steps=1', '--reward_model=',
+                                 *['--prompts_per_step=4'] * (stage != 'dpo'))
     assert (status, err) == (0, ''), err
     assert rows_of('run')[-1]['iter'] == 1
 
 
 @pytest.mark.parametrize('config, stage', [('grpo_tiny', 'grpo'), ('grpo_smollm2', 'grpo'), ('ppo_tiny', 'ppo'),
-                                           ('reward_own', 'reward'), ('sft_mixed', 'sft')])
+                                           ('dpo_online', 'dpo'), ('reward_own', 'reward'), ('sft_mixed', 'sft')])
 def test_8_3_configs_of_learning_from_samples_go_together(run_stage, config, stage):
     """Every value is accepted: what stops the run is the model that is not there."""
     status, _, err = run_stage(stage, ROOT / f'config/{config}.py', '--init_from=out/none', '--device=cpu')
@@ -10297,14 +10299,13 @@ def test_10_1_online_results_of_calls_do_not_count(base_run, says):
 
 
 def test_10_1_kto_does_not_depend_on_how_a_step_is_cut(prefer, base_run, pref_data):
-    flags = ['--loss_type=kto', '--beta=0.3', '--max_iters=3', '--eval_interval=3']
+    flags = ['--loss_type=kto', '--beta=0.3', '--max_iters=3', '--eval_interval=3', '--desirable_weight=9']
     for name, cut in (('one', ['--batch_size=8']), ('cut', ['--batch_size=2', '--gradient_accumulation_steps=4'])):
         assert prefer(f'--out_dir={name}', *flags, *cut)[0] == 0
     for key in ('train/loss', 'train/kl', 'train/accuracy', 'grad_norm', 'val/loss', 'kl'):
         assert logged('one', key) == pytest.approx(logged('cut', key), rel=1e-4, abs=1e-6), key
     kls = logged('one', 'train/kl')
-    assert kls[0] == pytest.approx(0, abs=1e-5) and kls[-1] > 1e-3 and logged('one', 'train/loss')[0] == pytest.approx(
-        0.5, abs=1e-5)
+    assert kls[0] == pytest.approx(0, abs=1e-5) and kls[-1] > 1e-3
     # that of the third step by hand: its eight answers, each after the prompt of the one before, without batches
     assert prefer('--out_dir=two', *flags, '--batch_size=8', '--max_iters=2', '--lr_decay_iters=3',
                   '--eval_interval=2')[0] == 0
@@ -10329,7 +10330,7 @@ def test_10_1_single_answers_are_read_and_pairs_are_split(tmp_path, prefer):
             {'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}, {'prompt': 'q', 'completion': '', 'label': False}]
     found, _ = rows_file.read_labelled(lines(tmp_path / 'x.jsonl', rows))
     assert [(row['prompt'] + row['completion'], row['label']) for row in found] == [
-        (good, True), (bad, False), (good, True), (good, True), (bad, False), (asked('q') + said(''), False)]
+        (good, True), (good, True), (good, True), (bad, False), (bad, False), (asked('q') + said(''), False)]
     for row, words in (({'prompt': 'q', 'completion': 'a'}, '"label", true or false, not None'),
                        ({'prompt': 'q', 'completion': 'a', 'label': 'no'}, "true or false, not 'no'"),
                        ({'completion': 'a', 'prompt': '', 'label': True, 'messages': said('a')}, 'no "prompt"'),
