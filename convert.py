@@ -707,13 +707,13 @@ def _as_state(model_or_state):
             'lora_args': dataclasses.asdict(lora.config_of(model_or_state))}
 
 
-def to_peft(model_or_state, directory, base_name, tokenizer=None):
+def to_peft(model_or_state, directory, base_name, tokenizer=None):  # noqa: C901
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads onto base_name. All or nothing.
 
     model_or_state: a GPT with LoRA, or a state of one, which need not hold the base. GPT-2 has queries, keys and values
     in one matrix: their updates become one of all their ranks together, with zeros where one would meet another's A.
-    Of a model with rows that learn, for tokens that were added, the state must hold the base. tokenizer: that with
-    these tokens, to be written beside it. Raises UserError for a model that no family there has, and as `to_hf`.
+    Of a model with DoRA, or with rows that learn, for tokens that were added, the state must hold the base. tokenizer:
+    that with these tokens, to be written beside it. Raises UserError for a model that no family has, and as `to_hf`.
     """
     directory, state = Path(directory), _as_state(model_or_state)
     _vacant(directory)
@@ -725,14 +725,20 @@ def to_peft(model_or_state, directory, base_name, tokenizer=None):
     modules, family = _peft_modules(config, added, small)
     rank, alpha, tensors, ranks, alphas = added.lora_rank, added.lora_alpha, {}, {}, {}
     for m in modules:
-        pairs = zip(m.theirs.values(), m.module.lora_a, m.module.lora_b.split(m.module.learned), strict=True)
+        module, rows = m.module, m.module.learned
+        found = {'A.weight': module.lora_a, 'B.weight': module.lora_b.split(rows)}
+        if added.lora_dora:
+            found['magnitude_vector'] = module.lora_magnitude.split(rows)
         if m.fused:
             theirs, n = next(iter(m.theirs.values())), len(m.theirs)
-            pairs = [(theirs, m.module.lora_a.flatten(0, 1), m.module.expand())]
+            found |= {'A.weight': [module.lora_a.flatten(0, 1)], 'B.weight': [module.expand()]}
+            if added.lora_dora:
+                found['magnitude_vector'] = [module.magnitudes(state['model'][f'{m.name}.weight'].float().norm(dim=1))]
             ranks[theirs.rpartition('.')[2]] = n * rank
             alphas[theirs.rpartition('.')[2]] = alpha * (math.sqrt(n) if added.lora_rs else n)
-        for theirs, a, b in pairs:
-            tensors[f'{PEFT}{theirs}.lora_A.weight'], tensors[f'{PEFT}{theirs}.lora_B.weight'] = a, b
+        for kind, of_each in found.items():
+            for theirs, tensor in zip(dict.fromkeys(m.theirs.values()), of_each, strict=True):
+                tensors[f'{PEFT}{theirs}.lora_{kind}'] = tensor
     names = sorted({t for m in modules for t in m.theirs.values()})
     if config.n_expert and any('.mlp.' in name for name in names):
         raise UserError(f'{directory}: lora_targets={added.lora_targets!r}: beside experts PEFT takes gate, up and '
@@ -741,8 +747,8 @@ def to_peft(model_or_state, directory, base_name, tokenizer=None):
     names = sorted({re.split(r'\.\d+\.', name)[-1] for name in names})
     values = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': HUB.get(base_name, base_name),
               'r': rank, 'lora_alpha': alpha, 'lora_dropout': added.lora_dropout, 'use_rslora': added.lora_rs,
-              'target_modules': names, 'rank_pattern': ranks, 'alpha_pattern': alphas, 'bias': 'none',
-              'fan_in_fan_out': family == 'gpt2', 'inference_mode': True}
+              'use_dora': added.lora_dora, 'target_modules': names, 'rank_pattern': ranks, 'alpha_pattern': alphas,
+              'bias': 'none', 'fan_in_fan_out': family == 'gpt2', 'inference_mode': True}
     if first := added.lora_rows_from:
         found = [name for name in ROWS if f'{name}.lora_rows' in small]
         for name in found:
@@ -802,12 +808,12 @@ def _rows_of_peft(settings, base, sources, family):
     return first, rows, len(table)
 
 
-PEFT_READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'init_lora_weights',
+PEFT_READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'init_lora_weights',
              'base_model_name_or_path', 'trainable_token_indices'}
 PEFT_IDLE = {'task_type', 'target_modules', 'exclude_modules', 'fan_in_fan_out', 'inference_mode', 'peft_version',
              'revision', 'auto_mapping', 'megatron_core', 'qalora_group_size', 'library_name'}  # change no number here
 PEFT_WHY = {
-    'bias': 'biases were trained, too', 'use_dora': 'magnitudes were trained, too',
+    'bias': 'biases were trained, too',
     'layers_to_transform': 'only some layers have LoRA', 'layers_pattern': 'only some layers have LoRA',
     'rank_pattern': 'the rank is not everywhere the same', 'alpha_pattern': 'the scale is not everywhere the same',
     'modules_to_save': 'whole modules were trained, too',
@@ -849,7 +855,7 @@ def from_peft(directory, base):
     """The LoRA of a PEFT directory on a base, a GPT or a state of one -> a state with both, and lora_args to match.
 
     Raises UserError with one line for what is missing or damaged, and by its key for what would be computed otherwise:
-    ranks by a pattern, biases, DoRA, whole modules …
+    ranks by a pattern, biases, whole modules …
     """
     directory, base = Path(directory), _as_state(base)
     config = read_json(directory / 'adapter_config.json')
@@ -864,7 +870,7 @@ def from_peft(directory, base):
     args = {
         'lora_rank': config.number('r', 8), 'lora_alpha': config.number('lora_alpha', 8.0),
         'lora_dropout': config.get('lora_dropout') and config.number('lora_dropout', 0.0) or 0.0,
-        'lora_rs': config.number('use_rslora', False)}
+        'lora_rs': config.number('use_rslora', False), 'lora_dora': config.number('use_dora', False)}
     where = directory / 'adapter_model.safetensors'
     with runtime.user_errors(directory):
         settings, config = config, GPTConfig(**base['model_args'])
@@ -881,7 +887,7 @@ def from_peft(directory, base):
         left -= {_rows_name(name, family) for name in ROWS}
 
     def read(theirs, kind, shape):
-        name = f'{PEFT}{theirs}.lora_{kind}.weight'
+        name = f'{PEFT}{theirs}.lora_{kind}'
         if name not in sources:
             raise UserError(f'{where}: tensor {name} is missing')
         if tuple(sources[name][1]) != shape:
@@ -893,9 +899,12 @@ def from_peft(directory, base):
     for m in modules:
         _, rank, n_in = m.module.lora_a.shape
         theirs, rows = list(m.theirs.values()), m.module.learned
-        tensors[f'{m.name}.lora_a'] = torch.stack([read(t, 'A', (rank, n_in)) for t in theirs])
+        tensors[f'{m.name}.lora_a'] = torch.stack([read(t, 'A.weight', (rank, n_in)) for t in theirs])
         theirs, rows = (theirs[:1], [sum(rows)]) if m.fused else (theirs, rows)
-        tensors[f'{m.name}.lora_b'] = torch.cat([read(t, 'B', (n, rank)) for t, n in zip(theirs, rows, strict=True)])
+        theirs = list(zip(theirs, rows, strict=True))
+        tensors[f'{m.name}.lora_b'] = torch.cat([read(t, 'B.weight', (n, rank)) for t, n in theirs])
+        if args['lora_dora']:
+            tensors[f'{m.name}.lora_magnitude'] = torch.cat([read(t, 'magnitude_vector', (n,)) for t, n in theirs])
     if left:
         raise UserError(f'{where}: tensor {sorted(left)[0]} is not part of LoRA on this model: {PEFT_MERGE}')
     return base | {'model': base['model'] | tensors, 'lora_args': args}
@@ -954,8 +963,10 @@ def main():
         if 'score_args' in state:
             raise UserError(load.NO_WRITER.format(source))
         base = state['base']['init_from'] if 'base' in state else source
-        if first := state.get('lora_args', {}).get('lora_rows_from'):
+        args = state.get('lora_args', {})
+        if args.get('lora_rows_from') or args.get('lora_dora'):
             state = load.complete(state, source)
+        if first := args.get('lora_rows_from'):
             tokenizer = tokenizers.Tokenizer.from_dict(state['tokenizer'])
             to_peft(state, target, base, tokenizer)
             print(f'it has rows of its own for tokens from {first} on: before PeftModel.from_pretrained, '

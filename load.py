@@ -453,7 +453,8 @@ class Start:
         if self.previous.get('stage') != self.stage or self.checkpoint is not None:
             return {}
         then = _load_base(self.previous['init_from'], self.origin)['model']
-        return {name: then[name].to(p) if name in then else torch.zeros_like(p)  # adapters that are zero change nothing
+        # LoRA that is not there was folded in: what is here now is new. Adapters that are zero change nothing
+        return {name: then[name].to(p) if name in then else p.detach() * ('.lora_' in name)
                 for name, p in self.model.named_parameters() if p.requires_grad}
 
     def row_length(self, max_length):
@@ -576,7 +577,7 @@ def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False
     if given.get('router_bias_rate') and (stage not in ('sft', 'distill') or lora_config.learns):
         raise UserError(f'router_bias_rate={given["router_bias_rate"]}: only train.py, sft.py and distill.py move the '
                         'biases of routers, where all weights are trained: drop --router_bias_rate')
-    idle = [name for name in ('lora_alpha', 'lora_dropout', 'lora_targets', 'lora_rs')
+    idle = [name for name in ('lora_alpha', 'lora_dropout', 'lora_targets', 'lora_rs', 'lora_dora')
             if name in given and given[name] != getattr(LoRAConfig, name)]
     if idle and 'lora_rank' not in given and not lora_config.lora_rank:
         raise UserError(f'{idle[0]}={given[idle[0]]}: without --lora_rank there is no LoRA, and all weights would '

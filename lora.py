@@ -1,13 +1,14 @@
 """
-A few new weights that learn beside a model whose own are frozen: LoRA, adapters, and the frozen matrices in 4 bits
-(QLoRA). All of it is applied to a finished model.
+A few new weights that learn beside a model whose own are frozen: LoRA, DoRA, adapters, and the frozen matrices in 4
+bits (QLoRA). All of it is applied to a finished model.
 
     model = GPT(config)
     lora.apply(model, LoRAConfig(lora_rank=8, quant='nf4'))      its own weights are frozen, the new ones learn
     torch.save(lora.state(model), …)                             the new ones alone
     plain = lora.merge(model)                                    W + scale B A: a GPT as any other
 
-Papers: adapters (arXiv:1902.00751), LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), QLoRA (arXiv:2305.14314).
+Papers: adapters (arXiv:1902.00751), LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), QLoRA
+(arXiv:2305.14314).
 """
 import functools
 import math
@@ -30,6 +31,7 @@ class LoRAConfig:
     lora_dropout: float = 0.0  # on what the updates read
     lora_targets: str = 'q,k,v,proj,gate,up,down'  # matrices that get an update; names the model lacks are ignored
     lora_rs: bool = False  # lora_alpha / sqrt(lora_rank) instead (rsLoRA)
+    lora_dora: bool = False  # each row of an updated matrix also learns its length, apart from its direction (DoRA)
     adapter_dim: int = 0  # width of the bottleneck that adapters learn behind each frozen sublayer; 0 = none
     lora_rows_from: int = 0  # first id whose rows of embedding and head learn, too: of tokens that were added; 0 = none
     quant: str = ''  # 'nf4': the blocks' frozen matrices in 4 bits, embeddings and head in bfloat16 (QLoRA)
@@ -70,8 +72,9 @@ def config_of(model):
 def apply(model, config):
     """Adds to a GPT what a LoRAConfig says, and freezes its own weights; returns the model, changed.
 
-    The new weights change nothing at first: B and the adapters' second matrix are zero. A MoE's router and stacked
-    experts have no LoRA and keep their bits. ValueError where the model has none of the targets.
+    The new weights change nothing at first: B and the adapters' second matrix are zero, DoRA's magnitudes the lengths
+    of rows as they are. A MoE's router and stacked experts have no LoRA and keep their bits. ValueError where the model
+    has none of the targets.
     """
     if not config.learns:
         return model
@@ -108,13 +111,13 @@ def learn_rows(model, first):
 
 @torch.no_grad()
 def init_weights(model):
-    """A as PEFT draws it, the adapters' first matrix as the model's own are drawn; all else zero."""
+    """A as PEFT draws it, the adapters' first matrix as the model's own are drawn; all else zero but magnitudes."""
     for name, p in model.named_parameters():
         if name.endswith('lora_a'):
             p.uniform_(-p.shape[-1] ** -0.5, p.shape[-1] ** -0.5)
         elif is_new(name) and name.endswith('.down'):
             p.normal_(0.0, model.config.init_std or p.shape[-1] ** -0.5)
-        elif is_new(name):
+        elif is_new(name) and not name.endswith('lora_magnitude'):
             p.zero_()
 
 
@@ -130,7 +133,7 @@ def state(model):
 
 @torch.no_grad()
 def merge(model, dtype=torch.float32):
-    """A new GPT that computes the same without LoRA and 4 bits, its weights copies in dtype: W + scale B A.
+    """A new GPT that computes the same without LoRA and 4 bits, its weights copies in dtype, see `LoRALinear.merged`.
 
     Computed in float32, one matrix at a time. Adapters stay beside it: they are no part of a matrix.
     """
@@ -152,8 +155,9 @@ class LoRALinear(nn.Linear):
     """A frozen nn.Linear with what learns beside it: W x + b + scale B A dropout(x) (LoRA, arXiv:2106.09685).
 
     Where W is several matrices in one, each has an A and a B of its own: lora_a (targets, r, in), lora_b (rows of the
-    targets, r); parts {target: (rows, whether it has them)}. With quant='nf4' (QLoRA, arXiv:2305.14314) there is no
-    `weight` but buffers of 4 bits.
+    targets, r); parts {target: (rows, whether it has them)}. With lora_dora, lora_magnitude (rows of the targets,) is
+    the length of each row of W + scale B A (DoRA, arXiv:2402.09353). With quant='nf4' (QLoRA, arXiv:2305.14314) there
+    is no `weight` but buffers of 4 bits.
     """
 
     def __init__(self, linear, rows, config):
@@ -165,7 +169,7 @@ class LoRALinear(nn.Linear):
         self.parts = {name: (n, name in targets) for name, n in rows.items()}
         self.quant, self.dropout = config.quant, config.lora_dropout
         self.learned = [n for n, learns in self.parts.values() if learns]
-        self.lora_a = self.lora_b = None
+        self.lora_a = self.lora_b = self.lora_magnitude = None
         if self.learned:
             self.scale = config.lora_alpha / (math.sqrt(rank) if config.lora_rs else rank)
             self.lora_a = nn.Parameter(torch.empty(len(self.learned), rank, linear.in_features, device=device))
@@ -175,6 +179,9 @@ class LoRALinear(nn.Linear):
             codes, scales = nf4_quantize(linear.weight.detach())
             for name, tensor in zip(('codes', 'scales', 'steps', 'mean'), (codes, *pack_scales(scales)), strict=True):
                 self.register_buffer(name, tensor, persistent=False)
+        if self.learned and config.lora_dora:
+            self.lora_magnitude = nn.Parameter(torch.cat(
+                [part for part, learns in self.by_part(self.frozen().detach().float().norm(dim=1)) if learns]))
 
     def frozen(self):
         """W (out, in), dequantised to float32 where it has 4 bits."""
@@ -182,6 +189,11 @@ class LoRALinear(nn.Linear):
             return self.weight
         scales = unpack_scales(self.scales, self.steps, self.mean)
         return nf4_dequantize(self.codes, scales, (self.out_features, self.in_features), torch.float32)
+
+    def by_part(self, rows):
+        """Numbers of rows (out,) -> (those of a part, whether it has LoRA) of each part."""
+        return zip(rows.split([n for n, _ in self.parts.values()]), (learns for _, learns in self.parts.values()),
+                   strict=True)
 
     def expand(self):
         """B of all parts side by side, zero where one would meet another's A: (out, targets * r)."""
@@ -191,24 +203,45 @@ class LoRALinear(nn.Linear):
         return torch.block_diag(*(next(learned) if learns else self.lora_b.new_zeros(n, 0)
                                   for n, learns in self.parts.values()))
 
-    def merged(self):
+    def direction(self):
         """W + scale B A (out, in), float32."""
         w = self.frozen().float()
         if self.lora_a is None:
             return w
         return torch.addmm(w, self.expand().float(), self.lora_a.flatten(0, 1).float(), alpha=self.scale)
 
+    def magnitudes(self, lengths):
+        """Lengths of all rows (out,), those of targets replaced by lora_magnitude."""
+        learned = iter(self.lora_magnitude.split(self.learned))
+        return torch.cat([next(learned) if learns else part for part, learns in self.by_part(lengths)])
+
+    def gain(self):
+        """DoRA's factor on each row, magnitude over length: (out,) float32."""
+        with torch.no_grad(), torch.autocast(self.lora_a.device.type, enabled=False):
+            # constant to the gradient: section 4.3 of the paper, which spares memory
+            lengths = self.direction().norm(dim=1).clamp(min=1e-30)
+        return self.magnitudes(lengths) / lengths
+
+    def merged(self):
+        """The one matrix (out, in) that does the same, float32: W + scale B A, with DoRA its rows times `gain`."""
+        return self.direction() if self.lora_magnitude is None else self.direction() * self.gain()[:, None]
+
     def forward(self, x):
+        bias = self.bias if self.lora_magnitude is None else None  # which DoRA does not scale
         if self.quant:
             dtype, shape = product_dtype(x), (self.out_features, self.in_features)
             y = NF4Product.apply(x.to(dtype), shape, self.codes, self.scales, self.steps, self.mean)
-            y = y if self.bias is None else y + self.bias.to(dtype)
+            y = y if bias is None else y + bias.to(dtype)
         else:
-            y = F.linear(x, self.weight, self.bias)
+            y = F.linear(x, self.weight, bias)
         if self.lora_a is None:
             return y
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.flatten(0, 1))
-        return y + F.linear(inner, self.expand() * self.scale)
+        y = y + F.linear(inner, self.expand() * self.scale)
+        if self.lora_magnitude is None:
+            return y
+        y = (y * self.gain()).to(y.dtype)  # in float32: near 1, 16 bits would lose what a gain has learned
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class RowsEmbedding(nn.Embedding):

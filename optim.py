@@ -5,8 +5,8 @@ Optimizers and schedules: AdamW in groups, Muon for the matrices of the blocks, 
     for group in optimizers.param_groups:
         group['lr'] = group.setdefault('initial_lr', group['lr']) * lr_factor(step, 'cosine', warmup, max_iters, 0.1)
 
-Papers: AdamW (arXiv:1711.05101), Muon (arXiv:2502.16982), cosine decay (arXiv:1608.03983), warmup-stable-decay
-(arXiv:2404.06395).
+Papers: AdamW (arXiv:1711.05101), Muon (arXiv:2502.16982), LoRA+ (arXiv:2402.12354), cosine decay (arXiv:1608.03983),
+warmup-stable-decay (arXiv:2404.06395).
 """
 import math
 import re
@@ -44,11 +44,13 @@ class Optimizers(list):
 
 
 def make_optimizers(named_parameters, optimizer='adamw', learning_rate=6e-4, weight_decay=0.1, betas=(0.9, 0.95),
-                    embed_lr=0.0, muon_lr=0.02, muon_momentum=0.95):
-    """Optimizers of named parameters, those that are trained. ValueError for an unknown name.
+                    embed_lr=0.0, muon_lr=0.02, muon_momentum=0.95, lora_lr_ratio=1.0):
+    """Optimizers of named parameters, those that are trained. ValueError for an unknown name, and for a ratio that no
+    parameter has.
 
     'adamw': weight decay on matrices only. 'muon': the matrices of the blocks by Muon, experts' stacks too; routers,
     LoRA, adapters, embeddings, head and vectors by AdamW. embed_lr: of the token embedding, 0 = learning_rate.
+    lora_lr_ratio: learning rate of LoRA's B, and DoRA's magnitudes, over that of A (LoRA+).
     """
     if optimizer not in ('adamw', 'muon'):
         raise ValueError(f"optimizer={optimizer!r} is not one of 'adamw', 'muon'")
@@ -56,14 +58,20 @@ def make_optimizers(named_parameters, optimizer='adamw', learning_rate=6e-4, wei
     hidden = [p for n, p in params.items() if re.search(r'(^|\.)(blocks|encoder)\.', n) and p.ndim >= 2
               and not any(part in n for part in ('router', '.lora_', '.adapter')) and optimizer == 'muon']
     taken = {id(p) for p in hidden}
+    # the authors' code of LoRA+ has vectors learn as fast as B, and so has PEFT's: DoRA's magnitudes are some
+    faster = ('lora_b', 'lora_magnitude') if lora_lr_ratio != 1 else ()
+    if faster and not any(n.endswith(faster) for n in params):
+        raise ValueError(f'lora_lr_ratio={lora_lr_ratio}: there is no LoRA to train: give --lora_rank, or drop it')
+    kinds = {n: 'embedding' if n.endswith('tok_emb.weight') else 'faster' if n.endswith(faster) else 'other'
+             for n in params}
+    rates = {'embedding': embed_lr or learning_rate, 'other': learning_rate, 'faster': learning_rate * lora_lr_ratio}
     groups = []
-    for is_embedding in (True, False):
+    for kind, rate in rates.items():
         for is_matrix in (True, False):
             chosen = [p for n, p in params.items() if id(p) not in taken and (p.ndim >= 2) == is_matrix
-                      and n.endswith('tok_emb.weight') == is_embedding]
+                      and kinds[n] == kind]
             if chosen:
-                groups.append({'params': chosen, 'weight_decay': weight_decay if is_matrix else 0.0,
-                               'lr': embed_lr if is_embedding and embed_lr else learning_rate})
+                groups.append({'params': chosen, 'weight_decay': weight_decay if is_matrix else 0.0, 'lr': rate})
     fused = all(p.device.type in ('cuda', 'cpu') for p in params.values())
     optimizers = Optimizers([torch.optim.AdamW(groups, betas=betas, fused=fused)])
     if hidden:

@@ -434,7 +434,7 @@ RANGES = {
     'seed': '>= 0 and < 2**63',
     **dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval',
                      'keep_checkpoints', 'max_bad_steps'), '>= 1'),
-    'learning_rate': '> 0',
+    **dict.fromkeys(('learning_rate', 'lora_lr_ratio'), '> 0'),
     **dict.fromkeys(('embed_lr', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters'),
                     '>= 0'),
     **dict.fromkeys(('muon_momentum', 'beta1', 'beta2'), '>= 0 and < 1'),
@@ -813,9 +813,10 @@ class Run:
         """
         before, saved = state.get('config', {}), state.get('optimizers') or []
         if list(map(optimizer_layout, saved)) != [optimizer_layout(new.state_dict()) for new in each(optimizers)]:
+            ratio = before.get('lora_lr_ratio', 1.0)
             raise UserError(f'{origin} holds no moments of this optimizer, it was trained with optimizer='
-                            f'{before.get("optimizer")!r}: resume with that, or take its weights only: --init_from='
-                            f'{self.out_dir} and a new --out_dir')
+                            f'{before.get("optimizer")!r}{f", lora_lr_ratio={ratio}" if ratio != 1 else ""}: resume '
+                            f'with that, or take its weights only: --init_from={self.out_dir} and a new --out_dir')
         for part, old in zip(each(optimizers), saved, strict=True):  # a wrong shape would end in a crash
             params = [p for group in part.param_groups for p in group['params']]
             for i, moments in old['state'].items():

@@ -61,6 +61,7 @@ max_iters = 500  # steps
 optimizer = 'adamw'  # 'adamw', or 'muon' for the matrices of the blocks and AdamW for the rest
 learning_rate = 3e-4  # peak learning rate of AdamW
 embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
+lora_lr_ratio = 1.0  # LoRA+: learning rate of LoRA's B over that of A; 16 is usual
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
 weight_decay = 0.0  # applied to matrices only
@@ -230,7 +231,7 @@ def main():
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
-                                     embed_lr, muon_lr, muon_momentum)
+                                     embed_lr, muon_lr, muon_momentum, lora_lr_ratio)
 
     # resume
     step, items_seen, difficulty, clock = 0, 0, None, runtime.Clock()
