@@ -475,7 +475,7 @@ def from_hf(directory, dtype=torch.float32, **overrides):
 
 
 TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do not change what a trained model computes
-EXPERTS = {'n_expert_shared', 'router_bias_rate'}  # nor do these without experts
+EXPERTS = {'n_expert_shared', 'router_bias_rate', 'router_score', 'router_scale'}  # nor do these without experts
 
 
 def hf_family(config, gguf=False):

@@ -191,6 +191,33 @@ def with_new_rows(tensors, first, vocab_size):
     return tensors | found
 
 
+def upcycle(state, config, noise=0.0):
+    """The state of a dense GPT -> of one of a GPTConfig with experts: each a copy of the MLP there, the routers new
+    (sparse upcycling, arXiv:2212.05055).
+
+    It computes the same at first if the weights of a token's experts add up to 1. noise: times the standard deviation
+    of a matrix, added to each copy. ValueError where an MLP cannot become an expert.
+    """
+    dense, old, tensors = GPTConfig(**state['model_args']), state['model'], {}
+    if dense.bias:
+        raise ValueError('bias=True: its MLPs have biases, and experts have none: upcycle a model of bias=False')
+    if config.expert_dim != dense.mlp_dim:
+        raise ValueError(f'expert_dim={config.expert_dim}: its MLPs, which experts copy, are {dense.mlp_dim} wide: give '
+                         f'--expert_dim={dense.mlp_dim}')
+    if config.n_expert_shared:
+        raise ValueError(f'n_expert_shared={config.n_expert_shared}: copies to choose from are all that its MLPs '
+                         'become: drop --n_expert_shared')
+    args = state['model_args'] | {  # the rest stays as it is there
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+        if 'expert' in field.name or field.name.startswith('router_') or field.name == 'dense_layers'}
+    for name, new in GPT(GPTConfig(**args)).state_dict().items():
+        tensors[name] = old.get(name, new)  # the routers' weights are new
+        if name not in old and f'{name}.weight' in old:
+            matrix = old[f'{name}.weight']
+            tensors[name] = matrix + noise * matrix.std() * torch.randn_like(new)
+    return state | {'model': tensors, 'model_args': args}
+
+
 def is_score(name):
     """Whether a tensor of this name belongs to a reward model's score."""
     return name.startswith('score')

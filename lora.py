@@ -240,7 +240,7 @@ class LoRALinear(nn.Linear):
         y = y + F.linear(inner, self.expand() * self.scale)
         if self.lora_magnitude is None:
             return y
-        y = (y * self.gain()).to(y.dtype)  # in float32: near 1, 16 bits would lose what a gain has learned
+        y = (y * self.gain()).to(y.dtype)  # in float32: 16 bits have few numbers near 1
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -16,8 +16,8 @@ where it happens.
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
 Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Switch Transformers
-(arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066), balancing without a loss
-(arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
+(arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066) and V3 (arXiv:2412.19437), balancing
+without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
 """
 import contextlib
 import functools
@@ -71,7 +71,9 @@ class GPTConfig:
     expert_dim: int = 0  # hidden width of an expert; 0 = mlp_dim
     dense_layers: int = 0  # the first this many layers keep a dense MLP
     expert_every: int = 1  # after those, layers whose number (from 1) is a multiple of this have experts
+    router_score: str = 'softmax'  # a token's affinity to each expert: 'softmax' over all or, each alone, 'sigmoid'
     router_renorm: bool = True  # scale the weights of a token's active experts to sum to 1, if there are two or more
+    router_scale: float = 1.0  # factor on the weights of the active experts; with 'sigmoid' 2.5 in DeepSeek-V3
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
@@ -82,7 +84,8 @@ class GPTConfig:
     def __post_init__(self):
         for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
                               ('norm_place', ('pre', 'post')), ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
-                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn'))):
+                              ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')),
+                              ('router_score', ('softmax', 'sigmoid'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'expert_every'):
@@ -123,6 +126,7 @@ class GPTConfig:
                  f"n_embd={self.n_embd} must be even with pos='sinusoidal'"),
                 (self.router_renorm not in (True, False, 'always'),
                  f"router_renorm={self.router_renorm!r} is not one of True, False, 'always'"),
+                (self.router_scale <= 0, f'router_scale={self.router_scale} must be above 0'),
                 (self.rope_theta <= 1, f'rope_theta={self.rope_theta} must be above 1'),
                 (scaled and (self.pos != 'rope' or self.rope_factor <= 1),
                  f"rope_scaling={self.rope_scaling!r} needs pos='rope' and a rope_factor above 1"),
@@ -366,17 +370,17 @@ class Attention(nn.Module):
         self.scale = config.attn_scale or 1 / math.sqrt(config.head_dim)
         self.dropout, self.causal, self.local = config.dropout, causal, local
         # queries, keys and values of all heads in one matrix: rows are q heads, then k heads, then v heads
-        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.qkv = nn.Linear(config.n_embd, q + 2 * kv, config.bias or config.qkv_bias)
-        self.proj = nn.Linear(q, config.n_embd, config.bias)
+        self.q_dim, self.kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        self.qkv = nn.Linear(config.n_embd, self.q_dim + 2 * self.kv_dim, config.bias or config.qkv_bias)
+        self.proj = nn.Linear(self.q_dim, config.n_embd, config.bias)
         self.q_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
         self.watched = None  # a list that collects the weights of each forward, see `GPT.attention_maps`
 
     def stacked(self):
         """What each matrix stacks, for lora.py: {matrix: {target: rows}}."""
-        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        return {'qkv': {'q': q, 'k': kv, 'v': kv}, 'proj': {'proj': self.proj.out_features}}
+        rows = {'q': self.q_dim, 'k': self.kv_dim, 'v': self.kv_dim}
+        return {'qkv': rows, 'proj': {'proj': self.proj.out_features}}
 
     def qk_weight(self, qk):
         """The weights of q_norm and k_norm, a row for each head: (n_head + n_kv_head, D), or None."""
@@ -413,7 +417,7 @@ class Attention(nn.Module):
         if self.watched is not None:
             self.watched.append(attention_weights(q, k, mask, self.causal, self.scale))
         y = attend(q, k, v, mask, self.causal, self.scale, self.dropout if self.training else 0.0)
-        return self.proj(y[..., :self.head_dim].transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+        return self.proj(y[..., :self.head_dim].transpose(1, 2).reshape(B, T, self.q_dim))
 
 
 class CrossAttention(nn.Module):
@@ -431,8 +435,8 @@ class CrossAttention(nn.Module):
 
     def stacked(self):
         """See `Attention.stacked`."""
-        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        return {'q': {'q': q}, 'kv': {'k': kv, 'v': kv}, 'proj': {'proj': self.proj.out_features}}
+        k = v = self.kv.out_features // 2
+        return {'q': {'q': self.q.out_features}, 'kv': {'k': k, 'v': v}, 'proj': {'proj': self.proj.out_features}}
 
     def forward(self, x, context):
         """x (B, T, C) -> (B, T, C); the source is context.memory (B, S, C)."""
@@ -501,7 +505,7 @@ class MoE(nn.Module):
         super().__init__()
         E, M, C = config.n_expert, config.expert_dim, config.n_embd
         self.kind, self.n_active = config.mlp, config.n_expert_active
-        self.renorm = config.renormalises
+        self.renorm, self.score, self.scale = config.renormalises, config.router_score, config.router_scale
         self.aux_coef, self.z_coef, self.bias_rate = config.router_aux, config.router_z, config.router_bias_rate
         self.router = nn.Linear(C, E, bias=False)
         self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind == 'swiglu' else None
@@ -518,17 +522,15 @@ class MoE(nn.Module):
         N, E, K = len(flat), len(self.up), self.n_active
         with torch.autocast(kind, enabled=False):  # a choice between near equals wants all digits
             logits = F.linear(flat.float(), self.router.weight.float())
-        probs = logits.softmax(-1)
-        if self.bias_rate:
-            chosen = (probs + self.choice_bias).topk(K).indices
-            weights = probs.gather(1, chosen)
-        else:
-            weights, chosen = probs.topk(K)
+        scores = logits.softmax(-1) if self.score == 'softmax' else logits.sigmoid()
+        chosen = (scores + self.choice_bias if self.bias_rate else scores).topk(K).indices
+        weights = scores.gather(1, chosen)
         if self.renorm:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+        weights = weights * self.scale
         sizes = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), weights.new_ones(N * K))
         if self.training:
-            self.observe(logits, probs, chosen, real)
+            self.observe(logits, scores / (scores.sum(-1, keepdim=True) + 1e-20), chosen, real)
 
         dtype = product_dtype(x)
         order = chosen.flatten().argsort(stable=True)  # by expert
@@ -563,8 +565,7 @@ class MoE(nn.Module):
         balance = probs.shape[1] * (self.load / (n * chosen.shape[1]) * share).sum()
         z = (logits.logsumexp(-1).square() * counted).sum() / n
         self.aux = self.aux_coef * balance + self.z_coef * z
-        entropies = -(probs * logits.log_softmax(-1)).sum(-1).detach()
-        self.entropy = (entropies * counted).sum() / n
+        self.entropy = (torch.special.entr(probs.detach()).sum(-1) * counted).sum() / n
 
 
 class Block(nn.Module):

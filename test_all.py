@@ -179,7 +179,8 @@ def by_hand(moe, x):
     moe, x = copy.deepcopy(moe).double(), x.double()
     out = torch.zeros_like(x)
     for n, token in enumerate(x):
-        probs = (moe.router.weight @ token).softmax(0)
+        logits = moe.router.weight @ token
+        probs = 1 / (1 + (-logits).exp()) if moe.score == 'sigmoid' else logits.exp() / logits.exp().sum()
         chosen = (probs + (moe.choice_bias if moe.bias_rate else 0)).argsort(descending=True)[:moe.n_active]
         weights = probs[chosen] / (probs[chosen].sum() if moe.renorm else 1)
         for e, weight in zip(chosen, weights, strict=True):
@@ -188,7 +189,7 @@ def by_hand(moe, x):
                 hidden = F.silu(moe.gate[e] @ token) * hidden
             else:
                 hidden = hidden.relu() ** 2 if moe.kind == 'relu2' else F.gelu(hidden)
-            out[n] += weight * (moe.down[e] @ hidden)
+            out[n] += moe.scale * weight * (moe.down[e] @ hidden)
     return (out + moe.shared(x) if moe.shared is not None else out).float()
 
 
@@ -645,8 +646,11 @@ def learned(model, std=0.2):
     """The model with random small tensors, as if it had been trained."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for tensor in lora.state(model).values():
-            tensor.normal_(0, std)
+        for name, tensor in lora.state(model).items():
+            if name.endswith('magnitude'):
+                tensor.mul_(1 + std * torch.randn_like(tensor))
+            else:
+                tensor.normal_(0, std)
     return model
 
 
@@ -4752,6 +4756,35 @@ def test_4_2_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5) if p.ndim >= 2 else before[name])
 
 
+@pytest.mark.parametrize('dora', [False, True])
+def test_4_2_lora_plus_has_the_groups_of_peft(dora, tmp_path):
+    peft = pytest.importorskip('peft')
+    from peft.optimizers import create_loraplus_optimizer
+    model = built(state_of(tiny(vocab_size=300, mlp_dim=48, **SMALL_LLAMA)), lora_rank=2, lora_dora=dora)
+    convert.to_hf(lora.merge(model), tmp_path / 'hf')
+    convert.to_peft(model, tmp_path / 'peft', str(tmp_path / 'hf'))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'peft', is_trainable=True)
+    theirs = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16,
+                                       loraplus_weight_decay=0.1)
+    ours = optim.make_optimizers(model.named_parameters(), learning_rate=0.01, weight_decay=0.1, lora_lr_ratio=16)
+
+    def numbers(optimizer):  # {(rate, whether it decays vectors, too): how many}
+        found = Counter()
+        for group in optimizer.param_groups:
+            for p in group['params']:
+                found[round(group['lr'], 6), p.ndim > 1 and group['weight_decay']] += p.numel()
+        return found
+    assert numbers(ours) == numbers(theirs) and len(numbers(ours)) == 2 + dora
+    b = {id(p) for n, p in model.named_parameters() if 'lora_b' in n or 'lora_magnitude' in n}
+    assert b == {id(p) for group in ours.param_groups if group['lr'] == 0.16 for p in group['params']}
+    names = (name for name, _ in model.named_parameters())
+    groups = optim.make_optimizers(zip(names, model.parameters(), strict=True), learning_rate=0.01).param_groups
+    assert len(groups) == 1 + dora  # without a ratio, as checkpoints of before it have them
+    with pytest.raises(ValueError, match='lora_lr_ratio=16: there is no LoRA to train: give --lora_rank, or drop it'):
+        optim.make_optimizers(tiny().named_parameters(), lora_lr_ratio=16)
+
+
 def test_4_2_muon_turns_block_matrices_and_adamw_the_rest():
     model = tiny()
     adamw, muon = optim.make_optimizers(model.named_parameters(), 'muon', 0.01, embed_lr=0.03, muon_lr=0.1)
@@ -5397,7 +5430,9 @@ def test_5_1_a_router_by_hand():
 
 
 @pytest.mark.parametrize('options', [{}, {'router_renorm': False}, {'n_expert_shared': 2, 'mlp': 'gelu'},
-                                     {'router_bias_rate': 0.1, 'mlp': 'relu2'}, {'n_expert_active': 5}], ids=str)
+                                     {'router_bias_rate': 0.1, 'mlp': 'relu2'}, {'n_expert_active': 5},
+                                     {'router_bias_rate': 0.1, 'router_score': 'sigmoid', 'router_scale': 2.5}],
+                         ids=str)
 def test_5_1_experts_equal_a_loop_over_tokens(options):
     moe = tiny(**MOE | options).blocks[1].mlp
     if moe.bias_rate:
@@ -5409,6 +5444,91 @@ def test_5_1_experts_equal_a_loop_over_tokens(options):
         torch.testing.assert_close(moe(many), by_hand(moe, many[0]).view_as(many), atol=1e-5, rtol=1e-5)
         few = x[:1, :1]  # experts without a single token
         torch.testing.assert_close(moe(few), by_hand(moe, few[0]).view_as(few), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('renorm', [True, False])
+def test_5_1_sigmoid_routers_are_those_of_deepseek_v3(renorm):
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+    ours = tiny(**MOE, n_layer=1, n_expert_shared=1, router_bias_rate=0.1, router_score='sigmoid', router_scale=2.5,
+                router_renorm=renorm).blocks[0].mlp
+    ours.choice_bias += torch.linspace(-0.3, 0.3, 5)
+    theirs = DeepseekV3MoE(transformers.DeepseekV3Config(
+        hidden_size=32, moe_intermediate_size=24, n_routed_experts=5, num_experts_per_tok=2, n_shared_experts=1,
+        n_group=1, topk_group=1, norm_topk_prob=renorm, routed_scaling_factor=2.5))
+    names = {'gate.weight': ours.router.weight, 'gate.e_score_correction_bias': ours.choice_bias,
+             'experts.gate_up_proj': torch.cat((ours.gate, ours.up), 1), 'experts.down_proj': ours.down}
+    names |= {f'shared_experts.{name}_proj.weight': getattr(ours.shared, name).weight for name in ('gate', 'up', 'down')}
+    theirs.load_state_dict(names)
+    x, same = (torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in 'ab')
+    y, expected = ours(x), theirs(same)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    torch.testing.assert_close(x.grad, same.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.router.weight.grad, theirs.gate.weight.grad, atol=1e-5, rtol=1e-5)
+    assert ours.router.weight.grad.norm() > 1e-3
+    ours.router.weight.data.fill_(-1e3)  # no sigmoid is above 0: nothing is divided by it
+    assert ours.train()(x.abs()).isfinite().all() and ours.aux.isfinite() and ours.entropy.isfinite()
+
+
+def dense_and_upcycled(noise=0.0, **options):
+    base = tiny(**SMALL_LLAMA, mlp_dim=48)
+    state = state_of(base)
+    return base, load.upcycle(state, GPTConfig(**state['model_args'] | dict(n_expert=4) | options), noise)
+
+
+@pytest.mark.parametrize('options', [{}, dict(n_expert_active=1, router_renorm='always', dense_layers=1),
+                                     dict(router_score='sigmoid', router_bias_rate=0.1, n_expert_active=3)], ids=str)
+def test_5_1_an_upcycled_model_is_the_dense_one_at_first(options):
+    base, state = dense_and_upcycled(**options)
+    model = built(state)
+    x = ids(2, 20)
+    assert len(model.sparse) == 2 - options.get('dense_layers', 0) and min(
+        moe.router.weight.std() for moe in model.sparse) > 0.1
+    torch.testing.assert_close(model(x), base(x), atol=1e-5, rtol=1e-5)
+    for either in (model, base):
+        either(x, x).backward()
+    for name in ('gate', 'up', 'down'):  # a token's gradient is divided among its experts, by their weights
+        torch.testing.assert_close(getattr(model.blocks[1].mlp, name).grad.sum(0),
+                                   getattr(base.blocks[1].mlp, name).weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_5_1_upcycling_adds_noise_and_refuses_what_is_no_expert():
+    base, state = dense_and_upcycled(noise=0.1)
+    for name in ('gate', 'up', 'down'):
+        matrix = base.blocks[0].mlp.get_submodule(name).weight
+        off = (state['model'][f'blocks.0.mlp.{name}'] - matrix) / matrix.std()
+        assert off.shape == (4, *matrix.shape) and off.std((1, 2)).tolist() == pytest.approx([0.1] * 4, rel=0.1)
+        assert not torch.allclose(off[0], off[1])
+    for options, words in ((dict(expert_dim=24), 'expert_dim=24: .* are 48 wide: give --expert_dim=48'),
+                           (dict(n_expert_shared=1), 'n_expert_shared=1: .* drop --n_expert_shared')):
+        with pytest.raises(ValueError, match=words):
+            dense_and_upcycled(**options)
+    state = state_of(tiny())
+    with pytest.raises(ValueError, match='bias=True: .*upcycle a model of bias=False'):
+        load.upcycle(state, GPTConfig(**state['model_args'] | dict(n_expert=4)))
+
+
+def test_5_1_pretraining_upcycles_a_dense_run_and_resumes_it(run_stage, text_data):
+    args = [f'--dataset={text_data}', *DURABLE[:-1], '--mlp=swiglu', '--bias=False', '--dropout=0']
+    assert run_stage('train', *args, '--out_dir=dense')[0] == 0
+    more = [*args, '--init_from=dense', '--n_expert=4', '--router_bias_rate=0.01']
+    status, out, err = run_stage('train', *more, '--out_dir=same', '--max_iters=1')
+    assert (status, err) == (0, '') and 'from dense, step 8, upcycled on 1 x' in out
+    assert logged('same', 'val/loss')[0] == pytest.approx(logged('dense', 'val/loss')[-1], abs=1e-5)
+    assert run_stage('train', *more, '--upcycle_noise=0.1', '--out_dir=whole')[0] == 0
+    run_stage('train', *more, '--upcycle_noise=0.1', '--out_dir=run', '--max_iters=4', '--lr_decay_iters=8')
+    assert run_stage('train', *more, '--upcycle_noise=0.1', '--out_dir=run', '--lr_decay_iters=8',
+                     '--init_from=resume')[0] == 0
+    assert digest('run') == digest('whole')
+    for flags, words in ((['--init_from=dense', '--upcycle_noise=0.1'], 'upcycle_noise=0.1 is for experts'),
+                         (['--init_from=dense', '--n_expert=4', '--n_layer=3'], 'with n_layer=2, not 3: drop'),
+                         (['--init_from=dense', '--n_expert=4', '--n_embd=64'], 'with n_embd=32, not 64: drop'),
+                         (['--init_from=same', '--n_expert=8'], 'with n_expert=4, not 8: drop'),
+                         (['--init_from=dense', '--n_expert=4', '--expert_dim=64'], 'give --expert_dim=128')):
+        status, _, err = run_stage('train', f'--dataset={text_data}', '--device=cpu', *flags, '--out_dir=refused')
+        assert status == 2 and err.count('\n') == 1 and words in err, err
+    assert not Path('refused').exists()
 
 
 def test_5_1_where_experts_are():
@@ -5423,27 +5543,30 @@ def test_5_1_where_experts_are():
 
 # 5.2 routers
 
-def test_5_2_router_losses():
+@pytest.mark.parametrize('score', ['softmax', 'sigmoid'])
+def test_5_2_router_losses(score):
     """Against transformers' load-balancing loss (of all experts chosen, so k times ours) and a z-loss by hand."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-    model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3, n_layer=1)).train()
+    model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3, n_layer=1, router_score=score)).train()
     seen = []
     model.blocks[0].mlp.register_forward_hook(lambda moe, args, out: seen.append(args[0]))
     x, moe = ids(4, 24), model.blocks[0].mlp
     loss = model(x, x)
     logits = seen[0].flatten(0, 1) @ moe.router.weight.T
-    balance = load_balancing_loss_func((logits,), 5, 2) / 2
+    shares = logits.sigmoid().log() if score == 'sigmoid' else logits  # sigmoids, made to sum to 1 by theirs
+    balance = load_balancing_loss_func((shares,), 5, 2) / 2
     z = logits.logsumexp(1).square().mean()
     torch.testing.assert_close(moe.aux, 0.7 * balance + 0.3 * z)
     assert moe.load.sum() == 4 * 24 * 2
-    torch.testing.assert_close(moe.entropy, torch.distributions.Categorical(logits=logits).entropy().mean())
+    torch.testing.assert_close(moe.entropy, torch.distributions.Categorical(logits=shares).entropy().mean())
     assert model.router_loss() is moe.aux or model.router_loss() == moe.aux
     assert model.eval()(x, x).item() == pytest.approx(loss.item(), abs=1e-6)  # the value is the cross-entropy alone
 
 
-def test_5_2_padding_counts_in_nothing_that_balances():
+@pytest.mark.parametrize('score', ['softmax', 'sigmoid'])
+def test_5_2_padding_counts_in_nothing_that_balances(score):
     """Tokens that no target follows change neither load nor losses, whatever they are; all others do."""
-    model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3)).train()
+    model = tiny(**MOE | dict(router_aux=0.7, router_z=0.3, router_score=score)).train()
     x = ids(3, 24)
     targets = x.roll(-1, 1)
     targets[0, 15:] = targets[1, 4:] = targets[2, 23:] = targets[2, :5] = -100  # before the last target all count
@@ -5478,10 +5601,11 @@ def test_5_2_a_router_that_chooses_one_expert_learns(tmp_path):
     assert torch.equal(built(state)(x), model(x))
 
 
-@pytest.mark.parametrize('stage', ['train', 'sft', 'reward', 'dpo', 'grpo', 'ppo', 'distill'])
-def test_5_2_every_stage_balances_by_the_routers_losses(run_stage, text_data, chat_data, pref_data, stage):
+@pytest.mark.parametrize('stage, score', [
+    *((stage, 'softmax') for stage in ('train', 'sft', 'reward', 'dpo', 'grpo', 'ppo', 'distill')), ('grpo', 'sigmoid')])
+def test_5_2_every_stage_balances_by_the_routers_losses(run_stage, text_data, chat_data, pref_data, stage, score):
     """One step with a large router_aux moves the routers elsewhere than one without, and nothing is in the loss."""
-    model = GPT(GPTConfig(block_size=256, vocab_size=264, n_layer=1, n_head=2, n_embd=32, **MOE))
+    model = GPT(GPTConfig(block_size=256, vocab_size=264, n_layer=1, n_head=2, n_embd=32, router_score=score, **MOE))
     tokenizer = {'tokenizer': get_tokenizer('bytes').to_dict()}
     save_run(Path('moe'), state_of(model) | tokenizer)
     data = {'train': text_data, 'reward': pref_data, 'dpo': pref_data, 'distill': chat_data}.get(stage, chat_data)
@@ -5557,8 +5681,9 @@ def test_5_2_experts_train_alike_in_one_process_and_two(run_stage, text_data, tm
                for load, worst in zip(logged('one', 'router/load'), logged('one', 'router/max_load'), strict=True))
 
 
-def test_5_2_experts_resume_exactly(run_stage, text_data):
-    args = [f'--dataset={text_data}', *DURABLE, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01']
+@pytest.mark.parametrize('options', [[], ['--router_score=sigmoid', '--router_scale=2.5']], ids=str)
+def test_5_2_experts_resume_exactly(run_stage, text_data, options):
+    args = [f'--dataset={text_data}', *DURABLE, '--n_expert=4', '--expert_dim=24', '--router_bias_rate=0.01', *options]
     assert run_stage('train', *args, '--out_dir=whole')[0] == 0
     run_stage('train', *args, '--out_dir=run', '--max_iters=3', '--lr_decay_iters=8')
     assert run_stage('train', *args, '--out_dir=run', '--lr_decay_iters=8')[0] == 0
@@ -7610,6 +7735,8 @@ def test_6_7_adapters_are_a_bottleneck_with_a_residual_behind_each_sublayer():
 OPTIONS = [dict(lora_rank=4), dict(lora_rank=2, lora_targets='q,v', **SMALL_LLAMA), dict(lora_rank=3, adapter_dim=4),
            dict(lora_rank=3, quant='nf4', **SMALL_LLAMA), dict(adapter_dim=4, quant='nf4', norm_place='post'),
            dict(lora_rank=2, quant='nf4', tie_weights=False, lora_rs=True, pos='rope', n_expert=4, expert_dim=24),
+           dict(lora_rank=2, lora_dora=True, lora_targets='q,v,down', **SMALL_LLAMA),
+           dict(lora_rank=2, lora_dora=True, quant='nf4'),
            dict(lora_rank=2, quant='nf4', n_encoder_layer=1, n_kv_head=2)]
 
 
@@ -7652,7 +7779,7 @@ def test_6_7_merging_holds_one_matrix_more_than_its_result():
     assert peak <= merged.memory() + 1.1 * largest
 
 
-@pytest.mark.parametrize('options', [*OPTIONS[:6], dict(lora_rank=2, n_expert=4, **SMALL_LLAMA)], ids=str)
+@pytest.mark.parametrize('options', [*OPTIONS[:-1], dict(lora_rank=2, n_expert=4, **SMALL_LLAMA)], ids=str)
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_6_7_the_frozen_base_never_changes_and_the_rest_learns(options, optimizer):
     model = tiny(**options).train()
@@ -7775,6 +7902,7 @@ ARCH = dict(vocab_size=300, init_std=0.1, mlp_dim=48, **SMALL_LLAMA)
 
 
 @pytest.mark.parametrize('options', [dict(lora_rank=2), dict(lora_rank=2, quant='nf4'), dict(adapter_dim=3),
+                                     dict(lora_rank=2, lora_dora=True, quant='nf4'),
                                      dict(lora_rank=2, adapter_dim=3, quant='nf4')], ids=str)
 def test_6_7_a_run_of_small_tensors_loads_as_a_whole_model(options, tmp_path):
     base = save_run(tmp_path / 'base', state_of(tiny(**ARCH)))
@@ -7882,7 +8010,7 @@ def test_6_7_a_peft_directory_has_its_names_and_shapes_and_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(use_dora=True), 'use_dora=True is not supported'), (dict(bias='all'), "bias='all' is not supported"),
+    (dict(use_dora=1), 'use_dora=1 must be true or false'), (dict(bias='all'), "bias='all' is not supported"),
     (dict(rank_pattern={'q_proj': 2}), r'rank_pattern=.*not everywhere the same\): let PEFT merge it, '
      r'model.merge_and_unload\(\).save_pretrained'), (dict(alpha_pattern={'q_proj': 2}), 'alpha_pattern='),
     (dict(layers_to_transform=0), r'layers_to_transform=0 is not supported \(only some layers have LoRA\)'),
@@ -7934,10 +8062,11 @@ FAMILY = {'llama': ARCH, 'qwen2': ARCH | dict(qkv_bias=True),
           'gpt2': dict(vocab_size=300, init_std=0.1, mlp='gelu_tanh')}
 
 
-def peft_pair(family, tmp_path):
+def peft_pair(family, tmp_path, quant=''):
     peft = pytest.importorskip('peft')
     base = tiny(**FAMILY[family])
-    convert.to_hf(base, tmp_path / 'hf')
+    rounded = lora.merge(built(state_of(base), lora_rank=1, quant=quant)) if quant else base
+    convert.to_hf(rounded, tmp_path / 'hf')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()
     return peft, base, theirs
 
@@ -7971,21 +8100,86 @@ def test_6_7_dense_layers_beside_experts_are_not_exported_as_peft(tmp_path):
 
 
 @pytest.mark.parametrize('family', FAMILY)
-@pytest.mark.parametrize('rs', [False, True])
-def test_6_7_we_compute_the_same_with_lora_of_peft(family, rs, tmp_path):
+@pytest.mark.parametrize('options', [{}, dict(use_rslora=True), dict(use_dora=True)], ids=str)
+def test_6_7_we_compute_the_same_with_lora_of_peft(family, options, tmp_path):
     peft, base, theirs = peft_pair(family, tmp_path)
     targets = ['c_attn', 'mlp.c_proj'] if family == 'gpt2' else ['q_proj', 'v_proj', 'gate_proj']
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rs))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **options))
     torch.manual_seed(4)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
-            if 'lora_' in name:
+            if 'magnitude' in name:
+                p.mul_(1 + 0.1 * torch.randn_like(p))
+            elif 'lora_' in name:
                 p.normal_(0, 0.1)
     theirs.eval().save_pretrained(tmp_path / 'peft')
     ours = built(convert.from_peft(tmp_path / 'peft', base)).eval()
     x = ids(2, 20)
     torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lora.merge(ours)(x), theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('family, options', [('llama', {}), ('llama', dict(quant='nf4')), ('gpt2', {}),
+                                             ('gpt2', dict(lora_targets='q,v,down')),
+                                             ('qwen2', dict(lora_targets='q,v,down', lora_rs=True))], ids=str)
+def test_6_7_dora_and_its_gradients_are_those_of_peft(family, options, tmp_path):
+    peft, base, theirs = peft_pair(family, tmp_path, options.get('quant', ''))
+    ours = learned(built(state_of(base), lora_rank=3, lora_alpha=5.0, lora_dora=True, **options), 0.1).eval()
+    state = state_of(ours)
+    state['model'] = state_of(base)['model'] | state['model']
+    convert.to_peft(state, tmp_path / 'peft', str(tmp_path / 'hf'))
+    theirs, x = peft.PeftModel.from_pretrained(theirs, tmp_path / 'peft', is_trainable=True).eval(), ids(2, 20)
+    y, expected = ours(x), theirs(x).logits
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    assert (y - base(x)).abs().max() > 0.1
+    torch.testing.assert_close(lora.merge(ours)(x), expected, atol=1e-5, rtol=1e-5)
+    if family == 'gpt2':  # whose q, k and v have one A there, of all their ranks
+        return
+    back = convert.from_peft(tmp_path / 'peft', base)
+    assert back['lora_args']['lora_dora']
+    torch.testing.assert_close(built(back, quant=options.get('quant', ''))(x), expected, atol=1e-5, rtol=1e-5)
+    F.cross_entropy(y.flatten(0, 1), x.flatten()).backward()
+    F.cross_entropy(expected.flatten(0, 1), x.flatten()).backward()
+    state['model'] = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    convert.to_peft(state, tmp_path / 'grads', 'x')  # gradients by PEFT's names
+    grads = load_file(tmp_path / 'grads/adapter_model.safetensors')
+    assert {n.split('.')[-2] for n in grads} > {'lora_A', 'lora_B'}
+    theirs = {n.replace('.default', '').replace('vector.weight', 'vector'): p.grad
+              for n, p in theirs.named_parameters() if p.requires_grad}
+    assert grads.keys() == theirs.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, theirs[name], atol=1e-5, rtol=1e-5)
+
+
+def test_6_7_dora_begins_as_the_model_and_goes_on_where_a_row_is_zero():
+    base = tiny(**SMALL_LLAMA)
+    with torch.no_grad():
+        base.blocks[0].attn.qkv.weight[:3] = 0
+    model = built(state_of(base), lora_rank=2, lora_dora=True).train()
+    x = ids(2, 9)
+    torch.testing.assert_close(model(x), base(x), atol=1e-5, rtol=1e-5)
+    lengths = base.blocks[1].mlp.down.weight.norm(dim=1)
+    assert torch.equal(model.blocks[1].mlp.down.lora_magnitude, lengths)
+    optimizers = optim.make_optimizers(model.named_parameters(), learning_rate=0.01)
+    for _ in range(3):
+        model(x, x).backward()
+        optimizers.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_6_7_a_gain_of_dora_has_all_its_digits_in_16_bits():
+    """1.01 would be 1.0078 in bfloat16."""
+    layer = LoRALinear(torch.nn.Linear(64, 64), {'up': 64}, LoRAConfig(lora_rank=1, lora_dora=True))
+    layer.lora_a.data.zero_()
+    layer.lora_b.data.zero_()
+    x = torch.randn(200, 64)
+    with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        before = layer(x)
+        layer.lora_magnitude *= 1.01
+        after = layer(x)
+    assert before.dtype == after.dtype == torch.bfloat16
+    moved = (after.float() - before.float()) * before.float().sign()
+    assert moved.mean() / before.float().abs().mean() == pytest.approx(1e-2, rel=0.1)
 
 
 # 6.8 QLoRA

@@ -4,12 +4,13 @@ Pretraining: a language model learns real text by predicting the next token.
     python train.py config/tiny.py                               two minutes on two cores, Shakespeare
     python train.py config/tiny.py --n_layer=6 --max_iters=3000  any knob below, or any field of GPTConfig
     python train.py config/tiny.py --init_from=resume            resumes from out_dir/ckpt.pt
+    python train.py config/tiny.py --init_from=out/tiny --n_expert=8 --out_dir=out/upcycled    its MLPs become experts
     python train.py config/reverse.py                            an encoder-decoder, on pairs of source and target
     torchrun --standalone --nproc_per_node=2 train.py config/tiny.py --gradient_accumulation_steps=2 [--fsdp=True]
 
 Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), Attention Is All You Need
 (arXiv:1706.03762), AdamW (arXiv:1711.05101), cosine decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395),
-Muon (arXiv:2502.16982).
+Muon (arXiv:2502.16982), sparse upcycling (arXiv:2212.05055).
 """
 import math
 from dataclasses import asdict
@@ -21,7 +22,7 @@ import torch
 from dataset import PairData, TokenData, find_dataset, kind_of
 from generate import check_prompts, generate
 from grade import ratio_interval
-from load import VERSION, build_model, check_same_model, load_state, read_checkpoint
+from load import VERSION, build_model, check_same_model, load_state, read_checkpoint, upcycle
 from model import GPT, GPTConfig
 from optim import lr_factor, make_optimizers
 from tokenizer import UserError
@@ -29,6 +30,7 @@ from tokenizer import UserError
 # where and what
 out_dir = 'out/train'  # directory of the run: checkpoints, metrics, samples
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a run), or a model as sample.py takes it
+upcycle_noise = 0.0  # init_from a dense model, with n_expert: noise on the experts' copies of its MLPs, in their std
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), or a path to a prepared folder
 seed = 1337  # of initial weights, order of the data, dropout and samples
 # model: every field of GPTConfig in model.py is a knob, too: --n_layer, --n_head, --n_embd, --block_size, --dropout …
@@ -73,7 +75,7 @@ activation_checkpointing = False  # recompute each block in the backward pass: l
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
 # allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
-RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens'), '>= 0')
+RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens', 'upcycle_noise'), '>= 0')
 
 
 def tensors_of(run, arrays):
@@ -199,6 +201,13 @@ def main():
     with runtime.user_errors():
         model_config = GPTConfig(**model_args)
         check_prompts([start_ids], model_config, sources)  # the sample's; and the model is causal
+    upcycling = bool(checkpoint and model_config.n_expert and not checkpoint['model_args'].get('n_expert'))
+    if upcycle_noise and not upcycling and not resume_from:
+        raise UserError(f'upcycle_noise={upcycle_noise} is for experts that are made from a dense model: give that as '
+                        '--init_from, and --n_expert')
+    if upcycling:
+        with runtime.user_errors(origin):
+            checkpoint = upcycle(checkpoint, model_config, upcycle_noise)
     if checkpoint:
         check_same_model(model_config, checkpoint['model_args'], origin)
         if not tokenizer.same_as(checkpoint['tokenizer']):
@@ -218,7 +227,7 @@ def main():
         step, tokens_seen, clock = checkpoint['iter'], checkpoint['tokens'], runtime.Clock(checkpoint['seconds'])
         rows_seen = checkpoint.get('rows', tokens_seen // block_size)  # checkpoints before there were pairs have none
     last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
-    origin = f'{origin}, step {checkpoint["iter"]:,}' if checkpoint else 'scratch'
+    origin = f'{origin}, step {checkpoint["iter"]:,}{", upcycled" * upcycling}' if checkpoint else 'scratch'
     checkpoint = None  # frees its memory
 
     micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
