@@ -30,6 +30,8 @@ MARKS = re.compile('[\ufdd0-\ufdd5]')
 # What an assistant writes to have something calculated, and the same with the result that is put in after it.
 CALL = re.compile('<tool>((?:(?!</?tool>).)*)</tool>', re.S)
 ANSWERED_CALL = re.compile(rf'({CALL.pattern})(\[[^][\n]*\])', re.S)
+# What it writes to have a function called, as Hermes and Qwen do; one that is not closed ends with the text.
+FUNCTION_CALL = re.compile(r'<tool_call>(.*?)(?:</tool_call>|\Z)', re.S)
 
 CHATML_TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 ASKED = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -62,6 +64,20 @@ TEMPLATES = {
         "{{ raise_exception('it has no place for a turn of the ' + message['role']) }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"),
 }
+
+
+def read_calls(text):
+    """What stands in the function calls of an assistant's turn, texts; those in its thoughts do not count."""
+    return FUNCTION_CALL.findall(text.rpartition('</think>')[2])
+
+
+def read_call(text):
+    """'{"name": …, "arguments": …}', or Llama's "parameters" -> (name, arguments, as they are); ValueError if it is no
+    call."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not isinstance(found.get('name'), str):
+        raise ValueError('no object with a "name"')
+    return found['name'], found.get('arguments', found.get('parameters', {}))
 
 
 def chatml(system=None):

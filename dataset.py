@@ -36,6 +36,7 @@ from chat import NotNested
 from files import OPENERS
 from rows import SUFFIXES, fraction_of, is_file_of_rows, read_chats, read_labelled, read_pairs, read_prefs, read_prompts
 from tokenizer import Tokenizer, UserError, get_tokenizer
+from tools import turn_start
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
@@ -661,12 +662,18 @@ class ChatData:
         return idx, targets, positions, segments
 
     def prompt(self, row):
-        """The ids of a row up to its last message, and the header of that: what an answer is generated from."""
-        return self.tokenizer.chat_ids(self.rows_kept[row]['messages'][:-1], generate=True)[0]
+        """The ids of a row's 'prompt', or else all but its last message, and the header of the answer."""
+        row = self.rows_kept[row]
+        return self.tokenizer.chat_ids(row.get('prompt', row['messages'][:-1]), generate=True)[0]
 
     def text(self, ids):
-        """The text of an answer's ids, without what ends it."""
+        """The text of an answer's ids, of its last turn where it has several, without what ends it."""
+        ids = ids[turn_start(self.tokenizer, ids):]
         return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.turn_ids])
+
+    def transcript(self, ids):
+        """The text of an answer's ids with all its turns, without what ends the last one."""
+        return self.tokenizer.decode(ids[:-1] if ids[-1:] and ids[-1] in self.tokenizer.turn_ids else ids)
 
     def left_out(self, skipped=()):
         """In words, how many rows of a file are not in, or cut, and why, and which of their keys are not used; '' if
@@ -742,10 +749,12 @@ class LabelledData(PrefData):
         return np.asarray(rows)
 
 
-def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say, calls=True, paired=True):
-    """A split of a dataset as PrefData, or, not paired, as LabelledData; say(text) is told what was left out or cut.
-    """
+def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say, calls=True, paired=True,
+             force=None):
+    """A split of a dataset as PrefData, or, not paired, as LabelledData, with the tools of a Forcing; say(text) is told
+    what was left out or cut."""
     rows, skipped = (load_prefs if paired else load_labelled)(dataset, split, strict, val_fraction)
+    rows = force.tools.rows(rows) if force else rows
     data = (PrefData if paired else LabelledData)(rows, tokenizer, length, seed, calls, strict)
     if lost := data.left_out(skipped):
         say(f'{dataset}, {split}: {lost}')

@@ -50,6 +50,7 @@ from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
 from rows import is_file_of_rows
 from tokenizer import UserError
+from tools import load_tools
 
 # where and what
 out_dir = 'out/distill'  # directory of the run: checkpoints, metrics, samples
@@ -105,7 +106,8 @@ decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 eval_interval = 250  # steps between evaluations, each with a sample or answers and a checkpoint
 eval_rows = 160  # held-out windows, or rows (whose prompts are answered too), the same every time; 0 = all
 max_new_tokens = 128  # maximum length of an answer, in tokens
-tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
+tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions to be called (tools.py)
+max_tool_calls = 8  # rounds of calls of functions in an answer, after which its turn ends for good
 show_answers = 3  # answers printed at each evaluation
 sample_start = '\n'  # running text: the text that the live sample continues
 sample_tokens = 100  # running text: length of the live sample; 0 = none
@@ -130,7 +132,7 @@ RANGES = runtime.RANGES | {
     'temperature': '> 0 and <= 1000', 'sample_temperature': '> 0',  # the loss has the former's square
     **dict.fromkeys(('max_new_tokens', 'num_answers', 'prompts_per_step'), '>= 1'),
     **dict.fromkeys(('top_k', 'answer_prompts', 'answer_temperature', 'max_length', 'eval_rows', 'show_answers',
-                     'sample_tokens'), '>= 0'),
+                     'max_tool_calls', 'sample_tokens'), '>= 0'),
     'divergence': ('forward', 'reverse', 'jsd'), 'answers': ('gold', 'teacher'), 'too_long': ('drop', 'left', 'right')}
 
 
@@ -462,7 +464,10 @@ def teacher_answers(teacher, data, run, indices, num_samples, sampling_temperatu
         texts = run.on_main(lambda: read_answers(path, spec, n_answers, PROMPTS_PER_WRITE * num_samples))
         prompts = np.repeat(indices, num_samples)  # some may have no answer yet
         rows = [with_answer(data.rows_kept[i], text) for i, text in zip(prompts, texts, strict=False)]
-    force = forcing(data.tokenizer, tools)
+    force = forcing(data.tokenizer, tools, 0, max_tool_calls)
+    if force and force.tools.functions:
+        raise UserError(f"tools={tools}: the teacher's answers are kept as texts, which have no turns for calls: give "
+                        'rows with answers, or --on_policy=1')
     clock = teacher.clock
     clock.start()
     for first in range(len(rows) // num_samples, len(indices), PROMPTS_PER_WRITE):
@@ -506,7 +511,7 @@ def load_rows(split):
     """A split of a dataset of chats -> (rows, each with its 'prompt', and why others were skipped)."""
     load = load_chats if answers == 'gold' and on_policy < 1 else load_prompts  # prompts need no answer in the data
     rows, skipped = load(dataset, split, strict, val_fraction)
-    return [{'prompt': row['messages'][:-1]} | row for row in rows], skipped
+    return load_tools(tools).rows([{'prompt': row['messages'][:-1]} | row for row in rows]), skipped
 
 
 def report_dropped(run, name, data, skipped):
@@ -605,15 +610,16 @@ def evaluate(net, model, teacher, data, indices, run, rule, chats, token_bytes, 
     metrics = held_out_metrics(net, data, indices, run, token_bytes, rule, teacher)
     summary = f'val loss {metrics["val/loss"]:.4f}, KL from the teacher {metrics["val/kl"]:.4f}'
     if chats:
-        texts = generate_rollouts(model, data, indices, run, max_new_tokens, temperature=0, force=force).texts
+        greedy = generate_rollouts(model, data, indices, run, max_new_tokens, temperature=0, force=force)
         rows = [data.rows_kept[i] for i in indices]
-        row_grades = [grades(row, text) for row, text in zip(rows, texts, strict=True)]
+        row_grades = [grades(row, text) for row, text in zip(rows, greedy.texts, strict=True)]
         means, ranges = summarise(row_grades)
         metrics |= as_metrics(means, ranges) | outcomes(rows, row_grades)
         summary += f', {format_metrics(means, ranges)}'
         if by_steps := accuracy_by(rows, row_grades, 'steps'):
             summary += f', correct by steps: {by_steps}'
-        return metrics, summary, list(map(format_answer, rows[:show_answers], texts, row_grades))
+        transcripts = map(data.transcript, greedy.ids)
+        return metrics, summary, list(map(format_answer, rows[:show_answers], transcripts, row_grades))
     summary += f', perplexity {metrics["val/ppl"]:.2f}, {metrics["val/bpb"]:.4f} bits per byte'
     if not sample_tokens:
         return metrics, summary, []
@@ -743,7 +749,7 @@ def main():
 
     micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
     items_per_step = gradient_accumulation_steps * batch_size  # windows, or rows, packed or not
-    force = forcing(tokenizer, tools)
+    force = forcing(tokenizer, tools, 0, max_tool_calls)
     token_bytes = tokenizer.token_bytes()
     eval_indices = val_data.fixed(eval_rows)
     # a student that imitates its teacher has a higher loss on gold answers: where they can be graded, accuracy picks
@@ -871,7 +877,7 @@ def main():
 
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
     run.print0(f'done: best val/{best_by} {abs(run.best):.4f}; loss of the teacher {teacher_loss:.4f}; talk to it: '
-               f'python sample.py --init_from={out_dir}{" --chat=True" * chats}{" --tools=True" * tools}')
+               f'python sample.py --init_from={out_dir}{" --chat=True" * chats}{f" --tools={tools}" if tools else ""}')
 
 
 if __name__ == '__main__':

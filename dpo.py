@@ -104,7 +104,8 @@ eval_only = False  # evaluate init_from and exit, without training
 eval_split = 'val'  # split that eval_only evaluates: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
 reward_model = ''  # directory of a run of reward.py that scores greedy answers; online: only with 'model' in rewards
 max_new_tokens = 128  # maximum length of an answer, in tokens
-tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
+tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions to be called (tools.py)
+max_tool_calls = 8  # rounds of calls of functions in an answer, after which its turn ends for good
 show_answers = 3  # answers printed at each evaluation
 log_interval = 10  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
@@ -128,7 +129,7 @@ RANGES = runtime.RANGES | {
     'num_generations': '>= 2',
     **dict.fromkeys(('beta', 'temperature', 'desirable_weight', 'undesirable_weight'), '> 0'),
     **dict.fromkeys(('max_length', 'gamma', 'sft_coef', 'eval_rows', 'show_answers', 'dynamic_sampling',
-                     'max_bad_rewards'), '>= 0'),
+                     'max_tool_calls', 'max_bad_rewards'), '>= 0'),
     'loss_type': ('sigmoid', 'ipo', 'hinge', 'kto', 'simpo', 'orpo'),
     'eval_split': ('val', 'test', 'unseen', 'train')}
 
@@ -362,14 +363,15 @@ def grade_answers(data, answers, scorer):
     return rows, answer_grades
 
 
-def load_data(run, split, tokenizer, length, reward):
+def load_data(run, split, tokenizer, length, reward, force):
     """A split of the dataset: prompts online, pairs or, for 'kto', single answers."""
     if online:
-        data = load_prompt_data(run, dataset, split, tokenizer, length, max_new_tokens, seed, strict, val_fraction)
+        data = load_prompt_data(run, dataset, split, tokenizer, length, max_new_tokens, seed, strict, val_fraction,
+                                force)
         reward.check(data.rows_kept)
         return data
     data = prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0, tools,
-                    paired=loss_type != 'kto')
+                    paired=loss_type != 'kto', force=force)
     if data.labels.all() or not data.labels.any():
         raise UserError(f'{dataset}, {split}: every answer has the same label: give good and bad ones')
     return data
@@ -423,7 +425,7 @@ def evaluate(model, net, reference, held, data, run, scorer, reward, force):
         key = f'reward/{name}' if name in ('gold', 'model', 'model_share') else f'val/{name}'
         metrics |= {key: mean, f'{key}_low': ranges[name][0], f'{key}_high': ranges[name][1]}
 
-    samples = list(map(format_answer, rows[:show_answers], greedy.texts, answer_grades))
+    samples = list(map(format_answer, rows[:show_answers], map(data.transcript, greedy.ids), answer_grades))
     shown_means = {name: means[name] for name in means if name in ('gold', 'correct', 'f1', 'model_share')}
     summary = []
     if held:
@@ -475,13 +477,13 @@ def main():
                         'room for the prompt: lower it')
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards) if online else None
     scorer = reward.scorer if online else load_scorer(reward_model, run) if reward_model else None
-    force = forcing(tokenizer, tools)  # with tools, inserts the results of calls into the answers
+    force = forcing(tokenizer, tools, 0, max_tool_calls)  # with tools, inserts the results of calls into the answers
     if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
         initial = start.initial_weights()  # {} where no run of this stage has trained it: it is its own reference
         net = run.wrap(model, compile)
-        data = load_data(run, eval_split, tokenizer, length, reward)
+        data = load_data(run, eval_split, tokenizer, length, reward, force)
         reference = {name: run.like(p, initial[name]) for name, p in model.named_parameters() if name in initial}
         held = held_out(model, net, reference, run, data)
         _, summary, samples = evaluate(model, net, reference, held, data, run, scorer, reward, force)
@@ -490,7 +492,7 @@ def main():
         return
 
     # data
-    train_data, val_data = (load_data(run, split, tokenizer, length, reward) for split in ('train', 'val'))
+    train_data, val_data = (load_data(run, split, tokenizer, length, reward, force) for split in ('train', 'val'))
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),

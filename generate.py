@@ -383,6 +383,7 @@ class Row:
     uniforms: list  # a number in [0, 1) to draw each new token with
     number: int = 0  # whatever its owner calls it
     source: int = 0  # of the Batch's sources, the one that it is about
+    force: object = None  # see `generate`
     forced: list = field(default_factory=list)  # ids that come next, whatever the model would say
     start: int = 0  # the first id that the model sees
     done: bool = False
@@ -518,7 +519,7 @@ class Batch:
                 self.cache.extend(cache)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def append(self, ids, logprobs, stop_ids=(), force=None):
+    def append(self, ids, logprobs, stop_ids=()):
         """Gives each row that is not done its next token -> (numbers of these rows, ids, log-probabilities), lists."""
         out = []
         for row, token, logprob in zip(self.rows, ids, logprobs, strict=True):
@@ -527,9 +528,9 @@ class Batch:
             if row.forced:
                 token, logprob = row.forced.pop(0), logprob * math.nan
             row.ids.append(token)
-            if force is not None and not row.forced:
-                row.forced = list(force(row.answer))
-            row.done = token in stop_ids or len(row.ids) - row.n_prompt >= row.max_new_tokens
+            if row.force is not None and not row.forced:
+                row.forced = list(row.force(row.answer))
+            row.done = token in stop_ids and not row.forced or len(row.ids) - row.n_prompt >= row.max_new_tokens
             out.append((row.number, token, logprob))
         return tuple(map(list, zip(*out, strict=True)))
 
@@ -561,9 +562,11 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
     return_logprobs also the log-probability of each new id under softmax(logits / temperature), softmax(logits) for
     temperature 0, before any filter or penalty; with entropies pairs of it and of that distribution's entropy.
     force(new ids of a row so far) returns ids that come next whatever the model would choose; their log-probability is
-    nan. sources: for each prompt the ids that an encoder reads. A text longer than block_size is continued from its
-    last part, without end if all layers have a window. Raises ValueError for an empty prompt, ids outside the
-    vocabulary, a prompt longer than a table of learned positions, and logits that are not finite.
+    nan, and a token of stop_ids that one of them follows ends nothing. It may be a list of functions, one for each
+    prompt. sources: for each prompt the ids that an encoder reads. A text
+    longer than block_size is continued from its last part, without end if all layers have a window. Raises ValueError
+    for an empty prompt, ids outside the vocabulary, a prompt longer than a table of learned positions, and logits that
+    are not finite.
     """
     out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
     logs = [[] for _ in out]
@@ -593,7 +596,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     rolling = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
                and config.block_size >= config.n_sink + config.window < longest)
     draws = uniforms(seed, len(prompts), num_samples, max_new_tokens)
-    rows = [Row(prompts[i // num_samples], max_new_tokens, draws[i], number=i, source=i // num_samples)
+    force = force if isinstance(force, list) else [force] * len(prompts)
+    rows = [Row(prompts[i // num_samples], max_new_tokens, draws[i], i, i // num_samples, force[i // num_samples])
             for i in range(len(draws))]
     stop_ids, device = set(stop_ids), model.tok_emb.weight.device
     was_training = model.training
@@ -606,7 +610,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
             u = torch.tensor([row.u for row in batch.rows], device=device)
             ids, logprobs = sample(logits, [row.ids for row in batch.rows], u, vocab_limit, temperature, top_k, top_p,
                                    min_p, repetition_penalty, entropies)
-            yield batch.append(ids, logprobs, stop_ids, force)
+            yield batch.append(ids, logprobs, stop_ids)
             batch.retire(at_once=False)
     finally:
         model.train(was_training)

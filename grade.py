@@ -269,7 +269,8 @@ def format_metrics(means, ranges):
 
 def format_answer(row, answer, marks):
     """A prompt's last message, the answer, its grade and the gold answer, as text."""
-    text = f'{row["messages"][-2]["content"] if len(row["messages"]) > 1 else ""}\n  -> {answer}\n'
+    asked = row.get('prompt', row['messages'][:-1])
+    text = f'{asked[-1]["content"] if asked else ""}\n  -> {answer}\n'
     if 'correct' not in marks and 'f1' not in marks:
         return f'{text}  (no gold)'
     verdict = ('right' if marks['correct'] else 'wrong') if 'correct' in marks else f'F1 {marks["f1"]:.2f}'

@@ -90,7 +90,8 @@ overlong_buffer = 0  # DAPO's L_cache: the reward falls, by up to 1, in this man
 prompts_per_step = 32  # prompts per step
 num_generations = 8  # answers to each prompt: the group size G; 1 is enough for baseline='batch'
 max_new_tokens = 128  # maximum length of an answer, in tokens
-tools = False  # run the calculator on <tool>…</tool>; its results are masked out of the loss
+tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions; results are not learned
+max_tool_calls = 8  # rounds of calls of functions in an answer, after which its turn ends for good
 max_think_tokens = 0  # close <think> after this many tokens; that </think> is masked out of the loss; 0 = no limit
 temperature = 1.0  # of sampling; the log-probabilities in the loss are computed at it, too
 mask_truncated = False  # True: answers that max_new_tokens has cut off are masked out of the loss
@@ -163,7 +164,8 @@ RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1', 'temperature': '> 0',
     **dict.fromkeys(('prompts_per_step', 'num_generations', 'max_new_tokens', 'num_epochs'), '>= 1'),
     **dict.fromkeys(('dynamic_sampling', 'rollout_lag', 'clip_eps', 'clip_eps_high', 'delta', 'tis_cap', 'kl_coef',
-                     'overlong_buffer', 'max_bad_rewards', 'max_think_tokens', 'eval_rows', 'show_answers'), '>= 0'),
+                     'overlong_buffer', 'max_bad_rewards', 'max_think_tokens', 'max_tool_calls', 'eval_rows',
+                     'show_answers'), '>= 0'),
     'rollout_quant': tuple(SAMPLERS), 'loss_type': tuple(LOSSES), 'baseline': ('group', 'leave_one_out', 'batch'),
     'scale_rewards': ('group', 'batch', 'advantages', 'none'), 'tis_level': ('token', 'sequence'),
     'eval_split': ('val', 'test', 'unseen', 'train')}
@@ -348,14 +350,14 @@ def main():
     if rollout_quant:
         with runtime.user_errors('rollout_quant'):
             make_sampler(model, run, rollout_quant)  # what cannot be ends here, before anything is written
-    force = forcing(tokenizer, tools, max_think_tokens)  # inserts tool results and </think> while sampling, or None
+    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)  # inserts results of tools and </think>
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
         net = run.wrap(model, compile)
         data = load_prompt_data(run, dataset, eval_split, tokenizer, block_size, max_new_tokens, seed, strict,
-                                val_fraction)
+                                val_fraction, force)
         reward.check(data.rows_kept)
         # the reference is the model that init_from was trained from; None where init_from is no run of this stage
         before = start.initial_weights()
@@ -367,7 +369,7 @@ def main():
 
     # data
     train_data, val_data = (load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed, strict,
-                                             val_fraction) for split in ('train', 'val'))
+                                             val_fraction, force) for split in ('train', 'val'))
     for data in (train_data, val_data):
         reward.check(data.rows_kept)
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
@@ -574,7 +576,7 @@ def main():
 
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
     run.print0(f'done: best held-out reward {-run.best:.4f}; talk to it: '
-               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
+               f'python sample.py --init_from={out_dir} --chat=True{f" --tools={tools}" if tools else ""}')
 
 
 if __name__ == '__main__':

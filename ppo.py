@@ -71,7 +71,8 @@ whiten_rewards = False  # scale token rewards, KL included, to variance 1 over t
 prompts_per_step = 256  # prompts per step
 num_generations = 1  # answers sampled per prompt
 max_new_tokens = 128  # maximum length of an answer, in tokens
-tools = False  # run the calculator on <tool>…</tool>; its results are masked out of the loss
+tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions; results are not learned
+max_tool_calls = 8  # rounds of calls of functions in an answer, after which its turn ends for good
 max_think_tokens = 0  # close <think> after this many tokens; that </think> is masked out of the loss; 0 = no limit
 adapt_length = False  # limit the next step's answers to 1.25 times this step's longest, up to max_new_tokens
 temperature = 1.0  # of sampling; log-probabilities, KL and entropy are computed at it, too
@@ -145,8 +146,8 @@ RANGES = runtime.RANGES | {
     **dict.fromkeys(('gamma', 'gae_lambda'), '>= 0 and <= 1'),
     **dict.fromkeys(('prompts_per_step', 'num_generations', 'max_new_tokens', 'num_epochs', 'kl_horizon'), '>= 1'),
     **dict.fromkeys(('clip_eps', 'clip_value', 'tis_cap', 'kl_coef', 'kl_budget', 'kl_stop', 'reward_clip', 'vf_coef',
-                     'eos_penalty', 'entropy_coef', 'max_bad_rewards', 'max_think_tokens', 'eval_rows',
-                     'show_answers'), '>= 0'),
+                     'eos_penalty', 'entropy_coef', 'max_bad_rewards', 'max_think_tokens', 'max_tool_calls',
+                     'eval_rows', 'show_answers'), '>= 0'),
     'critic': ('shared', 'separate'), 'kl_estimator': ('k1', 'k3'), 'kl_controller': ('fixed', 'adaptive'),
     'rollout_quant': tuple(SAMPLERS), 'tis_level': ('token', 'sequence'),
     'eval_split': ('val', 'test', 'unseen', 'train')}
@@ -344,7 +345,7 @@ def main():
     if rollout_quant:
         with runtime.user_errors('rollout_quant'):
             make_sampler(policy, run, rollout_quant)  # what cannot be ends here, before anything is written
-    force = forcing(tokenizer, tools, max_think_tokens)  # inserts calculator results and </think> while generating
+    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)  # inserts results of tools and </think>
     reward_fn = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
     model = ActorCritic(policy, make_critic(policy) if critic == 'separate' else None)
     share_prompts = critic == 'shared'  # several answers after one prompt in a row: no input for a separate critic
@@ -353,7 +354,7 @@ def main():
     if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     splits = {split: load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed, strict,
-                                      val_fraction)
+                                      val_fraction, force)
               for split in ((eval_split,) if eval_only else ('train', 'val'))}
     for data in splits.values():
         reward_fn.check(data.rows_kept)
@@ -580,7 +581,7 @@ def main():
 
     run.finish(step, stop, parameters=policy.num_params(), trainable=policy.num_params(learning=True))
     run.print0(f'done: best held-out reward {-run.best:.4f}; talk to it: '
-               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
+               f'python sample.py --init_from={out_dir} --chat=True{f" --tools={tools}" if tools else ""}')
 
 
 if __name__ == '__main__':

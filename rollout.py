@@ -14,16 +14,14 @@ Rewards never contain `grade.quality`'s gold, which only measures how well a run
 """
 import dataclasses
 import functools
-import importlib.util
 import math
 import numbers
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import lora
-from chat import CALL
+from chat import CALL, read_calls
 from dataset import PromptData, answered, load_prompts, pad_texts, padded_width
 from generate import generate, pack
 from grade import (
@@ -44,6 +42,7 @@ from grade import (
 )
 from load import load_model
 from tokenizer import UserError, calculate
+from tools import check_template, load_module, load_tools, messages_of, tool_turn, turn_start
 
 # ----------------------------------------------------------------------------------------------------------------------
 # answers
@@ -122,31 +121,59 @@ class Rollout:
 class Forcing:
     """Inserts tool results and </think> while an answer is sampled: the `force` of `generate.generate`.
 
-    tools: after a token that completes <tool>EXPRESSION</tool> comes '[RESULT]', as `calculate` returns it, for the
-    first max_calls calls of an answer. Where that token has text after </tool>, nothing is inserted: the result belongs
-    right after </tool>, where `chat_ids` cuts tokens in training texts.
+    tools: what a model may call, as `tools.load_tools` takes it. The calculator: after a token that completes
+    <tool>EXPRESSION</tool> comes '[RESULT]', as `calculate` returns it, for the first max_calls calls of a turn. Where
+    that token has text after </tool>, nothing is inserted: the result belongs right after </tool>, where `chat_ids`
+    cuts tokens in training texts. Functions: after the end of a turn with <tool_call>{"name": …, "arguments": …}
+    </tool_call> in it come the turns of the chat template with the results of all its calls, and the header of the
+    assistant's next turn, max_tool_calls times an answer.
     max_think_tokens: this many tokens after the one that completes <think>, '</think>' and a newline are inserted if
     the thought is still open; if a call is completed there, after its result. 0 = no limit.
 
-    It has no state: what is inserted is a function of the answer so far. UserError for a tokenizer that cannot encode
-    these texts.
+    It has no state: what is inserted is a function of the answer so far, and of the row of the data that it answers,
+    which functions may read. UserError for a tokenizer that cannot encode these texts.
     """
 
-    def __init__(self, tokenizer, tools=True, max_think_tokens=0, max_calls=32):
+    def __init__(self, tokenizer, tools=True, max_think_tokens=0, max_calls=32, max_tool_calls=8):
         self.tokenizer = tokenizer
-        self.tools = tools
+        self.tools = load_tools(tools)
         self.max_think_tokens = max_think_tokens
         self.max_calls = max_calls
+        self.max_tool_calls = max_tool_calls
+        self.turn_ids = {*tokenizer.turn_ids} if self.tools.functions else {}
         self.close = tokenizer.encode('</think>\n', start=False)
-        for key, value, text in (('tools', tools, '<tool></tool>[-0123456789.error]'),
+        if self.tools.functions:
+            check_template(tokenizer, self.tools)
+        for key, value, text in (('tools', self.tools.calculator, '<tool></tool>[-0123456789.error]'),
                                  ('max_think_tokens', max_think_tokens, '<think></think>\n')):
             if value and tokenizer.decode(tokenizer.encode(text)) != text:
                 raise UserError(f'{key}={value}: tokenizer {tokenizer.name} cannot spell {text!r}: take a model whose '
                                 'tokenizer can')
 
-    def __call__(self, ids):
-        """The ids of an answer so far -> the ids to insert after them, perhaps none."""
-        return (self.tools and self._result(ids)) or (self.max_think_tokens and self._closing(ids)) or []
+    def __call__(self, ids, row=None, record=None):
+        """The ids of an answer so far, and the row that it answers -> the ids to insert after them, perhaps none.
+
+        record: a list, which gets the messages of calls and their results.
+        """
+        if self.tools.functions:
+            if ids[-1] in self.turn_ids:
+                return self._tool_turn(ids, row, record)
+            ids = ids[turn_start(self.tokenizer, ids):]  # what follows is about the last turn
+        return (self.tools.calculator and self._result(ids)) or (self.max_think_tokens and self._closing(ids)) or []
+
+    def of(self, row):
+        """The same for the answers to one row."""
+        return functools.partial(self, row=row)
+
+    def _tool_turn(self, ids, row, record):
+        turns = []
+        start = turn_start(self.tokenizer, ids, turns)
+        said = self.tokenizer.decode(ids[start:-1])
+        calls = read_calls(said) if len(turns) < self.max_tool_calls else []
+        results = [self.tools.answer(call, row) for call in calls]
+        if record is not None and results:
+            record += messages_of(said, results)
+        return tool_turn(self.tokenizer, self.tools.signatures, results) if results else []
 
     def _result(self, ids):
         if not self.tokenizer.decode_bytes(ids[-7:]).endswith(b'</tool>'):  # 7 bytes, so 7 tokens at most
@@ -169,9 +196,17 @@ class Forcing:
         return self.close
 
 
-def forcing(tokenizer, tools, max_think_tokens=0):
+def forcing(tokenizer, tools, max_think_tokens=0, max_tool_calls=8):
     """The Forcing for these knobs of a stage, or None if there is nothing to insert."""
-    return Forcing(tokenizer, tools, max_think_tokens) if tools or max_think_tokens else None
+    if not tools and not max_think_tokens:
+        return None
+    return Forcing(tokenizer, tools, max_think_tokens, max_tool_calls=max_tool_calls)
+
+
+def forces(force, rows):
+    """The `force` of `generate.generate` for the prompts of these rows: a Forcing reads the row, another one does not.
+    """
+    return [force.of(row) for row in rows] if isinstance(force, Forcing) else force
 
 
 def join_rollouts(parts):
@@ -186,10 +221,11 @@ def join_rollouts(parts):
     return Rollout(**fields)
 
 
-def load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed=0, strict=True, val_fraction=0.1):
-    """A split of a dataset as PromptData; prints which rows were skipped."""
+def load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed=0, strict=True, val_fraction=0.1,
+                     force=None):
+    """A split of a dataset as PromptData, with the tools of a Forcing; prints which rows were skipped."""
     rows, skipped = load_prompts(dataset, split, strict, val_fraction)
-    data = PromptData(rows, tokenizer, block_size, max_new_tokens, seed, strict)
+    data = PromptData(force.tools.rows(rows) if force else rows, tokenizer, block_size, max_new_tokens, seed, strict)
     if lost := data.left_out(skipped):
         run.print0(f'{dataset}, {split}: {lost}')
     return data
@@ -209,8 +245,8 @@ def make_sampler(model, run, quant=''):
         return pack(copy.to(run.device).eval(), packed)
 
 
-def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_seed=0, at_once=32, quant='',
-                     **options):
+def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_seed=0, at_once=32, force=None,
+                     quant='', **options):
     """Answers to prompts, lists of ids -> for each prompt num_samples lists of ids, the same in every process.
 
     options: of `generate.generate`; with return_logprobs, pairs (ids, log-probabilities) take the place of ids.
@@ -225,7 +261,8 @@ def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_
     for first in range(run.rank * at_once, len(order), run.world_size * at_once):
         part = order[first:first + at_once]
         new = generate(sampler, [prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
-                       num_samples=num_samples, seed=[seeds[i] for i in part], **options)
+                       num_samples=num_samples, seed=[seeds[i] for i in part], **options,
+                       force=[force[i] for i in part] if isinstance(force, list) else force)
         if options.get('return_logprobs'):
             new = list(zip(*new, strict=True))
         for k, i in enumerate(part):
@@ -246,8 +283,9 @@ def generate_rollouts(model, data, rows, run, max_new_tokens, num_samples=1, tem
     room = model.config.block_size - max_new_tokens
     prompts = [data.prompt(i)[-room:] for i in rows]
     groups = generate_answers(model, prompts, run, max_new_tokens, num_samples, sample_seed, at_once,
-                              quant, return_logprobs=True, entropies=True, temperature=temperature,
-                              stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab, force=force)
+                              forces(force, [data.rows_kept[i] for i in rows]), quant=quant, return_logprobs=True,
+                              entropies=True, temperature=temperature, stop_ids=tokenizer.turn_ids,
+                              vocab_limit=tokenizer.n_vocab)
     ids, details = zip(*(answer for group in groups for answer in group), strict=True)
     inside = np.arange(max(map(len, ids))) < np.array([len(answer) for answer in ids])[:, None]
     table = np.full((*inside.shape, 2), np.nan)  # stays nan on padding; what is known of a forced token is nan, too
@@ -261,7 +299,8 @@ def generate_rollouts(model, data, rows, run, max_new_tokens, num_samples=1, tem
         response_mask=~np.isnan(table[..., 0]),
         logprobs=np.nan_to_num(table[..., 0]),
         entropies=np.nan_to_num(table[..., 1]),
-        ended=np.array([answer[-1] in turn_ids for answer in ids]))
+        ended=np.array([answer[-1] in turn_ids and not np.isnan(of[-1][0])  # not within the results of a call
+                        for answer, of in zip(ids, details, strict=True)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,12 +471,7 @@ def load_scorer(path, run, tokenizer=None):
 def load_function(spec):
     """'FILE.py:function' -> that function, which returns a number for a row and the text of an answer to it."""
     path, _, name = spec.rpartition(':')
-    try:
-        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code can raise anything
-        raise UserError(f'rewards: {path}: {type(error).__name__}: {error}') from None
+    module = load_module(path, 'rewards')
     if not callable(getattr(module, name, None)):
         raise UserError(f'rewards: {path} has no function {name!r}')
     return getattr(module, name)
@@ -607,5 +641,5 @@ def evaluate_policy(net, model, reference, data, run, rewards, chosen, max_new_t
     summary += f', gold {metrics["val/gold_sampled"]:.3f}' if 'val/gold_sampled' in metrics else ''
     if by_steps := accuracy_by(rows, row_grades, 'steps'):
         summary += f'\ncorrect by steps: {by_steps}'
-    samples = list(map(format_answer, rows, greedy.texts, row_grades))
+    samples = list(map(format_answer, rows, map(data.transcript, greedy.ids), row_grades))
     return metrics, summary, samples

@@ -21,10 +21,12 @@ from grade import GRADERS, check_gold
 from tokenizer import UserError
 
 # optional fields of a row and their types: the correct answer, the grader that checks it, the problem's steps and kind;
-# of preferences: the defect of the rejected answer, whether the label was flipped, how much better the chosen one is
+# of preferences: the defect of the rejected answer, whether the label was flipped, how much better the chosen one is;
+# a table that functions look things up in, see tools.py
 EXTRAS = {'answer': (str, int, float), 'grader': str, 'steps': (int, float), 'kind': str,
-          'defect': str, 'flipped': bool, 'margin': (int, float)}
-KINDS = {str: 'text', bool: 'true or false', (int, float): 'a finite number', (str, int, float): 'text or a number'}
+          'defect': str, 'flipped': bool, 'margin': (int, float), 'table': dict}
+KINDS = {str: 'text', dict: 'an object', bool: 'true or false', (int, float): 'a finite number',
+         (str, int, float): 'text or a number'}
 
 # where a row of each shape has its parts, by the names that libraries give them; the first that is there counts
 MESSAGES = ('messages', 'conversations', 'conversation')

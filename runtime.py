@@ -84,6 +84,13 @@ def _assignments(source):
 
 
 @functools.cache
+def _also_texts(source):
+    """The knobs of a module that are True, False or a text: 'tools: bool | str = False'."""
+    return {node.target.id for node in ast.parse(source).body
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == 'bool | str'}
+
+
+@functools.cache
 def _source_of(cls):
     """A class's source; to find it the whole file is parsed."""
     return inspect.cleandoc(inspect.getsource(cls))
@@ -94,13 +101,13 @@ def _knobs_of(source, defaults):
     return {name: (defaults[name], comment) for name, comment in _assignments(source).items()}
 
 
-def _convert(key, value, default, where):
+def _convert(key, value, default, where, also_text=False):
     """value as the type of the knob's default; text from the command line is parsed, anything else checked."""
     text = isinstance(value, str)
     if isinstance(default, bool):
         if text and value.lower() in ('true', 'false', '1', '0', 'yes', 'no'):
             return value.lower() in ('true', '1', 'yes')
-        if isinstance(value, bool):
+        if isinstance(value, bool) or text and also_text:
             return value
     elif isinstance(default, (int, float)):
         with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -140,8 +147,9 @@ def knobs_of_file(path):
     source = Path(path).read_text(encoding='utf-8')
     defaults = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
-            defaults[node.targets[0].id] = ast.literal_eval(node.value)
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
+        if isinstance(target, ast.Name) and target.id.islower():
+            defaults[target.id] = ast.literal_eval(node.value)
     return _knobs_of(source, defaults)
 
 
@@ -164,6 +172,7 @@ def configure(namespace, *others, argv=None):  # noqa: C901
         else:
             defaults = {f.name: f.default for f in dataclasses.fields(other)}
             fields |= _knobs_of(_source_of(other), defaults)
+    texts = _also_texts(Path(namespace['__file__']).read_text(encoding='utf-8'))
     knobs, given = stage | {k: v for k, v in fields.items() if k not in stage}, {}
     if '--help' in argv or '-h' in argv:
         _help(namespace, knobs)
@@ -175,7 +184,7 @@ def configure(namespace, *others, argv=None):  # noqa: C901
             if owner := _owner_of(key):
                 hint = f'it is a knob of {owner}, which this script does not take'
             raise UserError(f'{where}: unknown key {key!r}; {hint}')
-        value = _convert(key, value, knobs[key][0], where)
+        value = _convert(key, value, knobs[key][0], where, key in texts)
         if isinstance(value, list) and key in seen:
             value = namespace[key] + value
         seen.add(key)
@@ -205,7 +214,7 @@ def suggest(word, known, otherwise=''):
 
 def _owner_of(key):
     """The first of the files here that has a knob of this name, if any."""
-    knob = re.compile(rf'^ *{re.escape(key)}(: \w+)? = .*  # ', re.M)
+    knob = re.compile(rf'^ *{re.escape(key)}(: [\w |]+)? = .*  # ', re.M)
     files = sorted(Path(__file__).parent.glob('*.py'), key=lambda path: (path.name not in STAGES, path.name))
     return next((path.name for path in files if knob.search(path.read_text(encoding='utf-8'))), '')
 

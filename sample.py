@@ -8,6 +8,7 @@ Talk to a checkpoint: continue a text, as tokens come, keep a context in an inte
     python sample.py --init_from=smollm2 --chat=True [--start="What is the capital of France?"]
     python sample.py --init_from=out/sft --chat=True --system="Answer in one sentence."
     python sample.py --init_from=out/sft_tools --chat=True --tools=True             with a calculator
+    python sample.py --init_from=mine --chat=True --tools=mine.py    with functions of yours, see tools.py
     python sample.py --init_from=out/sft --chat=True --start="…" --votes=16         the answer that most of 16 give
     python sample.py --init_from=out/sft --chat=True --start="…" --best_of=16 --reward_model=out/reward
     python sample.py --init_from=out/reverse --source="stressed"     of an encoder-decoder
@@ -19,6 +20,7 @@ Any field of GPTConfig may be set too: --window=512 --n_sink=4 streams without e
 Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858),
 self-consistency (arXiv:2203.11171), the best of n by a reward model (arXiv:2009.01325).
 """
+import functools
 import json
 import math
 import random
@@ -36,6 +38,7 @@ from load import load_to_generate
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
+from tools import turn_start
 
 init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
 start = '\n'  # text to continue; FILE:PATH reads it from a file, - from standard input
@@ -50,7 +53,8 @@ top_k = 0  # draw from the k likeliest tokens only; 0 = off
 top_p = 1.0  # draw from the smallest set with this much probability; 1 = off
 min_p = 0.0  # draw from tokens at least this likely relative to the likeliest; 0 = off
 repetition_penalty = 1.0  # above 1: tokens that are already there become less likely
-tools = False  # the calculator answers <tool>…</tool>
+tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions that a chat may call
+max_tool_calls = 8  # rounds of calls of functions in an answer
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
 votes = 0  # of a chat: draw so many answers and show the first of those whose last number most have; 0 = off
 best_of = 0  # of a chat: draw so many answers and show the one that reward_model scores highest; 0 = off
@@ -124,22 +128,25 @@ def choose(model, tokenizer, ids, messages, scorer, force=None):
 
 
 def plain(tokenizer, ids):
-    """The text of ids without what ends it."""
+    """The text of ids, in a chat of the last turn, without what ends it."""
+    ids = ids[turn_start(tokenizer, ids):] if chat else ids
     return tokenizer.decode([i for i in ids if i not in stops(tokenizer)], start=chat)
 
 
-def turn(model, tokenizer, messages):
+def turn(model, tokenizer, messages, force=None):
     """The ids of a chat up to the assistant's answer, without its oldest turns where it is too long for the model."""
     first = messages[0]['role'] == 'system'  # stays
     seen = list(messages)
     while True:
-        ids, _ = tokenizer.chat_ids(seen, generate=True)
+        shown = force.tools.rows([{'prompt': seen}])[0]['prompt'] if force else seen  # with the signatures of functions
+        ids, _ = tokenizer.chat_ids(shown, generate=True)
         if len(ids) < model.config.block_size or model.config.window:
             return ids
         if len(seen) < 3 + first:
             raise UserError(f'a message of {len(ids)} tokens does not fit into block_size={model.config.block_size}: '
                             'shorten it')
-        del seen[first:first + 2]  # a question and its answer
+        ends = [i for i, m in enumerate(seen) if m['role'] == 'user']
+        del seen[first:ends[1]]  # a question and its answer
 
 
 def save_chat(path, messages):
@@ -185,7 +192,7 @@ def session(model, tokenizer, force=None):
         if chat:
             messages.append({'role': 'user', 'content': line})
             try:
-                ids = turn(model, tokenizer, messages)
+                ids = turn(model, tokenizer, messages, force)
             except UserError as error:  # a line too long to read costs that line, not the session
                 print(f'({error})')
                 messages.pop()
@@ -193,13 +200,13 @@ def session(model, tokenizer, force=None):
         else:
             # the model sees the end of the context; learned positions have room for a block, no more
             ids = (context + tokenizer.encode(line + '\n', start=not context))[-model.config.block_size:]
-        out = [[]]
+        out, calls = [[]], []
         try:
-            continuations(model, tokenizer, ids, out, force=force)
+            continuations(model, tokenizer, ids, out, force=force and functools.partial(force, record=calls))
         except KeyboardInterrupt:
             print()
         context = ids + out[0]  # what is on the screen, also after Ctrl-C
-        messages.append({'role': 'assistant', 'content': plain(tokenizer, out[0])})
+        messages += [*calls, {'role': 'assistant', 'content': plain(tokenizer, out[0])}]
         seed += seed >= 0  # another draw next time, the same sequence of draws every session
 
 
@@ -273,7 +280,9 @@ def check_knobs(talk):
             (num_samples < 1 or max_new_tokens < 1, 'num_samples and max_new_tokens must be >= 1'),
             (source and (interactive or chat or start != '\n'),
              '--source is answered from the beginning: drop --start, --chat and --interactive'),
-            (min(votes, best_of, max_think_tokens) < 0, 'votes, best_of and max_think_tokens must be >= 0'),
+            (min(votes, best_of, max_think_tokens, max_tool_calls) < 0,
+             'votes, best_of, max_think_tokens and max_tool_calls must be >= 0'),
+            (isinstance(tools, str) and not chat, f'tools={tools} answers in turns of a chat: add --chat=True'),
             (votes and best_of, f'votes={votes} and best_of={best_of} choose in two ways: drop one'),
             (bool(best_of) != bool(reward_model), f'best_of={best_of} and reward_model={reward_model!r} go together: '
              'give --best_of=N and --reward_model=DIR, or neither'),
@@ -295,7 +304,7 @@ def answer_once(model, tokenizer, text, force):
         scorer = load_scorer(reward_model, run, tokenizer)
     opening = [{'role': 'system', 'content': system}] if system else []
     messages = [*opening, {'role': 'user', 'content': text.rstrip('\n')}]
-    ids = turn(model, tokenizer, messages)
+    ids = turn(model, tokenizer, messages, force)
     if votes or best_of:
         answer, why = choose(model, tokenizer, ids, messages, scorer, force)
         print(f'{answer}\n({why})')
@@ -327,7 +336,7 @@ def main():
                                                'an encoder: give it something to read, --source=TEXT'))
     if chat:
         tokenizer.chat_ids([{'role': 'user', 'content': ''}])  # a tokenizer that knows no chats says so now
-    force = forcing(tokenizer, tools, max_think_tokens)
+    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)
     if talk:
         return session(model, tokenizer, force)
     if chat:

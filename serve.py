@@ -48,6 +48,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from chat import read_call
 from generate import Batch, Row, check_prompts, penalise, sample, uniforms
 from load import load_to_generate
 from model import GPTConfig
@@ -276,13 +277,10 @@ class Text:
     def call(self, text):
         """What stood in <tool_call>…</tool_call> -> its Parts: a call, or the text itself where it is none."""
         try:
-            found = json.loads(text)
-            name, arguments = found['name'], found.get('arguments', found.get('parameters', {}))
-            if not isinstance(name, str):
-                raise TypeError
+            name, arguments = read_call(text)
             if not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, RecursionError):
             return [Part('content', f'<tool_call>{text}</tool_call>')]
         self.called = True
         return [Part('call', {'name': name, 'arguments': arguments})]
@@ -444,7 +442,7 @@ class Engine:
                 if alone:
                     break
             self.taken = taken  # what fails from here on is told to them, too
-        rows = [Answer(request.ids, request.max_new_tokens, request.uniforms[i], request=request,
+        rows = [Answer(request.ids, request.max_new_tokens, request.uniforms[i], request=request, force=self.force,
                        index=request.first + i, text=request.text()) for request in taken for i in range(request.n)]
         cached = taken[0].cached if taken else 0
         return rows, taken[0].n if taken else 1, source.part(0, cached) if cached else None
@@ -491,7 +489,7 @@ class Engine:
         ids = [row.forced[0] if row.forced else token for row, token in zip(batch.rows, self.draw(logits), strict=True)]
         new = [(row, token, self.logprobs(row, logits[i], token)) for i, (row, token) in enumerate(
             zip(batch.rows, ids, strict=True)) if not row.done]
-        batch.append(ids, [0.0] * len(ids), self.stop_ids, self.force)
+        batch.append(ids, [0.0] * len(ids), self.stop_ids)
         for row, token, logprobs in new:
             self.take(row, token, logprobs)
         self.retire()

@@ -31,7 +31,7 @@ from load import load_to_train
 from lora import LoRAConfig
 from model import GPTConfig
 from optim import lr_factor, make_optimizers
-from rollout import forcing, generate_answers, load_scorer
+from rollout import forces, forcing, generate_answers, load_scorer
 from rows import is_file_of_rows
 from tokenizer import UserError
 
@@ -84,7 +84,8 @@ eval_temperature = 0.8  # eval_only: sampling temperature with eval_samples
 reward_model = ''  # eval_only: directory of a reward.py run, for best@k with eval_samples
 eval_file = ''  # eval_only: file to write every prompt, answer and grade to, as JSON lines
 max_new_tokens = 128  # maximum length of an answer, in tokens
-tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
+tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions to be called (tools.py)
+max_tool_calls = 8  # rounds of calls of functions in an answer, after which its turn ends for good
 max_think_tokens = 0  # close <think> after this many tokens; 0 = no limit
 show_answers = 3  # answers printed at each evaluation
 log_interval = 10  # steps between lines of the log
@@ -105,7 +106,7 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1', 'curriculum_start': '> 0 and <= 1', 'max_new_tokens': '>= 1',
     **dict.fromkeys(('max_length', 'curriculum_iters', 'eval_rows', 'eval_samples', 'eval_temperature',
-                     'max_think_tokens', 'show_answers'), '>= 0'),
+                     'max_think_tokens', 'max_tool_calls', 'show_answers'), '>= 0'),
     'too_long': ('drop', 'left', 'right'), 'curriculum': ('none', 'length', 'steps', 'loss'),
     'eval_split': ('val', 'test', 'unseen', 'train')}
 
@@ -137,26 +138,28 @@ class Evaluation(NamedTuple):
     loss: float  # nats per target
     rows: list  # held-out rows
     answers: list  # of each row: texts, num_samples or one
+    transcripts: list  # the same with the turns of calls and their results before the last one
     grades: list  # of each row: {name: grade} of its first answer
 
 
 def evaluate(net, model, data, run, n_rows, max_new_tokens, num_samples=0, temperature=0.0, force=None):
     """Loss on held-out rows, and answers to their prompts; num_samples=0: one greedy answer to each."""
     chosen = data.fixed(n_rows)
+    rows = [data.rows_kept[i] for i in chosen]
     nats, counts = row_losses(net, data, chosen, run)
     ids = generate_answers(model, [data.prompt(i) for i in chosen], run, max_new_tokens, num_samples or 1,
                            temperature=temperature if num_samples else 0, stop_ids=data.tokenizer.turn_ids,
-                           vocab_limit=data.tokenizer.n_vocab, force=force)
-    rows = [data.rows_kept[i] for i in chosen]
-    answers = [[data.text(answer) for answer in samples] for samples in ids]
+                           vocab_limit=data.tokenizer.n_vocab, force=forces(force, rows))
+    answers, transcripts = ([[read(answer) for answer in samples] for samples in ids]
+                            for read in (data.text, data.transcript))
     first_grades = [grades(row, texts[0]) for row, texts in zip(rows, answers, strict=True)]
-    return Evaluation(float(nats.sum() / counts.sum()), rows, answers, first_grades)
+    return Evaluation(float(nats.sum() / counts.sum()), rows, answers, transcripts, first_grades)
 
 
-def load_chat_data(run, dataset, split, strict, val_fraction, *args, **options):
+def load_chat_data(run, dataset, split, strict, val_fraction, force, *args, **options):
     """Loads a split of a dataset as ChatData, made with args; prints how many rows were dropped and why."""
     rows, skipped = load_chats(dataset, split, strict, val_fraction)
-    data = ChatData(rows, *args, strict=strict, **options)
+    data = ChatData(force.tools.rows(rows) if force else rows, *args, strict=strict, **options)
     if lost := data.left_out(skipped):
         run.print0(f'{dataset}, {split}: {lost}')
     return data
@@ -180,8 +183,8 @@ def difficulty_of(curriculum, net, data, run):
 
 def evaluate_only(model, net, data, run, scorer, force):
     """Evaluates without training: prints metrics and answers, and writes eval_file."""
-    loss, rows, answers, first_grades = evaluate(net, model, data, run, eval_rows, max_new_tokens, eval_samples,
-                                                 eval_temperature, force)
+    loss, rows, answers, transcripts, first_grades = evaluate(net, model, data, run, eval_rows, max_new_tokens,
+                                                              eval_samples, eval_temperature, force)
     means, ranges = summarise(first_grades)
     run.print0(f'{init_from} on {len(rows):,} rows of {dataset}, {eval_split}: loss {loss:.4f}, '
                + format_metrics(means, ranges))
@@ -191,12 +194,13 @@ def evaluate_only(model, net, data, run, scorer, force):
     if eval_samples and 'correct' in means:
         for line in at_k_lines(rows, answers, scorer, eval_samples):
             run.print0(line)
-    for row, texts, grade in list(zip(rows, answers, first_grades, strict=True))[:show_answers]:
+    for row, texts, grade in list(zip(rows, transcripts, first_grades, strict=True))[:show_answers]:
         run.print0(format_answer(row, texts[0], grade))
     if eval_file and run.main:
-        lines = [json.dumps({key: row[key] for key in row if key != 'where'} | {'text': text, **grades(row, text)},
-                            ensure_ascii=False)
-                 for row, texts in zip(rows, answers, strict=True) for text in texts]
+        lines = [json.dumps({key: row[key] for key in row if key != 'where'} | {'text': text, **grades(row, text)}
+                            | ({} if whole == text else {'transcript': whole}), ensure_ascii=False)
+                 for row, texts, wholes in zip(rows, answers, transcripts, strict=True)
+                 for text, whole in zip(texts, wholes, strict=True)]
         runtime.write_atomic(eval_file, lambda file: file.write('\n'.join([*lines, '']).encode()))
 
 
@@ -215,18 +219,18 @@ def main():
                           chat_template=chat_template)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
-    force = forcing(tokenizer, tools, max_think_tokens)  # inserts calculator results and </think> while generating
+    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)  # inserts results of tools and </think>
     if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:
         scorer = load_scorer(reward_model, run, tokenizer) if reward_model else None
-        data = load_chat_data(run, dataset, eval_split, strict, val_fraction, tokenizer, length, seed, too_long,
+        data = load_chat_data(run, dataset, eval_split, strict, val_fraction, force, tokenizer, length, seed, too_long,
                               train_on_prompt, mask_history=mask_history, calls=tools)
         return evaluate_only(model, run.wrap(model, compile), data, run, scorer, force)
 
     # data: training rows may be packed; held-out rows are not, so that each has a loss of its own
-    train_data, val_data = (load_chat_data(run, dataset, split, strict, val_fraction, tokenizer, length, seed, too_long,
-                                           train_on_prompt, pack and split == 'train', mask_history, tools)
+    train_data, val_data = (load_chat_data(run, dataset, split, strict, val_fraction, force, tokenizer, length, seed,
+                                           too_long, train_on_prompt, pack and split == 'train', mask_history, tools)
                             for split in ('train', 'val'))
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
@@ -276,8 +280,8 @@ def main():
         score = math.inf  # lower is better; without an evaluation it is never the best
         if evaluating:
             clock.stop()
-            score, rows, answers, first_grades = evaluate(net, model, val_data, run, eval_rows, max_new_tokens,
-                                                          force=force)
+            score, rows, _, transcripts, first_grades = evaluate(net, model, val_data, run, eval_rows, max_new_tokens,
+                                                                 force=force)
             means, ranges = summarise(first_grades)
             run.log({'iter': step, 'val/loss': score, 'val/ppl': math.exp(min(score, 99)), 'seconds': clock.read()}
                     | as_metrics(means, ranges) | outcomes(rows, first_grades))
@@ -285,7 +289,7 @@ def main():
                        'training')
             if accuracies := accuracy_by(rows, first_grades, 'steps'):
                 run.print0(f'correct by steps: {accuracies}')
-            first_answers = [texts[0] for texts in answers]
+            first_answers = [texts[0] for texts in transcripts]
             run.sample(step, '\n'.join(map(format_answer, rows[:show_answers], first_answers, first_grades)))
             last_eval = step
         stop = run.stop_signal()
@@ -339,7 +343,7 @@ def main():
 
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
     run.print0(f'done: best validation loss {run.best:.4f}; talk to it: '
-               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" if tools else ""}')
+               f'python sample.py --init_from={out_dir} --chat=True{f" --tools={tools}" if tools else ""}')
 
 
 if __name__ == '__main__':

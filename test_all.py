@@ -9642,7 +9642,8 @@ def test_8_3_learning_from_samples_resumes_bit_for_bit(act, stage, flags, monkey
     assert (status, err) == (143, '') and 'stopped at step 3' in out
     status, out, err = act(stage, '--out_dir=parts', '--init_from=resume', *flags)
     assert (status, err) == (0, ''), err
-    keep = SAME + {'grpo': ('prompts', 'queue'), 'dpo': ('prompts',)}.get(stage, ('critic', 'kl_coef', 'longest', 'scale'))
+    own = {'grpo': ('prompts', 'queue'), 'dpo': ('prompts',), 'ppo': ('critic', 'kl_coef', 'longest', 'scale')}
+    keep = SAME + own[stage]
     assert digest('parts', keep) == digest('whole', keep)
     assert told('parts') == told('whole') and 'val/reward' in told('whole')[-1]
     whole = [row for row in told('whole') if 'train/loss' in row]

@@ -260,6 +260,16 @@ class Tokenizer:
         return [*dict.fromkeys([*self.stop_ids, *[self.special.get(end)] * (end in self.special)])]
 
     @functools.cached_property
+    def turn_header(self):
+        """The ids that begin an assistant's turn, [] where there are none or it has no chats."""
+        try:
+            asked = [{'role': 'user', 'content': '?'}]
+            before, ids = self.chat_ids(asked)[0], self.chat_ids(asked, generate=True)[0]
+        except UserError:
+            return []
+        return ids[len(before):] if ids[:len(before)] == before else []
+
+    @functools.cached_property
     def chat(self):
         """The ChatTemplate of this tokenizer; UserError where it has none."""
         if not self.chat_template:
