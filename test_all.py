@@ -42,6 +42,7 @@ import time
 import tomllib
 import traceback
 import types
+import typing
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
@@ -105,6 +106,7 @@ import sample
 import scaling
 import serve as serve_file
 import tokenizer as tok
+import tools as tools_file
 import train
 from dataset import (
     ChatData,
@@ -450,9 +452,9 @@ class ForkedScripts:
 @pytest.fixture
 def house(tmp_path):
     """Copies of the prepare scripts in a folder of the test, into which they write: call it with command lines."""
-    for script in ROOT.glob('data/*/prepare.py'):
+    for script in (*ROOT.glob('data/*/prepare.py'), ROOT / 'data/lookup/shop.py'):
         copy = tmp_path / script.relative_to(ROOT)
-        copy.parent.mkdir(parents=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(script, copy)
 
     def run(*commands, **env):
@@ -9038,8 +9040,12 @@ def test_8_1_forced_tokens_come_where_they_are_asked_for_and_the_rest_is_drawn_a
             for t in range(12):
                 assert math.isnan(logs[t]) or logs[t] == pytest.approx(table[t, row[t]].item(), abs=1e-4)
     assert any(row[5:8] != f[5:8] for row, f in zip(new, free, strict=True))  # what follows has read them
-    ended = model.generate([[1]], 9, force=lambda new: [60, 7, 8] if len(new) == 2 else [], stop_ids=[7], seed=[3])
+    ended = model.generate([[1]], 9, force=lambda new: [60, 7] if len(new) == 2 else [], stop_ids=[7], seed=[3])
     assert ended[0][2:] == [60, 7]  # a forced end is an end
+    goes_on = [lambda new: [7, 8] if len(new) == 2 else [], None]  # an end that more follows; none
+    (one, other), logprobs = model.generate([[1], [1]], 9, force=goes_on, stop_ids=[7, 8], seed=[3, 3], vocab_limit=7,
+                                            return_logprobs=True)
+    assert one[2:] == [7, 8] and len(other) == 9 and [math.isnan(x) for x in logprobs[0]] == [False, False, True, True]
     assert model.generate([[1]], 4, force=lambda new: [20] * 9, seed=[3])[0][1:] == [20] * 3  # not past max_new_tokens
 
 
@@ -11782,6 +11788,339 @@ def test_10_4_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, s
         assert (status, err) == (0, ''), err
         said_so = CALLING in Path(f'run{tools}/samples.txt').read_text().replace('\n  | ', '\n')
         assert said_so == tools and rows_of(f'run{tools}')[0]['kl'] == pytest.approx(0, abs=1e-4)
+
+
+# functions, called in turns of their own
+
+SHOP = '''
+def lookup(item: str, row) -> str:
+    """
+    Tells a price.
+
+    Args:
+        item: Of what.
+
+    Returns:
+        Dollars.
+    """
+    return str(row['table'][item])
+
+
+def add(a: int, b: float = 0.5) -> float:
+    """Adds.
+
+    Args:
+        a: The first number,
+            a whole one.
+        b: The second one.
+    """
+    return a + b
+
+
+def wait(seconds: float) -> str:
+    """Waits.
+
+    Args:
+        seconds: How long.
+    """
+    import time
+    time.sleep(seconds)
+
+
+def stop() -> None:
+    """Ends the program."""
+    raise SystemExit('bye')
+
+
+def _inner():
+    pass
+'''
+
+
+@pytest.fixture
+def shop(tmp_path):
+    (tmp_path / 'shop.py').write_text(SHOP)
+    return str(tmp_path / 'shop.py')
+
+
+@pytest.fixture
+def takes_turns(monkeypatch):
+    """takes_turns(tokenizer, {question: [turn, …]}): every model now says these turns, one after another, to a prompt
+    with the question; in the place of what is not its own to say it says something else."""
+    def script(tokenizer, answers):
+        end = tokenizer.special['<|im_end|>']
+        said = {question: [[*tokenizer.encode(text), end] for text in texts] for question, texts in answers.items()}
+
+        def sample(logits, rows, *rest):
+            found = []
+            for row in rows:
+                (turns,) = [of for question, of in said.items() if question in tokenizer.decode(row)]
+                starts = []
+                at = len(row) - tools_file.turn_start(tokenizer, row, starts)
+                now = turns[min(len(starts), len(turns)) - 1]
+                found.append(now[at] if at < len(now) else 0)
+            return found, [-0.5] * len(rows)
+        monkeypatch.setattr(generation, 'sample', sample)
+    return script
+
+
+def call_text(name, **arguments):
+    return f'<tool_call>\n{json.dumps({"name": name, "arguments": arguments})}\n</tool_call>'
+
+
+def documented(hint, **more):
+    """A function of x: hint."""
+    def f(x):
+        """Does this
+        and that.
+
+        Args:
+            x: One thing
+                or another: yes. (choices: ["a", "b"])
+
+        Returns:
+            What
+            comes out.
+        """
+    f.__annotations__ = {'x': hint} | more
+    return f
+
+
+@pytest.mark.parametrize('hint', [
+    int, float, str, bool, list, dict, list[int], dict[str, float], list[dict[str, list[bool]]], int | None, int | str,
+    list[str] | None, list[int] | str, typing.Literal['a', 'b'], typing.Literal[1, 'b'],
+    typing.Any], ids=str)
+def test_10_4_signatures_are_those_of_transformers(hint):
+    for more in ({}, {'return': hint}):
+        function = documented(hint, **more)
+        assert tools_file.signature_of(function) == transformers.utils.get_json_schema(function)
+
+
+def test_10_4_signatures_of_a_file_are_those_of_transformers(shop):
+    tools, module = tools_file.load_tools(shop), types.ModuleType('shop')
+    exec(SHOP.replace(', row)', ')'), vars(module))
+    assert [*tools.functions] == ['lookup', 'add', 'wait', 'stop'] and not tools.calculator
+    assert tools.signatures == [transformers.utils.get_json_schema(vars(module)[name]) for name in tools.functions]
+    both = tools_file.load_tools(f'True, {shop}:add,{shop}:stop')
+    assert both.calculator and [*both.functions] == ['add', 'stop']
+
+
+@pytest.mark.parametrize('text, words', [
+    ('def f(x):\n    """A.\n\n    Args:\n        x: y\n    """', "f: its parameter 'x' has no type hint"),
+    ('def f(x: int): pass', 'f: it has no docstring'), ('def f(x: int):\n    """A."""', "does not describe 'x'"),
+    ('def f(*x: int):\n    """A.\n\n    Args:\n        x: y\n    """', 'cannot be given by name'),
+    ('def f(x: set):\n    """A.\n\n    Args:\n        x: y\n    """', 'has no JSON schema'),
+    ('def f():\n    """A."""\ndef f():\n    """B."""', "two functions 'f'"), ('x = 1', 'has no function'),
+    ('1 / 0', 'ZeroDivisionError'), ('def f(:', 'SyntaxError')])
+def test_10_4_a_file_of_tools_that_cannot_be_used_is_one_line(run_stage, base_run, tmp_path, text, words):
+    (tmp_path / 'mine.py').write_text(text)
+    status, out, err = run_stage('sample', f'--init_from={base_run}', '--chat=True', '--start=x', '--tools=mine.py')
+    assert status == 2 and words in err and 'mine.py' in err and err.count('\n') == 1 and not out
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--tools=gone.py', '--chat=True'], "'gone.py' is no Python file"),
+    (['--tools=Ture', '--chat=True'], 'give True (the calculator), FILE.py'),
+    (['--tools=shop.py:gone', '--chat=True'], "has no function 'gone'"),
+    (['--tools=shop.py,shop.py:add', '--chat=True'], "two functions 'add'"),
+    (['--tools=shop.py'], 'add --chat=True'), (['--tools=shop.py', '--chat=True'], "knows no 'tools'")])
+def test_10_4_tools_that_are_not_there_are_one_line(run_stage, base_run, shop, args, words):
+    status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=x', *args)
+    assert status == 2 and words in err and err.count('\n') == 1 and not out
+
+
+@pytest.mark.parametrize('text, words', [
+    ('{"name": "lookup", "arguments": {"item": "kite"}}', '7'),
+    ('{"name": "lookup", "parameters": "{\\"item\\": \\"kite\\"}"}', '7'),
+    ('{"name": "add", "arguments": {"a": 1}}', '1.5'), ('{"name": "add", "arguments": {"a": 1, "b": 2}}', '3'),
+    ('{"name": "add", "arguments": {"a": 1.5}}', "error: 'a' must be {\"type\": \"integer\"}, not 1.5"),
+    ('{"name": "add", "arguments": {"a": true}}', "error: 'a' must be"),
+    ('{"name": "add", "arguments": {"b": 1}}', "error: the argument 'a' is missing"),
+    ('{"name": "add", "arguments": {"a": 1, "c": 1}}', "error: there is no argument 'c', only a, b"),
+    ('{"name": "lookup", "arguments": {"item": "kite", "row": {}}}', "error: there is no argument 'row'"),
+    ('{"name": "lookup", "arguments": {"item": "hat"}}', "error: KeyError: 'hat'"),
+    ('{"name": "stop", "arguments": {}}', 'error: SystemExit: bye'),
+    ('{"name": "wait", "arguments": {"seconds": 9}}', 'error: it took more than 0.2 s'),
+    ('{"name": "wait", "arguments": {"seconds": 0}}', 'null'),
+    ('{"name": "_inner", "arguments": {}}', "error: there is no function '_inner', only lookup, add, wait, stop"),
+    ('{"name": "add", "arguments": [1]}', 'error: this is not'),
+    ('{"name": "add", "arguments": "1"}', 'error: this is not'),
+    ('{"name": 1}', 'error: this is not'), ('add(1)', 'error: this is not'), ('', 'error: this is not'),
+    ('[' * 9999, 'error: this is not')])
+def test_10_4_whatever_is_wrong_with_a_call_is_an_answer(monkeypatch, shop, text, words):
+    monkeypatch.setattr(tools_file, 'TIME_LIMIT', 0.2)
+    found = tools_file.load_tools(shop).answer(text, {'table': {'kite': 7}})[1]
+    assert found.startswith(words) if words.startswith('error') else found == words
+
+
+def test_10_4_a_row_that_lists_its_tools_has_no_others(shop):
+    tools = tools_file.load_tools(shop)
+    row = {'messages': asked('q') + said('a'), 'where': 'x, line 1'}
+    listed = {'variables': {'tools': tools.signatures[:1]}}
+    plain, few = tools.rows([row, row | {'messages': [asked('q')[0] | listed, *said('a')]}])
+    assert plain['prompt'] == [asked('q')[0] | {'variables': {'tools': tools.signatures}}] == plain['messages'][:1]
+    assert few['prompt'] == [asked('q')[0] | listed]
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    assert tools.answer(call, plain) == ('add', '1.5')
+    assert tools.answer(call, few) == ('add', "error: there is no function 'add', only lookup")
+    with pytest.raises(UserError, match="x, line 1: it lists the tool 'lookup', .* only add"):
+        tools_file.load_tools(f'{shop}:add').rows([few])
+    called = [*asked('q'), said('')[0] | {'tool_calls': [call_of('add', {'a': 1})]}, turn('tool', '1.5'), *said('a')]
+    (found,) = tools.rows([{'messages': called, 'prompt': called[:-1]}])
+    assert [m['role'] for m in found['prompt']] == ['user'] and len(found['messages']) == 4
+
+
+@pytest.mark.parametrize('result, text', [
+    ('x', 'x'), (1.5, '1.5'), ({'a': ['ü']}, '{"a": ["ü"]}'), ({1}, '{1}'), (None, 'null'), ('\ud800', '?'),
+    ('a\ufdd3', 'a\ufffd'), ('x' * 1001, 'x' * 1000 + ' …')])
+def test_10_4_results_are_texts(result, text):
+    assert tools_file.as_text(result) == text
+
+
+def with_template(name):
+    """A tokenizer of bytes whose chats have tools."""
+    return tok.with_chat_template(bytes_tokenizer(), name)
+
+
+SHOP_TEMPLATE = ROOT / 'data/lookup/template.jinja'
+
+
+@pytest.mark.parametrize('template', ['hermes', SHOP_TEMPLATE], ids=['hermes', 'lookup'])
+def test_10_4_rows_in_different_rounds_go_on_with_the_ids_of_training(takes_turns, shop, template):
+    """What is generated is what the chat template makes of the whole chat, and of it is learned what is learned there.
+    """
+    tokenizer = with_template(str(template))
+    force = rollout.Forcing(tokenizer, shop, max_tool_calls=3)
+    price = [said('')[0] | {'tool_calls': [call_of('lookup', {'item': 'kite'}), call_of('lookup', {'item': 'pen'})]},
+             turn('tool', '7') | {'name': 'lookup'}, turn('tool', '12') | {'name': 'lookup'}]
+    total = [said('')[0] | {'tool_calls': [call_of('add', {'a': 7, 'b': 12})]}, turn('tool', '19') | {'name': 'add'}]
+    chats = {'zero?': said('Hi.'), 'two?': [*price, *total, *said('It is 19.')], 'one?': [*total, *said('19, then.')]}
+    rows = [{'messages': asked(q) + rest, 'prompt': asked(q), 'table': {'kite': 7, 'pen': 12}, 'answer': '19',
+             'where': q} for q, rest in chats.items()]
+    data = dataset.PromptData(force.tools.rows(rows), tokenizer, 4096, 900)
+    due, said_turns = [], {}
+    for q, rest in chats.items():
+        first = asked(q)[0] | {'variables': {'tools': force.tools.signatures}}
+        ids, mask = tokenizer.chat_ids([first, *rest])
+        begin = len(tokenizer.chat_ids([first], generate=True)[0])
+        end = len(mask) - mask[::-1].index(1)
+        due.append((ids[begin:end], mask[begin:end]))
+        turns = ''.join(tokenizer.decode([i]) if m else '\0' for i, m in zip(*due[-1], strict=True))
+        said_turns[q] = [text for text in re.split('\0+|<.im_end.>', turns) if text]
+    assert [len(turns) for turns in said_turns.values()] == [1, 3, 2]
+    takes_turns(tokenizer, said_turns)
+    model = tiny(block_size=4096, vocab_size=tokenizer.n_vocab, pos='rope')
+    answers = rollout.generate_rollouts(model, data, [0, 1, 2], lone(), 900, 2, force=force)
+    assert answers.ids == [ids for ids, _ in due for _ in range(2)] and answers.ended.all()
+    for mine, (_, mask) in zip(answers.response_mask, [of for of in due for _ in range(2)], strict=True):
+        assert mine.tolist() == [m > 0 for m in mask] + [False] * (len(mine) - len(mask))
+    assert answers.texts == ['Hi.'] * 2 + ['It is 19.'] * 2 + ['19, then.'] * 2
+    assert not answers.logprobs[~answers.response_mask].any()
+    assert data.transcript(answers.ids[2]).count('<tool_call>') == 3
+    few = rollout.Forcing(tokenizer, shop, max_tool_calls=1)
+    answers = rollout.generate_rollouts(model, data, [1], lone(), 900, 1, force=few)
+    assert answers.texts[0] == said_turns['two?'][1] and answers.ended.all()  # whose call nobody answers
+    cut = rollout.generate_rollouts(model, data, [1], lone(), len(said_turns['two?'][0]) + 30, 1, force=force)
+    assert not cut.ended.any() and not cut.response_mask[0, -1]
+
+
+def test_10_4_tokens_after_results_have_the_probabilities_of_training(shop, monkeypatch):
+    """Whatever a random model says, a call or not, in rows that are in different rounds: the sampler's
+    log-probabilities are those of the training forward, so positions and caches are right, also without a cache."""
+    tokenizer = with_template(str(SHOP_TEMPLATE))
+    monkeypatch.setattr(tok.Tokenizer, 'turn_ids', property(lambda self: [*range(200, 230)]))  # so that many turns end
+    force = rollout.Forcing(tokenizer, shop)
+    rows = force.tools.rows([{'messages': asked(q) + said('x'), 'prompt': asked(q), 'where': q} for q in 'abc'])
+    data, model = dataset.PromptData(rows, tokenizer, 512, 160), tiny(block_size=512, vocab_size=260, pos='rope')
+    monkeypatch.setattr(rollout, 'read_calls', lambda text: ['{"name": "add", "arguments": {"a": 1}}'][:len(text) % 2])
+    answers = rollout.generate_rollouts(model, data, [0, 1, 2], lone(), 160, 4, force=force)
+    rounds = [len(re.findall('tool\n1.5', data.transcript(ids))) for ids in answers.ids]
+    assert len({*rounds}) > 2, rounds
+    logprobs = rollout.compute_logprobs(model, lone(), answers, range(12), 512)[0]
+    np.testing.assert_allclose(logprobs.detach().numpy(), answers.logprobs, atol=1e-4)
+    prompts = [data.prompt(i) for i in range(3)]
+    found = [model.generate(prompts, 160, seed=[1, 2, 3], stop_ids=tokenizer.turn_ids, use_cache=use_cache,
+                            force=rollout.forces(force, data.rows_kept)) for use_cache in (True, False)]
+    assert found[0] == found[1]
+
+
+def test_10_4_stages_learn_from_answers_with_functions(run_stage, base_run, takes_turns, shop, tmp_path):
+    tokenizer = with_template(str(SHOP_TEMPLATE))
+    look = '<tool_call>{"name": "lookup", "arguments": {"item": "pen"}}</tool_call>'
+    rows = [{'messages': [*asked(f'{i}?'), said('')[0] | {'tool_calls': [call_of('lookup', {'item': 'pen'})]},
+                          turn('tool', f'{i}'), *said(f'So {i}.')], 'table': {'pen': i}, 'answer': i} for i in range(20)]
+    lines(Path('pens.jsonl'), rows)
+    takes_turns(tokenizer, {f'user\n{i}?': [look, f'So {i}.'] for i in range(20)})
+    flags = ['--dataset=pens.jsonl', '--tools=shop.py', '--max_new_tokens=150', '--max_iters=1', '--eval_rows=2',
+             '--batch_size=4', '--device=cpu', '--dtype=float32', '--warmup_iters=0', '--block_size=512']
+    status, out, err = run_stage('sft', f'--init_from={base_run}', f'--chat_template={SHOP_TEMPLATE}', *flags,
+                                 '--out_dir=sft')
+    assert (status, err) == (0, ''), err
+    assert rows_of('sft')[-1]['val/correct'] == 1 and '--tools=shop.py' in out and 'tool_call' in out
+    learn = ['--prompts_per_step=2', '--num_generations=4', '--rewards=correct', '--gradient_accumulation_steps=2']
+    for stage, more in (('grpo', learn), ('ppo', [*learn, '--reward_model=']),
+                        ('distill', ['--teacher=sft', '--on_policy=1', '--prompts_per_step=2', '--batch_size=1'])):
+        status, out, err = run_stage(stage, '--init_from=sft', *flags, *more, f'--out_dir={stage}')
+        assert (status, err) == (0, ''), (stage, err)
+        assert rows_of(stage)[-1]['iter'] == 1 and rows_of(stage)[-1]['val/correct'] == 1
+        assert '<|im_start|>tool' in Path(f'{stage}/samples.txt').read_text()
+    status, out, err = run_stage('grpo', '--init_from=sft', *flags, *learn, '--out_dir=bad', '--max_tool_calls=-1')
+    assert status == 2 and 'max_tool_calls=-1 must be >= 0' in err and err.count('\n') == 1
+    status, out, err = run_stage('distill', '--init_from=sft', *flags, '--teacher=sft', '--answers=teacher',
+                                 '--out_dir=bad')
+    assert status == 2 and 'no turns for calls' in err and err.count('\n') == 1
+    status, out, err = run_stage('sample', '--init_from=sft', '--chat=True', '--start=7?', '--tools=shop.py')
+    assert (status, err) == (0, '') and "error: KeyError: 'table'" in out and out.endswith('So 7.\n'), out
+
+
+def test_10_4_a_session_keeps_calls_and_results(run_stage, base_run, takes_turns, shop, tmp_path, monkeypatch):
+    tokenizer = with_template('hermes')
+    state = torch.load(base_run / 'ckpt.pt', weights_only=True)
+    (tmp_path / 'run').mkdir()
+    state['model_args']['block_size'] = 4096
+    runtime.save_checkpoint(tmp_path / 'run/ckpt.pt', state | {'tokenizer': tokenizer.to_dict()})
+    takes_turns(tokenizer, {'7?': [call_text('add', a=7), 'So 7.5.', '<tool_call>x</tool_call>', 'No.']})
+    typed = iter(['7?', 'and?', '/save chat.jsonl', '/quit'])
+    monkeypatch.setattr('builtins.input', lambda _: next(typed))
+    status, out, err = run_stage('sample', f'--init_from={tmp_path / "run"}', '--chat=True', '--tools=shop.py',
+                                 '--device=cpu', '--max_new_tokens=400')
+    assert (status, err) == (0, ''), err
+    (row,) = map(json.loads, Path('chat.jsonl').read_text().splitlines())
+    calls = [{'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 7}}}]
+    assert row['messages'] == [
+        *asked('7?'), said('')[0] | {'tool_calls': calls}, turn('tool', '7.5') | {'name': 'add'}, *said('So 7.5.'),
+        *asked('and?'), *said('<tool_call>x</tool_call>'),
+        {'role': 'tool', 'name': 'unknown', 'content': 'error: this is not {"name": …, "arguments": {…}} in JSON'},
+        *said('No.')]
+
+
+def test_10_4_questions_of_a_shop_need_both_tools(house):
+    small = '--train_rows=300 --val_rows=40 --test_rows=40 --unseen_rows=20'
+    (status, out, err), = house(f'lookup {small}')
+    assert status == 0, err
+    tools = tools_file.load_tools(str(ROOT / 'data/lookup/shop.py'))
+    rows = {split: read_rows(house.root / 'data/lookup', split) for split in ('train', 'val', 'test', 'unseen')}
+    assert [*map(len, rows.values())] == [300, 40, 40, 20]
+    alone, asked_for = 0, {}
+    for split, row in [(split, row) for split, found in rows.items() for row in found]:
+        calls = [call['function'] for m in row['messages'] for call in m.get('tool_calls', [])]
+        results = [m['content'] for m in row['messages'] if m['role'] == 'tool']
+        assert [tools.answer(json.dumps(call), {'table': row['table']})[1] for call in calls] == results
+        text = row['messages'][-1]['content']
+        assert grade(text, row['answer'], 'number') and row['answer'] not in row['messages'][0]['content'].split()
+        if 'tools' in row:
+            assert grading.quality(row, text)['gold'] == 1 and calls[-1]['name'] == 'lookup' and split == 'train'
+        else:
+            assert results[-1] == row['answer'] and calls[-1]['name'] == 'calculate'
+        alone += 'tools' in row
+        asked_for.setdefault(split, set()).update(row['table'])
+    assert 60 < alone < 120 and not asked_for['train'] & (asked_for['val'] | asked_for['test'] | asked_for['unseen'])
+    assert {row['kind'] for row in rows['train']}.isdisjoint(row['kind'] for row in rows['unseen'])
+    expressions = {split: {m['tool_calls'][0]['function']['arguments'].get('expression') for row in rows[split]
+                           for m in row['messages'] if m.get('tool_calls')} - {None} for split in ('val', 'test')}
+    assert not expressions['val'] & expressions['test']
+    refuses(house, [(['table_size'], 'lookup --table_size=1'), (['alone_share'], 'lookup --alone_share=2'),
+                    (['test_rows=99999'], f'lookup {small} --test_rows=99999')])
 
 
 def test_10_4_word_problems_with_tools_are_the_same_problems(house):

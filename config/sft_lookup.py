@@ -3,12 +3,12 @@ their own."""
 out_dir = 'out/sft_lookup'
 init_from = 'out/sft_mixed'
 dataset = 'lookup'
-tools = 'data/lookup/tools.py'
+tools = 'data/lookup/shop.py'
 chat_template = 'data/lookup/template.jinja'
 block_size = 512
 
 batch_size = 4
-max_iters = 300
+max_iters = 150
 optimizer = 'muon'
 muon_lr = 0.02
 learning_rate = 3e-3
@@ -19,6 +19,6 @@ grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 10
 
-eval_interval = 300
+eval_interval = 150
 eval_rows = 100
 max_new_tokens = 320

@@ -10,7 +10,7 @@ unseen.jsonl here. A row:
                   {"role": "assistant", "content": "Mia pays 137 dollars."}],
      "table": {"kite": 23, "pear": 17, …}, "answer": "137", "grader": "number", "steps": 3, "kind": "two"}
 
-`lookup` of tools.py reads the row's "table", which the model does not see: prices are drawn anew for every row, so that
+`lookup` of shop.py reads the row's "table", which the model does not see: prices are drawn anew for every row, so that
 nobody can know an answer without it. In some rows of train only `lookup` may be called ("tools" lists it), and the last
 turn works the result out itself: a model that is later given no calculator is not at a loss.
 
@@ -18,7 +18,7 @@ What training never sees: in val, test and unseen, the persons and items, and th
 others in val than in test; in unseen, the templates too. Choose by val, report test.
 
     python data/lookup/prepare.py
-    python sft.py config/sft_lookup.py        of which --tools=data/lookup/tools.py is a part
+    python sft.py config/sft_lookup.py        of which --tools=data/lookup/shop.py is a part
 """
 import random
 import sys
@@ -149,7 +149,7 @@ def main():
     if min(counts.values()) < 1 or max_price < 10 or not 2 <= table_size <= most or not 0 <= alone_share <= 1:
         raise UserError('train_rows, val_rows, test_rows and unseen_rows must be >= 1, max_price >= 10, table_size '
                         f'from 2 to {most}, alone_share from 0 to 1')
-    tools = load_tools(str(Path(__file__).with_name('tools.py')))
+    tools = load_tools(str(Path(__file__).with_name('shop.py')))
     write_rows(folder_for(__file__, name), {split: draw_rows(split, n, tools) for split, n in counts.items()},
                f'{len(TEMPLATES)} templates, max_price {max_price}, table_size {table_size}, seed {seed}')
 

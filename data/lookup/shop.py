@@ -1,4 +1,4 @@
-"""The two functions that questions of this dataset need: --tools=data/lookup/tools.py."""
+"""The two functions that questions of this dataset need: --tools=data/lookup/shop.py."""
 import tokenizer
 
 
