@@ -619,6 +619,17 @@ FAULTS = [
           'inside = np.arange(self.response_mask.shape[1]) <= lengths[:, None]', 'test_8_1 and cut'),
     Fault('thought_one_longer', 'rollout.py', 'end = len(ids) - self.max_think_tokens',
           'end = len(ids) - self.max_think_tokens - 1', 'test_10_3 and budget'),
+    # tools.py
+    Fault('calls_without_limit', 'rollout.py', 'if len(turns) < self.max_tool_calls else []', 'if True else []',
+          'test_10_4 and different_rounds'),
+    Fault('result_ends_the_answer', 'generate.py', 'row.done = token in stop_ids and not row.forced or',
+          'row.done = token in stop_ids or', 'test_10_4 and different_rounds'),
+    Fault('listed_tools_ignored', 'tools.py', 'known = names_of(listed) if listed else list(self.functions)',
+          'known = list(self.functions)', 'test_10_4 and lists_its_tools'),
+    Fault('call_kept_in_prompt', 'tools.py', "asked[-1]['role'] in ('assistant', 'tool')",
+          "asked[-1]['role'] == 'tool'", 'test_10_4 and lists_its_tools'),
+    Fault('true_is_a_number', 'tools.py', "isinstance(value, bool) <= (kind == 'boolean')", 'True',
+          'test_10_4 and whatever'),
     # distill.py
     Fault('kl_direction', 'distill.py', 'return (p * (log_p - log_q)).sum(-1), q - p',
           'return (q * (log_q - log_p)).sum(-1), q - p', 'test_10_2 and divergences'),
@@ -634,7 +645,7 @@ FAULTS = [
           "if is_correct(row, answer_of(row))", 'if answer_of(row)',
           'test_10_2 and only_right'),
     # sample.py
-    Fault('system_message_dropped', 'sample.py', 'del seen[first:first + 2]', 'del seen[:2]',
+    Fault('system_message_dropped', 'sample.py', 'del seen[first:ends[1]]', 'del seen[:ends[1]]',
           'test_2_5 and system'),
     Fault('chat_runs_on', 'sample.py', 'return tokenizer.turn_ids if chat else tokenizer.stop_ids',
           'return tokenizer.stop_ids', 'test_2_5 and ends_with_its_turn'),

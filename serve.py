@@ -64,7 +64,7 @@ api_key = ''  # what clients must send: Authorization: Bearer KEY; FILE:PATH kee
 max_rows = 16  # answers that are continued side by side
 prefix_cache_tokens = 8192  # of ended answers, whose keys and values are kept for the next turn of a chat; 0 = off
 max_queue = 64  # answers that may wait for their turn; more are refused with status 429
-tools = False  # the calculator answers <tool>…</tool>
+tools = False  # the calculator answers <tool>…</tool>; functions are left to clients
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so

@@ -8,7 +8,7 @@ chat_template = 'data/lookup/template.jinja'
 block_size = 512
 
 batch_size = 4
-max_iters = 150
+max_iters = 400
 optimizer = 'muon'
 muon_lr = 0.02
 learning_rate = 3e-3
@@ -19,6 +19,6 @@ grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 10
 
-eval_interval = 150
+eval_interval = 400
 eval_rows = 100
 max_new_tokens = 320

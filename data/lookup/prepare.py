@@ -2,20 +2,20 @@
 Questions of a shop that need two tools, a table of prices and a calculator -> train.jsonl, val.jsonl, test.jsonl and
 unseen.jsonl here. A row:
 
-    {"messages": [{"role": "user", "content": "Mia buys 4 pears and 3 kites. How many dollars does she pay in all?"},
-                  {"role": "assistant", "content": "", "tool_calls": [lookup("pear"), lookup("kite")]},
+    {"messages": [{"role": "user", "content": "Mia buys 4 pears and 3 figs. How many dollars does she pay in all?"},
+                  {"role": "assistant", "content": "", "tool_calls": [lookup("pear"), lookup("fig")]},
                   {"role": "tool", "content": "17"}, {"role": "tool", "content": "23"},
                   {"role": "assistant", "content": "", "tool_calls": [calculate("4 * 17 + 3 * 23")]},
                   {"role": "tool", "content": "137"},
                   {"role": "assistant", "content": "Mia pays 137 dollars."}],
-     "table": {"kite": 23, "pear": 17, …}, "answer": "137", "grader": "number", "steps": 3, "kind": "two"}
+     "table": {"fig": 23, "pear": 17, …}, "answer": "137", "grader": "number", "steps": 3, "kind": "two"}
 
 `lookup` of shop.py reads the row's "table", which the model does not see: prices are drawn anew for every row, so that
 nobody can know an answer without it. In some rows of train only `lookup` may be called ("tools" lists it), and the last
 turn works the result out itself: a model that is later given no calculator is not at a loss.
 
-What training never sees: in val, test and unseen, the persons and items, and the numbers of a template, which are
-others in val than in test; in unseen, the templates too. Choose by val, report test.
+What training never sees: in val and test, the persons and what is to be calculated, which is something else in val
+than in test; in unseen, the items and the templates too. Choose by val, report test.
 
     python data/lookup/prepare.py
     python sft.py config/sft_lookup.py        of which --tools=data/lookup/shop.py is a part
@@ -44,16 +44,17 @@ from tools import load_tools
 
 name = ''  # the dataset is written to data/NAME/; empty: lookup
 train_rows = 20_000  # to learn from
-val_rows = 1_000  # with persons, items and numbers held out, to choose by
-test_rows = 1_000  # with persons, items and other numbers held out, to report
-unseen_rows = 500  # with templates held out, too
+val_rows = 1_000  # with persons and numbers held out, to choose by
+test_rows = 1_000  # with persons and other numbers held out, to report
+unseen_rows = 500  # with items and templates held out, too
 alone_share = 0.3  # share of the rows of train that may call lookup alone and calculate without a tool
 max_price = 40  # dollars that an item costs at most
 table_size = 6  # items that a shop has
 seed = 1337  # decides the questions
 
-HELD_ITEMS = POOLS['thing'][5::6]
-LEARNED_ITEMS = [item for item in POOLS['thing'] if item not in HELD_ITEMS]
+ITEMS = POOLS['fruit'] + POOLS['treat']
+HELD_ITEMS = ITEMS[5::6]
+LEARNED_ITEMS = [item for item in ITEMS if item not in HELD_ITEMS]
 
 # kind, whether it is for unseen alone, the question, what to calculate, the same in steps, the answer. {p} and {q} are
 # the prices of {thing} and {thing2}; see TEMPLATES in data/wordproblems/prepare.py for the rest
@@ -88,7 +89,7 @@ def draw_values(question, expression, plan, split, draw):
             result, _, x, op, y, _ = STEP.fullmatch(step).groups()
             values[result] = int(calculate(f'{values[x]} {op} {values[y]}'))
         fits = min(values.values()) > 0 and calculate(expression.format(**values)) == str(values[result])
-        if fits and split in ('unseen', split_of(f'{question} {expression.format(**values)}')):
+        if fits and split in ('unseen', split_of(expression.format(**values))):
             return values
     raise UserError(f'max_price={max_price}: no numbers for "{question}": raise it')
 
@@ -96,7 +97,8 @@ def draw_values(question, expression, plan, split, draw):
 def draw_row(template, split, draw, tools):
     kind, _, question, expression, plan, result = template
     values = draw_values(question, expression, plan, split, draw)
-    names, items = (LEARNED_NAMES, LEARNED_ITEMS) if split == 'train' else (HELD_NAMES, HELD_ITEMS)
+    names = LEARNED_NAMES if split == 'train' else HELD_NAMES
+    items = HELD_ITEMS if split == 'unseen' else LEARNED_ITEMS
     scene = dict(zip('AB', draw.sample(names, 2), strict=True)) | values
     scene |= PRONOUNS[PERSONS[scene['A']]]
     asked = draw.sample(items, table_size)
