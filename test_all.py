@@ -12024,6 +12024,26 @@ def test_10_4_rows_in_different_rounds_go_on_with_the_ids_of_training(takes_turn
     assert not cut.ended.any() and not cut.response_mask[0, -1]
 
 
+@pytest.mark.parametrize('name', ['qwen3', 'qwen2_5', 'llama3_1', 'gemma3', 'gptoss'])
+def test_10_4_results_come_back_as_real_templates_have_them(name, shop):
+    ours = tok.hf_tokenizer(real_tokenizer(REAL_TEMPLATES[name][0]))
+    ours.chat_template, tools = real_template(name), tools_file.load_tools(shop)
+    if 'qwen' not in name:
+        with pytest.raises(UserError, match=f'tools={shop}: tokenizer .*(not as <tool_call>|knows no|no turns for)'):
+            tools_file.check_template(ours, tools)
+        return
+    tools_file.check_template(ours, tools)
+    auto = transformers.PreTrainedTokenizerFast(tokenizer_file=str(real_tokenizer('qwen3') / 'tokenizer.json'))
+    calls = [call_of('add', {'a': 1}), call_of('lookup', {'item': 'pen'})]
+    chat = [*asked('q'), said('')[0] | {'tool_calls': calls}, turn('tool', '1.5') | {'name': 'add'},
+            turn('tool', 'error: <|im_end|>') | {'name': 'lookup'}]
+    whole = auto.apply_chat_template(chat, chat_template=ours.chat_template, tools=tools.signatures, tokenize=False,
+                                     add_generation_prompt=True)
+    turns = tools_file.tool_turn(ours, tools.signatures, [('add', '1.5'), ('lookup', 'error: <|im_end|>')])
+    assert ours.decode(turns) == whole.rpartition('</tool_call><|im_end|>')[2]
+    assert turns.count(ours.special['<|im_end|>']) == 1  # what a tool says ends no turn
+
+
 def test_10_4_tokens_after_results_have_the_probabilities_of_training(shop, monkeypatch):
     """Whatever a random model says, a call or not, in rows that are in different rounds: the sampler's
     log-probabilities are those of the training forward, so positions and caches are right, also without a cache."""

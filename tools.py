@@ -303,16 +303,27 @@ def turn_start(tokenizer, ids, turns=None):
 def tool_turn(tokenizer, signatures, results):
     """Results of calls, pairs (name, text) -> the ids between the end of the assistant's turn that called and its next
     one, by the chat template. UserError where the template has no such turns."""
-    head = _calling(tokenizer, signatures, tuple(name for name, _ in results))
-    messages = [*head, *({'role': 'tool', 'name': name, 'tool_call_id': call['id'], 'content': text}
-                         for (name, text), call in zip(results, head[1]['tool_calls'], strict=True))]
-    ids = tokenizer.chat_ids(messages, generate=True)[0]
-    before, mask = tokenizer.chat_ids(head)
-    end = len(mask) - mask[::-1].index(1)
-    if ids[:end] != before[:end]:
-        raise UserError('the chat template renders a call otherwise once it has a result: take another model, or '
-                        'sft.py --chat_template=hermes')
+    ids, _, end = _rendered(tokenizer, signatures, results)
     return ids[end:]
+
+
+def _rendered(tokenizer, signatures, results):
+    """A chat in which functions of these names are called and have these results -> its ids to the header of the
+    assistant's next turn, and where the turn with the calls begins and ends."""
+    calls = [{'id': f'call{n:05}', 'type': 'function', 'function': {'name': name, 'arguments': {'x': 1}}}
+             for n, (name, _) in enumerate(results)]
+    ids, _ = tokenizer.chat_ids([
+        {'role': 'user', 'content': '?', 'variables': {'tools': signatures}},
+        {'role': 'assistant', 'content': '', 'tool_calls': calls},
+        *({'role': 'tool', 'name': name, 'tool_call_id': call['id'], 'content': text}
+          for (name, text), call in zip(results, calls, strict=True))], generate=True)
+    turns = []
+    turn_start(tokenizer, ids, turns)
+    ends = [i for i in range(turns[0], len(ids)) if ids[i] in tokenizer.turn_ids] if len(turns) == 2 else []
+    if not ends or turns[1] != len(ids):
+        raise UserError('the chat template has no turns for calls and their results: take another model, or sft.py '
+                        '--chat_template=hermes')
+    return ids, turns[0], ends[0] + 1
 
 
 def messages_of(said, results):
@@ -327,27 +338,14 @@ def messages_of(said, results):
     return [{'role': 'assistant', 'content': said.partition('<tool_call>')[0].strip(), 'tool_calls': calls}, *turns]
 
 
-def _calling(tokenizer, signatures, names):
-    """A chat that ends with calls of functions of these names."""
-    calls = [{'id': f'call{n:05}', 'type': 'function', 'function': {'name': name, 'arguments': {'x': 1}}}
-             for n, name in enumerate(names)]
-    return [{'role': 'user', 'content': '?', 'variables': {'tools': signatures}},
-            {'role': 'assistant', 'content': '', 'tool_calls': calls}]
-
-
 def check_template(tokenizer, tools):
     """UserError unless the chat template writes calls and results in a way that is read here."""
     try:
-        head = _calling(tokenizer, tools.signatures, [*tools.functions][:1])
-        ids, mask = tokenizer.chat_ids(head)
-        said = tokenizer.decode([i for i, learned in zip(ids, mask, strict=True) if learned])
-        calls = [read_call(text) for text in read_calls(said)]
-        if calls != [(name, {'x': 1}) for name in [*tools.functions][:1]]:
+        name = next(iter(tools.functions))
+        ids, start, end = _rendered(tokenizer, tools.signatures, [(name, '4321')])
+        said = tokenizer.decode(ids[start:end])
+        if '4321' not in tokenizer.decode(ids[end:]) or [*map(read_call, read_calls(said))] != [(name, {'x': 1})]:
             raise UserError(f'the chat template writes a call as {said!r:.80}, not as <tool_call>{{…}}</tool_call>: '
                             'take a model whose template does, or sft.py --chat_template=hermes')
-        turn = tool_turn(tokenizer, tools.signatures, [([*tools.functions][0], '4321')])
-        if '4321' not in tokenizer.decode(turn) or not turn_start(tokenizer, turn):
-            raise UserError('the chat template has no turn for the result of a call: take another model, or sft.py '
-                            '--chat_template=hermes')
-    except UserError as error:
+    except ValueError as error:  # a UserError, or of what stands in <tool_call> where it is no JSON
         raise UserError(f'tools={tools.spec}: tokenizer {tokenizer.name}: {error}') from None
