@@ -631,9 +631,11 @@ def to_hf(model, directory, tokenizer=None, card=None):
         if tokenizer:
             tokenizer.to_hf(folder)
         _write_json(folder / 'config.json', values)
-        ids = {key: values[key] for key in ('bos_token_id', 'eos_token_id') if values[key] is not None}
-        if ids:
-            _write_json(folder / 'generation_config.json', ids)
+        generation = {key: values[key] for key in ('bos_token_id', 'eos_token_id') if values[key] is not None}
+        if own := getattr(tokenizer, 'config', {}).get('sampling'):
+            generation |= {'do_sample': True} | own
+        if generation:
+            _write_json(folder / 'generation_config.json', generation)
         if card:
             runtime.write_atomic(folder / 'README.md', lambda file: file.write(card.encode()))
     _write_directory(directory, write)

@@ -5,6 +5,9 @@ Draw what runs have logged, and keep the numbers behind it; needs matplotlib.
     python plot.py 'out/try_*' --metric=val/loss    learning curves, seeds in one colour, and a table of where they end
     python plot.py out/sft out/dpo --metric=val/correct             … with a paired test on the prompts of both
     python plot.py 'out/ppo_*' --metric=val/reward,val/gold --axis=val/kl
+
+Runs are seeds of one where their names differ in the number at the end and their checkpoints in nothing but the seed:
+out/lr_1e-3 and out/lr_1e-4 are not.
 """
 import fnmatch
 import glob
@@ -16,6 +19,8 @@ from pathlib import Path
 
 import runtime
 from runtime import new_figure
+
+import torch
 
 from grade import compared, t_quantile
 from tokenizer import UserError
@@ -37,6 +42,8 @@ PANELS = (('loss', ('train/loss', 'train/eval_loss', 'val/loss', 'teacher/loss',
           ('bits per byte', ('val/bpb',)))
 NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped', 'correct_by_prompt')
 SHARES = ('true quality', 'held-out answers', 'accuracy', 'share clipped', 'shares')  # panels of what is from 0 to 1
+# knobs in which seeds of one run may differ
+OF_A_SEED = ('out_dir', 'tensorboard_log', 'wandb_log', 'wandb_project', 'wandb_run_name', 'keep_checkpoints')
 
 
 def mean_and_spread(values):
@@ -90,6 +97,45 @@ def logged(path):
         except ValueError:
             continue
     return rows
+
+
+def state_of(path):
+    """A checkpoint without its tensors, of which none is read; {} where there is none that can be read."""
+    try:
+        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+        return {key: value for key, value in state.items() if key not in ('model', 'optimizers')}
+    except Exception:  # a damaged one can raise nearly anything; load.py says what, where it matters
+        return {}
+
+
+def knobs_of(path):
+    """All that the checkpoint of a run keeps of its knobs and its model's fields, but for OF_A_SEED."""
+    state = state_of(Path(path) / 'ckpt.pt')
+    knobs = state.get('config', {}) | {k: v for name in ('model_args', 'lora_args', 'score_args')
+                                       for k, v in state.get(name, {}).items()}
+    if knobs.get('init_from') in ('resume', 'auto'):  # where the run began, of which a stage after pretraining keeps it
+        knobs['init_from'] = (state.get('base') or state.get('began_with') or {}).get('init_from', 'scratch')
+    # of seed 1, out/tiny_1 is what out/tiny_2 is of seed 2: the model to begin with, a reward model
+    own = re.compile(f'(?<=[_-]){knobs.get("seed")}$')
+    return {k: own.sub('', v) if isinstance(v, str) else v for k, v in knobs.items() if k not in OF_A_SEED}
+
+
+def groups_of(paths):
+    """Runs, those that are seeds of one together -> {label: their paths}; says which are, and which only look so."""
+    named, groups = {}, {}
+    for path in paths:
+        named.setdefault(re.sub('[_-]?[0-9]+$', '', path), []).append(path)
+    for name, alike in named.items():
+        known = [knobs_of(path) for path in alike]
+        seeds = {knobs.pop('seed', '') for knobs in known}
+        differ = sorted({key for knobs in known for key in knobs.keys() | known[0].keys()
+                         if knobs.get(key) != known[0].get(key)})
+        why = ('a checkpoint is missing' if not all(known) else f'they differ in {", ".join(differ)}' if differ else
+               'their seed is the same' if len(seeds) < len(alike) else '')
+        if len(alike) > 1:
+            print(f'{"not pooled" if why else "seeds of one run"}: {", ".join(alike)}' + (why and f': {why}'))
+        groups |= {path: [path] for path in alike} if why or len(alike) == 1 else {name: alike}
+    return groups
 
 
 def points(rows, *names):
@@ -166,17 +212,17 @@ def main():
     paths = list(dict.fromkeys(path for a in arguments for path in sorted(glob.glob(a)) or [a]))
     if not paths:
         raise UserError('give directories of runs: python plot.py out/tiny')
-    names, groups = [name for name in metric.split(',') if name], {}
-    for path in paths:
-        rows = logged(path)
+    names = [name for name in metric.split(',') if name]
+    found = {path: logged(path) for path in paths}
+    for path, rows in found.items():
         for name in names:
             if not points(rows, axis, name):
                 there = sorted({key for row in rows for key in row})
                 wrong = next((key for key in (name, axis) if key not in there), '')
                 what = f'{wrong!r}; {runtime.suggest(wrong, there)}' if wrong else f'both {name!r} and {axis!r}'
                 raise UserError(f'{path}/metrics.jsonl: no row has {what}')
-        # names that differ in a number are seeds of one run
-        groups.setdefault(re.sub('[_-]?[0-9]+$', '', Path(path).name) if names else path, []).append(rows)
+    groups = {label: [found[path] for path in group] for label, group in (
+        groups_of(paths) if names else {path: [path] for path in paths}).items()}
     chosen = [(name, [name]) for name in names] or panels_of(dict.fromkeys(
         name for (rows,) in groups.values() for row in rows for name, value in row.items()
         if isinstance(value, (int, float))))

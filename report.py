@@ -18,8 +18,6 @@ from pathlib import Path
 
 import runtime
 
-import torch
-
 import card
 import grade
 import load
@@ -63,15 +61,6 @@ def read_json(path, lines=False):
         return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     except (OSError, ValueError):
         return [] if lines else None
-
-
-def state_of(path):
-    """A checkpoint without its tensors, of which none is read; {} where there is none that can be read."""
-    try:
-        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-        return {key: value for key, value in state.items() if key not in ('model', 'optimizers')}
-    except Exception:  # a damaged one can raise nearly anything; load.py says what, where it matters
-        return {}
 
 
 def tokens_of(rows):
@@ -142,7 +131,7 @@ def draw(folder):
 
 def measures(folder, title, found, picture):
     """Lines on held-out data: the first, the last and the best of the evaluations found, and the curve of all."""
-    columns, best = [('before', found[0]), ('after', found[-1])], state_of(folder / 'best.pt').get('iter')
+    columns, best = [('before', found[0]), ('after', found[-1])], plot.state_of(folder / 'best.pt').get('iter')
     columns += [('best.pt', row) for row in found[1:-1] if row['iter'] == best]
     names = dict.fromkeys(n for _, row in columns for n in row if n.startswith('val/') or f'{n}_low' in row)
     names = [n for n in names if not n.endswith(('_low', '_high'))]
@@ -177,7 +166,7 @@ def page(folder, picture='', level=1):
     UserError for a directory that is no run."""
     folder, by_step, title = Path(folder), {}, '#' * (level + 1)
     rows, summary = plot.logged(folder), read_json(folder / 'summary.json') or {}
-    starts, state = read_json(folder / 'starts.jsonl', lines=True), state_of(folder / 'ckpt.pt')
+    starts, state = read_json(folder / 'starts.jsonl', lines=True), plot.state_of(folder / 'ckpt.pt')
     for row in rows:
         by_step.setdefault(row['iter'], {}).update(row)
     found = [row for row in by_step.values() if any(name.startswith('val/') for name in row)]

@@ -34,7 +34,7 @@ import torch
 
 from generate import generate, stream
 from grade import final_answers, majority
-from load import load_to_generate
+from load import fields_of, load_to_generate
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
@@ -48,6 +48,7 @@ chat = False  # take turns, as an instruct model expects; an answer to --start, 
 system = ''  # of a chat: what the system says first, text, FILE:PATH or -; empty: what the model's template says
 num_samples = 1  # continuations of the same text; the first is shown as its tokens come
 max_new_tokens = 500  # tokens to add, unless end-of-text comes first
+# how tokens are drawn; a chat takes what is not given from the model's generation_config, or 0.2 and top_p=0.9
 temperature = 0.8  # 0 = always the likeliest token, 1 = as the model has it
 top_k = 0  # draw from the k likeliest tokens only; 0 = off
 top_p = 1.0  # draw from the smallest set with this much probability; 1 = off
@@ -325,17 +326,20 @@ def continue_text(model, tokenizer, ids, text, sources, force):
 
 def main():
     global system
-    _, given = runtime.configure(globals(), GPTConfig)
+    _, given = runtime.configure(globals(), GPTConfig, __file__)
     talk = interactive or chat and start == '\n'
     check_knobs(talk)
     system = read_text('system', system) if system else ''
     text = None if talk else read_text('source', source) if source else read_text('start', start)
-    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, **given)
+    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant,
+                                        **fields_of(GPTConfig, given))
     if (model.config.n_encoder_layer > 0) != bool(source):
         raise UserError(f'{init_from} has ' + ('no encoder that could read --source: drop it' if source else
                                                'an encoder: give it something to read, --source=TEXT'))
     if chat:
         tokenizer.chat_ids([{'role': 'user', 'content': ''}])  # a tokenizer that knows no chats says so now
+        if not votes and not best_of:  # which choose among answers that differ
+            globals().update({key: value for key, value in tokenizer.sampling.items() if key not in given})
     force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)
     if talk:
         return session(model, tokenizer, force)

@@ -158,8 +158,8 @@ def check_fields(body, shape):
         raise Refused("'stream_options' must be an object", param='stream_options')
 
 
-def read_options(body, shape, n_vocab):
-    """The Options of a request's body."""
+def read_options(body, shape, n_vocab, own=None):
+    """The Options of a request's body; own: what the model has of SAMPLING, where the request says nothing."""
     stop = body.get('stop')
     stop = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
@@ -175,7 +175,8 @@ def read_options(body, shape, n_vocab):
             raise Refused("'top_logprobs' needs 'logprobs': true", param='top_logprobs')
     else:
         top = number(body, 'logprobs', Number(0, MAX_TOP, None, True))
-    sampling = {name: number(body, name) for name in SAMPLING}
+    asked = (own or {}) | {name: value for name, value in body.items() if value is not None}
+    sampling = {name: number(asked, name) for name in SAMPLING}
     sampling['top_p'] = max(sampling['top_p'], 1e-9)  # of 0: the likeliest alone
     return Options(tuple(sampling.values()),
                    tuple(number(body, name) for name in PENALTIES), tuple(stop),
@@ -720,7 +721,8 @@ class Server:
 
     def requests(self, body, shape, put):
         """The Requests of a body, one for each prompt; Refused for one that the model cannot have."""
-        options, n = read_options(body, shape, self.tokenizer.n_vocab), number(body, 'n')
+        own = self.tokenizer.sampling if shape == 'chat' else {}
+        options, n = read_options(body, shape, self.tokenizer.n_vocab, own), number(body, 'n')
         calls, thinking, block = False, False, self.config.block_size
         said = body.get('messages' if shape == 'chat' else 'prompt')
         for text in said if isinstance(said, list) else [said]:

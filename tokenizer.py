@@ -61,13 +61,16 @@ SPELLING = {b: chr(b if b in PRINTABLE else 256 + rank - len(PRINTABLE)) for ran
 UNSPELL = {char: b for b, char in SPELLING.items()}
 
 # Of the tokenizers library: how bytes are spelled; the decoders whose text is that of the tokens, one after the other;
-# what is kept of tokenizer_config.json; what an id must not exceed; a text to compare tokenizers by.
+# what is kept of tokenizer_config.json, and of generation_config.json with its names in GGUF; what an id must not
+# exceed; a text to compare tokenizers by.
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 DECODERS = [BYTE_LEVEL, {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, {'type': 'ByteFallback'},
             {'type': 'Fuse'}, {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0},
             *({'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': how, 'split': split}
               for how in ('always', 'first', 'never') for split in (True, False))]
 KEPT = ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'add_bos_token', 'chat_template')
+SAMPLING = {'temperature': 'temp', 'top_k': 'top_k', 'top_p': 'top_p', 'min_p': 'min_p',
+            'repetition_penalty': 'penalty_repeat'}
 MAX_VOCAB = 10**7
 PROBE = "It's 12345 days; naïve CAFÉ's\n\n  東京の e\u0301 \t x = f(a_b)[3];\r\n\t🙂 <b>&amp;</b>  end "
 
@@ -185,9 +188,10 @@ class Tokenizer:
 
     tokens: the bytes of every id in order, b'' where the id is a special token (or not in use); special: name -> id.
     eot, stop_ids: the ids that end a text; bos: the id that starts one, or None; chat_template: how a chat becomes
-    text, in Jinja (see chat.py), or None.
+    text, in Jinja (see chat.py), or None; sampling: how answers of a chat are drawn unless somebody says otherwise.
     """
 
+    sampling = {'temperature': 0.2, 'top_p': 0.9}  # at 0.8, right for a text, small models of chats ramble
     # an HFTokenizer sets these: anew: text after a special token starts a text; strips: decoding drops its first space
     bos, anew, strips = None, True, False
 
@@ -681,9 +685,12 @@ class HFTokenizer(Tokenizer):
     """
 
     def __init__(self, name, text, config, ends=()):
-        """text: of a tokenizer.json; config: what is KEPT of tokenizer_config.json; ends: more ids that end a text."""
+        """text: of a tokenizer.json; config: what is KEPT of tokenizer_config.json, and 'sampling', those of
+        SAMPLING that the model has; ends: more ids that end a text."""
         self.kind, self.name, self.text, self.config, self.ends = 'hf', name, text, config, [*ends]
-        self.library = _library(text)
+        self.library, self.sampling = _library(text), config.get('sampling') or self.sampling
+        for key, value in self.sampling.items():
+            _need(key in SAMPLING and type(value) in (int, float), f'{key}={value!r:.40} of sampling must be a number')
         try:
             self._read(self.library)
         except UserError:
@@ -825,7 +832,7 @@ class HFTokenizer(Tokenizer):
 
     def to_hf(self, directory):
         """Write its own tokenizer.json, and what belongs to it so that transformers takes that as it is."""
-        config = {key: value for key, value in self.config.items() if key != 'date'}
+        config = {key: value for key, value in self.config.items() if key not in ('date', 'sampling')}
         if self.chat_template and 'chat_template' not in config:
             config['chat_template'] = self.chat_template
         _write_hf(directory, self.text, self.names(), config, self.chat_template)
@@ -891,6 +898,8 @@ def hf_tokenizer(directory):
     try:
         ends = (generation or found.get('config.json', {})).get('eos_token_id')
         kept = {key: config[key] for key in KEPT if config.get(key) is not None}
+        if generation and generation.get('do_sample'):
+            kept['sampling'] = {key: generation[key] for key in SAMPLING if generation.get(key) is not None}
         if 'chat_template.jinja' in found:
             kept['chat_template'] = found['chat_template.jinja']
         listed = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)  # not all of the text is parsed: it is long
@@ -942,8 +951,11 @@ def gguf_tokenizer(fields):
     if not {*ends} & {vocab[t] for t in special} and '<|endoftext|>' not in special:
         raise UserError("no special token ends a text: 'tokenizer.ggml.eos_token_id' is none")
     template = fields.get('tokenizer.chat_template')
+    asked = {ours: fields.get(f'general.sampling.{theirs}') for ours, theirs in SAMPLING.items()}
+    asked = {key: round(value, 6) for key, value in asked.items() if isinstance(value, (int, float))}
+    config = {'chat_template': template, 'sampling': asked}
     return HFTokenizer(fields.get('general.name', 'gguf'), _tokenizer_json(d, vocab, special, bos),
-                       {} if template is None else {'chat_template': template}, map(int, ends))
+                       {key: value for key, value in config.items() if value not in (None, {})}, map(int, ends))
 
 
 def gguf_vocabulary(tokenizer, n_vocab):
@@ -984,6 +996,8 @@ def gguf_vocabulary(tokenizer, n_vocab):
         if i is not None:
             fields[key] = i
     fields = {f'tokenizer.ggml.{key}': value for key, value in fields.items()}
+    own = getattr(tokenizer, 'config', {}).get('sampling', {})
+    fields |= {f'general.sampling.{SAMPLING[key]}': value for key, value in own.items()}
     return fields | ({'tokenizer.chat_template': tokenizer.chat_template} if tokenizer.chat_template else {})
 
 
