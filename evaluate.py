@@ -42,6 +42,7 @@ from model import GPTConfig
 from rollout import load_scorer
 from tokenizer import UNK, UserError
 
+# what is measured
 init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
 tasks = 'core'  # names with commas between them; core: those of CORE that are here; mmlu: its 57 subjects; all
 limit = 200  # questions of each task, drawn by seed, so that more of them contain fewer; 0 = all
@@ -53,9 +54,11 @@ against = ''  # another model, or a folder of its results: the same questions, a
 judge = ''  # with against: a run of reward.py scores both models' answers to questions of open tasks
 check = ''  # train on these? files with commas between them: questions that share 13 words in a row with them
 batch_tokens = 8192  # tokens that are in memory at a time
+# where it goes
 out_dir = ''  # where results go; empty: out/evaluate/MODEL
 data_dir = 'data/benchmarks'  # where data/benchmarks/prepare.py put the questions
 seed = 1337  # which questions are drawn
+# machine
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'float32'  # 'bfloat16', 'float16' or 'auto' is faster on some devices and less exact
 quant = ''  # on a CPU: weights in 16 bits ('fp16') or 8 ('int8')

@@ -9,8 +9,10 @@ A checkpoint's dict holds 'model' (tensors), 'model_args' (fields of GPTConfig),
 model with LoRA or adapters also 'lora_args' (LoRAConfig), of a reward model 'score_args' (ScoreConfig). A run that
 trained LoRA or adapters holds these alone and names its base; whoever loads it gets the whole model, LoRA folded in.
 """
+import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -277,6 +279,54 @@ def fetch_smollm2():
         raise UserError(f'smollm2: {cache}: {error.strerror}; set FLATGPT_CACHE to another folder') from None
     return target
 
+
+def load_smollm2(**overrides):
+    """As `from_gguf`, from dequantised weights that the first call leaves beside the download, mapped into memory."""
+    source = fetch_smollm2()
+    about, tensors = _kept_weights(source)
+    known(overrides)
+    with runtime.user_errors(source):
+        config = GPTConfig(**about['model_args'] | overrides)
+        with on_meta():
+            model = GPT(config)
+        own = model.state_dict()
+        check_tensors({name: own[name] for name in own if not config.tie_weights or name != 'head.weight'}, tensors)
+    return model.assign(tensors), Tokenizer.from_dict(about['tokenizer'])
+
+
+def _kept_weights(source):
+    """What a GGUF file holds -> ({'model_args', 'tokenizer' …}, {name: tensor, float32}).
+
+    It is kept beside the file under the sha256 of that, and written anew where it is missing, damaged or of another
+    file; where it cannot be written, or another process does that now, nothing is kept.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    kept = source.with_suffix('.f32.safetensors')
+    with open(source, 'rb') as file:
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    try:
+        with safe_open(kept, 'pt') as file:
+            about, tensors = json.loads(file.metadata()['about']), {name: file.get_tensor(name) for name in file.keys()}
+        if about['sha256'] == sha256 and about['sum'] == _sum_of(tensors):
+            return about, tensors
+    except Exception:  # a damaged file can raise nearly anything
+        pass
+    model, tokenizer = from_gguf(source)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()
+               if not model.config.tie_weights or name != 'head.weight'}
+    about = {'sha256': sha256, 'sum': _sum_of(tensors), 'model_args': dataclasses.asdict(model.config),
+             'tokenizer': tokenizer.to_dict()}
+    with contextlib.suppress(OSError), open(kept.with_suffix('.lock'), 'ab') as file, runtime.lock_file(file):
+        runtime.write_atomic(kept, lambda file: save_file(tensors, file.name, {'about': json.dumps(about)}))
+    return about, tensors
+
+
+def _sum_of(tensors):
+    """Of the bits of float32 tensors, read as whole numbers: one that has changed shows."""
+    return sum(int(tensor.view(torch.int32).sum()) for tensor in tensors.values())
+
+
 NO_SCORER = '{} is not a reward model: give a run of reward.py'
 NO_WRITER = '{} is a reward model, which scores answers and writes none: give a model that does'
 
@@ -310,7 +360,7 @@ def load_model(init_from, scores=False, **overrides):
     if scores and (path.exists() or init_from in HUB) and not is_run(init_from):
         raise UserError(NO_SCORER.format(init_from))
     if init_from == 'smollm2' and not path.exists():
-        return from_gguf(fetch_smollm2(), **overrides)
+        return load_smollm2(**overrides)
     if path.suffix == '.gguf':
         return from_gguf(path, **overrides)
     if (path / 'config.json').is_file() or init_from in GPT2 and not path.exists():

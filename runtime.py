@@ -83,6 +83,16 @@ def _assignments(source):
     return found
 
 
+def _headings(source):
+    """{name: the comment above its group} for the same assignments of a module's source."""
+    found, heading, line_of = {}, '', re.compile('# (?!-)(.*)|([a-z][a-z0-9_]*)(?:: [a-z| ]+)? = ')
+    for line in source.splitlines():
+        if match := line_of.match(line):
+            heading = match[1] or heading
+            found |= {match[2]: heading} if match[2] else {}
+    return found
+
+
 @functools.cache
 def _also_texts(source):
     """The knobs of a module that are True, False or a text: 'tools: bool | str = False'."""
@@ -136,10 +146,17 @@ def _kind(default):
     return 'a list (give the option several times)'
 
 
-def _help(namespace, knobs):
-    print((namespace.get('__doc__') or '').strip() + '\n\nKnobs (--key=value, or an assignment in a config file):')
-    for name, (default, comment) in knobs.items():
-        print(f'  --{name}={default}'.ljust(38) + f'  {comment}')
+def _help(namespace, knobs, headings):
+    """Prints the docstring and every knob {name: (value in force, comment)} below the heading of its group."""
+    print((namespace.get('__doc__') or '').strip() + '\n\nKnobs (--key=value, or an assignment in a config file), '
+          'with the values in force:')
+    heading = None
+    for name, (value, comment) in knobs.items():
+        if headings.get(name, '') != heading:
+            heading = headings.get(name, '')
+            print(f'\n{heading}'.rstrip(' '))
+        text = value if not isinstance(value, str) or value.isprintable() else repr(value)[1:-1]
+        print(f'  --{name}={text}'.ljust(38) + f'  {comment}')
 
 
 def knobs_of_file(path):
@@ -161,22 +178,23 @@ def configure(namespace, *others, argv=None):  # noqa: C901
 
     namespace: the stage's globals(). others: dataclasses whose fields are knobs too (GPTConfig), or paths of stage
     files whose knobs are. config: the value of every global knob; given: those of the others' that somebody set. An
-    unknown key, a wrong type or a missing file raises UserError; --help prints every knob and exits with status 0.
+    unknown key, a wrong type or a missing file raises UserError; --help prints every knob and exits with status 0. A
+    directory, a .gguf or a .pt file without a key is init_from.
     """
     argv = sys.argv[1:] if argv is None else argv
-    stage = _knobs_of(Path(namespace['__file__']).read_text(encoding='utf-8'), namespace)
-    fields = {}
+    source = Path(namespace['__file__']).read_text(encoding='utf-8')
+    stage = _knobs_of(source, namespace)
+    fields, headings = {}, {}
     for other in others:
         if isinstance(other, (str, Path)):
-            fields |= knobs_of_file(other)
+            found, where = knobs_of_file(other), Path(other).name
         else:
             defaults = {f.name: f.default for f in dataclasses.fields(other)}
-            fields |= _knobs_of(_source_of(other), defaults)
-    texts = _also_texts(Path(namespace['__file__']).read_text(encoding='utf-8'))
+            found, where = _knobs_of(_source_of(other), defaults), f'{other.__name__} in {other.__module__}.py'
+        fields |= found
+        headings |= dict.fromkeys(found, where)
+    texts = _also_texts(source)
     knobs, given = stage | {k: v for k, v in fields.items() if k not in stage}, {}
-    if '--help' in argv or '-h' in argv:
-        _help(namespace, knobs)
-        raise SystemExit(0)
 
     def assign(key, value, where):
         if key not in knobs:
@@ -195,14 +213,23 @@ def configure(namespace, *others, argv=None):  # noqa: C901
 
     seen = set()
     for arg in argv:
+        if arg in ('--help', '-h'):
+            continue
         if arg.startswith('--'):
             key, equals, value = arg[2:].partition('=')
             if not equals and not isinstance(knobs.get(key, ('',))[0], bool):
                 raise UserError(f'{arg}: write --{key}=VALUE')
             assign(key, value if equals else True, 'command line')
+        elif 'init_from' in knobs and (Path(arg).is_dir() or Path(arg).suffix in ('.gguf', '.pt')):
+            assign('init_from', arg, 'command line')
         else:
             for key, value, where in read_config(arg, namespace):
                 assign(key, value, where)
+    if '--help' in argv or '-h' in argv:
+        values = given | {key: namespace[key] for key in stage}
+        _help(namespace, {key: (values.get(key, default), comment) for key, (default, comment) in knobs.items()},
+              headings | _headings(source))
+        raise SystemExit(0)
     return {k: namespace[k] for k in stage}, given
 
 
@@ -227,7 +254,8 @@ def read_config(path, namespace=None):
         files = [*Path('config').glob('*.py')]
         near = difflib.get_close_matches(Path(path).stem, [file.stem for file in files], n=1)
         files = [str(file) for file in files if file.stem in near]
-        hint = f'did you mean {files[0]}?' if files else 'give a config file (config/*.py) or --key=value'
+        hint = f'did you mean {files[0]}?' if files else \
+            'give a config file (config/*.py), the directory of a model, or --key=value'
         raise UserError(f'{path}: no such config file; {hint}') from None
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as error:
         raise UserError(f'{path}: not a config file of plain assignments ({error})') from None

@@ -40,6 +40,7 @@ from rollout import forcing, load_scorer
 from tokenizer import UserError
 from tools import turn_start
 
+# what to do
 init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
 start = '\n'  # text to continue; FILE:PATH reads it from a file, - from standard input
 source = ''  # what the encoder of an encoder-decoder reads, text, FILE:PATH or -; it answers from <|endoftext|> on
@@ -54,14 +55,17 @@ top_k = 0  # draw from the k likeliest tokens only; 0 = off
 top_p = 1.0  # draw from the smallest set with this much probability; 1 = off
 min_p = 0.0  # draw from tokens at least this likely relative to the likeliest; 0 = off
 repetition_penalty = 1.0  # above 1: tokens that are already there become less likely
+# of the answer
 tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions that a chat may call
 max_tool_calls = 8  # rounds of calls of functions in an answer
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
 votes = 0  # of a chat: draw so many answers and show the first of those whose last number most have; 0 = off
 best_of = 0  # of a chat: draw so many answers and show the one that reward_model scores highest; 0 = off
 reward_model = ''  # of best_of: a run of reward.py, from the same base
+# instead of an answer
 show = ''  # of the text itself: 'probs', of each token, or 'attention', the maps of all layers and heads as a picture
 show_file = 'attention.png'  # of 'attention': where the picture goes, .png or .svg
+# machine
 seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so

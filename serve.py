@@ -56,16 +56,19 @@ from rollout import forcing
 from rows import read_request
 from tokenizer import UserError
 
+# what and where
 init_from = 'out/sft'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
 model_name = ''  # what the API calls the model; empty: init_from
 host = '127.0.0.1'  # of this machine alone; another address, such as 0.0.0.0, needs api_key
 port = 8000  # 0 = any that is free
 api_key = ''  # what clients must send: Authorization: Bearer KEY; FILE:PATH keeps it out of the process list
+# how answers are made
 max_rows = 16  # answers that are continued side by side
 prefix_cache_tokens = 8192  # of ended answers, whose keys and values are kept for the next turn of a chat; 0 = off
 max_queue = 64  # answers that may wait for their turn; more are refused with status 429
 tools = False  # the calculator answers <tool>…</tool>; functions are left to clients
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
+# machine
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
 quant = 'auto'  # on a CPU: weights in 16 bits ('fp16') or 8 ('int8'); '' = as in dtype, auto = as is fast and exact
