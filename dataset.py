@@ -34,7 +34,17 @@ import numpy as np
 
 from chat import NotNested
 from files import OPENERS
-from rows import SUFFIXES, fraction_of, is_file_of_rows, read_chats, read_labelled, read_pairs, read_prefs, read_prompts
+from rows import (
+    SKIP,
+    SUFFIXES,
+    fraction_of,
+    is_file_of_rows,
+    read_chats,
+    read_labelled,
+    read_pairs,
+    read_prefs,
+    read_prompts,
+)
 from tokenizer import Tokenizer, UserError, get_tokenizer
 from tools import turn_start
 
@@ -539,7 +549,7 @@ class ChatData:
             if splits and isinstance(e, NotNested):
                 raise
             if strict:
-                raise UserError(f'{row["where"]}: {e}') from None
+                raise UserError(f'{row["where"]}: {e}; {SKIP}') from None
             self.dropped['refused_by_template'] = self.dropped.get('refused_by_template', 0) + 1
 
     def _untemplated(self, rows):
@@ -685,7 +695,7 @@ class ChatData:
         words += [f'truncated: {self.dropped["truncated"]:,}'] * bool(self.dropped['truncated'])
         if 'split' in self.dropped:
             words.append(f'split, a row for each answer: {self.dropped["split"]:,}')
-        words += [f'the first malformed one: {reason}' for reason in skipped[:1]]
+        words += [f'the first malformed: {" / ".join(skipped[:3])}'] * bool(skipped)
         unused = getattr(skipped, 'unused', {})
         words += ['not used: ' + ', '.join(f'{key} ({n:,})' for key, n in unused.items())] * bool(unused)
         return '; '.join([f'{self.n_rows:,} rows', *words]) if words else ''

@@ -4,7 +4,8 @@ Rows of a file: chats, preferences, prompts and pairs of texts, in the shapes th
 A file is a .json one, a list of rows; a .jsonl one, a row a line, where blank lines are passed over; or a .parquet one,
 a table of them. Each may be compressed (.jsonl.gz). A reader takes a file, or a list of those that follow one another,
 and returns (rows, skipped): each row with 'where' it is from, and the reasons for which malformed ones were left out.
-With strict such a row raises UserError instead, with file, line and reason; so does a file without any good row.
+With strict, the default, such a row raises UserError instead, with file, line and reason; so does a file without any
+good row.
 
 A key that decides what is learned is honoured or refused by its name (REFUSED); one that nothing here knows is counted.
 The shapes are those of OpenAI, TRL, ShareGPT, axolotl, LLaMA-Factory, ms-swift and verl.
@@ -56,6 +57,7 @@ OF_MESSAGE_REFUSED = {
     'train_detail': 'give "weight": 0 or 1 for the whole message', 'loss_scale': 'give "weight": 0 or 1'}
 
 
+SKIP = 'mend it, or leave such rows out with --strict=False'
 SUFFIXES = ('.json', '.jsonl', '.parquet')  # of files of rows
 
 
@@ -129,10 +131,10 @@ def read_prompts(path, strict=True):
 
 def read_pairs(path):
     """Pairs of texts, {"source": "…", "target": "…"}, neither empty; always strict -> rows."""
-    return _read_rows(path, True, _pair, 'a pair')[0]
+    return _read_rows(path, True, _pair, 'a pair', 'mend it')[0]
 
 
-def _read_rows(paths, strict, parse, what):
+def _read_rows(paths, strict, parse, what, remedy=SKIP):
     """The rows of files, each as parse makes them."""
     paths = paths if isinstance(paths, list) else [Path(paths)]
     rows, skipped = [], Skipped()
@@ -147,7 +149,7 @@ def _read_rows(paths, strict, parse, what):
             skipped.unused.update(unused)
         except UserError as e:
             if strict:
-                raise UserError(f'{where}: {e}') from e
+                raise UserError(f'{where}: {e}; {remedy}') from e
             skipped.append(f'{where}: {e}')
     if not rows:
         raise UserError(f'{paths[0]}: ' + (f'none of its {len(skipped):,} rows is {what}; {skipped[0]}' if skipped

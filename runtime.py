@@ -273,6 +273,19 @@ def read_config(path, namespace=None):
         yield key, value, where
 
 
+def _report_error(text):
+    """Writes a user's mistake as one line, rank 0 alone; torchrun, which has much to say of a process that fails, ends
+    with what the first of them has left in its error file."""
+    rank, record = os.environ.get('RANK', '0'), os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if record:
+        about = {'message': f'error: {text}', 'extraInfo': {'timestamp': str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(record).write_text(json.dumps({'message': about}), encoding='utf-8')
+    if rank == '0' or not record:  # without torchrun each process says it: it may be the only one that failed
+        line = f'error: {text}\n' if rank == '0' else f'rank {rank}: error: {text}\n'
+        sys.stderr.write('\n' * sys.stdout.isatty() + line)
+
+
 def cli(main):
     """Runs a stage's main(): a UserError becomes one line on standard error and exit status 2."""
     status = 0
@@ -288,10 +301,8 @@ def cli(main):
         elif isinstance(error, OSError) and not error.filename:
             raise
         else:  # a file that cannot be read or written: the user can fix that
-            rank, status = int(os.environ.get('RANK', 0)), 2
-            text = error if isinstance(error, UserError) else f'{error.filename}: {error.strerror}'
-            text = f'error: {text}' if rank == 0 else f'rank {rank}: error: {text}'
-            sys.stderr.write(f'\n{text}\n' if sys.stdout.isatty() else f'{text}\n')
+            status = 2
+            _report_error(error if isinstance(error, UserError) else f'{error.filename}: {error.strerror}')
     except SystemExit as end:
         status = end.code or 0
     except KeyboardInterrupt:

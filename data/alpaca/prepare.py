@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runtime
 
 from preparation import fetch_url, folder_for, write_rows
-from rows import IDLE, REFUSED, THOUGHTS, fraction_of
+from rows import IDLE, REFUSED, SKIP, THOUGHTS, fraction_of
 from tokenizer import UserError
 
 input = ''  # a .json or .jsonl file; empty: fetch Stanford's 52,002 rows to alpaca_data.json here
@@ -89,7 +89,7 @@ def main():
         raise UserError(f'val_fraction={val_fraction}, test_fraction={test_fraction}: give shares that leave some rows '
                         'for training, and some for validation')
     path, items = find_items()
-    rows, prefs, equal, skipped = {}, {}, 0, 0
+    rows, prefs, equal, skipped = {}, {}, 0, []
     for where, text in items:
         try:
             row, pref = to_row(text)
@@ -100,8 +100,8 @@ def main():
                 prefs[json.dumps(pref)] = pref
         except ValueError as e:
             if strict and input:
-                raise UserError(f'{where}: {e}: mend it or leave such rows out with --strict=False') from e
-            skipped += 1
+                raise UserError(f'{where}: {e}; {SKIP}') from e
+            skipped.append(f'{where}: {e}')
     names = ['train', 'val', *['test'] * bool(test_fraction)]
     splits = {name: [] for name in names} | ({f'prefs_{name}': [] for name in names} if prefs else {})
     for row in (*rows.values(), *prefs.values()):
@@ -111,11 +111,11 @@ def main():
     shares = f'val_fraction={val_fraction}, test_fraction={test_fraction}, seed={seed}'
     write_rows(folder, splits, f'{input or URL}, {shares}')
     if skipped:
-        print(f'{path}: {skipped:,} malformed rows were left out')
+        print(f'{path}: {len(skipped):,} malformed rows were left out; the first: {" / ".join(skipped[:3])}')
     if equal:
         print(f'{path}: {equal:,} pairs of equal answers were left out')
-    if len(rows) + skipped < len(items):
-        print(f'{path}: {len(items) - len(rows) - skipped:,} rows were there before and left out')
+    if again := len(items) - len(rows) - len(skipped):
+        print(f'{path}: {again:,} rows were there before and left out')
 
 
 if __name__ == '__main__':

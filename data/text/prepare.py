@@ -45,6 +45,7 @@ separator = '<|endoftext|>'  # what stands between two documents of one file; em
 tokenizer = 'bpe'  # bytes, chars, bpe (trained on the training part), a tiktoken encoding, or a model's folder
 vocab_size = 4096  # of bpe, special tokens included
 val_fraction = 0.1  # share of the documents, or of the characters, for validation
+strict = True  # stop at a row without a text and, in a folder, at a file in another encoding; False: leave such out
 
 PIECE = 1 << 17  # characters that are tokenised at a time
 BLANK = ' \t\n'
@@ -94,6 +95,11 @@ def why_no_text(path):
     if suffix in ROWS and text_key:
         return ''
     with opened(path) as file:
+        if not strict:
+            try:
+                return ''.join('' for _ in running_text(path, file))
+            except UserError as error:
+                return str(error)
         place = file.read(8192).find(0)
     return '' if place < 0 else f'a NUL at byte {place}: it is not UTF-8 text: convert it'
 
@@ -118,7 +124,10 @@ def json_rows(path, file):
         try:
             rows = json.loads(line + file.read().decode() if listed else line) if line.strip() else []
         except (ValueError, RecursionError) as e:
-            raise UserError(f'{where}: not JSON ({e}): mend it, or give --text_key= to read it as running text') from e
+            error = UserError(f'{where}: not JSON ({e}): mend it, or give --text_key= to read it as running text')
+            if listed:
+                raise error from e
+            rows = error
         if listed:
             yield from ((f'{path}, row {i}', row) for i, row in enumerate(rows, 1))
         elif line.strip():
@@ -148,7 +157,9 @@ ROWS = {'.jsonl': json_rows, '.ndjson': json_rows, '.json': json_rows, '.csv': c
 
 
 def text_of(where, row):
-    """The text of a row; UserError if there is none."""
+    """The text of a row, or of what is wrong with it; UserError if there is none."""
+    if isinstance(row, UserError):
+        raise row
     if not isinstance(row, dict):
         raise UserError(f'{where}: not an object with a {text_key!r} but {row!r:.40}')
     if text_key not in row:
@@ -173,19 +184,27 @@ def running_text(path, file):
         try:
             text = utf8.decode(data, not data)
         except UnicodeDecodeError as e:
-            raise UserError(f'{path}: byte {begin + e.start} is not UTF-8: convert the file to UTF-8') from None
+            raise UserError(f'{path}: byte {begin + e.start} is not UTF-8: convert the file, or, of a folder, leave it '
+                            'out with --strict=False') from None
         yield newlines.decode(text, not data).replace('\ufeff', '')
         place += len(data)
 
 
-def texts_of(path, file):
-    """Yields the texts of a file, the only one or those of its rows; each is an iterable of str, read in its turn."""
+def texts_of(path, file, skipped):
+    """Yields the texts of a file, the only one or those of its rows; each is an iterable of str, read in its turn. Why
+    rows were left out, which strict does not, is added to skipped."""
     _, suffix = format_of(path)
     if suffix not in ROWS or not text_key:
         yield running_text(path, file)
         return
     for where, row in ROWS[suffix](path, file):
-        text = io.StringIO(text_of(where, row), newline='')
+        try:
+            text = io.StringIO(text_of(where, row), newline='')
+        except UserError as error:
+            if strict:
+                raise UserError(f'{error}; or leave such rows out with --strict=False') from None
+            skipped.append(str(error))
+            continue
         yield iter(lambda text=text: text.read(PIECE), '')
 
 
@@ -227,11 +246,12 @@ def find_cut(text):
 
 
 def numbered(files, found):
-    """Yields (number of the document, piece) of all files, in order."""
+    """Yields (number of the document, piece) of all files, in order. found['separators'] counts; found['skipped']: why
+    rows were left out."""
     number = -1
     for path in files:
         with opened(path) as file:  # whose errors come out where it is read: in here
-            for text in texts_of(path, file):
+            for text in texts_of(path, file, found['skipped']):
                 for begins, piece in parts_of(text, found):
                     number += begins
                     yield number, piece
@@ -244,7 +264,7 @@ def pieces_of(files, split, by_document, boundary):
     number of characters of all documents one after another.
     """
     last = 0
-    for number, piece in numbered(files, Counter()):
+    for number, piece in numbered(files, {'separators': 0, 'skipped': []}):
         if by_document:
             is_val = int((number + 1) * val_fraction) > int(number * val_fraction)
             cut = 0 if is_val else len(piece)
@@ -287,11 +307,13 @@ def main():
     if left_out:
         names = ', '.join(map(str, left_out[:10])) + ', …' * (len(left_out) > 10)
         print(f'left out {len(left_out):,} files that are no text: {names}')
-    found, count, total = Counter(), 0, 0
+    found, count, total = {'separators': 0, 'skipped': []}, 0, 0
     for number, piece in numbered(files, found):
         count, total = number + 1, total + len(piece)
     print(f'{count:,} documents in {len(files):,} files' + f'; {separator!r} found {found["separators"]:,} times'
           * bool(separator))
+    if found['skipped']:
+        print(f'left out {len(found["skipped"]):,} rows; the first: {" / ".join(found["skipped"][:3])}')
 
     def pieces(split):
         return pieces_of(files, split, int(count * val_fraction) > 0, int(total * (1 - val_fraction)))
