@@ -6,6 +6,7 @@ best@k, and 95 % intervals.
     marks = [grades(row, text) for row, text in zip(rows, answers)]
     means, ranges = summarise(marks)
 """
+import json
 import math
 import re
 import string
@@ -267,10 +268,17 @@ def format_metrics(means, ranges):
     return ', '.join(f'{means[k]:.1%} {names.get(k, k)} ({ranges[k][0]:.1%} to {ranges[k][1]:.1%})' for k in means)
 
 
+SHOWN = 600  # letters of a prompt in a sample
+
+
 def format_answer(row, answer, marks):
-    """A prompt's last message, the answer, its grade and the gold answer, as text."""
+    """A prompt, the end of it if it is long, the answer, its grade and the gold answer, as text."""
     asked = row.get('prompt', row['messages'][:-1])
-    text = f'{asked[-1]["content"] if asked else ""}\n  -> {answer}\n'
+    said = [m['content'] or json.dumps(m.get('tool_calls', ''), ensure_ascii=False) for m in asked]
+    if len(asked) > 1:
+        said = [f'{m["role"]}: {text}' for m, text in zip(asked, said, strict=True)]
+    prompt = '\n'.join(said)
+    text = f'{prompt if len(prompt) <= SHOWN else "…" + prompt[-SHOWN:]}\n  -> {answer}\n'
     if 'correct' not in marks and 'f1' not in marks:
         return f'{text}  (no gold)'
     verdict = ('right' if marks['correct'] else 'wrong') if 'correct' in marks else f'F1 {marks["f1"]:.2f}'
