@@ -57,7 +57,7 @@ def history(source):
 def start_of(state):
     """What the run of a checkpoint began with, as its user named it; '' for new weights, or where it does not say."""
     begun, config = state.get('base') or state.get('began_with') or {}, state.get('config') or {}
-    start = begun.get('init_from') or config.get('init_from') or ''
+    start = (begun.get('init_from') or config.get('init_from') or '').removeprefix('auto:')
     return '' if not begun and start in ('scratch', 'resume', 'auto') else start
 
 

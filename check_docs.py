@@ -254,7 +254,7 @@ def made_and_needed(script, args, knobs):
         if not knobs.get('eval_only') and not knobs.get('check'):
             made.add(knobs['out_dir'])
         made |= {knobs.get('eval_file', ''), knobs.get('answers_file', '')}
-        start = {'resume': knobs['out_dir'], 'auto': knobs.get('base', '')}.get(knobs['init_from'], knobs['init_from'])
+        start = knobs['out_dir'] if knobs['init_from'] == 'resume' else knobs['init_from'].removeprefix('auto:')
         needed |= {start, knobs.get('teacher', ''), knobs.get('reward_model', ''), f'data/{knobs["dataset"]}'}
     return made - {''}, {path for path in needed if '/' in path or path.endswith('.py')}
 

@@ -55,8 +55,7 @@ from tools import load_tools
 # where and what
 out_dir = 'out/distill'  # directory of the run: checkpoints, metrics, samples
 teacher = 'out/teacher'  # model to learn from, as init_from of sample.py
-init_from = 'scratch'  # the student: 'scratch', 'teacher' (n_layer of its layers), a model; 'resume'; or 'auto'
-base = 'scratch'  # init_from='auto': the student to start from if out_dir has no run yet
+init_from = 'scratch'  # the student: 'scratch', 'teacher' (n_layer of its layers), a model; 'resume'; 'auto:MODEL'
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of new weights, the order of the data, dropout and samples
@@ -689,7 +688,7 @@ def main():
     folder, chats = find_data(run, dataset)
     resume_from = run.find_checkpoint(init_from)
     new = {name: partial(new_student, name, teacher_model, tokenizer, given) for name in ('scratch', 'teacher')}
-    start = load_to_train('distill', base if init_from == 'auto' else init_from, resume_from, given, seed, new)
+    start = load_to_train('distill', init_from.removeprefix('auto:'), resume_from, given, seed, new)
     model = start.model
     length = start.row_length(max_length if chats else 0)
     if not start.tokenizer.same_as(tokenizer):

@@ -52,8 +52,7 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/dpo'  # directory of the run: checkpoints, metrics, samples
-init_from = 'out/sft'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
-base = 'out/sft'  # init_from='auto': the model to start from if out_dir has no run yet
+init_from = 'out/sft'  # model to start from, as in sample.py; 'resume'; 'auto:MODEL': resume if out_dir has a run
 dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout, new weights and samples
@@ -468,7 +467,7 @@ def main():
 
     # model
     resume_from = run.find_checkpoint(init_from)
-    start = load_to_train('dpo', base if init_from == 'auto' else init_from, resume_from,
+    start = load_to_train('dpo', init_from.removeprefix('auto:'), resume_from,
                           {'dropout': 0.0, 'lora_dropout': 0.0} | given, seed)  # the base's own dropout is not taken on
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)

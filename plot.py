@@ -113,7 +113,8 @@ def knobs_of(path):
     state = state_of(Path(path) / 'ckpt.pt')
     knobs = state.get('config', {}) | {k: v for name in ('model_args', 'lora_args', 'score_args')
                                        for k, v in state.get(name, {}).items()}
-    if knobs.get('init_from') in ('resume', 'auto'):  # where the run began, of which a stage after pretraining keeps it
+    # where the run began, of which a stage after pretraining keeps it
+    if knobs.get('init_from', '').startswith(('resume', 'auto')):
         knobs['init_from'] = (state.get('base') or state.get('began_with') or {}).get('init_from', 'scratch')
     # of seed 1, out/tiny_1 is what out/tiny_2 is of seed 2: the model to begin with, a reward model
     own = re.compile(f'(?<=[_-]){knobs.get("seed")}$')

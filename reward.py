@@ -39,8 +39,8 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/reward'  # directory of the run: checkpoints, metrics, samples
-init_from = 'out/sft'  # model to start from, as in sample.py; 'scratch'; 'resume'; 'auto' (resume if out_dir has a run)
-base = 'out/sft'  # 'auto': model to start from if out_dir has no run yet; 'scratch': model with the tokenizer and shape
+init_from = 'out/sft'  # model to start from, as in sample.py; 'scratch'; 'resume'; 'auto:MODEL', as in the other stages
+base = 'out/sft'  # init_from='scratch': model with the tokenizer and shape of the new one
 dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout and new weights
@@ -363,7 +363,7 @@ def main():
     resume_from = run.find_checkpoint(init_from)
     # base at the end: where the tokenizer and the shape of new weights are from, if init_from is 'scratch'
     # dropout is off unless it is given, whatever the base was trained with; a resumed run keeps its own
-    start = load_to_score('reward', base if init_from == 'auto' else init_from, resume_from,
+    start = load_to_score('reward', init_from.removeprefix('auto:'), resume_from,
                           given if resume_from else {'dropout': 0.0} | given, seed, base)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)

@@ -199,10 +199,14 @@ def configure(namespace, *others, argv=None):  # noqa: C901
     def assign(key, value, where):
         if key not in knobs:
             hint = suggest(key, knobs, '--help lists the knobs')
-            if owner := _owner_of(key):
+            if key == 'base':
+                hint = 'init_from=auto starts from what init_from was before: drop it'
+            elif owner := _owner_of(key):
                 hint = f'it is a knob of {owner}, which this script does not take'
             raise UserError(f'{where}: unknown key {key!r}; {hint}')
         value = _convert(key, value, knobs[key][0], where, key in texts)
+        if (key, value) == ('init_from', 'auto') and 'max_iters' in knobs:
+            value = f'auto:{namespace[key].removeprefix("auto:")}'  # the model is that of the config or the file
         if isinstance(value, list) and key in seen:
             value = namespace[key] + value
         seen.add(key)
@@ -1022,15 +1026,16 @@ class Run:
     def find_checkpoint(self, init_from):
         """The path of the checkpoint that this run resumes from, the same in every process, or None.
 
-        'resume': the latest, UserError if it is missing or damaged. 'auto': the latest that is not damaged, None if
-        there is none at all; damaged ones are skipped and reported. Anything else: None.
+        'resume': the latest, UserError if it is missing or damaged. 'auto:MODEL': the latest that is not damaged, None
+        if there is none at all; damaged ones are skipped and reported. Anything else: None.
         """
-        if init_from not in ('resume', 'auto'):
+        auto = init_from.startswith('auto:')
+        if init_from != 'resume' and not auto:
             return None
         latest = self.out_dir / 'ckpt.pt'
         past = sorted(self.out_dir.glob('ckpt.*.pt'), key=lambda path: (len(path.name), path.name))
         found = [path for path in (latest, *past) if path.exists()]
-        if init_from == 'auto' and not found:
+        if auto and not found:
             return None
 
         def choose():
@@ -1039,7 +1044,7 @@ class Run:
                 try:
                     state = load_checkpoint(path, mmap=True)
                 except Damaged as error:
-                    if init_from == 'resume':
+                    if not auto:
                         hint = f'; --init_from=auto resumes from {found[1]} if that one is whole' if found[1:] else ''
                         raise UserError(f'{error}{hint}') from None
                     errors.append(str(error))

@@ -37,8 +37,7 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/sft'  # directory of the run: checkpoints, metrics, samples
-init_from = 'out/tiny'  # model to start from, as in sample.py; 'resume'; or 'auto' (resume if out_dir has a run)
-base = 'out/tiny'  # init_from='auto': the model to start from if out_dir has no run yet
+init_from = 'out/tiny'  # model to start from, as in sample.py; 'resume'; 'auto:MODEL': resume if out_dir has a run
 dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout, new weights and samples
@@ -215,7 +214,7 @@ def main():
 
     # model: start also has where it is from and, if the run is resumed, the rest of its checkpoint
     resume_from = run.find_checkpoint(init_from)
-    start = load_to_train('sft', base if init_from == 'auto' else init_from, resume_from, given, seed,
+    start = load_to_train('sft', init_from.removeprefix('auto:'), resume_from, given, seed,
                           chat_template=chat_template)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)

@@ -29,7 +29,7 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/train'  # directory of the run: checkpoints, metrics, samples
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a run), or a model as sample.py takes it
+init_from = 'scratch'  # 'scratch', a model as sample.py takes it, 'resume', or 'auto:MODEL': resume if out_dir has a run
 upcycle_noise = 0.0  # init_from a dense model, with n_expert: noise on the experts' copies of its MLPs, in their std
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), or a path to a prepared folder
 seed = 1337  # of initial weights, order of the data, dropout and samples
@@ -168,11 +168,12 @@ def main():
 
     # checkpoint to start from
     resume_from = run.find_checkpoint(init_from)
-    checkpoint, origin = None, resume_from or init_from
+    source = init_from.removeprefix('auto:')
+    checkpoint, origin = None, resume_from or source
     if resume_from:
         checkpoint = read_checkpoint(resume_from, mmap=fsdp)
-    elif init_from not in ('scratch', 'auto'):
-        checkpoint = load_state(init_from)
+    elif source != 'scratch':
+        checkpoint = load_state(source)
     if checkpoint and 'lora_args' in checkpoint:
         raise UserError(f'{origin} has adapters beside frozen weights, and pretraining trains all weights of a model: '
                         'train it on with sft.py')

@@ -2,7 +2,6 @@
 out_dir = 'out/distill_words'
 teacher = 'out/grpo'
 init_from = 'teacher'
-base = 'teacher'
 n_layer = 2
 dataset = 'wordproblems_mixed'
 tools = True

@@ -1,7 +1,6 @@
 """DPO online on two cores: the model of config/sft_mixed.py learns from pairs of its own answers, right and wrong."""
 out_dir = 'out/dpo_online'
 init_from = 'out/sft_mixed'
-base = 'out/sft_mixed'
 dataset = 'wordproblems'
 online = True
 rewards = 'correct'

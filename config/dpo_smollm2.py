@@ -1,7 +1,6 @@
 """DPO on a real pretrained model, on two cores: SmolLM2-135M-Instruct learns with LoRA to answer as is preferred."""
 out_dir = 'out/dpo_smollm2'
 init_from = 'smollm2'
-base = 'smollm2'
 dataset = 'instructions'
 max_length = 256
 

@@ -1,7 +1,6 @@
 """DPO on two cores: the model of config/sft_tiny.py learns which of two worked solutions to give."""
 out_dir = 'out/dpo'
 init_from = 'out/sft'
-base = 'out/sft'
 dataset = 'wordproblems'
 
 batch_size = 16

@@ -1,7 +1,6 @@
 """Questions of a shop: the model of config/sft_lookup.py learns from whether its answers, with two tools, are right."""
 out_dir = 'out/grpo_lookup'
 init_from = 'out/sft_lookup'
-base = 'out/sft_lookup'
 dataset = 'lookup'
 rewards = 'correct'
 tools = 'data/lookup/shop.py'

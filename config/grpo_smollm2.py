@@ -1,7 +1,6 @@
 """GRPO on a real pretrained model, on two cores: SmolLM2-135M-Instruct learns sums in number words, with LoRA."""
 out_dir = 'out/grpo_smollm2'
 init_from = 'smollm2'
-base = 'smollm2'
 dataset = 'arithmetic'
 rewards = 'number'
 

@@ -1,7 +1,6 @@
 """GRPO on two cores: the model of config/sft_mixed.py learns from whether its answers to word problems are right."""
 out_dir = 'out/grpo'
 init_from = 'out/sft_mixed'
-base = 'out/sft_mixed'
 dataset = 'wordproblems'
 rewards = 'correct'
 tools = True

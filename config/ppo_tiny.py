@@ -1,7 +1,6 @@
 """PPO on two cores: the model of config/sft_mixed.py learns word problems from the reward model of its own mistakes."""
 out_dir = 'out/ppo'
 init_from = 'out/sft_mixed'
-base = 'out/sft_mixed'
 dataset = 'wordproblems'
 rewards = 'model'
 reward_model = 'out/reward_own'

@@ -1,7 +1,6 @@
 """A reward model of the mistakes that the model of config/sft_mixed.py makes itself: see data/pairs/prepare.py."""
 out_dir = 'out/reward_own'
 init_from = 'out/sft_mixed'
-base = 'out/sft_mixed'
 dataset = 'own_pairs'
 score_likelihood = True
 

@@ -1,7 +1,6 @@
 """A reward model on two cores: SmolLM2-135M-Instruct learns with LoRA which answers of a dataset are preferred."""
 out_dir = 'out/reward_smollm2'
 init_from = 'smollm2'
-base = 'smollm2'
 dataset = 'instructions'
 max_length = 256
 

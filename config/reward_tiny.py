@@ -1,7 +1,6 @@
 """A reward model on two cores: the model of config/sft_tiny.py learns which of two worked solutions is better."""
 out_dir = 'out/reward'
 init_from = 'out/sft'
-base = 'out/sft'
 dataset = 'wordproblems'
 score_likelihood = True
 

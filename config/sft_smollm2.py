@@ -1,7 +1,6 @@
 """LoRA on a real pretrained model, on two cores: SmolLM2-135M-Instruct learns to answer as the rows of a dataset do."""
 out_dir = 'out/sft_smollm2'
 init_from = 'smollm2'
-base = 'smollm2'
 dataset = 'alpaca'
 max_length = 256
 
