@@ -128,6 +128,7 @@ def measure(run):
     kept = [data.rows_kept[i] for i in answers.rows]
     right = np.array([float(is_correct(row, text)) for row, text in zip(kept, answers.texts, strict=True)])
     gold = gold_scores(data, answers)
+    gold = np.where(np.isnan(gold), right, gold)
     pairs = [(row['prompt'], text) for row, text in zip(kept, answers.texts, strict=True)]
     scores = {scorer: score(pairs).reshape(shape).tolist() for scorer, score in scorers.items()}
     kl = np.zeros(shape)

@@ -354,7 +354,7 @@ def grade_answers(data, answers, scorer):
     rows = [data.rows_kept[i] for i in answers.rows]
     answer_grades = []
     for row, text in zip(rows, answers.texts, strict=True):
-        answer_grades.append((quality(row, text) if 'answer' in row else {}) | grades(row, text))
+        answer_grades.append(quality(row, text) | grades(row, text))
     if scorer is not None:
         scores = scorer([(row['messages'][:-1], text) for row, text in zip(rows, answers.texts, strict=True)])
         for answer_grade, score in zip(answer_grades, scores, strict=True):

@@ -80,18 +80,21 @@ EQUATION = re.compile(r'(\d+) ([-+*/]) (\d+) = (\d+)(?: remainder (\d+))?\b')
 
 
 def quality(row, text):
-    """The true quality of an answer to a word problem, from 0 to 1, and its parts -> {'gold', and the keys of QUALITY}.
+    """The true quality of an answer to a word problem, from 0 to 1, and its parts -> {'gold', and the keys of QUALITY};
+    {} where the row is none: nobody then knows what the working should be. One has `answer`, `steps` and `kind`.
 
     correct: see `is_correct`; working: the fraction of lines between <think> and </think> that are true equations, or
     of the row's `steps` if these are more; complete: it ends as a sentence does; concise: at most one sentence follows
     the working; polite: no word of RUDE. An empty answer is polite and has no other part.
     """
+    if not {'answer', 'steps', 'kind'} <= row.keys():
+        return {}
     said = visible(text)
     thoughts = re.findall(r'<think>(.*?)(?:</think>|\Z)', text, re.S)
     lines = [line for thought in thoughts for line in rendered(thought).split('\n') if line]
     right = sum(map(_is_true, lines))
     parts = {'correct': float(is_correct(row, text)),
-             'working': right / max(len(lines), row.get('steps', 1), 1),
+             'working': right / max(len(lines), row['steps'], 1),
              'complete': float(said.endswith(('.', '!', '?'))),
              'concise': float(bool(said) and len(re.findall(r'[.!?](?:\s|\Z)', said)) <= 1),
              'polite': float(not RUDE.search(text))}

@@ -60,7 +60,7 @@ seed = 1337  # of the order of the data, new weights and samples
 strict = True  # stop at a malformed row; False: skip and count it
 # rewards
 rewards = 'model'  # weighted sum, as 'correct, 0.2*format, -0.1*length, model, FILE.py:function': see rollout.py
-reward_model = 'out/reward'  # directory of a reward.py run, for the term 'model'
+reward_model = ''  # directory of a reward.py run, for the term 'model' and only then
 max_bad_rewards = 20  # stop once more rewards than this have failed
 eos_penalty = 1.0  # subtracted from the score of an answer that did not end by itself
 reward_clip = 0.0  # scores are clipped to ±reward_clip; 0 = no clipping

@@ -14,8 +14,12 @@ Rewards never contain `grade.quality`'s gold, which only measures how well a run
 """
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
+import traceback
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -472,9 +476,18 @@ def load_function(spec):
     """'FILE.py:function' -> that function, which returns a number for a row and the text of an answer to it."""
     path, _, name = spec.rpartition(':')
     module = load_module(path, 'rewards')
-    if not callable(getattr(module, name, None)):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise UserError(f'rewards: {path} has no function {name!r}')
-    return getattr(module, name)
+    try:
+        signature = inspect.signature(function)
+        signature.bind({}, '')
+    except TypeError:
+        raise UserError(f'rewards: {path}: {name}{signature} must take two arguments, a row and the text of an answer '
+                        'to it') from None
+    except ValueError:  # some that are built in do not say what they take
+        pass
+    return function
 
 
 BUILT_IN = ('correct', 'format', 'length', 'model', *GRADERS)  # names of rewards
@@ -493,7 +506,8 @@ class Rewards:
     FILE.py:f   f(row, text), a number; row: as `load_prompts` returns it, text: the answer
 
     An answer whose reward raises or is not a finite number gets nan and is counted in `failed`; each kind of failure is
-    printed once, and UserError ends the run when more than max_bad_rewards have failed. UserError for another name.
+    printed once. UserError for another name, where none of the first answers has one of the rewards, and when more than
+    max_bad_rewards have failed.
     """
 
     def __init__(self, words, tokenizer, run, max_new_tokens, reward_model='', max_bad_rewards=20):
@@ -501,6 +515,7 @@ class Rewards:
         self.max_new_tokens = max_new_tokens
         self.max_bad_rewards = max_bad_rewards
         self.failed = 0
+        self.first = True  # nothing was rewarded yet
         self.reported = set()
         self.terms = []
         self.scorer = None
@@ -556,6 +571,12 @@ class Rewards:
         values = self.run.collect(values)
         failures = self.run.collect({(self.run.rank, k): failure for k, failure in enumerate(failures)})
         table = np.array([values[i] for i in range(len(answers))], float).reshape(len(answers), len(self.terms))
+        failed = Counter(name for _, name, _ in failures.values())
+        for where, name, problem in failures.values():
+            if self.first and failed[name] == len(answers) > 1:  # not the rows but the function is wrong
+                raise UserError(f'{where}: the reward {name!r} {problem}, and no other of {len(answers):,} answers has '
+                                'one: fix the function')
+        self.first = False
         if self.scorer is not None:
             pairs = [(row['prompt'], text) for row, text in zip(rows, answers.texts, strict=True)]
             table[:, self.names.index('model')] = self.scorer(pairs)
@@ -574,9 +595,13 @@ class Rewards:
         if function is not None:
             try:
                 value = function(row, text)
+                value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
                 finite = isinstance(value, numbers.Real | np.number | np.bool_) and math.isfinite(value)
             except Exception as error:  # the user's own code can raise anything; it is named, counted and limited
-                return math.nan, f'raised {type(error).__name__}: {" ".join(str(error).split())}'
+                ours, *frames = traceback.extract_tb(error.__traceback__)
+                lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename] or [ours.lineno]
+                return math.nan, (f'raised {type(error).__name__}: {" ".join(str(error).split())} '
+                                  f'({Path((frames or [ours])[0].filename).name}:{lines[-1]})')
             if not finite:
                 return math.nan, f'gave {value!r:.40}, not a finite number'
             return float(value), ''
@@ -593,9 +618,9 @@ class Rewards:
 # evaluation
 
 def gold_scores(data, answers):
-    """`grade.quality`'s gold of answers, float64 (n,), nan where a row has no `answer`."""
+    """`grade.quality`'s gold of answers, float64 (n,), nan where a row is no word problem."""
     rows = [data.rows_kept[i] for i in answers.rows]
-    return np.array([quality(row, text)['gold'] if 'answer' in row else math.nan
+    return np.array([quality(row, text).get('gold', math.nan)
                      for row, text in zip(rows, answers.texts, strict=True)])
 
 
@@ -620,7 +645,7 @@ def evaluate_policy(net, model, reference, data, run, rewards, chosen, max_new_t
     greedy, sampled = (generate_rollouts(model, data, chosen, run, max_new_tokens, 1, t, force=force)
                        for t in (0, temperature))
     rows = [data.rows_kept[i] for i in chosen]
-    row_grades = [grades(row, text) | ({'gold': quality(row, text)['gold']} if 'answer' in row else {})
+    row_grades = [grades(row, text) | ({'gold': parts['gold']} if (parts := quality(row, text)) else {})
                   for row, text in zip(rows, greedy.texts, strict=True)]
     means, ranges = summarise(row_grades)
     metrics = as_metrics(means, ranges) | outcomes(rows, row_grades)

@@ -610,7 +610,7 @@ def chats(count, seed):
         said = f'<think>{a} + {b} = {a + b}</think>\nIt is {a + b}.'
         asked = f'What is {a} and {b}?' + ' Please.' * draw.randint(0, 5)
         rows.append({'messages': [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': said}],
-                     'answer': str(a + b), 'grader': 'number', 'steps': 1 + (a + b > 9)})
+                     'answer': str(a + b), 'grader': 'number', 'steps': 1 + (a + b > 9), 'kind': 'addition'})
     return rows
 
 
@@ -8446,7 +8446,8 @@ def test_7_1_every_epoch_has_every_pair_once():
 
 
 def test_7_1_quality_is_what_a_reader_sees():
-    row = {'answer': '42', 'grader': 'number', 'steps': 2}
+    row = {'answer': '42', 'grader': 'number', 'steps': 2, 'kind': 'addition'}
+    assert grading.quality({'answer': '42'}, 'anything') == {}  # not a word problem: nobody knows its working
     good = '<think>12 + 9 = 21 dolls\n21 * 2 = 42 dolls</think>\nMia has 42 dolls.'
     for text, parts in (
             (good, (1, 1, 1, 1, 1)), (good[:-6], (1, 1, 0, 1, 1)), ('Mia has 42 dolls.', (1, 0, 1, 1, 1)),
@@ -9175,6 +9176,13 @@ def scatter(row, text):
 
 def none(row, text):
     raise ValueError('nothing\\nto see')
+
+
+def later(row, text, calls=[0]):
+    calls[0] += 1
+    if calls[0] > 4:  # the first evaluation has four answers
+        raise ValueError('late')
+    return 1.0
 
 
 def rarely(row, text):
@@ -9955,10 +9963,12 @@ def test_8_3_a_grader_that_can_find_nothing_right_is_named(act, tmp_path):
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
 def test_8_3_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
-    for name, words in (('none', 'raised ValueError: nothing to see'), ('words', "gave 'good', not a finite number")):
-        status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=3')
+    at = Path('mine.py').read_text().split('\n').index("    raise ValueError('nothing\\nto see')") + 1
+    for name, words in (('none', f'raised ValueError: nothing to see (mine.py:{at})'),
+                        ('words', "gave 'good', not a finite number")):
+        status, out, err = act(stage, f'--rewards=mine.py:{name}', '--out_dir=run', '--max_bad_rewards=500')
         assert status == 2 and err.count('\n') == 1 and words in err and repr(name) in err, err
-        assert 'val.jsonl, line' in err and '4 answers had no reward (max_bad_rewards=3)' in err
+        assert 'val.jsonl, line' in err and 'no other of 4 answers has one: fix the function' in err
         assert not Path('run').exists()  # the first look at held-out answers comes before anything is written
     status, out, err = act(stage, '--rewards=mine.py:rarely', '--out_dir=run', '--max_bad_rewards=500')
     assert (status, err) == (0, ''), err
@@ -9969,15 +9979,28 @@ def test_8_3_rewards_that_fail_are_named_counted_and_end_a_run(act, stage):
     assert status == 2 and err.count('\n') == 1 and '5 answers had no reward' in err
 
 
+def test_8_3_functions_of_a_user_are_tried_before_training(tmp_path):
+    (tmp_path / 'beside.py').write_text('half = 0.5\n')
+    (tmp_path / 'own.py').write_text('import torch\nfrom beside import half\n\n\ndef f(row, text):\n'
+                                     '    return torch.tensor([half])\n\n\ndef one(text):\n    return 1\n')
+    data = prompts_of('1?', '2?', block_size=192, max_new_tokens=9)
+    none = np.zeros((2, 1))
+    answers = rollout.Rollout(np.array([0, 1]), [[1]] * 2, [[5]] * 2, ['yes'] * 2, none, none, none, none[:, 0])
+    rewards = rollout.Rewards(f'{tmp_path}/own.py:f', bytes_tokenizer(), lone(), 9)
+    assert rewards(data, answers)[0].tolist() == [0.5, 0.5]
+    with pytest.raises(UserError, match=r'own.py: one\(text\) must take two arguments, a row and the text'):
+        rollout.Rewards(f'{tmp_path}/own.py:one', bytes_tokenizer(), lone(), 9)
+
+
 @pytest.mark.filterwarnings('error::UserWarning', 'error::RuntimeWarning')
 def test_8_3_answers_without_a_reward_teach_nothing(act, base_run, tmp_path):
     """GRPO goes on where no answer has one and moves nothing; PPO, whose critic would then learn from nothing, ends."""
-    flags = ['--rewards=mine.py:none', '--max_bad_rewards=500']
+    flags = ['--rewards=mine.py:later', '--max_bad_rewards=500']
     status, out, err = act('grpo', *flags, '--out_dir=run', '--kl_coef=0')
     assert (status, err) == (0, '') and same_weights('run', base_run)
     rows = [row for row in told('run') if 'lr' in row]
     assert all(row['grad_norm'] == 0 and 'reward/mean' not in row for row in rows)
-    assert rows[-1]['failed'] == 2 * 4 + 4 * 8  # two evaluations, four steps
+    assert rows[-1]['failed'] == 4 + 4 * 8  # an evaluation, four steps
     status, out, err = act('ppo', *flags, '--out_dir=other')
     assert status == 2 and err.count('\n') == 1 and 'step 0: every reward failed' in err
 

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 import threading
 import types
 import typing
@@ -39,6 +40,8 @@ JSON_TYPES = {'string': str, 'integer': int, 'number': (int, float), 'boolean': 
 def load_module(path, key):
     """The module in a user's Python file; UserError that names the knob `key` for whatever that raises."""
     try:
+        if (folder := str(Path(path).resolve().parent)) not in sys.path:
+            sys.path.append(folder)  # it may import what lies beside it
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
