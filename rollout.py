@@ -540,7 +540,7 @@ class Rewards:
             raise UserError(f'rewards={words!r} names one twice')
         if ('model' in self.names) != bool(reward_model):
             raise UserError(f'rewards={words!r} and reward_model={reward_model!r}: a reward model and the name model '
-                            'go together')
+                            'go together: give --reward_model=DIRECTORY of a run of reward.py, or neither')
         if reward_model:
             self.scorer = load_scorer(reward_model, run, tokenizer)
 

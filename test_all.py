@@ -11766,7 +11766,7 @@ def test_10_4_graders_read_results_and_not_calls(text, plain):
 
 
 def test_10_4_graders_are_not_fooled_by_calls():
-    row = {'answer': '7', 'steps': 1}
+    row = {'answer': '7', 'steps': 1, 'kind': 'addition'}
     assert grading.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[7] dollars</think>\nIt is 7.')['working'] == 1
     assert grading.quality(row, '<think>26 - 19 = <tool>26 - 19</tool>[8] dollars</think>\nIt is 7.')['working'] == 0
     assert grading.quality(row, '<think>26 - 19 = <tool>26 - 19</tool></think>\nIt is 7.')['working'] == 0
