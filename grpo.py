@@ -30,7 +30,6 @@ papers' full recipes:
     RLOO                    --baseline=leave_one_out --scale_rewards=none --loss_type=dr_grpo
     REINFORCE++             --baseline=batch --scale_rewards=batch --loss_type=dapo
     REINFORCE++-baseline    --baseline=group --scale_rewards=advantages --loss_type=dapo
-    INTELLECT-2             --loss_type=dapo --delta=4 --rollout_lag=2
 
 (RLOO and REINFORCE++ have the KL in the reward; here it is in the loss.)
 

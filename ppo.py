@@ -539,6 +539,7 @@ def main():
                                                             returns)
                 old_logprob, old_value = to_batch(run, part, width, old_logprobs, old_values)
                 losses, clipped = policy_loss(logprobs, old_logprob, advantage, clip_eps)
+                # what is between the sampler and the policy before this step's updates: rounding, or rollout_quant
                 weights = importance_weights(old_logprob * mask, sampled * mask, tis_cap or math.inf, tis_level)
                 losses = losses * weights if tis_cap else losses
                 errors, value_clipped = value_loss(new_values, old_value, target, clip_value)
