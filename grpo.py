@@ -327,9 +327,10 @@ def main():
                         f"{dynamic_sampling} compare answers to one prompt (only baseline='batch' does not)")
     eps_low, eps_high = LOSSES[loss_type]
     eps_low, eps_high = clip_eps or eps_low, clip_eps_high or clip_eps or eps_high
-    if delta and (loss_type == 'cispo' or delta <= 1 + eps_high):
-        raise UserError(f'delta={delta} must be > {1 + eps_high:g}, where the clip of loss_type={loss_type!r} ends; 0 '
-                        "for 'cispo', whose clip does not depend on the advantage")
+    if delta and loss_type == 'cispo':
+        raise UserError(f"delta={delta}: loss_type='cispo' bounds the ratio above for any advantage: drop --delta")
+    if 0 < delta <= 1 + eps_high:
+        raise UserError(f'delta={delta} must be > {1 + eps_high:g}, where the clip of loss_type={loss_type!r} ends')
     n_answers = prompts_per_step * num_generations
     answers_per_update = batch_size * gradient_accumulation_steps
     if n_answers % answers_per_update:
