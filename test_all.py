@@ -9465,7 +9465,7 @@ def pull(run_stage, bandit):
                       '--gradient_accumulation_steps=1'],
              'ppo': ['--prompts_per_step=48', '--batch_size=48', '--reward_model=', '--num_epochs=2', '--kl_coef=0',
                      '--eos_penalty=0'],
-             'dpo': ['--online=True', '--batch_size=6', '--num_generations=8']}
+             'dpo': ['--online=True', '--batch_size=6', '--num_generations=8', '--beta=0.05']}
 
     def call(stage, rewards, *args, name='run'):
         words = ', '.join(f'{term[:-len(n)]}{bandit}/bandit.py:{n}' for term in rewards.split(', ')
@@ -9646,8 +9646,8 @@ RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01
                  '--kl_stop=0.0001', '--entropy_coef=0.01']),
         ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500']),
         ('dpo', ['--dynamic_sampling=2', '--rewards=mine.py:scatter, 0.5*correct', '--dropout=0.1']),
-        ('dpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=ipo', '--rewards=mine.py:rarely',
-                 '--max_bad_rewards=500'])]
+        ('dpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=ipo', '--max_bad_rewards=500',
+                 '--rewards=mine.py:rarely, mine.py:scatter'])]
 
 
 @pytest.mark.filterwarnings('error::DeprecationWarning', 'error::RuntimeWarning')
