@@ -9797,7 +9797,8 @@ def test_8_3_a_copied_stage_can_be_hacked(stage, run_stage, base_run, text_data,
     dropped = {name: value for name, value in knobs.items() if name not in given}
     assert len(dropped) > 25
     tree = ast.parse(source)
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.Assign) and node.targets[0].id in dropped)]
+    tree.body = [node for node in tree.body if not (isinstance(node, (ast.Assign, ast.AnnAssign)) and (
+        node.targets[0] if isinstance(node, ast.Assign) else node.target).id in dropped)]
     Path('bare.py').write_text(ast.unparse(ast.fix_missing_locations(Inlined(dropped).visit(tree))))
     assert not set(runtime.knobs_of_file('bare.py')) & set(dropped)
     status, _, err = run_stage(Path('bare').resolve(), *args, '--out_dir=bare')
