@@ -69,7 +69,7 @@ contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones;
 max_new_tokens = 64  # modes sample and serve: tokens to add to each text
 num_samples = 1  # mode sample against transformers: above 1, so many continuations of each text, drawn: a rollout
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
-what = 'all'  # mode ablate: which of norm, place, position, mlp, heads, rates, optimizer, experts, warmup, batch …
+what = 'all'  # mode ablate: norm, place, position, mlp, heads, rates, optimizer, experts, warmup, batch, precision
 seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …, or from --seed on
 ladder = ['1x32', '1x64', '2x64', '2x96', '3x128']  # mode scaling: sizes, layers x width; heads are 32 wide
 larger = '4x160'  # mode scaling: the size whose loss after the longest of lengths is predicted before it is trained
@@ -729,14 +729,15 @@ ABLATIONS = {
     'norm': {'LayerNorm': '--norm=layernorm --bias=True', 'RMSNorm': '--norm=rmsnorm',
              'RMSNorm, no weights': '--norm=rmsnorm --norm_affine=False'},
     'place': {place: f'--norm_place={place}' for place in ('pre', 'post')},
-    'position': {'learned': '--pos=learned', 'sinusoidal': '--pos=sinusoidal --embed_lr=0.0008',  # see `GPT.embed`
-                 'rope': '--pos=rope', 'none': '--pos=none'},
+    # beside sinusoids tokens are multiplied by sqrt(128), and with them the step of their embedding
+    'position': {'learned': '--pos=learned', 'sinusoidal': '--pos=sinusoidal --embed_lr=0.0008', 'rope': '--pos=rope',
+                 'none': '--pos=none'},
     'mlp': {'GELU': '--mlp=gelu --mlp_dim=576', 'SwiGLU': '--mlp=swiglu', 'ReLU^2': '--mlp=relu2 --mlp_dim=576'},
     'heads': {name: f'--n_head=4 --n_kv_head={n}' for name, n in (('MHA', 4), ('GQA', 2), ('MQA', 1))},
     # to choose rates by, on a seed that is not compared afterwards: --what=rates --seeds=1 --seed=4
-    'rates': {f'AdamW, {rate}': f'{ADAMW} --learning_rate={rate}' for rate in (0.002, 0.004, 0.008, 0.016, 0.032)}
+    'rates': {f'AdamW, {rate}': f'{ADAMW} --learning_rate={rate}' for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
              | {f'Muon, {rate}': f'--optimizer=muon --muon_lr={rate}' for rate in (0.005, 0.01, 0.02, 0.04, 0.08)},
-    'optimizer': {'AdamW': f'{ADAMW} --learning_rate=0.004', 'Muon': '--optimizer=muon'},
+    'optimizer': {'AdamW': f'{ADAMW} --learning_rate=0.002', 'Muon': '--optimizer=muon'},
     'experts': {'dense': '--n_expert=0', '2 of 8 experts': '--n_expert=8 --expert_dim=192 --router_bias_rate=0.001'},
     'warmup': {f'{n} steps': f'--warmup_iters={n}' for n in (0, 20, 100)},
     'batch': {'16 windows': '--batch_size=16', '4 x 4 windows': '--batch_size=4 --gradient_accumulation_steps=4'},

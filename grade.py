@@ -331,7 +331,7 @@ def ratio_interval(sums, counts):
         return ratio, ratio
     squares = sum((x - ratio * count) ** 2 for x, count in zip(sums, counts, strict=True))
     half = t_quantile(n - 1) * math.sqrt(n / (n - 1) * squares) / total
-    return ratio - half, ratio + half
+    return max(0.0, ratio - half), ratio + half  # no loss is below 0
 
 
 def pass_at_k(n, c, k):

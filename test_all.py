@@ -7010,6 +7010,7 @@ def test_6_4_intervals_are_those_published():
     # a share never leaves 0 and 1: mean 0.875, half = 3.182 * 0.25 / 2; another number may
     assert interval([1, 1, 1, 0.5]) == pytest.approx((0.875 - 0.39775, 1)) and interval([0, 0, 0.5])[0] == 0
     assert interval([1, 1, 1, 1.5])[1] > 1.4 and interval([-1, 0, 0.5])[0] < -1
+    assert grading.ratio_interval([0, 0, 3], [1, 1, 1])[0] == 0 < grading.ratio_interval([2, 3, 3], [1, 1, 1])[0]
     draw = np.random.default_rng(0)
     covered = [low <= 0.5 <= high for low, high in (interval(draw.uniform(size=5).tolist()) for _ in range(1000))]
     assert 0.92 < np.mean(covered) < 0.97
