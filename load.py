@@ -204,8 +204,8 @@ def upcycle(state, config, noise=0.0):
     if dense.bias:
         raise ValueError('bias=True: its MLPs have biases, and experts have none: upcycle a model of bias=False')
     if config.expert_dim != dense.mlp_dim:
-        raise ValueError(f'expert_dim={config.expert_dim}: its MLPs, which experts copy, are {dense.mlp_dim} wide: give '
-                         f'--expert_dim={dense.mlp_dim}')
+        raise ValueError(f'expert_dim={config.expert_dim}: its MLPs, which experts copy, are {dense.mlp_dim} wide: '
+                         f'give --expert_dim={dense.mlp_dim}')
     if config.n_expert_shared:
         raise ValueError(f'n_expert_shared={config.n_expert_shared}: copies to choose from are all that its MLPs '
                          'become: drop --n_expert_shared')

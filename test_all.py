@@ -4755,6 +4755,16 @@ def test_4_2_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5) if p.ndim >= 2 else before[name])
 
 
+@pytest.mark.parametrize('stage', ['sft', 'reward', 'dpo', 'grpo', 'ppo', 'distill'])
+def test_4_2_lora_plus_is_a_knob_of_every_stage_that_trains_lora(run_stage, base_run, chat_data, pref_data, stage):
+    """Its ratio arrives where optimizers are made, which refuse it: all weights are trained."""
+    args = {'distill': [f'--teacher={base_run}'], 'ppo': ['--reward_model=', '--rewards=correct']}.get(stage, [])
+    data = pref_data if stage in ('reward', 'dpo') else chat_data
+    status, _, err = run_stage(stage, f'--init_from={base_run}', f'--dataset={data}', '--device=cpu', *args,
+                               '--max_new_tokens=8' if stage != 'reward' else '--eval_rows=4', '--lora_lr_ratio=16')
+    assert status == 2 and err == 'error: lora_lr_ratio=16.0: there is no LoRA to train: give --lora_rank, or drop it\n'
+
+
 @pytest.mark.parametrize('dora', [False, True])
 def test_4_2_lora_plus_has_the_groups_of_peft(dora, tmp_path):
     peft = pytest.importorskip('peft')
@@ -4777,8 +4787,7 @@ def test_4_2_lora_plus_has_the_groups_of_peft(dora, tmp_path):
     assert numbers(ours) == numbers(theirs) and len(numbers(ours)) == 2 + dora
     b = {id(p) for n, p in model.named_parameters() if 'lora_b' in n or 'lora_magnitude' in n}
     assert b == {id(p) for group in ours.param_groups if group['lr'] == 0.16 for p in group['params']}
-    names = (name for name, _ in model.named_parameters())
-    groups = optim.make_optimizers(zip(names, model.parameters(), strict=True), learning_rate=0.01).param_groups
+    groups = optim.make_optimizers(model.named_parameters(), learning_rate=0.01).param_groups
     assert len(groups) == 1 + dora  # without a ratio, as checkpoints of before it have them
     with pytest.raises(ValueError, match='lora_lr_ratio=16: there is no LoRA to train: give --lora_rank, or drop it'):
         optim.make_optimizers(tiny().named_parameters(), lora_lr_ratio=16)
@@ -5456,7 +5465,7 @@ def test_5_1_sigmoid_routers_are_those_of_deepseek_v3(renorm):
         n_group=1, topk_group=1, norm_topk_prob=renorm, routed_scaling_factor=2.5))
     names = {'gate.weight': ours.router.weight, 'gate.e_score_correction_bias': ours.choice_bias,
              'experts.gate_up_proj': torch.cat((ours.gate, ours.up), 1), 'experts.down_proj': ours.down}
-    names |= {f'shared_experts.{name}_proj.weight': getattr(ours.shared, name).weight for name in ('gate', 'up', 'down')}
+    names |= {f'shared_experts.{name}_proj.weight': matrix.weight for name, matrix in ours.shared.named_children()}
     theirs.load_state_dict(names)
     x, same = (torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in 'ab')
     y, expected = ours(x), theirs(same)
@@ -5601,7 +5610,8 @@ def test_5_2_a_router_that_chooses_one_expert_learns(tmp_path):
 
 
 @pytest.mark.parametrize('stage, score', [
-    *((stage, 'softmax') for stage in ('train', 'sft', 'reward', 'dpo', 'grpo', 'ppo', 'distill')), ('grpo', 'sigmoid')])
+    *((stage, 'softmax') for stage in ('train', 'sft', 'reward', 'dpo', 'grpo', 'ppo', 'distill')),
+    ('grpo', 'sigmoid')])
 def test_5_2_every_stage_balances_by_the_routers_losses(run_stage, text_data, chat_data, pref_data, stage, score):
     """One step with a large router_aux moves the routers elsewhere than one without, and nothing is in the loss."""
     model = GPT(GPTConfig(block_size=256, vocab_size=264, n_layer=1, n_head=2, n_embd=32, router_score=score, **MOE))
@@ -7474,8 +7484,9 @@ def test_6_6_fine_tuning_learns_to_answer_and_leaves_a_run_to_talk_to(tune, run_
 
 
 @pytest.mark.parametrize('flags', [['--pack=False', '--curriculum=length', '--curriculum_iters=4'],
-                                   ['--lora_rank=2', '--lora_dropout=0.1'],
-                                   ['--lora_rank=2', '--quant=nf4', '--curriculum=loss', '--curriculum_iters=4']])
+                                   ['--lora_rank=2', '--lora_dropout=0.1', '--lora_lr_ratio=4'],
+                                   ['--lora_rank=2', '--lora_dora=True', '--quant=nf4', '--curriculum=loss',
+                                    '--curriculum_iters=4']])
 def test_6_6_fine_tuning_resumes_bit_for_bit(tune, flags):
     assert tune('--out_dir=whole', *flags)[0] == 0
     assert tune('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
@@ -7975,6 +7986,8 @@ def test_6_7_a_tied_head_of_its_own_and_lora_without_a_rank_are_refused(tune):
     status, _, err = tune('--lora_alpha=8', '--lora_targets=q')
     assert status == 2 and 'lora_alpha=8.0: without --lora_rank there is no LoRA' in err
     assert tune('--lora_alpha=8', '--lora_rank=0', '--max_iters=1')[0] == 0
+    status, _, err = tune('--lora_dora=True')
+    assert status == 2 and 'lora_dora=True: without --lora_rank there is no LoRA' in err
 
 
 def test_6_7_damaged_lora_is_not_exported(tmp_path):
@@ -8738,7 +8751,8 @@ def test_7_4_a_reward_model_learns_what_is_preferred(rate, base_run, flags):
     assert rewards.mean().item() == pytest.approx(0, abs=1e-3) and rewards.std().item() == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--lora_rank=2', '--quant=nf4']])
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1', '--lora_lr_ratio=4'],
+                                   ['--lora_rank=2', '--lora_dora=True', '--quant=nf4']])
 def test_7_4_reward_models_resume_bit_for_bit(rate, flags):
     assert rate('--out_dir=whole', *flags)[0] == 0
     assert rate('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
@@ -9640,12 +9654,14 @@ RUNS = [('grpo', ['--num_epochs=2', '--clip_eps_high=0.28', '--entropy_coef=0.01
         ('grpo', ['--dynamic_sampling=2', '--overlong_buffer=3', '--num_epochs=2', '--loss_type=dapo',
                   '--rewards=mine.py:scatter, 0.5*correct, length', '--kl_coef=0', '--rollout_lag=1', '--delta=2']),
         ('grpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=gspo', '--rewards=mine.py:rarely',
-                  '--max_bad_rewards=500', '--rollout_quant=int8', '--tis_level=sequence', '--rollout_lag=3']),
+                  '--max_bad_rewards=500', '--rollout_quant=int8', '--tis_level=sequence', '--rollout_lag=3',
+                  '--lora_lr_ratio=4', '--lora_dora=True']),
         ('ppo', ['--kl_controller=adaptive', '--kl_target=0.01', '--kl_horizon=20', '--running_rewards=True',
                  '--kl_budget=0.02', '--adapt_length=True']),
         ('ppo', ['--critic=separate', '--whiten_rewards=True', '--kl_estimator=k3', '--reward_clip=0.5',
                  '--kl_stop=0.0001', '--entropy_coef=0.01']),
-        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500']),
+        ('ppo', ['--lora_rank=2', '--optimizer=muon', '--rewards=mine.py:rarely', '--max_bad_rewards=500',
+                 '--lora_lr_ratio=4', '--lora_dora=True']),
         ('dpo', ['--dynamic_sampling=2', '--rewards=mine.py:scatter, 0.5*correct', '--dropout=0.1']),
         ('dpo', ['--lora_rank=2', '--optimizer=muon', '--loss_type=ipo', '--max_bad_rewards=500',
                  '--rewards=mine.py:rarely, mine.py:scatter'])]
@@ -10708,8 +10724,8 @@ def test_10_1_the_reference_with_lora_is_the_base_and_is_asked_once(prefer, base
     assert not torch.equal(trained(ids(1, 9)), model(ids(1, 9)))
 
 
-@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1'], ['--loss_type=simpo', '--dropout=0.1'],
-                                   ['--loss_type=kto']])
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2', '--lora_dropout=0.1', '--lora_lr_ratio=4', '--lora_dora=True'],
+                                   ['--loss_type=simpo', '--dropout=0.1'], ['--loss_type=kto']])
 def test_10_1_dpo_resumes_bit_for_bit(prefer, flags):
     assert prefer('--out_dir=whole', *flags)[0] == 0
     assert prefer('--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', *flags)[0] == 0
@@ -11361,7 +11377,8 @@ def test_10_2_on_its_own_samples_a_student_comes_to_speak_like_its_teacher(teach
 
 
 def test_10_2_a_student_with_lora_is_kept_without_its_base(run_stage, base_run, chat_data):
-    args = [f'--init_from={base_run}', f'--teacher={base_run}', f'--dataset={chat_data}', *SCHOOL, '--lora_rank=2']
+    args = [f'--init_from={base_run}', f'--teacher={base_run}', f'--dataset={chat_data}', *SCHOOL, '--lora_rank=2',
+            '--lora_lr_ratio=4', '--lora_dora=True']
     status, _, err = run_stage('distill', *args, '--alpha=0.3', '--out_dir=run')
     assert (status, err) == (0, '')
     assert all('lora' in key for key in torch.load('run/best.pt', weights_only=True)['model'])
