@@ -34,7 +34,7 @@ import torch
 import lora
 import tokenizer as tokenizers
 from lora import LoRAConfig, LoRALinear
-from model import GPT, GPTConfig, check_tensors, on_meta
+from model import GPT, GPTConfig, on_meta
 from tokenizer import UserError
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -137,6 +137,16 @@ def build(args, overrides, family, sources, dtype, where):
         for theirs, view in parts(name, weights[name], config, family):
             _fill(view, sources, theirs)
     return model.assign(weights)
+
+
+def check_tensors(own, given):
+    """ValueError with one sentence where given tensors {name: tensor} do not have the names and shapes of own ones."""
+    for name in [*own, *given]:
+        if name not in own or name not in given:
+            raise ValueError(f'tensor {name} is {"missing" if name in own else "not part of this model"}')
+        if own[name].shape != given[name].shape:
+            raise ValueError(f'tensor {name} has shape {tuple(given[name].shape)} where this model has '
+                             f'{tuple(own[name].shape)}')
 
 
 def known(overrides):

@@ -26,11 +26,11 @@ import runtime
 import torch
 
 import lora
-from convert import GPT2, HUB, fits, from_hf, from_peft, known, read_json, reason_of, unwrapped
+from convert import GPT2, HUB, check_tensors, fits, from_hf, from_peft, known, read_json, reason_of, unwrapped
 from generate import pack
 from gguf_format import from_gguf
 from lora import LoRAConfig
-from model import GPT, GPTConfig, check_tensors, on_meta
+from model import GPT, GPTConfig, on_meta
 from preparation import check_sha256
 from reward_model import RewardModel, ScoreConfig
 from tokenizer import Tokenizer, UserError, hf_tokenizer, with_chat_template

@@ -1097,16 +1097,6 @@ class GPT(nn.Module):
         return generate(self, prompts, max_new_tokens, **options)
 
 
-def check_tensors(own, given):
-    """ValueError with one sentence where given tensors {name: tensor} do not have the names and shapes of own ones."""
-    for name in [*own, *given]:
-        if name not in own or name not in given:
-            raise ValueError(f'tensor {name} is {"missing" if name in own else "not part of this model"}')
-        if own[name].shape != given[name].shape:
-            raise ValueError(f'tensor {name} has shape {tuple(given[name].shape)} where this model has '
-                             f'{tuple(own[name].shape)}')
-
-
 if __name__ == '__main__':
     import anatomy  # for the command line alone: everything above needs torch and nothing else
 
