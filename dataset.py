@@ -13,8 +13,10 @@ and the same two files beside them.
 A folder of chats, which a model learns to answer from, holds `{train,val,test}.jsonl`, rows {"messages": [{"role": "…",
 "content": "…"} …]} or another shape that `read_chats` knows; a meta.json may be beside them. Preferences, which reward
 models and DPO learn from, are in `prefs_{train,val,test}.jsonl` there, or in the former where a folder has no chats:
-rows {"prompt": […], "chosen": […], "rejected": […]} or another shape that `read_prefs` knows. Such a file may also be
-.json or .parquet, compressed, or in shards, and called and placed as on the Hugging Face Hub: `find_rows`.
+rows {"prompt": […], "chosen": […], "rejected": […]} or another shape that `read_prefs` knows. Likewise solutions with
+labelled steps, which process reward models learn from, are in `stepwise_{train,val,test}.jsonl`: `read_steps`. Such a
+file may also be .json or .parquet, compressed, or in shards, and called and placed as on the Hugging Face Hub:
+`find_rows`.
 """
 import bisect
 import contextlib
@@ -44,6 +46,7 @@ from rows import (
     read_pairs,
     read_prefs,
     read_prompts,
+    read_steps,
 )
 from tokenizer import Tokenizer, UserError, get_tokenizer
 from tools import turn_start
@@ -52,6 +55,9 @@ DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
 # what names of files call a split
 SPLITS = {'train': 'train', 'val': 'val|validation', 'test': 'test', 'unseen': 'unseen'}
+# what the files of rows in a folder hold, by their prefix
+PREFIXES = {'': 'chats', 'prefs_': 'preferences, which reward.py and dpo.py learn from',
+            'stepwise_': 'labelled steps, which reward.py --loss_type=process learns from'}
 CHUNK_ROWS = 1024  # chats that are packed together
 # what a prepare.py is told to write data/NAME_tools and data/NAME_mixed: rows that call the calculator, all or some
 VARIANTS = {'tools': ['--tools=True'], 'mixed': ['--tools=True', '--tool_share=0.3']}
@@ -72,7 +78,7 @@ def find_dataset(name):
     with contextlib.suppress(ValueError):
         datasets = datasets.relative_to(Path.cwd())
     for folder in (Path(name), datasets / name):
-        by_hand = (splits_of(folder) or splits_of(folder, 'prefs_')) and not (folder / 'prepare.py').exists()
+        by_hand = any(splits_of(folder, prefix) for prefix in PREFIXES) and not (folder / 'prepare.py').exists()
         if (folder / 'meta.json').exists() or find_shards(folder, 'train') or by_hand:
             return folder
     script, flags = datasets / name / 'prepare.py', []
@@ -108,13 +114,13 @@ def _remedy(name, datasets):
 
 def kind_of(folder):
     """What a prepared folder holds: 'tokens', 'pairs' (rows with a tokenizer of their own) or 'chats'."""
-    if find_shards(folder, 'train') or not (splits_of(folder) or splits_of(folder, 'prefs_')):
+    if find_shards(folder, 'train') or not any(splits_of(folder, prefix) for prefix in PREFIXES):
         return 'tokens'
     return 'pairs' if _read_meta(folder, lambda meta: 'tokenizer' in meta) else 'chats'
 
 
 def splits_of(folder, prefix=''):
-    """Of which splits a folder has rows; prefix: 'prefs_' for preferences."""
+    """Of which splits a folder has rows; prefix: one of PREFIXES."""
     return [split for split in SPLITS if _matches(folder, split, prefix)]
 
 
@@ -436,6 +442,11 @@ def load_labelled(dataset, split, strict=True, val_fraction=0.1):
     return _load(dataset, split, read_labelled, strict, val_fraction, 'prefs_')
 
 
+def load_steps(dataset, split, strict=True, val_fraction=0.1):
+    """As `load_prefs`, of solutions with labelled steps: see `read_steps`; stepwise_{split}.jsonl of a folder."""
+    return _load(dataset, split, read_steps, strict, val_fraction, 'stepwise_')
+
+
 def load_prompts(dataset, split, strict=True, val_fraction=0.1):
     """As `load_chats`, of prompts: see `read_prompts`."""
     return _load(dataset, split, read_prompts, strict, val_fraction)
@@ -447,18 +458,19 @@ def _load(dataset, split, read, strict, val_fraction, prefix=''):
         if split not in ('train', 'val'):
             raise UserError(f'{path}: a single file has only train and val: make a folder with {prefix}{split}.jsonl')
         return _one_of_two(path, split, read(path, strict), val_fraction, bool(prefix))
-    folder, prefs = find_dataset(dataset), bool(prefix)
+    folder, prefs, what = find_dataset(dataset), bool(prefix), PREFIXES[prefix].partition(',')[0]
     if (kind := kind_of(folder)) != 'chats':
         found = {'tokens': 'running text', 'pairs': 'pairs of source and target'}[kind]
-        what = 'preferences' if prefix else 'chats'
         raise UserError(f'{folder} holds {found}, which train.py learns from, not {what}')
     if prefix and not splits_of(folder, prefix):
         if (folder / 'prepare.py').exists() or folder.parent.resolve() == Path(__file__).resolve().parent / 'data':
-            raise UserError(f'{folder} has no preferences: prepare it again, from rows with "chosen" and "rejected"')
+            columns = {'prefs_': '"chosen" and "rejected"', 'stepwise_': '"completions" and "labels"'}[prefix]
+            raise UserError(f'{folder} has no {what}: prepare it again, from rows with {columns}')
         prefix = ''
     there = splits_of(folder, prefix)
     if not there:
-        raise UserError(f'{folder} holds preferences, which reward.py and dpo.py learn from, not chats')
+        held = [rows for other, rows in PREFIXES.items() if splits_of(folder, other)]
+        raise UserError(f'{folder} holds {" and ".join(held)}, not {what}')
     shards = any(match[2] for match in _matches(folder, 'train', prefix))
     if split in ('train', 'val') and 'val' not in there and shards:
         return _one_of_two(folder, split, read(find_rows(folder, 'train', prefix), strict), val_fraction, prefs)
@@ -704,22 +716,22 @@ class ChatData:
 class PrefData(ChatData):
     """One split of preferences, tokenised: texts of a prompt and an answer, of pair i chosen 2 i and rejected 2 i + 1.
 
-    rows: those of `load_prefs`; each also gets 'messages', the prompt and the chosen answer to it. A text ends with the
+    rows: those of `load_prefs`; each also gets 'messages', the prompt and its first answer to it. A text ends with the
     end of the assistant's turn; answers count, prompts do not. Of texts of more than block_size tokens the prompt loses
     its beginning, as much for both answers ('truncated'); a pair whose answers do not fit whole is left out
-    ('too_long'). Otherwise as ChatData: `rows` and `fixed` give pairs, `read` takes texts.
+    ('too_long'). strip: see `answered`. Otherwise as ChatData: `rows` and `fixed` give pairs, `read` takes texts.
 
     labels: of each text, whether it is the chosen one, bool.
     """
-    answers = ('chosen', 'rejected')  # what a row has its answers under
+    answers, load = ('chosen', 'rejected'), staticmethod(load_prefs)  # the keys of a row's answers
 
-    def __init__(self, rows, tokenizer, block_size, seed=1337, calls=True, strict=True):
+    def __init__(self, rows, tokenizer, block_size, seed=1337, calls=True, strict=True, strip=False):
         self.tokenizer, self.block_size, self.pack = tokenizer, block_size, False
         self.rows_kept, self.dropped = [], {'too_long': 0, 'truncated': 0}
         ids, counts = [], []
         for row in self._untemplated(rows):
             pair = self._tokens(row, strict, lambda row=row: [
-                answered(tokenizer, row['prompt'], row[key], calls=calls) for key in self.answers])
+                answered(tokenizer, row['prompt'], row[key], calls=calls, strip=strip) for key in self.answers])
             if pair is None:
                 continue
             cut = max(0, max(len(tokens) for tokens, _ in pair) - block_size)
@@ -740,7 +752,8 @@ class PrefData(ChatData):
 
     def texts(self, pairs):
         """The numbers of the texts of pairs: of all chosen answers, then of all rejected ones, int64 (2 n,)."""
-        return np.concatenate((2 * np.asarray(pairs), 2 * np.asarray(pairs) + 1))
+        each = len(self.answers)
+        return np.concatenate([each * np.asarray(pairs) + k for k in range(each)])
 
     def example(self, text):
         """The ids of a text, and which of them are the answer's: two arrays."""
@@ -750,22 +763,23 @@ class PrefData(ChatData):
 
 class LabelledData(PrefData):
     """As PrefData, of single answers, the rows of `load_labelled`: text i is that of row i."""
-    answers = ('completion',)
+    answers, load = ('completion',), staticmethod(load_labelled)
 
     def _labels(self):
         return np.array([row['label'] for row in self.rows_kept])
 
-    def texts(self, rows):
-        return np.asarray(rows)
+
+class StepData(PrefData):
+    """As PrefData, of solutions with labelled steps, the rows of `load_steps`: text i is that of row i."""
+    answers, load = ('completion',), staticmethod(load_steps)
 
 
-def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say, calls=True, paired=True,
+def prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, say, calls=True, kind=PrefData, strip=False,
              force=None):
-    """A split of a dataset as PrefData, or, not paired, as LabelledData, with the tools of a Forcing; say(text) is told
-    what was left out or cut."""
-    rows, skipped = (load_prefs if paired else load_labelled)(dataset, split, strict, val_fraction)
-    rows = force.tools.rows(rows) if force else rows
-    data = (PrefData if paired else LabelledData)(rows, tokenizer, length, seed, calls, strict)
+    """A split of a dataset as PrefData, LabelledData or StepData, with the tools of a Forcing; say(text) is told what
+    was left out or cut."""
+    rows, skipped = kind.load(dataset, split, strict, val_fraction)
+    data = kind(force.tools.rows(rows) if force else rows, tokenizer, length, seed, calls, strict, strip)
     if lost := data.left_out(skipped):
         say(f'{dataset}, {split}: {lost}')
     return data
@@ -813,10 +827,16 @@ def padded_width(longest, block_size):
     return min(-(-longest // 32) * 32, max(longest, block_size))
 
 
-def answered(tokenizer, prompt, answer, block_size=0, calls=True):
+def answered(tokenizer, prompt, answer, block_size=0, calls=True, strip=False):
     """A prompt, messages, and an answer to it, messages or the assistant's text, to the end of its turn -> ids, int32
-    (n,), and which of them are the answer's, bool (n,); the last block_size of them, 0 = all."""
+    (n,), and which of them are the answer's, bool (n,); the last block_size of them, 0 = all.
+
+    strip: without the blanks at its end, as a reward model reads it: a blank that no policy writes is unlikely, which
+    score_likelihood would count, and says nothing about an answer.
+    """
     answer = [{'role': 'assistant', 'content': answer}] if isinstance(answer, str) else answer
+    if strip:
+        answer = [*answer[:-1], answer[-1] | {'content': answer[-1]['content'].rstrip()}]
     tokens, mask = tokenizer.chat_ids([*unlearned(prompt), *answer], calls=calls)
     kept = slice(-block_size or None, None)
     tokens, mask = np.array(tokens, np.int32), np.array(mask, bool)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import find_dataset, pad_texts, prefs_of
+from dataset import LabelledData, PrefData, find_dataset, pad_texts, prefs_of
 from grade import accuracy_by, format_answer, format_metrics, grades, interval, outcomes, quality, summarise
 from load import load_to_train
 from lora import LoRAConfig
@@ -370,7 +370,7 @@ def load_data(run, split, tokenizer, length, reward, force):
         reward.check(data.rows_kept)
         return data
     data = prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0, tools,
-                    paired=loss_type != 'kto', force=force)
+                    LabelledData if loss_type == 'kto' else PrefData, force=force)
     if data.labels.all() or not data.labels.any():
         raise UserError(f'{dataset}, {split}: every answer has the same label: give good and bad ones')
     return data

@@ -179,7 +179,7 @@ def build_model(state, given=None, scores=False, fresh=False):
     model = RewardModel(gpt, score_config)
     load_part(model, {name: tensor for name, tensor in model.state_dict().items() if is_score(name)},
               {name: tensor for name, tensor in tensors.items() if is_score(name)},
-              lambda name: score_args and (name != 'score_gain' or score_args.get('score_likelihood')))
+              lambda name: score_args and score_args.get(WITH.get(name, 'score_head')))
     return model
 
 
@@ -218,6 +218,9 @@ def upcycle(state, config, noise=0.0):
             matrix = old[f'{name}.weight']
             tensors[name] = matrix + noise * matrix.std() * torch.randn_like(new)
     return state | {'model': tensors, 'model_args': args}
+
+
+WITH = {'score_gain': 'score_likelihood', 'score_lines': 'score_steps'}  # tensors that only this field brings
 
 
 def is_score(name):
@@ -610,7 +613,7 @@ def load_to_score(stage, init_from, resume_from, given, seed, base=''):
     if fresh and (given.get('lora_rank') or given.get('adapter_dim')):
         raise UserError("init_from='scratch' with lora_rank or adapter_dim: all weights are new, so all must learn")
     return _build(stage, state, origin, own, began_with, given, seed,
-                  (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood'), fresh, scores=True)
+                  (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood', 'score_steps'), fresh, scores=True)
 
 
 def _load_start(stage, init_from, resume_from, new):
@@ -664,8 +667,8 @@ def _build(stage, state, origin, own, base, given, seed, changeable, fresh=False
         model = build_model(state, given, scores, fresh)
     if config.vocab_size < tokenizer.n_vocab:
         raise UserError(f'vocab_size={config.vocab_size} is smaller than the {tokenizer.n_vocab} tokens of {origin}')
-    untrained = scores and (not before['score_args'] or
-                            score_config.score_likelihood and not before['score_args'].get('score_likelihood'))
+    untrained = scores and (not before['score_args'] or any(
+        getattr(score_config, field) and not before['score_args'].get(field) for field in WITH.values()))
     return Start(model, tokenizer, origin=f'new weights like {origin}' if fresh and scores else str(origin),
                  step=0 if fresh else state['iter'], checkpoint=own, stage=stage, base=base or base_of(origin, state),
                  previous={} if fresh else (state.get('began_with') or {}) | {'stage': stage_of(state)},

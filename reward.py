@@ -6,15 +6,19 @@ Reward models: a model is trained on pairs of answers, of which one is preferred
     python reward.py config/reward_tiny.py --causal=False --score_head=mean     the same as a bidirectional encoder
     python reward.py config/reward_smollm2.py --dataset=data/mine               SmolLM2-135M with LoRA learns your pairs
     python reward.py --init_from=out/reward --dataset=wordproblems --check=True              ten sanity checks
+    python reward.py config/reward_process.py                      a process reward model: is each step right?
     torchrun --standalone --nproc_per_node=2 reward.py config/reward_tiny.py --gradient_accumulation_steps=2
 
 A linear head on the hidden state of the last token (score_head='last') or on the mean over all tokens ('mean') gives
 the score; with score_likelihood=True the answer's log-probability, times a trained gain, is added. The reward is a
 score times a gain plus a bias, saved in the checkpoint, that give held-out answers mean 0 and variance 1.
 
+A process reward model (loss_type='process') learns from labels of steps whether each is right; the smallest of a
+solution's probabilities, or their product (score_steps), is its score.
+
 Papers: InstructGPT (arXiv:2203.02155), learning to summarize (arXiv:2009.01325), fine-tuning from preferences
 (arXiv:1909.08593), margins from grades (Llama 2, arXiv:2307.09288), centred rewards (arXiv:2312.09244), calibration
-(arXiv:1706.04599).
+(arXiv:1706.04599), process supervision (arXiv:2305.20050).
 """
 import math
 import random
@@ -27,8 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import answered, find_dataset, pad_texts, prefs_of
-from grade import interval, last_number, visible
+from dataset import PrefData, StepData, answered, find_dataset, pad_texts, prefs_of
+from grade import interval, last_number, ratio_interval, visible
 from load import load_to_score
 from lora import LoRAConfig
 from model import GPTConfig
@@ -44,15 +48,15 @@ base = 'out/sft'  # init_from='scratch': model with the tokenizer and shape of t
 dataset = 'wordproblems'  # folder in data/ (prepared if it is not yet), path of a folder or of a file of rows
 val_fraction = 0.1  # fraction of the prompts that is held out when dataset is a single file
 seed = 1337  # of the order of the data, dropout and new weights
-# pairs
-max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. A longer pair loses the start of its prompt
+# rows: pairs, or for loss_type='process' solutions with labelled steps
+max_length = 0  # maximum tokens of prompt and answer; 0 = block_size. A longer row loses the start of its prompt
 strict = True  # stop at a malformed row; False: skip and count it
 # loss
-loss_type = 'bt'  # 'bt' (Bradley-Terry), 'bt_margin' (minus the margin of the row) or 'margin' (ranking)
+loss_type = 'bt'  # 'bt' (Bradley-Terry), 'bt_margin' (minus the row's margin), 'margin' (ranking), 'process' (steps)
 margin = 1.0  # 'margin': required difference of the two scores; 'bt_margin': factor on the rows' margins
 center_coef = 0.0  # weight of the squared sum of a pair's scores, which keeps scores near 0; 0.01 is usual
 # batches
-batch_size = 16  # pairs per micro-batch, both answers of each
+batch_size = 16  # rows per micro-batch: pairs, both answers of each, or solutions
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes together
 max_iters = 500  # steps
 # optimizer
@@ -74,7 +78,7 @@ min_lr = 0.0  # final learning rate; every group decays by the same factor
 decay_frac = 0.5  # 'wsd': fraction of lr_decay_iters that the final decay takes
 # evaluation and logging
 eval_interval = 100  # steps between evaluations, each with a checkpoint
-eval_rows = 512  # held-out pairs to score, the same every time; 0 = all
+eval_rows = 512  # held-out rows to score, the same every time; 0 = all
 eval_only = False  # evaluate init_from and exit, without training
 check = False  # run ten sanity checks on init_from and exit, without training
 eval_split = 'val'  # split of eval_only and check: 'val', 'test', 'train', or 'unseen' (see data/wordproblems)
@@ -96,11 +100,11 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1',
     **dict.fromkeys(('max_length', 'margin', 'center_coef', 'eval_rows'), '>= 0'),
-    'loss_type': ('bt', 'margin', 'bt_margin'), 'eval_split': ('val', 'test', 'unseen', 'train')}
+    'loss_type': ('bt', 'margin', 'bt_margin', 'process'), 'eval_split': ('val', 'test', 'unseen', 'train')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the maths. Shapes: B pairs of a batch, n held-out pairs
+# the maths. Shapes: B rows of a batch, n held-out ones, K steps of the longest solution
 
 def bradley_terry(chosen, rejected, margins=0.0):
     """-log s(chosen - rejected - margins), s the logistic function: scores (B,) -> losses (B,), in nats."""
@@ -126,6 +130,13 @@ def pair_loss(chosen, rejected, row_margins, loss_type, margin, center_coef):
     else:
         losses = bradley_terry(chosen, rejected, margin * row_margins if loss_type == 'bt_margin' else 0.0)
     return losses + center_coef * (chosen + rejected).square()
+
+
+def step_losses(logits, labels):
+    """Binary cross-entropy of steps (arXiv:2305.20050): logits that they are right (B, K), labels (B, K), 1 or 0, nan
+    where a solution has none -> losses (B, K), in nats, 0 there."""
+    labelled = labels.isfinite()
+    return F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction='none') * labelled
 
 
 class Bin(NamedTuple):
@@ -169,20 +180,69 @@ def compute_scores(model, run, examples, block_size):
         return model(idx, real, answer)
 
 
+def compute_step_logits(net, model, run, examples, block_size, n_steps):
+    """Logits that the first n_steps steps of each example are right: (len(examples), n_steps) on the device."""
+    idx, real, answer = run.to_device(*pad_texts(examples, block_size))
+    with run.autocast(idx.shape[1]):
+        logits = net(idx, real, answer, output='steps')
+    ends, _ = model.step_ends(idx, answer)
+    ends = ends.int().argsort(dim=1, descending=True, stable=True)  # the ends first, in their order
+    return F.pad(logits.gather(1, ends[:, :n_steps]), (0, max(0, n_steps - idx.shape[1])))
+
+
 @torch.no_grad()
-def compute_all_scores(net, run, examples, block_size):
-    """As `compute_scores`, of any number of examples, shared by the processes: float64 array (len(examples),)."""
+def compute_all(compute, net, run, examples):
+    """What compute(some of the examples) gives, (n, k), of any number of them, shared by the processes: float64 array
+    (len(examples), k)."""
     def work(part):
-        scores = compute_scores(net, run, [examples[i] for i in part], block_size)
-        return scores.cpu().double().numpy()[:, None]
+        return compute([examples[i] for i in part]).cpu().double().numpy()
     net.eval()
-    scores = run.distributed_map(work, [len(ids) for ids, _ in examples])
+    found = run.distributed_map(work, [len(ids) for ids, _ in examples])
     net.train()
-    return scores[:, 0]
+    return found
+
+
+def compute_all_scores(net, run, examples, block_size):
+    """As `compute_scores`, of any number of examples: float64 array (len(examples),)."""
+    return compute_all(lambda part: compute_scores(net, run, part, block_size)[:, None], net, run, examples)[:, 0]
+
+
+def labels_of(data, rows):
+    """Labels of the steps of these rows of StepData: float32 (n, K), 1 or 0, nan where there is none."""
+    labels = [data.rows_kept[row]['labels'] for row in rows]
+    found = np.full((len(rows), max(map(len, labels))), np.nan, np.float32)
+    for values, own in zip(found, labels, strict=True):
+        values[:len(own)] = [np.nan if label is None else label for label in own]
+    return found
+
+
+def check_steps(model, data):
+    """UserError where the model does not see just the steps that a row of StepData has labels for."""
+    for i, row in enumerate(data.rows_kept):
+        idx, counts = map(torch.from_numpy, data.example(i))
+        found = int(model.step_ends(idx[None].long(), counts[None])[0].sum())
+        if found != len(row['labels']):
+            raise UserError(f'{row["where"]}: {len(row["labels"])} lines of steps, of which the chat template and the '
+                            f'tokenizer ({data.tokenizer.name}) leave {found}: labels would be those of other steps')
+
+
+class Evaluation(NamedTuple):
+    """Scores of held-out answers, by what they are: {name: (n,)}; metrics; a line and tables about them."""
+    scores: dict
+    metrics: dict
+    summary: str
+    tables: str
+
+
+def evaluate(net, model, run, data, rows):
+    """Rows of data, by index -> Evaluation."""
+    if model.score_config.score_steps:
+        return evaluate_steps(net, model, run, data, rows)
+    return evaluate_pairs(net, run, data, rows)
 
 
 def evaluate_pairs(net, run, data, pairs):
-    """Pairs of data, by index -> (scores (2, n) of the chosen and of the rejected answers, rows, metrics)."""
+    """Pairs of PrefData, by index -> Evaluation of the chosen and of the rejected answers."""
     # data.texts gives the chosen answers of all pairs, then the rejected ones: hence reshape(2, -1)
     scores = compute_all_scores(net, run, [data.example(text) for text in data.texts(pairs)], data.block_size)
     chosen, rejected = scores.reshape(2, -1)
@@ -199,7 +259,41 @@ def evaluate_pairs(net, run, data, pairs):
         flipped = [bool(row.get('flipped')) for row in rows]
         true_hits = [1 - hit if wrong else hit for hit, wrong in zip(hits, flipped, strict=True)]
         metrics |= {'val/true_accuracy': float(np.mean(true_hits)), 'val/label_noise': float(np.mean(flipped))}
-    return scores.reshape(2, -1), rows, metrics
+    return Evaluation({'chosen': chosen, 'rejected': rejected}, metrics, format_pair_metrics(metrics),
+                      format_tables(margins, rows))
+
+
+def evaluate_steps(net, model, run, data, rows):
+    """Solutions of StepData, by index -> Evaluation of those all of whose labels are right, and of the others.
+
+    A step is judged right if its probability is above 1/2, a solution if all of its steps are. first_error: of wrong
+    solutions, how often the first step that is judged wrong is the first wrong one (ProcessBench, arXiv:2412.06559).
+    """
+    examples, labels = [data.example(row) for row in rows], labels_of(data, rows)
+    rows = [data.rows_kept[row] for row in rows]
+    logits = compute_all(lambda part: compute_step_logits(net, model, run, part, data.block_size, labels.shape[1]),
+                         net, run, examples)
+    scores = compute_all_scores(net, run, examples, data.block_size)
+    losses = step_losses(torch.from_numpy(logits), torch.from_numpy(labels).double()).numpy()
+    labelled = np.isfinite(labels)
+    wrong, judged_wrong = labels == 0, (logits <= 0) & labelled
+    hits = (wrong == judged_wrong) & labelled
+    flawed = wrong.any(1)
+    solved = (judged_wrong.any(1) == flawed).astype(float)
+    low, high = ratio_interval(hits.sum(1).tolist(), labelled.sum(1).tolist())  # 95 %, of solutions
+    metrics = {'val/loss': float(losses.sum() / labelled.sum()), 'val/accuracy': float(hits.sum() / labelled.sum()),
+               'val/accuracy_low': low, 'val/accuracy_high': high, 'val/solution_accuracy': float(solved.mean()),
+               'reward/mean': float(scores.mean()), 'reward/std': float(scores.std())}
+    summary = (f'val loss {metrics["val/loss"]:.4f}, of steps {metrics["val/accuracy"]:.1%} ({low:.1%} to {high:.1%}) '
+               f'judged as labelled, of solutions {metrics["val/solution_accuracy"]:.1%}')
+    if flawed.any():
+        found = judged_wrong.any(1) & (judged_wrong.argmax(1) == wrong.argmax(1))
+        metrics['val/first_error'] = float(found[flawed].mean())
+        summary += f', first errors found {metrics["val/first_error"]:.1%}'
+    tables = [share_of(f'{name} steps', hits[which]) for name, which in (('right', labels == 1), ('wrong', wrong))
+              if which.any()]
+    groups = {name: scores[which] for name, which in (('right', ~flawed), ('wrong', flawed)) if which.any()}
+    return Evaluation(groups, metrics, summary, '\n'.join([*tables, *by_defect(rows, solved)]))
 
 
 def format_pair_metrics(metrics):
@@ -213,21 +307,34 @@ def format_pair_metrics(metrics):
     return ', '.join(parts)
 
 
-def format_tables(scores, rows, gain, bias):
-    """Accuracy by defect of the worse answer, the reliability table, and the distribution of rewards, as text."""
-    margins = scores[0] - scores[1]
-    lines, hits_by_defect = [], {}
-    for row_margin, row in zip(margins, rows, strict=True):
+def share_of(name, hits):
+    """The mean of hits (n,), from 0 to 1, as a line of text."""
+    low, high = interval([float(hit) for hit in hits])
+    return f'{name:>14}: {np.mean(hits):6.1%} right of {len(hits):,} ({low:.1%} to {high:.1%})'
+
+
+def by_defect(rows, hits):
+    """The mean of hits (n,) for each `defect` of rows, as lines of text."""
+    groups = {}
+    for row, hit in zip(rows, hits, strict=True):
         if 'defect' in row:
-            true_margin = -row_margin if row.get('flipped') else row_margin
-            hits_by_defect.setdefault(row['defect'], []).append(float(pair_accuracy(true_margin)))
-    for defect, hits in sorted(hits_by_defect.items()):
-        low, high = interval(hits)
-        lines.append(f'{defect:>14}: {np.mean(hits):6.1%} right of {len(hits):,} ({low:.1%} to {high:.1%})')
-    lines.append('confidence    pairs   mean  accuracy')
+            groups.setdefault(row['defect'], []).append(hit)
+    return [share_of(defect, own) for defect, own in sorted(groups.items())]
+
+
+def format_tables(margins, rows):
+    """Accuracy by defect of the worse answer, and the reliability table, as text."""
+    signs = np.array([-1 if row.get('flipped') else 1 for row in rows])
+    lines = [*by_defect(rows, pair_accuracy(signs * margins)), 'confidence    pairs   mean  accuracy']
     for b in calibration(margins)[0]:
         lines.append(f'{b.low:.2f} to {b.high:.2f} {b.count:6,} {b.confidence:6.1%} {b.accuracy:9.1%}')
-    for name, values in zip(('chosen', 'rejected'), scores, strict=True):
+    return '\n'.join(lines)
+
+
+def format_rewards(scores, gain, bias):
+    """The distribution of the rewards of each group of scores, {name: (n,)}, as text."""
+    lines = []
+    for name, values in scores.items():
         rewards = gain * values + bias
         low, *quantiles, high = np.quantile(rewards, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
         inner = ', '.join(f'{q:.2f}' for q in quantiles)
@@ -340,7 +447,7 @@ def run_checks(net, model, data, tokenizer, length, run):
     gain, bias = model.score_scale.tolist()
 
     def reward(answers):
-        examples = [answered(tokenizer, messages, answer, length) for messages, answer in answers]
+        examples = [answered(tokenizer, messages, answer, length, strip=True) for messages, answer in answers]
         return gain * compute_all_scores(net, run, examples, length) + bias
     results = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
     for name, passes, result in results:
@@ -358,6 +465,8 @@ def main():
     runtime.check_ranges(config, RANGES)
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
+    if loss_type == 'process':
+        given = {'score_steps': 'min'} | given
 
     # model
     resume_from = run.find_checkpoint(init_from)
@@ -367,6 +476,13 @@ def main():
                           given if resume_from else {'dropout': 0.0} | given, seed, base)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
+    process = bool(model.score_config.score_steps)
+    what = 'solutions' if process else 'pairs'
+    if process:
+        model.score_lines[:tokenizer.n_vocab] = torch.from_numpy(tokenizer.token_lines())
+    if process != (loss_type == 'process') and not eval_only and not check:
+        raise UserError(f'loss_type={loss_type!r} with score_steps={model.score_config.score_steps!r}: a model with '
+                        "score_steps, and no other, learns by loss_type='process'")
     if (eval_only or check) and start.new_head:
         raise UserError(f'{start.origin} is not a reward model, its score head is untrained: train one and give it as '
                         '--init_from')
@@ -374,18 +490,24 @@ def main():
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only or check:
         net = run.wrap(model, compile)
-        data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0)
         if eval_only:
-            scores, rows, metrics = evaluate_pairs(net, run, data, data.fixed(eval_rows))
-            run.print0(f'{init_from} on {len(rows):,} pairs of {dataset}, {eval_split}: '
-                       f'{format_pair_metrics(metrics)}\n' + format_tables(scores, rows, *model.score_scale.tolist()))
-        if check:
+            data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0,
+                            strip=True, kind=StepData if process else PrefData)
+            found = evaluate(net, model, run, data, data.fixed(eval_rows))
+            run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} {what} of {dataset}, {eval_split}: '
+                       f'{found.summary}\n{found.tables}\n'
+                       f'{format_rewards(found.scores, *model.score_scale.tolist())}')
+        if check:  # of pairs, also of a process reward model
+            data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0, strip=True)
             run_checks(net, model, data, tokenizer, length, run)
         return
 
     # data
-    train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0)
-                            for split in ('train', 'val'))
+    train_data, val_data = (prefs_of(dataset, split, tokenizer, length, seed, strict, val_fraction, run.print0,
+                                     strip=True, kind=StepData if process else PrefData) for split in ('train', 'val'))
+    if process:
+        check_steps(model, train_data)
+        check_steps(model, val_data)
     missing = next((row['where'] for row in train_data.rows_kept + val_data.rows_kept if 'margin' not in row), None)
     if loss_type == 'bt_margin' and missing:
         raise UserError(f"{missing}: loss_type='bt_margin' needs a number in every row: 'margin', how much better the "
@@ -398,31 +520,33 @@ def main():
                                      embed_lr, muon_lr, muon_momentum, lora_lr_ratio)
 
     # resume
-    step, pairs_seen, clock = 0, 0, runtime.Clock()
+    step, rows_seen, clock = 0, 0, runtime.Clock()
     if resume_from:
         run.resume(start.checkpoint, start.origin, optimizers, config)
-        step, pairs_seen = start.checkpoint['iter'], start.checkpoint['pairs']
+        step, rows_seen = start.checkpoint['iter'], start.checkpoint['pairs']
         clock = runtime.Clock(start.checkpoint['seconds'])
         start.checkpoint = None  # frees its memory
     last_eval = step if resume_from else -1  # a resumed run does not repeat the evaluation of its checkpoint
 
     micro_steps = gradient_accumulation_steps // run.world_size  # micro-batches of this process
-    pairs_per_step = gradient_accumulation_steps * batch_size
+    rows_per_step = gradient_accumulation_steps * batch_size
     run.open(config, step if resume_from else None, tensorboard_log, wandb_log, wandb_project, wandb_run_name)
     run.catch_signals()
-    epochs = max_iters * pairs_per_step / train_data.n_rows
+    epochs = max_iters * rows_per_step / train_data.n_rows
     run.announce(
-        f'{dataset}: {train_data.n_rows:,} pairs to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
+        f'{dataset}: {train_data.n_rows:,} {what} to train on, {val_data.n_rows:,} held out ({tokenizer.name})\n'
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
-        f'{max_iters:,} steps of {pairs_per_step} pairs: {epochs:.2f} epochs')
+        f'{max_iters:,} steps of {rows_per_step} {what}: {epochs:.2f} epochs')
 
     if run.ddp:
         # DDP fixes the order in which it sums gradients at its first backward pass: one that is discarded makes that
         # order the same for a new and a resumed run
-        first = pairs_seen + run.rank * batch_size
+        first = rows_seen + run.rank * batch_size
         run.seed_dropout(first)
         examples = [train_data.example(text) for text in train_data.texts(train_data.rows(first, batch_size))]
-        run.warm_up_ddp(net, compute_scores(net, run, examples, length).mean())
+        warmup = compute_step_logits(net, model, run, examples, length, 1) if process else compute_scores(
+            net, run, examples, length)
+        run.warm_up_ddp(net, warmup.mean())
     # speed and means of metrics, from one row of the log to the next
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(length))
     clock.start()
@@ -432,7 +556,8 @@ def main():
         stop = run.stop_signal()
         if step > last_eval and (stop or step % eval_interval == 0 or step == max_iters):
             clock.stop()
-            scores, rows, metrics = evaluate_pairs(net, run, val_data, val_data.fixed(eval_rows))
+            found = evaluate(net, model, run, val_data, val_data.fixed(eval_rows))
+            metrics = found.metrics
             # the loss sees differences of scores only, so their mean is arbitrary, and PPO needs a known scale: rewards
             # have mean 0 and variance 1 on held-out answers (arXiv:1909.08593)
             std = max(metrics['reward/std'], 1e-6)
@@ -441,9 +566,9 @@ def main():
             with torch.no_grad():
                 model.score_scale.copy_(torch.tensor([gain, bias]))
             run.log(metrics | {'iter': step, 'seconds': clock.read()})
-            run.print0(f'step {step}: {format_pair_metrics(metrics)}, {clock.read():.1f} s of training')
-            run.sample(step, format_tables(scores, rows, gain, bias))
-            run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': pairs_seen, 'seconds': clock.read()},
+            run.print0(f'step {step}: {found.summary}, {clock.read():.1f} s of training')
+            run.sample(step, f'{found.tables}\n{format_rewards(found.scores, gain, bias)}')
+            run.save_checkpoint(start.model_state() | {'iter': step, 'pairs': rows_seen, 'seconds': clock.read()},
                                 optimizers, metrics['val/loss'], keep_checkpoints)
             last_eval = step
             clock.start()
@@ -460,20 +585,26 @@ def main():
         # forward and backward, over this process's micro-batches
         step_loss = 0.0
         for number in run.micro_batches(net, gradient_accumulation_steps):
-            first = pairs_seen + number * batch_size  # a function of the step alone: a resumed run repeats no pair
-            pairs = train_data.rows(first, batch_size)
-            examples = [train_data.example(text) for text in train_data.texts(pairs)]
+            first = rows_seen + number * batch_size  # a function of the step alone: a resumed run repeats no row
+            rows = train_data.rows(first, batch_size)
+            examples = [train_data.example(text) for text in train_data.texts(rows)]
             run.seed_dropout(first)  # a function of the seed and the position in the data, not of what ran before
-            # one forward pass for both answers, all chosen ones and then all rejected ones: half the calls, and one
-            # backward pass per micro-batch, as DDP needs
-            chosen, rejected = compute_scores(net, run, examples, length).chunk(2)
-            margins = run.to_device(row_margins[pairs])[0]
-            loss = pair_loss(chosen, rejected, margins, loss_type, margin, center_coef).mean()
+            if process:
+                labels, = run.to_device(labels_of(train_data, rows))
+                logits = compute_step_logits(net, model, run, examples, length, labels.shape[1])
+                loss = step_losses(logits, labels).sum() / labels.isfinite().sum()
+                hits = ((logits > 0) == labels).sum() / labels.isfinite().sum()
+            else:
+                # one forward pass for both answers, all chosen ones and then all rejected ones: half the calls, and one
+                # backward pass per micro-batch, as DDP needs
+                chosen, rejected = compute_scores(net, run, examples, length).chunk(2)
+                margins, = run.to_device(row_margins[rows])
+                loss = pair_loss(chosen, rejected, margins, loss_type, margin, center_coef).mean()
+                hits = (torch.sign(chosen - rejected).mean() + 1) / 2
             # the routers of a mixture of experts have a loss of their own, which balances their load
             run.backward((loss + model.gpt.router_loss()) / micro_steps)
             step_loss += loss.detach() / micro_steps
-            meter.add(sum(len(ids) for ids, _ in examples),
-                      **{'train/accuracy': (torch.sign(chosen - rejected).mean().detach() + 1) / 2})
+            meter.add(sum(len(ids) for ids, _ in examples), **{'train/accuracy': hits.detach()})
 
         # clip and update; a gradient that is not finite skips the update, which the device decides: the host need not
         # wait (float16: clip_grad_norm unscales the gradients)
@@ -482,7 +613,7 @@ def main():
         optimizers.step()
         optimizers.zero_grad()
         step += 1
-        pairs_seen += pairs_per_step
+        rows_seen += rows_per_step
 
         if step % max_bad_steps == 0 or step % log_interval == 0:  # not at every step: the host waits for the device
             run.check_skipped(step, max_bad_steps)

@@ -462,7 +462,7 @@ def load_scorer(path, run, tokenizer=None):
 
     @torch.no_grad()
     def score(pairs):
-        texts = [answered(model_tokenizer, messages, answer, length) for messages, answer in pairs]
+        texts = [answered(model_tokenizer, messages, answer, length, strip=True) for messages, answer in pairs]
 
         def work(part):
             arrays = pad_texts([texts[i] for i in part], length)

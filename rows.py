@@ -1,5 +1,6 @@
 """
-Rows of a file: chats, preferences, prompts and pairs of texts, in the shapes that other libraries write, checked.
+Rows of a file: chats, preferences, labelled steps, prompts and pairs of texts, in the shapes that other libraries
+write, checked.
 
 A file is a .json one, a list of rows; a .jsonl one, a row a line, where blank lines are passed over; or a .parquet one,
 a table of them. Each may be compressed (.jsonl.gz). A reader takes a file, or a list of those that follow one another,
@@ -46,7 +47,7 @@ IDLE = (False, 0, '', [], {})
 PICTURES = 'only text is learned here'
 REFUSED = {
     **dict.fromkeys(('image', 'images', 'video', 'videos', 'audio', 'audios', 'objects'), PICTURES),
-    **dict.fromkeys(('completions', 'labels'), 'rewards of steps are not learned'),
+    **dict.fromkeys(('completions', 'labels'), 'only reward.py --loss_type=process learns from labels of steps'),
     'functions': 'give "tools"', 'function_call': 'give "tool_calls"',
     'segments': 'give "messages", with "weight": 0 on what is not learned',
     **dict.fromkeys(('weight', 'sample_weight', 'loss_scale'), 'rows have no weights: repeat the row or leave it out')}
@@ -116,6 +117,16 @@ def read_labelled(path, strict=True):
     """
     rows, skipped = _read_rows(path, strict, _labelled, 'a labelled answer')
     return sorted((part for row in rows for part in _unpaired(row)), key=lambda row: not row['label']), skipped
+
+
+def read_steps(path, strict=True):
+    """Solutions whose steps are labelled. A row of the file is TRL's
+        {"prompt": …, "completions": ["step 1", "step 2", …], "labels": [true, false, …]}
+    the prompt a text or a list of messages, and becomes {'prompt': messages, 'completion': the assistant's message, its
+    steps on lines of their own, 'labels': one for each line that is not blank: 1, 0, or None on a line before the last
+    of its step}, and what else it has of EXTRAS.
+    """
+    return _read_rows(path, strict, _stepwise, 'a solution with labelled steps')
 
 
 def read_prompts(path, strict=True):
@@ -464,6 +475,28 @@ def _unpaired(row):
         return [row]
     rest = {key: value for key, value in row.items() if key not in ('chosen', 'rejected')}
     return [rest | {'completion': row[key], 'label': key == 'chosen'} for key in ('chosen', 'rejected')]
+
+
+def _stepwise(row):
+    if missing := sorted({'prompt', 'completions', 'labels'} - row.values.keys()):
+        raise UserError(f'it has no "{missing[0]}": a row has "prompt", "completions", its steps, and "labels"')
+    steps, labels = row.take('completions'), row.take('labels')
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
+        raise UserError('"completions" and "labels" must be lists, one label for each step')
+    lines, line_labels = [], []
+    for number, (step, label) in enumerate(zip(steps, labels, strict=True), 1):
+        found = [line for line in _text(step, f'step {number} of "completions"').split('\n') if line.strip()]
+        if not found:
+            raise UserError(f'step {number} of "completions" is empty: leave it and its label out')
+        if label not in (0, 1):
+            raise UserError(f'label {number} must be true or false, not {label!r:.40}')
+        lines += found
+        line_labels += [None] * (len(found) - 1) + [int(label)]
+    prompt = _messages(_with_opening(row, _part(row, 'user', 'prompt')), row, 'prompt', answer=False)
+    if not prompt:
+        raise UserError('its "prompt" is empty: give what the steps solve, a text or messages')
+    return {'prompt': _with_variables(row, prompt), 'completion': [{'role': 'assistant', 'content': '\n'.join(lines)}],
+            'labels': line_labels} | _extras(row)
 
 
 HUMAN = re.compile(r'\n\n(Human|Assistant): ?')  # whose turn begins, in Anthropic's transcripts

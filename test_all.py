@@ -700,6 +700,27 @@ def pref_data(tmp_path_factory):
     return folder
 
 
+def stepwise(count, seed):
+    """Solutions of one to four steps, each right or wrong."""
+    draw, rows = random.Random(seed), []
+    for i in range(count):
+        labels = [draw.random() < 0.7 for _ in range(draw.randint(1, 4))]
+        steps = [f'<think>It is {draw.randint(0, 99)}.' if label else f'Who cares about {draw.randint(0, 99)}?'
+                 for label in labels]
+        rows.append({'prompt': asked(f'How many, {i}?'), 'completions': steps, 'labels': labels,
+                     'defect': 'none' if all(labels) else 'some'})
+    return rows
+
+
+@pytest.fixture(scope='module')
+def step_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'steps'
+    write_rows(folder, {f'stepwise_{split}': stepwise(n, seed) for seed, (split, n) in enumerate(
+        {'train': 300, 'val': 60, 'test': 30}.items())} | {
+            f'prefs_{split}': preferences(30, 5) for split in ('val', 'test')}, 'steps')
+    return folder
+
+
 RATED = ['--max_iters=6', '--eval_interval=3', '--log_interval=1', '--batch_size=4', '--eval_rows=20',
          '--warmup_iters=2', '--device=cpu', '--dtype=float32', '--learning_rate=1e-3']
 
@@ -922,11 +943,12 @@ def test_0_1_pretraining_says_that_chats_are_for_fine_tuning(run_stage, tmp_path
         assert status == 2 and 'mine holds chats, which are for sft.py' in err and err.count('\n') == 1
 
 
-@pytest.mark.parametrize('config', ['reward_tiny', 'reward_smollm2', 'dpo_tiny', 'dpo_smollm2'])
-def test_0_1_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, config):
+@pytest.mark.parametrize('config', ['reward_tiny', 'reward_smollm2', 'reward_process', 'dpo_tiny', 'dpo_smollm2'])
+def test_0_1_configs_of_preferences_run_shortened(run_stage, base_run, pref_data, step_data, config):
     stage, length = config.split('_')[0], ['--max_new_tokens=4'] * config.startswith('dpo')
+    data = step_data if config == 'reward_process' else pref_data
     status, out, err = run_stage(stage, ROOT / f'config/{config}.py', f'--init_from={base_run}', '--out_dir=run',
-                                 f'--dataset={pref_data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
+                                 f'--dataset={data}', '--max_iters=1', '--max_length=192', '--eval_rows=4',
                                  '--device=cpu', *length)
     assert (status, err) == (0, '') and rows_of('run')[-1]['iter'] == 1
 
@@ -8489,7 +8511,7 @@ def test_7_1_preferences_have_a_known_truth_and_known_shares(problems, prefs):
         assert {'wrong_answer': lost in ({'correct'}, {'correct', 'working'}), 'wrong_step': lost == {'working'},
                 'no_working': lost == {'working'}, 'rambling': lost == {'concise'},
                 'rude': 'polite' in lost <= {'polite', 'concise'}, 'truncated': 'complete' in lost or 'working' in lost,
-                'empty': not worse.strip() and lost == {'correct', 'working', 'complete', 'concise'},
+                'empty': worse == '' and lost == {'correct', 'working', 'complete', 'concise'},
                 }[row['defect']], row
         assert (row['defect'] in ('no_working', 'empty')) == ('<think>' not in worse) or row['defect'] == 'truncated'
     for defect, share in script.DEFECTS.items():
@@ -8497,15 +8519,56 @@ def test_7_1_preferences_have_a_known_truth_and_known_shares(problems, prefs):
         assert abs(found - share / 100) < 4 * math.sqrt(share / 100 * (1 - share / 100) / len(rows)), defect
     flips = [row['flipped'] for row in rows if row['defect'] != 'empty']
     assert abs(sum(flips) / len(flips) - script.noise) < 4 * math.sqrt(0.09 / len(flips))
-    for tail in (' ', '\n'):  # what follows an answer says nothing about it
-        good, bad = ([row[key][0]['content'].endswith(tail) for row in rows] for key in ('chosen', 'rejected'))
-        assert abs(sum(good) - sum(bad)) < 4 * math.sqrt(2 * 0.25 * 0.75 * len(rows)) and sum(good) > len(rows) / 5
 
 
 @pytest.fixture(scope='module', params=PRE)
 def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp('hf') / request.param
     return request.param, folder, train_tokenizer(request.param, folder)
+
+
+def test_7_1_rows_of_labelled_steps_are_those_of_trl(tmp_path):
+    row = {'prompt': 'Hi', 'completions': ['a\n\nb', 'c '], 'labels': [True, 0]}
+    found, skipped = rows_file.read_steps(lines(tmp_path / 'x.jsonl', [row, row | {'prompt': asked('Hi'), 'steps': 2}]))
+    assert [row['prompt'] for row in found] == [asked('Hi')] * 2 and not skipped.unused and found[1]['steps'] == 2
+    # the lines of a step before its last one have no label
+    assert (found[0]['completion'], found[0]['labels']) == (said('a\nb\nc '), [None, 1, 0])
+    data = dataset.StepData(found, bytes_tokenizer(), 96)
+    assert data.n_rows == 2 and data.texts([1]).tolist() == [1]
+    assert data.rows_kept[0]['messages'][-1:] == found[0]['completion']
+    lines(tmp_path / 'mine' / 'stepwise_train.jsonl', [row])
+    assert len(dataset.load_steps(tmp_path / 'mine', 'train')[0]) == 1
+    with pytest.raises(UserError, match='holds labelled steps'):
+        dataset.load_chats(tmp_path / 'mine', 'train')
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    ({'labels': [True]}, 'one label for each step'), ({'completions': 'ab'}, 'must be lists'),
+    ({'completions': [], 'labels': []}, 'one label for each step'), ({'labels': [True, 'no']}, "label 2 must be true"),
+    ({'labels': [True, -1]}, 'not -1'), ({'completions': ['a', ' \n']}, 'step 2 of "completions" is empty'),
+    ({'completions': ['a', 3]}, 'step 2 of "completions" must be a text'), ({'prompt': []}, '"prompt" is empty'),
+    ({'labels': None}, 'it has no "labels"')])
+def test_7_1_rows_with_other_labels_are_named(change, words, tmp_path):
+    row = {'prompt': 'Hi', 'completions': ['a', 'b'], 'labels': [True, False]}
+    with pytest.raises(UserError, match=f'x.jsonl, line 2: .*{re.escape(words)}'):
+        rows_file.read_steps(lines(tmp_path / 'x.jsonl', [row, row | change]))
+
+
+def test_7_1_labelled_steps_have_a_known_truth(problems):
+    script, defects = problems[0], Counter()
+    for row in script.draw_rows('train', 1500, script.read_templates(), script.draw_stepwise, 'stepwise '):
+        *working, sentence = row['labels']
+        text, true = '\n'.join(row['completions']), []
+        for line in row['completions'][:-1]:
+            true.append(grading.quality({'answer': '1'}, f'<think>{line.removeprefix("<think>")}')['working'] == 1)
+        assert all(t for t, label in zip(true, working, strict=True) if label)  # a false equation is never right
+        assert sentence == grading.is_correct(row, text) and grading.follows_format(text), row
+        wrong = [i for i, label in enumerate(row['labels']) if not label]
+        assert {'none': not wrong, 'lone_slip': len(wrong) == 1 and sentence, 'wrong_sentence': wrong == [len(working)],
+                'slip': bool(wrong) and not all(true), 'wrong_number': bool(wrong) and all(true),
+                'wrong_operation': bool(wrong) and all(true)}[row['defect']], row
+        defects[row['defect']] += 1
+    assert set(defects) == {'none', *script.ERRORS} and min(defects.values()) > 50 and 600 < defects['none'] < 900
 
 
 def test_7_1_held_out_preferences_have_questions_and_names_of_their_own(problems, prefs):
@@ -8615,6 +8678,21 @@ def test_7_2_losses_of_pairs_are_the_formulas():
           lambda c, r: -np.log(sigmoid(c - r - 0.5 * m)) + 0.1 * (c + r) ** 2, c, r)
 
 
+def test_7_2_losses_of_steps_are_cross_entropies_of_two_classes():
+    """TRL's PRMTrainer has a logit for each class, and -100 where no step ends."""
+    draw = np.random.default_rng(0)
+    x, labels = draw.normal(size=(4, 5)), torch.from_numpy(draw.integers(0, 2, (4, 5))).double()
+    labels[0, 2:] = labels[3, 4] = math.nan
+    theirs = torch.nn.CrossEntropyLoss(reduction='none')(
+        torch.stack((torch.zeros(20).double(), torch.from_numpy(x).flatten()), 1),
+        labels.flatten().nan_to_num(-100).long()).view(4, 5)
+    logits = torch.tensor(x, requires_grad=True)
+    losses = reward.step_losses(logits, labels)
+    torch.testing.assert_close(losses, theirs)
+    losses.sum().backward()
+    assert logits.grad.isfinite().all() and not logits.grad[labels.isnan()].any()
+
+
 def test_7_2_equal_answers_cost_ln_2_and_teach_nothing():
     model, idx = tiny(score_head='last').train(), ids(2, 9).repeat(2, 1)
     chosen, rejected = model(idx).chunk(2)
@@ -8628,6 +8706,7 @@ def test_7_2_equal_answers_cost_ln_2_and_teach_nothing():
 
 SCORERS = [dict(score_head='last'), dict(score_head='last', score_likelihood=True, pos='rope'),
            dict(score_head='mean', pos='rope'), dict(score_head='last', pos='rope', window=5),
+           dict(score_head='last', score_steps='min'), dict(score_head='mean', score_steps='product', pos='rope'),
            dict(score_head='mean', causal=False), dict(score_head='last', causal=False, pos='rope', n_kv_head=2)]
 
 
@@ -8716,7 +8795,101 @@ def test_7_3_a_score_with_likelihood_adds_the_log_probability_of_the_answer():
         tiny(score_head='last', score_likelihood=True, causal=False)
 
 
+def judge_of_steps(**options):
+    """A small random process reward model of 264 bytes and tokens."""
+    model = built(state_of(tiny(block_size=96, vocab_size=264, tie_weights=False)), score_head='last', **options).eval()
+    model.score_lines[:260] = torch.from_numpy(bytes_tokenizer().token_lines())
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+@pytest.mark.parametrize('likelihood', [False, True])
+@pytest.mark.parametrize('how', ['min', 'product'])
+def test_7_3_a_solution_is_worth_the_probabilities_of_its_steps(how, likelihood):
+    model, tokenizer = judge_of_steps(score_steps=how, score_likelihood=likelihood), bytes_tokenizer()
+    for text in ('one\ntwo\n\nthree.', '\n\n one\ntwo\n', 'one', '', ' \n'):
+        tokens, counts = dataset.answered(tokenizer, asked('q\nr'), text)
+        idx, answer = torch.from_numpy(tokens)[None].long(), torch.from_numpy(counts)[None]
+        first, ends, begun = int(counts.argmax()), [], 0
+        for i in range(len(text) + 1):  # a byte a token, and the end of the turn
+            if (i == len(text) or text[i] == '\n') and text[begun:i].strip():
+                ends.append(first + i)
+                begun = i + 1
+        ends = ends or [first + len(text)]
+        assert model.step_ends(idx, answer)[0][0].nonzero()[:, 0].tolist() == ends, text
+        with torch.no_grad():
+            hidden = model.gpt.hidden(idx)[0].double()
+            due = hidden[ends] @ model.score.weight[0].double() + model.score.bias.double()
+            if likelihood:
+                logprobs = model.gpt(idx)[0].double().log_softmax(-1)
+                each = [logprobs[t - 1, idx[0, t]].item() for t in range(first, len(tokens))]
+                starts = [first, *(end + 1 for end in ends[:-1])]
+                due = due + 0.1 * torch.tensor([sum(each[a - first:b + 1 - first])
+                                                for a, b in zip(starts, ends, strict=True)])
+            torch.testing.assert_close(model(idx, answer=answer, output='steps')[0, ends].double(), due, atol=1e-5,
+                                       rtol=1e-5)
+            p = torch.sigmoid(due)
+            due = (p.min() if how == 'min' else p.prod()).log()
+            torch.testing.assert_close(model(idx, answer=answer)[0].double(), due, atol=1e-5, rtol=1e-5)
+
+
+def test_7_3_process_reward_models_are_causal_and_known():
+    with pytest.raises(ValueError, match='score_steps=min needs causal=True'):
+        tiny(score_head='last', score_steps='min', causal=False)
+    with pytest.raises(ValueError, match="score_steps='mean' is not one of"):
+        ScoreConfig(score_steps='mean')
+    again = built(state_of(judge_of_steps(score_steps='min')))
+    assert again.score_config.score_steps == 'min' and again.score_lines.any()
+
+
 # 7.4 reward models, and checks of what they reward
+
+@pytest.mark.parametrize('flags', [[], ['--score_likelihood=True', '--score_steps=product']])
+def test_7_4_a_process_reward_model_learns_which_steps_are_right(rate, step_data, flags):
+    flags = [f'--dataset={step_data}', '--loss_type=process', '--learning_rate=4e-3', '--eval_rows=0', *flags]
+    assert rate(*flags, '--out_dir=whole', '--max_iters=40', '--eval_interval=40', '--batch_size=8')[0] == 0
+    first, last = [row for row in rows_of('whole') if 'val/loss' in row]
+    assert last['val/loss'] < first['val/loss'] and last['val/solution_accuracy'] > 0.9 < last['val/first_error']
+    assert last['val/accuracy_low'] <= last['val/accuracy'] > 0.95
+    samples = Path('whole/samples.txt').read_text()
+    assert 'right steps: ' in samples and 'some: ' in samples and 'wrong: mean' in samples
+    # the scorer of best-of-n has the same scores, whatever follows the answer
+    score = rollout.load_scorer('whole', lone())
+    good, bad, ended = score([(asked('How many?'), text) for text in (
+        '<think>It is 5.\nIt is 6.', '<think>It is 5.\nWho cares about 6?\nIt is 5.', '<think>It is 5.\nIt is 6.\n')])
+    assert good > bad + 1 and ended > bad + 1
+    status, out, err = rate(f'--dataset={step_data}', '--init_from=whole', '--check=True', '--eval_only=True',
+                            '--eval_split=test')
+    assert (status, err) == (0, '') and 'solutions of' in out and 'checks pass on' in out
+
+
+@pytest.mark.parametrize('flags', [[], ['--lora_rank=2']])
+def test_7_4_process_reward_models_resume_bit_for_bit(rate, step_data, flags):
+    flags = [f'--dataset={step_data}', '--loss_type=process', *flags]
+    assert rate(*flags, '--out_dir=whole')[0] == rate(*flags, '--out_dir=parts', '--max_iters=3',
+                                                      '--lr_decay_iters=6')[0] == 0
+    assert rate(*flags, '--out_dir=parts', '--init_from=resume')[0] == 0
+    assert same_weights('whole', 'parts')
+
+
+@pytest.mark.parametrize(('words', 'args'), [
+    (['holds preferences', 'not labelled steps'], ['--loss_type=process']),
+    (["loss_type='bt'", "score_steps='min'"], ['--score_steps=min']),
+    (['score_steps=min needs causal=True'], ['--loss_type=process', '--causal=False']),
+    (["score_steps='max'"], ['--loss_type=process', '--score_steps=max'])])
+def test_7_4_mistakes_with_process_reward_models_get_one_line(rate, words, args):
+    status, out, err = rate('--out_dir=run', *args)
+    assert status == 2 and err.count('\n') == 1 and not Path('run').exists() and all(word in err for word in words), err
+
+
+def test_7_4_steps_that_a_tokenizer_runs_together_are_refused():
+    row = {'prompt': asked('q'), 'completion': said('a\nb'), 'labels': [1, 0], 'where': 'x.jsonl, line 1'}
+    data, model = dataset.StepData([row], bytes_tokenizer(), 96), judge_of_steps(score_steps='min')
+    reward.check_steps(model, data)
+    model.score_lines[10] = 0  # a newline that is none
+    with pytest.raises(UserError, match='x.jsonl, line 1: 2 lines of steps, of which .* leave 1'):
+        reward.check_steps(model, data)
+
 
 def test_7_4_calibration_by_hand():
     # confidences 0.6, 0.6, 0.9, 0.9, 0.9; right: yes, no, yes, yes, yes: |0.6 - 0.5| 2/5 + |0.9 - 1| 3/5
@@ -8843,6 +9016,27 @@ def test_7_4_blocks_of_any_size_and_rows_without_answers(rate, prefer, pref_data
     for stage in (rate, prefer):
         status, out, err = stage('--dataset=mixed.jsonl', '--block_size=170', '--max_iters=2', '--out_dir=run')
         assert (status, err) == (0, ''), err
+
+
+def test_7_4_blanks_at_the_end_of_an_answer_are_not_read(scorer):
+    score = rollout.load_scorer(str(scorer), lone())
+    first, *others = score([(asked('Hi'), text) for text in ('It is 7.', 'It is 7. ', 'It is 7.\n \n')])
+    assert [first, first] == others and first != score([(asked('Hi'), ' It is 7.')])[0]
+    rows = [{'prompt': asked('Hi'), 'chosen': said('a \n'), 'rejected': said(' '), 'where': 'w'}]
+    ends = {strip: [bytes_tokenizer().decode(data.example(i)[0][data.example(i)[1]].tolist()) for i in (0, 1)]
+            for strip in (False, True) for data in [dataset.PrefData(rows, bytes_tokenizer(), 96, strip=strip)]}
+    assert ends == {False: ['a \n<|im_end|>', ' <|im_end|>'], True: ['a<|im_end|>', '<|im_end|>']}  # dpo.py reads all
+
+
+def test_7_4_dropout_of_the_base_is_off_unless_it_is_given(rate, base_run):
+    state = torch.load(base_run / 'ckpt.pt', weights_only=True)
+    state['model_args']['dropout'] = 0.5
+    Path('base').mkdir()
+    torch.save(state, 'base/ckpt.pt')
+    for name, flags, due in (('off', [], 0.0), ('on', ['--dropout=0.25'], 0.25)):
+        assert rate('--init_from=base', f'--out_dir={name}', '--max_iters=2', *flags)[0] == 0
+        assert rate('--init_from=resume', f'--out_dir={name}', '--max_iters=3')[0] == 0  # keeps its own
+        assert torch.load(f'{name}/ckpt.pt', weights_only=True)['model_args']['dropout'] == due
 
 
 def test_7_4_dropout_is_on_in_training_and_off_where_pairs_are_scored(rate):
@@ -9021,10 +9215,14 @@ def test_8_1_what_is_read_at_a_token_knows_nothing_of_it_or_of_what_follows(crit
             assert before[2][i, t] == pytest.approx(due.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize('steps', ['', 'min', 'product'])
 @pytest.mark.parametrize('head', ['last', 'mean'])
 @pytest.mark.parametrize('likelihood', [False, True])
-def test_8_1_values_of_a_reward_model_end_in_its_rewards(head, likelihood):
-    judge = built(state_of(tiny(tie_weights=False)), score_head=head, score_likelihood=likelihood).eval()
+def test_8_1_values_of_a_reward_model_end_in_its_rewards(head, likelihood, steps):
+    judge = built(state_of(tiny(tie_weights=False)), score_head=head, score_likelihood=likelihood,
+                  score_steps=steps).eval()
+    if steps:
+        judge.score_lines[:] = ids(61, vocab=4, seed=3)  # blanks, text, newlines, both
     torch.nn.init.normal_(judge.score.weight)
     judge.score_scale.copy_(torch.tensor([1.7, -0.4]))
     x, lengths = ids(3, 20), torch.tensor([20, 13, 9])

@@ -342,6 +342,12 @@ class Tokenizer:
         """Bytes of text that each id stands for, int32 (n_vocab,), 0 for specials: what bits per byte divide by."""
         return np.array([len(token) for token in self.tokens], dtype=np.int32)
 
+    def token_lines(self):
+        """What each id does to lines, uint8 (n_vocab,): 1 if its text is not blank, and 2 more if it has a newline."""
+        special = {*self.special.values()}
+        texts = [b'' if i in special else self.bytes_of[i] for i in range(self.n_vocab)]
+        return np.array([bool(text.strip()) + 2 * (b'\n' in text) for text in texts], dtype=np.uint8)
+
     def to_dict(self):
         """Everything, in plain JSON types; bytes are spelled as in GPT-2's files ('Ġ' is a space)."""
         spell = bytes.decode if self.kind == 'chars' else lambda token: ''.join([SPELLING[b] for b in token])

@@ -1,6 +1,7 @@
 """
 Word problems of grade school with worked solutions -> train.jsonl, val.jsonl, test.jsonl and unseen.jsonl here, and
-pairs of answers to others -> prefs_train.jsonl and so on. Rows of the former:
+pairs of answers to others -> prefs_train.jsonl and so on, and solutions with labelled steps -> stepwise_train.jsonl and
+so on. Rows of the first:
 
     {"messages": [{"role": "user", "content": "Mia has 17 apples. Ben gives her 25 more. How many apples …?"},
                   {"role": "assistant", "content": "<think>17 + 25 = 42 apples</think>\nMia has 42 apples."}],
@@ -11,10 +12,13 @@ come out even is written `23 / 5 = 4 remainder 3`. What training never sees: in 
 and, for each template, the numbers, which are others in val than in test; in unseen, the templates too. Choose a recipe
 and a checkpoint by val, report test.
 
-Rows of the latter are {"prompt": […], "chosen": […], "rejected": […]}, one answer right and clean, the other with one
-of DEFECTS, and the label flipped in `noise` of them, as people err, but for empty answers. A blank or a newline may
-follow either answer and says nothing about it. Beside the keys above they have "defect", "flipped" and "margin", by how
-much the better one's `grade.quality` is higher.
+Rows of prefs are {"prompt": […], "chosen": […], "rejected": […]}, one answer right and clean, the other with one
+of DEFECTS, and the label flipped in `noise` of them, as people err, but for empty answers; beside the keys above,
+"defect", "flipped" and "margin", by how much the better one's `grade.quality` is higher.
+
+Rows of stepwise are TRL's {"prompt": …, "completions": ["<think>17 + 25 = 43 apples</think>", "Mia has 43 apples."],
+"labels": [false, false]}: a step is a line of the solution, right if it is that of the right one. Half of the solutions
+have one of ERRORS ("defect"), after which they go on from the wrong number, so that all that depends on it is wrong.
 
     python data/wordproblems/prepare.py
     python data/wordproblems/prepare.py --train_rows=5000 --max_number=20 --max_steps=2 --seed=2
@@ -22,7 +26,7 @@ much the better one's `grade.quality` is higher.
     python data/wordproblems/prepare.py --tools=True --tool_share=0.3                       into ../wordproblems_mixed
 
 With tools the same rows call the calculator: `17 + 25 = <tool>17 + 25</tool>[42] apples`, and of a division that does
-not come out even for the remainder: `23 / 5 = 4 remainder <tool>23 - 4 * 5</tool>[3]`. There are no pairs then.
+not come out even for the remainder: `23 / 5 = 4 remainder <tool>23 - 4 * 5</tool>[3]`. There are chats alone then.
 """
 import random
 import re
@@ -38,14 +42,14 @@ from preparation import folder_for, write_rows
 from rows import fraction_of
 from tokenizer import UserError, calculate
 
-tools = False  # the steps call the calculator; this writes no pairs, and to another folder
+tools = False  # the steps call the calculator; this writes chats alone, and to another folder
 tool_share = 1.0  # with tools: in this share of the rows, so that a model learns both ways
 name = ''  # the dataset is written to data/NAME/; empty: wordproblems, wordproblems_tools or, of a share, _mixed
 train_rows = 60_000  # to learn from
 val_rows = 2_000  # with names and numbers held out, to choose by
 test_rows = 2_000  # with names and other numbers held out, to report
 unseen_rows = 1_000  # with templates held out, too
-pref_rows = 30_000  # pairs to learn from; of the other splits as many as they have rows
+pref_rows = 30_000  # pairs and solutions to learn from; of the other splits as many as they have rows
 noise = 0.1  # share of pairs whose label is flipped, in all splits; of those with an empty answer none is
 max_number = 30  # largest number to add or subtract; factors go to 12, quotients to 20, results to three times this
 max_steps = 4  # equations of the longest solutions, 1 to 4
@@ -57,8 +61,9 @@ HELD_NUMBERS = 0.1  # share of a template's numbers that are for val, and as man
 # the working, which is missing; it goes on after the answer; it is rude; it breaks off; there is none
 DEFECTS = {'wrong_answer': 30, 'wrong_step': 20, 'no_working': 12, 'rambling': 12, 'rude': 10, 'truncated': 10,
            'empty': 6}
-# what follows an answer of a pair, good or bad, so that it carries no information: half of the answers end clean
-TAILS = ('', '', ' ', '\n')
+# what is wrong with a solution whose steps are labelled: the result of a step, a step that takes another number or
+# another operation than it should, the sentence that gives the result; or a step's result, while the rest is right
+ERRORS = ('slip', 'wrong_number', 'wrong_operation', 'wrong_sentence', 'lone_slip')
 
 NAMES = {  # every sixth is held out
     'she': 'Mia Aisha Yuki Priya Elena Fatima Ingrid Chloe Amara Sofia Leila Hana Zoe Nadia Carmen Olga Maya Freya '
@@ -428,16 +433,26 @@ def read_templates():
     return templates
 
 
-def solve(plan, numbers):
-    """The numbers and all results of a plan; None if one is out of bounds or a division even that should not be."""
-    values = dict(numbers)
-    for step, (name, rest, x, op, y, _) in enumerate(plan, 1):
+def follow(plan, values, first=0):
+    """Values and the results of a plan's steps from first on; None if one is below 1 or a division even that should not
+    be, or not even."""
+    values = dict(values)
+    for name, rest, x, op, y, _ in plan[first:]:
         x, y = (values[z] if z in values else int(z) for z in (x, y))
         value, remainder = {'+': (x + y, 0), '-': (x - y, 0), '*': (x * y, 0), '/': divmod(x, y)}[op]
-        low, high = (1 if step == len(plan) else 2), (20 if op == '/' else max(180, 3 * max_number))
-        if not low <= value <= high or bool(rest) != bool(remainder):
+        if value < 1 or bool(rest) != bool(remainder):
             return None
         values |= {name: value, rest: remainder}
+    return values
+
+
+def solve(plan, numbers):
+    """The numbers and all results of a plan; None if it does not go, see `follow`, or one is out of bounds."""
+    values = follow(plan, numbers)
+    for step, (name, _, _, op, _, _) in enumerate(plan if values else [], 1):
+        low, high = (1 if step == len(plan) else 2), (20 if op == '/' else max(180, 3 * max_number))
+        if not low <= values[name] <= high:
+            return None
     return values
 
 
@@ -498,11 +513,17 @@ def draw_problem(template, split, draw):
     values = draw_values(template, split, draw)
     scene = dict(zip('ABC', draw.sample(LEARNED_NAMES if split == 'train' else HELD_NAMES, 3), strict=True)) | values
     scene |= PRONOUNS[PERSONS[scene['A']]]
-    question, lines = fill(template['question'], scene, draw), []
-    for name, rest, x, op, y, unit in template['plan']:
+    question = fill(template['question'], scene, draw)
+    return question, working(template['plan'], scene, values, draw), scene, values
+
+
+def working(plan, scene, values, draw):
+    """The lines of a plan, with these numbers; scene has them, too."""
+    lines = []
+    for name, rest, x, op, y, unit in plan:
         result = f'{values[name]} remainder {values[rest]}' if rest else phrase(f'{name} {unit}'.strip(), scene, draw)
         lines.append(f'{values.get(x, x)} {op} {values.get(y, y)} = {result}')
-    return question, lines, scene, values
+    return lines
 
 
 def with_call(line):
@@ -537,16 +558,7 @@ def asked(template):
 def draw_pref(template, split, draw):
     """A pair of answers to one question, the worse one with a defect, now and then labelled the wrong way round."""
     question, lines, scene, values = draw_problem(template, split, draw)
-    state = draw.getstate()
-
-    def result(values):
-        """The sentence that gives these results, in the same words whenever it is asked for."""
-        now = draw.getstate()
-        draw.setstate(state)
-        text = fill(template['result'], scene | values, draw)
-        if now != state:
-            draw.setstate(now)
-        return text
+    result = sentence_of(template, scene, draw)
     name, (defect,) = asked(template), draw.choices(list(DEFECTS), list(DEFECTS.values()))
     better, answer = solution(lines, result(values)), values[name]
     while True:
@@ -556,11 +568,67 @@ def draw_pref(template, split, draw):
         if margin > 0.01:  # a text may break off where nothing is missing, a wrong step be true
             break
     flipped = bool(worse) and draw.random() < noise  # nobody prefers no answer
-    prompt, answers = [{'role': 'user', 'content': question}], [
-        [{'role': 'assistant', 'content': text + draw.choice(TAILS)}] for text in (better, worse)]
+    prompt, answers = [{'role': 'user', 'content': question}], [[{'role': 'assistant', 'content': text}]
+                                                                for text in (better, worse)]
     chosen, rejected = answers[::-1] if flipped else answers
     return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | row | {
         'defect': defect, 'flipped': flipped, 'margin': round(margin, 3)}
+
+
+def sentence_of(template, scene, draw):
+    """A function that gives the sentence with these results, in the same words whenever it is asked for."""
+    state = draw.getstate()
+
+    def result(values):
+        now = draw.getstate()
+        draw.setstate(state)
+        text = fill(template['result'], scene | values, draw)
+        if now != state:
+            draw.setstate(now)
+        return text
+    return result
+
+
+def draw_stepwise(template, split, draw):
+    """A solution whose steps are labelled, half of them with one of ERRORS."""
+    question, right, scene, values = draw_problem(template, split, draw)
+    result, name, plan = sentence_of(template, scene, draw), asked(template), template['plan']
+    right = [*right, result(values)]
+    steps, error, flawed = right, 'none', draw.random() < 0.5
+    while flawed and steps == right:  # an error may change nothing, or no whole numbers come out
+        error, step = draw.choice(ERRORS), draw.randrange(len(plan))
+        wrong_plan, wrong = with_error(error, plan, values, name, step, draw)
+        if wrong:
+            steps = [*working(wrong_plan, scene | wrong, wrong, draw), result(wrong)]
+        if error == 'lone_slip':
+            steps = [*right[:step], steps[step], *right[step + 1:]]
+        if error == 'wrong_sentence':
+            steps = [*right[:-1], steps[-1]]
+    labels = [step == due for step, due in zip(steps, right, strict=True)]
+    steps = solution(steps[:-1], steps[-1]).split('\n')
+    return {'prompt': [{'role': 'user', 'content': question}], 'completions': steps, 'labels': labels,
+            'answer': str(values[name]), 'grader': 'number', 'steps': len(plan), 'kind': template['kind'],
+            'defect': error}
+
+
+def with_error(error, plan, values, name, step, draw):
+    """A plan and its values with one of ERRORS in a step; the values are None where no whole numbers come out."""
+    result, rest, x, op, y, unit = plan[step]
+    slip = draw.choice((-10, -2, -1, 1, 2, 10))
+    if error == 'wrong_sentence':
+        return plan, values | {name: max(1, values[name] + slip)}
+    if error in ('slip', 'lone_slip'):
+        return plan, follow(plan, values | {result: max(1, values[result] + slip)}, step + 1)
+    later = {number for other in plan[step:] for number in other[:2]}
+    known = draw.choice([number for number in values if number and number not in later])
+    if error == 'wrong_operation':
+        op = draw.choice('+-*/')
+    elif draw.random() < 0.5:
+        x = known
+    else:
+        y = known
+    plan = [*plan[:step], (result, rest, x, op, y, unit), *plan[step + 1:]]
+    return plan, follow(plan, values, step)
 
 
 def spoil(defect, lines, result, values, name, draw):
@@ -627,6 +695,7 @@ def main():
     splits = {split: draw_rows(split, n, templates) for split, n in counts.items()}
     for split, n in ({} if tools else counts | {'train': pref_rows}).items():
         splits[f'prefs_{split}'] = draw_rows(split, n, templates, draw_pref, 'prefs ')
+        splits[f'stepwise_{split}'] = draw_rows(split, n, templates, draw_stepwise, 'stepwise ')
     write_rows(folder, splits, f'{len(templates)} templates, max_number {max_number}, max_steps {max_steps}, '
                                f'seed {seed}{f", with tools in {tool_share:.0%} of the rows" * tools}')
 
