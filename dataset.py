@@ -857,7 +857,7 @@ MARKERS = {'<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|eot_id|>', '<
 def templated_text(row, own):
     """The first text of a row that has been through a chat template, or '': one that begins or ends with a marker, of
     MARKERS or own, or has two of them."""
-    for m in [*row.get('messages', []), *row.get('prompt', []), *row.get('chosen', []), *row.get('rejected', [])]:
+    for m in [m for key in ('messages', 'prompt', 'chosen', 'rejected', 'completion') for m in row.get(key, [])]:
         found = [marker for marker in MARKERS | own if marker in m['content']]
         text = m['content'].strip() if found else ''
         if len(found) > 1 or any(text.startswith(marker) or text.endswith(marker) for marker in found):
