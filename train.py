@@ -29,7 +29,7 @@ from tokenizer import UserError
 
 # where and what
 out_dir = 'out/train'  # directory of the run: checkpoints, metrics, samples
-init_from = 'scratch'  # 'scratch', a model as sample.py takes it, 'resume', or 'auto:MODEL': resume if out_dir has a run
+init_from = 'scratch'  # 'scratch', a model as sample.py takes it, 'resume', 'auto:MODEL': resume if out_dir has a run
 upcycle_noise = 0.0  # init_from a dense model, with n_expert: noise on the experts' copies of its MLPs, in their std
 dataset = 'shakespeare'  # folder in data/ (prepared if it is not yet), or a path to a prepared folder
 seed = 1337  # of initial weights, order of the data, dropout and samples
