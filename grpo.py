@@ -141,7 +141,7 @@ max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gra
 tensorboard_log = False  # log to out_dir/tensorboard
 wandb_log = False  # log to Weights & Biases
 wandb_project = 'flatgpt'  # Weights & Biases: project
-wandb_run_name = 'grpo'  # Weights & Biases: name of the run
+wandb_run_name = ''  # Weights & Biases: name of the run; empty = out_dir
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it

@@ -355,10 +355,15 @@ def load_to_generate(init_from, device, dtype='auto', quant='auto', batch_invari
 def load_model(init_from, scores=False, **overrides):
     """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
 
-    The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in float32 unless a
-    checkpoint says otherwise. scores: whether it is to be a RewardModel. overrides: fields of GPTConfig. Raises
-    UserError with one line.
+    The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in evaluation mode, in
+    float32 unless a checkpoint says otherwise. scores: whether it is to be a RewardModel. overrides: fields of
+    GPTConfig. Raises UserError with one line.
     """
+    model, tokenizer = _load_model(init_from, scores, overrides)
+    return model.eval(), tokenizer
+
+
+def _load_model(init_from, scores, overrides):
     path = Path(init_from)
     if scores and (path.exists() or init_from in HUB) and not is_run(init_from):
         raise UserError(NO_SCORER.format(init_from))

@@ -1031,7 +1031,7 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning, reduction == 'details')
         if reduction == 'mean':
-            return losses / (targets != -100).sum()
+            return losses / (targets != -100).sum().clamp(min=1)
         return losses[0] if reduction == 'none' else losses
 
     def router_loss(self):

@@ -131,7 +131,7 @@ max_bad_steps = 10  # stop after this many skipped updates in a row (loss or gra
 tensorboard_log = False  # log to out_dir/tensorboard
 wandb_log = False  # log to Weights & Biases
 wandb_project = 'flatgpt'  # Weights & Biases: project
-wandb_run_name = 'ppo'  # Weights & Biases: name of the run
+wandb_run_name = ''  # Weights & Biases: name of the run; empty = out_dir
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
@@ -298,7 +298,7 @@ def make_critic(policy):
     if model.config.block_size < policy.config.block_size:
         raise UserError(f"critic='separate': block_size={model.config.block_size} of {reward_model} must be >= "
                         f'{policy.config.block_size}, that of the policy')
-    return model
+    return model.train()
 
 
 def minibatches(n_prompts, per_prompt, size, epochs, seed):

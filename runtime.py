@@ -1059,7 +1059,7 @@ class Run:
         return path
 
     def open(self, config, step=None, tensorboard_log=False, wandb_log=False, wandb_project='flatgpt',  # noqa: C901
-             wandb_run_name=None):
+             wandb_run_name=''):
         """Makes the run's directory ready and starts the loggers.
 
         config: the knobs, for wandb and for whoever reads a checkpoint. step: of the checkpoint that the run resumes
@@ -1078,8 +1078,8 @@ class Run:
                 known = self.out_dir / 'wandb_id'  # a resumed run continues there too
                 id = known.read_text(encoding='utf-8') if step is not None and known.exists() else None
                 try:
-                    self._wandb = wandb.init(project=wandb_project, config=config, id=id, name=wandb_run_name,
-                                             resume='allow')
+                    self._wandb = wandb.init(project=wandb_project, config=config, id=id, resume='allow',
+                                             name=wandb_run_name or str(self.out_dir))
                 except wandb.Error as error:
                     raise UserError(f'wandb_log=True: {str(error).splitlines()[0]}') from None
             if tensorboard_log:

@@ -34,7 +34,7 @@ import torch
 
 from generate import generate, stream
 from grade import final_answers, majority
-from load import fields_of, load_to_generate
+from load import fields_of, is_run, load_to_generate
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
@@ -64,7 +64,7 @@ best_of = 0  # of a chat: draw so many answers and show the one that reward_mode
 reward_model = ''  # of best_of: a run of reward.py, from the same base
 # instead of an answer
 show = ''  # of the text itself: 'probs', of each token, or 'attention', the maps of all layers and heads as a picture
-show_file = 'attention.png'  # of 'attention': where the picture goes, .png or .svg
+show_file = ''  # of 'attention': where the picture goes, .png or .svg; empty: attention.png in the run's directory
 # machine
 seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
@@ -256,7 +256,7 @@ def show_attention(model, tokenizer, ids, source=None):
     for row, (name, weights) in zip(panels, maps, strict=True):
         for head, axes in enumerate(row):
             if head < len(weights):
-                axes.imshow(weights[head].cpu().numpy(), cmap='Greys', vmin=0, vmax=1)
+                image = axes.imshow(weights[head].cpu().numpy(), cmap='Greys', vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(f'{name}, head {head}', fontsize=6)
@@ -265,11 +265,14 @@ def show_attention(model, tokenizer, ids, source=None):
             row[0].set_yticks(range(weights.shape[1]), read if name.startswith('encoder') else said, fontsize=5)
             for axes in row[:len(weights)]:
                 axes.set_xticks(range(weights.shape[2]), seen, fontsize=5, rotation=90)
+    figure.colorbar(image, ax=panels, label='weight', fraction=0.03).ax.tick_params(labelsize=6)
+    run = Path(init_from) if Path(init_from).is_dir() else Path(init_from).parent
+    file = Path(show_file or (run if is_run(init_from) else Path()) / 'attention.png')
     try:
-        figure.savefig(show_file, dpi=100)
+        figure.savefig(file, dpi=100)
     except (OSError, ValueError) as error:
-        raise UserError(f'show_file={show_file}: {getattr(error, "strerror", None) or error}') from None
-    print(f'{show_file}: {len(maps)} rows of layers, {len(maps[0][1])} heads, {len(ids)} tokens; row t of a panel is '
+        raise UserError(f'show_file={file}: {getattr(error, "strerror", None) or error}') from None
+    print(f'{file}: {len(maps)} rows of layers, {len(maps[0][1])} heads, {len(ids)} tokens; row t of a panel is '
           'what token t sees')
 
 

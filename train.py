@@ -66,7 +66,7 @@ sample_tokens = 100  # length of the sample at each evaluation; 0 = none
 tensorboard_log = False  # log to out_dir/tensorboard
 wandb_log = False  # log to Weights & Biases
 wandb_project = 'flatgpt'  # Weights & Biases: project
-wandb_run_name = 'train'  # Weights & Biases: name of the run
+wandb_run_name = ''  # Weights & Biases: name of the run; empty = out_dir
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto = the best available
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits if the device is faster at it
