@@ -182,7 +182,7 @@ def check_command(words, copies):  # noqa: C901
     elif program == 'pip':
         if missing := [name for name in args if name.endswith('.txt') and not (ROOT / name).exists()]:
             raise DocError(f'{missing[0]}: no such file')
-    elif program in ('python', 'torchrun'):
+    elif program in ('python', 'python3', 'torchrun'):
         if args[:2] == ['-m', 'pytest']:
             return check_tests(args[2:])
         if args[0] == '-m':

@@ -187,8 +187,8 @@ FAULTS = [
     Fault('values_look_ahead', 'reward_model.py', 'F.pad(losses.cumsum(1), (1, 0))[:, :-1]', 'losses.cumsum(1)',
           'test_8_1 and (values or knows_nothing)'),
     # runtime.py
-    Fault('exit_status', 'runtime.py', "int(os.environ.get('RANK', 0)), 2\n",
-          "int(os.environ.get('RANK', 0)), 1\n", 'test_0_1 and bad_knobs'),
+    Fault('exit_status', 'runtime.py', 'status = 2\n            _report', 'status = 1\n            _report',
+          'test_0_1 and bad_knobs'),
     Fault('warmup_from_zero', 'optim.py', 'return (step + 1) / (warmup + 1)', 'return step / (warmup + 1)',
           'test_4_2 and schedules'),
     Fault('decay_off_by_one', 'optim.py', '(step - begin) / max(1, decay - begin)',
@@ -667,8 +667,13 @@ FAULTS = [
     Fault('overlap_counts_twice', 'bench.py', 'total += max(0.0, finish - max(begin, end))',
           'total += finish - begin', 'test_0_4 and overlap'),
     # plot.py
+    Fault('sweep_pooled', 'plot.py', "if why or len(alike) == 1 else", 'if len(alike) == 1 else',
+          'test_0_4_several'),
     Fault('t_interval', 'plot.py', 'statistics.stdev(values) / len(values) ** 0.5 * quantile',
           'statistics.stdev(values) / len(values) * quantile', 'test_3_6 and students'),
+    # load.py
+    Fault('damaged_weights_taken', 'load.py', "and about['sum'] == _sum_of(tensors)", '',
+          'test_10_5_dequantised'),
     # pipeline.py
     Fault('stale_stages_kept', 'pipeline.py', 'hashlib.sha256(path.read_bytes()).hexdigest()', "''",
           'test_0_4 and not_done'),

@@ -816,6 +816,46 @@ def test_0_1_help_prints_every_knob_with_its_comment(run_stage):
     for line in (ROOT / 'train.py').read_text().split('def ')[0].splitlines():
         if re.match(r'[a-z]\w* = ', line):
             assert line.split('  # ')[1] in out, line
+    assert out.count('--sample_start=\\n ') == 1 and out.count('\n\nbatches\n  --batch_size=12 ') == 1
+    Path('c.py').write_text('batch_size = 3\nn_layer = 5\n')
+    status, out, _ = run_stage('train', 'c.py', '--help', '--max_iters=7')  # the values in force
+    assert status == 0 and all(f'--{knob} ' in out for knob in ('batch_size=3', 'n_layer=5', 'max_iters=7'))
+    assert out.index('\n\nGPTConfig in model.py\n') < out.index('--n_layer=5')
+
+
+def test_0_1_a_directory_alone_is_the_model(run_stage, base_run):
+    sample = ['--start=To be', '--max_new_tokens=4', '--device=cpu']
+    first = run_stage('sample', f'--init_from={base_run}', *sample)
+    assert first[0] == 0 and run_stage('sample', base_run, *sample) == run_stage('sample', *sample,
+                                                                                base_run / 'ckpt.pt') == first
+    status, _, err = run_stage('sample', 'out/nosuch')
+    assert status == 2 and 'no such config file' in err and 'the directory of a model' in err
+
+
+def test_0_1_under_torchrun_one_process_speaks_and_torchrun_ends_with_it(monkeypatch, capsys, tmp_path):
+    def fail():
+        raise UserError('a knob')
+    said = []
+    for rank, record in (('0', 'a'), ('1', 'b'), ('1', '')):
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / record) if record else '')
+        with pytest.raises(SystemExit) as end:
+            runtime.cli(fail)
+        assert end.value.code == 2
+        said.append(capsys.readouterr().err)
+    assert said == ['error: a knob\n', '', 'rank 1: error: a knob\n']
+    failure = torch.distributed.elastic.multiprocessing.errors.ProcessFailure(1, 2, 2, str(tmp_path / 'b'))
+    summary = str(torch.distributed.elastic.multiprocessing.errors.ChildFailedError('train.py', {1: failure}))
+    assert 'error: a knob' in summary.splitlines()[-2]
+
+
+def test_0_1_pythons_lines_in_the_readme_run(run_stage, base_run):
+    (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    found = {}
+    exec(code.replace("'out/tiny'", repr(str(base_run))), found)
+    assert found['loss'].item() > 0 and not found['model'].training and found['model'].tok_emb.weight.grad is None
+    before = load.load_model(base_run)[0]
+    assert not before.training and not torch.equal(before.tok_emb.weight, found['model'].tok_emb.weight)
 
 
 @pytest.mark.parametrize('args, words', [
@@ -1530,6 +1570,13 @@ def test_0_2_what_is_no_text_in_a_folder_is_left_out_and_named(house):
     refuses(house, [(['sub: no text among 1 files', 'pic.PNG, a .png file'], 'text --name=n --input=notes/sub'),
                     (['pic.PNG: a .png file is no text'], 'text --name=n --input=notes --input=notes/sub/pic.PNG'),
                     (['photo: a NUL at byte 1'], 'text --name=n --input=notes/photo')])
+    (notes / 'old.txt').write_bytes(b'caf\xe9')
+    (notes / 'r.jsonl').write_text('{"text": "three"}\n{"txt": 1}\n{"text\n{"text": "four"}\n')
+    refuses(house, [(['old.txt: byte 3 is not UTF-8', '--strict=False'], 'text --name=n --input=notes'),
+                    (['r.jsonl, line 2', '--strict=False'], 'text --name=n --input=notes/r.jsonl')])
+    (status, out, err), = house('text --name=notes --tokenizer=bytes --input=notes --strict=False --val_fraction=0.2')
+    assert status == 0 and 'left out 4 files' in out and 'notes/old.txt' in out, err
+    assert '4 documents in 3 files' in out and 'left out 2 rows; the first: notes/r.jsonl, line 2: no' in out
 
 
 def test_0_2_text_that_is_none_is_refused(house):
@@ -2039,8 +2086,13 @@ def test_0_4_bench_stream(run_stage, tmp_path):
 
 
 def test_0_4_several_metrics_of_several_runs_are_drawn(run_stage, tmp_path):
+    def run_of(name, **knobs):
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = {'out_dir': name, 'seed': 1, 'learning_rate': 1e-3} | knobs
+        runtime.save_checkpoint(tmp_path / name / 'ckpt.pt', {'config': config, 'model_args': {'n_layer': 2}})
+
     for seed in (1, 2):
-        (tmp_path / f'run_{seed}').mkdir()
+        run_of(f'run_{seed}', seed=seed, init_from=f'out/base_{seed}')
         rows = [{'iter': i, 'val/kl': i / 2, 'val/reward': i + seed, 'val/gold': 1 - i / 10} for i in range(3)]
         (tmp_path / f'run_{seed}/metrics.jsonl').write_text('\n'.join(map(json.dumps, [*rows, {'iter': 3, 'lr': 1}])))
     status, out, err = run_stage('plot', 'run_*', '--metric=val/reward,val/gold', '--axis=val/kl')
@@ -2048,7 +2100,18 @@ def test_0_4_several_metrics_of_several_runs_are_drawn(run_stage, tmp_path):
     rows = json.loads(Path('out/plot/curves.json').read_text())['rows']
     assert [(row['metric'], row['count']) for row in rows] == [('val/reward', 2), ('val/gold', 2)]
     assert rows[0]['at the end'] == pytest.approx(3.5) and rows[1]['val/kl at the end'] == 1
-    assert Path('out/plot/curves.svg').stat().st_size > 1000
+    assert Path('out/plot/curves.svg').stat().st_size > 1000 and 'seeds of one run: run_1, run_2\n' in out
+    for knobs, why in (({'seed': 2, 'learning_rate': 1e-4}, 'they differ in init_from, learning_rate'),
+                       ({'seed': 1, 'init_from': 'out/base_1'}, 'their seed is the same'),
+                       ({'seed': 2, 'init_from': 'out/base_1'}, 'they differ in init_from'),
+                       (None, 'a checkpoint is missing')):
+        run_of('run_2', **knobs or {})
+        if knobs is None:
+            Path('run_2/ckpt.pt').unlink()
+        status, out, err = run_stage('plot', 'run_1', 'run_2', '--metric=val/gold')
+        assert status == 0 and f'not pooled: run_1, run_2: {why}' in out
+        assert [row['count'] for row in json.loads(Path('out/plot/curves.json').read_text())['rows']] == [1, 1]
+    run_of('run_2', seed=2, init_from='out/base_2')
     for seed, share in ((1, 0.6), (2, 1.0)):  # the interval over two seeds is wide, and a share is at most 1
         row = {'iter': 1, 'val/correct': share, 'val/loss': share}
         (tmp_path / f'run_{seed}/metrics.jsonl').write_text(json.dumps(row))
@@ -2773,7 +2836,7 @@ def test_1_2_attention_is_drawn(run_stage, base_run):
     status, out, err = run_stage('sample', f'--init_from={base_run}', '--start=To be', '--show=attention',
                                  '--show_file=maps.svg', '--device=cpu')
     assert (status, err) == (0, '') and 'maps.svg: 2 rows of layers, 2 heads, 5 tokens' in out
-    assert Path('maps.svg').read_text().count('<image') == 4
+    assert Path('maps.svg').read_text().count('<image') == 5  # the maps and their scale
 
 
 # 1.3 multi-head attention
@@ -3861,6 +3924,33 @@ def test_2_5_chat(run_stage, tmp_path, monkeypatch):
     status, _, err = run_stage('sample', f'--init_from={run}', *long)
     assert status == 2 and err.count('\n') == 1 and 'block_size=128' in err
     assert run_stage('sample', f'--init_from={run}', *long, '--window=16', '--n_sink=2', '--max_new_tokens=300')[0] == 0
+
+
+def test_2_5_a_chat_is_sampled_as_the_model_asks(run_stage, tmp_path, monkeypatch):
+    model = tiny(vocab_size=260, block_size=128, mlp='gelu_tanh', norm='layernorm')
+    convert.to_hf(model, tmp_path / 'hf', bytes_tokenizer())
+    generation_config = json.loads((tmp_path / 'hf/generation_config.json').read_text())
+    asked = []
+    monkeypatch.setattr(generation, 'stream', lambda model, prompts, *a, **o: asked.append(
+        [o['temperature'], o['top_p'], o['top_k']]) or stream(model, prompts, *a, **o))
+    own = {'do_sample': True, 'temperature': 0.6, 'top_k': 20}
+    for values, flags in (({}, ['--start=a']), ({}, ['--chat=True', '--start=a']),
+                          (own, ['--chat=True', '--start=a']), (own, ['--chat=True', '--start=a', '--top_k=0']),
+                          (own | {'do_sample': False}, ['--chat=True', '--start=a', '--temperature=0.8'])):
+        (tmp_path / 'hf/generation_config.json').write_text(json.dumps(generation_config | values))
+        assert run_stage('sample', 'hf', '--max_new_tokens=2', '--device=cpu', *flags)[0] == 0
+    assert asked == [[0.8, 1.0, 0], [0.2, 0.9, 0], [0.6, 1.0, 20], [0.6, 1.0, 0], [0.8, 0.9, 0]]
+    (tmp_path / 'hf/generation_config.json').write_text(json.dumps(generation_config | own))
+    model, tokenizer = load.load_model('hf')  # what the model asks for goes with it: into a run, and out again
+    tokenizer = tok.Tokenizer.from_dict(tokenizer.to_dict())
+    convert.to_hf(model, tmp_path / 'again', tokenizer)
+    assert own.items() <= json.loads((tmp_path / 'again/generation_config.json').read_text()).items()
+    assert 'sampling' not in (tmp_path / 'again/tokenizer_config.json').read_text()
+    gguf_format.to_gguf(model, tmp_path / 'm.gguf', tokenizer)
+    assert gguf_format.from_gguf(tmp_path / 'm.gguf')[1].sampling == {'temperature': 0.6, 'top_k': 20}
+    assert serve_file.read_options({'top_k': 3}, 'chat', 9, tokenizer.sampling).sampling[:2] == (0.6, 3)
+    with pytest.raises(UserError, match="temperature='warm'"):
+        tok.Tokenizer.from_dict(tokenizer.to_dict() | {'config': {'sampling': {'temperature': 'warm'}}})
 
 
 def test_2_5_a_chat_keeps_its_system_message_and_can_be_saved(run_stage, tmp_path, monkeypatch):
@@ -7109,6 +7199,16 @@ def test_6_4_evaluation_alone_grades_answers_and_trains_nothing(tune, base_run, 
     assert len(rows) == 8 * 3 and all({'text', 'correct', 'f1', 'exact', 'rouge_l'} <= row.keys() for row in rows)
 
 
+def test_6_4_a_sample_shows_what_the_model_read():
+    system = {'role': 'system', 'content': 'Kind.'}
+    row = {'messages': [system, *asked('Hi'), *said('Yes?'), *asked('So?'), *said('gold')]}
+    assert grading.format_answer(row, 'I', {}).split('\n') == [
+        'system: Kind.', 'user: Hi', 'assistant: Yes?', 'user: So?', '  -> I', '  (no gold)']
+    row['messages'][0]['content'] = 'x' * 5000
+    shown = grading.format_answer(row, 'I', {})
+    assert shown.startswith('…xxx') and shown.endswith('user: So?\n  -> I\n  (no gold)') and len(shown) < 700
+
+
 def test_6_4_prompts_without_a_gold_answer_have_no_marks_against_one():
     row = {'messages': asked('Who?') + [{'role': 'assistant', 'content': ''}]}
     assert grading.grades(row, '') == {} and grading.format_answer(row, 'I', {}).endswith('(no gold)')
@@ -7569,7 +7669,7 @@ def test_6_6_malformed_rows_stop_a_run_or_are_counted(tune, tmp_path):
     del rows[4]['messages'][1]['content']
     Path('mine.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     status, out, err = tune('--dataset=mine.jsonl', '--out_dir=run')
-    assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line 5' in err
+    assert status == 2 and err.count('\n') == 1 and 'mine.jsonl, line 5' in err and '--strict=False' in err
     status, out, err = tune('--dataset=mine.jsonl', '--out_dir=run', '--strict=False')
     assert (status, err) == (0, '') and '1 malformed' in out
 
@@ -8465,7 +8565,7 @@ def test_7_1_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
         ids_, counted = data.example(i)
         assert tokenizer.decode(ids_[counted].tolist()) == ['a' * 20, 'b' * 30, 'yes', 'no'][i] + '<|im_end|>'
     assert data.texts([1, 0]).tolist() == [2, 0, 3, 1] and data.left_out(['bad']) == (
-        '2 rows; left out: 1 malformed, 1 too long; truncated: 1; the first malformed one: bad')
+        '2 rows; left out: 1 malformed, 1 too long; truncated: 1; the first malformed: bad')
 
 
 def test_7_1_what_the_assistant_said_earlier_in_a_prompt_does_not_count():
@@ -14115,6 +14215,40 @@ def test_10_5_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='pip install huggingface_hub'):
         load.load_model('gpt2')
+
+
+def test_10_5_dequantised_weights_are_kept_until_they_are_damaged(tmp_path, monkeypatch):
+    source, reads = tmp_path / 'm.gguf', []
+    gguf_format.to_gguf(tiny(vocab_size=270, **LEAVES['llama']), source, bytes_tokenizer(), 'q8_0')
+    monkeypatch.setattr(load, 'fetch_smollm2', lambda: source)
+    monkeypatch.setattr(load, 'from_gguf', lambda path: reads.append(path) or gguf_format.from_gguf(path))
+    kept, (wanted, tokenizer) = tmp_path / 'm.f32.safetensors', gguf_format.from_gguf(source)
+
+    def check(count):
+        model, t = load.load_model('smollm2', dropout=0.5)
+        assert len(reads) == count and model.config.dropout == 0.5 and t.to_dict() == tokenizer.to_dict()
+        assert all(map(torch.equal, model.state_dict().values(), wanted.state_dict().values()))
+        return model
+    check(1)
+    model = check(1)
+    with torch.no_grad():
+        model.tok_emb.weight.add_(1)  # in memory, not in the file
+    check(1)
+    whole = kept.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-9] ^= 1
+    for count, damaged in enumerate((flipped, whole[:-50], b'', whole[:40] + b'x' + whole[41:]), 2):
+        kept.write_bytes(damaged)
+        check(count)
+        assert kept.read_bytes() == whole
+    gguf_format.to_gguf(tiny(vocab_size=280, **LEAVES['llama']), tmp_path / 'n.gguf', bytes_tokenizer(), 'q8_0')
+    (tmp_path / 'n.gguf').replace(source)  # another download
+    wanted, tokenizer = gguf_format.from_gguf(source)
+    check(6)
+    kept.unlink()
+    monkeypatch.setattr(runtime, 'lock_file', lambda file: (_ for _ in ()).throw(BlockingIOError()))
+    check(7)  # another process writes it now
+    assert not kept.exists()
 
 
 def test_10_5_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
