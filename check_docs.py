@@ -29,7 +29,7 @@ only = ''  # run the commands with one of these texts in them, with commas betwe
 ROOT = Path(__file__).parent
 # (text in a command, why `check_docs.py` does not run it; test_all.py still checks its flags and files)
 NOT_RUN = (
-    ('pip install', 'installs packages'), ('uv run', 'needs uv'),
+    ('pip install', 'installs packages'), ('-m venv', 'makes an environment'), ('uv run', 'needs uv'),
     ('python -m pytest', 'the tests are run by themselves'),
     ('python faults.py', 'runs the tests once for each fault'), ('python check_docs.py', 'is this command'),
     ('python serve.py', 'serves until it is stopped'), ('--nproc_per_node=8', 'needs 8 GPUs'), ('SLURM', 'needs Slurm'),

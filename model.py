@@ -1023,7 +1023,8 @@ class GPT(nn.Module):
         if len(h) <= chunk_rows(self.config.vocab_size, device_type) or not isinstance(self.head, nn.Linear):
             logits = tempered(self.logits(h), temperature)
             if reduction != 'details':
-                return F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+                loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+                return torch.where((targets != -100).any(), loss, 0.0) if reduction == 'mean' else loss  # of none: 0
             logprobs = logits.log_softmax(-1)
             entropies = -(logprobs.exp() * logprobs).sum(-1) * (targets != -100)
             return F.nll_loss(logprobs, targets, ignore_index=-100, reduction='none'), entropies

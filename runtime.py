@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -255,11 +256,13 @@ def read_config(path, namespace=None):
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
-        files = [*Path('config').glob('*.py')]
+        files = [*(run.parent for run in Path(path).parent.glob('*/ckpt.pt')), *Path('config').glob('*.py')]
         near = difflib.get_close_matches(Path(path).stem, [file.stem for file in files], n=1)
         files = [str(file) for file in files if file.stem in near]
         hint = f'did you mean {files[0]}?' if files else \
-            'give a config file (config/*.py), the directory of a model, or --key=value'
+            'give a config file (config/*.py), the directory of a model or --key=value'
+        if 'init_from' in (namespace or {}) and Path(path).name == Path(path).stem == str(path):
+            hint += f' (a model by its name: --init_from={path})'
         raise UserError(f'{path}: no such config file; {hint}') from None
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as error:
         raise UserError(f'{path}: not a config file of plain assignments ({error})') from None
@@ -1338,7 +1341,8 @@ class Run:
                 self._wandb.finish()
             if self._tensorboard:
                 self._tensorboard.close()
-        self.print0(f'plot its metrics: python plot.py {self.out_dir}')
+        if importlib.util.find_spec('matplotlib'):
+            self.print0(f'plot its metrics: python plot.py {self.out_dir}')
         if stop:
             again = [*(a for a in sys.argv if not a.startswith('--init_from=')), '--init_from=resume']
             self.print0(f'stopped at step {step}; resume with: {self.command(again)}')

@@ -3661,6 +3661,15 @@ def test_2_3_only_targets_that_count_are_in_the_loss():
         torch.testing.assert_close(model(idx, targets, reduction=reduction), expected)
 
 
+@pytest.mark.parametrize('rows', [1, 1 << 20])
+def test_2_3_a_batch_without_a_target_has_loss_0(rows, monkeypatch):
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda *_: rows)
+    model = tiny()
+    loss = model(ids(3, 20), torch.full((3, 20), -100))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 # 2.4 the loop
 
 def test_2_4_pretraining_learns_and_leaves_a_whole_run(run_stage, text_data, tmp_path):
