@@ -303,7 +303,7 @@ def _kept_weights(source):
     It is kept beside the file under the sha256 of that, and written anew where it is missing, damaged or of another
     file; where it cannot be written, or another process does that now, nothing is kept.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
     kept = source.with_suffix('.f32.safetensors')
     with open(source, 'rb') as file:
@@ -320,7 +320,8 @@ def _kept_weights(source):
                if not model.config.tie_weights or name != 'head.weight'}
     about = {'sha256': sha256, 'sum': _sum_of(tensors), 'model_args': dataclasses.asdict(model.config),
              'tokenizer': tokenizer.to_dict()}
-    with contextlib.suppress(OSError), open(kept.with_suffix('.lock'), 'ab') as file, runtime.lock_file(file):
+    with contextlib.suppress(OSError, SafetensorError), open(kept.with_suffix('.lock'), 'ab') as lock:
+        runtime.lock_file(lock)
         runtime.write_atomic(kept, lambda file: save_file(tensors, file.name, {'about': json.dumps(about)}))
     return about, tensors
 

@@ -695,6 +695,7 @@ class HFTokenizer(Tokenizer):
         SAMPLING that the model has; ends: more ids that end a text."""
         self.kind, self.name, self.text, self.config, self.ends = 'hf', name, text, config, [*ends]
         self.library, self.sampling = _library(text), config.get('sampling') or self.sampling
+        _need(isinstance(self.sampling, dict), "'sampling' must be a dict")
         for key, value in self.sampling.items():
             _need(key in SAMPLING and type(value) in (int, float), f'{key}={value!r:.40} of sampling must be a number')
         try:
@@ -1003,7 +1004,8 @@ def gguf_vocabulary(tokenizer, n_vocab):
             fields[key] = i
     fields = {f'tokenizer.ggml.{key}': value for key, value in fields.items()}
     own = getattr(tokenizer, 'config', {}).get('sampling', {})
-    fields |= {f'general.sampling.{SAMPLING[key]}': value for key, value in own.items()}
+    own = {SAMPLING[key]: value if key == 'top_k' else float(value) for key, value in own.items()}
+    fields |= {f'general.sampling.{key}': value for key, value in own.items()}
     return fields | ({'tokenizer.chat_template': tokenizer.chat_template} if tokenizer.chat_template else {})
 
 
