@@ -467,8 +467,9 @@ def main():
 
     # model
     resume_from = run.find_checkpoint(init_from)
+    # the base's dropout is not taken on; a resumed run keeps its own
     start = load_to_train('dpo', init_from.removeprefix('auto:'), resume_from,
-                          {'dropout': 0.0, 'lora_dropout': 0.0} | given, seed)  # the base's own dropout is not taken on
+                          given if resume_from else {'dropout': 0.0, 'lora_dropout': 0.0} | given, seed)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
     if max_new_tokens >= model.config.block_size:
