@@ -5654,8 +5654,9 @@ def test_5_1_pretraining_upcycles_a_dense_run_and_resumes_it(run_stage, text_dat
                          (['--init_from=dense', '--n_expert=4', '--n_layer=3'], 'with n_layer=2, not 3: drop'),
                          (['--init_from=dense', '--n_expert=4', '--n_embd=64'], 'with n_embd=32, not 64: drop'),
                          (['--init_from=same', '--n_expert=8'], 'with n_expert=4, not 8: drop'),
-                         (['--init_from=dense', '--n_expert=4', '--expert_dim=64'], 'give --expert_dim=128')):
-        status, _, err = run_stage('train', f'--dataset={text_data}', '--device=cpu', *flags, '--out_dir=refused')
+                         (['--init_from=dense', '--n_expert=4', '--expert_dim=64'], 'give --expert_dim=128'),
+                         (['--init_from=resume', '--out_dir=dense', '--n_expert=4'], 'with n_expert=0, not 4: drop')):
+        status, _, err = run_stage('train', f'--dataset={text_data}', '--device=cpu', '--out_dir=refused', *flags)
         assert status == 2 and err.count('\n') == 1 and words in err, err
     assert not Path('refused').exists()
 

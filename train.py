@@ -202,7 +202,8 @@ def main():
     with runtime.user_errors():
         model_config = GPTConfig(**model_args)
         check_prompts([start_ids], model_config, sources)  # the sample's; and the model is causal
-    upcycling = bool(checkpoint and model_config.n_expert and not checkpoint['model_args'].get('n_expert'))
+    dense = checkpoint is not None and not checkpoint['model_args'].get('n_expert')
+    upcycling = dense and model_config.n_expert > 0 and not resume_from
     if upcycle_noise and not upcycling and not resume_from:
         raise UserError(f'upcycle_noise={upcycle_noise} is for experts that are made from a dense model: give that as '
                         '--init_from, and --n_expert')
