@@ -687,8 +687,9 @@ def preferences(count, seed):
         prompt, answer = row['messages']
         wrong = {'role': 'assistant', 'content': answer['content'].replace('It is', 'Who cares')}
         pair = [[answer], [wrong]][::-1 if i % 10 == 7 else 1]
+        rest = {k: row[k] for k in ('answer', 'grader', 'steps', 'kind')}
         rows.append({'prompt': [prompt], 'chosen': pair[0], 'rejected': pair[1], 'defect': draw.choice(['one', 'two']),
-                     'flipped': i % 10 == 7, 'margin': 0.5} | {k: row[k] for k in ('answer', 'grader', 'steps')})
+                     'flipped': i % 10 == 7, 'margin': 0.5} | rest)
     return rows
 
 
@@ -2280,7 +2281,7 @@ def test_0_4_every_stage_reports_what_it_logged(run_stage, text_data, chat_data,
     evaluations = [{k: v for row in rows if row['iter'] == step for k, v in row.items()} for step in (0, 2)]
     with_interval = 0
     for name in [k for k in evaluations[1] if k.startswith('val/') and not k.endswith(('_low', '_high'))]:
-        for cell, found in zip(table[name.removeprefix('val/')], evaluations, strict=False):
+        for cell, found in zip(table[report.NAMES.get(name, name.removeprefix('val/'))], evaluations, strict=False):
             if f'{name}_low' in found:
                 with_interval += 1
                 low, high = found[f'{name}_low'], found[f'{name}_high']
@@ -2680,7 +2681,7 @@ def test_0_5_constraints_pin_what_the_requirements_ask_for():
                 if path.name not in ('test_all.py', 'faults.py') for node in ast.walk(ast.parse(path.read_bytes()))
                 if isinstance(node, (ast.Import, ast.ImportFrom))
                 for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or '')])}
-    names = {path.stem for path in ROOT.glob('*.py')} | set(sys.stdlib_module_names)
+    names = {path.stem for path in ROOT.glob('*.py')} | {'data'} | set(sys.stdlib_module_names)
     optional = {'lm_eval', 'math_verify', 'matplotlib', 'pyarrow', 'transformers', 'huggingface_hub', 'tiktoken_ext'}
     assert imported - names - optional <= {asked.name for asked in required['requirements.txt']}
 
@@ -6289,9 +6290,10 @@ def test_6_1_a_row_that_is_no_chat_is_named_or_skipped(row, words, tmp_path):
     path = lines(tmp_path / 'x.jsonl', [GOOD_ROW, row, GOOD_ROW])
     with pytest.raises(UserError, match=re.escape(f'{path}, line 2: ') + '.*' + re.escape(words)) as error:
         read_chats(path)
-    assert '\n' not in str(error.value) and len(str(error.value)) < len(str(path)) + 200
+    assert '\n' not in str(error.value) and len(str(error.value)) < len(str(path)) + 260
     rows, skipped = read_chats(path, strict=False)
-    assert [r['where'][-6:] for r in rows] == ['line 1', 'line 3'] and skipped == [str(error.value)]
+    assert [r['where'][-6:] for r in rows] == ['line 1', 'line 3']
+    assert skipped == [str(error.value).removesuffix(f'; {rows_file.SKIP}')]
     alone = lines(tmp_path / 'y.jsonl', [row])
     with pytest.raises(UserError, match='none of its 1 rows is a chat; .*y.jsonl, line 1: '):
         read_chats(alone, strict=False)
@@ -7177,17 +7179,17 @@ def test_6_4_two_runs_are_compared_prompt_by_prompt(monkeypatch, tmp_path, run_s
                                        'prompts')
     other = grading.outcomes(rows[::-1], [{'correct': 1.0}] * 40)['correct_by_prompt']
     assert grading.compared([ours], [other]) == '' and grading.outcomes(rows, [{'correct': 1.0}] * 39 + [{}]) == {}
-    for name, text in (('a_1', ours), ('b_1', theirs), ('c_1', other)):
+    for name, text in (('a', ours), ('b', theirs), ('c', other)):
         (tmp_path / name).mkdir()
         rows = [{'iter': 0, 'correct_by_prompt': theirs, 'val/correct': 0.4},
                 {'iter': 1, 'correct_by_prompt': text, 'val/correct': 0.9}]
         (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    assert run_stage('plot', 'b_1', 'a_1', 'c_1', '--metric=val/correct')[0] == 0
+    assert run_stage('plot', 'b', 'a', 'c', '--metric=val/correct')[0] == 0
     result = json.loads(Path('out/plot/curves.json').read_text())['result']
     assert result == {'a less b, correct': grading.compared([ours], [theirs]), 'drawn to': 'out/plot/curves.svg'}
-    assert run_stage('report', 'a_1')[0] == 0
+    assert run_stage('report', 'a')[0] == 0
     assert (f'Correct after less before, on the same prompts: {grading.compared([ours], [theirs])}.'
-            in Path('a_1/report.md').read_text())
+            in Path('a/report.md').read_text())
 
 
 def test_6_4_pass_at_k_counts_subsets():
@@ -8670,7 +8672,8 @@ def test_7_1_labelled_steps_have_a_known_truth(problems):
         *working, sentence = row['labels']
         text, true = '\n'.join(row['completions']), []
         for line in row['completions'][:-1]:
-            true.append(grading.quality({'answer': '1'}, f'<think>{line.removeprefix("<think>")}')['working'] == 1)
+            alone = f'<think>{line.removeprefix("<think>")}'
+            true.append(grading.quality({'answer': '1', 'steps': 1, 'kind': ''}, alone)['working'] == 1)
         assert all(t for t, label in zip(true, working, strict=True) if label)  # a false equation is never right
         assert sentence == grading.is_correct(row, text) and grading.follows_format(text), row
         wrong = [i for i, label in enumerate(row['labels']) if not label]
@@ -10032,7 +10035,8 @@ def assert_two_are_one():
     for a, b in zip(told('one'), told('two'), strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+            same = a[key] if isinstance(a[key], str) else pytest.approx(a[key], rel=2e-3, abs=1e-5)
+            assert b[key] == same, key
     for name, w in weights('one').items():
         assert (weights('two')[name] - w).norm() < 1e-3 * w.norm(), name
 
@@ -12403,7 +12407,8 @@ def test_10_4_tokens_after_results_have_the_probabilities_of_training(shop, monk
     """Whatever a random model says, a call or not, in rows that are in different rounds: the sampler's
     log-probabilities are those of the training forward, so positions and caches are right, also without a cache."""
     tokenizer = with_template(str(SHOP_TEMPLATE))
-    monkeypatch.setattr(tok.Tokenizer, 'turn_ids', property(lambda self: [*range(200, 230)]))  # so that many turns end
+    ends = [*range(200, 230), tokenizer.special['<|im_end|>']]  # so that many turns end
+    monkeypatch.setattr(tok.Tokenizer, 'turn_ids', property(lambda self: ends))
     force = rollout.Forcing(tokenizer, shop)
     rows = force.tools.rows([{'messages': asked(q) + said('x'), 'prompt': asked(q), 'where': q} for q in 'abc'])
     data, model = dataset.PromptData(rows, tokenizer, 512, 160), tiny(block_size=512, vocab_size=260, pos='rope')
@@ -12477,19 +12482,21 @@ def test_10_4_questions_of_a_shop_need_both_tools(house):
     tools = tools_file.load_tools(str(ROOT / 'data/lookup/shop.py'))
     rows = {split: read_rows(house.root / 'data/lookup', split) for split in ('train', 'val', 'test', 'unseen')}
     assert [*map(len, rows.values())] == [300, 40, 40, 20]
-    alone, asked_for = 0, {}
+    alone, asked_for, known = 0, {}, 0
     for split, row in [(split, row) for split, found in rows.items() for row in found]:
         calls = [call['function'] for m in row['messages'] for call in m.get('tool_calls', [])]
         results = [m['content'] for m in row['messages'] if m['role'] == 'tool']
         assert [tools.answer(json.dumps(call), {'table': row['table']})[1] for call in calls] == results
         text = row['messages'][-1]['content']
-        assert grade(text, row['answer'], 'number') and row['answer'] not in row['messages'][0]['content'].split()
+        assert grade(text, row['answer'], 'number')
+        known += row['answer'] in row['messages'][0]['content'].split()  # by chance
         if 'tools' in row:
             assert grading.quality(row, text)['gold'] > 0.99 and calls[-1]['name'] == 'lookup' and split == 'train'
         else:
             assert results[-1] == row['answer'] and calls[-1]['name'] == 'calculate'
         alone += 'tools' in row
         asked_for.setdefault(split, set()).update(row['table'])
+    assert known < 12  # of 400
     assert 60 < alone < 120 and asked_for['train'] == asked_for['val'] | asked_for['test']
     assert not asked_for['train'] & asked_for['unseen']
     assert {row['kind'] for row in rows['train']}.isdisjoint(row['kind'] for row in rows['unseen'])
@@ -12497,8 +12504,7 @@ def test_10_4_questions_of_a_shop_need_both_tools(house):
                            for m in row['messages'] if m.get('tool_calls')} - {None}
                    for split in ('train', 'val', 'test')}
     assert not any(a & b for a, b in itertools.combinations(expressions.values(), 2))
-    refuses(house, [(['table_size'], 'lookup --table_size=1'), (['alone_share'], 'lookup --alone_share=2'),
-                    (['test_rows=99999'], f'lookup {small} --test_rows=99999')])
+    refuses(house, [(['table_size'], 'lookup --table_size=1'), (['alone_share'], 'lookup --alone_share=2')])
 
 
 def test_10_4_word_problems_with_tools_are_the_same_problems(house):
@@ -14000,7 +14006,8 @@ def test_10_5_whole_smollm2_is_the_same_in_llama_cpp(smollm2, tmp_path):
 # what a run of a recipe in config/ begins with, where it is no text but another model; the sizes are cut down below
 RECIPES = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
 STAYS = {'reverse': "norm_place='post', pos='sinusoidal', n_encoder_layer=2", 'nanogpt': 'bias=False',
-         **dict.fromkeys(('reward_tiny', 'reward_own', 'reward_smollm2'), 'is a reward model, which scores')}
+         **dict.fromkeys(('reward_tiny', 'reward_own', 'reward_process', 'reward_smollm2'),
+                         'is a reward model, which scores')}
 
 
 def recipe(name):
@@ -14022,7 +14029,7 @@ def test_10_5_every_recipe_can_leave_or_is_refused_by_its_fields(name, tmp_path,
         key: 64 for key in ('mlp_dim',) if key in fields} | dict(n_head=2)
     added = load.fields_of(LoRAConfig, values)
     if name.startswith('reward'):
-        added |= {'score_head': 'last', 'score_likelihood': values.get('score_likelihood', False)}
+        added |= {'score_head': 'last'} | load.fields_of(ScoreConfig, values)
     model = made(**fields, **added)
     learned(load.gpt_of(model))
     (tmp_path / 'run').mkdir()
