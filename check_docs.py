@@ -53,6 +53,7 @@ SHORT = (
     ('distill.py config/distill_words.py', '--max_new_tokens=8'),
     ('distill.py --answers=teacher', '--answer_prompts=4'), ('distill.py --on_policy=1', '--prompts_per_step=2'),
     ('sample.py', '--max_new_tokens=8'), ('evaluate.py', '--limit=2 --max_new_tokens=4'),
+    ('best_of_n.py', '--rows=4 --max_new_tokens=8'), ('best_of_n.py --num_samples=64', '--num_samples=4'),
     ('pipeline.py', '--only=train --flags=--max_iters=2'),
     ('data/pairs/prepare.py', '--val_fraction=0.5'), ('data/reverse/prepare.py', '--train_pairs=200 --val_pairs=20'),
     ('bench.py train', '--steps=1 --repeats=1'), ('bench.py train config/nanogpt.py', '--dataset=shakespeare'),
@@ -254,6 +255,7 @@ def made_and_needed(script, args, knobs):
         if not knobs.get('eval_only') and not knobs.get('check'):
             made.add(knobs['out_dir'])
         made |= {knobs.get('eval_file', ''), knobs.get('answers_file', '')}
+        needed |= {knobs.get('reference', ''), *knobs.get('reward_models', '').split(',')}
         start = knobs['out_dir'] if knobs['init_from'] == 'resume' else knobs['init_from'].removeprefix('auto:')
         needed |= {start, knobs.get('teacher', ''), knobs.get('reward_model', ''), f'data/{knobs["dataset"]}'}
     return made - {''}, {path for path in needed if '/' in path or path.endswith('.py')}
