@@ -262,8 +262,9 @@ def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_
     seeds = np.random.SeedSequence([run.seed, sample_seed]).generate_state(len(prompts)).tolist()
     at_once = max(1, min(at_once, -(-len(order) // run.world_size)))
     answers = {}
-    for first in range(run.rank * at_once, len(order), run.world_size * at_once):
-        part = order[first:first + at_once]
+    firsts = range(run.rank * at_once, len(order), run.world_size * at_once)
+    for number in run.counted(len(firsts), 'answering'):
+        part = order[firsts[number]:firsts[number] + at_once]
         new = generate(sampler, [prompts[i][-model.config.block_size:] for i in part], max_new_tokens,
                        num_samples=num_samples, seed=[seeds[i] for i in part], **options,
                        force=[force[i] for i in part] if isinstance(force, list) else force)

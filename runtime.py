@@ -999,7 +999,7 @@ class Run:
         order = np.argsort(lengths, kind='stable')
         parts = np.array_split(order, max(self.world_size, -(-len(order) // size)))
         found = {}
-        for i in range(-(-len(parts) // self.world_size)):
+        for i in self.counted(-(-len(parts) // self.world_size), 'evaluating'):
             # shards are gathered by all processes together, so each makes as many passes
             mine = i * self.world_size + self.rank
             part = parts[mine] if mine < len(parts) else parts[0]
@@ -1225,6 +1225,17 @@ class Run:
             self._on_progress_line = True
         else:
             self._print(line)
+
+    def counted(self, count, what):
+        """Yields 0 … count-1; where that takes longer than a moment, a progress line says how many are done: after two
+        seconds on a terminal, after twenty elsewhere, and as often again."""
+        pause = 2 if sys.stdout.isatty() else 20
+        due = time.monotonic() + pause
+        for i in range(count):
+            if time.monotonic() >= due:
+                self.progress(f'{what}: {i} of {count} batches')
+                due = time.monotonic() + pause
+            yield i
 
     def announce(self, text):
         """Prints, after `open`, what the stage is about to do: its data, its model, its steps. report.py finds that in

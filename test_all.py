@@ -1007,6 +1007,19 @@ def spans(path):
     return [' '.join(code.split()) for code in re.findall(r'`([^`]+)`', prose(path))]
 
 
+def test_0_1_what_takes_long_says_how_far_it_is(monkeypatch, capsys, run_stage, text_data):
+    run, clock = lone(), iter(range(0, 1000, 9))
+    monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
+    assert [*run.counted(7, 'evaluating')] == [*range(7)]
+    assert capsys.readouterr().out == 'evaluating: 2 of 7 batches\nevaluating: 5 of 7 batches\n'
+    monkeypatch.undo()
+    args = [f'--dataset={text_data}', *SMALL, '--max_iters=1', '--eval_interval=9', '--device=cpu']
+    for flops, said in ((1e11, False), (1, True)):
+        run_stage.given = {'CPU_FLOPS': flops}
+        status, out, err = run_stage('train', *args, f'--out_dir=run{flops}')
+        assert (status, err) == (0, '') and ('hours at least on these cores' in out) == said, out
+
+
 def test_0_1_readme_is_two_pages():
     readme = (ROOT / 'README.md').read_text().splitlines()
     assert len(readme) <= 250

@@ -74,6 +74,7 @@ compile = False  # torch.compile: slow to start, then faster
 activation_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 fsdp = False  # under torchrun: shard parameters, gradients and optimizer state (FSDP2), not replicate them (DDP)
 
+CPU_FLOPS = 1e11  # of a core, at best: for a word about how long training takes
 # allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens', 'upcycle_noise'), '>= 0')
 
@@ -95,7 +96,8 @@ def evaluate(model, data, n_windows, run, token_bytes, batch_size=12):
     nats = tokens = n_bytes = 0
     parts = {}  # the same three of each batch
     model.eval()
-    for i in range(0, n_local, rows):
+    for batch in run.counted(-(-n_local // rows), 'evaluating'):
+        i = batch * rows
         counts = i < len(local)
         arrays = data.read(local[i:i + rows] if counts else starts[:1])
         with run.autocast(data.block_size):
@@ -242,6 +244,10 @@ def main():
         f'{folder}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
         f'{model.num_params():,} parameters from {origin} on {run.world_size} x {run.device}, {run.dtype}; '
         f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs')
+    flops = max_iters * tokens_per_step * model.flops_per_token(round(train_data.row_tokens))
+    hours = flops / (torch.get_num_threads() * run.world_size * CPU_FLOPS) / 3600
+    if run.device_type == 'cpu' and hours > 1:
+        run.print0(f'this takes {hours:,.0f} hours at least on these cores; config/tiny.py is made for two of them')
 
     # DDP fixes the order in which it sums gradients in its first backward pass. One whose gradients are dropped makes
     # that order the same in a resumed run as in one that was never stopped
