@@ -454,8 +454,8 @@ FAULTS = [
     Fault('another_base_is_taken', 'load.py', "['sha256'] != base['sha256']:", "['sha256'] == '':",
           'test_6_7 and base_that_is_gone'),
     # train.py
-    Fault('evaluation_with_dropout', 'train.py', '    model.eval()\n    for i in range(0, n_local, rows):',
-          '    for i in range(0, n_local, rows):', 'test_2_4 and dropout'),
+    Fault('evaluation_with_dropout', 'train.py', '    model.eval()\n    for batch in run.counted(',
+          '    for batch in run.counted(', 'test_2_4 and dropout'),
     Fault('training_without_dropout', 'train.py', '    model.train()\n    nats, tokens', '    nats, tokens',
           'test_2_4 and dropout_is_on'),
     Fault('validation_on_train_split', 'train.py',
