@@ -204,8 +204,10 @@ def value_loss(values, old_values, returns, clip_value=0.2):
     losses = (values - returns).square() / 2
     if not clip_value:
         return losses, torch.zeros_like(losses, dtype=torch.bool)
-    clipped = (old_values + (values - old_values).clamp(-clip_value, clip_value) - returns).square() / 2
-    return torch.maximum(losses, clipped), clipped > losses
+    moved = values - old_values
+    clipped = (old_values + moved.clamp(-clip_value, clip_value) - returns).square() / 2
+    # within the clip the two differ by rounding alone
+    return torch.maximum(losses, clipped), (clipped > losses) & (moved.abs() > clip_value)
 
 
 def token_rewards(scores, kl, response_mask, kl_coef):
