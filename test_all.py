@@ -1009,10 +1009,10 @@ def spans(path):
 
 def test_0_1_what_takes_long_says_how_far_it_is(monkeypatch, capsys, run_stage, text_data):
     run, clock = lone(), iter(range(0, 1000, 9))
-    monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
-    assert [*run.counted(7, 'evaluating')] == [*range(7)]
+    with monkeypatch.context() as patch:
+        patch.setattr(time, 'monotonic', lambda: next(clock))
+        assert [*run.counted(7, 'evaluating')] == [*range(7)]
     assert capsys.readouterr().out == 'evaluating: 2 of 7 batches\nevaluating: 5 of 7 batches\n'
-    monkeypatch.undo()
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=1', '--eval_interval=9', '--device=cpu']
     for flops, said in ((1e11, False), (1, True)):
         run_stage.given = {'CPU_FLOPS': flops}
