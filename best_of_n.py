@@ -136,8 +136,8 @@ def measure(run):
         before, other = load_model(reference)
         if not other.same_as(tokenizer):
             raise UserError(f'{reference}: its tokenizer is not that of {init_from}: it did not begin as this')
-        logprobs, before = (compute_all_logprobs(net.to(run.device), run, answers, block_size, temperature)[0]
-                            for net in (model, before))
+        logprobs, before = (compute_all_logprobs(net.to(run.device), run, answers, block_size, temperature,
+                                                 entropies=False)[0] for net in (model, before))
         kl = (logprobs - before).sum(1).reshape(shape)
     right, gold = right.reshape(shape).tolist(), gold.reshape(shape).tolist()
     votes = [final_answers(data.rows_kept[i], answers.texts[k * num_samples:(k + 1) * num_samples])

@@ -355,7 +355,7 @@ def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0,
         raise UserError(f'the logits of the next token are not finite at temperature={temperature}: the weights have '
                         'diverged (lower learning_rate), or 16 bits do not hold them (take dtype=float32)')
     if entropies:
-        entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        entropy = -(logprobs.exp() * logprobs.clamp(min=-200)).sum(-1)  # exp(-200) is 0, and 0 x -inf were nan
         drawn = torch.stack((logprobs.gather(1, ids[:, None])[:, 0], entropy), 1).cpu().numpy()
     return ids.tolist(), drawn
 

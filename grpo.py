@@ -472,10 +472,12 @@ def main():
         # unnecessary: the old log-probabilities are the new ones, detached
         old_logprobs = ref_logprobs = None
         if updates_per_step > 1:
-            old_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
+            old_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature,
+                                                entropies=False)[0]
         if reference is not None:
             with run.swapped_weights(model, reference):
-                ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
+                ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature,
+                                                    entropies=False)[0]
 
         if not advantages.any() and not warned:
             run.print0(f'step {step}: all answers to each prompt have equal rewards: there is nothing to learn from '
@@ -533,7 +535,8 @@ def main():
                 step_loss = 0.0
                 for number in run.micro_batches(net, gradient_accumulation_steps):
                     part = micro_batches[number]
-                    logprobs, entropies, _ = compute_logprobs(net, run, answers, part, block_size, temperature)
+                    logprobs, entropies, _ = compute_logprobs(net, run, answers, part, block_size, temperature,
+                                                              entropies=entropy_coef != 0)
                     width = logprobs.shape[1]  # tokens of the longest answer of this part
                     mask, sampled, advantage = to_batch(run, part, width, loss_mask, answers.logprobs, advantages)
                     old, ref = to_batch(run, part, width, old_logprobs, ref_logprobs)

@@ -453,10 +453,12 @@ def main():
         answers = generate_rollouts(policy, train_data, rows, run, length_limit, num_generations, temperature,
                                     1 + step, force=force, quant=rollout_quant)  # sample_seed: evaluations have 0
         seconds = clock.read() - began
-        old_logprobs, _, old_values = compute_all_logprobs(net, run, answers, block_size, temperature, share_prompts)
+        old_logprobs, old_values = compute_all_logprobs(net, run, answers, block_size, temperature, share_prompts,
+                                                        entropies=False)
         # the reference is the same network with other weights: they are swapped in for this pass, and back
         with run.swapped_weights(policy, reference):
-            ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature, share_prompts)[0]
+            ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature, share_prompts,
+                                                entropies=False)[0]
         meter.add(**{'rollout/gap': np.abs(old_logprobs - answers.logprobs)[answers.response_mask].mean(),
                      'rollout/tok_per_sec': answers.lengths.sum() / seconds})
 

@@ -364,17 +364,20 @@ def lay_out(part, block_size, share=True):
     return arrays, at
 
 
-def losses_and_entropies(model, hidden, targets, temperature=1.0):
+def losses_and_entropies(model, hidden, targets, temperature=1.0, entropies=True):
     """An `output` of GPT.forward: -log p of targets (B, T), the entropies of the distributions, with logits divided by
-    the temperature, and the hidden states (B, T, C)."""
-    return *model.cross_entropy(hidden, targets, 'details', temperature), hidden
+    the temperature, or None without entropies, which cost time, and the hidden states (B, T, C)."""
+    if entropies:
+        return *model.cross_entropy(hidden, targets, 'details', temperature), hidden
+    return model.cross_entropy(hidden, targets, 'none', temperature), None, hidden
 
 
-def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, share=True):
+def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, share=True, entropies=True):
     """The training forward over the answers of these indices in a Rollout -> (logprobs, entropies, values).
 
     Tensors (n, A) on the device, as answers.take(chosen) has them, 0 where a token was not sampled. entropies: of the
-    distributions that tokens were sampled from; values: a critic's before each token, or None.
+    distributions that tokens were sampled from, or None if not asked for; values: a critic's before each token, or
+    None.
 
     net(idx, targets, output=…) returns losses and entropies, (B, T), and a critic's values, (B, T), or else hidden
     states, which are ignored. share: see `lay_out`.
@@ -384,20 +387,20 @@ def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, sha
     tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
     at, response_mask = run.to_device(at, part.response_mask)
     with run.autocast(tensors['idx'].shape[1]):
-        output = functools.partial(losses_and_entropies, temperature=temperature)
+        output = functools.partial(losses_and_entropies, temperature=temperature, entropies=entropies)
         losses, entropies, extra = net(**tensors, output=output)
     outputs = [-losses, entropies, extra if extra.ndim == 2 else None]
     return [None if x is None else x.float().flatten()[at] * response_mask for x in outputs]
 
 
 @torch.no_grad()
-def compute_all_logprobs(net, run, answers, block_size, temperature=1.0, share=True):
+def compute_all_logprobs(net, run, answers, block_size, temperature=1.0, share=True, entropies=True):
     """As `compute_logprobs` for all answers, without gradients, the work divided among the processes -> a list of
-    float64 arrays (n, A): logprobs, entropies and, with a critic, values."""
+    float64 arrays (n, A): logprobs, the entropies if asked for and, with a critic, values."""
     A = answers.response_mask.shape[1]
 
     def work(part):
-        outputs = compute_logprobs(net, run, answers, part, block_size, temperature, share)
+        outputs = compute_logprobs(net, run, answers, part, block_size, temperature, share, entropies)
         padded = [np.pad(x.cpu().double().numpy(), ((0, 0), (0, A - x.shape[1]))) for x in outputs if x is not None]
         return np.concatenate(padded, 1)
     net.eval()
@@ -630,9 +633,9 @@ def divergence(net, model, reference, run, answers, block_size, temperature=1.0)
 
     reference: {name: tensor}, the parameters in which it differs from the policy, see `Run.swapped_weights`.
     """
-    logprobs = compute_all_logprobs(net, run, answers, block_size, temperature)[0]
+    logprobs = compute_all_logprobs(net, run, answers, block_size, temperature, entropies=False)[0]
     with run.swapped_weights(model, reference):
-        return logprobs - compute_all_logprobs(net, run, answers, block_size, temperature)[0]
+        return logprobs - compute_all_logprobs(net, run, answers, block_size, temperature, entropies=False)[0]
 
 
 def evaluate_policy(net, model, reference, data, run, rewards, chosen, max_new_tokens, temperature=1.0, force=None):

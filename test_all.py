@@ -4548,6 +4548,29 @@ def test_3_6_heads_that_share_keys_attend_alike_in_16_bits():
         torch.testing.assert_close(model_file.attend(q, k, v, m, True, 0.25).float(), expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize('T, S, kind', [(300, 300, 'causal'), (70, 70, 'mask'), (50, 90, 'rows'), (40, 40, 'none')])
+def test_3_6_attention_in_16_bits_in_blocks(T, S, kind):
+    """Outputs and gradients beside PyTorch's in float64; blocks of 128 queries, the last of them short."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 32, generator=draw).bfloat16().transpose(1, 2).requires_grad_()
+               for n, h in ((T, 6), (S, 2), (S, 2)))
+    mask = None
+    if kind in ('mask', 'rows'):  # one for all rows, or for each its own, under which a query may see nothing
+        mask = torch.rand(*((T,) if kind == 'mask' else (2, 1, T)), S, generator=draw) > 0.5
+        mask[..., 1:, 0] = True
+        mask[..., 0, :] = kind == 'mask'
+    y = model_file.attend(q, k, v, mask, kind == 'causal', 0.2)
+    g = torch.randn(y.shape, generator=draw).bfloat16()
+    g[:, :, 0] = 0
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=kind == 'causal', scale=0.2,
+                                              enable_gqa=True)
+    torch.testing.assert_close(y[:, :, 1:].double(), expected[:, :, 1:], atol=0.02, rtol=0.02)
+    for got, right in zip(torch.autograd.grad(y, (q, k, v), g), torch.autograd.grad(expected, exact, g.double()),
+                          strict=True):
+        assert got.isfinite().all() and (got.double() - right).norm() < 0.01 * right.norm()
+
+
 def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     run_stage.given = {'subprocess': ForkedScripts}
     flags = [f'--dataset={text_data}', '--max_iters=4', '--block_size=32', '--n_layer=2', '--n_embd=32',
