@@ -45,7 +45,7 @@ from grade import (
 )
 from load import VERSION, fingerprint, load_model, load_to_train, state_of
 from lora import LoRAConfig, config_of
-from model import GPTConfig, chunk_rows, loss_by_rule, tempered
+from model import GPTConfig, chunk_rows, tempered, walk_logits
 from optim import lr_factor, make_optimizers
 from rollout import forcing, generate_rollouts, lay_out
 from rows import is_file_of_rows
@@ -166,8 +166,48 @@ def top_k_and_rest(logprobs, ids):
     return torch.cat((logprobs.gather(-1, ids), rest), -1)
 
 
+class LinearLoss(torch.autograd.Function):
+    """The sum of any loss of the logits h @ w.T over rows, a chunk of them at a time, so that (N, V) never exists."""
+
+    @staticmethod
+    def forward(ctx, h, w, cap, rule, learning, *given):
+        """h (N, C), w (V, C) -> the sum of the losses, and the statistics of each row, (N, m) float32.
+
+        rule(logits (n, V) float32, learning, *rows of given (n, …)) -> (losses (n,), statistics (n, m), the gradient
+        of the losses' sum by the logits (n, V), or None without learning); it may overwrite the logits.
+        """
+        losses, tables = [], []
+
+        def chunk(logits, rows):
+            loss, stats, d = rule(logits, learning, *(x[rows] for x in given))
+            losses.append(loss.sum())
+            tables.append(stats)
+            return d
+        ctx.save_for_backward(*walk_logits(h, w, cap, chunk, learning, ctx.needs_input_grad[1]))
+        ctx.n_given, table = len(given), torch.cat(tables)
+        ctx.mark_non_differentiable(table)
+        return torch.stack(losses).sum(), table
+
+    @staticmethod
+    def backward(ctx, g, _):
+        dh, dw = ctx.saved_tensors
+        return dh * g, None if dw is None else (dw * g).to(dh.dtype), None, None, None, *[None] * ctx.n_given
+
+
+def loss_by_rule(model, hidden, _, rule, places, given):
+    """An `output` of GPT.forward: the mean of a rule's losses, see `LinearLoss`, at N places of the flattened (B * T,)
+    and its statistics of each, (N, m). given: what it takes beside the logits, (N, …) each."""
+    def compute(hidden, places, *given):
+        h, head, learning = model.products(hidden.flatten(0, 1)[places])
+        return LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
+    if torch.compiler.is_compiling():  # it would be compiled anew for every number of places
+        compute = torch.compiler.disable(compute)
+    total, stats = compute(hidden, places, *given)
+    return total / len(stats), stats
+
+
 class Distillation:
-    """The loss of each token, a rule of `model.LinearLoss`: (1 - alpha) * cross-entropy + alpha * t^2 * divergence.
+    """The loss of each token, a rule of `LinearLoss`: (1 - alpha) * cross-entropy + alpha * t^2 * divergence.
 
     The logits come in chunks of n rows and are not kept for a backward pass, so the gradient is written by hand. The
     gradient of the divergence shrinks as 1 / t^2 with the temperature t: the factor t^2 makes up for it

@@ -727,46 +727,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         return walk_logits(h, w, cap, rule, g is not None, learns)
 
 
-class LinearLoss(torch.autograd.Function):
-    """The sum of any loss of the logits h @ w.T over rows, a chunk of them at a time, so that (N, V) never exists."""
-
-    @staticmethod
-    def forward(ctx, h, w, cap, rule, learning, *given):
-        """h (N, C), w (V, C) -> the sum of the losses, and the statistics of each row, (N, m) float32.
-
-        rule(logits (n, V) float32, learning, *rows of given (n, …)) -> (losses (n,), statistics (n, m), the gradient
-        of the losses' sum by the logits (n, V), or None without learning); it may overwrite the logits.
-        """
-        losses, tables = [], []
-
-        def chunk(logits, rows):
-            loss, stats, d = rule(logits, learning, *(x[rows] for x in given))
-            losses.append(loss.sum())
-            tables.append(stats)
-            return d
-        ctx.save_for_backward(*walk_logits(h, w, cap, chunk, learning, ctx.needs_input_grad[1]))
-        ctx.n_given, table = len(given), torch.cat(tables)
-        ctx.mark_non_differentiable(table)
-        return torch.stack(losses).sum(), table
-
-    @staticmethod
-    def backward(ctx, g, _):
-        dh, dw = ctx.saved_tensors
-        return dh * g, None if dw is None else (dw * g).to(dh.dtype), None, None, None, *[None] * ctx.n_given
-
-
-def loss_by_rule(model, hidden, _, rule, places, given):
-    """An `output` of GPT.forward: the mean of a rule's losses, see `LinearLoss`, at N places of the flattened (B * T,)
-    and its statistics of each, (N, m). given: what it takes beside the logits, (N, …) each."""
-    def compute(hidden, places, *given):
-        h, head, learning = model.products(hidden.flatten(0, 1)[places])
-        return LinearLoss.apply(h, head, model.config.logit_softcap, rule, learning, *given)
-    if torch.compiler.is_compiling():  # it would be compiled anew for every number of places
-        compute = torch.compiler.disable(compute)
-    total, stats = compute(hidden, places, *given)
-    return total / len(stats), stats
-
-
 def walk_logits(h, w, cap, rule, learning, learns):
     """Calls rule(logits (n, V) float32, slice of the rows) over h (N, C) @ w.T (C, V), soft-capped, a chunk of rows at
     a time. learning: it gives the derivative of some sum by the logits -> that by h and, if w learns, w; else None.
