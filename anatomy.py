@@ -54,7 +54,7 @@ def anatomy(config, lora_config=None):
              'cross': 'cross-attention', 'mlp': 'MLP', 'experts': 'experts'}
     seen = set()
     for name, p in model.named_parameters(remove_duplicate=False):
-        block = name.split('.')[0] in ('blocks', 'encoder')
+        block = name.split('.')[0] in ('blocks', 'encoder', 'future')
         part = name.split('.')[2 if block else 0]
         if part == 'mlp' and name.startswith('blocks') and config.is_sparse(int(name.split('.')[1])):
             part = 'experts'

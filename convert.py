@@ -512,7 +512,7 @@ def lacking(config, **wanted):
     """{field: a value that would do} of the fields of a GPTConfig with another value than is wanted there, {field:
     [values]}, or than their default, where they would change what a trained model computes."""
     free = {*TRAINING, *KEYS, 'qkv_bias', 'qk_norm', 'norm_affine', 'window', 'window_pattern', 'dense_layers',
-            'expert_every', 'router_renorm', *(() if config.n_expert else EXPERTS)}
+            'expert_every', 'n_future', 'router_renorm', *(() if config.n_expert else EXPERTS)}
     remedies = {}
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -608,8 +608,11 @@ def tensors_of(model, family):
     for name in ('lora_rank', 'adapter_dim', 'quant'):
         if value := getattr(lora.config_of(model), name):
             raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
+    if config.n_future:
+        print(f'n_future={config.n_future}: the further heads are left out, which no architecture there has',
+              file=sys.stderr)
     with on_meta():
-        whole = GPT(dataclasses.replace(config, norm_affine=True)).state_dict()
+        whole = GPT(dataclasses.replace(config, norm_affine=True, n_future=0)).state_dict()
     for name, like in whole.items():
         if name != 'head.weight' or not config.tie_weights:
             tensor = state[name] if name in state else torch.ones(like.shape, dtype=model.tok_emb.weight.dtype)

@@ -327,6 +327,35 @@ def filter_logits(logits, top_k=0, top_p=1.0, min_p=0.0):
     return logits
 
 
+def drawable_logits(logits, texts, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+                    repetition_penalty=1.0):
+    """Logits (B, V) -> those of the distribution that a token is drawn from, with temperature 0 those whose largest it
+    is; texts and options as in `sample`."""
+    logits = logits[:, :vocab_limit] if vocab_limit else logits
+    if repetition_penalty != 1:
+        logits, largest = logits.clone(), torch.finfo(logits.dtype).max  # the caller's stay as they are
+        for row, text in zip(logits, texts, strict=True):
+            seen = torch.tensor([i for i in set(text) if i < logits.shape[-1]], dtype=torch.long, device=logits.device)
+            changed = torch.where(row[seen] > 0, row[seen] / repetition_penalty, row[seen] * repetition_penalty)
+            row[seen] = changed.clamp(-largest, largest)  # inf less inf would be nan
+    return logits if temperature == 0 else filter_logits(tempered(logits, temperature), top_k, top_p, min_p)
+
+
+def draw(probs, u):
+    """The first token whose cumulative probability exceeds u: probabilities (B, V), u (B,) in [0, 1) -> ids (B,)."""
+    cdf = probs.cumsum(-1)
+    u = u.clamp(max=1 - 2 ** -24)[:, None]  # a float64 below 1 may have become a float32 of 1, beyond all tokens
+    # scaled, because a float sum may miss 1
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
+def check_finite(logprobs, temperature):
+    """UserError where a log-probability of drawn tokens (a list) is nan."""
+    if any(map(math.isnan, logprobs)):
+        raise UserError(f'the logits of the next token are not finite at temperature={temperature}: the weights have '
+                        'diverged (lower learning_rate), or 16 bits do not hold them (take dtype=float32)')
+
+
 def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
            entropies=False):
     """Draws a token per row from logits (B, V) with uniform numbers u (B,) -> ids and their log-probabilities, lists.
@@ -336,24 +365,10 @@ def sample(logits, texts, u, vocab_limit=0, temperature=1.0, top_k=0, top_p=1.0,
     is not finite.
     """
     logprobs = F.log_softmax(tempered(logits, temperature or 1.0), dim=-1)
-    logits = logits[:, :vocab_limit] if vocab_limit else logits
-    if repetition_penalty != 1:
-        logits, largest = logits.clone(), torch.finfo(logits.dtype).max  # the caller's stay as they are
-        for row, text in zip(logits, texts, strict=True):
-            seen = torch.tensor([i for i in set(text) if i < logits.shape[-1]], dtype=torch.long, device=logits.device)
-            changed = torch.where(row[seen] > 0, row[seen] / repetition_penalty, row[seen] * repetition_penalty)
-            row[seen] = changed.clamp(-largest, largest)  # inf less inf would be nan
-    if temperature == 0:
-        ids = logits.argmax(-1)
-    else:
-        cdf = filter_logits(tempered(logits, temperature), top_k, top_p, min_p).softmax(-1).cumsum(-1)
-        # the first token whose cumulative probability exceeds u; scaled, because a float sum may miss 1
-        u = u.clamp(max=1 - 2 ** -24)[:, None]  # a float64 below 1 may have become a float32 of 1, beyond all tokens
-        ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    logits = drawable_logits(logits, texts, vocab_limit, temperature, top_k, top_p, min_p, repetition_penalty)
+    ids = logits.argmax(-1) if temperature == 0 else draw(logits.softmax(-1), u)
     drawn = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    if any(map(math.isnan, drawn)):
-        raise UserError(f'the logits of the next token are not finite at temperature={temperature}: the weights have '
-                        'diverged (lower learning_rate), or 16 bits do not hold them (take dtype=float32)')
+    check_finite(drawn, temperature)
     if entropies:
         entropy = -(logprobs.exp() * logprobs.clamp(min=-200)).sum(-1)  # exp(-200) is 0, and 0 x -inf were nan
         drawn = torch.stack((logprobs.gather(1, ids[:, None])[:, 0], entropy), 1).cpu().numpy()
@@ -390,6 +405,13 @@ class Row:
 
     def __post_init__(self):
         self.ids, self.n_prompt = list(self.ids), len(self.ids)
+
+    def push(self, token, stop_ids=()):
+        """Takes its next token."""
+        self.ids.append(token)
+        if self.force is not None and not self.forced:
+            self.forced = list(self.force(self.answer))
+        self.done = token in stop_ids and not self.forced or len(self.ids) - self.n_prompt >= self.max_new_tokens
 
     @property
     def answer(self):
@@ -527,10 +549,7 @@ class Batch:
                 continue
             if row.forced:
                 token, logprob = row.forced.pop(0), logprob * math.nan
-            row.ids.append(token)
-            if row.force is not None and not row.forced:
-                row.forced = list(row.force(row.answer))
-            row.done = token in stop_ids and not row.forced or len(row.ids) - row.n_prompt >= row.max_new_tokens
+            row.push(token, stop_ids)
             out.append((row.number, token, logprob))
         return tuple(map(list, zip(*out, strict=True)))
 
@@ -563,10 +582,10 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
     temperature 0, before any filter or penalty; with entropies pairs of it and of that distribution's entropy.
     force(new ids of a row so far) returns ids that come next whatever the model would choose; their log-probability is
     nan, and a token of stop_ids that one of them follows ends nothing. It may be a list of functions, one for each
-    prompt. sources: for each prompt the ids that an encoder reads. A text
-    longer than block_size is continued from its last part, without end if all layers have a window. Raises ValueError
-    for an empty prompt, ids outside the vocabulary, a prompt longer than a table of learned positions, and logits that
-    are not finite.
+    prompt. sources: for each prompt the ids that an encoder reads. draft: a speculative.Draft, which proposes tokens.
+    A text longer than block_size is continued from its last part, without end if all layers have a window. Raises
+    ValueError for an empty prompt, ids outside the vocabulary, a prompt longer than a table of learned positions, and
+    logits that are not finite.
     """
     out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
     logs = [[] for _ in out]
@@ -580,7 +599,7 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
            stop_ids=(), num_samples=1, seed=None, vocab_limit=0, use_cache=True, sources=None, force=None,
-           entropies=False):
+           entropies=False, draft=None):
     """As `generate`, token by token: yields (rows, ids, logprobs), three lists over the rows still unfinished."""
     config = model.config
     check_prompts(prompts, config, sources)
@@ -595,7 +614,9 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
         return
     rolling = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
                and config.block_size >= config.n_sink + config.window < longest)
-    draws = uniforms(seed, len(prompts), num_samples, max_new_tokens)
+    if draft is not None:
+        draft.check(model, rolling, use_cache, entropies, vocab_limit)
+    draws = uniforms(seed, len(prompts), num_samples, max_new_tokens * (3 if draft is not None else 1))
     force = force if isinstance(force, list) else [force] * len(prompts)
     rows = [Row(prompts[i // num_samples], max_new_tokens, draws[i], i, i // num_samples, force[i // num_samples])
             for i in range(len(draws))]
@@ -603,6 +624,10 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     was_training = model.training
     model.eval()  # dropout must not reach a sample
     try:
+        if draft is not None:
+            yield from draft.continue_rows(model, rows, stop_ids, vocab_limit=vocab_limit, temperature=temperature,
+                                           top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+            return
         batch = Batch(model, use_cache, rolling, sources)
         batch.admit(rows, num_samples)
         while not all(row.done for row in rows):

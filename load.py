@@ -146,7 +146,8 @@ def build_model(state, given=None, scores=False, fresh=False):
     given, lora_args, score_args = given or {}, state.get('lora_args', {}), state.get('score_args', {})
     config = GPTConfig(**state['model_args'] | fields_of(GPTConfig, given))
     lora_config = LoRAConfig(**lora_args | fields_of(LoRAConfig, given))
-    tensors = {} if fresh else state['model']
+    tensors = {} if fresh else {name: tensor for name, tensor in state['model'].items()  # --n_future=0 drops heads
+                                if not name.startswith('future.') or int(name.split('.')[1]) < config.n_future}
     own = {name: tensor for name, tensor in tensors.items() if not lora.is_new(name) and not is_score(name)}
     if config.tie_weights and {'tok_emb.weight', 'head.weight'} <= own.keys() and not torch.equal(
             own['head.weight'], own['tok_emb.weight']):
@@ -622,6 +623,15 @@ def load_to_score(stage, init_from, resume_from, given, seed, base=''):
                   (*CHANGEABLE, 'causal', 'score_head', 'score_likelihood', 'score_steps'), fresh, scores=True)
 
 
+def without_heads(state, origin):
+    """A state without the further heads of n_future, which a line on stderr says: only train.py trains them."""
+    if not (n := state['model_args'].get('n_future')):
+        return state
+    print(f'{origin}: its n_future={n} further heads are left out: only train.py trains them', file=sys.stderr)
+    model = state['model'] and {name: x for name, x in state['model'].items() if not name.startswith('future.')}
+    return state | {'model': model, 'model_args': state['model_args'] | {'n_future': 0}}
+
+
 def _load_start(stage, init_from, resume_from, new):
     """The state to begin with, its place, what else a checkpoint of the run itself holds, and what it began with."""
     if resume_from is not None:
@@ -636,7 +646,7 @@ def _load_start(stage, init_from, resume_from, new):
     if init_from == 'scratch' and 'scratch' not in new:
         raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
     state = new[init_from]() if init_from in new else load_state(init_from)
-    return state, init_from, None, None
+    return without_heads(state, init_from), init_from, None, None
 
 
 def stage_of(state):

@@ -17,7 +17,8 @@ Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
 Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Switch Transformers
 (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066) and V3 (arXiv:2412.19437), balancing
-without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453).
+without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453),
+multi-token prediction (arXiv:2404.19737).
 """
 import contextlib
 import functools
@@ -77,6 +78,7 @@ class GPTConfig:
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
     router_z: float = 0.0  # weight of the loss that keeps router logits small; 0.001 is usual
     router_bias_rate: float = 0.0  # balance by a bias on the choice, moved so far per step; 0.001 is usual
+    n_future: int = 0  # further heads, a block each beside the last: number i predicts the i-th token after the next
     n_encoder_layer: int = 0  # blocks of a bidirectional encoder that the decoder attends to; 0 = no encoder
     init_std: float = 0.02  # standard deviation of initial weights; 0 = 1 / sqrt(fan-in), and 1 for tokens' embeddings
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
@@ -93,7 +95,8 @@ class GPTConfig:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
                      'rope_original', 'rope_low', 'rope_high', 'window', 'n_sink', 'n_expert', 'n_expert_shared',
-                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer'):
+                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer',
+                     'n_future'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
         if not self.head_dim and self.n_embd % self.n_head:
@@ -120,6 +123,8 @@ class GPTConfig:
                  f'window_pattern={self.window_pattern!r} must be made of the letters L and G'),
                 (self.window and not self.causal, f'window={self.window} needs causal=True'),
                 (self.n_encoder_layer and not self.causal, f'n_encoder_layer={self.n_encoder_layer} needs causal=True'),
+                (self.n_future and (self.n_expert or self.n_encoder_layer or not self.causal),
+                 f'n_future={self.n_future} is for a causal decoder without experts: drop --n_future'),
                 (self.n_sink and not self.window, f'n_sink={self.n_sink} needs a window'),
                 (self.pos == 'rope' and self.head_dim % 2, f"head_dim={self.head_dim} must be even with pos='rope'"),
                 (self.pos == 'sinusoidal' and self.n_embd % 2,
@@ -785,6 +790,8 @@ class GPT(nn.Module):
             self.encoder = nn.ModuleList(Block(config, i, encoder=True) for i in range(config.n_encoder_layer))
             self.encoder_norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.future = nn.ModuleList(Block(config, config.n_layer - 1) for _ in range(config.n_future))
+        self.future_loss = 0.0  # of the last forward in training
         self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -848,8 +855,10 @@ class GPT(nn.Module):
             x = block(x, Context(rope, mask, mask))
         return self.encoder_norm(x) if self.encoder_norm is not None else x
 
-    def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None):
-        """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm.
+    def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None,
+               future=False):
+        """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm; with future a list of them, those
+        that the next token is told from and those of each of the n_future tokens after it (arXiv:2404.19737).
 
         positions (B, T) or (T,): where each token stands, by default 0 … T-1 (after what the cache holds).
         mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
@@ -872,9 +881,12 @@ class GPT(nn.Module):
         memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         context = Context(rope, layout.mask, layout.local_mask, far_rope, layout.is_sink, cache, memory, memory_mask,
                           real)
-        for block in self.blocks:
+        *trunk, last = self.blocks
+        for block in trunk:
             x = block(x, context)
-        return self.norm(x) if self.norm is not None else x
+        found = [block(x, context) for block in ((last, *self.future) if future else (last,))]
+        found = [self.norm(x) if self.norm is not None else x for x in found]
+        return found if future else found[0]
 
     def layout(self, T, positions, mask, device):
         """The Layout of a forward without a cache."""
@@ -942,9 +954,10 @@ class GPT(nn.Module):
                 real=None, reduction='mean', output=None):
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
 
-        Targets of -100 do not count; reduction: 'mean' over those that do, 'sum', or 'none' for (B, T). positions,
-        mask: see `hidden`. segments (B, T) of integers: a token sees those of its own only, so that several texts share
-        a row, each with positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on
+        Targets of -100 do not count; reduction: 'mean' over those that do, 'sum', or 'none' for (B, T). In training
+        `future_loss` is then the mean cross-entropy of the n_future tokens after them. positions, mask: see `hidden`.
+        segments (B, T) of integers: a token sees those of its own only, so that several texts share a row, each with
+        positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on
         padding, which routers do not count; None = what no target follows. output: 'hidden' for the hidden states
         (B, T, C), or a function of (this model, hidden states, targets), whose result is returned: any loss of them,
         computed inside the forward as DDP and FSDP need.
@@ -959,7 +972,12 @@ class GPT(nn.Module):
         if self.sparse and self.training and real is None and targets is not None:
             real = (targets != -100).flip(1).cumsum(1).flip(1) > 0
         memory = self.encode(source, source_mask) if source is not None else None
-        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask, real=real)
+        learning = self.training and len(self.future) > 0 and targets is not None and output is None
+        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask, real=real, future=learning)
+        if learning:  # all further heads in one loss: the gradient of the head they share exists once
+            hidden, *further = hidden
+            later = F.pad(targets, (0, len(further)), value=-100).unfold(1, targets.shape[1], 1).transpose(0, 1)
+            self.future_loss = self.cross_entropy(torch.cat(further), later[1:].flatten(0, 1))
         if self.sparse and self.training:
             stats = torch.stack([torch.cat((moe.load, (moe.entropy * moe.load.sum())[None])) for moe in self.sparse])
             self.router_stats = stats if self.router_stats is None else self.router_stats + stats
@@ -1071,11 +1089,11 @@ class GPT(nn.Module):
         c = self.config
         stacks = {id(p) for moe in self.sparse for p in (moe.gate, moe.up, moe.down)}  # of which a token meets a part
         matrices = [(p, p.numel() * c.n_expert_active / c.n_expert if id(p) in stacks else p.numel())
-                    for n, p in self.named_parameters() if n.startswith(('blocks.', 'encoder.')) and p.ndim > 1]
-        matrices += [(self.head.weight, self.head.weight.numel())] if self.head is not None else []
+                    for n, p in self.named_parameters() if n[:6] in ('blocks', 'future', 'encode') and p.ndim > 1]
+        matrices += [(self.head.weight, self.head.weight.numel())] * (1 + c.n_future) if self.head is not None else []
         matmul = sum(n * (6 if p.requires_grad else 4) for p, n in matrices)
         matmul += 4 * sum(m.in_features * m.out_features for m in self.elsewhere())
-        layers = c.n_layer + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
+        layers = c.n_layer + c.n_future + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
         return matmul + 12 * layers * c.n_head * c.head_dim * T
 
     def generate(self, prompts, max_new_tokens, **options):

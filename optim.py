@@ -55,7 +55,7 @@ def make_optimizers(named_parameters, optimizer='adamw', learning_rate=6e-4, wei
     if optimizer not in ('adamw', 'muon'):
         raise ValueError(f"optimizer={optimizer!r} is not one of 'adamw', 'muon'")
     params = {name: p for name, p in named_parameters if p.requires_grad}
-    hidden = [p for n, p in params.items() if re.search(r'(^|\.)(blocks|encoder)\.', n) and p.ndim >= 2
+    hidden = [p for n, p in params.items() if re.search(r'(^|\.)(blocks|encoder|future)\.', n) and p.ndim >= 2
               and not any(part in n for part in ('router', '.lora_', '.adapter')) and optimizer == 'muon']
     taken = {id(p) for p in hidden}
     # the authors' code of LoRA+ has vectors learn as fast as B, and so has PEFT's: DoRA's magnitudes are some

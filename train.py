@@ -5,12 +5,13 @@ Pretraining: a language model learns real text by predicting the next token.
     python train.py config/tiny.py --n_layer=6 --max_iters=3000  any knob below, or any field of GPTConfig
     python train.py config/tiny.py --init_from=resume            resumes from out_dir/ckpt.pt
     python train.py config/tiny.py --init_from=out/tiny --n_expert=8 --out_dir=out/upcycled    its MLPs become experts
+    python train.py config/tiny.py --n_future=3 --out_dir=out/future    three heads for the tokens after the next
     python train.py config/reverse.py                            an encoder-decoder, on pairs of source and target
     torchrun --standalone --nproc_per_node=2 train.py config/tiny.py --gradient_accumulation_steps=2 [--fsdp=True]
 
 Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), Attention Is All You Need
 (arXiv:1706.03762), AdamW (arXiv:1711.05101), cosine decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395),
-Muon (arXiv:2502.16982), sparse upcycling (arXiv:2212.05055).
+Muon (arXiv:2502.16982), sparse upcycling (arXiv:2212.05055), multi-token prediction (arXiv:2404.19737).
 """
 import math
 from dataclasses import asdict
@@ -45,6 +46,7 @@ embed_lr = 0.0  # peak learning rate of the token embedding; 0 = learning_rate
 muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
 weight_decay = 0.1  # applied to matrices only
+future_coef = 1.0  # with n_future: weight of the mean loss of the further heads; n_future = the sum, as in the paper
 beta1 = 0.9  # AdamW: decay rate of the first moment
 beta2 = 0.95  # AdamW: decay rate of the second moment
 grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
@@ -76,7 +78,8 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 
 CPU_FLOPS = 1e11  # of a core, at best: for a word about how long training takes
 # allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
-RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens', 'upcycle_noise'), '>= 0')
+RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens', 'upcycle_noise', 'future_coef'),
+                                      '>= 0')
 
 
 def tensors_of(run, arrays):
@@ -255,7 +258,7 @@ def main():
         run.seed_dropout(rows_seen + run.rank * batch_size)
         with run.autocast(block_size):
             first_batch = tensors_of(run, train_data.batch(rows_seen + run.rank * batch_size, batch_size))
-            run.warm_up_ddp(net, net(**first_batch))
+            run.warm_up_ddp(net, net(**first_batch) + model.future_loss)
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(round(train_data.row_tokens)))
     router_stats = None
     clock.start()
@@ -315,6 +318,9 @@ def main():
             # is the mean over all of them; divided by micro_steps, because DDP and FSDP average over processes
             weight = train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps)
             step_loss += loss.detach() * weight / micro_steps
+            if model.future:  # not in the logged loss either
+                meter.add(weight=weight, **{'train/future_loss': model.future_loss.detach()})
+                loss = loss + future_coef * model.future_loss
             loss = loss + model.router_loss()  # a mixture of experts: what balances their load; not in the logged loss
             run.backward(loss * weight / micro_steps)
             meter.add(tokens=int((arrays[1] != -100).sum()))
