@@ -4,6 +4,7 @@ Measure: speed as a share of what the machine can do, or beside another program 
     python bench.py train config/gpt2.py [--key=value …]    tokens/s, where a step's time goes, MFU, memory; the loader
     python bench.py sample --init_from=out/tiny             prefill and decode tokens/s against the memory's bandwidth
     python bench.py sample --init_from=smollm2 --against=transformers    the same generation by transformers, in turn
+    python bench.py sample --init_from=smollm2 --draft=out/small    with speculative decoding and without, in turn
     python bench.py stream --init_from=smollm2              loss per token of a stream ten contexts long, in a window
     python bench.py serve --init_from=smollm2               clients of serve.py, one after another and at once
     python bench.py tokenizer                               BPE training and encoding, MB/s
@@ -53,10 +54,11 @@ import scaling
 from convert import to_hf
 from dataset import TokenData, find_dataset
 from generate import RollingCache, check_prompts, generate, pack, stream
-from load import load_model
+from load import load_draft, load_model
 from model import GPT, GPTConfig, on_meta
 from optim import make_optimizers
 from plot import draw_mean, logged, mean_and_spread, new_figure, points, report
+from speculative import Draft
 from tokenizer import UserError, train_bpe
 
 against = ''  # checkout of nanoGPT or of this project to compare with; mode sample: also 'transformers'
@@ -68,13 +70,16 @@ batches = [1, 8]  # mode sample: texts at a time; mode serve: clients at a time
 contexts = [16, 128, 512]  # mode sample: tokens of context before the new ones; those that fit into block_size
 max_new_tokens = 64  # modes sample and serve: tokens to add to each text
 num_samples = 1  # mode sample against transformers: above 1, so many continuations of each text, drawn: a rollout
+draft = ''  # mode sample: what proposes tokens, as in sample.py, to be measured beside the model alone
+draft_tokens = [2, 4]  # mode sample with a draft: tokens that are proposed at a time
+chat = False  # mode sample with a draft: ask questions in a chat, the lines of input or eight of ours
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
 what = 'all'  # mode ablate: norm, place, position, mlp, heads, rates, optimizer, experts, warmup, batch, precision
 seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …, or from --seed on
 ladder = ['1x32', '1x64', '2x64', '2x96', '3x128']  # mode scaling: sizes, layers x width; heads are 32 wide
 larger = '4x160'  # mode scaling: the size whose loss after the longest of lengths is predicted before it is trained
 lengths = [109, 218, 437, 874]  # mode scaling: steps of each size; 874 read data/shakespeare once
-input = ''  # modes tokenizer and stream: text file; default: the works of data/shakespeare
+input = ''  # modes tokenizer, stream, and sample with a draft: text file; default: the works of data/shakespeare
 results = 'out/bench'  # where the results and the runs go
 
 TRAIN = Path(__file__).parent / 'train.py'
@@ -436,6 +441,8 @@ def bench_sample(knobs, model_args):
     model = model.to(device, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]).eval()
     if against:
         return against_transformers(model, tokenizer, device)
+    if draft:
+        return against_drafted(model, tokenizer, device, knobs.dtype)
     weight_bytes = sum(p.nbytes for n, p in model.named_parameters()
                        if model.config.tie_weights or n != 'tok_emb.weight')
     size = model.tok_emb.weight.itemsize
@@ -503,6 +510,43 @@ def against_transformers(model, tokenizer, device):
                      'ratio': statistics.median(ratios), 'least': min(ratios), 'most': max(ratios),
                      **({} if drawn else {'same tokens %': 100 * same / n_new})})
     return rows, {'dtype': str(model.tok_emb.weight.dtype), 'quant': quant}
+
+
+def against_drafted(model, tokenizer, device, dtype):
+    """Answers to questions, or continuations of texts, one at a time, with a draft and without, in turn: greedily and
+    at temperature 0.8. Texts are eight pieces, contexts[0] tokens long, of the last tenth of input."""
+    small = load_draft(draft, 1, model, tokenizer, device=device, dtype=dtype, quant=quant).model
+    if chat:
+        questions = texts_of(input)[0].splitlines() if input else QUESTIONS
+        prompts = [tokenizer.chat_ids([{'role': 'user', 'content': q}], generate=True)[0] for q in questions]
+    else:
+        text = ''.join(texts_of(input))
+        tail = text[-len(text) // 10:]
+        prompts = [tokenizer.encode(tail[i * len(tail) // 8:])[:contexts[0]] for i in range(8)]
+    with runtime.user_errors():
+        pack(model, quant)
+    rows = []
+
+    def answers(temperature, seed, drafted):
+        began = time.perf_counter()
+        with runtime.user_errors():
+            new = [generate(model, [prompt], max_new_tokens, temperature=temperature, seed=seed, draft=drafted,
+                            stop_ids=tokenizer.turn_ids, vocab_limit=tokenizer.n_vocab)[0] for prompt in prompts]
+        return new, sum(map(len, new)) / (time.perf_counter() - began)
+    for temperature in (0.0, 0.8):
+        for n in draft_tokens:
+            drafted = Draft(small, n)
+            runs = [(answers(temperature, i, drafted), answers(temperature, i, None)) for i in range(repeats)]
+            ratios = [with_draft[1] / alone[1] for with_draft, alone in runs]
+            same = sum(a == b for with_draft, alone in runs for a, b in zip(with_draft[0], alone[0], strict=True))
+            rows.append({'temperature': temperature, 'proposed at a time': n,
+                         'accepted %': 100 * drafted.accepted / drafted.proposed,
+                         'tokens per pass': drafted.tokens / drafted.passes,
+                         'tokens/s': statistics.median(r[0][1] for r in runs),
+                         'alone': statistics.median(r[1][1] for r in runs),
+                         'ratio': statistics.median(ratios), 'least': min(ratios), 'most': max(ratios),
+                         'same texts': '' if temperature else f'{same} of {repeats * len(prompts)}'})
+    return rows, {'dtype': str(model.tok_emb.weight.dtype), 'quant': quant, 'draft': draft}
 
 
 QUESTIONS = ('What is the capital of France?', 'Tell me a story about a dragon.', 'Explain photosynthesis.',
@@ -981,6 +1025,9 @@ def check(mode, knobs, given):
     for wrong, message in (
             (min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'),
              'repeats, steps, max_new_tokens, batches and contexts must be >= 1'),
+            (min(draft_tokens) < 1, f'draft_tokens={min(draft_tokens)} must be >= 1'),
+            (draft and (against or mode != 'sample' or knobs.init_from == 'scratch'),
+             f'draft={draft} is for mode sample with --init_from=MODEL and no --against'),
             (min(lengths) < 1, f'lengths={min(lengths)} must be >= 1'),
             (taken, f'mode scaling sets {taken} from ladder, larger and lengths: drop --{taken}'),
             (min(knobs.batch_size, knobs.gradient_accumulation_steps) < 1 or not 0 <= knobs.seed < 2 ** 63,

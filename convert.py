@@ -608,15 +608,18 @@ def tensors_of(model, family):
     for name in ('lora_rank', 'adapter_dim', 'quant'):
         if value := getattr(lora.config_of(model), name):
             raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
-    if config.n_future:
-        print(f'n_future={config.n_future}: the further heads are left out, which no architecture there has',
-              file=sys.stderr)
     with on_meta():
         whole = GPT(dataclasses.replace(config, norm_affine=True, n_future=0)).state_dict()
     for name, like in whole.items():
         if name != 'head.weight' or not config.tie_weights:
             tensor = state[name] if name in state else torch.ones(like.shape, dtype=model.tok_emb.weight.dtype)
             yield from parts(name, tensor, config, family)
+
+
+def say_what_is_left_out(config):
+    if config.n_future:
+        print(f'n_future={config.n_future}: the further heads are left out, which no architecture there has',
+              file=sys.stderr)
 
 
 def to_hf(model, directory, tokenizer=None, card=None):
@@ -629,6 +632,7 @@ def to_hf(model, directory, tokenizer=None, card=None):
     _vacant(directory)
     fits(tokenizer, model, directory)
     family = hf_family(config)
+    say_what_is_left_out(config)
     ends = list(tokenizer.turn_ids) if tokenizer else []  # an exported chat model must stop, too
     dtype = model.tok_emb.weight.dtype
     name_of_dtype = str(dtype).removeprefix('torch.')

@@ -21,7 +21,17 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from convert import Json, build, fits, hf_family, read_tensor, reason_of, renormalised, tensors_of
+from convert import (
+    Json,
+    build,
+    fits,
+    hf_family,
+    read_tensor,
+    reason_of,
+    renormalised,
+    say_what_is_left_out,
+    tensors_of,
+)
 from model import GPTConfig, frequencies, rope_frequencies
 from tokenizer import UserError
 
@@ -244,6 +254,7 @@ def to_gguf(model, path, tokenizer, kind='f16', about=None):
     vacant_file(path)
     gguf, arch = package(path), ARCHITECTURES[hf_family(config, gguf=True)]
     fits(tokenizer, model, path)
+    say_what_is_left_out(config)
     with runtime.user_errors(path):
         vocabulary = tokenizers.gguf_vocabulary(tokenizer, config.vocab_size)
     values = {'general.architecture': arch, 'general.type': 'model', 'general.file_type': TYPES[kind],

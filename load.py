@@ -33,6 +33,7 @@ from lora import LoRAConfig
 from model import GPT, GPTConfig, on_meta
 from preparation import check_sha256
 from reward_model import RewardModel, ScoreConfig
+from speculative import Draft
 from tokenizer import Tokenizer, UserError, hf_tokenizer, with_chat_template
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,6 +355,19 @@ def load_to_generate(init_from, device, dtype='auto', quant='auto', batch_invari
     return model, tokenizer
 
 
+def load_draft(draft, n_tokens, model, tokenizer, **how):
+    """The speculative.Draft for a model that a knob names: 'heads', the model's own, or a model as init_from, loaded
+    how `load_to_generate` is told. UserError for one that does not fit."""
+    small, own = (None, tokenizer) if draft == 'heads' else load_to_generate(draft, **how)
+    if not own.same_as(tokenizer.to_dict()):
+        raise UserError(f"draft={draft}: it has another tokenizer ({own.name}) than the model ({tokenizer.name}): give "
+                        "a model with the same, or 'heads'")
+    found = Draft(small, n_tokens)
+    with runtime.user_errors(f'draft={draft}'):
+        found.check(model, vocab_limit=tokenizer.n_vocab)
+    return found
+
+
 def load_model(init_from, scores=False, **overrides):
     """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
 
@@ -646,7 +660,8 @@ def _load_start(stage, init_from, resume_from, new):
     if init_from == 'scratch' and 'scratch' not in new:
         raise UserError("init_from='scratch': this stage starts from a model: give a run, a directory or a name")
     state = new[init_from]() if init_from in new else load_state(init_from)
-    return without_heads(state, init_from), init_from, None, None
+    base = base_of(init_from, state) if state['model_args'].get('n_future') else None  # with the heads
+    return without_heads(state, init_from), init_from, None, base
 
 
 def stage_of(state):

@@ -14,6 +14,7 @@ Talk to a checkpoint: continue a text, as tokens come, keep a context in an inte
     python sample.py --init_from=out/reverse --source="stressed"     of an encoder-decoder
     python sample.py --init_from=out/tiny --start=FILE:prompt.txt --show=probs      how likely is each token of a text?
     python sample.py --init_from=out/tiny --start="To be, or not to be" --show=attention       what does each head see?
+    python sample.py --init_from=smollm2 --chat=True --draft=out/small      a small model proposes, see speculative.py
 
 Any field of GPTConfig may be set too: --window=512 --n_sink=4 streams without end (arXiv:2309.17453).
 
@@ -26,6 +27,7 @@ import math
 import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import runtime
@@ -34,7 +36,7 @@ import torch
 
 from generate import generate, stream
 from grade import final_answers, majority
-from load import fields_of, is_run, load_to_generate
+from load import fields_of, is_run, load_draft, load_to_generate
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
@@ -55,6 +57,9 @@ top_k = 0  # draw from the k likeliest tokens only; 0 = off
 top_p = 1.0  # draw from the smallest set with this much probability; 1 = off
 min_p = 0.0  # draw from tokens at least this likely relative to the likeliest; 0 = off
 repetition_penalty = 1.0  # above 1: tokens that are already there become less likely
+# speculative decoding: the same distribution, in fewer passes of the model
+draft = ''  # what proposes tokens: a model with the same tokenizer, as init_from, or 'heads', those of n_future
+draft_tokens = 4  # tokens that are proposed at a time; by heads at most n_future
 # of the answer
 tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions that a chat may call
 max_tool_calls = 8  # rounds of calls of functions in an answer
@@ -100,12 +105,13 @@ def sampling(tokenizer, force):
     """The options of `generate.generate` that the knobs ask for."""
     return dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop_ids=stops(tokenizer),
                 repetition_penalty=repetition_penalty, vocab_limit=tokenizer.n_vocab, seed=None if seed < 0 else seed,
-                force=force)
+                force=force, draft=draft or None)
 
 
 def continuations(model, tokenizer, ids, out, sources=None, force=None):
     """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
     decoder = tokenizer.stream(start=chat)  # else the text goes on
+    began = time.perf_counter()
     with runtime.user_errors():
         for rows, tokens, _ in stream(model, [ids], max_new_tokens, num_samples=num_samples, sources=sources,
                                       **sampling(tokenizer, force)):
@@ -114,6 +120,10 @@ def continuations(model, tokenizer, ids, out, sources=None, force=None):
                 if row == 0 and token not in stops(tokenizer):
                     print(decoder.push(token), end='', flush=True)
     print(decoder.flush())
+    if draft:
+        rate = sum(map(len, out)) / (time.perf_counter() - began)
+        print(f'({draft.report()}, {rate:.1f} tokens/s)', file=sys.stderr)
+        draft.reset()
 
 
 def choose(model, tokenizer, ids, messages, scorer, force=None):
@@ -291,6 +301,8 @@ def check_knobs(talk):
             (min(votes, best_of, max_think_tokens, max_tool_calls) < 0,
              'votes, best_of, max_think_tokens and max_tool_calls must be >= 0'),
             (isinstance(tools, str) and not chat, f'tools={tools} answers in turns of a chat: add --chat=True'),
+            (draft_tokens < 1, f'draft_tokens={draft_tokens} must be >= 1'),
+            (draft and (show or source), f'draft={draft} proposes tokens of a running text: drop --show and --source'),
             (votes and best_of, f'votes={votes} and best_of={best_of} choose in two ways: drop one'),
             (bool(best_of) != bool(reward_model), f'best_of={best_of} and reward_model={reward_model!r} go together: '
              'give --best_of=N and --reward_model=DIR, or neither'),
@@ -332,14 +344,15 @@ def continue_text(model, tokenizer, ids, text, sources, force):
 
 
 def main():
-    global system
+    global draft, system
     _, given = runtime.configure(globals(), GPTConfig, __file__)
     talk = interactive or chat and start == '\n'
     check_knobs(talk)
     system = read_text('system', system) if system else ''
     text = None if talk else read_text('source', source) if source else read_text('start', start)
-    model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant,
-                                        **fields_of(GPTConfig, given))
+    how = dict(device=runtime.pick_device(device), dtype=dtype, quant=quant)
+    model, tokenizer = load_to_generate(init_from, **how, **fields_of(GPTConfig, given))
+    draft = draft and load_draft(draft, draft_tokens, model, tokenizer, **how)
     if (model.config.n_encoder_layer > 0) != bool(source):
         raise UserError(f'{init_from} has ' + ('no encoder that could read --source: drop it' if source else
                                                'an encoder: give it something to read, --source=TEXT'))

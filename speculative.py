@@ -108,11 +108,15 @@ def push_all(row, tokens, stop_ids):
 class Draft:
     """What proposes n_tokens at a time: a model, or None for the further heads of the model that is to generate.
 
-    proposed, accepted: tokens; passes: of the model, over `tokens` new ones.
+    proposed, accepted: tokens; passes: of the model, a row each, which brought so many `tokens`.
     """
 
     def __init__(self, model=None, n_tokens=4):
         self.model, self.n_tokens = model, n_tokens
+        self.reset()
+
+    def reset(self):
+        """Counts from 0."""
         self.proposed = self.accepted = self.passes = self.tokens = 0
 
     def check(self, model, rolling=False, use_cache=True, entropies=False, vocab_limit=0):

@@ -105,6 +105,7 @@ import rows as rows_file
 import sample
 import scaling
 import serve as serve_file
+import speculative
 import tokenizer as tok
 import tools as tools_file
 import train
@@ -4112,6 +4113,104 @@ def test_2_6_validation_reads_what_was_held_out(run_stage, tmp_path):
     assert logged('run', 'train/eval_loss')[-1] < 5 < logged('run', 'val/loss')[-1]
 
 
+# 2.7 multi-token prediction
+
+def test_2_7_further_heads_predict_what_comes_later_by_hand():
+    """Heads that say the same: after token 0 the probabilities 1/4 and 3/4, after token 1 1/2 and 1/2."""
+    config = GPTConfig(block_size=3, vocab_size=2, n_layer=1, n_head=1, n_embd=2, pos='none', norm='rmsnorm',
+                       norm_affine=False, norm_eps=0, bias=False, tie_weights=False, zero_init=True, n_future=1)
+    model = GPT(config).train()
+    with torch.no_grad():  # blocks that add nothing; normalised, a token is (sqrt(2), 0) or (0, sqrt(2))
+        model.tok_emb.weight.copy_(torch.eye(2))
+        model.head.weight.copy_((torch.tensor([[1 / 4, 1 / 2], [3 / 4, 1 / 2]]) ** (1 / math.sqrt(2))).log())
+    loss = model(torch.tensor([[0, 1, 0]]), torch.tensor([[1, 0, 1]]))
+    assert loss.item() == pytest.approx(-math.log(3 / 4 * 1 / 2 * 3 / 4) / 3, abs=1e-6)
+    # the tokens after the targets are 0 and 1; what would come after the last is not known
+    assert model.future_loss.item() == pytest.approx(-math.log(1 / 4 * 1 / 2) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize('chunk', [5, 1000])
+@pytest.mark.parametrize('options', [{}, dict(pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_layer=3,
+                                              tie_weights=False, window=5, window_pattern='LG')], ids=str)
+def test_2_7_the_loss_of_further_heads_is_that_of_models_that_end_with_them(options, chunk, monkeypatch):
+    """Values and gradients: of ordinary models whose last block is replaced, their cross-entropies taken by PyTorch."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
+    model, idx, coef = tiny(n_future=3, **options).train(), ids(3, 12), 0.7
+    targets = F.pad(idx[:, 1:], (0, 1), value=9)
+    targets[1, 7:] = -100
+    loss = model(idx, targets)
+    plain = GPT(dataclasses.replace(model.config, n_future=0))
+    weights, last = dict(model.named_parameters()), f'blocks.{model.config.n_layer - 1}.'
+    losses = []
+    for i in range(4):
+        other = {name: weights[name.replace(last, f'future.{i - 1}.') if i else name] for name, _ in
+                 plain.named_parameters()}
+        logits = torch.func.functional_call(plain, other, (idx,), tie_weights=True)
+        losses.append(F.cross_entropy(logits[:, :12 - i].flatten(0, 1), targets[:, i:].flatten(), reduction='none'))
+    further = torch.cat(losses[1:])
+    counted = (torch.cat([targets[:, i:].flatten() for i in (1, 2, 3)]) != -100).sum()
+    expected = losses[0].sum() / (targets != -100).sum(), further.sum() / counted
+    torch.testing.assert_close((loss, model.future_loss), expected, atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(a + coef * b, [*weights.values()]) for a, b in (
+        (loss, model.future_loss), expected))
+    for name, a, b in zip(weights, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+    model.future_loss = 0.0
+    assert torch.equal(model.eval()(idx), plain.eval()(idx) if plain.load_state_dict(
+        {name: x for name, x in model.state_dict().items() if not name.startswith('future.')}) else None)
+    model(idx, targets)
+    assert model.future_loss == 0.0  # evaluation asks for the next token alone
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(n_expert=4), 'without experts'), (dict(n_encoder_layer=1), 'n_future=2'),
+    (dict(causal=False), 'causal decoder'), (dict(n_future=-1), 'negative')])
+def test_2_7_impossible_further_heads_raise_one_sentence(options, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**dict(n_future=2) | options)
+
+
+@pytest.mark.parametrize('options', [[], ['--optimizer=muon', '--gradient_accumulation_steps=2']], ids=str)
+def test_2_7_further_heads_are_trained_kept_and_propose(run_stage, text_data, options):
+    args = ['train', *SMALL, '--n_future=2', f'--dataset={text_data}', *options]
+    assert run_stage(*args, '--out_dir=run')[0] == 0
+    assert run_stage(*args, '--out_dir=again', '--max_iters=4', '--lr_decay_iters=8')[0] == 0
+    assert run_stage(*args, '--out_dir=again', '--init_from=resume', '--lr_decay_iters=8')[0] == 0
+    state = load.read_checkpoint('run/ckpt.pt')
+    assert same_weights('run', 'again')
+    assert all(math.isfinite(row['train/future_loss']) for row in rows_of('run') if 'lr' in row)
+    moved = state['model']['future.1.mlp.up.weight']
+    assert run_stage(*args, '--out_dir=again', '--future_coef=0', '--max_iters=2')[0] == 0
+    still = load.read_checkpoint('again/ckpt.pt')['model']['future.1.mlp.up.weight']
+    torch.manual_seed(1337)
+    first = GPT(GPTConfig(**state['model_args'])).state_dict()['future.1.mlp.up.weight']
+    assert torch.corrcoef(torch.stack((first.flatten(), still.flatten())))[0, 1] > 0.9999  # without a loss they decay
+    assert (moved - first).norm() > 5 * (still - first).norm()
+    text = ['sample', '--init_from=run', '--start=The', '--max_new_tokens=24', '--device=cpu', '--dtype=float32']
+    plain, drafted = (run_stage(*text, '--temperature=0', *more) for more in ([], ['--draft=heads']))
+    assert plain[:2] == drafted[:2] and 'proposed tokens accepted' in drafted[2]
+    assert run_stage(*text, '--n_future=0')[0] == 0
+    status, _, err = run_stage(*text, '--n_future=0', '--draft=heads')
+    assert status == 2 and 'n_future=0' in err and err.count('\n') == 1
+
+
+def test_2_7_later_stages_and_exports_leave_further_heads_out_and_say_so(run_stage, text_data, chat_data, tmp_path):
+    assert run_stage('train', *SMALL, *'--n_future=2 --pos=rope --norm=rmsnorm --mlp=swiglu --bias=False '
+                     '--block_size=192 --max_iters=1'.split(), f'--dataset={text_data}', '--out_dir=run')[0] == 0
+    for more in ([], ['--lora_rank=2']):
+        status, out, err = run_stage('sft', '--init_from=run', f'--dataset={chat_data}', '--max_iters=1',
+                                     '--eval_rows=1', '--out_dir=tuned', '--device=cpu', *more)
+        assert status == 0 and err.count('n_future=2 further heads are left out') == 1
+        tuned, _ = load.load_model('tuned')
+        assert tuned.config.n_future == 0 and not any('future' in name for name, _ in tuned.named_parameters())
+    model, tokenizer = load.load_model('run')
+    for target in ('hf', 'model.gguf'):
+        assert run_stage('convert', 'run', target)[::2] == (
+            0, 'n_future=2: the further heads are left out, which no architecture there has\n')
+        back, _ = load.load_model(target)
+        torch.testing.assert_close(back(ids(2, 9)), model(ids(2, 9)), atol=2e-3, rtol=2e-3)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. modern architecture
 
@@ -4621,6 +4720,159 @@ def test_3_6_bands_are_students_intervals():
         mean, half = plot.mean_and_spread(values)
         assert mean == pytest.approx(np.mean(values))
         assert half == pytest.approx(quantile * np.std(values, ddof=1) / len(values) ** 0.5, rel=1.5e-3)
+
+
+# 3.7 speculative decoding
+
+def test_3_7_a_proposal_stays_or_is_drawn_anew_by_hand():
+    """The model says 1/2, 1/4, 1/4, the draft 1/4, 1/2, 1/4: a 1 stays half of the time, else a 0 takes its place."""
+    p = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 1 / 8, 3 / 4]])
+    q = torch.tensor([[1 / 4, 1 / 2, 1 / 4]])
+
+    def outcome(proposal, u_accept, u_draw=(0.5, 0.5), n_drafts=1):
+        accepted, ids = speculative.verify(p[None], q[None], torch.tensor([[proposal]]), torch.tensor([n_drafts]),
+                                           torch.tensor([[u_accept]]), torch.tensor([u_draw]))
+        return accepted.item(), ids.item()
+    assert outcome(1, 0.49) == (1, 2)  # it stays, and from 1/8, 1/8, 3/4 comes one more
+    assert [outcome(1, 0.51, (u, 0.5)) for u in (0.0, 0.5, 0.99)] == 3 * [(0, 0)]  # max(p - q, 0) = 1/4, 0, 0
+    assert outcome(0, 0.99)[0] == outcome(2, 0.99)[0] == 1  # as likely or likelier for the model
+    assert [outcome(1, 0.0, (u, 0), n_drafts=0) for u in (0.1, 0.6, 0.9)] == [(0, 0), (0, 1), (0, 2)]  # none: from p
+    # all that is said, over a grid of what is drawn: 1/2, 1/4, 1/4
+    counts = Counter()
+    for x, u in itertools.product(range(3), (torch.arange(100) + 0.5) / 100):
+        accepted, other = outcome(x, u.item())
+        counts[x if accepted else other] += q[0, x].item() / 100
+    np.testing.assert_allclose([counts[x] for x in range(3)], p[0], atol=1e-6)
+    same = torch.rand(500, 1, 7).softmax(-1)
+    off = same * (1 + 1e-7)  # q is nearly p and nothing is left over: what is drawn has a probability all the same
+    accepted, again = speculative.verify(same.expand(-1, 2, -1), off, torch.zeros(500, 1, dtype=torch.long),
+                                         torch.ones(500).long(), torch.full((500, 1), 1.0), torch.zeros(500, 2))
+    assert not accepted.any() and not again.any()
+
+
+def test_3_7_speculative_texts_have_the_models_distribution():
+    """Three tokens together, chi-square: of a draft that disagrees strongly and of further heads, filtered or not."""
+    model = tiny(vocab_size=4, init_std=0.35, n_future=2, block_size=8)
+    torch.manual_seed(3)
+    other = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=16, init_std=0.6)).eval()
+    texts, n = list(itertools.product(range(4), repeat=3)), 5000
+    for options in (dict(temperature=0.8), dict(top_k=3, temperature=1.5), dict(top_p=0.9, min_p=0.05)):
+        with torch.no_grad():
+            logits = model(torch.tensor([[1, 2, *text] for text in texts]))[:, 1:4]
+        logits = filter_logits(logits.flatten(0, 1) / options.get('temperature', 1),
+                               **{key: value for key, value in options.items() if key != 'temperature'})
+        probs = logits.softmax(-1).view(64, 3, 4).gather(2, torch.tensor(texts)[..., None]).double().prod(1)[:, 0]
+        for draft in (speculative.Draft(other, 2), speculative.Draft(None, 2)):
+            drawn = Counter(map(tuple, model.generate([[1, 2]], 3, num_samples=n, seed=0, draft=draft, **options)))
+            counts = torch.tensor([drawn[text] for text in texts])
+            assert not counts[probs == 0].any() and 300 < draft.accepted < 0.4 * draft.proposed
+            often = n * probs >= 5
+            chi2 = ((counts - n * probs).square() / (n * probs))[often].sum()
+            assert scipy.stats.chi2.sf(chi2, often.sum() - 1) > 1e-3, (options, draft.model, chi2)
+
+
+@pytest.mark.parametrize('options', [{}, dict(pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2),
+                                     dict(pos='rope', window=6, window_pattern='LG', n_sink=2)], ids=str)
+def test_3_7_greedy_texts_are_the_same_with_any_draft(options):
+    """Ragged prompts, past the block, stop tokens, forced tokens, a penalty; and drawn rows depend on no other row."""
+    model, prompts = tiny(n_future=3, **options), [[1, 2, 3], [4], ids(20).tolist()]
+    torch.manual_seed(5)
+    nearly = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in nearly.parameters():
+            p += 0.02 * torch.randn_like(p)
+    drafts = nearly, GPT(dataclasses.replace(nearly.config, n_layer=1, block_size=9, n_future=0)).eval(), None
+    accepted = [0, 0, 0]
+
+    def force(answer):
+        return (8, 9) if len(answer) in (2, 7) else (5,) if len(answer) == 15 else ()
+    for common in (dict(temperature=0), dict(temperature=0, repetition_penalty=1.3, force=force, stop_ids=(9, 3))):
+        plain, logprobs = model.generate(prompts, 30, return_logprobs=True, **common)
+        for i, draft in enumerate(drafts):
+            for n in (1, 4):
+                fast = speculative.Draft(draft, n)
+                texts, others = model.generate(prompts, 30, return_logprobs=True, draft=fast, **common)
+                assert texts == plain
+                np.testing.assert_allclose(sum(others, []), sum(logprobs, []), atol=1e-4)
+                accepted[i] += fast.accepted
+                assert fast.tokens == sum(map(len, plain))
+    assert accepted[0] > 40 and accepted[2] > 0
+    common = dict(temperature=1.1, top_p=0.95, repetition_penalty=1.2, force=force, num_samples=2)
+    for draft in drafts:
+        together = model.generate(prompts, 30, seed=[3, 4, 5], draft=speculative.Draft(draft, 3), **common)
+        alone = [model.generate([prompt], 30, seed=[3 + i], draft=speculative.Draft(draft, 3), **common)
+                 for i, prompt in enumerate(prompts)]
+        assert together == sum(alone, [])
+
+
+def test_3_7_a_model_as_its_own_draft_proposes_what_it_would_say():
+    model = tiny(pos='rope', block_size=80)
+    for temperature in (0.0, 1.0):
+        draft = speculative.Draft(model, 4)
+        model.generate([[1, 2], [3]], 60, temperature=temperature, seed=1, draft=draft)
+        assert (draft.accepted, draft.proposed, draft.passes) == (96, 96, 24)  # five tokens in each pass
+
+
+@pytest.mark.parametrize('model, draft, options, words', [
+    ({}, {}, dict(draft_tokens=0), 'at least 1'), ({}, None, {}, 'no further heads'),
+    ({}, dict(vocab_size=60), {}, 'vocabulary of 60'), ({}, {}, dict(use_cache=False), 'use_cache'),
+    ({}, dict(vocab_size=64), dict(vocab_limit=62), 'vocabulary of 64'), ({}, {}, dict(entropies=True), 'entropies'),
+    (dict(window=6, pos='rope'), {}, {}, 'window=6'), ({}, dict(causal=False), {}, 'causal'),
+    ({}, dict(n_encoder_layer=1), {}, 'causal')], ids=str)
+def test_3_7_impossible_drafts_raise_one_sentence(model, draft, options, words):
+    model, small = tiny(**model), None if draft is None else tiny(**draft)
+    draft = speculative.Draft(small, options.pop('draft_tokens', 4))
+    with pytest.raises(ValueError, match=words):
+        model.generate([[1]], 20, draft=draft, **options)
+
+
+def test_3_7_logits_of_a_draft_that_are_not_finite_are_no_text():
+    model, broken = tiny(), tiny()
+    with torch.no_grad():
+        broken.norm.weight.fill_(math.nan)
+    for pair in ((model, broken), (broken, model)):
+        with pytest.raises(UserError, match='^the logits of the next token are not finite'):
+            pair[0].generate([[1]], 5, draft=speculative.Draft(pair[1], 2))
+
+
+def test_3_7_padded_vocabularies_share_what_the_tokenizer_has():
+    model, draft = tiny(), tiny(vocab_size=64)
+    draft = speculative.Draft(draft, 2)
+    assert model.generate([[1, 2]], 9, temperature=0, vocab_limit=60) == model.generate(
+        [[1, 2]], 9, temperature=0, vocab_limit=60, draft=draft)
+
+
+def test_3_7_sample_and_bench_take_a_draft(run_stage, base_run, text_data, tmp_path):
+    state = load.read_checkpoint(base_run / 'ckpt.pt')
+    small = built(distill.keep_layers(state, 1))
+    other = tok.train_bpe(['a b c ' * 9], 260)
+    for name, tokenizer in (('small', bytes_tokenizer()), ('other', other)):
+        (tmp_path / name).mkdir()
+        runtime.save_checkpoint(tmp_path / name / 'ckpt.pt', load.state_of(small) | {
+            'iter': 0, 'tokenizer': tokenizer.to_dict()})
+    args = ['sample', f'--init_from={base_run}', '--device=cpu', '--dtype=float32', '--start=Hello', '--temperature=0',
+            '--max_new_tokens=30']
+    for more in ([], ['--chat=True'], ['--num_samples=2']):
+        plain, fast = run_stage(*args, *more), run_stage(*args, *more, '--draft=small', '--draft_tokens=3')
+        assert plain[:2] == fast[:2] and plain[0] == 0 and re.search(r'accepted, \d+%; .* tokens/s', fast[2])
+    for more, words in ((['--draft=other'], "'heads'"), (['--draft=heads'], 'no further heads'),
+                        (['--draft=small', '--draft_tokens=0'], 'draft_tokens=0'), (['--draft=gone'], 'gone'),
+                        (['--draft=small', '--show=probs'], '--show')):
+        status, _, err = run_stage(*args, *more)
+        assert status == 2 and words in err and err.count('\n') == 1, err
+    Path('text.txt').write_text(' '.join(topics.values())[:9000])
+    bench_args = ['bench', 'sample', f'--init_from={base_run}', '--draft=small', '--repeats=1', '--max_new_tokens=4',
+                  '--device=cpu', '--dtype=float32', '--input=text.txt', '--contexts=8']
+    for more in ([], ['--chat=True', '--draft_tokens=2']):
+        if more:
+            Path('text.txt').write_text('Why?\nHow?\n')
+        assert run_stage(*bench_args, *more)[0] == 0
+        rows = json.loads(Path('out/bench/sample.json').read_text())['rows']
+        assert [row['proposed at a time'] for row in rows] == ([2, 2] if more else [2, 4, 2, 4])
+        assert all(row['tokens per pass'] >= 1 for row in rows) and rows[0]['same texts'] == f'{2 if more else 8} of ' \
+            f'{2 if more else 8}'
+    status, _, err = run_stage('bench', 'train', '--draft=small')
+    assert status == 2 and 'mode sample' in err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
