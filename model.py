@@ -856,9 +856,9 @@ class GPT(nn.Module):
         return self.encoder_norm(x) if self.encoder_norm is not None else x
 
     def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None,
-               future=False):
-        """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm; with future a list of them, those
-        that the next token is told from and those of each of the n_future tokens after it (arXiv:2404.19737).
+               future=0):
+        """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm; with future a list of them, for the
+        next token and, by further heads, for each of so many tokens after it (arXiv:2404.19737).
 
         positions (B, T) or (T,): where each token stands, by default 0 … T-1 (after what the cache holds).
         mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
@@ -884,7 +884,7 @@ class GPT(nn.Module):
         *trunk, last = self.blocks
         for block in trunk:
             x = block(x, context)
-        found = [block(x, context) for block in ((last, *self.future) if future else (last,))]
+        found = [block(x, context) for block in (last, *[*self.future][:future])]
         found = [self.norm(x) if self.norm is not None else x for x in found]
         return found if future else found[0]
 
@@ -972,11 +972,11 @@ class GPT(nn.Module):
         if self.sparse and self.training and real is None and targets is not None:
             real = (targets != -100).flip(1).cumsum(1).flip(1) > 0
         memory = self.encode(source, source_mask) if source is not None else None
-        learning = self.training and len(self.future) > 0 and targets is not None and output is None
-        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask, real=real, future=learning)
-        if learning:  # all further heads in one loss: the gradient of the head they share exists once
+        n_future = len(self.future) if self.training and targets is not None and output is None else 0
+        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask, real=real, future=n_future)
+        if n_future:  # all further heads in one loss: the gradient of the head they share exists once
             hidden, *further = hidden
-            later = F.pad(targets, (0, len(further)), value=-100).unfold(1, targets.shape[1], 1).transpose(0, 1)
+            later = F.pad(targets, (0, n_future), value=-100).unfold(1, targets.shape[1], 1).transpose(0, 1)
             self.future_loss = self.cross_entropy(torch.cat(further), later[1:].flatten(0, 1))
         if self.sparse and self.training:
             stats = torch.stack([torch.cat((moe.load, (moe.entropy * moe.load.sum())[None])) for moe in self.sparse])

@@ -49,9 +49,10 @@ def probabilities(logits, texts, options):
 
 
 class Reader:
-    """A model and what it has read of some texts: its cache, and of each text the first token that it sees."""
+    """A model, so many of its further heads, and what they have read of some texts: their cache, and the first token of
+    each text that they see."""
 
-    def __init__(self, model, rows, heads=False):
+    def __init__(self, model, rows, heads=0):
         self.model, self.heads, self.block = model, heads, model.config.block_size
         self.starts = [max(0, len(row.ids) - self.block) for row in rows]
         longest = max(row.n_prompt + row.max_new_tokens for row in rows)
@@ -143,10 +144,11 @@ class Draft:
         Each place of a text has three numbers in [0, 1) of its own, so that what is drawn depends on no other row: for
         the proposal, for its acceptance and for the token that takes its place.
         """
-        heads, temperature = self.model is None, options['temperature']
+        heads = min(self.n_tokens, model.config.n_future) if self.model is None else 0
+        temperature = options['temperature']
         target = Reader(model, rows, heads)
         readers = [target] if heads else [target, Reader(self.model, rows)]
-        further = None  # the heads' hidden states at the last token that was read (B, n_future, C)
+        further = None  # the heads' hidden states at the last token that was read (B, heads, C)
         while rows:
             texts = [list(row.ids) for row in rows]
             target.shorten(texts)

@@ -4755,8 +4755,8 @@ def test_3_7_speculative_texts_have_the_models_distribution():
     model = tiny(vocab_size=4, init_std=0.35, n_future=2, block_size=8)
     torch.manual_seed(3)
     other = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=16, init_std=0.6)).eval()
-    texts, n = list(itertools.product(range(4), repeat=3)), 5000
-    for options in (dict(temperature=0.8), dict(top_k=3, temperature=1.5), dict(top_p=0.9, min_p=0.05)):
+    texts, n = list(itertools.product(range(4), repeat=3)), 3000
+    for options in (dict(temperature=0.8), dict(top_k=3, top_p=0.9, temperature=1.5)):
         with torch.no_grad():
             logits = model(torch.tensor([[1, 2, *text] for text in texts]))[:, 1:4]
         logits = filter_logits(logits.flatten(0, 1) / options.get('temperature', 1),
@@ -4765,7 +4765,7 @@ def test_3_7_speculative_texts_have_the_models_distribution():
         for draft in (speculative.Draft(other, 2), speculative.Draft(None, 2)):
             drawn = Counter(map(tuple, model.generate([[1, 2]], 3, num_samples=n, seed=0, draft=draft, **options)))
             counts = torch.tensor([drawn[text] for text in texts])
-            assert not counts[probs == 0].any() and 300 < draft.accepted < 0.4 * draft.proposed
+            assert not counts[probs == 0].any() and 200 < draft.accepted < 0.4 * draft.proposed
             often = n * probs >= 5
             chi2 = ((counts - n * probs).square() / (n * probs))[often].sum()
             assert scipy.stats.chi2.sf(chi2, often.sum() - 1) > 1e-3, (options, draft.model, chi2)
