@@ -4786,7 +4786,7 @@ def test_3_7_greedy_texts_are_the_same_with_any_draft(options):
 
     def force(answer):
         return (8, 9) if len(answer) in (2, 7) else (5,) if len(answer) == 15 else ()
-    for common in (dict(temperature=0), dict(temperature=0, repetition_penalty=1.3, force=force, stop_ids=(9, 3))):
+    for common in (dict(temperature=0), dict(temperature=0, repetition_penalty=3.0, force=force, stop_ids=(9, 3))):
         plain, logprobs = model.generate(prompts, 30, return_logprobs=True, **common)
         for i, draft in enumerate(drafts):
             for n in (1, 4):
@@ -5205,12 +5205,12 @@ def test_4_2_lora_plus_has_the_groups_of_peft(dora, tmp_path):
 
 
 def test_4_2_muon_turns_block_matrices_and_adamw_the_rest():
-    model = tiny()
+    model = tiny(n_future=1)
     adamw, muon = optim.make_optimizers(model.named_parameters(), 'muon', 0.01, embed_lr=0.03, muon_lr=0.1)
     names = {id(p): n for n, p in model.named_parameters()}
     of_muon = {names[id(p)] for group in muon.param_groups for p in group['params']}
     matrices = ('attn.qkv', 'attn.proj', 'mlp.up', 'mlp.down')
-    assert of_muon == {f'blocks.{i}.{name}.weight' for i in (0, 1) for name in matrices}
+    assert of_muon == {f'{block}.{name}.weight' for block in ('blocks.0', 'blocks.1', 'future.0') for name in matrices}
     of_adamw = [names[id(p)] for group in adamw.param_groups for p in group['params']]
     assert sorted([*of_muon, *of_adamw]) == sorted(names.values())
     peaks = {names[id(p)]: group['lr'] for group in adamw.param_groups for p in group['params']}
@@ -5692,7 +5692,7 @@ def test_4_4_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch, 
 
 
 DISTRIBUTED = [*SMALL, '--log_interval=1', '--gradient_accumulation_steps=4', '--optimizer=muon', '--dropout=0.1',
-               '--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--batch_size=10',
+               '--pos=rope', '--norm=rmsnorm', '--mlp=swiglu', '--qk_norm=True', '--batch_size=10', '--n_future=1',
                '--dtype=float32']
 
 
