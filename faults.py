@@ -195,8 +195,8 @@ FAULTS = [
     # further heads
     Fault('future_targets_of_the_next', 'model.py', 'later[1:].flatten(0, 1)', 'later[:-1].flatten(0, 1)',
           'test_2_7 and (hand or models_that_end)'),
-    Fault('future_heads_on_the_last_block', 'model.py', '[block(x, context) for block in (last, ',
-          '[(x := block(x, context)) for block in (last, ', 'test_2_7 and models_that_end'),
+    Fault('future_heads_on_the_last_block', 'model.py', '(block(x, context) for block in (last, ',
+          '((x := block(x, context)) for block in (last, ', 'test_2_7 and models_that_end'),
     Fault('future_heads_in_evaluation', 'model.py', 'if self.training and targets is not None and output is None',
           'if targets is not None and output is None', 'test_2_7 and models_that_end'),
     Fault('future_coef_ignored', 'train.py', 'loss + future_coef * model.future_loss', 'loss + model.future_loss',

@@ -17,8 +17,8 @@ Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
 Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Switch Transformers
 (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066) and V3 (arXiv:2412.19437), balancing
-without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453),
-multi-token prediction (arXiv:2404.19737).
+without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453), several
+tokens at once (arXiv:2404.19737).
 """
 import contextlib
 import functools
@@ -95,8 +95,7 @@ class GPTConfig:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
                      'rope_original', 'rope_low', 'rope_high', 'window', 'n_sink', 'n_expert', 'n_expert_shared',
-                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer',
-                     'n_future'):
+                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)} must not be negative')
         if not self.head_dim and self.n_embd % self.n_head:
@@ -123,8 +122,8 @@ class GPTConfig:
                  f'window_pattern={self.window_pattern!r} must be made of the letters L and G'),
                 (self.window and not self.causal, f'window={self.window} needs causal=True'),
                 (self.n_encoder_layer and not self.causal, f'n_encoder_layer={self.n_encoder_layer} needs causal=True'),
-                (self.n_future and (self.n_expert or self.n_encoder_layer or not self.causal),
-                 f'n_future={self.n_future} is for a causal decoder without experts: drop --n_future'),
+                (self.n_future < 0 or self.n_future and (self.n_expert or self.n_encoder_layer or not self.causal),
+                 f'n_future={self.n_future} must be 0, or above 0 in a causal decoder without experts'),
                 (self.n_sink and not self.window, f'n_sink={self.n_sink} needs a window'),
                 (self.pos == 'rope' and self.head_dim % 2, f"head_dim={self.head_dim} must be even with pos='rope'"),
                 (self.pos == 'sinusoidal' and self.n_embd % 2,
@@ -884,8 +883,8 @@ class GPT(nn.Module):
         *trunk, last = self.blocks
         for block in trunk:
             x = block(x, context)
-        found = [block(x, context) for block in (last, *[*self.future][:future])]
-        found = [self.norm(x) if self.norm is not None else x for x in found]
+        ends = (block(x, context) for block in (last, *[*self.future][:future]))
+        found = [self.norm(end) if self.norm is not None else end for end in ends]
         return found if future else found[0]
 
     def layout(self, T, positions, mask, device):
@@ -955,12 +954,12 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
 
         Targets of -100 do not count; reduction: 'mean' over those that do, 'sum', or 'none' for (B, T). In training
-        `future_loss` is then the mean cross-entropy of the n_future tokens after them. positions, mask: see `hidden`.
+        `future_loss` is the mean cross-entropy of the n_future tokens after each. positions, mask: see `hidden`.
         segments (B, T) of integers: a token sees those of its own only, so that several texts share a row, each with
-        positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on
-        padding, which routers do not count; None = what no target follows. output: 'hidden' for the hidden states
-        (B, T, C), or a function of (this model, hidden states, targets), whose result is returned: any loss of them,
-        computed inside the forward as DDP and FSDP need.
+        positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on padding, which
+        routers do not count; None = what no target follows. output: 'hidden' for the hidden states (B, T, C), or a
+        function of (this model, hidden states, targets), whose result is returned: any loss of them, computed inside
+        the forward as DDP and FSDP need.
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')

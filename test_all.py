@@ -1125,9 +1125,9 @@ def test_0_1_files_do_not_grow_unnoticed():
     about = {'test_all.py', 'faults.py', 'check_docs.py'}
     product = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'))
                if path.name not in about]
-    assert lines(ROOT / 'model.py') <= 1105
-    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5427
-    assert lines(*product) <= 22100
+    assert lines(ROOT / 'model.py') <= 1121
+    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5490
+    assert lines(*product) <= 22520
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
@@ -4164,7 +4164,7 @@ def test_2_7_the_loss_of_further_heads_is_that_of_models_that_end_with_them(opti
 
 @pytest.mark.parametrize('options, words', [
     (dict(n_expert=4), 'without experts'), (dict(n_encoder_layer=1), 'n_future=2'),
-    (dict(causal=False), 'causal decoder'), (dict(n_future=-1), 'negative')])
+    (dict(causal=False), 'causal decoder'), (dict(n_future=-1), 'n_future=-1')])
 def test_2_7_impossible_further_heads_raise_one_sentence(options, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**dict(n_future=2) | options)
