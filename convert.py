@@ -110,10 +110,12 @@ def build(args, overrides, family, sources, dtype, where):
     known(overrides)
     with runtime.user_errors(where):
         config = GPTConfig(**args | overrides)
-        if config.n_layer > len(sources):
-            raise ValueError(f'{config.n_layer} layers, but only {len(sources)} tensors')
-        if config.block_size > 1 << 24:
-            raise ValueError(f'impossible block_size={config.block_size}')
+        for wrong, why in (
+                (config.n_layer > len(sources), f'{config.n_layer} layers, but only {len(sources)} tensors'),
+                (config.n_future, f'n_future={config.n_future}: it has no further heads: drop --n_future'),
+                (config.block_size > 1 << 24, f'impossible block_size={config.block_size}')):
+            if wrong:
+                raise ValueError(why)
         try:
             with on_meta():
                 model = GPT(config)

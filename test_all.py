@@ -4209,6 +4209,8 @@ def test_2_7_later_stages_and_exports_leave_further_heads_out_and_say_so(run_sta
             0, 'n_future=2: the further heads are left out, which no architecture there has\n')
         back, _ = load.load_model(target)
         torch.testing.assert_close(back(ids(2, 9)), model(ids(2, 9)), atol=2e-3, rtol=2e-3)
+        with pytest.raises(UserError, match='n_future=1: it has no further heads'):
+            load.load_model(target, n_future=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
