@@ -581,7 +581,11 @@ def main():
                 warned = True
                 step += 1
                 continue
-            batch = with_reference(model, net, reference, run, *examples_of(pairs), length)
+            examples, labels = examples_of(pairs)
+            if loss_type in REFERENCE_FREE:
+                batch = Answers(examples, labels, np.full(len(examples), np.nan))
+            else:
+                batch = with_reference(model, net, reference, run, examples, labels, length)
         else:
             texts = train_data.texts(train_data.rows(first, rows_per_step))
             rows_seen += rows_per_step

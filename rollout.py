@@ -665,7 +665,8 @@ def evaluate_policy(net, model, reference, data, run, rewards, chosen, max_new_t
             metrics[f'val/{name}'] = float(finite.mean())
     metrics |= {'val/response_len': float(greedy.lengths.mean()), 'val/ended': float(sampled.ended.mean())}
     graded = format_metrics({k: v for k, v in means.items() if k in ('correct', 'gold', 'f1')}, ranges)
-    summary = f'held-out: {graded}; sampled: reward {metrics.get("val/reward", math.nan):.3f}'
+    summary = f'held-out: {graded}; sampled: ' if graded else 'held-out, sampled: '
+    summary += f'reward {metrics.get("val/reward", math.nan):.3f}'
     summary += f', KL {metrics["val/kl"]:.3f}' if 'val/kl' in metrics else ''
     summary += f', gold {metrics["val/gold_sampled"]:.3f}' if 'val/gold_sampled' in metrics else ''
     if by_steps := accuracy_by(rows, row_grades, 'steps'):
