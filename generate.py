@@ -390,6 +390,15 @@ def penalise(logits, answers, presence=0.0, frequency=0.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # texts side by side
 
+class Replacement(list):
+    """Ids that come in place of the last `count` ids of an answer, `times` times in it at most: what a `force` may
+    return. Without ids: whether others will come for these is not known yet, so they are held back."""
+
+    def __init__(self, ids, count, times):
+        super().__init__(ids)
+        self.count, self.times = count, times
+
+
 @dataclass
 class Row:
     """A text that is continued."""
@@ -400,6 +409,9 @@ class Row:
     source: int = 0  # of the Batch's sources, the one that it is about
     force: object = None  # see `generate`
     forced: list = field(default_factory=list)  # ids that come next, whatever the model would say
+    held: list = field(default_factory=list)  # what `Batch.append` has not given out yet
+    replaced: int = 0  # how often a Replacement has come
+    taken_back: int = 0  # ids that one came for
     start: int = 0  # the first id that the model sees
     done: bool = False
 
@@ -407,11 +419,24 @@ class Row:
         self.ids, self.n_prompt = list(self.ids), len(self.ids)
 
     def push(self, token, stop_ids=()):
-        """Takes its next token."""
+        """Takes its next token -> how many of its last ids a Replacement takes back, and how many it holds back."""
         self.ids.append(token)
+        back = held = 0
         if self.force is not None and not self.forced:
-            self.forced = list(self.force(self.answer))
+            forced = self.force(self.answer)
+            if isinstance(forced, Replacement):
+                if self.replaced == forced.times:
+                    forced = []
+                elif forced:
+                    back = forced.count
+                    del self.ids[-back:]
+                    self.replaced += 1
+                    self.taken_back += back
+                else:
+                    held = forced.count
+            self.forced = list(forced)
         self.done = token in stop_ids and not self.forced or len(self.ids) - self.n_prompt >= self.max_new_tokens
+        return back, 0 if self.done else held
 
     @property
     def answer(self):
@@ -428,8 +453,8 @@ class Row:
 
     @property
     def u(self):
-        """The number to draw the next token with; a finished row that has not left yet gets its last one."""
-        return self.uniforms[min(len(self.ids) - self.n_prompt, len(self.uniforms) - 1)]
+        """The number to draw the next token with; those that are used up begin again."""
+        return self.uniforms[(len(self.ids) - self.n_prompt + self.taken_back) % len(self.uniforms)]
 
 
 class Batch:
@@ -542,16 +567,26 @@ class Batch:
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def append(self, ids, logprobs, stop_ids=()):
-        """Gives each row that is not done its next token -> (numbers of these rows, ids, log-probabilities), lists."""
+        """Gives each row that is not done its next token -> (numbers of these rows, ids, log-probabilities), lists,
+        without those of tokens that a Replacement may come for; they follow when that is known."""
         out = []
-        for row, token, logprob in zip(self.rows, ids, logprobs, strict=True):
+        for i, (row, token, logprob) in enumerate(zip(self.rows, ids, logprobs, strict=True)):
             if row.done:
                 continue
             if row.forced:
                 token, logprob = row.forced.pop(0), logprob * math.nan
-            row.push(token, stop_ids)
-            out.append((row.number, token, logprob))
-        return tuple(map(list, zip(*out, strict=True)))
+            row.held.append((row.number, token, logprob))
+            back, held = row.push(token, stop_ids)
+            if back:
+                del row.held[-back:]
+                if self.rolling:
+                    self.cache = None  # its oldest tokens are gone: it is read afresh
+                elif self.cache is not None:
+                    self.cache.lengths[i] -= back
+            known = len(row.held) - held
+            out += row.held[:known]
+            del row.held[:known]
+        return tuple(map(list, zip(*out, strict=True))) if out else ([], [], [])
 
     @torch.inference_mode()
     def retire(self, at_once=True):
@@ -581,11 +616,11 @@ def generate(model, prompts, max_new_tokens, return_logprobs=False, **options):
     return_logprobs also the log-probability of each new id under softmax(logits / temperature), softmax(logits) for
     temperature 0, before any filter or penalty; with entropies pairs of it and of that distribution's entropy.
     force(new ids of a row so far) returns ids that come next whatever the model would choose; their log-probability is
-    nan, and a token of stop_ids that one of them follows ends nothing. It may be a list of functions, one for each
-    prompt. sources: for each prompt the ids that an encoder reads. draft: a speculative.Draft, which proposes tokens.
-    A text longer than block_size is continued from its last part, without end if all layers have a window. Raises
-    ValueError for an empty prompt, ids outside the vocabulary, a prompt longer than a table of learned positions, and
-    logits that are not finite.
+    nan, and a token of stop_ids that one of them follows ends nothing. A `Replacement` comes in place of the row's last
+    ids. It may be a list of functions, one for each prompt. sources: for each prompt the ids that an encoder reads.
+    draft: a speculative.Draft, which proposes tokens. A text longer than block_size is continued from its last part,
+    without end if all layers have a window. Raises ValueError for an empty prompt, ids outside the vocabulary, a prompt
+    longer than a table of learned positions, and logits that are not finite.
     """
     out = [[] for _ in range(len(prompts) * options.get('num_samples', 1))]
     logs = [[] for _ in out]

@@ -27,7 +27,7 @@ import torch
 import lora
 from chat import CALL, read_calls
 from dataset import PromptData, answered, load_prompts, pad_texts, padded_width
-from generate import generate, pack
+from generate import Replacement, generate, pack
 from grade import (
     GRADERS,
     accuracy_by,
@@ -133,12 +133,15 @@ class Forcing:
     assistant's next turn, max_tool_calls times an answer.
     max_think_tokens: this many tokens after the one that completes <think>, '</think>' and a newline are inserted if
     the thought is still open; if a call is completed there, after its result. 0 = no limit.
+    num_waits: the first so many times that an answer would end its thought, the text `wait` comes in place of </think>,
+    unless max_think_tokens are used up (budget forcing, arXiv:2501.19393).
 
     It has no state: what is inserted is a function of the answer so far, and of the row of the data that it answers,
     which functions may read. UserError for a tokenizer that cannot encode these texts.
     """
 
-    def __init__(self, tokenizer, tools=True, max_think_tokens=0, max_calls=32, max_tool_calls=8):
+    def __init__(self, tokenizer, tools=True, max_think_tokens=0, max_calls=32, max_tool_calls=8, num_waits=0,
+                 wait='Wait'):
         self.tokenizer = tokenizer
         self.tools = load_tools(tools)
         self.max_think_tokens = max_think_tokens
@@ -146,13 +149,18 @@ class Forcing:
         self.max_tool_calls = max_tool_calls
         self.turn_ids = {*tokenizer.turn_ids} if self.tools.functions else {}
         self.close = tokenizer.encode('</think>\n', start=False)
+        self.num_waits = num_waits
+        self.wait = wait
         if self.tools.functions:
             check_template(tokenizer, self.tools)
         for key, value, text in (('tools', self.tools.calculator, '<tool></tool>[-0123456789.error]'),
-                                 ('max_think_tokens', max_think_tokens, '<think></think>\n')):
+                                 ('max_think_tokens', max_think_tokens, '<think></think>\n'),
+                           ('num_waits', num_waits, f'<think>{wait}</think>')):
             if value and tokenizer.decode(tokenizer.encode(text)) != text:
                 raise UserError(f'{key}={value}: tokenizer {tokenizer.name} cannot spell {text!r}: take a model whose '
                                 'tokenizer can')
+        if num_waits and (not wait or '<' in wait):
+            raise UserError(f'wait={wait!r} comes in place of </think>: it must be some text without <')
 
     def __call__(self, ids, row=None, record=None):
         """The ids of an answer so far, and the row that it answers -> the ids to insert after them, perhaps none.
@@ -163,7 +171,8 @@ class Forcing:
             if ids[-1] in self.turn_ids:
                 return self._tool_turn(ids, row, record)
             ids = ids[turn_start(self.tokenizer, ids):]  # what follows is about the last turn
-        return (self.tools.calculator and self._result(ids)) or (self.max_think_tokens and self._closing(ids)) or []
+        return (self.tools.calculator and self._result(ids)) or (self.max_think_tokens and self._closing(ids)) or (
+            self._waiting(ids) if self.num_waits else [])
 
     def of(self, row):
         """The same for the answers to one row."""
@@ -199,12 +208,27 @@ class Forcing:
             return []
         return self.close
 
+    def _waiting(self, ids):
+        # the last ids may spell </think>, or its beginning: then the next ones tell; the first of them may hold more
+        tail, tag = self.tokenizer.decode_bytes(ids[-len('</think>'):]), b'</think>'
+        end = tail[tail.rfind(b'<'):]
+        if b'<' not in tail or not (tag.startswith(end) or end.startswith(tag)):
+            return []
+        count = next(n for n in range(1, len(ids) + 1) if len(self.tokenizer.decode_bytes(ids[-n:])) >= len(end))
+        earlier = self.tokenizer.decode_bytes(ids[:-1])
+        if earlier.rfind(b'<think>') <= earlier.rfind(tag) or self.max_think_tokens and self._closing(ids[:-count]):
+            return []  # no thought is open, or its budget is used up
+        if not end.startswith(tag):
+            return Replacement([], count, self.num_waits)
+        kept = self.tokenizer.decode(ids[-count:], start=False).partition('</think>')[0]
+        return Replacement(self.tokenizer.encode(kept + self.wait, start=False), count, self.num_waits)
 
-def forcing(tokenizer, tools, max_think_tokens=0, max_tool_calls=8):
+
+def forcing(tokenizer, tools, max_think_tokens=0, max_tool_calls=8, num_waits=0, wait='Wait'):
     """The Forcing for these knobs of a stage, or None if there is nothing to insert."""
-    if not tools and not max_think_tokens:
+    if not tools and not max_think_tokens and not num_waits:
         return None
-    return Forcing(tokenizer, tools, max_think_tokens, max_tool_calls=max_tool_calls)
+    return Forcing(tokenizer, tools, max_think_tokens, max_tool_calls=max_tool_calls, num_waits=num_waits, wait=wait)
 
 
 def forces(force, rows):

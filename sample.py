@@ -64,6 +64,8 @@ draft_tokens = 4  # tokens that are proposed at a time; by heads at most n_futur
 tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions that a chat may call
 max_tool_calls = 8  # rounds of calls of functions in an answer
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
+num_waits = 0  # the first so many times that the model would close <think>, `wait` comes instead
+wait = 'Wait'  # num_waits: what a thought goes on with
 votes = 0  # of a chat: draw so many answers and show the first of those whose last number most have; 0 = off
 best_of = 0  # of a chat: draw so many answers and show the one that reward_model scores highest; 0 = off
 reward_model = ''  # of best_of: a run of reward.py, from the same base
@@ -298,8 +300,8 @@ def check_knobs(talk):
             (num_samples < 1 or max_new_tokens < 1, 'num_samples and max_new_tokens must be >= 1'),
             (source and (interactive or chat or start != '\n'),
              '--source is answered from the beginning: drop --start, --chat and --interactive'),
-            (min(votes, best_of, max_think_tokens, max_tool_calls) < 0,
-             'votes, best_of, max_think_tokens and max_tool_calls must be >= 0'),
+            (min(votes, best_of, max_think_tokens, num_waits, max_tool_calls) < 0,
+             'votes, best_of, max_think_tokens, num_waits and max_tool_calls must be >= 0'),
             (isinstance(tools, str) and not chat, f'tools={tools} answers in turns of a chat: add --chat=True'),
             (draft_tokens < 1, f'draft_tokens={draft_tokens} must be >= 1'),
             (draft and (show or source), f'draft={draft} proposes tokens of a running text: drop --show and --source'),
@@ -360,7 +362,7 @@ def main():
         tokenizer.chat_ids([{'role': 'user', 'content': ''}])  # a tokenizer that knows no chats says so now
         if not votes and not best_of:  # which choose among answers that differ
             globals().update({key: value for key, value in tokenizer.sampling.items() if key not in given})
-    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)
+    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls, num_waits, wait)
     if talk:
         return session(model, tokenizer, force)
     if chat:

@@ -86,6 +86,8 @@ max_new_tokens = 128  # maximum length of an answer, in tokens
 tools: bool | str = False  # True: the calculator answers <tool>…</tool>; FILE.py: functions to be called (tools.py)
 max_tool_calls = 8  # rounds of calls of functions in an answer, after which its turn ends for good
 max_think_tokens = 0  # close <think> after this many tokens; 0 = no limit
+num_waits = 0  # the first so many times that an answer would close <think>, `wait` comes instead
+wait = 'Wait'  # num_waits: what a thought goes on with
 show_answers = 3  # answers printed at each evaluation
 log_interval = 10  # steps between lines of the log
 keep_checkpoints = 2  # checkpoints to keep: ckpt.pt, and older ones as ckpt.1.pt …
@@ -105,7 +107,7 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 RANGES = runtime.RANGES | {
     'val_fraction': '> 0 and < 1', 'curriculum_start': '> 0 and <= 1', 'max_new_tokens': '>= 1',
     **dict.fromkeys(('max_length', 'curriculum_iters', 'eval_rows', 'eval_samples', 'eval_temperature',
-                     'max_think_tokens', 'max_tool_calls', 'show_answers'), '>= 0'),
+                     'max_think_tokens', 'num_waits', 'max_tool_calls', 'show_answers'), '>= 0'),
     'too_long': ('drop', 'left', 'right'), 'curriculum': ('none', 'length', 'steps', 'loss'),
     'eval_split': ('val', 'test', 'unseen', 'train')}
 
@@ -218,7 +220,7 @@ def main():
                           chat_template=chat_template)
     model, tokenizer = start.model, start.tokenizer
     length = start.row_length(max_length)
-    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)  # inserts results of tools and </think>
+    force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls, num_waits, wait)  # inserts results, </think> …
     if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
     if eval_only:

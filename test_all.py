@@ -12108,6 +12108,67 @@ def test_10_3_a_thought_that_ends_in_time_is_left_alone(speaker):
     assert [n for n in range(1, len(again) + 1) if force(again[:n])] == [len(again)]
 
 
+@pytest.mark.parametrize(('fields', 'use_cache'), [({}, True), ({}, False), ({'window': 16, 'n_sink': 2}, True)],
+                         ids=['cache', 'no cache', 'rolling'])
+@pytest.mark.parametrize('waits', [0, 2])
+def test_10_3_a_thought_goes_on_where_it_would_end(speaker, monkeypatch, fields, use_cache, waits):
+    """Beside a loop that reads every context afresh, and as arXiv:2501.19393 cuts </think> off and appends the text."""
+    model, sampled = tiny(block_size=512, vocab_size=speaker.n_vocab, pos='rope', **fields), generation.sample
+    opening, tag, wait = (speaker.encode(text, start=False) for text in ('<think>', '</think>', '!Wait'))
+    letters = [i for i in range(speaker.n_vocab) if speaker.decode_bytes([i]).isalpha()]
+    prompts = [speaker.encode('abc'), speaker.encode('de'), speaker.encode('fghijkl')]
+
+    def choose(new, logits, every):  # its own choice of letters, but for the tags
+        if len(new) < len(opening):
+            return opening[len(new)]
+        begun = next((k for k in range(len(tag) - 1, 0, -1) if new[-k:] == tag[:k]), 0)
+        if begun or len(new) % every == 0:
+            return tag[begun]
+        return letters[int(logits[letters].argmax())]
+
+    def scripted(logits, rows, *rest):
+        found, logprobs = sampled(logits, rows, *rest)
+        for i, row in enumerate(rows):
+            k = next(k for k, prompt in enumerate(prompts) if row[:len(prompt)] == prompt)
+            found[i] = choose(row[len(prompts[k]):], logits[i], 7 + k)
+        return found, logprobs
+    monkeypatch.setattr(generation, 'sample', scripted)
+    force = rollout.Forcing(speaker, tools=True, num_waits=waits, wait='!Wait')
+    answers, logprobs = model.generate(prompts, 60, temperature=0, return_logprobs=True, force=force,
+                                       use_cache=use_cache)
+    for k, prompt in enumerate(prompts):
+        new, own, left = [], [], waits
+        while len(new) < 60:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + new]))[0, -1]
+            new.append(choose(new, logits, 7 + k))
+            own.append(True)
+            if left and new[-len(tag):] == tag:
+                del new[-len(tag):], own[-len(tag):]
+                new, own, left = new + wait, own + [False] * len(wait), left - 1
+        assert answers[k] == new[:60]
+        assert [not math.isnan(x) for x in logprobs[k]] == own[:60]
+        assert speaker.decode(new).count('!Wait') == waits
+
+
+def test_10_3_the_end_of_a_thought_may_straddle_tokens():
+    tokenizer = tokens_of(b'x</', b'think>', b'>\n')
+    x, close, line = (tokenizer.tokens.index(token) for token in (b'x</', b'think>', b'>\n'))
+    force = rollout.Forcing(tokenizer, tools=False, num_waits=1, max_think_tokens=9)
+    said = [*tokenizer.encode('<'), close]
+    open_end, whole = force([*said, x]), force([*said, x, close])
+    assert (open_end, open_end.count) == ([], 1) and (tokenizer.decode(whole), whole.count) == ('xWait', 2)
+    assert force([*said, *tokenizer.encode('</thin')]).count == 6 and force([*said, *tokenizer.encode('</tool')]) == []
+    spelled = [*tokenizer.encode('</think'), line]
+    assert force([*said, *spelled]).count == 8
+    late = [*said, *tokenizer.encode('a' * 9), *spelled]
+    for closed in ([*said, x, close, *tokenizer.encode('\n')], [x, close], late):  # past, never open, without budget
+        assert force(closed) == [] and not hasattr(force(closed), 'times')
+    for wait in ('', '<b>'):
+        with pytest.raises(UserError, match='in place of </think>'):
+            rollout.Forcing(tokenizer, num_waits=1, wait=wait)
+
+
 def test_10_3_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
     call = '<think>b <tool>99 * 99</tool>'
     ids = speaker.encode(call)
@@ -12406,6 +12467,8 @@ def test_10_4_a_chat_has_a_calculator(talk, says):
     assert CALLING not in talk()[1]
     status, out, err = talk('--max_think_tokens=4')
     assert (status, err) == (0, '') and out.startswith('<think>26 -</think>\n')
+    status, out, err = talk('--tools=True', '--num_waits=1', '--wait=Hm')
+    assert (status, err) == (0, '') and out.startswith(CALLING.partition('</think>')[0] + 'Hm')
 
 
 @pytest.mark.parametrize('stage', ['sft', 'grpo', 'ppo'])
