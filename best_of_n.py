@@ -6,13 +6,15 @@ the score rises on, and the true quality falls.
     python best_of_n.py --init_from=out/sft_mixed --tools=True --reward_models=out/reward_own --num_samples=256
     python best_of_n.py --init_from=out/ppo --reference=out/sft_mixed --tools=True --reward_models=out/reward_own \\
         --num_samples=1 --label=PPO                             a policy at its distance from the one it began as
-    python best_of_n.py --draw='out/best_of_n/*.json'           laws fitted to all that was measured, and a picture
+    python best_of_n.py --init_from=out/sft_mixed --tools=True --budgets=8,16,32,0 --waits=1,2 --name=budgets
+                                                            what thinking is worth: greedy answers, it cut or prolonged
+    python best_of_n.py --draw='out/best_of_n/*.json'           pictures of what was measured, and laws fitted to it
 
 The true quality is `grade.quality`'s gold, which word problems have and no reward model sees; of other rows the share
 that is correct. The best of n answers is log n - (n - 1) / n nats away from one answer, in KL.
 
 Papers: scaling laws for reward model over-optimisation (arXiv:2210.10760), the estimator of the best of n over all
-choices of n samples (arXiv:2009.01325), votes (arXiv:2203.11171).
+choices of n samples (arXiv:2009.01325), votes (arXiv:2203.11171), budgets for thinking (arXiv:2501.19393).
 """
 import glob
 import json
@@ -24,8 +26,9 @@ import runtime
 import numpy as np
 
 from dataset import find_dataset
-from grade import best_at_k, final_answers, interval, is_correct, maj_at_k, pass_at_k, t_quantile
+from grade import best_at_k, difference, final_answers, interval, is_correct, maj_at_k, pass_at_k, t_quantile
 from load import load_model
+from plot import draw_mean
 from rollout import compute_all_logprobs, forcing, generate_rollouts, gold_scores, load_prompt_data, load_scorer
 from rows import is_file_of_rows
 from tokenizer import UserError
@@ -42,6 +45,9 @@ num_samples = 64  # answers to each prompt: the largest n
 temperature = 1.0  # of sampling
 max_new_tokens = 160  # maximum length of an answer, in tokens
 tools = False  # run the calculator: after <tool>…</tool> its result is inserted into the answer
+budgets = ''  # measure greedy answers whose <think> is closed after 8, 16 … tokens, '8,16,0'; 0 = no limit
+waits = ''  # and answers that go on with `wait` the first 1, 2 … times that they would close it, '1,2'
+wait = 'Wait'  # what they go on with
 seed = 1337  # of the samples; measurements that differ in it alone are drawn together
 strict = True  # stop at a malformed row; False: skip and count it
 # where it goes
@@ -107,21 +113,52 @@ def fall(values):
 # ----------------------------------------------------------------------------------------------------------------------
 # measuring
 
-def measure(run):
-    """Answers, their scores and their quality -> a dict for the file, see `write`."""
+def load_policy(run):
+    """The policy, its tokenizer, the data with the prompts and which of its rows these are."""
     model, tokenizer = load_model(init_from)
-    model = model.to(run.device).eval()
-    block_size = model.config.block_size
     if not is_file_of_rows(dataset):
         find_dataset(dataset)
-    data = load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, 0, strict, val_fraction)
+    data = load_prompt_data(run, dataset, split, tokenizer, model.config.block_size, max_new_tokens, 0, strict,
+                            val_fraction)
     if missing := next((row['where'] for row in data.rows_kept if 'answer' not in row), None):
         raise UserError(f'{missing}: it has no "answer" to tell how good the chosen answers are: add it')
+    return model.to(run.device).eval(), tokenizer, data, data.fixed(rows)
+
+
+def thinking_tokens(tokenizer, ids):
+    """How many of the ids of an answer are between <think> and </think>, or its end."""
+    ends = np.cumsum([len(tokenizer.decode_bytes([i])) for i in ids])
+    before, opened, rest = tokenizer.decode_bytes(ids).partition(b'<think>')
+    start = len(before) + len(opened)
+    return int(((ends > start) & (ends <= start + len(rest.partition(b'</think>')[0]))).sum()) if opened else 0
+
+
+def measure_budgets(run):
+    """Tokens of thinking and whether the greedy answer is correct, for each budget and number of waits -> points."""
+    model, tokenizer, data, chosen = load_policy(run)
+    points = []
+    try:
+        settings = [(int(n), 0) for n in budgets.split(',') if n] + [(0, int(n)) for n in waits.split(',') if n]
+    except ValueError:
+        raise UserError(f'budgets={budgets!r}, waits={waits!r}: give numbers with commas between them') from None
+    for budget, count in settings:
+        force = forcing(tokenizer, tools, budget, num_waits=count, wait=wait)
+        answers = generate_rollouts(model, data, chosen, run, max_new_tokens, 1, 0, force=force)
+        points.append({'budget': budget, 'waits': count, 'wait': wait if count else '',
+                       'tokens': [thinking_tokens(tokenizer, ids) for ids in answers.ids],
+                       'correct': [float(is_correct(data.rows_kept[i], text))
+                                   for i, text in zip(answers.rows, answers.texts, strict=True)]})
+    return points
+
+
+def measure(run):
+    """Answers, their scores and their quality -> points, one for each chooser and n."""
+    model, tokenizer, data, chosen = load_policy(run)
+    block_size = model.config.block_size
     scorers = {}
     for item in filter(None, reward_models.split(',')):
         chooser, _, path = item.rpartition('=')
         scorers[chooser or Path(path).name] = load_scorer(path, run, tokenizer)
-    chosen = data.fixed(rows)
     answers = generate_rollouts(model, data, chosen, run, max_new_tokens, num_samples, temperature, 1,
                                 max(1, 512 // num_samples), forcing(tokenizer, tools))
     shape = len(chosen), num_samples
@@ -154,8 +191,7 @@ def measure(run):
                        'correct': [pass_at_k(num_samples, int(sum(hits)), n) for hits in right]})
     for point in points:
         point['kl'] = best_of_n_kl(point['n']) + float(kl.mean())
-    return {'label': label or Path(init_from).name, 'seed': seed, 'init_from': init_from, 'reference': reference,
-            'dataset': dataset, 'split': split, 'temperature': temperature, 'points': points}
+    return points
 
 
 def mean_of(values, digits=3):
@@ -167,18 +203,95 @@ def mean_of(values, digits=3):
 # ----------------------------------------------------------------------------------------------------------------------
 # drawing
 
-def read_series(files):
-    """Files of measurements -> {(label, chooser, rl): {seed: (kl (K,), {measure: (P, K)})}}, points by their KL."""
-    series = {}
+def read_points(files):
+    """Files of measurements -> of budgets {(label, what is varied): {seed: points}}, of choosers {(label, chooser, rl):
+    {seed: points}}."""
+    by_budget, by_chooser = {}, {}
     for file in files:
         try:
             found = json.loads(Path(file).read_text(encoding='utf-8'))
             for point in found['points']:
-                if 'proxy' in point and (point['n'] == 1 or not found['reference']):
-                    key = found['label'], point['chooser'], bool(found['reference'])
-                    series.setdefault(key, {}).setdefault(found['seed'], []).append(point)
+                if 'budget' in point:
+                    series, key = by_budget, (found['label'], repr(point['wait']) if point['waits'] else 'budgets')
+                elif point['n'] == 1 or not found['reference']:
+                    series, key = by_chooser, (found['label'], point['chooser'], bool(found['reference']))
+                else:
+                    continue
+                series.setdefault(key, {}).setdefault(found['seed'], []).append(point)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'{file} is no measurement of best_of_n.py ({type(error).__name__}: {error})') from None
+    return by_budget, by_chooser
+
+
+def percent(seeds):
+    """Means of seeds -> 'mean (of each)', in percent."""
+    return f'{100 * np.mean(seeds):.1f}' + f' ({", ".join(f"{100 * value:.1f}" for value in seeds)})' * (len(seeds) > 1)
+
+
+def first_seed(seeds):
+    """The points of the first of {seed: points}."""
+    return next(iter(seeds.values()))
+
+
+def by_prompt(seeds, at):
+    """Which answers are correct at the point number `at` of each seed, a mean over the seeds: (P,)."""
+    return np.mean([points[at]['correct'] for points in seeds.values()], 0)
+
+
+def draw_choosers(series, path):
+    """The share of correct answers over n, a panel for each label -> lines of a table, with what each chooser gains on
+    the vote at the largest n, prompt by prompt."""
+    labels = list(dict.fromkeys(label for label, _, rl in series if not rl))
+    figure, (panels,) = runtime.new_figure(1, len(labels), 5, 3.6)
+    sizes = [point['n'] for point in first_seed(next(iter(series.values())))]
+    lines = ['| chosen by | ' + ' | '.join(f'n = {n}' for n in sizes) + f' | less the vote, n = {sizes[-1]} |',
+             '| --- |' + ' --- |' * (len(sizes) + 1)]
+    for label, axes in zip(labels, panels, strict=True):
+        mine = {chooser: seeds for (of, chooser, rl), seeds in series.items() if of == label and not rl}
+        for color, (chooser, seeds) in enumerate(mine.items()):
+            curves = [[(point['n'], float(np.mean(point['correct']))) for point in points] for points in seeds.values()]
+            draw_mean(axes, color, chooser, curves)
+            gain = difference((by_prompt(seeds, -1) - by_prompt(mine['vote'], -1)).tolist(), 'prompts')
+            shares = ' | '.join(percent([y for _, y in at]) for at in zip(*curves, strict=True))
+            lines.append(f'| {label}, {chooser} | {shares} | {gain if chooser != "vote" else ""} |')
+        axes.set_xscale('log', base=2)
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel('n, answers to choose from', fontsize=8)
+        axes.set_ylabel('share correct', fontsize=8)
+        axes.legend(frameon=False, fontsize=6)
+    figure.savefig(path)
+    return lines
+
+
+def draw_budgets(series, path):
+    """The share of correct answers over the mean number of tokens in <think> -> lines of a table."""
+    figure, ((axes,),) = runtime.new_figure(1, 1, 5, 3.6)
+    lines = ['| thought | tokens | correct | less the one that ends as it likes |', '| --- | --- | --- | --- |']
+    for color, ((label, what), seeds) in enumerate(series.items()):
+        limited = series.get((label, 'budgets'), {0: []})
+        free = next((by_prompt(limited, i) for i, point in enumerate(first_seed(limited)) if not point['budget']), None)
+        x, y = (np.array([[np.mean(point[key]) for point in points] for points in seeds.values()])
+                for key in ('tokens', 'correct'))
+        half = t_quantile(len(y) - 1) * y.std(0, ddof=1) / math.sqrt(len(y)) if len(y) > 1 else 0 * y[0]
+        order = x.mean(0).argsort()
+        axes.errorbar(x.mean(0)[order], y.mean(0)[order], half[order], color=f'C{color}', marker='.', capsize=2,
+                      linewidth=1.2, label=f'{label}, {what}')
+        for i, point in enumerate(first_seed(seeds)):
+            said = f'{point["waits"]} times {what}' if point['waits'] else \
+                f'at most {point["budget"]} tokens' if point['budget'] else 'ends as it likes'
+            gain = '' if free is None else difference((by_prompt(seeds, i) - free).tolist(), 'prompts')
+            lines.append(f'| {label}, {said} | {x[:, i].mean():.1f} | {percent(y[:, i])} | {gain} |')
+    axes.set_xlabel('tokens of thinking, mean', fontsize=8)
+    axes.set_ylabel('share correct', fontsize=8)
+    axes.legend(frameon=False, fontsize=6)
+    figure.savefig(path)
+    return lines
+
+
+def read_series(series):
+    """Points of choosers, see `read_points` -> {(label, chooser, rl): {seed: (kl (K,), {measure: (P, K)})}}, of those
+    that are reward models, the points by their KL."""
+    series = {key: dict(seeds) for key, seeds in series.items() if 'proxy' in next(iter(seeds.values()))[0]}
     for key, seeds in series.items():
         for number, points in seeds.items():
             points.sort(key=lambda point: point['kl'])
@@ -207,12 +320,7 @@ def draw_series(series, path):
                 laws.append(fit(kl, means - means[0], rl))
                 curves.append(means[0] + law(grid, *laws[-1], rl))
                 axes.plot(np.sqrt(kl), means, '.', color=f'C{color}', markersize=3)
-            curves = np.array(curves)
-            axes.plot(grid, curves.mean(0), color=f'C{color}', linewidth=1.2, label=f'{label}, {chooser}')
-            if len(curves) > 1:
-                half = t_quantile(len(curves) - 1) * curves.std(0, ddof=1) / math.sqrt(len(curves))
-                axes.fill_between(grid, curves.mean(0) - half, curves.mean(0) + half, color=f'C{color}', alpha=0.2,
-                                  linewidth=0)
+            draw_mean(axes, color, f'{label}, {chooser}', [list(zip(grid, curve, strict=True)) for curve in curves])
             axes.set_title(('best of n', 'policies')[rl], fontsize=9)
             axes.set_xlabel('square root of KL, nats', fontsize=8)
             axes.set_ylabel('true quality' if measure == 'gold' else "reward model's score", fontsize=8)
@@ -241,14 +349,23 @@ def main():
         if not files:
             raise UserError(f'draw={draw!r}: no such file: measure first')
         folder.mkdir(parents=True, exist_ok=True)
-        print('\n'.join(draw_series(read_series(files), folder / 'best_of_n.svg')))
-        return print(f'drawn to {folder / "best_of_n.svg"}')
-    found = measure(runtime.Run('', device, dtype, seed))
-    print(f'{init_from} on {len(found["points"][0]["correct"])} prompts of {dataset}, {split}: %, 95 % intervals')
-    for point in found['points']:
-        shown = {measure: point[measure] for measure in ('correct', 'gold', 'proxy') if measure in point}
-        print(f'{point["chooser"]}, best of {point["n"]}, KL {point["kl"]:.2f}: '
-              + ', '.join(f'{measure} {mean_of(values)}' for measure, values in shown.items()))
+        by_budget, by_chooser = read_points(files)
+        for series, picture, draw_them in ((by_budget, 'budgets.svg', draw_budgets),
+                                           (by_chooser, 'choosers.svg', draw_choosers),
+                                           (read_series(by_chooser), 'best_of_n.svg', draw_series)):
+            if series:
+                print('\n'.join([*draw_them(series, folder / picture), f'drawn to {folder / picture}']))
+        return
+    points = (measure_budgets if budgets or waits else measure)(runtime.Run('', device, dtype, seed))
+    found = {'label': label or Path(init_from).name, 'seed': seed, 'init_from': init_from, 'reference': reference,
+             'dataset': dataset, 'split': split, 'temperature': temperature, 'points': points}
+    print(f'{init_from} on {len(points[0]["correct"])} prompts of {dataset}, {split}: 95 % intervals')
+    for point in points:
+        shown = [f'{measure} {mean_of(point[measure])}' for measure in ('tokens', 'correct', 'gold', 'proxy')
+                 if measure in point]
+        what = (f'{point["chooser"]}, best of {point["n"]}, KL {point["kl"]:.2f}' if 'n' in point else
+                f'a budget of {point["budget"] or "any"} tokens, {point["waits"]} waits')
+        print(f'{what}: {", ".join(shown)}')
     file = folder / f'{name or Path(init_from).name}.json'
     folder.mkdir(parents=True, exist_ok=True)
     runtime.write_atomic(file, lambda out: out.write(json.dumps(found).encode()))

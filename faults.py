@@ -690,6 +690,10 @@ FAULTS = [
           'test_10_3 and goes_on'),
     Fault('given_out_too_early', 'generate.py', 'known = len(row.held) - (0 if row.done else held)',
           'known = len(row.held)', 'test_10_3 and goes_on'),
+    Fault('thought_with_its_answer', 'best_of_n.py', "start + len(rest.partition(b'</think>')[0])", 'start + len(rest)',
+          'test_10_3 and thinking_is_worth'),
+    Fault('vote_less_chooser', 'best_of_n.py', "by_prompt(seeds, -1) - by_prompt(mine['vote'], -1)",
+          "by_prompt(mine['vote'], -1) - by_prompt(seeds, -1)", 'test_8_3 and choosers'),
     # tools.py
     Fault('calls_without_limit', 'rollout.py', 'if len(turns) < self.max_tool_calls else []', 'if True else []',
           'test_10_4 and different_rounds'),

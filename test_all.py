@@ -10199,6 +10199,25 @@ def test_8_3_the_best_of_n_is_measured_and_drawn(run_stage, base_run, scorer, ch
     status, out, err = run_stage('best_of_n', '--draw=out/best_of_n/*.json')
     assert (status, err) == (0, ''), err
     assert out.count(', r, 1 seeds | gold |') == 2 and Path('out/best_of_n/best_of_n.svg').exists()
+    assert f'| {base_run.name}, oracle |' in out and Path('out/best_of_n/choosers.svg').exists()
+
+
+def test_8_3_choosers_are_compared_on_the_same_prompts(run_stage, tmp_path):
+    """Two seeds, four prompts: reward models of outcomes and of steps beside the vote, by hand."""
+    right = {'vote': ((0, 0, 0, 1), (0, 0, 1, 1)), 'process': ((1, 1, 0, 1), (1, 0, 1, 1)), 'oracle': ((1,) * 4,) * 2}
+    for seed in (0, 1):
+        points = [{'chooser': chooser, 'n': n, 'kl': 0, 'correct': hits[seed] if n == 8 else [0, 0, 0, seed]}
+                  for chooser, hits in right.items() for n in (1, 8)]
+        measured = {'label': 'a', 'seed': seed, 'reference': '', 'points': points}
+        (tmp_path / f'{seed}.json').write_text(json.dumps(measured))
+    status, out, err = run_stage('best_of_n', f'--draw={tmp_path}/*.json')
+    assert (status, err) == (0, '') and Path('out/best_of_n/choosers.svg').exists()
+    assert '| chosen by | n = 1 | n = 8 | less the vote, n = 8 |' in out
+    assert '| a, vote | 12.5 (0.0, 25.0) | 37.5 (25.0, 50.0) |  |' in out
+    gains = [1, 0.5, 0, 0]
+    low, high = grading.interval(gains)
+    gain = f'+0.375 ({low:+.3f} to {high:+.3f}) on 4 prompts'
+    assert f'| a, process | 12.5 (0.0, 25.0) | 75.0 (75.0, 75.0) | {gain} |' in out
 
 
 def test_8_3_what_cannot_be_measured_is_told_in_a_line(run_stage, base_run, scorer, chat_data, tmp_path):
@@ -12167,6 +12186,34 @@ def test_10_3_the_end_of_a_thought_may_straddle_tokens():
     for wait in ('', '<b>'):
         with pytest.raises(UserError, match='in place of </think>'):
             rollout.Forcing(tokenizer, num_waits=1, wait=wait)
+
+
+def test_10_3_what_thinking_is_worth_is_measured_and_drawn(run_stage, base_run, says):
+    import best_of_n
+    tokenizer = tokens_of(b'k>a', b'b</')
+    for text, count in (('<think>abc</think>\nx', 3), ('<think>abc', 3), ('abc</think>', 0), ('x<think></think>', 0)):
+        assert best_of_n.thinking_tokens(tokenizer, tokenizer.encode(text)) == count, text
+    k, b = (tokenizer.tokens.index(part) for part in (b'k>a', b'b</'))
+    straddling = [*tokenizer.encode('<thin'), k, *tokenizer.encode('1'), b, *tokenizer.encode('think>')]
+    assert best_of_n.thinking_tokens(tokenizer, straddling) == 2  # b ends behind the thought
+    says(bytes_tokenizer(), [CALLING])
+    lines(Path('sevens.jsonl'), [{'messages': asked(f'{i}?') + said(CALLING), 'answer': '7'} for i in range(40)])
+    args = ['--dataset=sevens.jsonl', '--split=val', '--rows=2', '--tools=True', '--max_new_tokens=130', '--device=cpu',
+            '--dtype=float32', f'--init_from={base_run}', '--label=l', '--budgets=4,0', '--waits=1', '--wait=Hm']
+    thought = len(CALLING.partition('</think>')[0]) - len('<think>')
+    for seed in (1, 2):
+        status, out, err = run_stage('best_of_n', *args, f'--seed={seed}', f'--name={seed}')
+        assert (status, err) == (0, ''), err
+        points = json.loads(Path(f'out/best_of_n/{seed}.json').read_text())['points']
+        assert [(p['budget'], p['waits'], p['correct']) for p in points[:2]] == [(4, 0, [1, 1]), (0, 0, [1, 1])]
+        assert [p['tokens'] for p in points[:2]] == [[4, 4], [thought] * 2]
+        assert points[2]['waits'] == 1 and min(points[2]['tokens']) > thought + 2
+    status, out, err = run_stage('best_of_n', '--draw=out/best_of_n/*.json')
+    assert (status, err) == (0, '') and Path('out/best_of_n/budgets.svg').exists()
+    assert f'| l, ends as it likes | {thought:.1f} | 100.0 (100.0, 100.0) | +0.0%' in out and "l, 1 times 'Hm'" in out
+    assert '| l, at most 4 tokens | 4.0 | 100.0 (100.0, 100.0) | +0.0%' in out
+    status, _, err = run_stage('best_of_n', *args, '--budgets=4;8')
+    assert status == 2 and "budgets='4;8'" in err and err.count('\n') == 1
 
 
 def test_10_3_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
