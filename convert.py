@@ -35,6 +35,7 @@ import lora
 import tokenizer as tokenizers
 from lora import LoRAConfig, LoRALinear
 from model import GPT, GPTConfig, on_meta
+from progress import counted
 from tokenizer import UserError
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -134,7 +135,7 @@ def build(args, overrides, family, sources, dtype, where):
                                 f'{tuple(view.shape)}')
     for theirs, (file, _, _) in left.items():
         raise UserError(f'{file}: tensor {theirs} is not part of this model')
-    for name, like in own.items():
+    for name, like in counted(own.items(), f'reading {where}', 'tensors', stream=sys.stderr):
         weights[name] = torch.empty(like.shape, dtype=dtype)
         for theirs, view in parts(name, weights[name], config, family):
             _fill(view, sources, theirs)

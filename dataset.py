@@ -36,6 +36,7 @@ import numpy as np
 
 from chat import NotNested
 from files import OPENERS
+from progress import counted
 from rows import (
     SKIP,
     SUFFIXES,
@@ -565,7 +566,7 @@ class ChatData:
             self.dropped['refused_by_template'] = self.dropped.get('refused_by_template', 0) + 1
 
     def _untemplated(self, rows):
-        """The rows; UserError where texts of some have the markers of a chat template, which would become letters."""
+        """Yields the rows; UserError where some have the markers of a chat template, which would become letters."""
         own = self.tokenizer.chat.writes()
         templated = [(row['where'], text) for row in rows if (text := templated_text(row, own))]
         if templated:
@@ -573,7 +574,7 @@ class ChatData:
             raise UserError(f'{where}: {text!r:.60} has the markers of a chat template, as {len(templated):,} of '
                             f'{len(rows):,} rows have: they would be learned as letters: take them out, and give '
                             'several turns as "messages"')
-        return rows
+        return counted(rows, 'tokenising', 'rows')
 
     def _take(self, ids, counts, rows, seed, each=1):
         """Keeps tokens and whether they count, of `each` texts for a row; of which rows, for the message."""

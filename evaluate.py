@@ -39,6 +39,7 @@ from generate import Batch, KVCache, Row, pack, padded
 from grade import difference, interval, normalise, token_f1
 from load import fingerprint, load_model
 from model import GPTConfig
+from progress import Progress
 from rollout import load_scorer
 from tokenizer import UNK, UserError
 
@@ -487,7 +488,7 @@ def run_task(judged, name, folder):
     asked, lost, cut = fit(judged, name, rows, shots)
     done = read_results(path, prompt, judged.fingerprint)
     todo = [question for question in asked if question[0]['id'] not in done]
-    show, began = Progress(f'{judged.source} {name}', len(todo)), time.monotonic()
+    show, began = Progress(f'{judged.source} {name}', 'questions', len(todo), sys.stderr), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with open(path, 'ab+') as file:
         if file.tell():
@@ -502,25 +503,9 @@ def run_task(judged, name, folder):
                     file.write(json.dumps(done[keys['id']], ensure_ascii=False).encode() + b'\n')
                 file.flush()
                 os.fsync(file.fileno())
-                show(len(found))
+                show(show.done + len(found))
     show.end(f'{len(todo)} questions in {time.monotonic() - began:.1f} s, {len(rows) - len(todo)} known before')
     return {row['id']: done[row['id']] for row in rows}, prompt, (lost, cut)
-
-
-class Progress:
-    """One line that is redrawn on a terminal; elsewhere a line at the end."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.done, self.began = what, total, 0, time.monotonic()
-
-    def __call__(self, count):
-        self.done += count
-        if sys.stderr.isatty():
-            left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-            print(f'\r{self.what}: {self.done}/{self.total}, {left:.0f} s left   ', end='', file=sys.stderr, flush=True)
-
-    def end(self, text):
-        print('\r' * sys.stderr.isatty() + f'{self.what}: {text}', file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -667,10 +652,10 @@ def judge_text(judged):
         size += len(document.encode())
     if not texts:
         raise UserError(f'{text} is empty: give some text')
-    show, nats = Progress(f'{judged.source} {text}', len(texts)), {}
+    show, nats = Progress(f'{judged.source} {text}', 'windows', len(texts), sys.stderr), {}
     for found in log_likelihoods(judged.model, [[window] for window in texts], batch_tokens):
         nats |= {i: -pairs[0][0] for i, pairs in found.items()}
-        show(len(found))
+        show(show.done + len(found))
     tokens = sum(n for _, n in texts)
     mean = sum(nats.values()) / tokens
     spread = interval([nats[i] / n for i, (_, n) in enumerate(texts)])

@@ -657,6 +657,15 @@ FAULTS = [
           'losses.mean(1).sum()', 'test_9_1 and formulas'),
     Fault('mask_truncated_ignored', 'grpo.py', '    if mask_truncated:\n', '    if False:\n',
           'test_8_3 and masked'),
+    # progress.py
+    Fault('progress_at_once', 'progress.py', 'if now - self.last >= PAUSES[self.stream.isatty()]:', 'if True:',
+          'test_0_1_a_progress'),
+    Fault('progress_of_each_process', 'progress.py', "if os.environ.get('RANK', '0') == '0':", 'if True:',
+          'test_0_1_a_progress'),
+    Fault('progress_amid_the_text', 'convert.py', "'tensors', stream=sys.stderr)", "'tensors')",
+          'test_0_1_what_is_read'),
+    Fault('progress_left_standing', 'progress.py', "print(on_line(''), end='\\r', file=self.stream, flush=True)",
+          'pass', 'test_0_1_a_progress'),
     # rollout.py
     Fault('weights_upside_down', 'rollout.py', 'log_ratio = logprobs - sampled', 'log_ratio = sampled - logprobs',
           'test_9_1 and importance'),

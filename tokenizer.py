@@ -29,6 +29,7 @@ import numpy as np
 
 from chat import GUARD, ROLES, TEMPLATES, ChatTemplate, chatml, markers_in
 from errors import UserError
+from progress import Progress, counted
 
 SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|pad|>')
 UNK = '<unk>'  # what `chars` makes of a character that its text did not have
@@ -556,7 +557,7 @@ def _count_words(texts, pattern):
         split_ascii = re.compile(ASCII_PATTERN, re.ASCII).findall
     # GPT-4's words always end at a newline that no blank follows: there a long text is cut, to stay small in memory.
     next_cut = re.compile(r'\n(?=\S)').search
-    for text in texts:
+    for text in counted(texts, 'counting the words', 'texts'):
         start = 0
         while start < len(text):
             cut = next_cut(text, start + 2**16) if split_ascii else None
@@ -596,6 +597,7 @@ def learn_merges(words, n_tokens):  # noqa: C901
     heapq.heapify(heap)
 
     tokens, merges = [bytes([b]) for b in BYTE_ORDER], []
+    progress = Progress('learning merges', 'tokens', n_tokens)
     while len(tokens) < n_tokens and heap:
         n, pair = heapq.heappop(heap)
         if count[pair] != -n:  # other merges ate into this pair since it was pushed: back in line with what is left
@@ -604,6 +606,7 @@ def learn_merges(words, n_tokens):  # noqa: C901
             continue
         a, b = pair
         new = len(tokens)
+        progress(new)
         tokens.append(tokens[a] + tokens[b])
         merges.append(pair)
         before, after = defaultdict(list), defaultdict(list)  # neighbour -> places of its new pair with `new`
@@ -624,6 +627,7 @@ def learn_merges(words, n_tokens):  # noqa: C901
         for _, fresh, _ in changes:
             if count[fresh]:
                 heapq.heappush(heap, (-count[fresh], fresh))
+    progress.end()
     return tokens, merges
 
 
