@@ -19,6 +19,7 @@ choices of n samples (arXiv:2009.01325), votes (arXiv:2203.11171), budgets for t
 import glob
 import json
 import math
+import re
 from pathlib import Path
 
 import runtime
@@ -28,7 +29,7 @@ import numpy as np
 from dataset import find_dataset
 from grade import best_at_k, difference, final_answers, interval, is_correct, maj_at_k, pass_at_k, t_quantile
 from load import load_model
-from plot import draw_mean
+from plot import draw_mean, mean_and_spread
 from rollout import compute_all_logprobs, forcing, generate_rollouts, gold_scores, load_prompt_data, load_scorer
 from rows import is_file_of_rows
 from tokenizer import UserError
@@ -135,13 +136,13 @@ def thinking_tokens(tokenizer, ids):
 
 def measure_budgets(run):
     """Tokens of thinking and whether the greedy answer is correct, for each budget and number of waits -> points."""
+    if reward_models or reference:
+        raise UserError('budgets and waits are of greedy answers alone: drop reward_models and reference')
+    if not re.fullmatch(r'(\d+(,|$))*', f'{budgets},{waits}'.strip(',')):
+        raise UserError(f'budgets={budgets!r}, waits={waits!r}: give whole numbers with commas between them')
     model, tokenizer, data, chosen = load_policy(run)
     points = []
-    try:
-        settings = [(int(n), 0) for n in budgets.split(',') if n] + [(0, int(n)) for n in waits.split(',') if n]
-    except ValueError:
-        raise UserError(f'budgets={budgets!r}, waits={waits!r}: give numbers with commas between them') from None
-    for budget, count in settings:
+    for budget, count in [(int(n), 0) for n in budgets.split(',') if n] + [(0, int(n)) for n in waits.split(',') if n]:
         force = forcing(tokenizer, tools, budget, num_waits=count, wait=wait)
         answers = generate_rollouts(model, data, chosen, run, max_new_tokens, 1, 0, force=force)
         points.append({'budget': budget, 'waits': count, 'wait': wait if count else '',
@@ -204,23 +205,28 @@ def mean_of(values, digits=3):
 # drawing
 
 def read_points(files):
-    """Files of measurements -> of budgets {(label, what is varied): {seed: points}}, of choosers {(label, chooser, rl):
-    {seed: points}}."""
-    by_budget, by_chooser = {}, {}
+    """Files of measurements -> {seed: points} for each series: of budgets by (label, what is varied), of choosers by
+    (label, chooser), of reward models by (label, chooser, rl). UserError where seeds are of other prompts or points."""
+    by_budget, by_chooser, by_kl = {}, {}, {}
     for file in files:
         try:
             found = json.loads(Path(file).read_text(encoding='utf-8'))
             for point in found['points']:
+                keys = []
                 if 'budget' in point:
-                    series, key = by_budget, (found['label'], repr(point['wait']) if point['waits'] else 'budgets')
-                elif point['n'] == 1 or not found['reference']:
-                    series, key = by_chooser, (found['label'], point['chooser'], bool(found['reference']))
-                else:
-                    continue
-                series.setdefault(key, {}).setdefault(found['seed'], []).append(point)
+                    keys.append((by_budget, (found['label'], repr(point['wait']) if point['waits'] else 'budgets')))
+                elif not found['reference']:
+                    keys.append((by_chooser, (found['label'], point['chooser'])))
+                if 'proxy' in point and (point['n'] == 1 or not found['reference']):
+                    keys.append((by_kl, (found['label'], point['chooser'], bool(found['reference']))))
+                for series, key in keys:
+                    series.setdefault(key, {}).setdefault(found['seed'], []).append(point)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'{file} is no measurement of best_of_n.py ({type(error).__name__}: {error})') from None
-    return by_budget, by_chooser
+    for key, seeds in (by_budget | by_chooser).items():
+        if len({tuple(len(point['correct']) for point in points) for points in seeds.values()}) > 1:
+            raise UserError(f'{key[0]}, {key[1]}: its seeds have other prompts or points: give other labels')
+    return by_budget, by_chooser, by_kl
 
 
 def percent(seeds):
@@ -241,13 +247,13 @@ def by_prompt(seeds, at):
 def draw_choosers(series, path):
     """The share of correct answers over n, a panel for each label -> lines of a table, with what each chooser gains on
     the vote at the largest n, prompt by prompt."""
-    labels = list(dict.fromkeys(label for label, _, rl in series if not rl))
+    labels = list(dict.fromkeys(label for label, _ in series))
     figure, (panels,) = runtime.new_figure(1, len(labels), 5, 3.6)
     sizes = [point['n'] for point in first_seed(next(iter(series.values())))]
     lines = ['| chosen by | ' + ' | '.join(f'n = {n}' for n in sizes) + f' | less the vote, n = {sizes[-1]} |',
              '| --- |' + ' --- |' * (len(sizes) + 1)]
     for label, axes in zip(labels, panels, strict=True):
-        mine = {chooser: seeds for (of, chooser, rl), seeds in series.items() if of == label and not rl}
+        mine = {chooser: seeds for (of, chooser), seeds in series.items() if of == label}
         for color, (chooser, seeds) in enumerate(mine.items()):
             curves = [[(point['n'], float(np.mean(point['correct']))) for point in points] for points in seeds.values()]
             draw_mean(axes, color, chooser, curves)
@@ -264,23 +270,29 @@ def draw_choosers(series, path):
 
 
 def draw_budgets(series, path):
-    """The share of correct answers over the mean number of tokens in <think> -> lines of a table."""
+    """The share of correct answers over the mean number of tokens in <think> -> lines of a table, with what each gains
+    on thoughts that end as they like, prompt by prompt."""
     figure, ((axes,),) = runtime.new_figure(1, 1, 5, 3.6)
     lines = ['| thought | tokens | correct | less the one that ends as it likes |', '| --- | --- | --- | --- |']
     for color, ((label, what), seeds) in enumerate(series.items()):
-        limited = series.get((label, 'budgets'), {0: []})
-        free = next((by_prompt(limited, i) for i, point in enumerate(first_seed(limited)) if not point['budget']), None)
-        x, y = (np.array([[np.mean(point[key]) for point in points] for points in seeds.values()])
-                for key in ('tokens', 'correct'))
-        half = t_quantile(len(y) - 1) * y.std(0, ddof=1) / math.sqrt(len(y)) if len(y) > 1 else 0 * y[0]
-        order = x.mean(0).argsort()
-        axes.errorbar(x.mean(0)[order], y.mean(0)[order], half[order], color=f'C{color}', marker='.', capsize=2,
-                      linewidth=1.2, label=f'{label}, {what}')
+        free = {seed: [point for point in points if not point['budget']][:1]
+                for seed, points in series.get((label, 'budgets'), {}).items()}
+        if what != 'budgets':  # where its line begins
+            seeds = {seed: free.get(seed, []) + points for seed, points in seeds.items()}
+        tokens, correct = (np.array([[np.mean(point[key]) for point in points] for points in seeds.values()])
+                           for key in ('tokens', 'correct'))
+        means, spreads = zip(*map(mean_and_spread, correct.T.tolist()), strict=True)
+        order = tokens.mean(0).argsort()
+        axes.errorbar(tokens.mean(0)[order], np.array(means)[order], np.array(spreads)[order], color=f'C{color}',
+                      marker='.', capsize=2, linewidth=1.2, label=f'{label}, {what}')
         for i, point in enumerate(first_seed(seeds)):
             said = f'{point["waits"]} times {what}' if point['waits'] else \
                 f'at most {point["budget"]} tokens' if point['budget'] else 'ends as it likes'
-            gain = '' if free is None else difference((by_prompt(seeds, i) - free).tolist(), 'prompts')
-            lines.append(f'| {label}, {said} | {x[:, i].mean():.1f} | {percent(y[:, i])} | {gain} |')
+            gain = ''
+            if any(free.values()):
+                gain = difference((by_prompt(seeds, i) - by_prompt(free, 0)).tolist(), 'prompts')
+            if point['waits'] or what == 'budgets':
+                lines.append(f'| {label}, {said} | {tokens[:, i].mean():.1f} | {percent(correct[:, i])} | {gain} |')
     axes.set_xlabel('tokens of thinking, mean', fontsize=8)
     axes.set_ylabel('share correct', fontsize=8)
     axes.legend(frameon=False, fontsize=6)
@@ -289,9 +301,8 @@ def draw_budgets(series, path):
 
 
 def read_series(series):
-    """Points of choosers, see `read_points` -> {(label, chooser, rl): {seed: (kl (K,), {measure: (P, K)})}}, of those
-    that are reward models, the points by their KL."""
-    series = {key: dict(seeds) for key, seeds in series.items() if 'proxy' in next(iter(seeds.values()))[0]}
+    """Points of reward models, see `read_points` -> {(label, chooser, rl): {seed: (kl (K,), {measure: (P, K)})}}, by
+    their KL."""
     for key, seeds in series.items():
         for number, points in seeds.items():
             points.sort(key=lambda point: point['kl'])
@@ -349,16 +360,17 @@ def main():
         if not files:
             raise UserError(f'draw={draw!r}: no such file: measure first')
         folder.mkdir(parents=True, exist_ok=True)
-        by_budget, by_chooser = read_points(files)
-        for series, picture, draw_them in ((by_budget, 'budgets.svg', draw_budgets),
-                                           (by_chooser, 'choosers.svg', draw_choosers),
-                                           (read_series(by_chooser), 'best_of_n.svg', draw_series)):
+        by_budget, by_chooser, by_kl = read_points(files)
+        for picture, draw_them, series in (('budgets.svg', draw_budgets, by_budget),
+                                           ('choosers.svg', draw_choosers, by_chooser),
+                                           ('best_of_n.svg', draw_series, read_series(by_kl))):
             if series:
                 print('\n'.join([*draw_them(series, folder / picture), f'drawn to {folder / picture}']))
         return
-    points = (measure_budgets if budgets or waits else measure)(runtime.Run('', device, dtype, seed))
+    greedy = budgets or waits
+    points = (measure_budgets if greedy else measure)(runtime.Run('', device, dtype, seed))
     found = {'label': label or Path(init_from).name, 'seed': seed, 'init_from': init_from, 'reference': reference,
-             'dataset': dataset, 'split': split, 'temperature': temperature, 'points': points}
+             'dataset': dataset, 'split': split, 'temperature': 0 if greedy else temperature, 'points': points}
     print(f'{init_from} on {len(points[0]["correct"])} prompts of {dataset}, {split}: 95 % intervals')
     for point in points:
         shown = [f'{measure} {mean_of(point[measure])}' for measure in ('tokens', 'correct', 'gold', 'proxy')

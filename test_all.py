@@ -12262,8 +12262,14 @@ def test_10_3_what_thinking_is_worth_is_measured_and_drawn(run_stage, base_run, 
     assert (status, err) == (0, '') and Path('out/best_of_n/budgets.svg').exists()
     assert f'| l, ends as it likes | {thought:.1f} | 100.0 (100.0, 100.0) | +0.0%' in out and "l, 1 times 'Hm'" in out
     assert '| l, at most 4 tokens | 4.0 | 100.0 (100.0, 100.0) | +0.0%' in out
-    status, _, err = run_stage('best_of_n', *args, '--budgets=4;8')
-    assert status == 2 and "budgets='4;8'" in err and err.count('\n') == 1
+    for flag, words in (('--budgets=4;8', "budgets='4;8'"), ('--waits=-1', "waits='-1'"),
+                        ('--reward_models=x', 'drop reward_models')):
+        status, _, err = run_stage('best_of_n', *args, flag)
+        assert status == 2 and words in err and err.count('\n') == 1
+    other = json.loads(Path('out/best_of_n/2.json').read_text())
+    lines(Path('out/best_of_n/3.json'), [other | {'seed': 3, 'points': other['points'][:1]}])
+    status, _, err = run_stage('best_of_n', '--draw=out/best_of_n/*.json')
+    assert status == 2 and 'l, budgets: its seeds have other prompts or points' in err and err.count('\n') == 1
 
 
 def test_10_3_a_result_that_is_due_comes_before_the_end_of_the_thought(speaker):
