@@ -182,8 +182,8 @@ def pip_download(folder, what, *args, stream=None):
             try:
                 said = pip.communicate(timeout=0.5)[1]
             except subprocess.TimeoutExpired:
-                with contextlib.suppress(OSError):  # what is moved away meanwhile
-                    progress(sum(path.stat().st_size for path in Path(parts).rglob('*') if path.is_file()))
+                with contextlib.suppress(OSError):  # what is moved away meanwhile; a copy may go to pip's cache
+                    progress(max((path.stat().st_size for path in Path(parts).rglob('*') if path.is_file()), default=0))
             else:
                 progress.end()
                 return pip.returncode, said

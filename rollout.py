@@ -155,7 +155,7 @@ class Forcing:
             check_template(tokenizer, self.tools)
         for key, value, text in (('tools', self.tools.calculator, '<tool></tool>[-0123456789.error]'),
                                  ('max_think_tokens', max_think_tokens, '<think></think>\n'),
-                           ('num_waits', num_waits, f'<think>{wait}</think>')):
+                                 ('num_waits', num_waits, f'<think>{wait}</think>')):
             if value and tokenizer.decode(tokenizer.encode(text)) != text:
                 raise UserError(f'{key}={value}: tokenizer {tokenizer.name} cannot spell {text!r}: take a model whose '
                                 'tokenizer can')

@@ -1061,7 +1061,8 @@ def test_0_1_what_is_read_fetched_and_prepared_says_how_far_it_is(monkeypatch, c
     assert 'MB/s' in (out := capsys.readouterr().out) and f'fetching {url}/f: 0.3 of 0.3 MB' in out
     # pip, while it lasts
     (tmp_path / 'pip.py').write_text(
-        'import os, sys, time\nopen(os.environ["TMPDIR"] + "/part", "wb").write(bytes(10 ** 6))\n'
+        'import os, sys, time\nfor name in ("part", "cached"):\n'
+        '    open(f"{os.environ[\'TMPDIR\']}/{name}", "wb").write(bytes(10 ** 6))\n'
         'time.sleep(0.8)\nsys.exit("ERROR: no wheel")\n')
     assert preparation.pip_download(tmp_path, 'it', 'it', stream=sys.stderr) == (1, 'ERROR: no wheel\n')
     out, err = capsys.readouterr()
