@@ -657,6 +657,9 @@ FAULTS = [
           'losses.mean(1).sum()', 'test_9_1 and formulas'),
     Fault('mask_truncated_ignored', 'grpo.py', '    if mask_truncated:\n', '    if False:\n',
           'test_8_3 and masked'),
+    # sft.py
+    Fault('waits_ignored', 'sft.py', 'max_think_tokens, max_tool_calls, num_waits, wait)',
+          'max_think_tokens, max_tool_calls)', 'test_10_4 and draw_answers'),
     # progress.py
     Fault('progress_at_once', 'progress.py', 'if now - self.last >= PAUSES[self.stream.isatty()]:', 'if True:',
           'test_0_1_a_progress'),

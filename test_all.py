@@ -12591,6 +12591,10 @@ def test_10_4_stages_draw_answers_with_tools_and_budgets(run_stage, base_run, tm
     assert last['iter'] == 1 and last['val/correct'] == 1  # the scripted answer is right only if it was answered
     status, out, err = run_stage(stage, f'--init_from={base_run}', *flags, '--max_think_tokens=-1')
     assert status == 2 and err.count('\n') == 1 and 'max_think_tokens=-1' in err
+    if stage == 'sft':
+        status, out, err = run_stage(stage, f'--init_from={base_run}', *flags, '--eval_only=True', '--num_waits=1',
+                                     '--wait=Hm', '--eval_file=said.jsonl')
+        assert (status, err) == (0, '') and Path('said.jsonl').read_text().count('Hm') == 2, err
 
 
 def test_10_4_dpo_measures_its_policy_with_the_calculator(run_stage, base_run, says):
