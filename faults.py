@@ -525,6 +525,8 @@ FAULTS = [
     Fault('exact_match_of_beginnings', 'train.py', 'sum(answer == [*target, eot] for',
           'sum(answer[:len(target)] == target for', 'test_1_5 and exact_match'),
     # sft.py
+    Fault('waits_ignored', 'sft.py', 'max_think_tokens, max_tool_calls, num_waits, wait)',
+          'max_think_tokens, max_tool_calls)', 'test_10_4 and draw_answers'),
     Fault('rows_weigh_alike', 'sft.py',
           'weight = train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps)',
           'weight = 1.0', 'test_6_6 and weighs_alike'),
@@ -657,9 +659,6 @@ FAULTS = [
           'losses.mean(1).sum()', 'test_9_1 and formulas'),
     Fault('mask_truncated_ignored', 'grpo.py', '    if mask_truncated:\n', '    if False:\n',
           'test_8_3 and masked'),
-    # sft.py
-    Fault('waits_ignored', 'sft.py', 'max_think_tokens, max_tool_calls, num_waits, wait)',
-          'max_think_tokens, max_tool_calls)', 'test_10_4 and draw_answers'),
     # progress.py
     Fault('progress_at_once', 'progress.py', 'if now - self.last >= PAUSES[self.stream.isatty()]:', 'if True:',
           'test_0_1_a_progress'),
