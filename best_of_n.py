@@ -274,7 +274,8 @@ def draw_budgets(series, path):
     on thoughts that end as they like, prompt by prompt."""
     figure, ((axes,),) = runtime.new_figure(1, 1, 5, 3.6)
     lines = ['| thought | tokens | correct | less the one that ends as it likes |', '| --- | --- | --- | --- |']
-    for color, ((label, what), seeds) in enumerate(series.items()):
+    in_order = sorted(series.items(), key=lambda item: (item[0][0], item[0][1] != 'budgets'))
+    for color, ((label, what), seeds) in enumerate(in_order):
         free = {seed: [point for point in points if not point['budget']][:1]
                 for seed, points in series.get((label, 'budgets'), {}).items()}
         if what != 'budgets':  # where its line begins
