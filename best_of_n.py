@@ -244,6 +244,15 @@ def by_prompt(seeds, at):
     return np.mean([points[at]['correct'] for points in seeds.values()], 0)
 
 
+def name_axes(axes, x):
+    """Finishes a panel of shares over x."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0, low), min(1, high))
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel('share correct', fontsize=8)
+    axes.legend(frameon=False, fontsize=6)
+
+
 def draw_choosers(series, path):
     """The share of correct answers over n, a panel for each label -> lines of a table, with what each chooser gains on
     the vote at the largest n, prompt by prompt."""
@@ -262,9 +271,7 @@ def draw_choosers(series, path):
             lines.append(f'| {label}, {chooser} | {shares} | {gain if chooser != "vote" else ""} |')
         axes.set_xscale('log', base=2)
         axes.set_title(label, fontsize=9)
-        axes.set_xlabel('n, answers to choose from', fontsize=8)
-        axes.set_ylabel('share correct', fontsize=8)
-        axes.legend(frameon=False, fontsize=6)
+        name_axes(axes, 'n, answers to choose from')
     figure.savefig(path)
     return lines
 
@@ -294,9 +301,7 @@ def draw_budgets(series, path):
                 gain = difference((by_prompt(seeds, i) - by_prompt(free, 0)).tolist(), 'prompts')
             if point['waits'] or what == 'budgets':
                 lines.append(f'| {label}, {said} | {tokens[:, i].mean():.1f} | {percent(correct[:, i])} | {gain} |')
-    axes.set_xlabel('tokens of thinking, mean', fontsize=8)
-    axes.set_ylabel('share correct', fontsize=8)
-    axes.legend(frameon=False, fontsize=6)
+    name_axes(axes, 'tokens of thinking, mean')
     figure.savefig(path)
     return lines
 
