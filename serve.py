@@ -68,6 +68,8 @@ prefix_cache_tokens = 8192  # of ended answers, whose keys and values are kept f
 max_queue = 64  # answers that may wait for their turn; more are refused with status 429
 tools = False  # the calculator answers <tool>…</tool>; functions are left to clients
 max_think_tokens = 0  # tokens after which <think> is closed; 0 = whenever it likes
+num_waits = 0  # the first so many times that the model would close <think>, `wait` comes instead
+wait = 'Wait'  # num_waits: what a thought goes on with
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
@@ -330,6 +332,7 @@ class Answer(Row):
     request: Request = None
     index: int = 0
     text: Text = None
+    logprobs: list = field(default_factory=list)  # of tokens that `Batch.append` has not given out yet
     tokens: list = field(default_factory=list)  # of the next Delta
     broken: bool = False  # its keys and values may be no numbers
 
@@ -491,11 +494,16 @@ class Engine:
             row.done = row.broken = row.request.cancelled = True
             self.news.append((row.request, Refused('the logits of the next token are not finite', 500)))
         ids = [row.forced[0] if row.forced else token for row, token in zip(batch.rows, self.draw(logits), strict=True)]
-        new = [(row, token, self.logprobs(row, logits[i], token)) for i, (row, token) in enumerate(
-            zip(batch.rows, ids, strict=True)) if not row.done]
-        batch.append(ids, [0.0] * len(ids), self.stop_ids)
-        for row, token, logprobs in new:
-            self.take(row, token, logprobs)
+        for number, (row, token) in enumerate(zip(batch.rows, ids, strict=True)):
+            row.number = number
+            row.logprobs.append(self.logprobs(row, logits[number], token))
+        numbers, known, _ = batch.append(ids, [0.0] * len(ids), self.stop_ids)
+        for row, token in zip([batch.rows[number] for number in numbers], known, strict=True):
+            logprobs = row.logprobs.pop(0)
+            if not row.text.stopped:
+                self.take(row, token, logprobs)
+        for row in batch.rows:
+            del row.logprobs[len(row.held):]  # of what was taken back
         self.retire()
 
     def retire(self):
@@ -539,7 +547,7 @@ class Engine:
         if logprobs is not None and not ended:
             row.tokens.append((token, *logprobs))
         parts, finish = [] if ended else row.text.push(token), None
-        if row.done or row.text.stopped:
+        if row.done and not row.logprobs or row.text.stopped:
             parts, row.done = parts + row.text.end(), True
             finish = 'tool_calls' if ended and row.text.called else 'stop' if ended or row.text.stopped else 'length'
         if parts or finish:
@@ -927,8 +935,8 @@ def main():
     global api_key
     _, given = runtime.configure(globals(), GPTConfig)
     api_key = read_key(api_key)
-    if max_rows < 1 or max_queue < 1 or min(prefix_cache_tokens, max_think_tokens) < 0:
-        raise UserError('max_rows and max_queue must be >= 1, prefix_cache_tokens and max_think_tokens >= 0')
+    if max_rows < 1 or max_queue < 1 or min(prefix_cache_tokens, max_think_tokens, num_waits) < 0:
+        raise UserError('max_rows and max_queue must be >= 1, prefix_cache_tokens, max_think_tokens and num_waits >= 0')
     if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:
         raise UserError(f'host={host} lets other machines in: give --api_key=SECRET, which they must send')
     listener = listen(host, port)  # before the model is read, which takes a while
@@ -937,7 +945,7 @@ def main():
     if model.config.n_encoder_layer or not model.config.causal:
         raise UserError(f'{init_from} is an encoder or has one: sample.py --source=TEXT talks to it')
     engine = Engine(model, tokenizer, max_rows, max_queue, prefix_cache_tokens,
-                    forcing(tokenizer, tools, max_think_tokens))
+                    forcing(tokenizer, tools, max_think_tokens, num_waits=num_waits, wait=wait))
     server = Server(engine, model_name or init_from, api_key)
     app = server.app()
     config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=75, timeout_graceful_shutdown=10)

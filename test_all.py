@@ -15064,6 +15064,27 @@ def test_10_6_thoughts_calls_and_stop_texts_however_a_text_is_cut(text, options,
         assert [tuple(part) for part in found] == due, cuts
 
 
+def test_10_6_what_is_taken_back_is_never_served():
+    """The third to fifth token of each answer are replaced, once; as they come in a stream, and all at once."""
+    def force(answer):
+        if 3 <= len(answer) <= 5:
+            return generation.Replacement([] if len(answer) < 5 else [*b'Wait'], len(answer) - 2, 1)
+        return []
+    with serving(force=force) as (address, engine, alone):
+        openais, body = client(address), dict(model='tiny', messages=HELLO, temperature=0, logprobs=True)
+        prompt = engine.tokenizer.chat_ids(read_request({'messages': HELLO}), generate=True)[0]
+        for n in (20, 4):  # to its end, and cut off while something is held back
+            due, = alone(prompt, n, force=force)
+            body['max_tokens'] = n
+            found = openais.chat.completions.create(**body).choices[0]
+            assert found.message.content == engine.tokenizer.decode(due) and len(found.logprobs.content) == len(due) == n
+            chunks = [chunk.choices[0] for chunk in openais.chat.completions.create(**body, stream=True)]
+            assert ''.join(chunk.delta.content or '' for chunk in chunks) == found.message.content
+            assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ['length']
+        due, = alone(prompt, 20, force=force)
+        assert due[2:6] == [*b'Wait'] and engine.tokenizer.decode(due[:6]) == found.message.content[:2] + 'Wait'
+
+
 def test_10_6_tools_thoughts_and_results_in_openais_shape():
     """What the model says is put in by `force`, behind a first token that a bias chooses."""
     tokenizer = tok.with_chat_template(bytes_tokenizer(), 'hermes')
