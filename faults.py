@@ -659,6 +659,11 @@ FAULTS = [
           'losses.mean(1).sum()', 'test_9_1 and formulas'),
     Fault('mask_truncated_ignored', 'grpo.py', '    if mask_truncated:\n', '    if False:\n',
           'test_8_3 and masked'),
+    # serve.py
+    Fault('probabilities_of_what_is_taken_back', 'serve.py', 'del row.logprobs[len(row.held):]', 'row.logprobs[:0]',
+          'test_10_6_what_is_taken'),
+    Fault('ends_with_the_first_of_several', 'serve.py', 'if row.done and not row.logprobs or row.text.stopped:',
+          'if row.done or row.text.stopped:', 'test_10_6_what_is_taken'),
     # progress.py
     Fault('progress_at_once', 'progress.py', 'if now - self.last >= PAUSES[self.stream.isatty()]:', 'if True:',
           'test_0_1_a_progress'),

@@ -15077,7 +15077,8 @@ def test_10_6_what_is_taken_back_is_never_served():
             due, = alone(prompt, n, force=force)
             body['max_tokens'] = n
             found = openais.chat.completions.create(**body).choices[0]
-            assert found.message.content == engine.tokenizer.decode(due) and len(found.logprobs.content) == len(due) == n
+            assert found.message.content == engine.tokenizer.decode(due)
+            assert len(found.logprobs.content) == len(due) == n
             chunks = [chunk.choices[0] for chunk in openais.chat.completions.create(**body, stream=True)]
             assert ''.join(chunk.delta.content or '' for chunk in chunks) == found.message.content
             assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ['length']
