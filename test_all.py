@@ -15071,7 +15071,8 @@ def test_10_6_what_is_taken_back_is_never_served():
             return generation.Replacement([] if len(answer) < 5 else [*b'Wait'], len(answer) - 2, 1)
         return []
     with serving(force=force) as (address, engine, alone):
-        openais, body = client(address), dict(model='tiny', messages=HELLO, temperature=0, logprobs=True)
+        openais = client(address).with_options(timeout=20, max_retries=0)
+        body = dict(model='tiny', messages=HELLO, temperature=0, logprobs=True)
         prompt = engine.tokenizer.chat_ids(read_request({'messages': HELLO}), generate=True)[0]
         for n in (20, 4):  # to its end, and cut off while something is held back
             due, = alone(prompt, n, force=force)
