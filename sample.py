@@ -305,6 +305,7 @@ def check_knobs(talk):
             (isinstance(tools, str) and not chat, f'tools={tools} answers in turns of a chat: add --chat=True'),
             (draft_tokens < 1, f'draft_tokens={draft_tokens} must be >= 1'),
             (draft and (show or source), f'draft={draft} proposes tokens of a running text: drop --show and --source'),
+            (draft and num_waits, f'num_waits={num_waits} takes tokens back, which goes without a draft: drop one'),
             (votes and best_of, f'votes={votes} and best_of={best_of} choose in two ways: drop one'),
             (bool(best_of) != bool(reward_model), f'best_of={best_of} and reward_model={reward_model!r} go together: '
              'give --best_of=N and --reward_model=DIR, or neither'),

@@ -99,7 +99,8 @@ def push_all(row, tokens, stop_ids):
     it took."""
     n = 0
     while n < len(tokens) and not row.done and not row.forced:
-        row.push(tokens[n], stop_ids)
+        if any(row.push(tokens[n], stop_ids)):
+            raise ValueError('what takes tokens back, as num_waits does, goes without a draft')
         n += 1
     while row.forced and not row.done:
         row.push(row.forced.pop(0), stop_ids)
