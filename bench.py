@@ -55,7 +55,7 @@ from convert import to_hf
 from dataset import TokenData, find_dataset
 from generate import RollingCache, check_prompts, generate, pack, stream
 from load import load_draft, load_model
-from model import GPT, GPTConfig, on_meta
+from model import GATED, GPT, GPTConfig, on_meta
 from optim import make_optimizers
 from plot import draw_mean, logged, mean_and_spread, new_figure, points, report
 from speculative import Draft
@@ -706,7 +706,7 @@ def activation_bytes(config, tokens, half=2, dropout=False):
         attention += half * (H + kv) * D
     if config.qk_norm:
         attention += (H + kv) * 4 * (D + statistics_)  # in float32
-    mlp = half * (2 * C + 4 * M if config.mlp == 'swiglu' else C + 2 * M)  # autocast copies the input for each matrix
+    mlp = half * (2 * C + 4 * M if config.mlp in GATED else C + 2 * M)  # autocast copies the input for each matrix
     masks = 2 * C if dropout else 0  # a byte for each number that may be dropped
     return tokens * (norms + attention + mlp + masks), tokens * 4 * C
 

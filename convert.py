@@ -39,7 +39,8 @@ from progress import counted
 from tokenizer import UserError
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-HUB = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct'} | {name: f'openai-community/{name}' for name in GPT2}
+HUB = {'smollm2': 'HuggingFaceTB/SmolLM2-135M-Instruct', 'gemma3-270m': 'google/gemma-3-270m'}
+HUB |= {name: f'openai-community/{name}' for name in GPT2}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # names: ours -> theirs, without '.weight' and '.bias'; # is the layer, [qkv] three tensors that ours joins, * an expert
@@ -60,7 +61,14 @@ TABLES = {
         'blocks.#.attn.qkv': 'transformer.h.#.attn.c_attn', 'blocks.#.attn.proj': 'transformer.h.#.attn.c_proj',
         'blocks.#.mlp.up': 'transformer.h.#.mlp.c_fc', 'blocks.#.mlp.down': 'transformer.h.#.mlp.c_proj',
     },
-    'llama': LLAMA, 'mistral': LLAMA, 'qwen2': LLAMA, 'qwen3': LLAMA,
+    **dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3', 'smollm3', 'granite'), LLAMA),
+    'phi3': LLAMA | {'blocks.#.attn.qkv': LAYER + 'self_attn.qkv_proj'},  # gate and up: see `gate_up_apart`
+    'gemma3_text': LLAMA | {
+        'blocks.#.norm1_out': LAYER + 'post_attention_layernorm', 'blocks.#.norm2': LAYER + 'pre_feedforward_layernorm',
+        'blocks.#.norm2_out': LAYER + 'post_feedforward_layernorm',
+    },
+    **dict.fromkeys(('olmo2', 'olmo3'), LLAMA | {
+        'blocks.#.norm1': LAYER + 'post_attention_layernorm', 'blocks.#.norm2': LAYER + 'post_feedforward_layernorm'}),
     'mixtral': LLAMA | {
         'blocks.#.mlp.router': LAYER + 'block_sparse_moe.gate',
         'blocks.#.mlp.gate*': LAYER + 'block_sparse_moe.experts.*.w1',
@@ -75,6 +83,7 @@ TABLES = {
     'gguf': {
         'tok_emb': 'token_embd', 'norm': 'output_norm', 'head': 'output',
         'blocks.#.norm1': 'blk.#.attn_norm', 'blocks.#.norm2': 'blk.#.ffn_norm',
+        'blocks.#.norm1_out': 'blk.#.post_attention_norm', 'blocks.#.norm2_out': 'blk.#.post_ffw_norm',
         'blocks.#.attn.qkv': 'blk.#.attn_[qkv]', 'blocks.#.attn.proj': 'blk.#.attn_output',
         'blocks.#.attn.q_norm': 'blk.#.attn_q_norm', 'blocks.#.attn.k_norm': 'blk.#.attn_k_norm',
         'blocks.#.mlp.gate': 'blk.#.ffn_gate', 'blocks.#.mlp.up': 'blk.#.ffn_up', 'blocks.#.mlp.down': 'blk.#.ffn_down',
@@ -203,6 +212,7 @@ GPT2_SIZES = dict(vocab_size=50257, block_size=1024, n_embd=768, n_layer=12, n_h
 LLAMA_SIZES = dict(vocab_size=32000, block_size=2048, n_embd=4096, n_layer=32, n_head=32, n_kv_head=0, head_dim=0,
                    mlp_dim=11008, norm_eps=1e-6, tie_weights=False)
 MISTRAL_SIZES = LLAMA_SIZES | dict(block_size=131072, n_kv_head=8, mlp_dim=14336)
+OLMO_SIZES = LLAMA_SIZES | dict(vocab_size=50304, norm_eps=1e-5)
 QWEN_SIZES = LLAMA_SIZES | dict(vocab_size=151936, block_size=32768, n_kv_head=32, mlp_dim=22016)
 FAMILIES = {  # model_type: the class, and what transformers takes where config.json leaves a key out (0: null)
     'gpt2': ('GPT2LMHeadModel', GPT2_SIZES),
@@ -213,12 +223,30 @@ FAMILIES = {  # model_type: the class, and what transformers takes where config.
     'mixtral': ('MixtralForCausalLM', MISTRAL_SIZES | dict(norm_eps=1e-5, n_expert=8, n_expert_active=2)),
     'qwen3_moe': ('Qwen3MoeForCausalLM', QWEN_SIZES | dict(
         n_embd=2048, n_layer=24, n_kv_head=4, mlp_dim=6144, n_expert=128, n_expert_active=8, expert_dim=768)),
+    'gemma3_text': ('Gemma3ForCausalLM', LLAMA_SIZES | dict(
+        vocab_size=262208, block_size=131072, n_embd=2304, n_layer=26, n_head=8, n_kv_head=4, head_dim=256,
+        mlp_dim=9216, tie_weights=True)),
+    'olmo2': ('Olmo2ForCausalLM', OLMO_SIZES), 'olmo3': ('Olmo3ForCausalLM', OLMO_SIZES),
+    'smollm3': ('SmolLM3ForCausalLM', LLAMA_SIZES | dict(
+        vocab_size=128256, block_size=32768, n_embd=2048, n_layer=36, n_head=16, n_kv_head=4, tie_weights=True)),
+    'granite': ('GraniteForCausalLM', LLAMA_SIZES),
+    'phi3': ('Phi3ForCausalLM', LLAMA_SIZES | dict(
+        vocab_size=32064, block_size=4096, n_embd=3072, mlp_dim=8192, norm_eps=1e-5)),
 }
+OLMO = dict(norm_place='output', qk_norm=True, qk_norm_joint=True)
+BEYOND = {  # fields of GPTConfig that a family has in place of a Llama's; ...: any value
+    'qwen3': dict(qk_norm=True), 'qwen3_moe': dict(qk_norm=True),
+    'gemma3_text': dict(mlp='geglu', norm_place='both', qk_norm=True, norm_offset=..., rope_theta_local=...,
+                        attn_scale=..., logit_softcap=...),
+    'olmo2': OLMO, 'olmo3': OLMO | dict(rope_theta_local=...), 'smollm3': dict(rope_pattern=...),
+    'granite': dict.fromkeys(('embed_scale', 'attn_scale', 'residual_scale', 'logit_scale'), ...),
+}
+THETA = {'mixtral': 1e6, 'gemma3_text': 1e6, 'olmo3': 5e5, 'smollm3': 2e6}  # else 1e4
 ONLY = {  # keys that change what a model computes, and the one value that we can honour
     'attention_bias': False, 'mlp_bias': False, 'partial_rotary_factor': 1.0, 'scale_attn_weights': True,
     'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'is_encoder_decoder': False,
     'rope_interleaved': False, 'quantization_config': None, 'pruned_heads': {}, 'is_causal': True,
-    'original_max_position_embeddings': None,
+    'original_max_position_embeddings': None, 'attn_logit_softcapping': None, 'use_bidirectional_attention': False,
 }
 
 
@@ -283,7 +311,7 @@ def hf_args(config):  # noqa: C901
     if named not in (None, architecture, re.sub('LMHeadModel|ForCausalLM', 'Model', architecture)):
         config.refuse('architectures', f'is not {architecture}')
     for key, value in ONLY.items():
-        if config.get(key) not in (None, value):
+        if config.get(key) not in (None, value) and (family, key) != ('phi3', 'original_max_position_embeddings'):
             config.refuse(key)
     args = {}
     for field, default in sizes.items():
@@ -299,13 +327,25 @@ def hf_args(config):  # noqa: C901
             config.refuse('activation_function')
         return family, args | {'mlp': kind}
 
-    if config.get('hidden_act', 'silu') not in ('silu', 'swish'):
-        config.refuse('hidden_act')
-    args |= {'mlp': 'swiglu', 'norm': 'rmsnorm', 'pos': 'rope', 'bias': False, 'qkv_bias': family == 'qwen2',
-             'qk_norm': family in ('qwen3', 'qwen3_moe')}
-    args |= rope_args(config, 1e6 if family == 'mixtral' else 1e4, args['block_size'])
+    gemma = family == 'gemma3_text'
+    key, kinds = ('hidden_activation', ['gelu_pytorch_tanh']) if gemma else ('hidden_act', ['silu', 'swish'])
+    if config.get(key, kinds[0]) not in kinds:
+        config.refuse(key)
+    args |= {'mlp': 'swiglu', 'norm': 'rmsnorm', 'pos': 'rope', 'bias': False, 'qkv_bias': family == 'qwen2'}
+    args |= {key: value for key, value in BEYOND.get(family, {}).items() if value is not ...}
+    args |= rope_args(config, family, args['block_size'])
     args |= window_args(config, family, args['n_layer'])
-    if family == 'mixtral':
+    if gemma:
+        scalar, cap = config.number('query_pre_attn_scalar', 256.0), 'final_logit_softcapping'
+        args |= {'norm_offset': True, 'embed_scale': math.sqrt(args['n_embd']),
+                 'attn_scale': 0.0 if scalar == args['head_dim'] else scalar ** -0.5,
+                 'logit_softcap': 0.0 if config.get(cap) is None else config.number(cap, 0.0)}
+    elif family == 'granite':
+        args |= {field: config.number(key, 1.0) for field, key in MULTIPLIERS.items()}
+        args['logit_scale'] = 1 / args['logit_scale']
+    elif family == 'smollm3':
+        args['rope_pattern'] = rotated_layers(config, args['n_layer'])
+    elif family == 'mixtral':
         args |= {'router_renorm': renormalised(args, True), 'expert_dim': args['mlp_dim']}
     elif family == 'qwen3_moe':
         every, n, dense = config.number('decoder_sparse_step', 1), args['n_layer'], config.get('mlp_only_layers') or []
@@ -323,16 +363,57 @@ def renormalised(args, there):
     return 'always' if there and args['n_expert_active'] == 1 else there
 
 
-def rope_args(config, theta, block_size):  # noqa: C901
-    """The fields of GPTConfig for the rotary wavelengths, in either spelling."""
+MULTIPLIERS = {'embed_scale': 'embedding_multiplier', 'attn_scale': 'attention_multiplier',
+               'residual_scale': 'residual_multiplier', 'logit_scale': 'logits_scaling'}  # of Granite; the last divides
+LOCAL, FULL = 'sliding_attention', 'full_attention'
+MIXED = ('qwen2', 'qwen3', 'gemma3_text', 'olmo3')  # which have both kinds of layers
+
+
+def rotated_layers(config, n_layer):
+    """rope_pattern of a SmolLM3."""
+    if config.get('use_sliding_window'):
+        config.refuse('use_sliding_window')
+    every, given = config.number('no_rope_layer_interval', 4), config.get('no_rope_layers')
+    rotated = [(i + 1) % every > 0 for i in range(n_layer)] if given is None else given
+    if not isinstance(rotated, list) or len(rotated) < n_layer or any(r not in (0, 1) for r in rotated):
+        config.refuse('no_rope_layers', 'must be a 0 or a 1 for each layer')
+    return period(''.join('NR'[r] for r in rotated[:n_layer]))
+
+
+def period(pattern):
+    """The shortest letters that, again and again, make a pattern."""
+    n = len(pattern)
+    return next(pattern[:p] for p in range(1, n + 1) if (pattern[:p] * n)[:n] == pattern)
+
+
+def rope_args(config, family, block_size):
+    """The fields of GPTConfig for the rotary wavelengths, in any spelling; of some families by the kind of layer."""
     rope = config.object('rope_scaling' if config.get('rope_scaling') else 'rope_parameters')
+    theta, apart = THETA.get(family, 1e4), 'rope_theta_local' in BEYOND.get(family, {})
+    by_kind = any(isinstance(value, dict) for value in rope.values.values())
+    if by_kind and not (apart and rope.values.keys() <= {LOCAL, FULL}) or (
+            apart and not by_kind and rope.values and rope.prefix == 'rope_parameters.'):
+        config.refuse(rope.prefix[:-1])
+    full, local = (rope.object(FULL), rope.object(LOCAL)) if by_kind else (rope, Json({}, config.where))
+    args = wavelengths(config, full, theta, block_size)
+    if family == 'phi3' and args.get('rope_scaling'):  # which transformers takes for longrope
+        rope.refuse('rope_type' if 'rope_type' in rope.values else 'type')
+    if apart:
+        if local.get('rope_type', 'default') != 'default':
+            local.refuse('rope_type')
+        key, usual = ('rope_local_base_freq', 1e4) if family == 'gemma3_text' else ('rope_theta', theta)
+        base = local.number('rope_theta', 0.0) if 'rope_theta' in local.values else config.number(key, usual)
+        args['rope_theta_local'] = base if 'rope_scaling' in args or base != args['rope_theta'] else 0.0
+    return args
+
+
+def wavelengths(config, rope, theta, block_size):  # noqa: C901
+    """The fields of GPTConfig that an object of rotary parameters says."""
     where = rope if 'rope_theta' in rope.values else config
     args = {'rope_theta': where.number('rope_theta', theta)}
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if rope.get('partial_rotary_factor') not in (None, 1):
         rope.refuse('partial_rotary_factor')
-    if any(isinstance(value, dict) for value in rope.values.values()):  # by layer type
-        config.refuse(rope.prefix[:-1])
     if kind == 'default':
         return args
     if kind not in ('linear', 'llama3', 'yarn'):
@@ -364,24 +445,27 @@ def rope_args(config, theta, block_size):  # noqa: C901
 
 def window_args(config, family, n_layer):
     """The fields of GPTConfig for sliding windows; none where every layer sees everything."""
-    local, full, qwen = 'sliding_attention', 'full_attention', family.startswith('qwen')
-    wanted = family != 'llama' and (not qwen or config.number('use_sliding_window', False))
-    window = wanted and config.get('sliding_window', None if family == 'mixtral' else 4096) is not None
-    window = config.number('sliding_window', 4096) if window else 0
-    first = config.number('max_window_layers', 28, 0) if family in ('qwen2', 'qwen3') else 0
-    types = [local if window and i >= first else full for i in range(n_layer)]
+    qwen, mixed = family.startswith('qwen'), family in MIXED
+    wanted = family not in ('llama', 'olmo2', 'smollm3', 'granite') and (
+        not qwen or config.number('use_sliding_window', False))
+    usual = None if family in ('mixtral', 'phi3') else 4096
+    window = config.number('sliding_window', 4096) if wanted and config.get('sliding_window', usual) is not None else 0
+    if qwen:
+        first = config.number('max_window_layers', 28, 0) if mixed else 0
+        types = [LOCAL if window and i >= first else FULL for i in range(n_layer)]
+    else:
+        every = config.number('sliding_window_pattern', 6) if family == 'gemma3_text' else 4 if mixed else n_layer + 1
+        types = [LOCAL if window and (i + 1) % every else FULL for i in range(n_layer)]
     given = config.get('layer_types')
     if given is not None and given != types:
-        if family not in ('qwen2', 'qwen3') or not isinstance(given, list) or len(given) != n_layer:
+        if not mixed or not isinstance(given, list) or len(given) != n_layer:
             config.refuse('layer_types')
-        if any(kind not in (local, full) for kind in given) or not window and local in given:
+        if any(kind not in (LOCAL, FULL) for kind in given) or not window and LOCAL in given:
             config.refuse('layer_types')
         types = given
-    if local not in types:
+    if LOCAL not in types:
         return {}
-    pattern = ''.join('L' if kind == local else 'G' for kind in types)
-    period = next(p for p in range(1, n_layer + 1) if (pattern[:p] * n_layer)[:n_layer] == pattern)
-    return {'window': window, 'window_pattern': pattern[:period]}
+    return {'window': window, 'window_pattern': period(''.join('L' if kind == LOCAL else 'G' for kind in types))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,6 +547,7 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     sources = {name: t for name, t in unwrapped(safetensors_of(folder), folder).items() if not BUFFERS.search(name)}
     if wrapped := next((name for name in sources if '.lora_' in name or '.base_layer.' in name), None):
         raise UserError(f'{folder}: tensor {wrapped} is of a model with LoRA beside it: {PEFT_MERGE}')
+    sources = gate_up_apart(sources) if family == 'phi3' else sources
     embedding, positions = TABLES[family]['tok_emb'] + '.weight', 'transformer.wpe.weight'
     prefix = embedding.split('.')[0] + '.'
     if not any(name.startswith(prefix) for name in sources):  # saved without the head's class
@@ -487,6 +572,19 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     return model, fits(tokenizer, model, folder)
 
 
+def gate_up_apart(sources):
+    """Sources of a Phi-3, whose gates and ups are one matrix, as those of a Llama."""
+    found = {}
+    for name, (file, shape, read) in sources.items():
+        if not name.endswith('gate_up_proj.weight'):
+            found[name] = file, shape, read
+            continue
+        n = shape[0] // 2
+        for part, rows in ('gate', slice(n)), ('up', slice(n, None)):
+            found[name.replace('gate_up', part)] = file, [n, *shape[1:]], lambda read=read, rows=rows: read()[rows]
+    return found
+
+
 TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do not change what a trained model computes
 EXPERTS = {'n_expert_shared', 'router_bias_rate', 'router_score', 'router_scale'}  # nor do these without experts
 
@@ -494,21 +592,24 @@ EXPERTS = {'n_expert_shared', 'router_bias_rate', 'router_score', 'router_scale'
 def hf_family(config, gguf=False):
     """The model_type that computes what a GPTConfig says; UserError names all fields that none has, and what would do.
 
-    gguf: that computes it in llama.cpp, too, which has GPT-2 with one GELU, no windows, and experts in one way.
+    gguf: that computes it in llama.cpp, too, which has GPT-2 with one GELU, no windows but Gemma 3's, and experts in
+    one way.
     """
-    heads = math.gcd(config.n_embd, config.n_head)
+    heads, family = math.gcd(config.n_embd, config.n_head), rotary_family(config, gguf)
     gpt2 = lacking(config, pos=['learned'], norm=['layernorm'], mlp=['gelu', 'gelu_tanh'][gguf:], bias=[True],
                    norm_affine=[True], qk_norm=[False], window=[0], n_expert=[0], n_head=[heads], n_kv_head=[heads],
-                   head_dim=[config.n_embd // heads], rope_scaling=['none'])
-    rotary = lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False])
-    rotary |= lacking_together(config, gguf)
+                   head_dim=[config.n_embd // heads], rope_scaling=['none'], rope_theta_local=[0.0], rope_pattern=['R'])
+    llama = dict(pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, rope_theta_local=0.0, rope_pattern='R')
+    wanted = llama | BEYOND.get(family, {}) | ({'embed_scale': math.sqrt(config.n_embd)} if 'gemma' in family else {})
+    rotary = lacking(config, **{name: [getattr(config, name) if value is ... else value]
+                                for name, value in wanted.items()}) | lacking_together(config, family, gguf)
     remedies = min(gpt2, rotary, key=len)  # the nearer one
     if remedies:
         fields = ', '.join(f'{name}={getattr(config, name)!r}' for name in remedies)
         flags = ' '.join(f'--{name}={value}' for name, value in remedies.items())
         raise UserError(f'{fields} cannot be exported: the nearest architecture there would need a model that was '
                         f'trained with {flags}')
-    return 'gpt2' if config.pos == 'learned' else rotary_family(config)
+    return 'gpt2' if config.pos == 'learned' else family
 
 
 def lacking(config, **wanted):
@@ -526,12 +627,16 @@ def lacking(config, **wanted):
     return remedies
 
 
-def lacking_together(config, gguf=False):
+def lacking_together(config, family, gguf=False):  # noqa: C901
     """As `lacking`, of the fields that architectures with rotary positions have, but not beside others that it has."""
-    remedies, family = {}, rotary_family(config)
+    remedies, gemma = {}, family == 'gemma3_text'
     local = [config.is_local(i) for i in range(config.n_layer)]
     if config.qkv_bias and family != 'qwen2':
         remedies['qkv_bias'] = False
+    if gemma and config.attn_scale and (gguf or not math.isclose(round(s := config.attn_scale ** -2), s, rel_tol=1e-9)):
+        remedies['attn_scale'] = 0.0
+    if any(local) and config.rope_scaling != 'none' and not config.rope_theta_local and (gemma or family == 'olmo3'):
+        remedies['rope_theta_local'] = config.rope_theta
     if family == 'mixtral' or gguf and config.n_expert:  # whose layers are all alike, and whose router renormalises
         remedies |= {name: value for name, value in (('dense_layers', 0), ('expert_every', 1))
                      if getattr(config, name) != value}
@@ -544,25 +649,42 @@ def lacking_together(config, gguf=False):
     if gguf and config.rope_scaling == 'yarn':  # of which it reads no more for these architectures
         remedies |= {name: usual for name, usual in (('rope_low', 1.0), ('rope_high', 32.0))
                      if getattr(config, name) != usual}
-    if any(local) and gguf and config.window < config.block_size:
+    if gemma and gguf:  # what it has are numbers of its own
+        usual = {'logit_softcap': 0.0} | ({'rope_theta_local': 1e4} if any(local) else {})
+        remedies |= {name: value for name, value in usual.items() if getattr(config, name) != value}
+        if any(local) and local != [(i + 1) % 6 > 0 for i in range(config.n_layer)]:
+            remedies['window_pattern'] = 'LLLLLG'
+        if config.rope_scaling not in ('none', 'linear'):
+            remedies['rope_scaling'] = 'none'
+        if config.n_layer == 62:  # by which it knows the one whose attention has another scale
+            remedies['n_layer'] = 61
+    elif any(local) and (gguf and config.window < config.block_size or family in ('olmo2', 'smollm3', 'granite')):
         remedies['window'] = 0
-    elif any(local) and not all(local) and family not in ('qwen2', 'qwen3') and not gguf:
+    elif any(local) and not all(local) and family not in MIXED and not gguf:
         remedies['window_pattern'] = 'L'
     return remedies
 
 
-def rotary_family(config):
+def rotary_family(config, gguf=False):
     """The model_type with rotary positions that is nearest to a GPTConfig."""
+    windowed = any(config.is_local(i) for i in range(config.n_layer))
     if config.n_expert:
         return 'qwen3_moe' if config.qk_norm else 'mixtral'
+    if config.norm_place == 'both' or config.mlp == 'geglu':
+        return 'gemma3_text'
+    if config.norm_place == 'output' and not gguf:
+        return 'olmo3' if windowed else 'olmo2'
     if config.qk_norm or config.qkv_bias:
         return 'qwen3' if config.qk_norm else 'qwen2'
+    if 'N' in config.rope_pattern and not gguf:
+        return 'smollm3'
+    if (config.embed_scale, config.attn_scale, config.residual_scale, config.logit_scale) != (1, 0, 1, 1) and not gguf:
+        return 'granite'
     # without a window a Mistral is a Llama, but free in the width of a head
-    windowed = any(config.is_local(i) for i in range(config.n_layer))
     return 'mistral' if windowed or config.n_embd % config.n_head else 'llama'
 
 
-def hf_config(config, family):
+def hf_config(config, family):  # noqa: C901
     """A GPTConfig that `hf_family` has found a family for -> the values of config.json."""
     values = {KEYS[field][family == 'gpt2' and len(KEYS[field]) > 1]: getattr(config, field)
               for field in FAMILIES[family][1]}
@@ -580,14 +702,32 @@ def hf_config(config, family):
                'rope_scaling': None if kind == 'none' else rope,
                'rope_parameters': rope | {'rope_theta': config.rope_theta}}  # for transformers 5
     local = [config.is_local(i) for i in range(config.n_layer)]
-    if family == 'llama':
+    if family == 'smollm3':
+        pattern = (config.rope_pattern * config.n_layer)[:config.n_layer]
+        values['no_rope_layers'] = [int(letter == 'R') for letter in pattern]
+    if family == 'granite':
+        found = {key: getattr(config, field) for field, key in MULTIPLIERS.items()}
+        values |= found | {'attention_multiplier': config.attn_scale or config.head_dim ** -0.5,
+                           'logits_scaling': float(f'{1 / config.logit_scale:.15g}')}
+    if family in ('llama', 'olmo2', 'smollm3', 'granite'):
         return values | {'attention_bias': False, 'mlp_bias': False}
-    values['sliding_window'] = config.window if any(local) else None
+    if family in ('gemma3_text', 'olmo3'):
+        base = config.rope_theta_local or config.rope_theta
+        values['rope_parameters'] = {FULL: values['rope_parameters'],
+                                     LOCAL: {'rope_type': 'default', 'rope_theta': base}}
+    if family == 'gemma3_text':
+        values |= {'hidden_activation': 'gelu_pytorch_tanh', 'rope_local_base_freq': base,
+                   'query_pre_attn_scalar': round(config.attn_scale ** -2) if config.attn_scale else config.head_dim,
+                   'final_logit_softcapping': config.logit_softcap or None,
+                   'sliding_window': config.block_size}  # which transformers wants even where no layer has it
+        del values['hidden_act']
+    values['sliding_window'] = config.window if any(local) else values.get('sliding_window')
     if family.startswith('qwen'):
         values['use_sliding_window'] = any(local)
     if family in ('qwen2', 'qwen3'):
         values['max_window_layers'] = local.index(True) if any(local) else config.n_layer
-        values['layer_types'] = ['sliding_attention' if here else 'full_attention' for here in local]
+    if family in MIXED:
+        values['layer_types'] = [LOCAL if here else FULL for here in local]
     if family == 'mixtral':
         values['intermediate_size'] = config.expert_dim
     if family == 'qwen3_moe':
@@ -603,7 +743,7 @@ def _vacant(directory):
 
 
 def tensors_of(model, family):
-    """Yields (their name, tensor) of a GPT by a family's table; a norm without weights gets ones, which change nothing.
+    """Yields (their name, tensor) of a GPT by a family's table; a norm without weights gets what changes nothing.
 
     UserError for a model with LoRA or adapters in it.
     """
@@ -613,9 +753,12 @@ def tensors_of(model, family):
             raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
     with on_meta():
         whole = GPT(dataclasses.replace(config, norm_affine=True, n_future=0)).state_dict()
+    more = config.norm_offset - (family == 'gemma3_text')  # a norm's weight is 1 + w there, or here
     for name, like in whole.items():
         if name != 'head.weight' or not config.tie_weights:
             tensor = state[name] if name in state else torch.ones(like.shape, dtype=model.tok_emb.weight.dtype)
+            if more and 'norm' in name:
+                tensor = (tensor.float() + more).to(torch.float32 if 'gguf' in family else tensor.dtype)
             yield from parts(name, tensor, config, family)
 
 
@@ -962,7 +1105,7 @@ def options(argv):
 def never_exported():
     """The flags of GPTConfig's values that no family has, whatever the others say."""
     values = {'mlp': ['relu2'], 'pos': ['sinusoidal', 'none'], 'norm_place': ['post'], 'causal': [False],
-              'n_encoder_layer': [1], 'attn_scale': [1.0], 'logit_softcap': [30.0], 'n_sink': [1]}
+              'n_encoder_layer': [1], 'n_sink': [1]}
     return [f'--{name}' if type(value) in (int, float) else f'--{name}={value}'
             for name, found in values.items() for value in found]
 

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from errors import UserError
-from model import MLP, Layout, apply_rope, tempered, windowed
+from model import MLP, Layout, tempered, windowed
 
 # ----------------------------------------------------------------------------------------------------------------------
 # caches
@@ -125,7 +125,7 @@ class RollingCache(KVCache):
     stand within the cache, so positions stay small however long the text (arXiv:2309.17453, 3.2).
     """
     rolling = True
-    rope = None  # cos and sin (rows, 1, slots, D) at `key_positions`, of a model that has them
+    rope = None  # cos and sin (rows, 1, slots, D) at `key_positions`, by which the model rotates what `update` returns
 
     def __init__(self, config, batch, device):
         super().__init__(config, batch, config.n_sink + config.window, device)
@@ -173,10 +173,7 @@ class RollingCache(KVCache):
                 index = self.origin[:, None, :, None].expand(len(new), new.shape[1], -1, new.shape[3])
                 stored[i].copy_(joined.gather(2, index))
                 both.append(joined)
-        k, v = both or stored
-        if self.rope is not None:
-            k = apply_rope(k, *self.rope)
-        return k, v
+        return both or stored
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from model import GPTConfig, frequencies, rope_frequencies
 from tokenizer import UserError
 
 ARCHITECTURES = {'llama': 'llama', 'mistral': 'llama', 'mixtral': 'llama', 'qwen2': 'qwen2', 'qwen3': 'qwen3',
-                 'qwen3_moe': 'qwen3moe', 'gpt2': 'gpt2'}  # by the families of convert.py
+                 'qwen3_moe': 'qwen3moe', 'gemma3_text': 'gemma3', 'gpt2': 'gpt2'}  # by the families of convert.py
 TYPES = {'f32': 0, 'f16': 1, 'q8_0': 7, 'bf16': 32}  # general.file_type
 
 
@@ -118,7 +118,8 @@ GGUF_READ = {'context_length', 'block_count', 'embedding_length', 'feed_forward_
              'rope.scaling.yarn_beta_fast', 'expert_count', 'expert_used_count', 'expert_feed_forward_length'}
 GGUF_IDLE = {'vocab_size', 'tensor_data_layout', 'rope.scaling.finetuned'}
 GGUF_ONLY = {'attention.causal': True, 'rope.scaling.attn_factor': 1.0, 'rope.scaling.yarn_attn_factor': 1.0,
-             'expert_gating_func': 1, 'expert_weights_norm': True}  # softmax, and what is chosen adds up to 1
+             'expert_gating_func': 1, 'expert_weights_norm': True,  # softmax, and what is chosen adds up to 1
+             'attention.sliding_window_pattern': 6, 'rope.freq_base_swa': 10000.0}  # of Gemma 3, whatever a file says
 
 
 def gguf_args(fields):
@@ -142,9 +143,12 @@ def gguf_args(fields):
     # a float32 there: 1e-5 is meant by 9.999999747378752e-06
     epsilon = config.number(f'attention.layer_norm_{"" if gpt2 else "rms_"}epsilon', 1e-5)
     args['norm_eps'] = float(f'{epsilon:.7g}')
+    if arch == 'gemma3':
+        args |= gemma_args(config, args)
     only = GGUF_ONLY | dict.fromkeys(('attention.value_length', 'rope.dimension_count'), args['head_dim'])
     for key, value in config.values.items():
-        if value != only.get(key, value) or value and key not in GGUF_READ | GGUF_IDLE | only.keys():
+        read = GGUF_READ | ({'attention.sliding_window'} if arch == 'gemma3' else set())
+        if value != only.get(key, value) or value and key not in read | GGUF_IDLE | only.keys():
             config.refuse(key)
     if gpt2:
         return args | {'pos': 'learned', 'mlp': 'gelu_tanh', 'norm': 'layernorm', 'bias': True}
@@ -153,9 +157,21 @@ def gguf_args(fields):
         args['n_expert_active'] = config.number('expert_used_count', 0)
         args['expert_dim'] = config.number('expert_feed_forward_length', args['mlp_dim'])
         args['router_renorm'] = renormalised(args, True)
-    args |= {'pos': 'rope', 'mlp': 'swiglu', 'norm': 'rmsnorm', 'bias': False, 'qkv_bias': arch == 'qwen2',
-             'qk_norm': arch in ('qwen3', 'qwen3moe'), 'rope_theta': config.number('rope.freq_base', 10000.0)}
+    args = {'mlp': 'swiglu'} | args | {
+        'pos': 'rope', 'norm': 'rmsnorm', 'bias': False, 'qkv_bias': arch == 'qwen2',
+        'qk_norm': arch in ('qwen3', 'qwen3moe', 'gemma3'), 'rope_theta': config.number('rope.freq_base', 10000.0)}
     return args | gguf_scaling(config, args['block_size'])
+
+
+def gemma_args(config, args):
+    """The fields of GPTConfig that a Gemma 3 has in place of a Llama's. Its norms' weights are 1 + w in such a file."""
+    found = {'mlp': 'geglu', 'norm_place': 'both', 'embed_scale': math.sqrt(args['n_embd'])}
+    if args['n_layer'] == 62:  # the one of 27B
+        found['attn_scale'] = (args['n_embd'] / args['n_head']) ** -0.5
+    if config.get('attention.sliding_window'):
+        found |= {'window': config.number('attention.sliding_window', 0), 'window_pattern': 'LLLLLG',
+                  'rope_theta_local': 10000.0}
+    return found
 
 
 def gguf_scaling(config, block_size):
@@ -218,6 +234,8 @@ def gguf_config(config, arch):
     if config.n_expert:
         values |= {'expert_count': config.n_expert, 'expert_used_count': config.n_expert_active}
         values['feed_forward_length' if arch == 'llama' else 'expert_feed_forward_length'] = config.expert_dim
+    if arch == 'gemma3' and config.window:
+        values['attention.sliding_window'] = config.window
     if config.rope_scaling != 'none':
         values['rope.scaling.original_context_length'] = config.rope_original
     if config.rope_scaling in ('linear', 'yarn'):  # llama3 is a tensor

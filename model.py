@@ -23,13 +23,15 @@ tokens at once (arXiv:2404.19737).
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+GATED = ('swiglu', 'geglu')  # MLPs with a gate
 
 
 @dataclass
@@ -42,21 +44,28 @@ class GPTConfig:
     n_kv_head: int = 0  # key/value heads: 0 = n_head (multi-head), 1 = multi-query, between = grouped-query
     n_embd: int = 768  # width of the residual stream
     head_dim: int = 0  # width of one head; 0 = n_embd / n_head
-    mlp_dim: int = 0  # hidden width of the MLP; 0 = 4 n_embd (swiglu: 8/3 n_embd, rounded up to a multiple of 64)
-    mlp: str = 'gelu'  # 'gelu', 'gelu_tanh' (GPT-2's own weights), 'swiglu' or 'relu2'
+    mlp_dim: int = 0  # hidden width of the MLP; 0 = 4 n_embd (gated: 8/3 n_embd, rounded up to a multiple of 64)
+    mlp: str = 'gelu'  # 'gelu', 'gelu_tanh' (GPT-2's own weights), 'swiglu', 'geglu' (GELU of tanh, gated) or 'relu2'
     norm: str = 'layernorm'  # 'layernorm' or 'rmsnorm'
-    norm_place: str = 'pre'  # 'pre' (norm, sublayer, add) or 'post' (sublayer, add, norm)
+    norm_place: str = 'pre'  # 'pre' the sublayer, 'post' the addition, 'output': between them, 'both': pre, output
     norm_affine: bool = True  # learned weight in the norms
+    norm_offset: bool = False  # that weight is 1 + w of a learned w, which begins at 0 (Gemma)
     norm_eps: float = 1e-5  # added to the variance
     qk_norm: bool = False  # normalise queries and keys per head, before the rotation
+    qk_norm_joint: bool = False  # all heads of queries, and all of keys, in one (OLMo 2)
     pos: str = 'learned'  # positions: 'learned', 'sinusoidal', 'rope' or 'none'
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_theta_local: float = 0.0  # that of layers with the window, which rope_scaling leaves alone; 0 = as the others
+    rope_pattern: str = 'R'  # layers in turn, again and again: R = rotated, N = without positions (SmolLM3)
     rope_scaling: str = 'none'  # a longer context than trained on: 'linear', 'llama3' or 'yarn' stretch the wavelengths
     rope_factor: float = 1.0  # how many times longer
     rope_original: int = 0  # the context trained on ('llama3', 'yarn'); 0 = block_size / rope_factor
     rope_low: float = 0.0  # wavelengths with at most this many turns in rope_original are stretched fully; 0 = 1
     rope_high: float = 0.0  # those with at least this many turns are kept; 0 = 4 ('llama3') or 32 ('yarn')
     attn_scale: float = 0.0  # factor on query-key products; 0 = 1 / sqrt(head_dim)
+    embed_scale: float = 1.0  # factor on the embeddings of tokens (Gemma: sqrt(n_embd))
+    residual_scale: float = 1.0  # factor on what each sublayer adds (Granite)
+    logit_scale: float = 1.0  # factor on the logits, taken into the last hidden states (Granite)
     bias: bool = True  # biases in linear layers and layernorms
     qkv_bias: bool = False  # with bias=False: queries, keys and values have a bias nevertheless (Qwen2)
     tie_weights: bool = True  # the output head shares the token embedding
@@ -84,8 +93,9 @@ class GPTConfig:
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
 
     def __post_init__(self):
-        for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'relu2')), ('norm', ('layernorm', 'rmsnorm')),
-                              ('norm_place', ('pre', 'post')), ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
+        for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'geglu', 'relu2')),
+                              ('norm', ('layernorm', 'rmsnorm')), ('norm_place', ('pre', 'post', 'output', 'both')),
+                              ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
                               ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')),
                               ('router_score', ('softmax', 'sigmoid'))):
             if getattr(self, name) not in allowed:
@@ -102,7 +112,7 @@ class GPTConfig:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head} (or set head_dim)')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        default_mlp = -(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp == 'swiglu' else 4 * self.n_embd
+        default_mlp = -(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp in GATED else 4 * self.n_embd
         self.mlp_dim = self.mlp_dim or default_mlp
         self.expert_dim = self.expert_dim or self.mlp_dim
         scaled = self.rope_scaling != 'none'
@@ -118,8 +128,11 @@ class GPTConfig:
                 (self.n_expert and (self.n_embd % 8 or self.expert_dim % 8),
                  f'n_embd={self.n_embd} and expert_dim={self.expert_dim} must be multiples of 8, as grouped matrix '
                  'products in 16 bits want them'),
-                (not self.window_pattern or set(self.window_pattern) - set('LG'),
-                 f'window_pattern={self.window_pattern!r} must be made of the letters L and G'),
+                *((not getattr(self, name) or set(getattr(self, name)) - {*letters},
+                   f'{name}={getattr(self, name)!r} must be made of the letters {" and ".join(letters)}')
+                  for name, letters in (('window_pattern', 'LG'), ('rope_pattern', 'RN'))),
+                *((getattr(self, name) <= 0, f'{name}={getattr(self, name)} must be above 0')
+                  for name in ('embed_scale', 'residual_scale', 'logit_scale', 'router_scale')),
                 (self.window and not self.causal, f'window={self.window} needs causal=True'),
                 (self.n_encoder_layer and not self.causal, f'n_encoder_layer={self.n_encoder_layer} needs causal=True'),
                 (self.n_future < 0 or self.n_future and (self.n_expert or self.n_encoder_layer or not self.causal),
@@ -130,8 +143,10 @@ class GPTConfig:
                  f"n_embd={self.n_embd} must be even with pos='sinusoidal'"),
                 (self.router_renorm not in (True, False, 'always'),
                  f"router_renorm={self.router_renorm!r} is not one of True, False, 'always'"),
-                (self.router_scale <= 0, f'router_scale={self.router_scale} must be above 0'),
                 (self.rope_theta <= 1, f'rope_theta={self.rope_theta} must be above 1'),
+                (0 != self.rope_theta_local <= 1, f'rope_theta_local={self.rope_theta_local} must be above 1'),
+                (self.qk_norm_joint and not self.qk_norm, 'qk_norm_joint=True needs qk_norm=True'),
+                (self.norm_offset and not self.norm_affine, 'norm_offset=True needs norm_affine=True'),
                 (scaled and (self.pos != 'rope' or self.rope_factor <= 1),
                  f"rope_scaling={self.rope_scaling!r} needs pos='rope' and a rope_factor above 1"),
                 (scaled and self.rope_high <= self.rope_low,
@@ -153,6 +168,10 @@ class GPTConfig:
     def is_local(self, layer):
         """Whether this layer's attention has the window."""
         return self.window > 0 and self.window_pattern[layer % len(self.window_pattern)] == 'L'
+
+    def rotates(self, layer):
+        """Whether this layer's queries and keys are rotated, with pos='rope'."""
+        return self.rope_pattern[layer % len(self.rope_pattern)] == 'R'
 
     def is_sparse(self, layer):
         """Whether this layer has experts."""
@@ -223,12 +242,17 @@ class Norm(nn.Module):
     def __init__(self, dim, config):
         super().__init__()
         self.shape, self.eps, self.rms = (dim,), config.norm_eps, config.norm == 'rmsnorm'
-        self.weight = nn.Parameter(torch.ones(dim)) if config.norm_affine else None
+        self.offset = config.norm_offset
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - self.offset)) if config.norm_affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if config.norm_affine and config.bias and not self.rms else None
+
+    def scale(self):
+        """What is multiplied by, (D,) or None."""
+        return 1 + self.weight if self.offset else self.weight
 
     def forward(self, x):
         # weights and x may differ: autocast makes queries and keys 16 bits wide, sharding the weights
-        weight, bias = (None if p is None else p.type_as(x) for p in (self.weight, self.bias))
+        weight, bias = (None if p is None else p.type_as(x) for p in (self.scale(), self.bias))
         if self.rms:
             return rms_norm(x, weight, self.eps)
         return F.layer_norm(x, self.shape, weight, bias, self.eps)
@@ -270,8 +294,10 @@ def rope_frequencies(config):
     return f, sharpen
 
 
-def rope_tables(config):
-    """cos and sin (positions, head_dim) of `apply_rope`."""
+def rope_tables(config, local=False):
+    """cos and sin (positions, head_dim) of `apply_rope`; local: of layers with the window."""
+    if local and config.rope_theta_local:
+        config = replace(config, rope_theta=config.rope_theta_local, rope_scaling='none')
     f, sharpen = rope_frequencies(config)
     # a RollingCache keeps positions below n_sink + window, and one prefill adds up to block_size more
     n = config.block_size + (config.n_sink + config.window if config.window else 0)
@@ -376,11 +402,13 @@ class Layout(NamedTuple):
 class Context(NamedTuple):
     """What a forward gives to each of its blocks.
 
-    rope, far_rope: (cos, sin), (…, T, 1, D) each, at the positions and far_positions of a Layout; the rest as there.
+    rope, local_rope, far_rope: (cos, sin), (…, T, 1, D) each, for global and local layers at the positions, and for
+    local ones at the far_positions, of a Layout; the rest as there.
     cache: a KVCache or None. memory (B, S, C): the encoder's output, memory_mask (B, 1, 1, S) True where it is real.
     real (B, T): False on padding, None = there is none.
     """
     rope: tuple | None = None
+    local_rope: tuple | None = None
     mask: torch.Tensor | None = None
     local_mask: torch.Tensor | None = None
     far_rope: tuple | None = None
@@ -394,17 +422,18 @@ class Context(NamedTuple):
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention with rotary positions, QK-norm and a KV cache by flag."""
 
-    def __init__(self, config, causal=True, local=False):
+    def __init__(self, config, causal=True, local=False, rotates=True):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.scale = config.attn_scale or 1 / math.sqrt(config.head_dim)
-        self.dropout, self.causal, self.local = config.dropout, causal, local
+        self.dropout, self.causal, self.local, self.rotates = config.dropout, causal, local, rotates
         # queries, keys and values of all heads in one matrix: rows are q heads, then k heads, then v heads
         self.q_dim, self.kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.qkv = nn.Linear(config.n_embd, self.q_dim + 2 * self.kv_dim, config.bias or config.qkv_bias)
         self.proj = nn.Linear(self.q_dim, config.n_embd, config.bias)
-        self.q_norm = Norm(self.head_dim, config) if config.qk_norm else None
-        self.k_norm = Norm(self.head_dim, config) if config.qk_norm else None
+        self.joint = config.qk_norm_joint
+        self.q_norm, self.k_norm = (Norm(dim if self.joint else self.head_dim, config) if config.qk_norm else None
+                                    for dim in (self.q_dim, self.kv_dim))
         self.watched = None  # a list that collects the weights of each forward, see `GPT.attention_maps`
 
     def stacked(self):
@@ -412,35 +441,32 @@ class Attention(nn.Module):
         rows = {'q': self.q_dim, 'k': self.kv_dim, 'v': self.kv_dim}
         return {'qkv': rows, 'proj': {'proj': self.proj.out_features}}
 
-    def qk_weight(self, qk):
-        """The weights of q_norm and k_norm, a row for each head: (n_head + n_kv_head, D), or None."""
-        if self.q_norm.weight is None:
-            return None
-        rows = self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv_head, -1)
-        return torch.cat(rows).type_as(qk)
-
     def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
         """x (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         heads, cache = (self.n_head, self.n_kv_head), context.cache
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         qk, v = qkv.split((sum(heads), self.n_kv_head), dim=2)
-        if self.q_norm is not None and self.q_norm.rms:
-            qk = rms_norm(qk, self.qk_weight(qk), self.q_norm.eps)  # one pass over both
+        norms = zip((self.q_norm, self.k_norm), heads, qk.split(heads, dim=2), strict=True)
+        if self.q_norm is not None and self.q_norm.rms and not self.joint:  # one pass over both
+            weights = [norm.scale().expand(n, -1) for norm, n, _ in norms if norm.weight is not None]
+            qk = rms_norm(qk, torch.cat(weights).type_as(qk) if weights else None, self.q_norm.eps)
         elif self.q_norm is not None:
-            q, k = qk.split(heads, dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q_far = None
-        if context.rope is not None:
+            qk = torch.cat([norm(t.flatten(2) if self.joint else t).view(t.shape) for norm, _, t in norms], dim=2)
+        q_far, rope = None, (context.local_rope if self.local else context.rope) if self.rotates else None
+        rolling = cache is not None and cache.rolling
+        if rope is not None:
             if context.far_rope is not None and self.local:
                 q_far = apply_rope(qk[:, :, :self.n_head], *context.far_rope).transpose(1, 2)
-            if cache is not None and cache.rolling:  # it rotates its keys anew at every step
-                qk = torch.cat((apply_rope(qk[:, :, :self.n_head], *context.rope), qk[:, :, self.n_head:]), dim=2)
+            if rolling:
+                qk = torch.cat((apply_rope(qk[:, :, :self.n_head], *rope), qk[:, :, self.n_head:]), dim=2)
             else:
-                qk = apply_rope(qk, *context.rope)
+                qk = apply_rope(qk, *rope)
         q, k, v = (t.transpose(1, 2) for t in (*qk.split(heads, dim=2), v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(k, v)
+            if rolling and rope is not None:  # where keys stand within it changes at every step
+                k = apply_rope(k, *cache.rope)
         if q_far is not None:
             q, k, v = far_sinks(q, q_far, k, v, context.is_sink[..., None, :, None])
         mask = context.local_mask if self.local else context.mask
@@ -485,9 +511,9 @@ class CrossAttention(nn.Module):
 
 
 def activate(kind, up, gate=None):
-    """What stands between an MLP's matrices: GELU, SwiGLU (arXiv:2002.05202) or squared ReLU (arXiv:2109.08668)."""
-    if kind == 'swiglu':
-        return F.silu(gate) * up
+    """What stands between an MLP's matrices: GELU, a gate (arXiv:2002.05202) or squared ReLU (arXiv:2109.08668)."""
+    if gate is not None:
+        return (F.silu(gate) if kind == 'swiglu' else F.gelu(gate, approximate='tanh')) * up
     if kind == 'relu2':
         return F.relu(up).square()
     return F.gelu(up, approximate='tanh' if kind == 'gelu_tanh' else 'none')
@@ -499,7 +525,7 @@ class MLP(nn.Module):
     def __init__(self, config, dim):
         super().__init__()
         self.kind = config.mlp
-        self.gate = nn.Linear(config.n_embd, dim, config.bias) if self.kind == 'swiglu' else None
+        self.gate = nn.Linear(config.n_embd, dim, config.bias) if self.kind in GATED else None
         self.up = nn.Linear(config.n_embd, dim, config.bias)
         self.down = nn.Linear(dim, config.n_embd, config.bias)
 
@@ -511,7 +537,7 @@ class MLP(nn.Module):
         up, gate = self.up(x), None
         if self.gate is not None:
             gate = self.gate(x)
-        elif self.kind == 'swiglu':  # packed: both in one product
+        elif self.kind in GATED:  # packed: both in one product
             gate, up = up.chunk(2, -1)
         return self.down(activate(self.kind, up, gate))
 
@@ -538,7 +564,7 @@ class MoE(nn.Module):
         self.renorm, self.score, self.scale = config.renormalises, config.router_score, config.router_scale
         self.aux_coef, self.z_coef, self.bias_rate = config.router_aux, config.router_z, config.router_bias_rate
         self.router = nn.Linear(C, E, bias=False)
-        self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind == 'swiglu' else None
+        self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind in GATED else None
         self.up = nn.Parameter(torch.empty(E, M, C))
         self.down = nn.Parameter(torch.empty(E, C, M))
         self.shared = MLP(config, config.n_expert_shared * M) if config.n_expert_shared else None
@@ -599,20 +625,23 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each with its residual; the norm stands before the sublayer or after the addition.
+    """Attention, then MLP, each with its residual, and norms where norm_place says.
 
     A decoder's block of a model with an encoder attends to that in between.
     """
 
     def __init__(self, config, layer, encoder=False):
         super().__init__()
-        self.post = config.norm_place == 'post'
+        self.place, self.residual_scale = config.norm_place, config.residual_scale
         self.norm1 = Norm(config.n_embd, config)
-        self.attn = Attention(config, config.causal and not encoder, not encoder and config.is_local(layer))
+        self.attn = Attention(config, config.causal and not encoder, not encoder and config.is_local(layer),
+                              config.rotates(layer))
         crossing = config.n_encoder_layer and not encoder
         self.norm_cross = Norm(config.n_embd, config) if crossing else None
         self.cross = CrossAttention(config) if crossing else None
         self.norm2 = Norm(config.n_embd, config)
+        self.norm1_out, self.norm_cross_out, self.norm2_out = (
+            Norm(config.n_embd, config) if self.place == 'both' and there else None for there in (True, crossing, True))
         self.sparse = config.is_sparse(layer) and not encoder
         self.mlp = MoE(config) if self.sparse else MLP(config, config.mlp_dim)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -627,15 +656,25 @@ class Block(nn.Module):
         return self.sublayers(x, context)
 
     def sublayers(self, x, context):
-        if self.post:
-            x = self.norm1(x + self.adapter1(self.drop(self.attn(x, context))))
-            if self.cross is not None:
-                x = self.norm_cross(x + self.drop(self.cross(x, context)))
-            return self.norm2(x + self.adapter2(self.drop(self.feed_forward(x, context))))
-        x = x + self.adapter1(self.drop(self.attn(self.norm1(x), context)))
+        x = self.add(x, self.attn(self.before(x, self.norm1), context), self.norm1, self.norm1_out, self.adapter1)
         if self.cross is not None:
-            x = x + self.drop(self.cross(self.norm_cross(x), context))
-        return x + self.adapter2(self.drop(self.feed_forward(self.norm2(x), context)))
+            y = self.cross(self.before(x, self.norm_cross), context)
+            x = self.add(x, y, self.norm_cross, self.norm_cross_out)
+        y = self.feed_forward(self.before(x, self.norm2), context)
+        return self.add(x, y, self.norm2, self.norm2_out, self.adapter2)
+
+    def before(self, x, norm):
+        """What a sublayer reads of x."""
+        return norm(x) if self.place in ('pre', 'both') else x
+
+    def add(self, x, y, norm, norm_out, adapter=None):
+        """x and y, what the sublayer gave."""
+        if self.place in ('output', 'both'):
+            y = norm(y) if norm_out is None else norm_out(y)
+        y = self.drop(y)
+        y = y if adapter is None else adapter(y)
+        x = x + (y if self.residual_scale == 1 else y * self.residual_scale)
+        return norm(x) if self.place == 'post' else x
 
     def feed_forward(self, x, context):
         return self.mlp(x, context.real) if self.sparse else self.mlp(x)
@@ -787,11 +826,11 @@ class GPT(nn.Module):
         self.encoder = self.encoder_norm = None
         if config.n_encoder_layer:
             self.encoder = nn.ModuleList(Block(config, i, encoder=True) for i in range(config.n_encoder_layer))
-            self.encoder_norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
+            self.encoder_norm = Norm(config.n_embd, config) if config.norm_place != 'post' else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.future = nn.ModuleList(Block(config, config.n_layer - 1) for _ in range(config.n_future))
         self.future_loss = 0.0  # of the last forward in training
-        self.norm = Norm(config.n_embd, config) if config.norm_place == 'pre' else None
+        self.norm = Norm(config.n_embd, config) if config.norm_place != 'post' else None
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
@@ -804,8 +843,9 @@ class GPT(nn.Module):
     def register_rope(self):
         """The cos and sin tables of 'rope' on the model's device: computed from the config, never saved."""
         if self.config.pos == 'rope' and not self.tok_emb.weight.is_meta:  # there, `assign` makes them
-            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(self.config), strict=True):
-                self.register_buffer(name, table.to(self.tok_emb.weight.device), persistent=False)
+            for end in ('', '_local') if self.config.rope_theta_local else ('',):
+                for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(self.config, end), strict=True):
+                    self.register_buffer(name + end, table.to(self.tok_emb.weight.device), persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -818,7 +858,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))
             if p.ndim < 2:
-                p.fill_(1.0 if name.endswith('weight') else 0.0)
+                p.fill_(1.0 if name.endswith('weight') and not config.norm_offset else 0.0)
             elif config.zero_init and (into_residual or name == 'head.weight'):
                 p.zero_()
             else:
@@ -833,6 +873,8 @@ class GPT(nn.Module):
         """Ids (B, T) -> (B, T, C) with positions added, those of 'rope' apart; positions: (T,) or (B, T), None = 0 …"""
         config, T = self.config, idx.shape[1]
         x = self.tok_emb(idx)
+        if config.embed_scale != 1:  # in 16 bits the factor is rounded to those, as models of that kind were trained
+            x = x * torch.full((), config.embed_scale, dtype=x.dtype, device=x.device)
         if config.pos == 'learned':
             x = x + (self.pos_emb.weight[:T] if positions is None else self.pos_emb(positions))
         elif config.pos == 'sinusoidal':
@@ -840,9 +882,10 @@ class GPT(nn.Module):
             x = x * math.sqrt(config.n_embd) + sinusoidal(at, config.n_embd).type_as(x)
         return self.drop(x)
 
-    def rope(self, positions):
-        """cos and sin at positions (…, T), for every head the same: (…, T, 1, D) each."""
-        return tuple(table[positions].unsqueeze(-2) for table in (self.rope_cos, self.rope_sin))
+    def rope(self, positions, local=False):
+        """cos and sin of global or local layers at positions (…, T), the same for every head: (…, T, 1, D) each."""
+        end = '_local' if local and self.config.rope_theta_local else ''
+        return tuple(getattr(self, name + end)[positions].unsqueeze(-2) for name in ('rope_cos', 'rope_sin'))
 
     def encode(self, source, source_mask=None):
         """The encoder: ids (B, S), bool (B, S) True where a token is real -> (B, S, C)."""
@@ -851,7 +894,7 @@ class GPT(nn.Module):
         x, mask = self.embed(source), None if source_mask is None else source_mask[:, None, None]
         rope = self.rope(slice(source.shape[1])) if self.config.pos == 'rope' else None
         for block in self.encoder:
-            x = block(x, Context(rope, mask, mask))
+            x = block(x, Context(rope, rope, mask, mask))
         return self.encoder_norm(x) if self.encoder_norm is not None else x
 
     def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None,
@@ -869,22 +912,26 @@ class GPT(nn.Module):
         if T > config.block_size:
             raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
         layout = self.layout(T, positions, mask, idx.device) if cache is None else cache.begin(T, counts)
-        rope = far_rope = None
+        rope = local_rope = far_rope = None
         if config.pos == 'rope':
-            rope = self.rope(slice(T) if layout.positions is None else layout.positions)
+            at = slice(T) if layout.positions is None else layout.positions
+            rope = local_rope = self.rope(at)
+            if config.rope_theta_local:
+                local_rope = self.rope(at, True)
             if layout.far_positions is not None:
-                far_rope = self.rope(layout.far_positions)
+                far_rope = self.rope(layout.far_positions, True)
             if cache is not None and cache.rolling:
-                cache.rope = [table[cache.key_positions][:, None] for table in (self.rope_cos, self.rope_sin)]
+                cache.rope = [table.transpose(-3, -2) for table in self.rope(cache.key_positions, True)]
         x = self.embed(idx, layout.positions)
         memory_mask = None if memory_mask is None else memory_mask[:, None, None]
-        context = Context(rope, layout.mask, layout.local_mask, far_rope, layout.is_sink, cache, memory, memory_mask,
-                          real)
+        context = Context(rope, local_rope, layout.mask, layout.local_mask, far_rope, layout.is_sink, cache, memory,
+                          memory_mask, real)
         *trunk, last = self.blocks
         for block in trunk:
             x = block(x, context)
         ends = (block(x, context) for block in (last, *[*self.future][:future]))
         found = [self.norm(end) if self.norm is not None else end for end in ends]
+        found = found if config.logit_scale == 1 else [end * config.logit_scale for end in found]
         return found if future else found[0]
 
     def layout(self, T, positions, mask, device):

@@ -1087,7 +1087,8 @@ def _halves(vocab):
 def _sentencepiece(vocab, merges, scores, blank_first, unknown):
     """SentencePiece's BPE, its parts in a tokenizer.json. merges: None to find them by the scores of the tokens."""
     if merges is None:
-        merges = sorted(_halves(vocab), key=lambda ab: (-scores[vocab[ab[0] + ab[1]]], vocab[ab[0]], vocab[ab[1]]))
+        of = {ab: vocab[ab[0] + ab[1]] for ab in _halves(vocab)}
+        merges = sorted(of, key=lambda ab: (-scores[of[ab]], of[ab], vocab[ab[0]], vocab[ab[1]]))
     blanks = BLANK_FIRST if blank_first else BLANKS_TO_LINES
     decoder = {'type': 'Sequence', 'decoders': DECODERS[1:4 + bool(blank_first)]}
     return {'normalizer': blanks, 'decoder': decoder, 'model': {
