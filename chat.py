@@ -53,6 +53,13 @@ TEMPLATES = {
         " + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
         "{% elif not (tools and loop.first and message['role'] == 'system') %}" + CHATML_TURN
         + '{% endif %}{% endfor %}' + ASKED),
+    # Gemma's, which has no system: its text begins the first turn
+    'gemma': (
+        "{{ bos_token }}{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+        "{% for message in messages if message['role'] != 'system' %}{{ '<start_of_turn>' + "
+        "('model' if message['role'] == 'assistant' else message['role']) + '\n' + (system if loop.first else '') + "
+        "message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"),
     # plain text, which needs no token but the end of a text: Stanford Alpaca's prompt
     'alpaca': (
         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% else %}"

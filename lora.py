@@ -279,7 +279,8 @@ class RowsHead(nn.Linear):
     def weight(self):
         """The head as it is now (V, C), of which a chunked loss takes the product."""
         rows = self.lora_rows if self.tied_to[0] is None else self.tied_to[0].lora_rows
-        return self._parameters['weight'].to(rows.dtype) + F.pad(rows, (0, 0, self.first, 0))
+        frozen = self._parameters['weight'].to(rows.dtype)
+        return torch.cat((frozen[:self.first], frozen[self.first:] + rows))
 
     def merged(self):
         return self.weight.float()

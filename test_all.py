@@ -6382,6 +6382,15 @@ def test_6_1_real_chat_templates_are_those_of_transformers(model):
             ours.__dict__.pop('chat', None)
             ours.chat_template = real_template(name)
             chats_equal_the_template(ours, auto, name, refused)
+    if model == 'gemma3':  # its turns as they are written where a model brings no template
+        bare = tok.HFTokenizer('bare', ours.text, {'bos_token': '<bos>', 'eos_token': '<eos>'})
+        ours = tok.HFTokenizer('real', ours.text, bare.config | {'chat_template': real_template('gemma3')})
+        assert bare.chat_template == chat_file.TEMPLATES['gemma'] and bare.chat.end == '<end_of_turn>'
+        for kind in ('one', 'three', 'five', 'system'):
+            assert bare.chat_ids(REAL_CHATS[kind]) == ours.chat_ids(REAL_CHATS[kind])
+            assert bare.chat_ids(REAL_CHATS[kind][:-1], generate=True)[0] == auto.apply_chat_template(
+                REAL_CHATS[kind][:-1], chat_template=real_template('gemma3'), add_generation_prompt=True,
+                return_dict=False)
 
 
 def chats_equal_the_template(ours, auto, name, refused):
@@ -6548,7 +6557,7 @@ def test_6_1_templates_of_our_own():
     assert Tokenizer.from_dict(alpaca.to_dict()).chat_ids(FIVE) == alpaca.chat_ids(FIVE) and alpaca.same_as(ours)
     with pytest.raises(UserError, match='refuses this chat: it has no place for a turn of the tool'):
         alpaca.chat_ids([*FIVE, turn('tool', '7')])
-    with pytest.raises(UserError, match="chat_template='llama' is not one of chatml, hermes, alpaca, and no such file"):
+    with pytest.raises(UserError, match="'llama' is not one of chatml, hermes, gemma, alpaca, and no such file"):
         tok.with_chat_template(ours, 'llama')
 
 

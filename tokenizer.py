@@ -69,6 +69,7 @@ DECODERS = [BYTE_LEVEL, {'type': 'Replace', 'pattern': {'String': '▁'}, 'conte
             {'type': 'Fuse'}, {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0},
             *({'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': how, 'split': split}
               for how in ('always', 'first', 'never') for split in (True, False))]
+CHAT_TOKENS = (('<|im_start|>', '<|im_end|>', 'chatml'), ('<start_of_turn>', '<end_of_turn>', 'gemma'))  # and template
 KEPT = ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'add_bos_token', 'chat_template')
 SAMPLING = {'temperature': 'temp', 'top_k': 'top_k', 'top_p': 'top_p', 'min_p': 'min_p',
             'repetition_penalty': 'penalty_repeat'}
@@ -731,7 +732,7 @@ class HFTokenizer(Tokenizer):
             self.bos = whole[0]
 
         own = [token_of(i) for i in (*self.stop_ids, self.bos) if i is not None]
-        own += [t for t in ('<|im_start|>', '<|im_end|>') if t in added]
+        own += [t for start, end, _ in CHAT_TOKENS for t in (start, end) if t in added]
         self.special = {t: vocab[t] for t in [*(t for t in added if added[t].special), *own]}
         self.special_regex = _any_of(self.special)
         self.not_added = [t for t in own if t not in added]
@@ -752,8 +753,9 @@ class HFTokenizer(Tokenizer):
         template = self.config.get('chat_template')
         if isinstance(template, list):
             template = {t['name']: t['template'] for t in template}.get('default')
-        if template is None and {'<|im_start|>', '<|im_end|>'} <= self.special.keys():
-            template = TEMPLATES['chatml']
+        for start, end, name in CHAT_TOKENS if template is None else ():
+            if {start, end} <= self.special.keys():
+                template = TEMPLATES[name]
         if not isinstance(template, str | None):
             raise TypeError(f'chat_template is {type(template).__name__}')
         self.chat_template = template
@@ -762,10 +764,8 @@ class HFTokenizer(Tokenizer):
 
     def _chat_template(self):
         added = [t.content for t in self.library.get_added_tokens_decoder().values()]
-        names = {key: value['content'] if isinstance(value, dict) else value for key, value in self.config.items()
-                 if key.endswith('_token')}
         ends = [self.library.id_to_token(i) for i in self.stop_ids]
-        return ChatTemplate(self.chat_template, {*added, *self.special}, ends, [*self.special], names,
+        return ChatTemplate(self.chat_template, {*added, *self.special}, ends, [*self.special], self.names(),
                             self.config.get('date'))
 
     @functools.cached_property
@@ -964,7 +964,8 @@ def gguf_tokenizer(fields):
     template = fields.get('tokenizer.chat_template')
     asked = {ours: fields.get(f'general.sampling.{theirs}') for ours, theirs in SAMPLING.items()}
     asked = {key: round(value, 6) for key, value in asked.items() if isinstance(value, (int, float))}
-    config = {'chat_template': template, 'sampling': asked}
+    config = {'chat_template': template, 'sampling': asked,
+              'bos_token': next((token for token in special if vocab[token] == get('bos_token_id')), None)}
     return HFTokenizer(fields.get('general.name', 'gguf'), _tokenizer_json(d, vocab, special, bos),
                        {key: value for key, value in config.items() if value not in (None, {})}, map(int, ends))
 
