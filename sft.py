@@ -47,7 +47,7 @@ too_long = 'drop'  # rows longer than max_length: 'drop', or truncate on the 'le
 strict = True  # stop at a malformed row; False: skip and count it
 train_on_prompt = False  # also train on the user's tokens
 mask_history = False  # train on the last answer of each row only
-chat_template = ''  # 'chatml', 'hermes' (has tools), 'gemma', 'alpaca' (plain) or FILE.jinja; '' = the model's or chatml
+chat_template = ''  # 'chatml', 'hermes' (has tools), 'gemma', 'alpaca' (plain) or FILE.jinja; '' = the model's, chatml
 pack = True  # concatenate conversations up to max_length, attention masked between them; False: one per row, padded
 curriculum = 'none'  # order by difficulty, easy first: 'length', 'steps', or 'loss' under the initial model
 curriculum_iters = 0  # steps until all rows are in use; 0 = half of max_iters
