@@ -3119,6 +3119,7 @@ def test_1_4_initialisation_of_gpt2_and_zero_init():
     assert not block.attn.qkv.bias.any() and (block.norm1.weight == 1).all()
     zero = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=61, zero_init=True, tie_weights=False))
     assert zero(ids(2, 8), ids(2, 8, seed=1)).item() == pytest.approx(math.log(61))
+    assert not GPT(GPTConfig(n_layer=1, n_head=4, n_embd=32, vocab_size=61, norm_offset=True)).norm.weight.any()
 
 
 @pytest.mark.parametrize('options', [
@@ -13584,8 +13585,26 @@ def test_10_5_a_gguf_of_sentencepiece_is_the_same_tokenizer(tmp_path):
     no_blank = {'tokenizer.ggml.add_space_prefix': False, 'tokenizer.ggml.add_bos_token': False}
     gemma = tok.gguf_tokenizer(fields | no_blank)
     assert (gemma.prefix, gemma.bos, gemma.decode(gemma.encode(' the'))) == (False, None, ' the')
+    # a template's bos is that of the file, whether a plain text has one or not
+    template = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '</s>' }}{% endfor %}"
+    template = {'tokenizer.chat_template': template}
+    assert tok.gguf_tokenizer(fields | no_blank | template).chat_ids(asked('the'))[0] == [1, *gemma.encode('the'), 2]
     with pytest.raises(UserError, match="'tokenizer.ggml.merges' is missing"):
         tok.gguf_tokenizer({k: v for k, v in fields.items() if 'scores' not in k})
+
+
+def test_10_5_tokens_of_one_score_are_made_one_after_the_other():
+    """As Gemma 3's unused tokens are: all merges that make one stand together, or the file could not leave again."""
+    tokens = ['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256)), 'a', 'b', 'c', 'ab', 'bc', 'abc', 'cab']
+    fields = {'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.add_space_prefix': False,
+              'tokenizer.ggml.unknown_token_id': 0, 'tokenizer.ggml.tokens': tokens,
+              'tokenizer.ggml.token_type': [2, 3, 3, *[6] * 256, *[1] * 7],
+              'tokenizer.ggml.scores': [0.0] * 262 + [-1.0, -2.0, -9.0, -9.0], 'tokenizer.ggml.eos_token_id': 2}
+    ours = tok.gguf_tokenizer(fields)
+    made = [a + b for a, b in json.loads(ours.text)['model']['merges']]
+    assert made == ['ab', 'bc', 'abc', 'abc', 'cab']
+    again = tok.gguf_tokenizer(tok.gguf_vocabulary(ours, len(tokens)))
+    assert json.loads(again.text)['model'] == json.loads(ours.text)['model']
 
 
 # what a real file must give: ids that end a text, the id that starts one, number of ids
