@@ -533,7 +533,8 @@ class MLP(nn.Module):
         """See `Attention.stacked`."""
         return {name: {name: matrix.out_features} for name, matrix in self.named_children()}
 
-    def forward(self, x):
+    def forward(self, x, real=None):
+        """x (…, C) -> (…, C); real is for a MoE in this place."""
         up, gate = self.up(x), None
         if self.gate is not None:
             gate = self.gate(x)
@@ -632,7 +633,8 @@ class Block(nn.Module):
 
     def __init__(self, config, layer, encoder=False):
         super().__init__()
-        self.place, self.residual_scale = config.norm_place, config.residual_scale
+        self.place, self.pre = config.norm_place, config.norm_place in ('pre', 'both')
+        self.residual_scale = config.residual_scale
         self.norm1 = Norm(config.n_embd, config)
         self.attn = Attention(config, config.causal and not encoder, not encoder and config.is_local(layer),
                               config.rotates(layer))
@@ -656,16 +658,13 @@ class Block(nn.Module):
         return self.sublayers(x, context)
 
     def sublayers(self, x, context):
-        x = self.add(x, self.attn(self.before(x, self.norm1), context), self.norm1, self.norm1_out, self.adapter1)
+        y = self.attn(self.norm1(x) if self.pre else x, context)
+        x = self.add(x, y, self.norm1, self.norm1_out, self.adapter1)
         if self.cross is not None:
-            y = self.cross(self.before(x, self.norm_cross), context)
+            y = self.cross(self.norm_cross(x) if self.pre else x, context)
             x = self.add(x, y, self.norm_cross, self.norm_cross_out)
-        y = self.feed_forward(self.before(x, self.norm2), context)
+        y = self.mlp(self.norm2(x) if self.pre else x, context.real)
         return self.add(x, y, self.norm2, self.norm2_out, self.adapter2)
-
-    def before(self, x, norm):
-        """What a sublayer reads of x."""
-        return norm(x) if self.place in ('pre', 'both') else x
 
     def add(self, x, y, norm, norm_out, adapter=None):
         """x and y, what the sublayer gave."""
@@ -675,9 +674,6 @@ class Block(nn.Module):
         y = y if adapter is None else adapter(y)
         x = x + (y if self.residual_scale == 1 else y * self.residual_scale)
         return norm(x) if self.place == 'post' else x
-
-    def feed_forward(self, x, context):
-        return self.mlp(x, context.real) if self.sparse else self.mlp(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -915,9 +911,7 @@ class GPT(nn.Module):
         rope = local_rope = far_rope = None
         if config.pos == 'rope':
             at = slice(T) if layout.positions is None else layout.positions
-            rope = local_rope = self.rope(at)
-            if config.rope_theta_local:
-                local_rope = self.rope(at, True)
+            rope, local_rope = (self.rope(at, local) for local in (False, True))
             if layout.far_positions is not None:
                 far_rope = self.rope(layout.far_positions, True)
             if cache is not None and cache.rolling:
