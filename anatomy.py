@@ -19,11 +19,11 @@ from reward_model import ScoreConfig
 WORDS, ROWS = ('the', 'cat', 'sat'), ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # three tokens, two numbers each
 
 
-def pencil():
+def pencil(**options):
     """An Attention of one head whose numbers a pencil can follow: queries and keys are the tokens' own numbers, values
     are twelve times these. Scores are multiplied by ln 2, so that the softmax of 0, 1, 2 is 1, 2, 4 in proportion."""
     attention = Attention(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3, bias=False,
-                                    attn_scale=math.log(2)))
+                                    attn_scale=math.log(2), **options))
     one = torch.eye(2)
     attention.qkv.weight.data.copy_(torch.cat((one, one, 12 * one)))
     attention.proj.weight.data.copy_(one)
@@ -42,6 +42,29 @@ def attention_by_hand(attention, x):
     weights = masked.softmax(-1)
     return {'x': x, 'Q': q, 'K': k, 'V': v, 'Q K^T': scores, 'scaled, masked': masked, 'softmax': weights,
             'softmax V': weights @ v, 'output': (weights @ v) @ attention.proj.weight.T}
+
+
+@torch.no_grad()
+def attention_maps(model, ids, source=None):
+    """What each head of each layer looks at in one text, a list of ids -> [(name, (H, T, S) float32)], row t the
+    weights of token t's query. source: ids that an encoder reads; its own maps come first, then, layer by layer,
+    what the decoder sees of itself and of the source."""
+    modules = [(name.replace('blocks', 'layer').replace('attn', 'self'), module)
+               for name, module in model.named_modules() if isinstance(module, Attention)]
+    for _, module in modules:
+        module.watched = []
+    was_training = model.training
+    model.eval()  # dropout must not reach a map
+    try:
+        idx = torch.tensor([ids], device=model.tok_emb.weight.device)
+        memory = None if source is None else model.encode(torch.tensor([source], device=idx.device))
+        model.hidden(idx, mask=torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool, device=idx.device),
+                    memory=memory)
+        return [(name, module.watched[0][0]) for name, module in modules if module.watched]
+    finally:
+        model.train(was_training)
+        for _, module in modules:
+            module.watched = None
 
 
 def anatomy(config, lora_config=None):
@@ -96,7 +119,7 @@ def table(config, lora_config=None):
         print(f'{part:<28}{count:>9}' + (f'{numbers:>15,}{numbers / total:>8.1%}' if numbers else ' (the embedding)'))
     print(f'{"all":<28}{"":>9}{total:>15,}\n')
     learn = model.num_params(learning=True)
-    flops, cache = model.flops_per_token(T), 2 * config.n_layer * config.n_kv_head * config.head_dim
+    flops, cache = model.flops_per_token(T), config.n_layer * config.cache_width
     kept = min(T, config.window + config.n_sink) if config.window and 'G' not in config.window_pattern else T
     for what, value in (
             ('vocabulary, context', f'{config.vocab_size:,} tokens, {T:,} tokens'),

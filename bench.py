@@ -74,7 +74,7 @@ draft = ''  # mode sample: what proposes tokens, as in sample.py, to be measured
 draft_tokens = [2, 4]  # mode sample with a draft: tokens that are proposed at a time
 chat = False  # mode sample with a draft: ask questions in a chat, the lines of input or eight of ours
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
-what = 'all'  # mode ablate: norm, place, position, mlp, heads, rates, optimizer, experts, warmup, batch, precision
+what = 'all'  # mode ablate: norm, place, position, mlp, heads, gate, sinks, rates, optimizer, experts, warmup …
 seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …, or from --seed on
 ladder = ['1x32', '1x64', '2x64', '2x96', '3x128']  # mode scaling: sizes, layers x width; heads are 32 wide
 larger = '4x160'  # mode scaling: the size whose loss after the longest of lengths is predicted before it is trained
@@ -461,12 +461,11 @@ def bench_sample(knobs, model_args):
                      for use_cache in (True, False)][2:]  # the first pair warms up
             prefill, cached = (statistics.median(column) for column in zip(*rates[::2], strict=True))
             again = statistics.median(rate for _, rate in rates[1::2])
-            cache_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * size * batch * (
-                context + max_new_tokens / 2)
-            floor = batch * bandwidth / (weight_bytes + cache_bytes)
+            per_token = config.n_layer * config.cache_width * size
+            floor = batch * bandwidth / (weight_bytes + per_token * batch * (context + max_new_tokens / 2))
             rows.append({'context': context, 'batch': batch, 'prefill tokens/s': prefill, 'decode tokens/s': cached,
                          're-reading tokens/s': again, 'cache gains': cached / again, 'floor tokens/s': floor,
-                         'of floor %': 100 * cached / floor})
+                         'of floor %': 100 * cached / floor, 'cache bytes per token': per_token})
     if not rows:
         raise UserError(f'contexts={contexts} and max_new_tokens={max_new_tokens} do not fit into block_size='
                         f'{config.block_size}')
@@ -777,7 +776,11 @@ ABLATIONS = {
     'position': {'learned': '--pos=learned', 'sinusoidal': '--pos=sinusoidal --embed_lr=0.0008', 'rope': '--pos=rope',
                  'none': '--pos=none'},
     'mlp': {'GELU': '--mlp=gelu --mlp_dim=576', 'SwiGLU': '--mlp=swiglu', 'ReLU^2': '--mlp=relu2 --mlp_dim=576'},
-    'heads': {name: f'--n_head=4 --n_kv_head={n}' for name, n in (('MHA', 4), ('GQA', 2), ('MQA', 1))},
+    'heads': {name: f'--n_head=4 --n_kv_head={n}' for name, n in (('MHA', 4), ('GQA', 2), ('MQA', 1))}
+             | {'MLA': '--n_head=4 --kv_lora_rank=48 --qk_norm=False'},
+    'gate': {'none': '', 'of each head': '--attn_gate=head', 'of each element': '--attn_gate=element'},
+    'sinks': {name: f'--window=64 {flag}' for name, flag in (
+        ('none', ''), ('four tokens', '--n_sink=4'), ('a learned logit', '--sink_logit=True'))},
     # to choose rates by, on a seed that is not compared afterwards: --what=rates --seeds=1 --seed=4
     'rates': {f'AdamW, {rate}': f'{ADAMW} --learning_rate={rate}' for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
              | {f'Muon, {rate}': f'--optimizer=muon --muon_lr={rate}' for rate in (0.005, 0.01, 0.02, 0.04, 0.08)},
@@ -838,7 +841,8 @@ def loss_by_place(folder, dataset):
 
 # comparisons that have a second panel: what it shows of a run, its title and axes
 SECOND = {'norm': (layer_gradients, 'norm: gradients at the end', 'layer', 'norm of its gradient'),
-          'position': (loss_by_place, 'position: twice the length', 'place in the window', 'held-out loss')}
+          **{name: (loss_by_place, f'{name}: twice the length', 'place in the text', 'held-out loss')
+             for name in ('position', 'sinks')}}
 
 
 def second_in_words(name, variant, means, block):
@@ -893,7 +897,7 @@ def bench_ablate(knobs, model_args):
                           'low': mean - spread, 'high': mean + spread, 'parameters': last[0]['parameters'],
                           'tokens/s': statistics.mean(s['tokens'] / s['seconds'] for s in last),
                           'MB': statistics.mean(s['peak_memory_mb'] for s in last),
-                          'cache bytes per token': 4 * config.n_layer * config.n_kv_head * config.head_dim})
+                          'cache bytes per token': 2 * config.n_layer * config.cache_width})
             if name in SECOND:
                 means = draw_mean(more, color, variant, [curve_of(path, knobs.dataset) for path in paths])
                 found |= second_in_words(name, variant, means, config.block_size)

@@ -45,7 +45,7 @@ HUB |= {name: f'openai-community/{name}' for name in GPT2}
 # ----------------------------------------------------------------------------------------------------------------------
 # names: ours -> theirs, without '.weight' and '.bias'; # is the layer, [qkv] three tensors that ours joins, * an expert
 
-LAYER = 'model.layers.#.'
+LAYER, OSS = 'model.layers.#.', 'model.layers.#.mlp.experts.'
 LLAMA = {
     'tok_emb': 'model.embed_tokens', 'norm': 'model.norm', 'head': 'lm_head',
     'blocks.#.norm1': LAYER + 'input_layernorm', 'blocks.#.norm2': LAYER + 'post_attention_layernorm',
@@ -54,6 +54,7 @@ LLAMA = {
     'blocks.#.mlp.gate': LAYER + 'mlp.gate_proj', 'blocks.#.mlp.up': LAYER + 'mlp.up_proj',
     'blocks.#.mlp.down': LAYER + 'mlp.down_proj',
 }
+EXPERTS_APART = {f'blocks.#.mlp.{name}*': f'{OSS}*.{name}_proj.weight' for name in ('gate', 'up', 'down')}
 TABLES = {
     'gpt2': {
         'tok_emb': 'transformer.wte', 'pos_emb': 'transformer.wpe', 'norm': 'transformer.ln_f', 'head': 'lm_head',
@@ -71,14 +72,25 @@ TABLES = {
         'blocks.#.norm1': LAYER + 'post_attention_layernorm', 'blocks.#.norm2': LAYER + 'post_feedforward_layernorm'}),
     'mixtral': LLAMA | {
         'blocks.#.mlp.router': LAYER + 'block_sparse_moe.gate',
-        'blocks.#.mlp.gate*': LAYER + 'block_sparse_moe.experts.*.w1',
-        'blocks.#.mlp.up*': LAYER + 'block_sparse_moe.experts.*.w3',
-        'blocks.#.mlp.down*': LAYER + 'block_sparse_moe.experts.*.w2',
+        'blocks.#.mlp.gate*': LAYER + 'block_sparse_moe.experts.*.w1.weight',
+        'blocks.#.mlp.up*': LAYER + 'block_sparse_moe.experts.*.w3.weight',
+        'blocks.#.mlp.down*': LAYER + 'block_sparse_moe.experts.*.w2.weight',
     },
-    'qwen3_moe': LLAMA | {
-        'blocks.#.mlp.router': LAYER + 'mlp.gate',
-        'blocks.#.mlp.gate*': LAYER + 'mlp.experts.*.gate_proj', 'blocks.#.mlp.up*': LAYER + 'mlp.experts.*.up_proj',
-        'blocks.#.mlp.down*': LAYER + 'mlp.experts.*.down_proj',
+    'qwen3_moe': LLAMA | {'blocks.#.mlp.router': LAYER + 'mlp.gate', **EXPERTS_APART},
+    'gpt_oss': LLAMA | {  # of whose experts `oss_experts` makes these
+        'blocks.#.attn.sink*': LAYER + 'self_attn.sinks', 'blocks.#.mlp.router': LAYER + 'mlp.router',
+        'blocks.#.mlp.gate*': OSS + 'gate_up_proj[gate]', 'blocks.#.mlp.gate_bias*': OSS + 'gate_up_proj_bias[gate]',
+        'blocks.#.mlp.up*': OSS + 'gate_up_proj[up]', 'blocks.#.mlp.up_bias*': OSS + 'gate_up_proj_bias[up]',
+        'blocks.#.mlp.down*': OSS + 'down_proj', 'blocks.#.mlp.down_bias*': OSS + 'down_proj_bias',
+    },
+    'deepseek_v3': LLAMA | {
+        'blocks.#.attn.q_a': LAYER + 'self_attn.q_a_proj', 'blocks.#.attn.q_norm': LAYER + 'self_attn.q_a_layernorm',
+        'blocks.#.attn.q': LAYER + 'self_attn.q_b_proj',  # q_proj where there is no q_a
+        'blocks.#.attn.kv_a': LAYER + 'self_attn.kv_a_proj_with_mqa',
+        'blocks.#.attn.kv_norm': LAYER + 'self_attn.kv_a_layernorm',
+        'blocks.#.attn.kv_b': LAYER + 'self_attn.kv_b_proj', 'blocks.#.mlp.router': LAYER + 'mlp.gate',
+        'blocks.#.mlp.choice_bias*': LAYER + 'mlp.gate.e_score_correction_bias', **EXPERTS_APART,
+        **{f'blocks.#.mlp.shared.{name}': f'{LAYER}mlp.shared_experts.{name}_proj' for name in ('gate', 'up', 'down')},
     },
     'gguf': {
         'tok_emb': 'token_embd', 'norm': 'output_norm', 'head': 'output',
@@ -87,8 +99,8 @@ TABLES = {
         'blocks.#.attn.qkv': 'blk.#.attn_[qkv]', 'blocks.#.attn.proj': 'blk.#.attn_output',
         'blocks.#.attn.q_norm': 'blk.#.attn_q_norm', 'blocks.#.attn.k_norm': 'blk.#.attn_k_norm',
         'blocks.#.mlp.gate': 'blk.#.ffn_gate', 'blocks.#.mlp.up': 'blk.#.ffn_up', 'blocks.#.mlp.down': 'blk.#.ffn_down',
-        'blocks.#.mlp.router': 'blk.#.ffn_gate_inp', 'blocks.#.mlp.gate*': 'blk.#.ffn_gate_exps',
-        'blocks.#.mlp.up*': 'blk.#.ffn_up_exps', 'blocks.#.mlp.down*': 'blk.#.ffn_down_exps',
+        'blocks.#.mlp.router': 'blk.#.ffn_gate_inp', 'blocks.#.mlp.gate*': 'blk.#.ffn_gate_exps.weight',
+        'blocks.#.mlp.up*': 'blk.#.ffn_up_exps.weight', 'blocks.#.mlp.down*': 'blk.#.ffn_down_exps.weight',
     },
 }
 TABLES['gguf_gpt2'] = TABLES['gguf'] | {'pos_emb': 'position_embd', 'blocks.#.attn.qkv': 'blk.#.attn_qkv'}
@@ -98,15 +110,18 @@ def parts(name, tensor, config, family):
     """The tensors of a family's files that ours is made of: a list of (their name, the view of ours that it fills)."""
     stem, _, kind = name.rpartition('.')
     layer = re.search(r'\d+', stem + kind)
-    if kind not in ('weight', 'bias'):  # the experts of a layer, stacked
-        stem, kind = name + '*', 'weight'
-    theirs = TABLES[family][re.sub(r'\.\d+\.', '.#.', stem)] + '.' + kind
+    if kind not in ('weight', 'bias'):  # the experts of a layer, stacked, or what has no module of its own
+        stem, kind = name + '*', ''
+    theirs = '.'.join(filter(None, (TABLES[family][re.sub(r'\.\d+\.', '.#.', stem)], kind)))
     theirs = theirs.replace('#', layer[0]) if layer else theirs
+    theirs = theirs if config.q_lora_rank else theirs.replace('.q_b_proj', '.q_proj')
     if '[qkv]' in theirs:
         rows = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         return [(theirs.replace('[qkv]', c), view) for c, view in zip('qkv', tensor.split(rows), strict=True)]
     if '*' in theirs:
         return [(theirs.replace('*', str(e)), view) for e, view in enumerate(tensor)]
+    if re.search('(gate|up|down)_bias[*]$', stem):
+        return [(theirs, tensor.view(config.n_expert, -1))]
     # GPT-2's Conv1D keeps its matrices (in, out)
     return [(theirs, tensor.T if family == 'gpt2' and stem.startswith('blocks') and tensor.ndim == 2 else tensor)]
 
@@ -145,7 +160,7 @@ def build(args, overrides, family, sources, dtype, where):
     for theirs, (file, _, _) in left.items():
         raise UserError(f'{file}: tensor {theirs} is not part of this model')
     for name, like in counted(own.items(), f'reading {where}', 'tensors', stream=sys.stderr):
-        weights[name] = torch.empty(like.shape, dtype=dtype)
+        weights[name] = torch.empty(like.shape, dtype=torch.float32 if name.endswith('choice_bias') else dtype)
         for theirs, view in parts(name, weights[name], config, family):
             _fill(view, sources, theirs)
     return model.assign(weights)
@@ -207,6 +222,13 @@ KEYS = {  # our field: theirs, the first that is there
     'tie_weights': ('tie_word_embeddings',), 'n_expert': ('num_local_experts', 'num_experts'),
     'n_expert_active': ('num_experts_per_tok',), 'expert_dim': ('moe_intermediate_size',),
 }
+LATENT_KEYS = {
+    'head_dim': ('qk_nope_head_dim',), 'n_expert': ('n_routed_experts', 'num_local_experts'),
+    'n_expert_shared': ('n_shared_experts',), 'kv_lora_rank': ('kv_lora_rank',), 'q_lora_rank': ('q_lora_rank',),
+    'qk_rope_dim': ('qk_rope_head_dim',), 'v_head_dim': ('v_head_dim',), 'router_groups': ('n_group',),
+    'router_groups_active': ('topk_group',), 'router_scale': ('routed_scaling_factor',),
+    'dense_layers': ('first_k_dense_replace',),
+}
 GPT2_SIZES = dict(vocab_size=50257, block_size=1024, n_embd=768, n_layer=12, n_head=12, mlp_dim=0, norm_eps=1e-5,
                   tie_weights=True)
 LLAMA_SIZES = dict(vocab_size=32000, block_size=2048, n_embd=4096, n_layer=32, n_head=32, n_kv_head=0, head_dim=0,
@@ -214,6 +236,9 @@ LLAMA_SIZES = dict(vocab_size=32000, block_size=2048, n_embd=4096, n_layer=32, n
 MISTRAL_SIZES = LLAMA_SIZES | dict(block_size=131072, n_kv_head=8, mlp_dim=14336)
 OLMO_SIZES = LLAMA_SIZES | dict(vocab_size=50304, norm_eps=1e-5)
 QWEN_SIZES = LLAMA_SIZES | dict(vocab_size=151936, block_size=32768, n_kv_head=32, mlp_dim=22016)
+OSS_SIZES = LLAMA_SIZES | dict(vocab_size=201088, block_size=131072, n_embd=2880, n_layer=36, n_head=64, n_kv_head=8,
+                               head_dim=64, mlp_dim=2880, norm_eps=1e-5, n_expert=128, n_expert_active=4)
+OSS_ROPE = dict(rope_type='yarn', factor=32.0, truncate=False, original_max_position_embeddings=4096)
 FAMILIES = {  # model_type: the class, and what transformers takes where config.json leaves a key out (0: null)
     'gpt2': ('GPT2LMHeadModel', GPT2_SIZES),
     'llama': ('LlamaForCausalLM', LLAMA_SIZES),
@@ -232,6 +257,12 @@ FAMILIES = {  # model_type: the class, and what transformers takes where config.
     'granite': ('GraniteForCausalLM', LLAMA_SIZES),
     'phi3': ('Phi3ForCausalLM', LLAMA_SIZES | dict(
         vocab_size=32064, block_size=4096, n_embd=3072, mlp_dim=8192, norm_eps=1e-5)),
+    'gpt_oss': ('GptOssForCausalLM', OSS_SIZES),
+    'deepseek_v3': ('DeepseekV3ForCausalLM', LLAMA_SIZES | dict(
+        vocab_size=129280, block_size=4096, n_embd=7168, n_layer=61, n_head=128, n_kv_head=128, head_dim=128,
+        mlp_dim=18432, kv_lora_rank=512, q_lora_rank=1536, qk_rope_dim=64, v_head_dim=128, n_expert=256,
+        n_expert_active=8, n_expert_shared=1, expert_dim=2048, dense_layers=3, router_groups=8, router_groups_active=4,
+        router_scale=2.5)),
 }
 OLMO = dict(norm_place='output', qk_norm=True, qk_norm_joint=True)
 BEYOND = {  # fields of GPTConfig that a family has in place of a Llama's; ...: any value
@@ -241,12 +272,14 @@ BEYOND = {  # fields of GPTConfig that a family has in place of a Llama's; ...: 
     'olmo2': OLMO, 'olmo3': OLMO | dict(rope_theta_local=...), 'smollm3': dict(rope_pattern=...),
     'granite': dict.fromkeys(('embed_scale', 'attn_scale', 'residual_scale', 'logit_scale'), ...),
 }
-THETA = {'mixtral': 1e6, 'gemma3_text': 1e6, 'olmo3': 5e5, 'smollm3': 2e6}  # else 1e4
+THETA = {'mixtral': 1e6, 'gemma3_text': 1e6, 'olmo3': 5e5, 'smollm3': 2e6, 'gpt_oss': 1.5e5}  # else 1e4
 ONLY = {  # keys that change what a model computes, and the one value that we can honour
     'attention_bias': False, 'mlp_bias': False, 'partial_rotary_factor': 1.0, 'scale_attn_weights': True,
     'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'is_encoder_decoder': False,
     'rope_interleaved': False, 'quantization_config': None, 'pruned_heads': {}, 'is_causal': True,
     'original_max_position_embeddings': None, 'attn_logit_softcapping': None, 'use_bidirectional_attention': False,
+    'swiglu_alpha': 1.702, 'swiglu_limit': 7.0, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc',
+    'moe_layer_freq': 1,
 }
 
 
@@ -311,14 +344,19 @@ def hf_args(config):  # noqa: C901
     trunk = re.sub('LMHeadModel|ForCausalLM', 'TextModel' if 'gemma' in family else 'Model', architecture)
     if named not in (None, architecture, trunk):
         config.refuse('architectures', f'is not {architecture}')
+    honoured = ()
+    if family == 'gpt_oss':
+        packed = config.object('quantization_config').get('quant_method') == 'mxfp4'
+        honoured = ('attention_bias', 'quantization_config')[:1 + packed]
     for key, value in ONLY.items():
-        if config.get(key) not in (None, value) and (family, key) != ('phi3', 'original_max_position_embeddings'):
+        allowed = key in honoured or (family, key) == ('phi3', 'original_max_position_embeddings')
+        if not allowed and config.get(key) not in (None, value):
             config.refuse(key)
-    args = {}
+    args, keys = {}, KEYS | (LATENT_KEYS if family == 'deepseek_v3' else {})
     for field, default in sizes.items():
-        key = next((k for k in KEYS[field] if k in config.values), KEYS[field][0])
-        null = field in ('n_kv_head', 'head_dim', 'mlp_dim') and config.get(key, default or None) is None
-        args[field] = 0 if null else config.number(key, default)
+        key = next((k for k in keys[field] if k in config.values), keys[field][0])
+        null = field in ('n_kv_head', 'head_dim', 'mlp_dim', 'q_lora_rank') and config.get(key, default or None) is None
+        args[field] = 0 if null else config.number(key, default, int(field != 'dense_layers'))
         if field in ('n_layer', 'n_expert') and args[field] > 10_000:
             config.refuse(key, 'is impossible')
     if family == 'gpt2':
@@ -334,7 +372,14 @@ def hf_args(config):  # noqa: C901
         config.refuse(key)
     args |= {'mlp': 'swiglu', 'norm': 'rmsnorm', 'pos': 'rope', 'bias': False, 'qkv_bias': family == 'qwen2'}
     args |= {key: value for key, value in BEYOND.get(family, {}).items() if value is not ...}
+    if family == 'gpt_oss':
+        args |= {'mlp': 'swiglu_clamped', 'bias': config.number('attention_bias', True), 'sink_logit': True,
+                 'expert_bias': True, 'expert_dim': args['mlp_dim'], 'router_renorm': renormalised(args, True)}
+        if not (config.get('rope_scaling') or config.get('rope_parameters')):
+            config = Json(config.values | {'rope_parameters': OSS_ROPE}, config.where)
     args |= rope_args(config, family, args['block_size'])
+    if family == 'deepseek_v3':
+        return family, args | latent_args(config, args)
     args |= window_args(config, family, args['n_layer'])
     if gemma:
         scalar, cap = config.number('query_pre_attn_scalar', 256.0), 'final_logit_softcapping'
@@ -359,6 +404,23 @@ def hf_args(config):  # noqa: C901
     return family, args
 
 
+def latent_args(config, args):
+    """The fields of GPTConfig that only DeepSeek's keys have a say in."""
+    if args['n_kv_head'] not in (0, args['n_head']):
+        config.refuse('num_key_value_heads', f"is not num_attention_heads={args['n_head']}")
+    if not config.number('rope_interleave', True):
+        config.refuse('rope_interleave')
+    rope, found = config.object('rope_scaling' if config.get('rope_scaling') else 'rope_parameters'), {}
+    if args.get('rope_scaling'):  # it sharpens attention by another factor on its scores, too
+        sharpen = mscale(rope, 'mscale_all_dim', args['rope_factor'])
+        found['attn_scale'] = sharpen ** 2 / math.sqrt(args['head_dim'] + args['qk_rope_dim']) if sharpen != 1 else 0.0
+    if args['dense_layers'] >= args['n_layer']:
+        return found | {'n_expert': 0, 'n_expert_active': 2, 'n_expert_shared': 0, 'router_groups': 1,
+                        'router_groups_active': 1, 'router_scale': 1.0}
+    return found | {'router_score': 'sigmoid', 'router_bias_rate': 0.001,  # as it was trained
+                    'router_renorm': renormalised(args, config.number('norm_topk_prob', True))}
+
+
 def renormalised(args, there):
     """router_renorm of a model whose router renormalises there, a single expert's weight, too."""
     return 'always' if there and args['n_expert_active'] == 1 else there
@@ -367,7 +429,7 @@ def renormalised(args, there):
 MULTIPLIERS = {'embed_scale': 'embedding_multiplier', 'attn_scale': 'attention_multiplier',
                'residual_scale': 'residual_multiplier', 'logit_scale': 'logits_scaling'}  # of Granite; the last divides
 LOCAL, FULL = 'sliding_attention', 'full_attention'
-MIXED = ('qwen2', 'qwen3', 'gemma3_text', 'olmo3')  # which have both kinds of layers
+MIXED = ('qwen2', 'qwen3', 'gemma3_text', 'olmo3', 'gpt_oss')  # which have both kinds of layers
 
 
 def rotated_layers(config, n_layer):
@@ -429,13 +491,15 @@ def wavelengths(config, rope, theta, block_size):  # noqa: C901
     if factor < 1:
         rope.refuse('factor', 'must be at least 1')
     if kind == 'yarn':
-        if not rope.get('truncate', True):
-            rope.refuse('truncate')
-        if rope.get('mscale') and rope.get('mscale_all_dim'):
-            rope.refuse('mscale')
-        usual = 0.1 * math.log(factor) + 1
-        if rope.get('attention_factor') is not None and abs(rope.number('attention_factor', usual) - usual) > 1e-6:
-            rope.refuse('attention_factor', f'is not the usual {usual:.6g}')
+        usual = sharpen = 0.1 * math.log(factor) + 1
+        if rope.get('attention_factor') is not None:
+            sharpen = rope.number('attention_factor', usual)
+        elif rope.get('mscale') and rope.get('mscale_all_dim'):
+            sharpen = mscale(rope, 'mscale', factor) / mscale(rope, 'mscale_all_dim', factor)
+        if abs(sharpen - usual) > 1e-6 and factor == 1:
+            rope.refuse('attention_factor', 'is not supported beside a factor of 1')
+        args['rope_mscale'] = sharpen if abs(sharpen - usual) > 1e-6 else 0.0
+        args['rope_truncate'] = rope.number('truncate', True)
     if factor == 1:  # nothing is stretched
         return args
     for field, key in zip(('rope_low', 'rope_high'), TURNS.get(kind, ()), strict=False):
@@ -444,18 +508,25 @@ def wavelengths(config, rope, theta, block_size):  # noqa: C901
     return args | {'rope_scaling': kind, 'rope_factor': factor, 'rope_original': original}
 
 
+def mscale(rope, key, factor):
+    """What YaRN sharpens attention by, as a key of DeepSeek's weighs it."""
+    return 0.1 * rope.number(key, 0.0) * math.log(factor) + 1 if factor > 1 and rope.get(key) else 1.0
+
+
 def window_args(config, family, n_layer):
     """The fields of GPTConfig for sliding windows; none where every layer sees everything."""
     qwen, mixed = family.startswith('qwen'), family in MIXED
     wanted = family not in ('llama', 'olmo2', 'smollm3', 'granite') and (
         not qwen or config.number('use_sliding_window', False))
-    usual = None if family in ('mixtral', 'phi3') else 4096
-    window = config.number('sliding_window', 4096) if wanted and config.get('sliding_window', usual) is not None else 0
+    usual = {'mixtral': None, 'phi3': None, 'gpt_oss': 128}.get(family, 4096)
+    there = wanted and config.get('sliding_window', usual) is not None
+    window = config.number('sliding_window', usual or 4096) if there else 0
     if qwen:
         first = config.number('max_window_layers', 28, 0) if mixed else 0
         types = [LOCAL if window and i >= first else FULL for i in range(n_layer)]
     else:
-        every = config.number('sliding_window_pattern', 6) if family == 'gemma3_text' else 4 if mixed else n_layer + 1
+        every = {'gpt_oss': 2, 'olmo3': 4}.get(family, n_layer + 1)  # of which the last layer sees everything
+        every = config.number('sliding_window_pattern', 6) if family == 'gemma3_text' else every
         types = [LOCAL if window and (i + 1) % every else FULL for i in range(n_layer)]
     given = config.get('layer_types')
     if given is not None and given != types:
@@ -496,7 +567,8 @@ def safetensors_of(folder, name='model.safetensors'):  # noqa: C901
             for name in opened.keys():
                 if of is None or of.get(name) == file.name:
                     part = opened.get_slice(name)
-                    if part.get_dtype() not in ('F32', 'F16', 'BF16'):
+                    bits_4 = part.get_dtype() == 'U8' and name.endswith(('_blocks', '_scales'))
+                    if part.get_dtype() not in ('F32', 'F16', 'BF16') and not bits_4:
                         raise UserError(f'{file}: tensor {name} has dtype {part.get_dtype()}, not F32, F16 or BF16')
                     tensors[name] = file, part.get_shape(), functools.partial(opened.get_tensor, name)
         except UserError:
@@ -535,6 +607,57 @@ def unwrapped(tensors, where):
 BUFFERS = re.compile(r'rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$')  # not weights; older files have them
 
 
+def from_mxfp4(blocks, scales):
+    """Bytes of two numbers of 4 bits each (…, G, 16), the low half first, and bytes of the power of two that 32 of them
+    share (…, G), 127 for 1 -> (…, 32 G) bfloat16, which holds them exactly."""
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.bfloat16)
+    numbers = torch.cat((positive, -positive))[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]
+    return torch.ldexp(numbers, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
+
+
+def oss_experts(sources):
+    """Sources of a gpt-oss with its experts as ours are: gate and up, whose rows take turns there, apart, matrices
+    (E, out, in), and numbers in place of MXFP4."""
+    found = {}
+    for name, (file, shape, read) in sources.items():
+        stem = name.removesuffix('_blocks')
+        if '.mlp.experts.' not in name or len(shape) != (2 if name.endswith('_bias') else 3 + (stem != name)):
+            found[name] = sources[name]
+            continue
+        if stem != name:
+            def rows_of(rows, read=read, scales=stem + '_scales'):
+                return from_mxfp4(read()[:, rows], read_tensor(sources, scales)[:, rows])
+            if stem + '_scales' not in sources:
+                raise UserError(f'{file}: tensor {stem}_scales is missing')
+            shape = [*shape[:2], 32 * shape[2]]
+        elif name.endswith('_scales'):
+            continue
+        elif name.endswith('_bias'):
+            def rows_of(rows, read=read):
+                return read()[:, rows]
+        else:
+            def rows_of(rows, read=read):
+                return read().mT[:, rows]
+            shape = [shape[0], shape[2], shape[1]]
+        parts = {'[gate]': slice(0, None, 2), '[up]': slice(1, None, 2)} if 'gate_up' in name else {'': slice(None)}
+        for part, rows in parts.items():
+            n = len(range(shape[1])[rows])
+            found[stem + part] = file, [shape[0], n, *shape[2:]], functools.partial(rows_of, rows)
+    return found
+
+
+def oss_tensors(tensors):
+    """As gpt-oss has it: `oss_experts`, the other way round, of tensors {name: tensor}."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith('[gate]'):  # each row of it before that of the other
+            name = name.removesuffix('[gate]')
+            tensor = torch.stack((tensor, tensors[f'{name}[up]']), 2).flatten(1, 2)
+        if not name.endswith('[up]'):
+            found[name] = (tensor.mT if tensor.ndim == 3 else tensor).contiguous()
+    return found
+
+
 def from_hf(directory, dtype=torch.float32, **overrides):
     """A Hugging Face directory -> (model, tokenizer), the latter None without tokenizer.json.
 
@@ -549,6 +672,11 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     if wrapped := next((name for name in sources if '.lora_' in name or '.base_layer.' in name), None):
         raise UserError(f'{folder}: tensor {wrapped} is of a model with LoRA beside it: {PEFT_MERGE}')
     sources = gate_up_apart(sources) if family == 'phi3' else sources
+    sources = oss_experts(sources) if family == 'gpt_oss' else sources
+    layers = {name: re.match(r'model\.layers\.(\d+)\.', name) for name in sources if family == 'deepseek_v3'}
+    if more := {name for name, found in layers.items() if found and int(found[1]) >= args['n_layer']}:
+        print(f'{folder}: {len(more)} tensors that predict tokens after the next are left out', file=sys.stderr)
+        sources = {name: tensor for name, tensor in sources.items() if name not in more}
     embedding, positions = TABLES[family]['tok_emb'] + '.weight', 'transformer.wpe.weight'
     prefix = embedding.split('.')[0] + '.'
     if not any(name.startswith(prefix) for name in sources):  # saved without the head's class
@@ -604,7 +732,15 @@ def hf_family(config, gguf=False):
     wanted = llama | BEYOND.get(family, {}) | ({'embed_scale': math.sqrt(config.n_embd)} if 'gemma' in family else {})
     rotary = lacking(config, **{name: [getattr(config, name) if value is ... else value]
                                 for name, value in wanted.items()}) | lacking_together(config, family, gguf)
-    remedies = min(gpt2, rotary, key=len)  # the nearer one
+    oss = lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu_clamped'], bias=[True, False], sink_logit=[True],
+                  expert_bias=[True], n_expert=[config.n_expert or 8], qk_norm=[False], qkv_bias=[False],
+                  dense_layers=[0], expert_every=[1], router_renorm=['always', True][:1 + (config.n_expert_active > 1)],
+                  rope_theta_local=[0.0], rope_pattern=['R'])
+    latent = lacking_latent(config)
+    for other, remedies in () if gguf else (('gpt_oss', oss), ('deepseek_v3', latent)):
+        if not remedies:
+            return other
+    remedies = min(gpt2, rotary, *([] if gguf else [oss, latent]), key=len)  # the nearer one
     if remedies:
         fields = ', '.join(f'{name}={getattr(config, name)!r}' for name in remedies)
         flags = ' '.join(f'--{name}={value}' for name, value in remedies.items())
@@ -628,6 +764,18 @@ def lacking(config, **wanted):
     return remedies
 
 
+def lacking_latent(config):
+    """As `lacking`, for DeepSeek-V3."""
+    same = {name: [getattr(config, name)] for name in ('q_lora_rank', 'qk_rope_dim', 'v_head_dim', 'dense_layers')}
+    if config.n_expert:
+        same |= {name: [getattr(config, name)] for name in (*EXPERTS, 'router_groups', 'router_groups_active')}
+        same |= {'router_score': ['sigmoid'], 'n_expert_shared': [config.n_expert_shared or 1], 'expert_every': [1]}
+    scale = [config.attn_scale] if config.rope_scaling == 'yarn' else [0.0]
+    return lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False], qkv_bias=[False], window=[0],
+                   kv_lora_rank=[config.kv_lora_rank or 64], qk_norm=[False], attn_scale=scale, rope_theta_local=[0.0],
+                   rope_pattern=['R'], **same)
+
+
 def lacking_together(config, family, gguf=False):  # noqa: C901
     """As `lacking`, of the fields that architectures with rotary positions have, but not beside others that it has."""
     remedies, gemma = {}, family == 'gemma3_text'
@@ -648,7 +796,8 @@ def lacking_together(config, family, gguf=False):  # noqa: C901
     if gguf and family == 'qwen2' and config.head_dim != (width := config.n_embd // config.n_head):
         remedies['head_dim'] = width
     if gguf and config.rope_scaling == 'yarn':  # of which it reads no more for these architectures
-        remedies |= {name: usual for name, usual in (('rope_low', 1.0), ('rope_high', 32.0))
+        usual = {'rope_low': 1.0, 'rope_high': 32.0, 'rope_truncate': True, 'rope_mscale': 0.0}
+        remedies |= {name: usual for name, usual in usual.items()
                      if getattr(config, name) != usual}
     if gemma and gguf:  # what it has are numbers of its own
         usual = {'logit_softcap': 0.0} | ({'rope_theta_local': 1e4} if any(local) else {})
@@ -685,13 +834,8 @@ def rotary_family(config, gguf=False):
     return 'mistral' if windowed or config.n_embd % config.n_head else 'llama'
 
 
-def hf_config(config, family):  # noqa: C901
-    """A GPTConfig that `hf_family` has found a family for -> the values of config.json."""
-    values = {KEYS[field][family == 'gpt2' and len(KEYS[field]) > 1]: getattr(config, field)
-              for field in FAMILIES[family][1]}
-    if family == 'gpt2':
-        return values | {'activation_function': 'gelu_new' if config.mlp == 'gelu_tanh' else 'gelu',
-                         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+def rope_values(config):
+    """config.json's object for the rotary wavelengths of a GPTConfig."""
     kind, rope = config.rope_scaling, {'rope_type': 'default'}
     if kind != 'none':
         rope = {'rope_type': kind, 'factor': config.rope_factor}
@@ -699,10 +843,38 @@ def hf_config(config, family):  # noqa: C901
         low, high = TURNS[kind]
         rope |= {'original_max_position_embeddings': config.rope_original, low: config.rope_low,
                  high: config.rope_high}
+    if kind == 'yarn':
+        rope |= {'truncate': config.rope_truncate}
+        rope |= {'attention_factor': config.rope_mscale} if config.rope_mscale else {}
+    if config.attn_scale and config.kv_lora_rank:  # a factor on scores, which goes by the name of another key there
+        width, stretch = config.head_dim + config.qk_rope_dim, 0.1 * math.log(config.rope_factor)
+        sharpen = math.sqrt(config.attn_scale * math.sqrt(width))
+        whole = (config.rope_mscale or 1 + stretch) * sharpen
+        rope |= {'mscale_all_dim': round((sharpen - 1) / stretch, 9), 'mscale': round((whole - 1) / stretch, 9)}
+    return rope
+
+
+def hf_config(config, family):  # noqa: C901
+    """A GPTConfig that `hf_family` has found a family for -> the values of config.json."""
+    keys = KEYS | (LATENT_KEYS if family == 'deepseek_v3' else {})
+    values = {keys[field][family == 'gpt2' and len(keys[field]) > 1]: getattr(config, field)
+              for field in FAMILIES[family][1]}
+    if family == 'gpt2':
+        return values | {'activation_function': 'gelu_new' if config.mlp == 'gelu_tanh' else 'gelu',
+                         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+    kind, rope = config.rope_scaling, rope_values(config)
+    if family == 'deepseek_v3':
+        values |= {'norm_topk_prob': config.renormalises, 'rope_interleave': True, 'num_nextn_predict_layers': 0,
+                   'attention_bias': False, 'q_lora_rank': config.q_lora_rank or None}
+        if not config.n_expert:
+            values |= {'first_k_dense_replace': config.n_layer, 'n_routed_experts': 2, 'n_group': 1, 'topk_group': 1,
+                       'n_shared_experts': 1, 'num_experts_per_tok': 1}
     values |= {'hidden_act': 'silu', 'rope_theta': config.rope_theta,  # for transformers 4, with the next
                'rope_scaling': None if kind == 'none' else rope,
                'rope_parameters': rope | {'rope_theta': config.rope_theta}}  # for transformers 5
     local = [config.is_local(i) for i in range(config.n_layer)]
+    if family == 'deepseek_v3':
+        return values
     if family == 'smollm3':
         pattern = (config.rope_pattern * config.n_layer)[:config.n_layer]
         values['no_rope_layers'] = [int(letter == 'R') for letter in pattern]
@@ -725,6 +897,9 @@ def hf_config(config, family):  # noqa: C901
     values['sliding_window'] = config.window if any(local) else values.get('sliding_window')
     if family.startswith('qwen'):
         values['use_sliding_window'] = any(local)
+    if family == 'gpt_oss':
+        values |= {'attention_bias': config.bias, 'intermediate_size': config.expert_dim,
+                   'sliding_window': config.window or 128, 'swiglu_alpha': 1.702, 'swiglu_limit': 7.0}
     if family in ('qwen2', 'qwen3'):
         values['max_window_layers'] = local.index(True) if any(local) else config.n_layer
     if family in MIXED:
@@ -753,11 +928,14 @@ def tensors_of(model, family):
         if value := getattr(lora.config_of(model), name):
             raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
     with on_meta():
-        whole = GPT(dataclasses.replace(config, norm_affine=True, n_future=0)).state_dict()
+        rate = config.router_bias_rate or float(family == 'deepseek_v3')  # which has such biases, 0 if none are learned
+        whole = GPT(dataclasses.replace(config, norm_affine=True, n_future=0, router_bias_rate=rate)).state_dict()
     more = config.norm_offset - (family == 'gemma3_text')  # a norm's weight is 1 + w there, or here
     for name, like in whole.items():
         if name != 'head.weight' or not config.tie_weights:
-            tensor = state[name] if name in state else torch.ones(like.shape, dtype=model.tok_emb.weight.dtype)
+            usual = torch.zeros(like.shape) if name.endswith('choice_bias') else torch.ones(
+                like.shape, dtype=model.tok_emb.weight.dtype)
+            tensor = state.get(name, usual)
             if more and 'norm' in name:
                 tensor = (tensor.float() + more).to(torch.float32 if 'gguf' in family else tensor.dtype)
             yield from parts(name, tensor, config, family)
@@ -788,6 +966,7 @@ def to_hf(model, directory, tokenizer=None, card=None):
         'dtype': name_of_dtype, 'bos_token_id': tokenizer and tokenizer.bos, 'pad_token_id': None,
         'eos_token_id': ends[0] if len(ends) == 1 else ends or None}
     tensors = {name: part.detach().cpu().contiguous() for name, part in tensors_of(model, family)}
+    tensors = oss_tensors(tensors) if family == 'gpt_oss' else tensors
 
     def write(folder):
         from safetensors.torch import save_file
@@ -1110,7 +1289,7 @@ def options(argv):
 def never_exported():
     """The flags of GPTConfig's values that no family has, whatever the others say."""
     values = {'mlp': ['relu2'], 'pos': ['sinusoidal', 'none'], 'norm_place': ['post'], 'causal': [False],
-              'n_encoder_layer': [1], 'n_sink': [1]}
+              'n_encoder_layer': [1], 'attn_gate': ['head', 'element'], 'n_sink': [1]}
     return [f'--{name}' if type(value) in (int, float) else f'--{name}={value}'
             for name, found in values.items() for value in found]
 

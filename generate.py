@@ -31,7 +31,7 @@ from model import MLP, Layout, tempered, windowed
 # caches
 
 class KVCache:
-    """Keys and values of every layer, preallocated: (B, H, capacity, D) each, whatever H and D a layer has.
+    """Keys and values, or latent vectors, of every layer, preallocated: (B, H, capacity, D) each, whatever H and D are.
 
     `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the other rows do,
     so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source` holds the keys and values
@@ -77,10 +77,11 @@ class KVCache:
         self.layer += 1
         return self.layers[self.layer - 1]
 
-    def update(self, k, v):
-        """Stores k and v (B, H, T, D) of the next layer; returns all keys and values (B, H, S, D) stored so far."""
-        stored = self.next_layer(k, v)
-        for old, new in zip(stored, (k, v), strict=True):
+    def update(self, *tensors):
+        """Stores keys and values (B, H, T, D) of the next layer, or whatever it keeps; returns all of them (B, H, S, D)
+        that it has so far."""
+        stored = self.next_layer(*tensors)
+        for old, new in zip(stored, tensors, strict=True):
             if self.uniform:
                 old[:, :, self.end - self.T:self.end] = new
             else:
@@ -249,7 +250,7 @@ def pack(model, quant=''):
         if isinstance(module, MLP) and module.gate is not None:  # one product of both
             module.gate, module.up = None, PackedLinear(module.gate, module.up, quant=quant)
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and name != 'router':
+            if isinstance(child, nn.Linear) and name not in ('router', 'kv_b'):  # of which the matrix itself is wanted
                 setattr(module, name, PackedLinear(child, quant=quant))
     return model.requires_grad_(False)
 

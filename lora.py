@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from model import GPT, on_meta, product_dtype
 
-TARGETS = ('q', 'k', 'v', 'proj', 'gate', 'up', 'down')
+TARGETS = ('q', 'k', 'v', 'proj', 'attn_gate', 'q_a', 'kv_a', 'kv_b', 'gate', 'up', 'down')
 
 
 @dataclass
@@ -29,7 +29,7 @@ class LoRAConfig:
     lora_rank: int = 0  # rank of the updates that LoRA learns beside the blocks' frozen matrices; 0 = none
     lora_alpha: float = 16.0  # the updates are multiplied by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # on what the updates read
-    lora_targets: str = 'q,k,v,proj,gate,up,down'  # matrices that get an update; names the model lacks are ignored
+    lora_targets: str = ','.join(TARGETS)  # matrices that get an update; names the model lacks are ignored
     lora_rs: bool = False  # lora_alpha / sqrt(lora_rank) instead (rsLoRA)
     lora_dora: bool = False  # each row of an updated matrix also learns its length, apart from its direction (DoRA)
     adapter_dim: int = 0  # width of the bottleneck that adapters learn behind each frozen sublayer; 0 = none
@@ -83,10 +83,12 @@ def apply(model, config):
         raise ValueError('this model has LoRA or adapters already: fold them in first, with lora.merge(model)')
     found = False
     for module in list(model.modules()):
-        for name, rows in getattr(module, 'stacked', dict)().items():
+        matrices = [(name, part) for name, part in module.named_children() if isinstance(part, nn.Linear)]
+        for name, matrix in matrices if hasattr(module, 'stacked') else ():
+            rows = module.stacked.get(name, {name: matrix.out_features})
             found = found or bool(config.targets & set(rows))
             if config.quant or config.lora_rank and config.targets & set(rows):
-                setattr(module, name, LoRALinear(getattr(module, name), rows, config))
+                setattr(module, name, LoRALinear(matrix, rows, config))
     if config.lora_rank and not found:
         raise ValueError(f'lora_targets={config.lora_targets!r}: this model has none of them')
     if config.adapter_dim:
@@ -147,7 +149,8 @@ def merge(model, dtype=torch.float32):
         module = model.get_submodule(name.rpartition('.')[0])
         folds = isinstance(module, (LoRALinear, RowsEmbedding, RowsHead)) and name.endswith('.weight')
         if name != 'head.weight' or not model.config.tie_weights:
-            weights[name] = (module.merged() if folds else own[name]).detach().to(dtype, copy=not folds)
+            kept = torch.float32 if name.endswith('choice_bias') else dtype
+            weights[name] = (module.merged() if folds else own[name]).detach().to(kept, copy=not folds)
     return plain.assign(weights).train(model.training)
 
 

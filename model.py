@@ -15,9 +15,10 @@ where it happens.
 
 Papers: Attention Is All You Need (arXiv:1706.03762), GPT-2 (Radford et al. 2019), RoFormer (arXiv:2104.09864),
 Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Transformer (arXiv:2002.05202),
-Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), Switch Transformers
-(arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066) and V3 (arXiv:2412.19437), balancing
-without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150), attention sinks (arXiv:2309.17453), several
+Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), gated attention
+(arXiv:2505.06708), Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066)
+and V3 (arXiv:2412.19437), balancing without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150),
+attention sinks (arXiv:2309.17453), latent attention (arXiv:2405.04434), gpt-oss (arXiv:2508.10925), several
 tokens at once (arXiv:2404.19737).
 """
 import contextlib
@@ -31,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-GATED = ('swiglu', 'geglu')  # MLPs with a gate
+GATED = ('swiglu', 'swiglu_clamped', 'geglu')  # MLPs with a gate
 
 
 @dataclass
@@ -45,7 +46,7 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     head_dim: int = 0  # width of one head; 0 = n_embd / n_head
     mlp_dim: int = 0  # hidden width of the MLP; 0 = 4 n_embd (gated: 8/3 n_embd, rounded up to a multiple of 64)
-    mlp: str = 'gelu'  # 'gelu', 'gelu_tanh' (GPT-2's own weights), 'swiglu', 'geglu' (GELU of tanh, gated) or 'relu2'
+    mlp: str = 'gelu'  # 'gelu', 'gelu_tanh' (GPT-2), 'relu2'; gated: 'swiglu', 'swiglu_clamped' (gpt-oss) or 'geglu'
     norm: str = 'layernorm'  # 'layernorm' or 'rmsnorm'
     norm_place: str = 'pre'  # 'pre' the sublayer, 'post' the addition, 'output': between them, 'both': pre, output
     norm_affine: bool = True  # learned weight in the norms
@@ -62,10 +63,18 @@ class GPTConfig:
     rope_original: int = 0  # the context trained on ('llama3', 'yarn'); 0 = block_size / rope_factor
     rope_low: float = 0.0  # wavelengths with at most this many turns in rope_original are stretched fully; 0 = 1
     rope_high: float = 0.0  # those with at least this many turns are kept; 0 = 4 ('llama3') or 32 ('yarn')
+    rope_truncate: bool = True  # 'yarn' stretches from a whole pair to a whole pair of numbers on (gpt-oss: False)
+    rope_mscale: float = 0.0  # factor on what 'yarn' rotates; 0 = 0.1 ln(rope_factor) + 1
     attn_scale: float = 0.0  # factor on query-key products; 0 = 1 / sqrt(head_dim)
     embed_scale: float = 1.0  # factor on the embeddings of tokens (Gemma: sqrt(n_embd))
     residual_scale: float = 1.0  # factor on what each sublayer adds (Granite)
     logit_scale: float = 1.0  # factor on the logits, taken into the last hidden states (Granite)
+    kv_lora_rank: int = 0  # latent attention: what a token leaves for keys and values of all heads, in numbers; 0 = off
+    q_lora_rank: int = 0  # beside it, the width of what queries are made of; 0 = n_embd, without a matrix in between
+    qk_rope_dim: int = 0  # beside it, rotated numbers of a query and a key after head_dim others; 0 = head_dim / 2
+    v_head_dim: int = 0  # beside it, the width of a head's values; 0 = head_dim
+    sink_logit: bool = False  # a learned logit of each head that takes its share of the softmax and gives nothing
+    attn_gate: str = 'none'  # sigmoid gates on what attention gives: 'none', one per 'head' or per 'element'
     bias: bool = True  # biases in linear layers and layernorms
     qkv_bias: bool = False  # with bias=False: queries, keys and values have a bias nevertheless (Qwen2)
     tie_weights: bool = True  # the output head shares the token embedding
@@ -75,13 +84,16 @@ class GPTConfig:
     window: int = 0  # sliding window: a query sees this many tokens, itself included; 0 = all before it
     window_pattern: str = 'L'  # layers in turn, again and again: L = local, with the window, G = global
     n_sink: int = 0  # attention sinks: the first tokens of a text, visible from beyond the window, too
-    n_expert: int = 0  # experts in place of the MLP, none with a bias; 0 = a dense MLP
+    n_expert: int = 0  # experts in place of the MLP; 0 = a dense MLP
     n_expert_active: int = 2  # experts that a token is sent to
     n_expert_shared: int = 0  # further experts that every token is sent to
     expert_dim: int = 0  # hidden width of an expert; 0 = mlp_dim
+    expert_bias: bool = False  # experts and their router have biases, whatever `bias` says
     dense_layers: int = 0  # the first this many layers keep a dense MLP
     expert_every: int = 1  # after those, layers whose number (from 1) is a multiple of this have experts
     router_score: str = 'softmax'  # a token's affinity to each expert: 'softmax' over all or, each alone, 'sigmoid'
+    router_groups: int = 1  # groups of experts, of which a token's best are chosen first, by their two best experts
+    router_groups_active: int = 1  # groups that a token's experts come from
     router_renorm: bool = True  # scale the weights of a token's active experts to sum to 1, if there are two or more
     router_scale: float = 1.0  # factor on the weights of the active experts; with 'sigmoid' 2.5 in DeepSeek-V3
     router_aux: float = 0.0  # weight of the loss that balances the experts' load; 0.01 is usual
@@ -93,21 +105,19 @@ class GPTConfig:
     zero_init: bool = False  # projections into the residual stream and an untied head start at zero
 
     def __post_init__(self):
-        for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'swiglu', 'geglu', 'relu2')),
-                              ('norm', ('layernorm', 'rmsnorm')), ('norm_place', ('pre', 'post', 'output', 'both')),
+        for name, allowed in (('mlp', ('gelu', 'gelu_tanh', 'relu2', *GATED)), ('norm', ('layernorm', 'rmsnorm')),
+                              ('norm_place', ('pre', 'post', 'output', 'both')),
                               ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
                               ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')),
-                              ('router_score', ('softmax', 'sigmoid'))):
+                              ('router_score', ('softmax', 'sigmoid')), ('attn_gate', ('none', 'head', 'element'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'expert_every'):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'expert_every', 'router_groups'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-        for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'norm_eps', 'attn_scale', 'logit_softcap', 'init_std',
-                     'rope_original', 'rope_low', 'rope_high', 'window', 'n_sink', 'n_expert', 'n_expert_shared',
-                     'expert_dim', 'dense_layers', 'router_aux', 'router_z', 'router_bias_rate', 'n_encoder_layer'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'{name}={getattr(self, name)} must not be negative')
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f'{name}={value} must not be negative')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head} (or set head_dim)')
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -115,6 +125,10 @@ class GPTConfig:
         default_mlp = -(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp in GATED else 4 * self.n_embd
         self.mlp_dim = self.mlp_dim or default_mlp
         self.expert_dim = self.expert_dim or self.mlp_dim
+        latent, groups = self.kv_lora_rank, self.router_groups
+        if latent:
+            self.qk_rope_dim = self.qk_rope_dim or max(2, self.head_dim // 4 * 2)
+            self.v_head_dim = self.v_head_dim or self.head_dim
         scaled = self.rope_scaling != 'none'
         if scaled:
             self.rope_original = self.rope_original or max(1, int(self.block_size / max(1, self.rope_factor)))
@@ -138,7 +152,20 @@ class GPTConfig:
                 (self.n_future < 0 or self.n_future and (self.n_expert or self.n_encoder_layer or not self.causal),
                  f'n_future={self.n_future} must be 0, or above 0 in a causal decoder without experts'),
                 (self.n_sink and not self.window, f'n_sink={self.n_sink} needs a window'),
-                (self.pos == 'rope' and self.head_dim % 2, f"head_dim={self.head_dim} must be even with pos='rope'"),
+                (self.pos == 'rope' and not latent and self.head_dim % 2,
+                 f"head_dim={self.head_dim} must be even with pos='rope'"),
+                (self.qk_rope_dim % 2, f'qk_rope_dim={self.qk_rope_dim} must be even'),
+                (latent and (self.pos != 'rope' or self.window or self.qk_norm or self.n_kv_head != self.n_head
+                             or self.n_encoder_layer or 'N' in self.rope_pattern),
+                 f"kv_lora_rank={latent} needs pos='rope' in all layers, window=0, qk_norm=False, n_kv_head=n_head and "
+                 'no encoder'),
+                (not latent and (self.q_lora_rank or self.qk_rope_dim or self.v_head_dim),
+                 'q_lora_rank, qk_rope_dim and v_head_dim need kv_lora_rank'),
+                (groups > 1 and (self.n_expert % groups or self.n_expert < 2 * groups or not
+                                 self.n_expert_active <= self.router_groups_active * (self.n_expert // groups)
+                                 <= self.n_expert),
+                 f'router_groups={groups} of n_expert={self.n_expert}, router_groups_active='
+                 f'{self.router_groups_active} of them: at least two experts in each, n_expert_active in these'),
                 (self.pos == 'sinusoidal' and self.n_embd % 2,
                  f"n_embd={self.n_embd} must be even with pos='sinusoidal'"),
                 (self.router_renorm not in (True, False, 'always'),
@@ -159,6 +186,11 @@ class GPTConfig:
         """Whether the weights of a token's active experts add up to 1. That of a single one stays what the router says:
         p / p = 1 would leave it without a gradient. 'always': in models of others and old runs that one is 1, too."""
         return self.router_renorm == 'always' or self.router_renorm and self.n_expert_active > 1
+
+    @property
+    def cache_width(self):
+        """The numbers that a token leaves in a layer's cache: key and value of each head, or one latent vector."""
+        return self.kv_lora_rank + self.qk_rope_dim if self.kv_lora_rank else 2 * self.n_kv_head * self.head_dim
 
     @property
     def farthest(self):
@@ -274,9 +306,10 @@ def rope_frequencies(config):
 
     'linear' (arXiv:2306.15595) stretches all of them by rope_factor; the others keep those that turn often within the
     original context: 'llama3' (arXiv:2407.21783) blends by the number of turns, 'yarn' (arXiv:2309.00071) by the index
-    of the pair, and sharpens attention by 0.1 ln(rope_factor) + 1, here the factor.
+    of the pair, and sharpens attention by rope_mscale, here the factor.
     """
-    f, dim = frequencies(config.head_dim, config.rope_theta), config.head_dim
+    dim = config.qk_rope_dim or config.head_dim
+    f = frequencies(dim, config.rope_theta)
     sharpen, low, high = 1.0, config.rope_low, config.rope_high
     if config.rope_scaling == 'linear':
         f = f / config.rope_factor
@@ -287,15 +320,17 @@ def rope_frequencies(config):
     elif config.rope_scaling == 'yarn':
         first, last = (dim * math.log(config.rope_original / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta))
                        for n in (high, low))  # the pairs that make so many turns
-        first, last = max(math.floor(first), 0), min(math.ceil(last), dim - 1)
+        if config.rope_truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
         stretch = ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
         f = f * (1 - stretch) + f / config.rope_factor * stretch
-        sharpen = 0.1 * math.log(config.rope_factor) + 1
+        sharpen = config.rope_mscale or 0.1 * math.log(config.rope_factor) + 1
     return f, sharpen
 
 
 def rope_tables(config, local=False):
-    """cos and sin (positions, head_dim) of `apply_rope`; local: of layers with the window."""
+    """cos and sin (positions, numbers that are rotated) of `apply_rope`; local: of layers with the window."""
     if local and config.rope_theta_local:
         config = replace(config, rope_theta=config.rope_theta_local, rope_scaling='none')
     f, sharpen = rope_frequencies(config)
@@ -303,16 +338,20 @@ def rope_tables(config, local=False):
     n = config.block_size + (config.n_sink + config.window if config.window else 0)
     a = torch.arange(n).float()[:, None] * f
     cos, sin = a.cos() * sharpen, a.sin() * sharpen
+    if config.kv_lora_rank:
+        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + D/2]) of x (…, D), the half-split convention of Llama (arXiv:2104.09864).
+def apply_rope(x, cos, sin, neighbours=False):
+    """Rotates the pairs (x[i], x[i + D/2]) of x (…, D), the half-split convention of Llama (arXiv:2104.09864), or
+    neighbours (x[2i], x[2i + 1]), that of the paper and of DeepSeek.
 
-    cos and sin (…, D), broadcast over heads, hold each pair's value twice, the sine negative in the first half.
+    cos and sin (…, D), broadcast over heads, hold each pair's value twice, the sine negative for the first of it.
     """
     cos, sin = cos.type_as(x), sin.type_as(x)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    other = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if neighbours else x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, other, sin)
 
 
 def windowed(queries, keys, config):
@@ -329,13 +368,36 @@ def far_sinks(q, q_far, k, v, is_sink):
     return torch.cat((q, q_far), -1), k, F.pad(v, (0, v.shape[-1]))  # kernels want one width
 
 
-def attend(q, k, v, mask, causal, scale, dropout=0.0):
-    """softmax(q k^T scale) v over q (B, H, T, D) and k, v (B, Hkv, S, D); mask: bool (…, T, S), a BlockMask or None."""
+def with_sink(q, k, v, mask, causal, scale, sink):
+    """Adds a key whose product with each query of head h is sink[h] and whose value is 0: it only takes its share.
+
+    q (B, H, T, D), k, v -> D + 8, for kernels want multiples: q has sink / scale in the first of these, where the new
+    key is 1 and the others are 0. The mask, causality too, lets every query see it.
+    """
+    B, H, T, D = q.shape
+    if mask is None and causal and T > 1:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
+    q = F.pad(torch.cat((q, (sink / scale).type_as(q)[:, None, None].expand(B, H, T, 1)), -1), (0, 7))
+    k, v = F.pad(k, (0, 8, 0, 1)), F.pad(v, (0, 8, 0, 1))
+    k[:, :, -1, D] = 1
+    return q, k, v, mask if mask is None else F.pad(mask, (0, 1), value=True)
+
+
+def attend(q, k, v, mask, causal, scale, dropout=0.0, sink=None):
+    """softmax(q k^T scale) v over q (B, H, T, D) and k, v (B, Hkv, S, D); mask: bool (…, T, S), a BlockMask or None.
+
+    sink (H,): logits that take part in the softmax, as gpt-oss has them; D then is wider by zeros behind the result.
+    """
     gqa = q.shape[1] != k.shape[1]
     if mask is not None and not isinstance(mask, torch.Tensor):
-        from torch.nn.attention.flex_attention import flex_attention  # here, for it takes a second to import
-        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
-        return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
+        import torch.nn.attention.flex_attention as flex  # here, for it takes a second to import
+        function = flex.flex_attention if torch.compiler.is_compiling() else compiled_flex()
+        more = {} if sink is None else {'return_aux': flex.AuxRequest(lse=True)}
+        y = function(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, **more)
+        # with l = ln(sum of e^scores), e^l / (e^l + e^sink) of the weights remain
+        return y if sink is None else y[0] * (y[1].lse - sink[:, None]).sigmoid()[..., None].type_as(y[0])
+    if sink is not None:
+        q, k, v, mask = with_sink(q, k, v, mask, causal, scale, sink)
     shape = q.shape
     if (q.device.type == 'cpu' and q.dtype.itemsize == 2 and 1 < shape[2] <= 512 and not dropout
             and not torch.compiler.is_compiling()):
@@ -344,7 +406,7 @@ def attend(q, k, v, mask, causal, scale, dropout=0.0):
         # the heads that share keys and values become queries of one head: these are read once (CPU: 4 x faster)
         q, gqa = q.reshape(shape[0], k.shape[1], -1, shape[3]), False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and shape[2] > 1,
-                                          scale=scale, dropout_p=dropout, enable_gqa=gqa).reshape(shape)
+                                          scale=scale, dropout_p=dropout, enable_gqa=gqa).reshape(*shape[:3], -1)
 
 
 def attend_in_blocks(q, k, v, mask, causal, scale):
@@ -360,7 +422,8 @@ def attend_in_blocks(q, k, v, mask, causal, scale):
     hide = q.new_zeros(1, 1, 1, 1).expand(1, 1, T, S)
     if mask is not None:  # not by -inf: a query that sees nothing would make nan
         hide = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
-        hide = hide.expand(B, Hkv, T, S).flatten(0, 1)[:, None] if len(hide) > 1 else hide.view(1, 1, -1, S)
+        rows = (B, Hkv) if hide.ndim == 4 and len(hide) > 1 else (1, 1)
+        hide = hide.expand(*rows, T, S).flatten(0, 1)[:, None]
     step, parts = 128 if causal else T, []
     for i in range(0, T, step):
         rows, end = slice(i, i + step), i + step if causal else S
@@ -370,8 +433,11 @@ def attend_in_blocks(q, k, v, mask, causal, scale):
     return torch.cat(parts, 2).view(B, H, T, -1)
 
 
-def attention_weights(q, k, mask, causal, scale):
+def attention_weights(q, k, mask, causal, scale, sink=None):
     """softmax(q k^T scale) itself, which `attend` never makes, for a reader to look at: (B, H, T, S) float32."""
+    if sink is not None:
+        q, k, _, mask = with_sink(q, k, k, mask, causal, scale, sink)
+        return attention_weights(q, k, mask, causal, scale)[..., :-1]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (q.float() @ k.float().mT) * scale
     if mask is None and causal:
@@ -420,26 +486,36 @@ class Context(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention with rotary positions, QK-norm and a KV cache by flag."""
+    """Multi-head, grouped-query or multi-query attention with rotary positions, QK-norm and a KV cache by flag.
+
+    stacked: for lora.py, which of its matrices hold several, {matrix: {target: rows}}.
+    """
+    stacked = {}
 
     def __init__(self, config, causal=True, local=False, rotates=True):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.scale = config.attn_scale or 1 / math.sqrt(config.head_dim)
+        self.scale = config.attn_scale or 1 / math.sqrt(config.head_dim + config.qk_rope_dim)
         self.dropout, self.causal, self.local, self.rotates = config.dropout, causal, local, rotates
+        norms = self.make_inputs(config)
+        width = self.n_head * (config.v_head_dim or self.head_dim)
+        self.proj = nn.Linear(width, config.n_embd, config.bias)
+        gates = {'none': 0, 'head': self.n_head, 'element': width}[config.attn_gate]
+        self.attn_gate = nn.Linear(config.n_embd, gates, bias=False) if gates else None
+        self.sink = nn.Parameter(torch.zeros(self.n_head)) if config.sink_logit else None
+        for name, norm in norms.items():
+            self.register_module(name, norm)
+        self.watched = None  # a list that collects the weights of each forward, see `anatomy.attention_maps`
+
+    def make_inputs(self, config):
+        """Makes the matrices that queries, keys and values come from; returns the norms behind them by name."""
         # queries, keys and values of all heads in one matrix: rows are q heads, then k heads, then v heads
         self.q_dim, self.kv_dim = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.qkv = nn.Linear(config.n_embd, self.q_dim + 2 * self.kv_dim, config.bias or config.qkv_bias)
-        self.proj = nn.Linear(self.q_dim, config.n_embd, config.bias)
+        self.stacked = {'qkv': {'q': self.q_dim, 'k': self.kv_dim, 'v': self.kv_dim}}
         self.joint = config.qk_norm_joint
-        self.q_norm, self.k_norm = (Norm(dim if self.joint else self.head_dim, config) if config.qk_norm else None
-                                    for dim in (self.q_dim, self.kv_dim))
-        self.watched = None  # a list that collects the weights of each forward, see `GPT.attention_maps`
-
-    def stacked(self):
-        """What each matrix stacks, for lora.py: {matrix: {target: rows}}."""
-        rows = {'q': self.q_dim, 'k': self.kv_dim, 'v': self.kv_dim}
-        return {'qkv': rows, 'proj': {'proj': self.proj.out_features}}
+        return {name: Norm(dim if self.joint else self.head_dim, config) if config.qk_norm else None
+                for name, dim in (('q_norm', self.q_dim), ('k_norm', self.kv_dim))}
 
     def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
         """x (B, T, C) -> (B, T, C)."""
@@ -470,29 +546,74 @@ class Attention(nn.Module):
         if q_far is not None:
             q, k, v = far_sinks(q, q_far, k, v, context.is_sink[..., None, :, None])
         mask = context.local_mask if self.local else context.mask
+        return self.project(x, self.mix(q, k, v, mask)[..., :self.head_dim])
+
+    def mix(self, q, k, v, mask):
+        """`attend` as this layer does."""
         if self.watched is not None:
-            self.watched.append(attention_weights(q, k, mask, self.causal, self.scale))
-        y = attend(q, k, v, mask, self.causal, self.scale, self.dropout if self.training else 0.0)
-        return self.proj(y[..., :self.head_dim].transpose(1, 2).reshape(B, T, self.q_dim))
+            self.watched.append(attention_weights(q, k, mask, self.causal, self.scale, self.sink))
+        return attend(q, k, v, mask, self.causal, self.scale, self.dropout if self.training else 0.0, self.sink)
+
+    def project(self, x, y):
+        """What the heads have found (B, H, T, D), gated by the sublayer's input x (B, T, C) -> (B, T, C)."""
+        B, H, T, _ = y.shape
+        y = y.transpose(1, 2)
+        if self.attn_gate is not None:  # a head may say nothing, which a softmax alone cannot (arXiv:2505.06708)
+            y = y * self.attn_gate(x).sigmoid().view(B, T, H, -1)
+        return self.proj(y.reshape(B, T, -1))
 
 
-class CrossAttention(nn.Module):
+class LatentAttention(Attention):
+    """Multi-head latent attention (arXiv:2405.04434, 2.1): a token leaves one vector that all heads make their keys and
+    values of, by kv_b, and one rotated key that they share.
+
+    With earlier tokens in a cache the same products are taken in another order: kv_b's rows for keys are multiplied
+    with the queries, those for values with what is found, and all heads meet the latent vectors themselves.
+    """
+
+    def make_inputs(self, config):
+        self.rank, self.widths = config.kv_lora_rank, (config.head_dim, config.qk_rope_dim, config.v_head_dim)
+        D, R, V = self.widths
+        self.q_a = nn.Linear(config.n_embd, config.q_lora_rank, config.bias) if config.q_lora_rank else None
+        self.q = nn.Linear(config.q_lora_rank or config.n_embd, self.n_head * (D + R), bias=False)
+        self.kv_a = nn.Linear(config.n_embd, self.rank + R, config.bias)
+        self.kv_b = nn.Linear(self.rank, self.n_head * (D + V), bias=False)
+        config = replace(config, norm_eps=1e-6)  # DeepSeek's, whatever its others have
+        q_norm = Norm(config.q_lora_rank, config) if self.q_a is not None else None
+        return {'q_norm': q_norm, 'kv_norm': Norm(self.rank, config)}
+
+    def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
+        """x (B, T, C) -> (B, T, C)."""
+        B, T, _ = x.shape
+        D, R, V = self.widths
+        q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x))).view(B, T, self.n_head, D + R).transpose(1, 2)
+        latent, k_rope = self.kv_a(x)[:, None].split((self.rank, R), -1)  # (B, 1, T, …): as if of one head
+        latent, rope = self.kv_norm(latent), [table.transpose(-2, -3) for table in context.rope]
+        q, q_rope = q[..., :D], apply_rope(q[..., D:], *rope, neighbours=True)
+        k_rope = apply_rope(k_rope, *rope, neighbours=True)
+        kept = torch.cat((latent, k_rope), -1)
+        if context.cache is not None:
+            kept, = context.cache.update(kept)
+        if kept.shape[2] == T:  # nothing came before
+            k, v = self.kv_b(latent[:, 0]).view(B, T, self.n_head, D + V).transpose(1, 2).split((D, V), -1)
+            k = torch.cat((k, k_rope.expand(-1, self.n_head, -1, -1)), -1)
+            v = F.pad(v, (0, max(0, D + R - V)))  # kernels want one width
+            return self.project(x, self.mix(torch.cat((q, q_rope), -1), k, v, context.mask)[..., :V])
+        kv_b = self.kv_b.merged().type_as(x) if hasattr(self.kv_b, 'merged') else self.kv_b.weight  # LoRA's has no more
+        for_keys, for_values = kv_b.view(self.n_head, D + V, self.rank).split((D, V), 1)
+        y = self.mix(torch.cat((q @ for_keys, q_rope), -1), kept, kept, context.mask)[..., :self.rank]
+        return self.project(x, y @ for_values.mT)
+
+
+class CrossAttention(Attention):
     """Queries of the decoder, keys and values of the encoder's last layer (arXiv:1706.03762, 3.2.3)."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.scale, self.dropout = config.attn_scale or 1 / math.sqrt(config.head_dim), config.dropout
-        q, kv, bias = self.n_head * self.head_dim, self.n_kv_head * self.head_dim, config.bias or config.qkv_bias
-        self.q = nn.Linear(config.n_embd, q, bias)
-        self.kv = nn.Linear(config.n_embd, 2 * kv, bias)
-        self.proj = nn.Linear(q, config.n_embd, config.bias)
-        self.watched = None
-
-    def stacked(self):
-        """See `Attention.stacked`."""
-        k = v = self.kv.out_features // 2
-        return {'q': {'q': self.q.out_features}, 'kv': {'k': k, 'v': v}, 'proj': {'proj': self.proj.out_features}}
+    def make_inputs(self, config):
+        bias, self.causal = config.bias or config.qkv_bias, False
+        self.q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias)
+        self.kv = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim, bias)
+        self.stacked = {'kv': dict.fromkeys('kv', self.n_kv_head * self.head_dim)}
+        return {}
 
     def forward(self, x, context):
         """x (B, T, C) -> (B, T, C); the source is context.memory (B, S, C)."""
@@ -504,14 +625,15 @@ class CrossAttention(nn.Module):
             kv = self.kv(memory).view(B, -1, 2, self.n_kv_head, self.head_dim).permute(2, 0, 3, 1, 4)
             if cache is not None:
                 cache.source[self] = kv  # the source does not change: once per text
-        if self.watched is not None:
-            self.watched.append(attention_weights(q, kv[0], context.memory_mask, False, self.scale))
-        y = attend(q, *kv, context.memory_mask, False, self.scale, self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+        return self.project(x, self.mix(q, *kv, context.memory_mask)[..., :self.head_dim])
 
 
 def activate(kind, up, gate=None):
-    """What stands between an MLP's matrices: GELU, a gate (arXiv:2002.05202) or squared ReLU (arXiv:2109.08668)."""
+    """What stands between an MLP's matrices: GELU, squared ReLU (arXiv:2109.08668) or a gate (arXiv:2002.05202), in
+    gpt-oss clamped."""
+    if kind == 'swiglu_clamped':
+        gate = gate.clamp(max=7)
+        return gate * (1.702 * gate).sigmoid() * (up.clamp(-7, 7) + 1)
     if gate is not None:
         return (F.silu(gate) if kind == 'swiglu' else F.gelu(gate, approximate='tanh')) * up
     if kind == 'relu2':
@@ -521,6 +643,7 @@ def activate(kind, up, gate=None):
 
 class MLP(nn.Module):
     """The feed-forward half of a block."""
+    stacked = {}  # see `Attention`
 
     def __init__(self, config, dim):
         super().__init__()
@@ -528,10 +651,6 @@ class MLP(nn.Module):
         self.gate = nn.Linear(config.n_embd, dim, config.bias) if self.kind in GATED else None
         self.up = nn.Linear(config.n_embd, dim, config.bias)
         self.down = nn.Linear(dim, config.n_embd, config.bias)
-
-    def stacked(self):
-        """See `Attention.stacked`."""
-        return {name: {name: matrix.out_features} for name, matrix in self.named_children()}
 
     def forward(self, x, real=None):
         """x (…, C) -> (…, C); real is for a MoE in this place."""
@@ -564,23 +683,40 @@ class MoE(nn.Module):
         self.kind, self.n_active = config.mlp, config.n_expert_active
         self.renorm, self.score, self.scale = config.renormalises, config.router_score, config.router_scale
         self.aux_coef, self.z_coef, self.bias_rate = config.router_aux, config.router_z, config.router_bias_rate
-        self.router = nn.Linear(C, E, bias=False)
+        self.groups, self.groups_active = config.router_groups, config.router_groups_active
+        self.router = nn.Linear(C, E, config.expert_bias)
         self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind in GATED else None
         self.up = nn.Parameter(torch.empty(E, M, C))
         self.down = nn.Parameter(torch.empty(E, C, M))
+        for name, width in (('gate_bias', M), ('up_bias', M), ('down_bias', C)):  # flat: to optimizers they are vectors
+            there = config.expert_bias and (self.gate is not None or name != 'gate_bias')
+            self.register_parameter(name, nn.Parameter(torch.empty(E * width)) if there else None)
         self.shared = MLP(config, config.n_expert_shared * M) if config.n_expert_shared else None
         if self.bias_rate:  # added where experts are chosen, not to their weights (arXiv:2408.15664)
             self.register_buffer('choice_bias', torch.zeros(E))
         self.load = self.entropy = self.aux = None
+
+    def _apply(self, function, recurse=True):
+        bias = self.choice_bias if self.bias_rate else None
+        super()._apply(function, recurse)
+        if bias is not None and bias.dtype != self.choice_bias.dtype:  # it chooses by its digits: none of `to` is lost
+            self.choice_bias = bias.to(self.choice_bias.device)
+        return self
 
     def forward(self, x, real=None):
         """x (B, T, C) -> (B, T, C); real (B, T): False on padding."""
         flat, kind = x.flatten(0, -2), x.device.type
         N, E, K = len(flat), len(self.up), self.n_active
         with torch.autocast(kind, enabled=False):  # a choice between near equals wants all digits
-            logits = F.linear(flat.float(), self.router.weight.float())
+            logits = F.linear(flat.float(), *(p.float() for p in self.router.parameters()))
         scores = logits.softmax(-1) if self.score == 'softmax' else logits.sigmoid()
-        chosen = (scores + self.choice_bias if self.bias_rate else scores).topk(K).indices
+        choice = scores + self.choice_bias if self.bias_rate else scores
+        if self.groups > 1:
+            groups = choice.unflatten(1, (self.groups, -1))
+            best = groups.topk(2).values.sum(-1).topk(self.groups_active).indices
+            closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+            choice = groups.masked_fill(closed[..., None], -math.inf).flatten(1)
+        chosen = choice.topk(K).indices
         weights = scores.gather(1, chosen)
         if self.renorm:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
@@ -603,10 +739,14 @@ class MoE(nn.Module):
         else:
             rows = rows.index_select(0, token)
 
-        def product(a, w):  # slice e of a (rows, in) times w[e] (out, in)
-            return F.grouped_mm(a, w.to(dtype).transpose(1, 2), offs=ends)
-        gate = product(rows, self.gate) if self.gate is not None else None
-        rows = product(activate(self.kind, product(rows, self.up), gate), self.down)
+        def product(a, w, b):  # slice e of a (rows, in) times w[e] (out, in), plus b[e]
+            y = F.grouped_mm(a, w.to(dtype).transpose(1, 2), offs=ends)
+            if b is None:
+                return y
+            expert = torch.searchsorted(ends, torch.arange(len(y), device=x.device), right=True)
+            return y + b.to(dtype).view(E, -1)[expert]
+        gate = product(rows, self.gate, self.gate_bias) if self.gate is not None else None
+        rows = product(activate(self.kind, product(rows, self.up, self.up_bias), gate), self.down, self.down_bias)
         rows = rows.index_select(0, place) if step > 1 else rows
         rows = rows * weights.flatten().index_select(0, order)[:, None].to(dtype)
         y = torch.zeros(N, x.shape[-1], dtype=dtype, device=x.device).index_add(0, token, rows).view(x.shape)
@@ -636,8 +776,9 @@ class Block(nn.Module):
         self.place, self.pre = config.norm_place, config.norm_place in ('pre', 'both')
         self.residual_scale = config.residual_scale
         self.norm1 = Norm(config.n_embd, config)
-        self.attn = Attention(config, config.causal and not encoder, not encoder and config.is_local(layer),
-                              config.rotates(layer))
+        kind = LatentAttention if config.kv_lora_rank else Attention
+        self.attn = kind(config, config.causal and not encoder, not encoder and config.is_local(layer),
+                         config.rotates(layer))
         crossing = config.n_encoder_layer and not encoder
         self.norm_cross = Norm(config.n_embd, config) if crossing else None
         self.cross = CrossAttention(config) if crossing else None
@@ -953,28 +1094,6 @@ class GPT(nn.Module):
                 lambda b, h, q, k: (q >= k) & ((q - k < window) | (k < n_sink)), None, None, T, T, device=device)
         return self.block_masks[T]
 
-    @torch.no_grad()
-    def attention_maps(self, ids, source=None):
-        """What each head of each layer looks at in one text, a list of ids -> [(name, (H, T, S) float32)], row t the
-        weights of token t's query. source: ids that an encoder reads; its own maps come first, then, layer by layer,
-        what the decoder sees of itself and of the source."""
-        modules = [(name.replace('blocks', 'layer').replace('attn', 'self'), module)
-                   for name, module in self.named_modules() if isinstance(module, (Attention, CrossAttention))]
-        for _, module in modules:
-            module.watched = []
-        was_training = self.training
-        self.eval()  # dropout must not reach a map
-        try:
-            idx = torch.tensor([ids], device=self.tok_emb.weight.device)
-            memory = None if source is None else self.encode(torch.tensor([source], device=idx.device))
-            self.hidden(idx, mask=torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool, device=idx.device),
-                        memory=memory)
-            return [(name, module.watched[0][0]) for name, module in modules if module.watched]
-        finally:
-            self.train(was_training)
-            for _, module in modules:
-                module.watched = None
-
     def pool(self, idx, mask=None, how='mean'):
         """One vector per text: ids (B, T), bool (B, T) True where a token is real, None = all are -> (B, C).
 
@@ -1134,7 +1253,7 @@ class GPT(nn.Module):
         matmul = sum(n * (6 if p.requires_grad else 4) for p, n in matrices)
         matmul += 4 * sum(m.in_features * m.out_features for m in self.elsewhere())
         layers = c.n_layer + c.n_future + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
-        return matmul + 12 * layers * c.n_head * c.head_dim * T
+        return matmul + 6 * layers * c.n_head * (c.head_dim + c.qk_rope_dim + (c.v_head_dim or c.head_dim)) * T
 
     def generate(self, prompts, max_new_tokens, **options):
         """`generate.generate` of this model: lists of ids -> lists of new ids."""

@@ -34,6 +34,7 @@ import runtime
 
 import torch
 
+import anatomy
 from generate import generate, stream
 from grade import final_answers, majority
 from load import fields_of, is_run, load_draft, load_to_generate
@@ -261,7 +262,7 @@ def show_attention(model, tokenizer, ids, source=None):
         raise UserError(f'{longest} tokens are too many to be told apart in a picture: give '
                         f'{min(128, model.config.block_size)} at most')
     with runtime.user_errors():
-        maps = model.attention_maps(ids, source)
+        maps = anatomy.attention_maps(model, ids, source)
     said, read = ([tokenizer.decode([i], start=False) for i in text] for text in (ids, source or ids))
     side = min(max(1.6, 0.09 * longest), 160 / max(len(maps), len(maps[0][1])))  # a picture of 16,000 points at most
     figure, panels = runtime.new_figure(len(maps), max(len(weights) for _, weights in maps), side, side)

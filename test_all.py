@@ -182,18 +182,25 @@ def by_hand(moe, x):
     """What a mixture of experts computes, token by token and expert by expert, in float64."""
     moe, x = copy.deepcopy(moe).double(), x.double()
     out = torch.zeros_like(x)
+
+    def through(name, e, token):
+        bias = getattr(moe, f'{name}_bias')
+        return getattr(moe, name)[e] @ token + (0 if bias is None else bias.view(len(moe.up), -1)[e])
     for n, token in enumerate(x):
-        logits = moe.router.weight @ token
+        logits = moe.router.weight @ token + (0 if moe.router.bias is None else moe.router.bias)
         probs = 1 / (1 + (-logits).exp()) if moe.score == 'sigmoid' else logits.exp() / logits.exp().sum()
         chosen = (probs + (moe.choice_bias if moe.bias_rate else 0)).argsort(descending=True)[:moe.n_active]
         weights = probs[chosen] / (probs[chosen].sum() if moe.renorm else 1)
         for e, weight in zip(chosen, weights, strict=True):
-            hidden = moe.up[e] @ token
+            hidden = through('up', e, token)
             if moe.kind == 'swiglu':
-                hidden = F.silu(moe.gate[e] @ token) * hidden
+                hidden = F.silu(through('gate', e, token)) * hidden
+            elif moe.kind == 'swiglu_clamped':
+                gate = through('gate', e, token).minimum(torch.tensor(7.0))
+                hidden = gate / (1 + (-1.702 * gate).exp()) * (1 + hidden.clip(-7, 7))
             else:
                 hidden = hidden.relu() ** 2 if moe.kind == 'relu2' else F.gelu(hidden)
-            out[n] += moe.scale * weight * (moe.down[e] @ hidden)
+            out[n] += moe.scale * weight * through('down', e, hidden)
     return (out + moe.shared(x) if moe.shared is not None else out).float()
 
 
@@ -222,6 +229,10 @@ def BY_KIND(full, local):
 
 GEMMA3 = dict(num_hidden_layers=7, num_key_value_heads=2, head_dim=24, sliding_window=8, query_pre_attn_scalar=30,
               rope_parameters=BY_KIND(1000000.0, 10000.0))
+OSS = dict(num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=24, q_lora_rank=32, qk_nope_head_dim=12, qk_rope_head_dim=8,
+              v_head_dim=10, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, n_shared_experts=2,
+              n_group=4, topk_group=2, first_k_dense_replace=1, num_nextn_predict_layers=0)
 MODELS = {
     'gpt2': ('GPT2', dict(n_positions=128, n_embd=64, n_layer=2, n_head=4)),
     'gpt2-gelu-untied': ('GPT2', dict(n_positions=128, n_embd=64, n_layer=2, n_head=4, activation_function='gelu',
@@ -231,6 +242,7 @@ MODELS = {
     'llama3': ('Llama', dict(num_key_value_heads=2, rope_parameters=LLAMA3_ARGS)),
     'llama-linear': ('Llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=10000.0, factor=4.0))),
     'llama-yarn': ('Llama', dict(rope_parameters=YARN)),
+    'llama-yarn-smooth': ('Llama', dict(rope_parameters=YARN | dict(truncate=False, attention_factor=1.7))),
     'mistral': ('Mistral', dict(num_key_value_heads=2, sliding_window=None)),
     'mistral-window': ('Mistral', dict(num_key_value_heads=2, sliding_window=8)),
     'mistral-long-window': ('Mistral', dict(num_key_value_heads=2, sliding_window=100)),
@@ -260,6 +272,14 @@ MODELS = {
     'granite': ('Granite', dict(num_key_value_heads=2, embedding_multiplier=12.0, attention_multiplier=0.1,
                                 residual_multiplier=0.22, logits_scaling=7.0)),
     'phi3': ('Phi3', dict(num_key_value_heads=2)), 'phi3-window': ('Phi3', dict(sliding_window=8)),
+    'gpt_oss': ('GptOss', OSS | dict(rope_parameters=YARN | dict(truncate=False))),
+    'gpt_oss-plain': ('GptOss', OSS | dict(attention_bias=False, num_experts_per_tok=1, tie_word_embeddings=True,
+                                           layer_types=['full_attention', 'sliding_attention'])),
+    'deepseek_v3': ('DeepseekV3', LATENT | dict(num_hidden_layers=3, rope_parameters=YARN | dict(
+        mscale=1.0, mscale_all_dim=0.7))),
+    'deepseek_v3-q': ('DeepseekV3', LATENT | dict(q_lora_rank=None, first_k_dense_replace=0, n_group=1, topk_group=1,
+                                                  norm_topk_prob=False)),
+    'deepseek_v3-dense': ('DeepseekV3', LATENT | dict(first_k_dense_replace=2, tie_word_embeddings=True)),
 }
 
 
@@ -274,10 +294,13 @@ def theirs_of(name):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if p.ndim == 1:
+            if p.ndim == 1 or key.endswith('bias'):
                 p.add_(0.3 * torch.randn_like(p))
             elif 'router' in key or key.endswith('mlp.gate.weight'):
                 p.normal_()
+        for key, buffer in model.named_buffers():
+            if key.endswith('e_score_correction_bias'):
+                buffer.normal_(0, 0.3)
     return model
 
 
@@ -827,7 +850,7 @@ def test_0_1_an_unknown_word_is_answered_with_the_nearest_one(tmp_path, monkeypa
         with pytest.raises(UserError, match=f'{name}: no such config file; did you mean config.tiny.py'):
             list(runtime.read_config(name))
     for name, words in (('out/tinny', 'did you mean out/tiny'), ('smolm2', 'did you mean smollm2'),
-                        ('xyz', 'names are smollm2, gpt2')):
+                        ('xyz', 'names are smollm2, gemma3-270m, gpt2')):
         with pytest.raises(UserError, match=f'{name}: no such run.*; {words}'):
             load.load_model(name)
     for args in (['a', '--pef'], ['a', 'b', '--pef']):  # which is no directory to write into either
@@ -1198,9 +1221,9 @@ def test_0_1_files_do_not_grow_unnoticed():
     about = {'test_all.py', 'faults.py', 'check_docs.py'}
     product = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'))
                if path.name not in about]
-    assert lines(ROOT / 'model.py') <= 1148
-    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5561
-    assert lines(*product) <= 23098
+    assert lines(ROOT / 'model.py') <= 1300
+    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5800
+    assert lines(*product) <= 23600
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
@@ -1939,14 +1962,17 @@ def variants():
     yield dict(pos='rope', rope_pattern='RN', n_kv_head=2, norm='rmsnorm', norm_place='output', qk_norm=True,
                qk_norm_joint=True, mlp='swiglu', bias=False, residual_scale=0.5, logit_scale=0.5)
     yield dict(norm_place='both', qk_norm=True, qk_norm_joint=True, n_kv_head=1, embed_scale=2.0)
+    yield dict(pos='rope', n_kv_head=2, attn_gate='head', sink_logit=True)
+    yield dict(pos='rope', kv_lora_rank=12, q_lora_rank=16, qk_rope_dim=6, norm='rmsnorm', bias=False)
+    yield dict(pos='rope', kv_lora_rank=8, v_head_dim=20, attn_gate='element', sink_logit=True)
     yield dict(pos='rope', norm='rmsnorm', norm_affine=False, qk_norm=True, mlp='relu2', bias=False, tie_weights=False,
-               logit_softcap=15.0, attn_scale=0.18, head_dim=6)
+               attn_gate='element', logit_softcap=15.0, attn_scale=0.18, head_dim=6)
 
 
 VARIANTS = list(variants())
 
 
-@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-6:]], ids=str)
+@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-9:]], ids=str)
 @pytest.mark.parametrize('recompute', [False, True])
 def test_0_3_compile_sees_one_graph(options, recompute, monkeypatch):
     """fullgraph=True raises at a graph break; the loss runs over several chunks."""
@@ -2051,9 +2077,11 @@ def test_0_3_computed_memory_is_what_a_small_model_takes(options):
 
 # 0.4 measuring
 
-def test_0_4_flops_equal_torch_counter():
+@pytest.mark.parametrize('options', [dict(n_kv_head=2), dict(
+    pos='rope', kv_lora_rank=24, q_lora_rank=40, v_head_dim=16, qk_rope_dim=8, attn_gate='element')], ids=str)
+def test_0_4_flops_equal_torch_counter(options):
     from torch.utils.flop_counter import FlopCounterMode
-    model = tiny(n_kv_head=2, mlp='swiglu', tie_weights=False)
+    model = tiny(mlp='swiglu', tie_weights=False, **options)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(ids(2, 24)).sum().backward()
     assert counter.get_total_flops() == pytest.approx(48 * model.flops_per_token(24), rel=0.05)
@@ -2903,19 +2931,19 @@ def test_1_2_the_lesson_prints_the_example_and_the_anatomy_of_any_config():
 
 @pytest.mark.parametrize('options', [
     dict(), dict(pos='rope', n_kv_head=2, qk_norm=True), dict(pos='rope', window=4, window_pattern='LG'),
-    dict(pos='rope', window=4, n_sink=2), dict(causal=False)], ids=str)
+    dict(pos='rope', window=4, n_sink=2), dict(causal=False), dict(sink_logit=True, n_kv_head=2)], ids=str)
 def test_1_2_attention_maps_are_what_values_are_mixed_by(options):
     """With each value set to its own token's unit vector, what attention gives is its map."""
     model = tiny(**dict(block_size=24, head_dim=24, bias=False) | options)
     text = ids(1, 12)[0].tolist()
-    maps = model.attention_maps(text)
+    maps = anatomy.attention_maps(model, text)
     assert [name for name, _ in maps] == ['layer.0.self', 'layer.1.self']
     whole, taken = model_file.attend, []
 
     def watch(q, k, v, *args):
         eye = torch.zeros_like(v)
         eye[..., :12] = torch.eye(12)
-        taken.append(whole(q, k, eye, *args)[0, :, :, :12])
+        taken.append(whole(q, k, eye, *args)[0, :, :, :12])  # a sink makes them wider
         return whole(q, k, v, *args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_file, 'attend', watch)
@@ -2923,7 +2951,8 @@ def test_1_2_attention_maps_are_what_values_are_mixed_by(options):
             model(torch.tensor([text]))
     for (_, found), expected in zip(maps, taken, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:2]))
+        if not model.config.sink_logit:
+            torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:2]))
     assert all(module.watched is None for module in model.modules() if isinstance(module, model_file.Attention))
     if options.get('window') and not options.get('n_sink'):
         assert not maps[0][1][:, 11, :8].any() and maps[1][1][:, 11, :8].any()  # local, then global
@@ -3125,7 +3154,7 @@ def test_1_4_initialisation_of_gpt2_and_zero_init():
 @pytest.mark.parametrize('options', [
     dict(), dict(n_encoder_layer=2, pos='sinusoidal'), dict(n_expert=4, n_expert_shared=1, pos='rope', mlp='swiglu'),
     dict(lora_rank=2, adapter_dim=4), dict(lora_rank=2, quant='nf4', pos='rope'), dict(tie_weights=False, bias=False),
-    GEMMA_LIKE], ids=str)
+    GEMMA_LIKE, dict(kv_lora_rank=8, q_lora_rank=12, pos='rope', attn_gate='head', sink_logit=True)], ids=str)
 def test_1_4_the_anatomy_adds_up(options):
     model = tiny(**options)
     config = model.config
@@ -3560,7 +3589,7 @@ def test_1_5_words_reversed_by_the_small_transformer_run_shortened(run_stage, pa
 
 def test_1_5_an_encoder_decoders_maps_show_what_is_seen_of_the_source():
     model = tiny(n_encoder_layer=1, pos='sinusoidal')
-    maps = model.attention_maps([1, 2, 3], [4, 5, 6, 7])
+    maps = anatomy.attention_maps(model, [1, 2, 3], [4, 5, 6, 7])
     shapes = {name: tuple(weights.shape) for name, weights in maps}
     assert shapes == {'encoder.0.self': (4, 4, 4), 'layer.0.self': (4, 3, 3), 'layer.0.cross': (4, 3, 4),
                       'layer.1.self': (4, 3, 3), 'layer.1.cross': (4, 3, 4)}
@@ -4032,9 +4061,18 @@ def test_2_5_dropout_is_off_in_generation_and_restored():
     (lambda m: GPTConfig(qk_norm_joint=True), 'qk_norm_joint=True needs qk_norm=True'),
     (lambda m: GPTConfig(norm_offset=True, norm_affine=False), 'norm_offset=True needs norm_affine=True'),
     (lambda m: GPTConfig(embed_scale=0.0), 'embed_scale=0.0 must be above 0'),
-    (lambda m: GPTConfig(residual_scale=-1.0), 'residual_scale=-1.0 must be above 0'),
+    (lambda m: GPTConfig(residual_scale=-1.0), 'residual_scale=-1.0 must not be negative'),
     (lambda m: GPTConfig(logit_scale=0.0), 'logit_scale=0.0 must be above 0'),
     (lambda m: GPTConfig(norm_place='around'), "norm_place='around' is not one of 'pre', 'post', 'output', 'both'"),
+    (lambda m: GPTConfig(pos='rope', kv_lora_rank=8, qk_rope_dim=3), 'qk_rope_dim=3 must be even'),
+    (lambda m: GPTConfig(pos='rope', kv_lora_rank=8, window=3), 'kv_lora_rank=8 needs'),
+    (lambda m: GPTConfig(kv_lora_rank=8), "kv_lora_rank=8 needs pos='rope'"),
+    (lambda m: GPTConfig(kv_lora_rank=8, pos='rope', n_encoder_layer=1), 'no encoder'),
+    (lambda m: GPTConfig(q_lora_rank=8), 'need kv_lora_rank'), (lambda m: GPTConfig(v_head_dim=8), 'need kv_lora_rank'),
+    (lambda m: GPTConfig(n_expert=8, router_groups=3), 'router_groups=3 of n_expert=8'),
+    (lambda m: GPTConfig(n_expert=8, router_groups=4, n_expert_active=3), 'router_groups_active=1 of them'),
+    (lambda m: GPTConfig(n_expert=8, router_groups=4, router_groups_active=5), 'router_groups_active=5 of them'),
+    (lambda m: GPTConfig(attn_gate='heads'), "attn_gate='heads' is not one of"),
     (lambda m: optim.make_optimizers(m.named_parameters(), 'sgd'), "optimizer='sgd'"),
 ])
 def test_2_5_impossible_requests_raise_one_sentence(call, words):
@@ -4443,6 +4481,10 @@ def test_3_3_activations_by_hand():
     for kind, expected in (('gelu', gelu), ('relu2', [0, 0, 4]), ('swiglu', swish), ('geglu', gated)):
         found = model_file.activate(kind, up, *[gate] * (kind in model_file.GATED)).numpy()
         np.testing.assert_allclose(found, expected, atol=1e-6)
+    # gpt-oss: the gate ends at 7, up at -7 and 7, and 1 is added to that
+    sharp, seven = [z / (1 + math.exp(-1.702 * z)) for z in (1, -20, 7)], [1 + 2, 1 - 7, 1 + 7]
+    found = model_file.activate('swiglu_clamped', torch.tensor([2.0, -9, 9]), torch.tensor([1.0, -20, 50]))
+    np.testing.assert_allclose(found.numpy(), np.multiply(sharp, seven), rtol=1e-6)
 
 
 # 3.4 the KV cache, 8 bits
@@ -4669,8 +4711,9 @@ def test_3_4_encoder_decoder_generates_the_same_with_and_without_cache(options):
     assert alone == model.generate(prompts, 12, temperature=0, sources=sources)
 
 
-@pytest.mark.parametrize('options', [dict(), dict(pos='rope', n_kv_head=2), dict(pos='rope', window=5, n_sink=2)],
-                         ids=str)
+@pytest.mark.parametrize('options', [
+    dict(), dict(pos='rope', n_kv_head=2), dict(pos='rope', window=5, n_sink=2),
+    dict(pos='rope', window=5, sink_logit=True), dict(pos='rope', kv_lora_rank=12)], ids=str)
 def test_3_4_rows_join_and_leave_while_others_are_under_way(options):
     """What a server does: each row gets the tokens that it would get alone, from whatever place it starts."""
     model, rolling = tiny(**options), 'window' in options
@@ -4736,6 +4779,7 @@ WINDOWS = [dict(pos='rope', window=5), dict(pos='rope', window=5, n_sink=3, n_kv
            dict(pos='rope', window=5, n_sink=2, window_pattern='LLG', n_layer=3), dict(pos='rope', window=30, n_sink=1),
            dict(pos='rope', window=5, n_sink=3, rope_scaling='yarn', rope_factor=4.0), dict(pos='learned', window=5),
            dict(pos='rope', window=5, n_sink=2, rope_theta_local=50.0, rope_pattern='RN'),
+           dict(pos='rope', window=5, n_sink=2, sink_logit=True, n_kv_head=2),
            GEMMA_LIKE | dict(window=5, window_pattern='LG', rope_theta_local=50.0, rope_scaling='linear',
                              rope_factor=4.0)]
 
@@ -4796,13 +4840,15 @@ def test_3_5_a_stream_goes_on_past_the_block():
     assert len(tiny(pos='learned', window=6).generate([[1, 2]], 22)[0]) == 22
 
 
-def test_3_5_flex_attention_sees_the_same():
+@pytest.mark.parametrize('sink', [None, torch.tensor([-1.0, 0, 0.5, 2])], ids=['plain', 'sink_logit'])
+def test_3_5_flex_attention_sees_the_same(monkeypatch, sink):
     from torch.nn.attention.flex_attention import flex_attention
+    monkeypatch.setattr(model_file, 'compiled_flex', lambda: flex_attention)
     model = tiny(pos='rope', window=5, n_sink=3)
     q, k, v = torch.randn(3, 2, 4, 24, 8, generator=torch.Generator().manual_seed(0))
     mask = model.layout(24, None, None, torch.device('cpu')).local_mask
-    expected = model_file.attend(q, k, v, mask, True, 0.3)
-    got = flex_attention(q, k, v, block_mask=model.block_mask(24, 'cpu'), scale=0.3)
+    expected, got = (model_file.attend(q, k, v, m, True, 0.3, 0.0, sink)[..., :8]
+                     for m in (mask, model.block_mask(24, 'cpu')))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -4811,9 +4857,15 @@ def test_3_5_flex_attention_sees_the_same():
 def test_3_6_heads_that_share_keys_attend_alike_in_16_bits():
     q, (k, v) = torch.randn(3, 6, 1, 16).bfloat16(), torch.randn(2, 3, 2, 40, 16).bfloat16()
     mask = torch.rand(3, 1, 1, 40) > 0.3
-    for m in (None, mask):
+    sink = torch.randn(6)
+    for m, with_sink in itertools.product((None, mask), (None, sink)):
         expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=m, enable_gqa=True)
-        torch.testing.assert_close(model_file.attend(q, k, v, m, True, 0.25).float(), expected, atol=0.02, rtol=0.02)
+        if with_sink is not None:
+            scores = (q.float() @ k.float().repeat_interleave(3, 1).mT * 0.25).masked_fill(
+                torch.tensor(False) if m is None else ~m, -math.inf)
+            expected = expected * (scores.logsumexp(-1) - sink[:, None]).sigmoid()[..., None]
+        found = model_file.attend(q, k, v, m, True, 0.25, 0.0, with_sink)[..., :16]
+        torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize('T, S, kind', [(300, 300, 'causal'), (70, 70, 'mask'), (50, 90, 'rows'), (40, 40, 'none')])
@@ -4940,7 +4992,8 @@ def test_3_7_speculative_texts_have_the_models_distribution():
 
 
 @pytest.mark.parametrize('options', [{}, dict(pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_kv_head=2),
-                                     dict(pos='rope', window=6, window_pattern='LG', n_sink=2)], ids=str)
+                                     dict(pos='rope', window=6, window_pattern='LG', n_sink=2),
+                                     dict(pos='rope', kv_lora_rank=12, sink_logit=True, attn_gate='head')], ids=str)
 def test_3_7_greedy_texts_are_the_same_with_any_draft(options):
     """Ragged prompts, past the block, stop tokens, forced tokens, a penalty; and drawn rows depend on no other row."""
     model, prompts = tiny(n_future=3, **options), [[1, 2, 3], [4], ids(20).tolist()]
@@ -5041,6 +5094,182 @@ def test_3_7_sample_and_bench_take_a_draft(run_stage, base_run, text_data, tmp_p
             f'{2 if more else 8}'
     status, _, err = run_stage('bench', 'train', '--draft=small')
     assert status == 2 and 'mode sample' in err
+
+
+# 3.8 gates on what heads find, learned sinks
+
+def test_3_8_gates_by_hand():
+    """The example of self-attention, whose output is (12, 0), (4, 8), (9, 9), times sigmoids of each token's numbers:
+    that of ln 3 is 3/4, of 0 1/2 and of -ln 3 1/4."""
+    ln3, x = math.log(3), torch.tensor(anatomy.ROWS)
+    for kind, weight, expected in (('head', [[ln3, -ln3]], [[9, 0], [1, 2], [4.5, 4.5]]),
+                                   ('element', [[ln3, 0], [0, ln3]], [[9, 0], [2, 6], [6.75, 6.75]])):
+        attention = anatomy.pencil(attn_gate=kind)
+        attention.attn_gate.weight.data.copy_(torch.tensor(weight))
+        torch.testing.assert_close(attention(x[None])[0], torch.tensor(expected))
+
+
+def test_3_8_gated_attention_is_that_of_qwen3_next():
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention
+    config = transformers.Qwen3NextConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config._attn_implementation = 'eager'
+    torch.manual_seed(0)
+    theirs = Qwen3NextAttention(config, 0)
+    ours = GPT(GPTConfig(n_layer=1, n_embd=32, n_head=4, n_kv_head=2, vocab_size=8, block_size=16, norm='rmsnorm',
+                         norm_eps=1e-6, qk_norm=True, bias=False, attn_gate='element')).blocks[0].attn
+    q, gate = theirs.q_proj.weight.view(4, 2, 8, 32).unbind(1)  # of each head
+    with torch.no_grad():
+        ours.qkv.weight.copy_(torch.cat((q.flatten(0, 1), theirs.k_proj.weight, theirs.v_proj.weight)))
+        ours.attn_gate.weight.copy_(gate.flatten(0, 1))
+        ours.proj.weight.copy_(theirs.o_proj.weight)
+    x, same = (torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in 'ab')
+    still = torch.ones(2, 16, 8), torch.zeros(2, 16, 8)  # cos and sin of no rotation
+    mask = torch.full((16, 16), -1e30).triu(1)[None, None]
+    y, expected = ours(x), theirs(same, still, mask)[0]
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, same.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('options', [dict(attn_gate='head'), dict(attn_gate='element')], ids=str)
+def test_3_8_gates_have_lora_and_are_packed(options):
+    base, x = tiny(**options), ids(2, 20)
+    added = dict(lora_rank=2, lora_targets='attn_gate')
+    model = lora.apply(copy.deepcopy(base), LoRAConfig(**added))
+    assert {name.split('.', 3)[3] for name in lora.state(model)} == {'attn_gate.lora_a', 'attn_gate.lora_b'}
+    learned(model)
+    with torch.no_grad():
+        assert (model(x) - base(x)).abs().max() > 0.01
+        torch.testing.assert_close(lora.merge(model)(x), model(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pack(copy.deepcopy(base))(x), base(x), atol=1e-4, rtol=1e-4)
+        four = lora.apply(copy.deepcopy(base), LoRAConfig(**added, quant='nf4'))
+        assert not [name for name, p in four.named_parameters() if p.ndim > 1 and name.startswith('blocks')
+                    and not lora.is_new(name)] and (four(x) - base(x)).norm() < 0.3 * base(x).norm()
+
+
+def test_3_8_a_sink_takes_its_share_by_hand():
+    """The example of self-attention, weights 2^0 : 2^1 : 2^2, beside a sink of 2^1 that gives nothing."""
+    attention, x = anatomy.pencil(sink_logit=True), torch.tensor(anatomy.ROWS)
+    attention.sink.data.fill_(math.log(2))
+    shares = np.array([[2 / 4, 0, 0], [1 / 5, 2 / 5, 0], [2 / 10, 2 / 10, 4 / 10]])
+    out = [[6, 0], [2.4, 4.8], [7.2, 7.2]]
+    assert np.allclose(shares @ (12 * x.numpy()), out)
+    torch.testing.assert_close(attention(x[None])[0], torch.tensor(out))
+    attention.sink.data.fill_(-1e9)  # none: plain self-attention
+    torch.testing.assert_close(attention(x[None])[0], torch.tensor([[12.0, 0], [4, 8], [9, 9]]))
+
+
+def test_3_8_sinks_learn_as_a_plain_softmax_says():
+    """Against a softmax over keys and the sink in float64, gradients too."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, sink = (torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
+                     for shape in ((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8), (4,)))
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
+    both = torch.cat((scores, sink[:, None, None].expand(2, 4, 9, 1)), -1).softmax(-1)[..., :-1]
+    expected = both @ v.repeat_interleave(2, 1)
+    got = model_file.attend(q, k, v, None, True, 0.3, 0.0, sink)[..., :8]
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v, sink)) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    half = model_file.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, True, 0.3, 0.0, sink)[..., :8]
+    torch.testing.assert_close(half.double(), expected, atol=0.03, rtol=0.03)
+
+
+def test_3_8_biases_of_experts_learn_as_vectors():
+    """No decay of weights and no Muon, and they begin at zero."""
+    model = GPT(GPTConfig(**load.fields_of(GPTConfig, vars(tiny(**MOE).config)) | dict(expert_bias=True)))
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith('bias')}
+    assert len(biases) == 2 * 4 and not any(p.any() for p in model.parameters() if id(p) in biases)
+    for kind in ('adamw', 'muon'):
+        made = optim.make_optimizers(model.named_parameters(), kind)
+        assert all(group['weight_decay'] == 0 for group in made[0].param_groups
+                   if biases & {*map(id, group['params'])})
+        assert biases <= {id(p) for group in made[0].param_groups for p in group['params']}
+
+
+# 3.9 latent attention
+
+def test_3_9_latent_attention_by_hand():
+    """Three tokens whose mean square is 1, which the norm of latent vectors leaves as they are; keys are these, values
+    21 times these, the rotated part is 0. Read at once, and token by token with nothing but the latent vectors kept."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=3, vocab_size=3, bias=False, norm='rmsnorm',
+                       pos='rope', kv_lora_rank=2, qk_rope_dim=2, attn_scale=math.log(2) / 2)
+    attention, one, none = model_file.LatentAttention(config), torch.eye(2), torch.zeros(2, 2)
+    attention.q.weight.data, attention.kv_a.weight.data = torch.cat((one, none)), torch.cat((one, none))
+    attention.kv_b.weight.data, attention.proj.weight.data = torch.cat((one, 21 * one)), one
+    attention.kv_norm.weight.data.fill_(1.0)
+    x = torch.tensor([[1.0, 1], [1, -1], [-1, 1]])
+    # products 0 and 2, then 0, -2 and 2, times ln(2) / 2: shares 1 : 2, then 2 : 1 : 4
+    out = torch.tensor([[21.0, 21], [21, -7], [-3, 15]])
+    rope = [table[:, None] for table in model_file.rope_tables(config)]
+    torch.testing.assert_close(attention(x[None], Context(rope=rope))[0], out, atol=1e-4, rtol=1e-4)
+    cache = KVCache(config, 1, 3, 'cpu')
+    with torch.no_grad():
+        for t in range(3):
+            cache.begin(1)
+            y = attention(x[None, t:t + 1], Context(rope=[table[t:t + 1] for table in rope], cache=cache))
+            torch.testing.assert_close(y[0, 0], out[t], atol=1e-4, rtol=1e-4)
+    (kept,), = cache.layers
+    torch.testing.assert_close(kept[0, 0], torch.cat((x, torch.zeros(3, 2)), 1), atol=1e-5, rtol=1e-5)
+
+
+def test_3_9_bytes_of_a_token_in_the_cache():
+    """Two layers of four heads, eight numbers each, float32: computed, and counted in a cache that has been filled."""
+    kinds = {'MHA': ({}, 2 * 2 * 4 * 8 * 4), 'GQA': (dict(n_kv_head=2), 2 * 2 * 2 * 8 * 4),
+             'MQA': (dict(n_kv_head=1), 2 * 2 * 1 * 8 * 4), 'MLA': (dict(kv_lora_rank=12), 2 * (12 + 4) * 4)}
+    for options, expected in kinds.values():
+        model = tiny(pos='rope', **options)
+        cache = KVCache(model.config, 3, 20, 'cpu')
+        prefill(model, ids(3, 20).tolist(), cache)
+        assert sum(x.nbytes for layer in cache.layers for x in layer) == expected * 3 * 20
+        assert 4 * 2 * model.config.cache_width == expected
+    assert [expected for _, expected in kinds.values()] == [512, 256, 128, 128]
+
+
+@pytest.mark.parametrize('added', [dict(), dict(lora_dora=True), dict(quant='nf4')], ids=str)
+def test_3_9_latent_attention_has_lora_and_is_packed(added):
+    base = tiny(pos='rope', kv_lora_rank=16, q_lora_rank=16, n_embd=64, bias=False)
+    model = lora.apply(copy.deepcopy(base), LoRAConfig(lora_rank=2, **added))
+    learned(model)
+    found = {name.split('.')[-2] for name in lora.state(model) if '.attn.' in name}
+    assert found == {'q_a', 'q', 'kv_a', 'kv_b', 'proj'}
+    prompts, options = [[1, 2, 3], [4]], dict(temperature=0, return_logprobs=True)
+    for other, near in ((model, 1e-3), (pack(copy.deepcopy(base)), 1e-3), (pack(copy.deepcopy(base), 'int8'), 0.03)):
+        new, logs = other.generate(prompts, 15, **options)
+        again, logs_again = other.generate(prompts, 15, use_cache=False, **options)
+        assert new == again
+        np.testing.assert_allclose(sum(logs, []), sum(logs_again, []), atol=near)
+    if not added:
+        merged = lora.merge(model).generate(prompts, 15, temperature=0)
+        assert merged == model.generate(prompts, 15, temperature=0)
+
+
+def test_3_9_a_text_goes_on_from_the_latent_vectors_of_another():
+    """What a server does with a beginning that it has read before: a part of a row's cache."""
+    model, text = tiny(pos='rope', kv_lora_rank=12), ids(20).tolist()
+    cache = KVCache(model.config, 2, 24, 'cpu')
+    prefill(model, [ids(7, seed=3).tolist(), text], cache)
+    part = cache.part(1, 12)
+    expected = prefill(model, [text])
+    torch.testing.assert_close(prefill(model, [text[12:]], part), expected, atol=1e-4, rtol=1e-4)
+    assert part.lengths == [20] and len(part.layers[0]) == 1
+
+
+@pytest.mark.parametrize('name', ['deepseek_v3', 'deepseek_v3-q', 'gpt_oss'])
+def test_3_9_lora_on_others_attention_leaves_for_peft(name, saved, tmp_path):
+    peft = pytest.importorskip('peft')
+    _, folder = saved(name)
+    targets = 'q,k,v,proj' if name == 'gpt_oss' else 'q_a,q,kv_a,kv_b,proj'
+    model = lora.apply(convert.from_hf(folder)[0], LoRAConfig(lora_rank=2, lora_targets=targets))
+    learned(model)
+    convert.to_peft(model, tmp_path / 'peft', str(folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation='eager')
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'peft').eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids_of(40)), theirs(ids_of(40)).logits, atol=1e-3, rtol=1e-3)
+    back = built(convert.from_peft(tmp_path / 'peft', convert.from_hf(folder)[0])).eval()
+    torch.testing.assert_close(back(ids_of(40)), model(ids_of(40)), atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6018,8 +6247,9 @@ def test_5_1_a_router_by_hand():
 
 @pytest.mark.parametrize('options', [{}, {'router_renorm': False}, {'n_expert_shared': 2, 'mlp': 'gelu'},
                                      {'router_bias_rate': 0.1, 'mlp': 'relu2'}, {'n_expert_active': 5},
-                                     {'router_bias_rate': 0.1, 'router_score': 'sigmoid', 'router_scale': 2.5}],
-                         ids=str)
+                                     {'router_bias_rate': 0.1, 'router_score': 'sigmoid', 'router_scale': 2.5},
+                                     {'expert_bias': True, 'mlp': 'swiglu_clamped'},
+                                     {'expert_bias': True, 'mlp': 'gelu'}], ids=str)
 def test_5_1_experts_equal_a_loop_over_tokens(options):
     moe = tiny(**MOE | options).blocks[1].mlp
     if moe.bias_rate:
@@ -6056,6 +6286,30 @@ def test_5_1_sigmoid_routers_are_those_of_deepseek_v3(renorm):
     assert ours.router.weight.grad.norm() > 1e-3
     ours.router.weight.data.fill_(-1e3)  # no sigmoid is above 0: nothing is divided by it
     assert ours.train()(x.abs()).isfinite().all() and ours.aux.isfinite() and ours.entropy.isfinite()
+
+
+def test_5_1_the_bias_of_a_choice_keeps_its_digits_in_16_bits():
+    model = tiny(**MOE, router_bias_rate=0.1)
+    for moe in model.sparse:
+        moe.choice_bias += torch.linspace(-0.3, 0.31, 5)
+    due = [moe.choice_bias.clone() for moe in model.sparse]
+    for half in (copy.deepcopy(model).bfloat16(), lora.merge(model, torch.bfloat16)):
+        assert half.blocks[0].mlp.up.dtype == torch.bfloat16
+        assert all(torch.equal(moe.choice_bias, bias) for moe, bias in zip(half.sparse, due, strict=True))
+        assert half(ids(2, 9)).isfinite().all()
+
+
+def test_5_1_experts_of_the_best_groups_by_hand():
+    """Sigmoids 0.9 and 0.1 in one group, 0.6 and 0.5 in the other: that has more together, and both its experts win."""
+    scores = torch.tensor([0.9, 0.1, 0.6, 0.5])
+    moe = model_file.MoE(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=3, vocab_size=3, mlp='relu2', n_expert=4,
+                                   expert_dim=8, router_score='sigmoid', router_groups=2, router_groups_active=1))
+    one = torch.eye(8)
+    moe.router.weight.data = torch.cat((scores.logit()[:, None], torch.zeros(4, 7)), 1)
+    moe.up.data, moe.down.data = one.repeat(4, 1, 1), torch.stack([times * one for times in (1, 10, 100, 1000)])
+    expected = (0.6 * 100 + 0.5 * 1000) / 1.1
+    assert moe(one[None, :1])[0, 0, 0].item() == pytest.approx(expected, rel=1e-5)
+    assert moe.load.tolist() == [0, 0, 1, 1]
 
 
 def dense_and_upcycled(noise=0.0, **options):
@@ -13755,14 +14009,15 @@ def edit(folder, target, **changes):
     return target
 
 
-@pytest.mark.parametrize('name', ['llama', 'llama3', 'llama-linear', 'llama-yarn', 'qwen3_moe'])
+@pytest.mark.parametrize('name', ['llama', 'llama3', 'llama-linear', 'llama-yarn', 'qwen3_moe', 'gpt_oss',
+                                  'deepseek_v3'])
 def test_10_5_config_json_is_read_in_the_spelling_of_transformers_4(name, saved, tmp_path):
     _, folder = saved(name)
     new = json.loads((folder / 'config.json').read_text())
     rope = new['rope_parameters']
     scaling = None if rope['rope_type'] == 'default' else {k: v for k, v in rope.items() if k != 'rope_theta'}
     changes = dict(rope_parameters=..., dtype=..., torch_dtype='float32', rope_theta=rope['rope_theta'])
-    if 'num_local_experts' in new:
+    if name == 'qwen3_moe':
         changes |= dict(num_local_experts=..., num_experts=4)
     wanted = convert.from_hf(folder)[0].config
     assert convert.from_hf(edit(folder, tmp_path / 'a', rope_scaling=scaling, **changes))[0].config == wanted
@@ -13791,6 +14046,57 @@ def test_10_5_keys_that_config_json_leaves_out_have_the_defaults_of_transformers
     (tmp_path / 'full.json').write_text(transformers.AutoConfig.for_model(family).to_json_string(use_diff=False))
     bare, full = (convert.hf_args(convert.read_json(tmp_path / f'{n}.json')) for n in ('bare', 'full'))
     assert GPTConfig(**bare[1]) == GPTConfig(**full[1])
+
+
+def test_10_5_numbers_of_4_bits_are_those_of_transformers(saved, tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+    _, folder = saved('gpt_oss')
+    tensors, g = tensors_in(folder), torch.Generator().manual_seed(0)
+    dense = dict(tensors)
+    for name in [name for name in tensors if name.endswith(('gate_up_proj', 'down_proj'))]:
+        E, n_in, n_out = tensors.pop(name).shape
+        blocks = torch.randint(256, (E, n_out, n_in // 32, 16), generator=g, dtype=torch.uint8)
+        scales = torch.randint(121, 127, (E, n_out, n_in // 32), generator=g, dtype=torch.uint8)
+        tensors |= {f'{name}_blocks': blocks, f'{name}_scales': scales}
+        dense[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    packed = edit(folder, tmp_path / 'packed', quantization_config={'quant_method': 'mxfp4'})
+    shutil.copytree(folder, tmp_path / 'dense')
+    for name, found in (('packed', tensors), ('dense', dense)):
+        safetensors_torch.save_file(found, tmp_path / name / 'model.safetensors', {'format': 'pt'})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'dense', attn_implementation='eager').eval()
+    ours = convert.from_hf(packed)[0]
+    assert_same_tensors(ours.eval(), theirs)
+    convert.to_hf(ours, tmp_path / 'out')  # as numbers
+    after = tensors_in(tmp_path / 'out')
+    assert after.keys() == dense.keys() and all(torch.equal(after[name], dense[name]) for name in dense)
+    lost = next(name for name in tensors if name.endswith('down_proj_scales'))
+    safetensors_torch.save_file({k: v for k, v in tensors.items() if k != lost}, packed / 'model.safetensors')
+    with pytest.raises(UserError, match='down_proj_scales is missing'):
+        convert.from_hf(packed)
+
+
+def test_10_5_the_bias_of_a_choice_stays_in_float32(saved, tmp_path):
+    theirs, folder = saved('deepseek_v3')
+    shutil.copytree(folder, tmp_path / 'half')
+    tensors = {name: t if name.endswith('correction_bias') else t.bfloat16() for name, t in tensors_in(folder).items()}
+    safetensors_torch.save_file(tensors, tmp_path / 'half/model.safetensors', {'format': 'pt'})
+    half, _ = convert.from_hf(tmp_path / 'half', dtype=None)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    convert.to_hf(half, tmp_path / 'out')
+    after = tensors_in(tmp_path / 'out')
+    assert all(torch.equal(after[name], t) and after[name].dtype == t.dtype for name, t in tensors.items())
+
+
+def test_10_5_what_predicts_tokens_after_the_next_is_left_out(saved, tmp_path, capsys):
+    theirs, folder = saved('deepseek_v3')
+    folder, tensors = edit(folder, tmp_path / 'more', num_nextn_predict_layers=1), tensors_in(folder)
+    tensors |= {'model.layers.3.eh_proj.weight': torch.ones(4), 'model.layers.3.enorm.weight': torch.ones(4)}
+    safetensors_torch.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+    assert_same_tensors(convert.from_hf(folder)[0].eval(), theirs)
+    assert f'{folder}: 2 tensors that predict tokens after the next are left out\n' == capsys.readouterr().err
+    for key, value in (('rope_interleave', False), ('num_key_value_heads', 2), ('n_group', 3), ('moe_layer_freq', 2)):
+        with pytest.raises(UserError, match='router_groups=3' if key == 'n_group' else f'{key}={value}'):
+            convert.from_hf(edit(saved('deepseek_v3')[1], tmp_path / key, **{key: value}))
 
 
 def test_10_5_shards_and_16_bits(saved, tmp_path):
@@ -13905,6 +14211,12 @@ SCRATCH = {
     'MixtralForCausalLM': LLAMA_LIKE | dict(n_expert=4, n_expert_active=2, expert_dim=32),
     'Qwen3MoeForCausalLM': LLAMA_LIKE | dict(n_expert=4, n_expert_active=2, expert_dim=32, qk_norm=True,
                                              router_renorm=False, dense_layers=1),
+    'GptOssForCausalLM': LLAMA_LIKE | dict(mlp='swiglu_clamped', n_expert=4, expert_dim=32, bias=True, expert_bias=True,
+                                           sink_logit=True, window=8, window_pattern='LLG'),
+    'DeepseekV3ForCausalLM': LLAMA_LIKE | dict(kv_lora_rank=24, q_lora_rank=32, n_expert=8, expert_dim=32,
+                                               n_expert_shared=1, router_score='sigmoid', router_bias_rate=0.1,
+                                               router_scale=2.5, router_groups=4, router_groups_active=2),
+    'DeepseekV3ForCausalLM, dense': LLAMA_LIKE | dict(kv_lora_rank=24, norm_affine=False, qk_rope_dim=4),
 }
 
 
@@ -13938,6 +14250,7 @@ def test_10_5_models_trained_here_compute_the_same_in_transformers(architecture,
     (dict(qkv_bias=True, qk_norm=True), 'qkv_bias=True'), (dict(window=8, n_sink=2), 'n_sink=2'),
     (dict(window=8, window_pattern='LG'), "window_pattern='LG'"),
     (dict(n_expert=4, router_renorm=False), 'router_renorm=False'),
+    (dict(mlp='swiglu_clamped', sink_logit=True, n_expert=4), 'expert_bias=False'),
     (dict(n_expert=4, dense_layers=1), 'dense_layers=1'), (dict(n_expert=4, n_expert_shared=1), 'n_expert_shared=1'),
     (dict(pos='learned', norm='layernorm', bias=True), "mlp='swiglu'"),
     (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', n_kv_head=2), 'n_kv_head=2'),
@@ -13967,6 +14280,10 @@ def test_10_5_flags_that_no_architecture_there_has_are_refused(changes, words, t
     (dict(n_expert=1, n_expert_active=1), 'n_expert=1 cannot', '--n_expert=0'),
     (dict(pos='learned', norm='layernorm', bias=True, mlp='gelu', n_head=5, head_dim=16),
      'n_head=5, n_kv_head=5, head_dim=16 cannot', '--n_head=1 --n_kv_head=1 --head_dim=64'),
+    (dict(kv_lora_rank=24, n_expert=8, bias=True, router_score='sigmoid'), 'bias=True, n_expert_shared=0 cannot',
+     '--bias=False --n_expert_shared=1'),
+    (dict(mlp='swiglu_clamped', sink_logit=True, n_expert=8, attn_gate='head'),
+     "attn_gate='head', expert_bias=False cannot", '--attn_gate=none --expert_bias=True'),
     (dict(pos='learned'), "pos='learned' cannot", '--pos=rope')])  # a Llama but for this: nearer than GPT-2
 def test_10_5_all_that_cannot_be_exported_is_named_with_what_can(changes, fields, remedy):
     config = GPTConfig(**LLAMA_LIKE | changes)
@@ -14031,8 +14348,12 @@ def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
     ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=0.5)), 'factor=0.5'),
     ('llama', dict(rope_parameters=dict(rope_type='linear', rope_theta=-1, factor=2.0)), 'rope_theta=-1'),
     ('llama', dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), 'rope_parameters'),
-    ('llama', dict(rope_parameters=YARN | dict(attention_factor=2.0)), 'attention_factor=2.0'),
-    ('llama', dict(rope_parameters=YARN | dict(truncate=False)), 'truncate=False'),
+    ('llama', dict(rope_parameters=YARN | dict(attention_factor=-2.0)), 'attention_factor=-2.0'),
+    ('llama', dict(rope_parameters=YARN | dict(attention_factor=2.0, factor=1.0)), 'attention_factor=2.0 is not supp'),
+    ('llama', dict(rope_parameters=YARN | dict(truncate='no')), "truncate='no' must be true or false"),
+    ('gpt_oss', dict(swiglu_limit=5.0), 'swiglu_limit=5.0'), ('gpt_oss', dict(swiglu_alpha=1.0), 'swiglu_alpha=1.0'),
+    ('gpt_oss', dict(quantization_config={'quant_method': 'fp8'}), "quantization_config={'quant_method': 'fp8'}"),
+    ('llama', dict(quantization_config={'quant_method': 'mxfp4'}), 'quantization_config={'),
     ('llama', dict(rope_parameters=LLAMA3_ARGS | dict(low_freq_factor=0)), 'low_freq_factor=0'),
     ('llama', dict(rope_scaling=dict(type='dynamic', factor=2.0)), "type='dynamic'"),
     ('llama', dict(quantization_config=dict(bits=4)), 'quantization_config'),
@@ -14814,7 +15135,8 @@ def test_10_5_help_names_the_flags_that_cannot_leave(monkeypatch, capsys):
     def leaves(**more):  # None: no model can have it
         found = None
         olmo = ROTARY | dict(norm_place='output', qk_norm=True, qk_norm_joint=True)
-        for fields, gguf_too in itertools.product([*LEAVES.values(), olmo], (False, True)):
+        for fields, gguf_too in itertools.product([
+                *LEAVES.values(), olmo, SCRATCH['GptOssForCausalLM'], SCRATCH['DeepseekV3ForCausalLM']], (False, True)):
             try:
                 config = GPTConfig(**fields | more)
             except ValueError:
@@ -14824,10 +15146,11 @@ def test_10_5_help_names_the_flags_that_cannot_leave(monkeypatch, capsys):
                 return True
             found = False
         return found
-    others = dict(mlp=['gelu', 'gelu_tanh', 'swiglu', 'geglu', 'relu2'], norm=['layernorm', 'rmsnorm'],
-                  norm_place=['pre', 'post', 'output', 'both'], pos=['learned', 'sinusoidal', 'rope', 'none'],
-                  rope_scaling=['linear', 'llama3', 'yarn'], window=[8, 64], n_expert=[4], head_dim=[32],
-                  rope_pattern=['RN'], qk_norm_joint=[True])
+    others = dict(mlp=['gelu', 'gelu_tanh', 'swiglu', 'swiglu_clamped', 'geglu', 'relu2'],
+                  norm=['layernorm', 'rmsnorm'], norm_place=['pre', 'post', 'output', 'both'],
+                  pos=['learned', 'sinusoidal', 'rope', 'none'], rope_scaling=['linear', 'llama3', 'yarn'],
+                  window=[8, 64], n_expert=[4], head_dim=[32], rope_pattern=['RN'], qk_norm_joint=[True],
+                  attn_gate=['head', 'element'])
     wanted = set()
     for field in dataclasses.fields(GPTConfig):
         usual = [not field.default] if isinstance(field.default, bool) else [field.default, 1, 2, 0.5, 'LG']
