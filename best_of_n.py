@@ -195,10 +195,10 @@ def measure(run):
     return points
 
 
-def mean_of(values, digits=3):
+def mean_of(values):
     """'mean (low to high)' of numbers, with the 95 % interval over prompts."""
     low, high = interval(values)
-    return f'{np.mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})'
+    return f'{np.mean(values):.3f} ({low:.3f} to {high:.3f})'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def draw_series(series, path):
             axes.set_title(('best of n', 'policies')[rl], fontsize=9)
             axes.set_xlabel('square root of KL, nats', fontsize=8)
             axes.set_ylabel('true quality' if measure == 'gold' else "reward model's score", fontsize=8)
-            coefficients = [mean_of(column.tolist(), 4) for column in np.array(laws).T]
+            coefficients = ['{:.3f} ± {:.3f}'.format(*mean_and_spread(column.tolist())) for column in np.array(laws).T]
             highest = peak(*np.mean(laws, 0), rl) ** 2
             K = min(len(kl) for kl, _ in seeds.values())
             P = min(values[measure].shape[0] for _, values in seeds.values())
