@@ -19,7 +19,7 @@ Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv
 (arXiv:2505.06708), Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066)
 and V3 (arXiv:2412.19437), balancing without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150),
 attention sinks (arXiv:2309.17453), latent attention (arXiv:2405.04434), gpt-oss (arXiv:2508.10925), several
-tokens at once (arXiv:2404.19737).
+tokens at once (arXiv:2404.19737), label smoothing (arXiv:1512.00567).
 """
 import contextlib
 import functools
@@ -848,18 +848,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, w, targets, cap, temperature, per_token, learning, details=False):
+    def forward(ctx, h, w, targets, cap, temperature, per_token, learning, details=False, label_smoothing=0.0):
         """h (N, C), w (V, C), targets (N,) with -100 to skip -> the sum of the losses; with per_token, losses and, with
         details too, the entropies of the distributions (N,) float32, else None.
 
         cap: of the logits, 0 = none; these are then divided by the temperature. learning: whether a backward may
-        follow.
+        follow. label_smoothing: see `GPT.forward`.
         """
         losses = torch.zeros(len(h), dtype=torch.float32, device=h.device)
         entropies = torch.zeros_like(losses) if details else None
         ones = losses.new_ones(len(h))
         grads = (ones, None) if learning and not per_token else None
-        ctx.how = cap, temperature
+        ctx.how = cap, temperature, label_smoothing
         dh, dw = LinearCrossEntropy.walk(h, w, targets, *ctx.how, grads, (losses, entropies), ctx.needs_input_grad[1])
         ctx.per_token = per_token
         if not torch.compiler.is_compiling():  # which cannot say that nothing was learnt from the entropies
@@ -876,10 +876,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         else:
             dh, dw = ctx.saved_tensors
             dh, dw = dh * g, dw if dw is None else dw * g
-        return dh, dw if dw is None else dw.to(dh.dtype), None, None, None, None, None, None
+        return dh, dw if dw is None else dw.to(dh.dtype), *[None] * 7
 
     @staticmethod
-    def walk(h, w, targets, cap, temperature, g, out, learns):
+    def walk(h, w, targets, cap, temperature, label_smoothing, g, out, learns):
         """Writes the losses and entropies (N,) into the pair out, if given, either of which may be None.
 
         Returns (dh, dw), None without g; dw also where w needs no gradient. g: the gradients (N,) of the losses and of
@@ -890,7 +890,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             valid, tc = targets[rows] != -100, targets[rows].clamp(min=0)[:, None]
             logprobs = logits.sub_(logits.logsumexp(1, keepdim=True))
             if out is not None:
-                out[0][rows] = -logprobs.gather(1, tc)[:, 0] * valid
+                losses = -logprobs.gather(1, tc)[:, 0]
+                if label_smoothing:
+                    losses = losses.lerp(-logprobs.mean(1), label_smoothing)
+                out[0][rows] = losses * valid
                 if out[1] is not None:
                     out[1][rows] = -(logprobs.exp() * logprobs).sum(1) * valid
             if g is None:
@@ -902,7 +905,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p = logprobs.exp()
                 d = logprobs.sub_((p * logprobs).sum(1, keepdim=True)).mul_(p)
                 d = d.mul_(-(g[1][rows] * valid)[:, None]).add_(p.mul_(weights))
-            d.scatter_add_(1, tc, -weights)  # softmax - onehot
+            d.scatter_add_(1, tc, -weights * (1 - label_smoothing))  # softmax - onehot, smoothed
+            d = d.sub_(weights * (label_smoothing / d.shape[1])) if label_smoothing else d
             return d / within(temperature) if temperature != 1 else d
         return walk_logits(h, w, cap, rule, g is not None, learns)
 
@@ -1110,11 +1114,12 @@ class GPT(nn.Module):
         return _softcap(self.head(hidden).float(), self.config.logit_softcap)
 
     def forward(self, idx, targets=None, positions=None, mask=None, segments=None, source=None, source_mask=None,
-                real=None, reduction='mean', output=None):
+                real=None, reduction='mean', output=None, label_smoothing=0.0):
         """ids (B, T) -> logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
 
-        Targets of -100 do not count; reduction: 'mean' over those that do, 'sum', or 'none' for (B, T). In training
-        `future_loss` is the mean cross-entropy of the n_future tokens after each. positions, mask: see `hidden`.
+        Targets of -100 do not count; reduction: 'mean' over those that do, 'sum', or 'none' for (B, T). label_smoothing
+        is the share of a target's probability that all V tokens have evenly. In training `future_loss` is the mean
+        cross-entropy of the n_future tokens after each. positions, mask: see `hidden`.
         segments (B, T) of integers: a token sees those of its own only, so that several texts share a row, each with
         positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on padding, which
         routers do not count; None = what no target follows. output: 'hidden' for the hidden states (B, T, C), or a
@@ -1136,7 +1141,8 @@ class GPT(nn.Module):
         if n_future:  # all further heads in one loss: the gradient of the head they share exists once
             hidden, *further = hidden
             later = F.pad(targets, (0, n_future), value=-100).unfold(1, targets.shape[1], 1).transpose(0, 1)
-            self.future_loss = self.cross_entropy(torch.cat(further), later[1:].flatten(0, 1))
+            self.future_loss = self.cross_entropy(torch.cat(further), later[1:].flatten(0, 1),
+                                                  label_smoothing=label_smoothing)
         if self.sparse and self.training:
             stats = torch.stack([torch.cat((moe.load, (moe.entropy * moe.load.sum())[None])) for moe in self.sparse])
             self.router_stats = stats if self.router_stats is None else self.router_stats + stats
@@ -1144,7 +1150,8 @@ class GPT(nn.Module):
             return hidden
         if output is not None:
             return output(self, hidden, targets)
-        return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets, reduction)
+        return self.logits(hidden) if targets is None else self.cross_entropy(
+            hidden, targets, reduction, label_smoothing=label_smoothing)
 
     def products(self, h):
         """The operands of a chunked loss: hidden states (N, C) and the head's weight (V, C), in the dtype of matrix
@@ -1154,7 +1161,7 @@ class GPT(nn.Module):
         h, w = h.to(dtype), w if narrow else w.to(dtype)
         return h, w, torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
 
-    def cross_entropy(self, hidden, targets, reduction='mean', temperature=1.0):
+    def cross_entropy(self, hidden, targets, reduction='mean', temperature=1.0, label_smoothing=0.0):
         """Hidden states (B, T, C) and targets (B, T) -> the loss of `forward`, of logits divided by the temperature.
 
         With 'details' (losses, entropies of the distributions), (B, T) each: what learning from a policy's own samples
@@ -1167,33 +1174,34 @@ class GPT(nn.Module):
             padded = F.pad(kept, (0, -len(kept) % 64))
             if 0 < len(padded) < len(flat):
                 chosen = flat[padded].index_fill(0, torch.arange(len(kept), len(padded)), -100)
-                found = self.cross_entropy_of(h[padded], chosen, reduction, temperature)
+                found = self.cross_entropy_of(h[padded], chosen, reduction, temperature, label_smoothing)
                 if reduction in ('mean', 'sum'):
                     return found
 
                 def back(values):
                     return values.new_zeros(len(flat)).index_copy(0, kept, values[:len(kept)]).view_as(targets)
                 return tuple(map(back, found)) if reduction == 'details' else back(found)
-        found = self.cross_entropy_of(h, flat, reduction, temperature)
+        found = self.cross_entropy_of(h, flat, reduction, temperature, label_smoothing)
         if reduction == 'details':
             return tuple(values.view_as(targets) for values in found)
         return found.view_as(targets) if reduction == 'none' else found
 
-    def cross_entropy_of(self, h, targets, reduction, temperature):
+    def cross_entropy_of(self, h, targets, reduction, temperature, label_smoothing):
         """`cross_entropy` over rows: hidden states (N, C) and targets (N,) -> the loss, or losses (N,)."""
         device_type, per_token = h.device.type, reduction in ('none', 'details')
         # a head that is no nn.Linear, packed for generation, has no matrix to take chunks of
         if len(h) <= chunk_rows(self.config.vocab_size, device_type) or not isinstance(self.head, nn.Linear):
             logits = tempered(self.logits(h), temperature)
             if reduction != 'details':
-                loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+                loss = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=label_smoothing)
                 return torch.where((targets != -100).any(), loss, 0.0) if reduction == 'mean' else loss  # of none: 0
             logprobs = logits.log_softmax(-1)
             entropies = -(logprobs.exp() * logprobs).sum(-1) * (targets != -100)
             return F.nll_loss(logprobs, targets, ignore_index=-100, reduction='none'), entropies
         h, w, learning = self.products(h)
         cap = self.config.logit_softcap
-        losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning, reduction == 'details')
+        losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning, reduction == 'details',
+                                          label_smoothing)
         if reduction == 'mean':
             return losses / (targets != -100).sum().clamp(min=1)
         return losses[0] if reduction == 'none' else losses

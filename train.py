@@ -11,7 +11,8 @@ Pretraining: a language model learns real text by predicting the next token.
 
 Papers: Language Models are Unsupervised Multitask Learners (Radford et al. 2019), Attention Is All You Need
 (arXiv:1706.03762), AdamW (arXiv:1711.05101), cosine decay (arXiv:1608.03983), warmup-stable-decay (arXiv:2404.06395),
-Muon (arXiv:2502.16982), sparse upcycling (arXiv:2212.05055), multi-token prediction (arXiv:2404.19737).
+Muon (arXiv:2502.16982), sparse upcycling (arXiv:2212.05055), multi-token prediction (arXiv:2404.19737), label smoothing
+(arXiv:1512.00567).
 """
 import math
 from dataclasses import asdict
@@ -47,6 +48,7 @@ muon_lr = 0.02  # peak learning rate of Muon
 muon_momentum = 0.95  # Nesterov momentum of Muon
 weight_decay = 0.1  # applied to matrices only
 future_coef = 1.0  # with n_future: weight of the mean loss of the further heads; n_future = the sum, as in the paper
+label_smoothing = 0.0  # share of each target's probability that is spread over all tokens; 0.1 in the 2017 paper
 beta1 = 0.9  # AdamW: decay rate of the first moment
 beta2 = 0.95  # AdamW: decay rate of the second moment
 grad_clip = 1.0  # maximum gradient norm; 0 = no clipping
@@ -79,7 +81,7 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 CPU_FLOPS = 1e11  # of a core, at best: for a word about how long training takes
 # allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
 RANGES = runtime.RANGES | dict.fromkeys(('eval_iters', 'eval_pairs', 'sample_tokens', 'upcycle_noise', 'future_coef'),
-                                      '>= 0')
+                                      '>= 0') | {'label_smoothing': '>= 0 and < 1'}
 
 
 def tensors_of(run, arrays):
@@ -313,7 +315,7 @@ def main():
             arrays = train_data.batch(first, batch_size)
             run.seed_dropout(first)  # a function of the seed and the place in the data, not of what ran before
             with run.autocast(block_size):  # the length selects the attention kernel on a CPU
-                loss = net(**tensors_of(run, arrays))
+                loss = net(**tensors_of(run, arrays), label_smoothing=label_smoothing)
             # weighted by this micro-batch's part of the step's targets (1 if all have as many), so that the step's loss
             # is the mean over all of them; divided by micro_steps, because DDP and FSDP average over processes
             weight = train_data.n_targets(first, batch_size) / (n_targets / gradient_accumulation_steps)
