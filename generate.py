@@ -16,6 +16,7 @@ What a server needs, step by step:
 Papers: the nucleus (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858), attention sinks
 and rolling caches (arXiv:2309.17453).
 """
+import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -587,6 +588,15 @@ class Batch:
         return tuple(map(list, zip(*out, strict=True))) if out else ([], [], [])
 
     @torch.inference_mode()
+    def fork(self, parents, ids):
+        """Rows take the places of these (indices; one may be named several times), each with a token more."""
+        self.rows = [copy.copy(self.rows[parent]) for parent in parents]
+        for row, token in zip(self.rows, ids, strict=True):
+            row.ids = [*row.ids, token]
+        if self.cache is not None:
+            self.cache.select(parents)
+
+    @torch.inference_mode()
     def retire(self, at_once=True):
         """Takes out the rows that are done, at_once or a quarter of them at a time: what is kept of a cache is copied.
         """
@@ -637,16 +647,11 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     config = model.config
     check_prompts(prompts, config, sources)
     check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, num_samples)
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    if config.window and config.pos == 'learned' and longest > config.block_size:
-        raise ValueError(f'{longest} tokens of prompt and answer: with window={config.window} and '
-                         f"pos='learned' a text ends at block_size={config.block_size}")
+    rolling = outgrows_a_window(config, max(map(len, prompts), default=0) + max_new_tokens) and use_cache
     if isinstance(seed, list) and len(seed) != len(prompts):
         raise ValueError(f'{len(seed)} seeds for {len(prompts)} prompts: give one for each, or one number')
     if not prompts or not max_new_tokens:
         return
-    rolling = (use_cache and all(config.is_local(i) for i in range(config.n_layer))
-               and config.block_size >= config.n_sink + config.window < longest)
     if draft is not None:
         draft.check(model, rolling, use_cache, entropies, vocab_limit)
     draws = uniforms(seed, len(prompts), num_samples, max_new_tokens * (3 if draft is not None else 1))
@@ -672,6 +677,16 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
             batch.retire(at_once=False)
     finally:
         model.train(was_training)
+
+
+def outgrows_a_window(config, longest):
+    """Whether a text that comes to so many tokens can go through a RollingCache. Raises ValueError where the learned
+    positions of a model with a window end before it does."""
+    if config.window and config.pos == 'learned' and longest > config.block_size:
+        raise ValueError(f'{longest} tokens of prompt and answer: with window={config.window} and '
+                         f"pos='learned' a text ends at block_size={config.block_size}")
+    return (all(config.is_local(i) for i in range(config.n_layer))
+            and config.block_size >= config.n_sink + config.window < longest)
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, num_samples):

@@ -11,7 +11,7 @@ Talk to a checkpoint: continue a text, as tokens come, keep a context in an inte
     python sample.py --init_from=mine --chat=True --tools=mine.py    with functions of yours, see tools.py
     python sample.py --init_from=out/sft --chat=True --start="…" --votes=16         the answer that most of 16 give
     python sample.py --init_from=out/sft --chat=True --start="…" --best_of=16 --reward_model=out/reward
-    python sample.py --init_from=out/reverse --source="stressed"     of an encoder-decoder
+    python sample.py --init_from=out/reverse --source="stressed" [--beams=4]    of an encoder-decoder
     python sample.py --init_from=out/tiny --start=FILE:prompt.txt --show=probs      how likely is each token of a text?
     python sample.py --init_from=out/tiny --start="To be, or not to be" --show=attention       what does each head see?
     python sample.py --init_from=smollm2 --chat=True --draft=out/small      a small model proposes, see speculative.py
@@ -19,7 +19,7 @@ Talk to a checkpoint: continue a text, as tokens come, keep a context in an inte
 Any field of GPTConfig may be set too: --window=512 --n_sink=4 streams without end (arXiv:2309.17453).
 
 Papers: nucleus sampling (arXiv:1904.09751), min-p (arXiv:2407.01082), repetition penalty (arXiv:1909.05858),
-self-consistency (arXiv:2203.11171), the best of n by a reward model (arXiv:2009.01325).
+self-consistency (arXiv:2203.11171), the best of n by a reward model (arXiv:2009.01325), beam search (arXiv:1609.08144).
 """
 import functools
 import json
@@ -35,6 +35,7 @@ import runtime
 import torch
 
 import anatomy
+from beam import beam_search
 from generate import generate, stream
 from grade import final_answers, majority
 from load import fields_of, is_run, load_draft, load_to_generate
@@ -58,6 +59,9 @@ top_k = 0  # draw from the k likeliest tokens only; 0 = off
 top_p = 1.0  # draw from the smallest set with this much probability; 1 = off
 min_p = 0.0  # draw from tokens at least this likely relative to the likeliest; 0 = off
 repetition_penalty = 1.0  # above 1: tokens that are already there become less likely
+# beam search: nothing is drawn
+beams = 0  # show the likeliest text that so many beams find, at once; 0 = off
+length_penalty = 0.6  # of beams: log-probabilities are divided by ((5 + length) / 6) to this power; 0 = by nothing
 # speculative decoding: the same distribution, in fewer passes of the model
 draft = ''  # what proposes tokens: a model with the same tokenizer, as init_from, or 'heads', those of n_future
 draft_tokens = 4  # tokens that are proposed at a time; by heads at most n_future
@@ -78,6 +82,11 @@ seed = 1337  # the same seed gives the same samples; -1 = different every time
 device = 'auto'  # 'cpu', 'cuda', 'mps'; auto = the best there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto = 16 bits where the device is faster so
 quant = 'auto'  # on a CPU: weights in 16 bits ('fp16') or 8 ('int8'); '' = as in dtype, auto = as is fast and exact
+
+
+# what has no meaning in a beam search unless it has this value
+NOT_DRAWN = dict(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, num_samples=1, draft='', tools=False,
+                 max_think_tokens=0, num_waits=0, votes=0, best_of=0, show='')
 
 
 def read_text(key, text):
@@ -111,13 +120,22 @@ def sampling(tokenizer, force):
                 force=force, draft=draft or None)
 
 
+def answers(model, tokenizer, ids, sources, force):
+    """Continues ids as `generate.stream` does; by a beam search, whose tokens all come at its end."""
+    if not beams:
+        return stream(model, [ids], max_new_tokens, num_samples=num_samples, sources=sources,
+                      **sampling(tokenizer, force))
+    ((best, _), *_), = beam_search(model, [ids], max_new_tokens, beams, length_penalty, stops(tokenizer),
+                                   tokenizer.n_vocab, sources=sources)
+    return (([0], [token], None) for token in best)
+
+
 def continuations(model, tokenizer, ids, out, sources=None, force=None):
     """Continues ids into the num_samples lists of out, token by token, and prints the first as it grows."""
     decoder = tokenizer.stream(start=chat)  # else the text goes on
     began = time.perf_counter()
     with runtime.user_errors():
-        for rows, tokens, _ in stream(model, [ids], max_new_tokens, num_samples=num_samples, sources=sources,
-                                      **sampling(tokenizer, force)):
+        for rows, tokens, _ in answers(model, tokenizer, ids, sources, force):
             for row, token in zip(rows, tokens, strict=True):
                 out[row].append(token)
                 if row == 0 and token not in stops(tokenizer):
@@ -289,8 +307,10 @@ def show_attention(model, tokenizer, ids, source=None):
           'what token t sees')
 
 
-def check_knobs(talk):
-    """UserError for knobs that do not go together. talk: whether somebody types the questions."""
+def check_knobs(talk, given):
+    """UserError for knobs that do not go together. talk: whether somebody types the questions; given: the knobs that
+    somebody set."""
+    drawing = [f'{key}={given[key]}' for key, off in NOT_DRAWN.items() if given.get(key, off) != off]
     choosing = f'votes={votes}' if votes else f'best_of={best_of}' if best_of else ''
     for wrong, why in (
             (system and not chat, '--system opens a chat: add --chat=True'),
@@ -307,6 +327,12 @@ def check_knobs(talk):
             (draft_tokens < 1, f'draft_tokens={draft_tokens} must be >= 1'),
             (draft and (show or source), f'draft={draft} proposes tokens of a running text: drop --show and --source'),
             (draft and num_waits, f'num_waits={num_waits} takes tokens back, which goes without a draft: drop one'),
+            (beams < 0 or not 0 <= length_penalty < math.inf,
+             f'beams={beams} and length_penalty={length_penalty} must be >= 0, and finite'),
+            (beams and drawing,
+             f'beams={beams} searches for the likeliest text: drop {" and ".join(drawing)}'),
+            (not beams and 'length_penalty' in given,
+             f'length_penalty={length_penalty} weighs what beams find: add --beams=4, or drop it'),
             (votes and best_of, f'votes={votes} and best_of={best_of} choose in two ways: drop one'),
             (bool(best_of) != bool(reward_model), f'best_of={best_of} and reward_model={reward_model!r} go together: '
              'give --best_of=N and --reward_model=DIR, or neither'),
@@ -351,7 +377,7 @@ def main():
     global draft, system
     _, given = runtime.configure(globals(), GPTConfig, __file__)
     talk = interactive or chat and start == '\n'
-    check_knobs(talk)
+    check_knobs(talk, given)
     system = read_text('system', system) if system else ''
     text = None if talk else read_text('source', source) if source else read_text('start', start)
     how = dict(device=runtime.pick_device(device), dtype=dtype, quant=quant)

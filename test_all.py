@@ -76,6 +76,7 @@ from tiktoken_ext import openai_public
 from torch.utils.flop_counter import FlopCounterMode
 
 import anatomy
+import beam
 import bench
 import card
 import chat as chat_file
@@ -3473,6 +3474,7 @@ def test_1_5_an_encoder_decoder_learns_pairs_and_answers(run_stage, tmp_path):
     assert Path('run/samples.txt').read_text().endswith('--- step 150\na -> a\n')
     sample = ['sample', '--init_from=run', '--device=cpu', '--temperature=0']
     assert run_stage(*sample, '--source=aab')[1] == 'baa\n'
+    assert run_stage(*sample, '--source=aab', '--beams=4')[1] == 'baa\n'
     assert run_stage(*sample, '--source=aab', '--num_samples=2')[1] == 'baa\n--- 2 of 2\nbaa\n'
     Path('source.txt').write_text('abb\n')
     assert run_stage(*sample, '--source=FILE:source.txt')[1] == 'bba\n'
@@ -3530,7 +3532,8 @@ def test_1_5_every_micro_batch_takes_the_next_pairs(run_stage, pair_data, monkey
 
 @pytest.mark.parametrize('options', [[], ['--fsdp=True']], ids=str)
 def test_1_5_two_processes_on_pairs_equal_one(run_stage, pair_data, tmp_path, options):
-    args = [f'--dataset={pair_data}', *PAIRS, '--gradient_accumulation_steps=2', '--dropout=0.1', '--eval_pairs=0']
+    args = [f'--dataset={pair_data}', *PAIRS, '--gradient_accumulation_steps=2', '--dropout=0.1', '--eval_pairs=0',
+            '--label_smoothing=0.1']
     assert run_stage('train', *args, '--out_dir=one')[0] == 0
     torchrun(2, *args, '--out_dir=two', *options, cwd=tmp_path)
     for a, b in zip(rows_of('one'), rows_of('two'), strict=True):
@@ -3811,11 +3814,64 @@ def test_2_3_only_targets_that_count_are_in_the_loss():
         torch.testing.assert_close(model(idx, targets, reduction=reduction), expected)
 
 
+def test_2_3_label_smoothing_by_hand():
+    """A tenth of the target is spread over four tokens, which cost 1, 2, 3 and 3 times ln 2."""
+    model = tiny(vocab_size=4, n_embd=4, n_head=1, tie_weights=False)
+    model.head.weight.data = torch.eye(4)
+    logits = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().expand(1, 2, 4)
+    loss = model.cross_entropy(logits, torch.tensor([[0, -100]]), label_smoothing=0.1)
+    assert loss.item() == pytest.approx((0.9 * 1 + 0.1 * (1 + 2 + 3 + 3) / 4) * math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize('cap', [0.0, 4.0])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('chunk', [7, 120])
+@pytest.mark.parametrize('masked', [1, 4])
+def test_2_3_label_smoothing_equals_pytorchs(cap, reduction, chunk, masked, monkeypatch):
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
+    model, x, y = tiny(logit_softcap=cap), ids(6, 20), ids(6, 20, seed=1)
+    y[:masked, 5:] = -100  # so few remain of the second that the loss takes only those
+    weights = torch.rand(6, 20, generator=torch.Generator().manual_seed(2)) if reduction == 'none' else torch.tensor(3)
+    exact = copy.deepcopy(model).double()
+    for temperature in (1.0, 0.7):
+        logits = exact.head(exact.hidden(x))
+        logits = (cap * torch.tanh(logits / cap) if cap else logits) / temperature
+        due = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction, label_smoothing=0.3)
+        loss = model.cross_entropy(model.hidden(x), y, reduction, temperature, label_smoothing=0.3)
+        torch.testing.assert_close(loss.double(), due.view_as(loss), atol=1e-5, rtol=1e-5)
+        grads, wanted = (torch.autograd.grad((weights * of.view_as(loss)).sum(), [*who.parameters()])
+                         for of, who in ((loss, model), (due, exact)))
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad.double(), want, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model(x, y, reduction=reduction, label_smoothing=0.3),
+                       model.cross_entropy(model.hidden(x), y, reduction, label_smoothing=0.3))
+
+
+def test_2_3_training_is_smoothed_and_what_it_is_measured_by_is_not(run_stage, pair_data):
+    """Three micro-batches of one step that moves nothing, against PyTorch on all of it."""
+    args = ['train', f'--dataset={pair_data}', *PAIRS, '--gradient_accumulation_steps=3', '--learning_rate=1e-30',
+            '--max_iters=1', '--eval_interval=1', '--eval_iters=0', '--dtype=float32']
+    assert run_stage(*args, '--out_dir=run', '--label_smoothing=0.2')[0] == 0
+    assert run_stage(*args, '--out_dir=plain')[0] == 0
+    model, data = load.load_model('run')[0], PairData(pair_data, 'train', 12)
+    x, y, source, real = map(torch.from_numpy, data.batch(0, 18))
+    for run, label_smoothing in (('run', 0.2), ('plain', 0.0)):
+        with torch.no_grad():
+            due = F.cross_entropy(model(x, source=source, source_mask=real).flatten(0, 1), y.flatten(),
+                                  label_smoothing=label_smoothing)
+        assert logged(run, 'train/loss') == pytest.approx([due.item()], rel=1e-5)
+    assert logged('run', 'val/loss') == logged('plain', 'val/loss')
+    for value in ('1', '-0.1'):
+        status, _, err = run_stage(*args, '--out_dir=no', f'--label_smoothing={value}')
+        assert status == 2 and 'label_smoothing' in err and '>= 0 and < 1' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('label_smoothing', [0.0, 0.1])
 @pytest.mark.parametrize('rows', [1, 1 << 20])
-def test_2_3_a_batch_without_a_target_has_loss_0(rows, monkeypatch):
+def test_2_3_a_batch_without_a_target_has_loss_0(rows, label_smoothing, monkeypatch):
     monkeypatch.setattr(model_file, 'chunk_rows', lambda *_: rows)
     model = tiny()
-    loss = model(ids(3, 20), torch.full((3, 20), -100))
+    loss = model(ids(3, 20), torch.full((3, 20), -100), label_smoothing=label_smoothing)
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
@@ -4042,6 +4098,143 @@ def test_2_5_dropout_is_off_in_generation_and_restored():
     next(tokens)
     tokens.close()
     assert model.training
+
+
+def test_2_5_beam_search_by_hand():
+    """From 0, 1 is likelier than 2, but 2 and the end, 3, is the likeliest text: 0.45 x 0.9 against 0.55 x 0.4."""
+    config = GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=4, pos='none', norm='rmsnorm',
+                       norm_affine=False, norm_eps=0, bias=False, tie_weights=False, zero_init=True)
+    model = GPT(config).eval()
+    table = torch.tensor([[1e-9, 0.55, 0.45, 1e-9], [1e-9, 0.3, 0.3, 0.4], [1e-9, 0.05, 0.05, 0.9], [0.25] * 4])
+    with torch.no_grad():  # a block that adds nothing; normalised, a token is 2 in its place
+        model.tok_emb.weight.copy_(torch.eye(4))
+        model.head.weight.copy_(table.log().T / 2)
+    options = dict(max_new_tokens=4, stop_ids=(3,), length_penalty=0.0)
+    for beams, best, p in ((1, [1, 3], 0.55 * 0.4), (2, [2, 3], 0.45 * 0.9), (5, [2, 3], 0.45 * 0.9)):
+        ((ids, score), *_), = beam.beam_search(model, [[0]], beams=beams, **options)
+        assert ids == best and score == pytest.approx(math.log(p), abs=1e-5)
+    assert model.generate([[0]], 4, temperature=0, stop_ids=(3,)) == [[1, 3]]
+    # 1 bit in a token is as good as 2 in 7
+    assert beam.normalised(-2.0, 7, 1.0) == beam.normalised(-1.0, 1, 1.0) == -1.0
+    assert beam.normalised(-3.0, 7, 2.0) == -3 / 4 and beam.normalised(-3.0, 7, 0.0) == -3
+
+
+def all_texts(vocab, longest, stop_ids):
+    """Every text that ends at its first stop id or when it is so long."""
+    for length in range(1, longest + 1):
+        for text in itertools.product(range(vocab), repeat=length):
+            if not set(text[:-1]) & {*stop_ids} and (text[-1] in stop_ids or length == longest):
+                yield text
+
+
+BEAMED = [dict(), dict(n_encoder_layer=1, norm_place='post', pos='sinusoidal'), dict(pos='rope', window=2, n_kv_head=2),
+          dict(n_encoder_layer=2, pos='rope', logit_softcap=3.0), dict(kv_lora_rank=8, pos='rope')]
+
+
+@pytest.mark.parametrize('options', BEAMED, ids=str)
+@pytest.mark.parametrize('alpha', [0.0, 0.6, 3.0])
+def test_2_5_wide_beams_find_all_texts_in_their_order(options, alpha):
+    """Of ragged prompts and sources, with log-probabilities in float64; the fifth token is never chosen."""
+    model, stop_ids = tiny(vocab_size=5, init_std=0.6, **options), [3]
+    prompts, texts = [[1, 2], [0, 4, 1, 1]], [*all_texts(4, 4, stop_ids)]
+    sources = [[1, 2, 3], [4]] if 'n_encoder_layer' in options else None
+    found = beam.beam_search(model, prompts, 4, len(texts), alpha, stop_ids, vocab_limit=4, sources=sources)
+    exact = copy.deepcopy(model).double()
+    exact.logits = lambda hidden: model_file._softcap(exact.head(hidden), exact.config.logit_softcap)
+    for i, prompt in enumerate(prompts):
+        due = {}
+        for length, of in itertools.groupby(texts, len):
+            of = torch.tensor([*of])
+            source = {'source': torch.tensor(sources[i]).expand(len(of), -1)} if sources else {}
+            with torch.no_grad():
+                logits = exact(torch.cat((torch.tensor(prompt).expand(len(of), -1), of), 1), **source)
+            logprobs = logits[:, len(prompt) - 1:-1].log_softmax(-1).gather(2, of[..., None]).sum((1, 2))
+            due |= dict(zip(map(tuple, of.tolist()), (logprobs / ((5 + length) / 6) ** alpha).tolist(), strict=True))
+        assert [*map(tuple, (text for text, _ in found[i]))] == sorted(due, key=lambda text: -due[text])
+        assert [score for _, score in found[i]] == pytest.approx([due[tuple(text)] for text, _ in found[i]], rel=1e-4)
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.7, 1.5])
+@pytest.mark.parametrize('beams, stop_ids', [(2, [7]), (3, [*range(0, 61, 4)]), (6, [*range(0, 61, 9)])])
+def test_2_5_beams_are_those_of_transformers(beams, stop_ids, alpha, tmp_path, monkeypatch):
+    """All that it returns, in its order; it divides by another power of the length. Our prompts are searched together,
+    its prompts one by one."""
+    monkeypatch.setattr(beam, 'normalised', lambda logprob, length, alpha: logprob / length ** alpha)
+    model = tiny(mlp='gelu_tanh')
+    convert.to_hf(model, tmp_path / 'hf')
+    theirs, prompts = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf'), [[5], [1, 2, 3], [60, 1]]
+    ours = beam.beam_search(model, prompts, 12, beams, alpha, stop_ids)
+    for prompt, found in zip(prompts, ours, strict=True):
+        due = theirs.generate(torch.tensor([prompt]), num_beams=beams, do_sample=False, length_penalty=alpha,
+                              max_new_tokens=12, eos_token_id=stop_ids, pad_token_id=62, num_return_sequences=beams,
+                              output_scores=True, return_dict_in_generate=True)
+        assert [ids for ids, _ in found] == [[i for i in ids[len(prompt):] if i != 62] for ids in
+                                             due.sequences.tolist()]
+        assert [score for _, score in found] == pytest.approx(due.sequences_scores.tolist(), rel=1e-4)
+    assert alpha > 1 or len(stop_ids) == 1 or len({len(ids) for found in ours for ids, _ in found}) > 1
+
+
+BESIDE = [*BEAMED, dict(pos='rope', window=5, n_sink=2), dict(pos='rope', window=5, n_sink=2, window_pattern='LG')]
+
+
+@pytest.mark.parametrize('options', BESIDE, ids=str)
+def test_2_5_one_beam_is_greedy_and_beams_do_not_depend_on_cache_or_company(options):
+    """Also beyond the model's context. The cached, joint search is that which reads everything again, alone."""
+    model, prompts = tiny(block_size=16, **options).train(), [[1, 2, 3], [9], [60, 1]]
+    sources = [[5, 6], [7], [8, 9, 10, 11]] if 'n_encoder_layer' in options else None
+    common = dict(stop_ids=[7, 20, 31], vocab_limit=55)
+    for n in (10, 30):
+        greedy = model.generate(prompts, n, temperature=0, sources=sources, **common)
+        assert [found[0][0] for found in beam.beam_search(model, prompts, n, 1, sources=sources, **common)] == greedy
+        together = beam.beam_search(model, prompts, n, 4, 1.5, sources=sources, **common)
+        assert max(len(ids) for found in together for ids, _ in found) > n / 2
+        for i, (prompt, found) in enumerate(zip(prompts, together, strict=True)):
+            alone, = beam.beam_search(model, [prompt], n, 4, 1.5, sources=sources and [sources[i]],
+                                      use_cache='n_sink' in options, **common)
+            assert [ids for ids, _ in found] == [ids for ids, _ in alone]
+            assert [score for _, score in found] == pytest.approx([score for _, score in alone], rel=1e-4)
+    assert model.training and beam.beam_search(model, prompts, 0, sources=sources) == [[([], 0.0)]] * 3
+    assert beam.beam_search(model, [], 5, sources=sources and []) == []
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(beams=0), 'beams >= 1'), (dict(length_penalty=-0.1), 'length_penalty >= 0'),
+    (dict(length_penalty=math.nan), 'length_penalty >= 0'), (dict(prompts=[[]]), 'prompt 0 is empty'),
+    (dict(sources=[[1]]), 'any other none'), (dict(max_new_tokens=-1), 'max_new_tokens >= 0')])
+def test_2_5_impossible_beam_searches_raise_one_sentence(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        beam.beam_search(tiny(), **dict(prompts=[[1]], max_new_tokens=5) | options)
+
+
+def test_2_5_logits_that_are_not_finite_are_no_beams():
+    model = tiny()
+    model.head.weight.data[3] = math.nan
+    with pytest.raises(UserError, match='^the logits of the next token are not finite'):
+        beam.beam_search(model, [[1]], 5)
+
+
+def test_2_5_sample_searches_with_beams(run_stage, base_run, monkeypatch):
+    model, tokenizer = load.load_model(base_run)
+    args = ['sample', f'--init_from={base_run}', '--start=To be', '--max_new_tokens=12', '--device=cpu', '--quant=']
+    texts = set()
+    for alpha in (0.0, 3.0):
+        ((new, _), *_), = beam.beam_search(model, [tokenizer.encode('To be')], 12, 3, alpha, tokenizer.stop_ids,
+                                           tokenizer.n_vocab)
+        status, out, _ = run_stage(*args, '--dtype=float32', '--beams=3', f'--length_penalty={alpha}')
+        assert status == 0 and out == 'To be' + tokenizer.decode([i for i in new if i not in tokenizer.stop_ids],
+                                                                 start=False) + '\n'
+        texts.add(out)
+    assert run_stage(*args, '--beams=1')[1] == run_stage(*args, '--temperature=0')[1]
+    assert run_stage(*args, '--beams=2', '--temperature=0', '--num_samples=1')[0] == 0
+    for flags, words in ((['--temperature=0.5'], 'drop temperature=0.5'), (['--top_p=0.9'], 'drop top_p=0.9'),
+                         (['--num_samples=2'], 'drop num_samples=2'), (['--draft=heads'], 'drop draft=heads'),
+                         (['--chat=True', '--tools=True'], 'drop tools=True'), (['--num_waits=1'], 'drop num_waits=1'),
+                         (['--chat=True', '--votes=3', '--top_k=2'], 'drop top_k=2 and votes=3'),
+                         (['--repetition_penalty=1.1'], 'drop repetition_penalty=1.1'),
+                         (['--show=probs'], 'drop show=probs'), (['--length_penalty=-1'], 'must be >= 0'),
+                         (['--beams=0', '--length_penalty=1'], 'add --beams=4'), (['--beams=-1'], 'beams=-1')):
+        status, _, err = run_stage(*args, '--beams=2', *flags)
+        assert status == 2 and words in err and err.count('\n') == 1, err
 
 
 @pytest.mark.parametrize('call, words', [
@@ -4281,16 +4474,17 @@ def test_2_7_further_heads_predict_what_comes_later_by_hand():
     assert model.future_loss.item() == pytest.approx(-math.log(1 / 4 * 1 / 2) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize('chunk', [5, 1000])
+@pytest.mark.parametrize('chunk, label_smoothing', [(5, 0.0), (1000, 0.0), (5, 0.2)])
 @pytest.mark.parametrize('options', [{}, dict(pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, n_layer=3,
                                               tie_weights=False, window=5, window_pattern='LG')], ids=str)
-def test_2_7_the_loss_of_further_heads_is_that_of_models_that_end_with_them(options, chunk, monkeypatch):
+def test_2_7_the_loss_of_further_heads_is_that_of_models_that_end_with_them(options, chunk, label_smoothing,
+                                                                            monkeypatch):
     """Values and gradients: of ordinary models whose last block is replaced, their cross-entropies taken by PyTorch."""
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
     model, idx, coef = tiny(n_future=3, **options).train(), ids(3, 12), 0.7
     targets = F.pad(idx[:, 1:], (0, 1), value=9)
     targets[1, 7:] = -100
-    loss = model(idx, targets)
+    loss = model(idx, targets, label_smoothing=label_smoothing)
     plain = GPT(dataclasses.replace(model.config, n_future=0))
     weights, last = dict(model.named_parameters()), f'blocks.{model.config.n_layer - 1}.'
     losses = []
@@ -4298,7 +4492,8 @@ def test_2_7_the_loss_of_further_heads_is_that_of_models_that_end_with_them(opti
         other = {name: weights[name.replace(last, f'future.{i - 1}.') if i else name] for name, _ in
                  plain.named_parameters()}
         logits = torch.func.functional_call(plain, other, (idx,), tie_weights=True)
-        losses.append(F.cross_entropy(logits[:, :12 - i].flatten(0, 1), targets[:, i:].flatten(), reduction='none'))
+        losses.append(F.cross_entropy(logits[:, :12 - i].flatten(0, 1), targets[:, i:].flatten(), reduction='none',
+                                      label_smoothing=label_smoothing))
     further = torch.cat(losses[1:])
     counted = (torch.cat([targets[:, i:].flatten() for i in (1, 2, 3)]) != -100).sum()
     expected = losses[0].sum() / (targets != -100).sum(), further.sum() / counted
