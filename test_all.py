@@ -3831,7 +3831,7 @@ def test_2_3_label_smoothing_equals_pytorchs(cap, reduction, chunk, masked, monk
     monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab_size, device_type: chunk)
     model, x, y = tiny(logit_softcap=cap), ids(6, 20), ids(6, 20, seed=1)
     y[:masked, 5:] = -100  # so few remain of the second that the loss takes only those
-    weights = torch.rand(6, 20, generator=torch.Generator().manual_seed(2)) if reduction == 'none' else torch.tensor(3)
+    weights = {'mean': 3, 'sum': 0.03, 'none': torch.rand(6, 20, generator=torch.Generator().manual_seed(2))}[reduction]
     exact = copy.deepcopy(model).double()
     for temperature in (1.0, 0.7):
         logits = exact.head(exact.hidden(x))
