@@ -4226,6 +4226,7 @@ def test_2_5_sample_searches_with_beams(run_stage, base_run, monkeypatch):
         texts.add(out)
     assert run_stage(*args, '--beams=1')[1] == run_stage(*args, '--temperature=0')[1]
     assert run_stage(*args, '--beams=2', '--temperature=0', '--num_samples=1')[0] == 0
+    assert run_stage(*args[:2], *args[3:], '--chat=True', '--start=Hi', '--beams=2')[0] == 0
     for flags, words in ((['--temperature=0.5'], 'drop temperature=0.5'), (['--top_p=0.9'], 'drop top_p=0.9'),
                          (['--num_samples=2'], 'drop num_samples=2'), (['--draft=heads'], 'drop draft=heads'),
                          (['--chat=True', '--tools=True'], 'drop tools=True'), (['--num_waits=1'], 'drop num_waits=1'),
