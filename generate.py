@@ -216,7 +216,7 @@ class PackedLinear(nn.Module):
         if not self.quant:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
         rows = x.flatten(0, -2)
-        if len(rows) > 16:  # the kernel of int8 is made for few
+        if len(rows) > 16 or rows.shape[1] % 16:  # its kernel is made for few, and reads beyond those of other widths
             return F.linear(x, self.packed.to(x.dtype) * self.scale[:, None], self.bias)
         y = torch._weight_int8pack_mm(rows.bfloat16(), self.packed, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias

@@ -420,8 +420,8 @@ def attend_in_blocks(q, k, v, mask, causal, scale):
     if causal:
         mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
     hide = q.new_zeros(1, 1, 1, 1).expand(1, 1, T, S)
-    if mask is not None:  # not by -inf: a query that sees nothing would make nan
-        hide = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    if mask is not None:  # not by -inf, nor by what a score makes it: a query that sees nothing would make nan
+        hide = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min / 2)
         rows = (B, Hkv) if hide.ndim == 4 and len(hide) > 1 else (1, 1)
         hide = hide.expand(*rows, T, S).flatten(0, 1)[:, None]
     step, parts = 128 if causal else T, []

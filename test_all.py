@@ -4784,6 +4784,14 @@ def test_3_4_int8_rounds_each_channel_to_its_own_scale(bias, dtype):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_3_4_int8_multiplies_matrices_of_any_width():
+    for width in (8, 24, 41):  # whose rows the kernel would read beyond
+        linear, x = torch.nn.Linear(width, 32), torch.randn(2, width)
+        packed = generation.PackedLinear(linear, quant='int8')
+        expected = x @ (packed.packed.float() * packed.scale.float()[:, None]).T + linear.bias
+        torch.testing.assert_close(packed(x), expected.detach(), atol=0.02, rtol=0.02)
+
+
 def test_3_4_fp16_weights_multiply_in_float32():
     if not generation.has_fp16_kernels():
         pytest.skip('this PyTorch has no FBGEMM')
@@ -5086,6 +5094,12 @@ def test_3_6_attention_in_16_bits_in_blocks(T, S, kind):
     for got, right in zip(torch.autograd.grad(y, (q, k, v), g), torch.autograd.grad(expected, exact, g.double()),
                           strict=True):
         assert got.isfinite().all() and (got.double() - right).norm() < 0.01 * right.norm()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_3_6_in_blocks_a_query_that_sees_nothing_gives_numbers(dtype):
+    q, k = torch.full((1, 1, 4, 16), 10.0, dtype=dtype), torch.full((1, 1, 4, 16), -10.0, dtype=dtype)
+    assert model_file.attend(q, k, q, torch.zeros(4, 4, dtype=torch.bool), True, 0.25).isfinite().all()
 
 
 def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
