@@ -843,6 +843,8 @@ FAULTS = [
           'test_10_3 and straddle'),
     Fault('waits_without_end', 'generate.py', 'if self.replaced == forced.times:', 'if False:',
           'test_10_3 and goes_on'),
+    Fault('ring_read_afresh_from_its_middle', 'generate.py', 'if not self.rolling and len(row.ids) - row.start > block',
+          'if len(row.ids) - row.start > block', 'test_10_3 and ring_took_back'),
     Fault('cache_keeps_what_is_taken_back', 'generate.py', 'self.cache.lengths[i] -= back', 'pass',
           'test_10_3 and goes_on'),
     Fault('given_out_too_early', 'generate.py', 'known = len(row.held) - held',

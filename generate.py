@@ -512,7 +512,7 @@ class Batch:
         """A context longer than the model's is cut to its last three quarters, to be read afresh, as in training, where
         every window begins at position 0: one pass over 3/4 T buys T/4 tokens."""
         block = self.model.config.block_size
-        if len(row.ids) - row.start > block:
+        if not self.rolling and len(row.ids) - row.start > block:
             row.start = len(row.ids) - max(1, block * 3 // 4)
 
     def new_cache(self, rows):

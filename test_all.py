@@ -12839,6 +12839,13 @@ def test_10_3_the_end_of_a_thought_may_straddle_tokens():
             rollout.Forcing(tokenizer, num_waits=1, wait=wait)
 
 
+def test_10_3_what_a_ring_took_back_is_read_afresh_from_its_first_token():
+    model = tiny(pos='rope', window=6, n_sink=2, block_size=16)
+    replaced = generation.Replacement([7], 1, 1)
+    new = model.generate([[1, 2, 3]], 60, temperature=0, force=lambda ids: replaced if len(ids) == 40 else [])[0]
+    assert new[39] == 7 and new[40:] == model.generate([[1, 2, 3, *new[:40]]], 20, temperature=0)[0]
+
+
 def test_10_3_a_draft_takes_no_token_back():
     model, draft = tiny(), speculative.Draft(tiny())
     with pytest.raises(ValueError, match='goes without a draft'):
