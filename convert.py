@@ -694,8 +694,9 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     if positions in sources and rows < args['block_size']:
         file, shape, read = sources[positions]
         sources[positions] = file, [*(min(rows, n) for n in shape[:1]), *shape[1:]], lambda: read()[:rows]
-    if dtype is None:  # that holds every tensor of the files, bit for bit
-        dtype = functools.reduce(torch.promote_types, {read_tensor(sources, name).dtype for name in sources})
+    if dtype is None:  # that holds every parameter of the files, bit for bit; DeepSeek's biases of a choice are none
+        dtypes = {read_tensor(sources, name).dtype for name in sources if not name.endswith('correction_bias')}
+        dtype = functools.reduce(torch.promote_types, dtypes)
     tokenizer = tokenizers.hf_tokenizer(folder) if (folder / 'tokenizer.json').is_file() else None
     model = build(args, overrides, family, sources, dtype, folder)
     return model, fits(tokenizer, model, folder)
