@@ -739,6 +739,9 @@ def main():
     if length > teacher_model.config.block_size:
         raise UserError(f'rows of {length} tokens are longer than the block_size={teacher_model.config.block_size} of '
                         f'teacher={teacher}: lower {"max_length" if chats else "block_size"}')
+    if chats and max_new_tokens >= model.config.block_size:
+        raise UserError(f'max_new_tokens={max_new_tokens} must be < block_size={model.config.block_size}, which needs '
+                        'room for the prompt: lower it')
     teacher_sha256 = ''
     if cache or answers_file:
         shape = json.dumps(asdict(teacher_model.config), sort_keys=True)

@@ -12701,6 +12701,7 @@ def test_10_2_distillation_refuses_what_cannot_be(teach, teach_chat, base_run, p
             (teach_chat, ['--on_policy=1', '--prompts_per_step=1', '--gradient_accumulation_steps=2'],
              'must be >= gradient_accumulation_steps=2'),
             (teach_chat, ['--max_length=500'], 'max_length=500'),
+            (teach_chat, ['--max_new_tokens=500'], 'max_new_tokens=500 must be < block_size='),
             (teach_chat, ['--answers=teacher', '--max_new_tokens=190'], 'leaves room')):
         status, _, err = call('--out_dir=no', *flags)
         assert status == 2 and err.count('\n') == 1 and words in err, (flags, err)
