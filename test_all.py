@@ -1224,7 +1224,7 @@ def test_0_1_files_do_not_grow_unnoticed():
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1275
     assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5733
-    assert lines(*product) <= 23558
+    assert lines(*product) <= 23561
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
