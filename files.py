@@ -1,11 +1,13 @@
 """
-Files as people have them: compressed ones read as if they were not, and the rows of Parquet's tables.
+Files as people have them: compressed ones read as if they were not, and the rows of tables, CSV and Parquet.
 """
 import bz2
 import contextlib
+import csv
 import gzip
 import importlib
 import io
+import itertools
 import lzma
 import os
 from pathlib import Path
@@ -42,6 +44,40 @@ def opened(path):
             raise UserError(f'{path}: {e.strerror}') from e
         reason = (str(e).splitlines() or [''])[0]
         raise UserError(f'{path}: damaged, or not what its name says ({type(e).__name__}: {reason})') from e
+
+
+def lines_of(path, file):
+    """Yields the lines of a file as text; UserError for one that is not UTF-8."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode('utf-8-sig')
+        except UnicodeDecodeError as e:
+            raise UserError(f'{path}, line {number}: byte {e.start + 1} is not UTF-8: convert the file') from None
+
+
+def csv_rows(path, file):
+    """Yields (where, {column: text}) of a .csv or .tsv table, whose first line names its columns.
+
+    Where that line has semicolons and no comma, they stand between the cells of a .csv: so spreadsheets write it where
+    commas are for decimals.
+    """
+    csv.field_size_limit((1 << 31) - 1)
+    lines = lines_of(path, file)
+    first = next(lines, '')
+    between = '\t' if format_of(path)[1] == '.tsv' else ';' if ';' in first and ',' not in first else ','
+    table = csv.reader(itertools.chain([first], lines), delimiter=between, strict=True)
+    try:
+        names = next(table, [])
+        for name in names:
+            if names.count(name) > 1:
+                raise csv.Error(f'two columns are called {name!r}')
+        for cells in table:
+            if cells and len(cells) != len(names):
+                raise csv.Error(f'{len(cells)} cells, but {len(names)} names of columns')
+            if cells:
+                yield f'{path}, line {table.line_num}', dict(zip(names, cells, strict=True))
+    except csv.Error as e:
+        raise UserError(f'{path}, line {table.line_num}: {e}: mend the table') from None
 
 
 def parquet_rows(path, file, column=''):

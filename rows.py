@@ -2,15 +2,16 @@
 Rows of a file: chats, preferences, labelled steps, prompts and pairs of texts, in the shapes that other libraries
 write, checked.
 
-A file is a .json one, a list of rows; a .jsonl one, a row a line, where blank lines are passed over; or a .parquet one,
-a table of them. Each may be compressed (.jsonl.gz). A reader takes a file, or a list of those that follow one another,
-and returns (rows, skipped): each row with 'where' it is from, and the reasons for which malformed ones were left out.
-With strict, the default, such a row raises UserError instead, with file, line and reason; so does a file without any
-good row.
+A file is a .json one, a list of rows; a .jsonl one, a row a line, where blank lines are passed over; or a .parquet,
+.csv or .tsv one, a table of them. Each may be compressed (.jsonl.gz). A reader takes a file, or a list of those that
+follow one another, and returns (rows, skipped): each row with 'where' it is from, and the reasons for which malformed
+ones were left out. With strict, the default, such a row raises UserError instead, with file, line and reason; so does a
+file without any good row.
 
 A key that decides what is learned is honoured or refused by its name (REFUSED); one that nothing here knows is counted.
 The shapes are those of OpenAI, TRL, ShareGPT, axolotl, LLaMA-Factory, ms-swift and verl.
 """
+import contextlib
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from chat import ROLES, THOUGHTS
-from files import format_of, opened, parquet_rows
+from files import csv_rows, format_of, opened, parquet_rows
 from grade import GRADERS, check_gold
 from progress import counted
 from tokenizer import UserError
@@ -33,7 +34,7 @@ KINDS = {str: 'text', dict: 'an object', bool: 'true or false', (int, float): 'a
 
 # where a row of each shape has its parts, by the names that libraries give them; the first that is there counts
 MESSAGES = ('messages', 'conversations', 'conversation')
-QUESTION, MORE, ANSWER = ('instruction', 'query'), ('input', 'context'), ('output', 'response')
+QUESTION, MORE, ANSWER = ('instruction', 'query', 'question'), ('input', 'context'), ('output', 'response')
 CALLERS = ('function_call', 'tool_call')  # who says nothing but the JSON of a call
 SPEAKERS = {role: role for role in ROLES} | {
     'human': 'user', **dict.fromkeys(('gpt', 'chatgpt', 'bing', 'bard', 'model', *CALLERS), 'assistant'),
@@ -60,7 +61,7 @@ OF_MESSAGE_REFUSED = {
 
 
 SKIP = 'mend it, or leave such rows out with --strict=False'
-SUFFIXES = ('.json', '.jsonl', '.parquet')  # of files of rows
+SUFFIXES = ('.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.parquet')  # of files of rows
 
 
 def is_file_of_rows(dataset):
@@ -85,6 +86,7 @@ def read_chats(path, strict=True):
         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, OpenAI's
         {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}, ShareGPT's
         {"instruction": "…", "input": "…", "output": "…"}, Alpaca's; input may be empty or missing
+        {"question": "…", "answer": "…"}
         {"prompt": …, "completion": …}, each a text or a list of messages
     which may also have "system", "history", "tools" and "chat_template_kwargs", and becomes {'messages': …}, whose last
     one is the assistant's, and what else it has of EXTRAS. What the chat template is told, {'tools': …}, stands in
@@ -175,6 +177,8 @@ def _items(path):
     with opened(path) as file:
         if suffix == '.parquet':
             yield from parquet_rows(path, file)
+        elif suffix in ('.csv', '.tsv'):
+            yield from ((where, _from_cells(cells)) for where, cells in csv_rows(path, file))
         elif suffix == '.json':
             yield from ((f'{path}, row {number}', item) for number, item in enumerate(_from_list(path, file.read()), 1))
         else:
@@ -192,6 +196,15 @@ def _from_list(path, data):
     except (ValueError, RecursionError) as e:
         raise UserError(f'{path}: not a JSON list ({e}); name a file with a JSON object on every line .jsonl') from e
     return items
+
+
+def _from_cells(cells):
+    """A row of a table of texts -> what JSON would have: nothing for an empty cell, and what is no text as such."""
+    found = {name: cell for name, cell in cells.items() if cell}
+    for name in found.keys() & {*LABELS, 'steps', 'margin', 'flipped'}:
+        with contextlib.suppress(ValueError):  # else the reader of the row says what it must be
+            found[name] = json.loads(found[name].lower())
+    return found
 
 
 def _from_line(line):
@@ -436,7 +449,7 @@ LABELS = ('label', 'kto_tag')  # of one answer, whether it is a good one
 def _chat(row):
     for key in LABELS:
         value = row.take(key)
-        if value is False or value == 0 and not row.find(*MESSAGES):
+        if value is False or str(value).lower() == 'false' or value == 0 and not row.find(*MESSAGES):
             raise UserError(f'"{key}" is false, which marks a bad answer: leave the row out; dpo.py --loss_type=kto '
                             'learns from it')
     return _unlabelled_chat(row)
@@ -447,11 +460,17 @@ def _unlabelled_chat(row, empty=False):
         messages = row.take(*MESSAGES)
     elif row.find(*QUESTION) and row.find(*ANSWER):
         messages = [*_question(row), *_answer(row, *ANSWER)]
+    elif row.find('question') and row.find('answer') and not row.find('prompt'):
+        answer = [{'role': 'assistant', 'content': row.text('answer')}]
+        messages = [*_question(row), *answer]
+        if not row.find('grader'):
+            del row.values['answer']  # what is said, not what it is compared with
     elif row.find('prompt') and row.find('completion', 'response'):
         messages = _part(row, 'user', 'prompt') + _answer(row, 'completion', 'response')
     else:
-        raise UserError('it needs "messages", or "instruction" and "output", or "prompt" and "completion"'
-                        + (': running text is what train.py learns from' if 'text' in row.values else ''))
+        raise UserError('it needs "messages", or "instruction" and "output", "question" and "answer", or "prompt" and '
+                        '"completion"' + (': running text is what train.py learns from' if 'text' in row.values else
+                                          f', and has {", ".join(row.values) or "nothing"}'[:200]))
     messages = _messages(_with_opening(row, messages) if isinstance(messages, list) else messages, row, empty=empty)
     return {'messages': _with_variables(row, messages)} | _extras(row)
 

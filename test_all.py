@@ -7273,8 +7273,40 @@ def test_6_1_a_single_file_is_split_by_prompts(tmp_path):
         load_chats(lines(tmp_path / 'w.jsonl', [chat('a', 'b'), chat('a', 'c')]), 'val')
     lines(tmp_path / 'v.jsonl', [*rows, {'no': 1}])
     assert load_chats(tmp_path / 'v.jsonl', 'val', strict=False)[1] == [
-        f'{tmp_path / "v.jsonl"}, line 201: it needs "messages", or "instruction" and "output", or "prompt" and '
-        f'"completion"']
+        f'{tmp_path / "v.jsonl"}, line 201: it needs "messages", or "instruction" and "output", "question" and '
+        f'"answer", or "prompt" and "completion", and has no']
+
+
+def test_6_1_a_table_from_a_spreadsheet_has_the_rows_of_json(tmp_path):
+    questions = [{'question': 'Who,\nme?', 'answer': 'You, 7'}, {'question': 'Où?', 'answer': 'Là; "ici"'}]
+    chats = [[turn('user', row['question']), turn('assistant', row['answer'])] for row in questions]
+    for name, options in (('a.csv', {}), ('b.csv', {'delimiter': ';'}), ('c.tsv', {'dialect': 'excel-tab'}),
+                          ('d.csv.gz', {})):
+        file = io.StringIO()
+        writer = csv.DictWriter(file, ['question', 'answer'], **options)
+        writer.writeheader()
+        writer.writerows(questions)
+        data = ('\ufeff' + file.getvalue()).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
+        assert [row['messages'] for row in read_chats(tmp_path / name)[0]] == chats
+        assert rows_file.is_file_of_rows(tmp_path / name)
+    assert [set(row) for row in read_chats(tmp_path / 'a.csv')[0]] == [{'messages', 'where'}] * 2  # no gold of 7
+
+    def table(text):
+        (tmp_path / 'x.csv').write_text(text, encoding='utf-8')
+        return tmp_path / 'x.csv'
+    rows, _ = rows_file.read_labelled(table('prompt,completion,label\na,b,FALSE\nc,d,true\ne,f,1\n'))
+    assert [row['label'] for row in rows] == [True, True, False]
+    assert read_prefs(table('prompt,chosen,rejected,margin\na,b,c,0.5\n'))[0][0]['margin'] == 0.5
+    assert read_prompts(table('prompt,answer\na,42\n'))[0][0]['answer'] == '42'
+    for text, words in (('question,answer\na,\n', 'line 2: it needs "messages", or .* and has question;'),
+                        ('question,answer\na,b,c\n', 'line 2: 3 cells, but 2 names'),
+                        ('question,answer,answer\na,b,c\n', "two columns are called 'answer'"),
+                        ('prompt,completion,label\na,b,no\n', '"label", true or false, not \'no\'')):
+        with pytest.raises(UserError, match=words):
+            (rows_file.read_labelled if 'label' in text else read_chats)(table(text))
+    with pytest.raises(UserError, match='"label" is false, which marks a bad answer'):
+        read_chats(lines(tmp_path / 'y.jsonl', [{'prompt': 'a', 'completion': 'b', 'label': 'false'}]))
 
 
 def test_6_1_a_folder_of_chats_is_found_and_told_from_tokens_and_pairs(tmp_path, text_data, monkeypatch):

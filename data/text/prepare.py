@@ -19,7 +19,6 @@ Validation is every tenth document (see val_fraction) where there are so many, e
     python data/text/prepare.py --input=notes/ --input=more.jsonl.gz --name=notes --vocab_size=8192
 """
 import codecs
-import csv
 import io
 import json
 import os
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import runtime
 
-from files import format_of, opened, parquet_rows
+from files import csv_rows, format_of, lines_of, opened, parquet_rows
 from preparation import write_dataset
 from tokenizer import UserError, get_tokenizer
 
@@ -107,14 +106,6 @@ def why_no_text(path):
 # ----------------------------------------------------------------------------------------------------------------------
 # formats
 
-def lines_of(path, file):
-    for number, line in enumerate(file, 1):
-        try:
-            yield line.decode('utf-8-sig')
-        except UnicodeDecodeError as e:
-            raise UserError(f'{path}, line {number}: byte {e.start + 1} is not UTF-8: convert the file') from None
-
-
 def json_rows(path, file):
     """Yields (where, row) of a file with an object on each line, or with a list of them."""
     empty = True
@@ -133,23 +124,6 @@ def json_rows(path, file):
         elif line.strip():
             yield where, rows
         empty = empty and not line.strip()
-
-
-def csv_rows(path, file):
-    """Yields (where, row) of a table whose first line has the names of the columns."""
-    csv.field_size_limit((1 << 31) - 1)
-    table = csv.reader(lines_of(path, file), 'excel-tab' if format_of(path)[1] == '.tsv' else 'excel', strict=True)
-    try:
-        names = next(table, [])
-        if names.count(text_key) > 1:
-            raise csv.Error(f'two columns are called {text_key!r}')
-        for cells in table:
-            if cells and len(cells) != len(names):
-                raise csv.Error(f'{len(cells)} cells, but {len(names)} names of columns')
-            if cells:
-                yield f'{path}, line {table.line_num}', dict(zip(names, cells, strict=True))
-    except csv.Error as e:
-        raise UserError(f'{path}, line {table.line_num}: {e}: mend the table') from None
 
 
 ROWS = {'.jsonl': json_rows, '.ndjson': json_rows, '.json': json_rows, '.csv': csv_rows, '.tsv': csv_rows,
