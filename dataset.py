@@ -48,6 +48,7 @@ from rows import (
     read_prefs,
     read_prompts,
     read_steps,
+    unlearned,
 )
 from tokenizer import Tokenizer, UserError, get_tokenizer
 from tools import turn_start
@@ -511,6 +512,7 @@ class ChatData:
     `Tokenizer.chat_ids`. strict: a row that the chat template refuses raises UserError, else it is left out
     ('refused_by_template'). UserError also where no row is left and where rows are templated already.
     """
+    longest, limit = 0, '--max_length'  # tokens of the longest row that was left out; the knob that has rows left out
 
     def __init__(self, rows, tokenizer, block_size, seed=1337, too_long='drop', train_on_prompt=False, pack=False,
                  mask_history=False, calls=True, strict=True):
@@ -520,7 +522,7 @@ class ChatData:
         for row, tokens, mask in self._tokenised(self._untemplated(rows), mask_history, calls, strict):
             cut = len(tokens) > block_size + 1
             if cut and too_long == 'drop':
-                self.dropped['too_long'] += 1
+                self._leave_out(len(tokens) - 1)
                 continue
             kept = slice(-block_size - 1, None) if too_long == 'left' else slice(block_size + 1)
             tokens, mask = np.array(tokens[kept], np.int32), np.array(mask[kept], bool) | train_on_prompt
@@ -564,6 +566,11 @@ class ChatData:
             if strict:
                 raise UserError(f'{row["where"]}: {e}; {SKIP}') from None
             self.dropped['refused_by_template'] = self.dropped.get('refused_by_template', 0) + 1
+
+    def _leave_out(self, length):
+        """Counts a row of so many tokens as too long."""
+        self.dropped['too_long'] += 1
+        self.longest = max(self.longest, length)
 
     def _untemplated(self, rows):
         """Yields the rows; UserError where some have the markers of a chat template, which would become letters."""
@@ -704,14 +711,17 @@ class ChatData:
         lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [
             f'{n:,} {what.replace("_", " ")}' for what, n in self.dropped.items()
             if n and what not in ('truncated', 'split')]
+        if self.longest:
+            lost = [f'{words} (up to {self.longest:,} tokens, {self.block_size:,} fit: see {self.limit})'
+                    if words.endswith('too long') else words for words in lost]
         words = [f'left out: {", ".join(lost)}'] * bool(lost)
         words += [f'truncated: {self.dropped["truncated"]:,}'] * bool(self.dropped['truncated'])
         if 'split' in self.dropped:
             words.append(f'split, a row for each answer: {self.dropped["split"]:,}')
-        words += [f'the first malformed: {" / ".join(skipped[:3])}'] * bool(skipped)
         unused = getattr(skipped, 'unused', {})
         words += ['not used: ' + ', '.join(f'{key} ({n:,})' for key, n in unused.items())] * bool(unused)
-        return '; '.join([f'{self.n_rows:,} rows', *words]) if words else ''
+        words += ['malformed are' + ', for example,' * (len(skipped) > 10)] * bool(skipped)
+        return '\n  '.join(['; '.join([f'{self.n_rows:,} rows', *words]), *skipped[:10]]) if words else ''
 
 
 class PrefData(ChatData):
@@ -737,7 +747,7 @@ class PrefData(ChatData):
                 continue
             cut = max(0, max(len(tokens) for tokens, _ in pair) - block_size)
             if any(cut >= mask.argmax() for _, mask in pair):
-                self.dropped['too_long'] += 1
+                self._leave_out(cut + block_size)
                 continue
             self.dropped['truncated'] += cut > 0
             answer = row[self.answers[0]]
@@ -792,6 +802,7 @@ class PromptData(ChatData):
     rows: those of `load_prompts`. A prompt that leaves less room is left out ('too_long'). Otherwise as ChatData:
     `rows` gives the endless sequence, `fixed` an even choice, and `prompt` the ids.
     """
+    limit = '--max_new_tokens'
 
     def __init__(self, rows, tokenizer, block_size, max_new_tokens, seed=1337, strict=True):
         self.tokenizer, self.block_size, self.pack = tokenizer, block_size, False
@@ -802,7 +813,7 @@ class PromptData(ChatData):
                 continue
             tokens = np.array(found[0], np.int32)
             if len(tokens) + max_new_tokens > block_size:
-                self.dropped['too_long'] += 1
+                self._leave_out(len(tokens) + max_new_tokens)
                 continue
             self.rows_kept.append(row)
             ids.append(tokens)
@@ -843,11 +854,6 @@ def answered(tokenizer, prompt, answer, block_size=0, calls=True, strip=False):
     tokens, mask = np.array(tokens, np.int32), np.array(mask, bool)
     end = int(mask.nonzero()[0][-1]) + 1  # ChatML has a newline after the end of a turn
     return tokens[:end][kept], mask[:end][kept]
-
-
-def unlearned(messages):
-    """Messages of which none is learned."""
-    return [m | {'weight': 0} if m['role'] == 'assistant' else m for m in messages]
 
 
 # of well-known chat templates; what the tokenizer's own writes is looked for, too

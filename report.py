@@ -8,6 +8,7 @@ Every stage writes the page when it ends, without the picture: to import matplot
 is made from the files of a run alone, at any time, of older runs, too: what they did not keep is left out.
 """
 import functools
+import itertools
 import json
 import os
 import platform
@@ -50,7 +51,8 @@ def versions():
 def start_of(run, step, about):
     """What starts.jsonl keeps of a start: the step it goes on from, its command, machine and versions, and in the
     stage's own words its data and its model."""
-    return {'iter': step, 'command': run.command(sys.argv), 'about': about, 'dtype': run.dtype,
+    held_out = {key: run.config[key] for key in sorted(runtime.HELD_OUT_BY & run.config.keys())}
+    return {'iter': step, 'command': run.command(sys.argv), 'about': about, 'dtype': run.dtype, 'held_out': held_out,
             'processor': f'{run.world_size} x {runtime.processor(run.device)}', 'versions': versions()}
 
 
@@ -169,7 +171,9 @@ def page(folder, picture='', level=1):
     starts, state = read_json(folder / 'starts.jsonl', lines=True), plot.state_of(folder / 'ckpt.pt')
     for row in rows:
         by_step.setdefault(row['iter'], {}).update(row)
-    found = [row for row in by_step.values() if any(name.startswith('val/') for name in row)]
+    first = next((late['iter'] for early, late in reversed([*itertools.pairwise(starts)])
+                  if 'held_out' in early and early['held_out'] != late.get('held_out')), -1)  # of other rows
+    found = [row for row in by_step.values() if row['iter'] > first and any(name.startswith('val/') for name in row)]
     lines = ['#' * level + f' {folder.resolve().name}', '',
              *table(['', ''], [fact for fact in facts(rows, summary, starts, state) if fact[1]])]
     lines += measures(folder, title, found, picture) if found else []

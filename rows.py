@@ -256,14 +256,14 @@ def _refuse(table, values, what):
 
 
 def _text(value, what):
-    """A str that UTF-8 can spell; UserError for anything else."""
+    """A str that UTF-8 can spell, its lines ended by \\n and without byte order marks; UserError for anything else."""
     try:
         value.encode()
     except AttributeError:
         raise UserError(f'{what} must be a text, not {value!r:.40}') from None
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair
         raise UserError(f'{what} has half a surrogate pair, which is no character') from None
-    return value
+    return value.replace('\r\n', '\n').replace('\r', '\n').replace('\ufeff', '')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,6 +345,11 @@ def _messages(messages, row, key='messages', answer=True, empty=False):
         last = f'the last message{of_key}' if of_key else 'its last message'
         raise UserError(f"{last} is the {found[-1]['role']}'s: it must be the assistant's")
     return found
+
+
+def unlearned(messages):
+    """Messages of which none is learned."""
+    return [m | {'weight': 0} if m['role'] == 'assistant' else m for m in messages]
 
 
 def read_request(values):
@@ -472,6 +477,8 @@ def _unlabelled_chat(row, empty=False):
                         '"completion"' + (': running text is what train.py learns from' if 'text' in row.values else
                                           f', and has {", ".join(row.values) or "nothing"}'[:200]))
     messages = _messages(_with_opening(row, messages) if isinstance(messages, list) else messages, row, empty=empty)
+    opening = next((i for i, m in enumerate(messages) if m['role'] == 'user'), 0)  # of a chat that the assistant opens
+    messages = unlearned(messages[:opening]) + messages[opening:]  # read, not learned: nothing asks for it
     return {'messages': _with_variables(row, messages)} | _extras(row)
 
 

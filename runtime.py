@@ -459,6 +459,10 @@ def not_finite(state, name=''):
     return next(filter(None, (not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
 
 
+# knobs that say which rows are held out: with others, scores do not compare
+HELD_OUT_BY = {'dataset', 'val_fraction', 'eval_rows', 'eval_iters', 'max_length', 'too_long'}
+
+
 def each(optimizers):
     """A torch optimizer, or a list of them, as a list."""
     return optimizers if isinstance(optimizers, list) else [optimizers]
@@ -894,6 +898,8 @@ class Run:
                    if before.get(k, v) != v and k != 'init_from']
         if changed:
             self.print0(f'changed since the checkpoint: {", ".join(changed)}')
+        if any(before.get(k, config[k]) != config[k] for k in HELD_OUT_BY & config.keys()):
+            self.best = math.inf  # the best score until now is of other rows
 
     def like(self, tensor, full):
         """A full tensor of a checkpoint, placed as `tensor` is: on the device, and sharded if that is."""
@@ -1071,6 +1077,12 @@ class Run:
         moved aside. UserError if another process is writing there.
         """
         self.config, self._step = config, step or 0
+        if step is None and any(self.out_dir.glob('*.pt')):
+            for key, value in config.items():  # what a run began with it reads again when it goes on
+                path = value.removeprefix('auto:') if isinstance(value, str) and key != 'out_dir' else ''
+                if path and self.out_dir.resolve() in (Path(path).resolve(), Path(path).resolve().parent):
+                    raise UserError(f'{key}={value} is the run in out_dir={self.out_dir}, which would be moved aside: '
+                                    'give another --out_dir')
 
         def work():  # noqa: C901
             if wandb_log:

@@ -5935,6 +5935,22 @@ def test_4_3_the_best_score_so_far_is_remembered(run_stage, text_data):
     Path('run/best.pt').unlink()
     assert run_stage('train', *args, '--max_iters=4', '--init_from=resume')[0] == 0
     assert torch.load('run/ckpt.pt', weights_only=True)['best'] == 0.5 and not Path('run/best.pt').exists()
+    # with other rows held out it says nothing any more, in the report neither
+    status, out, _ = run_stage('train', *args, '--max_iters=6', '--init_from=resume', '--eval_iters=3')
+    assert status == 0 and 'changed since the checkpoint: max_iters 4 -> 6, eval_iters' in out
+    state = torch.load('run/best.pt', weights_only=True)
+    assert state['iter'] == 6 and torch.load('run/ckpt.pt', weights_only=True)['best'] != 0.5
+    assert ', step 6 | after, step 6' in Path('run/report.md').read_text()
+
+
+def test_4_3_a_run_does_not_begin_with_what_it_moves_aside(run_stage, base_run, chat_data):
+    shutil.copytree(base_run, 'run')
+    for start in ('run', 'run/ckpt.pt', '../' + Path.cwd().name + '/run'):
+        status, _, err = run_stage('sft', f'--init_from={start}', f'--dataset={chat_data}', '--lora_rank=2',
+                                   '--out_dir=run')
+        assert status == 2 and err == (f'error: init_from={start} is the run in out_dir=run, which would be moved '
+                                       'aside: give another --out_dir\n')
+    assert [*Path().glob('run*')] == [Path('run')]
 
 
 def test_4_3_what_was_logged_after_the_checkpoint_is_dropped(run_stage, text_data):
@@ -7275,6 +7291,16 @@ def test_6_1_a_single_file_is_split_by_prompts(tmp_path):
     assert load_chats(tmp_path / 'v.jsonl', 'val', strict=False)[1] == [
         f'{tmp_path / "v.jsonl"}, line 201: it needs "messages", or "instruction" and "output", "question" and '
         f'"answer", or "prompt" and "completion", and has no']
+
+
+def test_6_1_what_an_assistant_opens_with_is_read_not_learned(tmp_path):
+    chat = [turn('assistant', 'Hi, I am Bo.'), turn('user', 'One\r\ntwo'), turn('assistant', 'Three\r\ufefffour')]
+    rows, _ = read_chats(lines(tmp_path / 'x.jsonl', [{'messages': chat}, {'messages': chat[:1]}]))
+    assert rows[0]['messages'] == [chat[0] | {'weight': 0}, turn('user', 'One\ntwo'), turn('assistant', 'Three\nfour')]
+    assert rows[1]['messages'] == chat[:1]  # alone it is what is learned
+    data = ChatData(rows[:1], bytes_tokenizer(), 200)
+    learned = [data.tokenizer.decode(data.ids[data.counts].tolist())]
+    assert learned == ['Three\nfour<|im_end|>']
 
 
 def test_6_1_a_table_from_a_spreadsheet_has_the_rows_of_json(tmp_path):
@@ -9552,7 +9578,9 @@ def test_7_1_a_long_prompt_loses_its_beginning_and_answers_stay_whole():
         ids_, counted = data.example(i)
         assert tokenizer.decode(ids_[counted].tolist()) == ['a' * 20, 'b' * 30, 'yes', 'no'][i] + '<|im_end|>'
     assert data.texts([1, 0]).tolist() == [2, 0, 3, 1] and data.left_out(['bad']) == (
-        '2 rows; left out: 1 malformed, 1 too long; truncated: 1; the first malformed: bad')
+        f'2 rows; left out: 1 malformed, 1 too long (up to {data.longest} tokens, 80 fit: see --max_length); '
+        'truncated: 1; malformed are\n  bad')
+    assert data.longest > data.block_size
 
 
 def test_7_1_what_the_assistant_said_earlier_in_a_prompt_does_not_count():
