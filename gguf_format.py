@@ -316,6 +316,9 @@ def to_gguf(model, path, tokenizer, kind='f16', about=None):
         if not (recipe := path.with_name('Modelfile')).exists():
             text = modelfile(path.name, tokenizer)
             runtime.write_atomic(recipe, lambda file: file.write(text.encode()))
+            print(f'{recipe}: for ollama; what a system says first goes there as SYSTEM "…"')
+        else:
+            print(f'{recipe} is there already and stays: its FROM may name another file than {path.name}')
     except OSError as error:
         raise UserError(f'{path}: not written ({error.strerror or reason_of(error)})') from None
     if tokenizer.encode('e\u0301') == tokenizer.encode('\xe9'):

@@ -12,6 +12,7 @@ A key that decides what is learned is honoured or refused by its name (REFUSED);
 The shapes are those of OpenAI, TRL, ShareGPT, axolotl, LLaMA-Factory, ms-swift and verl.
 """
 import contextlib
+import difflib
 import hashlib
 import json
 import re
@@ -194,7 +195,8 @@ def _from_list(path, data):
         if not isinstance(items, list):
             raise ValueError(f'but {type(items).__name__}')
     except (ValueError, RecursionError) as e:
-        raise UserError(f'{path}: not a JSON list ({e}); name a file with a JSON object on every line .jsonl') from e
+        remedy = '' if data.lstrip()[:1] == b'[' else '; name a file with a JSON object on every line .jsonl'
+        raise UserError(f'{path}: not a JSON list ({e}){remedy}') from e
     return items
 
 
@@ -560,9 +562,9 @@ def _rename_pref(row):
 def _pref(row):
     _rename_pref(row)
     if missing := sorted({'chosen', 'rejected'} - row.values.keys()):
-        labelled = row.find(*LABELS)
+        labelled, near = row.find(*LABELS), difflib.get_close_matches(missing[0], row.values, 1)
         raise UserError(f'it has no "{missing[0]}"' + (f' but a "{labelled}": dpo.py --loss_type=kto learns from it'
-                                                       if labelled else ''))
+                                                       if labelled else f' but a "{near[0]}"' if near else ''))
     answers = [_part(row, 'assistant', key) for key in ('chosen', 'rejected')]
     prompt = None
     if all(isinstance(row.values[key], str) and HUMAN.match(row.values[key]) for key in ('chosen', 'rejected')):

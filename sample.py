@@ -223,7 +223,7 @@ def session(model, tokenizer, force=None):
             continue
         if re.fullmatch('/[A-Za-z]+', command):
             known = ['/reset', '/quit', *['/save'] * chat]
-            print(f'(no command {command}: {runtime.suggest(command, known)} A blank before it makes it text.)')
+            print(f'(no command {command}: {runtime.suggest(command, known)}; a blank before it makes it text)')
             continue
         if chat:
             messages.append({'role': 'user', 'content': line})

@@ -61,6 +61,7 @@ init_from = 'out/sft'  # a run's directory or checkpoint, a Hugging Face directo
 model_name = ''  # what the API calls the model; empty: init_from
 host = '127.0.0.1'  # of this machine alone; another address, such as 0.0.0.0, needs api_key
 port = 8000  # 0 = any that is free
+system = ''  # what the system says first in chats that say nothing of it; FILE:PATH reads it from there
 api_key = ''  # what clients must send: Authorization: Bearer KEY; FILE:PATH keeps it out of the process list
 # how answers are made
 max_rows = 16  # answers that are continued side by side
@@ -154,7 +155,8 @@ def check_fields(body, shape):
     """Refused for a field that is unknown, or not supported and given a value that would change the answer."""
     known = {*ONLY, *NUMBERS, *IGNORED, *OWN[shape]} - ({'top_logprobs'} if shape == 'text' else set())
     for name, value in body.items():
-        if name in ONLY and value is not None and value not in ONLY[name]:
+        idle = name == 'parallel_tool_calls' and not body.get('tools')
+        if name in ONLY and value is not None and value not in ONLY[name] and not idle:
             raise Refused(f'{name!r} is not supported: leave it out', param=name)
         if name not in known and value is not None:
             raise Refused(f'unknown field {name!r:.60}', param=name)
@@ -677,8 +679,9 @@ async def read_json(request):
 class Server:
     """The endpoints around an Engine."""
 
-    def __init__(self, engine, name, secret=''):
+    def __init__(self, engine, name, secret='', system=''):
         self.engine, self.name, self.secret, self.began = engine, name, secret, int(time.time())
+        self.system = system
         self.tokenizer, self.config = engine.tokenizer, engine.model.config
         try:
             self.chats = bool(self.tokenizer.chat)
@@ -694,7 +697,8 @@ class Server:
             raise Refused('wrong or no API key: send the header Authorization: Bearer KEY', 401, code='invalid_api_key')
         origin, address = request.headers.get('origin'), request.headers.get('host', '')
         if origin and origin.partition('://')[2] != address:
-            raise Refused(f'a page of {origin:.100} may not use this server', 403)
+            raise Refused(f'a page of {origin:.100} may not use this server, which was asked for as {address:.100}: a '
+                          'proxy must pass on the header Host', 403)
         if not self.secret and re.sub(r':\d+$', '', address) not in ('127.0.0.1', 'localhost', '[::1]'):
             # nor one whose name has come to lead to this machine
             raise Refused(f'{address:.100} is not this machine: start the server with --api_key=SECRET', 403)
@@ -747,6 +751,9 @@ class Server:
                 hidden = {'tools'} if body.get('tool_choice') == 'none' else set()
                 asked = {'messages', 'tools', 'chat_template_kwargs'} - hidden
                 messages = read_request({key: body.get(key) for key in asked})
+                if self.system and not any(m['role'] in ('system', 'developer') for m in messages):
+                    messages = [{'role': 'system', 'content': self.system} | {
+                        key: messages[0].pop(key) for key in ('variables',) if key in messages[0]}, *messages]
                 calls = 'tools' in messages[0].get('variables', {})
                 ids, _ = self.tokenizer.chat_ids(messages, generate=True)
                 prompts, thinking = [ids], self.tokenizer.decode(ids[-16:]).rstrip().endswith('<think>')
@@ -901,17 +908,17 @@ class Process(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def read_key(text):
-    """The api_key, from itself or a file."""
+def read_knob(name, text):
+    """The api_key or what the system says, from itself or a file."""
     if not text.startswith('FILE:'):
         return text
     try:
-        key = Path(text[5:]).read_text(encoding='utf-8').strip()
+        found = Path(text[5:]).read_text(encoding='utf-8').strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'api_key={text}: {getattr(error, "strerror", None) or "not UTF-8 text"}') from None
-    if not key:
-        raise UserError(f'api_key={text}: the file is empty')
-    return key
+        raise UserError(f'{name}={text}: {getattr(error, "strerror", None) or "not UTF-8 text"}') from None
+    if not found:
+        raise UserError(f'{name}={text}: the file is empty')
+    return found
 
 
 def listen(address, number):
@@ -934,7 +941,7 @@ def listen(address, number):
 def main():
     global api_key
     _, given = runtime.configure(globals(), GPTConfig)
-    api_key = read_key(api_key)
+    api_key, opening = read_knob('api_key', api_key), read_knob('system', system)
     if max_rows < 1 or max_queue < 1 or min(prefix_cache_tokens, max_think_tokens, num_waits) < 0:
         raise UserError('max_rows and max_queue must be >= 1, prefix_cache_tokens, max_think_tokens and num_waits >= 0')
     if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:
@@ -946,7 +953,9 @@ def main():
         raise UserError(f'{init_from} is an encoder or has one: sample.py --source=TEXT talks to it')
     engine = Engine(model, tokenizer, max_rows, max_queue, prefix_cache_tokens,
                     forcing(tokenizer, tools, max_think_tokens, num_waits=num_waits, wait=wait))
-    server = Server(engine, model_name or init_from, api_key)
+    server = Server(engine, model_name or init_from, api_key, opening)
+    if opening and not server.chats:
+        raise UserError(f'system={system}: {server.no_chats}')
     app = server.app()
     config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=75, timeout_graceful_shutdown=10)
     at = f'http://{"[::1]" if ":" in host else host}:{listener.getsockname()[1]}'

@@ -15685,13 +15685,13 @@ def test_10_5_training_goes_on_from_a_hugging_face_model(run_stage, tmp_path):
 # 10.6 a server
 
 @contextlib.contextmanager
-def serving(model=None, tokenizer=None, secret='', **options):
+def serving(model=None, tokenizer=None, secret='', system='', **options):
     """A server on loopback, in threads of this process -> (its address, its Engine, the ids that greedy decoding makes
     of a prompt alone)."""
     tokenizer = tokenizer or bytes_tokenizer()
     model = model or tiny(pos='rope', vocab_size=260, block_size=256)
     engine = serve_file.Engine(model, tokenizer, **options)
-    app = serve_file.Server(engine, 'tiny', secret).app()
+    app = serve_file.Server(engine, 'tiny', secret, system).app()
     listener = serve_file.listen('127.0.0.1', 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level='critical', timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
@@ -16097,6 +16097,16 @@ def test_10_6_a_full_queue_is_429_and_what_waits_comes_in_its_turn():
         assert post(address, 'completions', prompt='x').ok
 
 
+def test_10_6_what_the_system_says_opens_chats_that_say_nothing_of_it():
+    with serving(system='Be brief.') as (address, _, alone):
+        due, = alone(bytes_tokenizer().chat_ids(HELLO, generate=True)[0], 9)
+        other, = alone(bytes_tokenizer().chat_ids([turn('system', 'Sing.'), HELLO[1]], generate=True)[0], 9)
+        for messages, ids in ((HELLO[1:], due), (HELLO, due), ([turn('system', 'Sing.'), HELLO[1]], other)):
+            found = post(address, 'chat/completions', messages=messages, max_tokens=9, temperature=0,
+                         parallel_tool_calls=False).json()
+            assert found['choices'][0]['message']['content'] == shown(ids)
+
+
 WRONG = [
     ({}, 'messages'), ({'messages': []}, 'messages'), ({'messages': 'hi'}, 'messages'), ({'messages': [1]}, 'role'),
     ({'messages': [{'role': 'king', 'content': 'x'}]}, 'role'), ({'messages': [{'role': 'user'}]}, 'content'),
@@ -16263,7 +16273,7 @@ def test_10_6_a_key_lets_in(run_stage, tmp_path):
             assert requests.post(f'{address}/v1/completions', headers=header, json={}, timeout=9).status_code == 401
         assert client(address, 's3cret').models.list().data[0].id == 'tiny'
     (tmp_path / 'key').write_text('s3cret\n')
-    assert serve_file.read_key(f'FILE:{tmp_path / "key"}') == serve_file.read_key('s3cret') == 's3cret'
+    assert serve_file.read_knob('api_key', f'FILE:{tmp_path / "key"}') == 's3cret'
     for args, words in ((['--host=0.0.0.0'], 'api_key'), ([f'--api_key=FILE:{tmp_path}/none'], 'none'),
                         (['--max_rows=0'], 'max_rows'), (['--port=70000'], 'port'),
                         (['--init_from=nowhere', '--port=0'], 'nowhere')):
