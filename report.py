@@ -27,7 +27,8 @@ from errors import UserError
 
 LIBRARIES = ('torch', 'numpy', 'tiktoken', 'tokenizers', 'safetensors', 'jinja2', 'gguf')
 POINTS = 8  # evaluations in the table of a curve, where there is no picture
-NAMES = {'val/accuracy': 'pairs ordered', 'kl': 'KL to the reference'}  # of measures that do not say what they are
+# of measures that do not say what they are
+NAMES = {'train/eval_loss': 'loss of training text', 'val/accuracy': 'pairs ordered', 'kl': 'KL to the reference'}
 SAMPLE = (24, 200)  # lines of a sample that are shown, and letters of each
 
 
@@ -135,7 +136,8 @@ def measures(folder, title, found, picture):
     """Lines on held-out data: the first, the last and the best of the evaluations found, and the curve of all."""
     columns, best = [('before', found[0]), ('after', found[-1])], plot.state_of(folder / 'best.pt').get('iter')
     columns += [('best.pt', row) for row in found[1:-1] if row['iter'] == best]
-    names = dict.fromkeys(n for _, row in columns for n in row if n.startswith('val/') or f'{n}_low' in row)
+    names = dict.fromkeys(n for _, row in columns for n in row
+                          if n.startswith('val/') or n == 'train/eval_loss' or f'{n}_low' in row)
     names = [n for n in names if not n.endswith(('_low', '_high'))]
     lines = [f'{title} Held-out data', '', *table(
         ['measure', *(f'{name}, step {row["iter"]:,}' for name, row in columns)],

@@ -1413,6 +1413,7 @@ class Meter:
 
     def __init__(self, run, clock, max_iters, flops_per_token):
         self.run, self.clock, self.max_iters, self.flops_per_token = run, clock, max_iters, flops_per_token
+        self.pace = None  # seconds of a step, of late
         run.flops_per_token = flops_per_token
         self.reset(0)
 
@@ -1438,10 +1439,11 @@ class Meter:
         means = {name: totals[i] / totals[i + len(names)] for i, name in enumerate(names)}
         seconds = self.clock.read()
         rate = tokens / (seconds - self.seconds)
-        seconds_left = (self.max_iters - step) * (seconds - self.seconds) / (step - self.step)
+        pace = (seconds - self.seconds) / (step - self.step)
+        self.pace = pace if self.pace is None else 0.8 * self.pace + 0.2 * pace
         self.run.log_step({'iter': step, 'train/loss': loss / self.run.world_size, 'lr': lr,
                            'grad_norm': grad_norm.item(), **means, **more, 'tok_per_sec': rate, 'seconds': seconds,
-                           'flops': rate * self.flops_per_token}, self.max_iters, seconds_left)
+                           'flops': rate * self.flops_per_token}, self.max_iters, (self.max_iters - step) * self.pace)
         self.reset(step)
 
 

@@ -248,7 +248,8 @@ def main():
     run.announce(
         f'{folder}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out ({tokenizer.name})\n'
         f'{model.num_params():,} parameters from {origin} on {run.world_size} x {run.device}, {run.dtype}; '
-        f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs')
+        f'{max_iters:,} steps of {tokens_per_step:,} tokens: {epochs:.2f} epochs'
+        + '; what is read so often is learned by heart: watch the validation loss' * (epochs > 10))
     flops = max_iters * tokens_per_step * model.flops_per_token(round(train_data.row_tokens))
     hours = flops / (torch.get_num_threads() * run.world_size * CPU_FLOPS) / 3600
     if run.device_type == 'cpu' and hours > 1:

@@ -1,4 +1,4 @@
-"""Shakespeare in two minutes on two cores: Qwen3's shape, small, and a modern recipe on the complete works."""
+"""Shakespeare in two to three minutes on two cores: Qwen3's shape, small, and a modern recipe on the complete works."""
 out_dir = 'out/tiny'
 dataset = 'shakespeare'
 batch_size = 8

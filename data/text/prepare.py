@@ -301,6 +301,8 @@ def main():
         return piece
 
     encoder = get_tokenizer(tokenizer, map(itemgetter(1), pieces('train')), vocab_size)
+    if tokenizer == 'bpe' and encoder.n_vocab < vocab_size:
+        print(f'{encoder.n_vocab:,} tokens, not vocab_size={vocab_size:,}: no pair stands twice in so little text')
     letters, specials = Counter(), re.compile('|'.join(map(re.escape, sorted(encoder.special, key=len, reverse=True))))
     write_dataset(folder, encoder, {split: documents(split) for split in ('train', 'val')},
                   f'{", ".join(input)}, val_fraction={val_fraction}, separator={separator!r}')
