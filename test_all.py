@@ -1712,7 +1712,7 @@ def test_0_2_text_that_is_none_is_refused(house):
         (['rows.jsonl, line 2'], file('rows.jsonl', b'{"text": "a"}\n{"text": "b"\n')),
         (['bare.jsonl, line 2', "no 'text'; its keys are txt, id: give --text_key="],
          file('bare.jsonl', b'{"text": "a"}\n{"txt": "b", "id": 2}\n')),
-        (['bare.csv, line 2', "no 'text'; its keys are id;text: "], file('bare.csv', b'id;text\n1;a\n')),
+        (['bare.csv, line 2', "no 'text'; its keys are id, txt: "], file('bare.csv', b'id;txt\n1;a\n')),
         (['short.csv, line 3: 1 cells, but 2'], file('short.csv', b'id,text\n1,"a\nb"\n2\n'.replace(b'\nb', b''))),
         (['two.csv', "two columns are called 'text'"], file('two.csv', b'text,text\n1,2\n')),
         (['quote.tsv, line 2'], file('quote.tsv', b'id\ttext\n1\t"Hi" she said\n2\tb\n')),
