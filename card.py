@@ -4,6 +4,7 @@ a model card (https://huggingface.co/docs/hub/model-cards), and the 'general.…
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import shlex
@@ -78,9 +79,11 @@ def command_of(past):
     config, state = past.state.get('config'), past.state
     if not config:
         return ''
-    defaults = {name: default for name, (default, _) in
-                runtime.knobs_of_file(Path(__file__).with_name(f'{past.stage}.py')).items()}
-    given = {k: v for k, v in config.items() if k in defaults and k not in UNTOLD and v != defaults[k]}
+    script = state.get('script') or {'name': f'{past.stage}.py'}
+    if 'given' not in script:  # of an older run
+        defaults = runtime.knobs_of_file(Path(__file__).with_name(script['name']))
+        script['given'] = {k: v for k, v in config.items() if k in defaults and v != defaults[k][0]}
+    given = {k: v for k, v in script['given'].items() if k not in UNTOLD}
     if past.start:
         given = {'init_from': past.start} | given
     if past.stage == 'train':
@@ -89,7 +92,17 @@ def command_of(past):
         usual = {field.name: field.default for field in dataclasses.fields(load.CONFIGS[name])}
         given |= {k: v for k, v in state.get(name, {}).items() if v != usual.get(k) and k != 'lora_rows_from'}
     flags = [f'--{k}={item}' for k, v in given.items() for item in (v if isinstance(v, list) else [v])]
-    return shlex.join(['python', f'{past.stage}.py', *flags])
+    return shlex.join(['python', script['name'], *flags])
+
+
+def copy_of_stage(past):
+    """What to say of a run whose script is a copy of its stage; '' of any other."""
+    script = past.state.get('script', {})
+    if 'source' not in script:
+        return ''
+    digest = hashlib.sha256(script['source'].encode()).hexdigest()
+    return (f'`{script["name"]}` is a changed copy of `{past.stage}.py`, sha256 {digest[:12]}…; the checkpoint holds '
+            'its source.')
 
 
 def fields_given(args, n_vocab):
@@ -125,6 +138,7 @@ def model_card(source, name, model):
     commands = [command for command in map(command_of, runs) if command]
     if commands:
         lines += ['', '```sh', *commands, '```']
+    lines += ['', *(told for past in runs if (told := copy_of_stage(past)))]
     return '\n'.join([*lines, ''])
 
 

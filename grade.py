@@ -241,7 +241,8 @@ def compared(ours, theirs):
         return ''
     digits = [[text.split()[1] for text in side] for side in (ours, theirs)]
     means = [[sum(map(int, hits)) / len(side) for hits in zip(*side, strict=True)] for side in digits]
-    return difference([a - b for a, b in zip(*means, strict=True)], 'prompts')
+    several = max(map(len, digits)) > 1
+    return difference([a - b for a, b in zip(*means, strict=True)], 'prompts' + ', of these seeds' * several)
 
 
 def difference(values, what):

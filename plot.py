@@ -70,7 +70,7 @@ def report(path, rows, result):
     """Prints rows as a table (a single one as lines) and the result, and writes both to path, a JSON file."""
     def text(v):
         if not isinstance(v, float):
-            return str(v)
+            return '-' if v is None else str(v)
         return f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
     if len(rows) == 1:
         rows, result = [], rows[0] | result
@@ -188,8 +188,8 @@ def ends(groups, names):
         for label, runs in groups.items():
             last = [points(run, axis, name)[-1] for run in runs]
             mean, spread = mean_and_spread([y for _, y in last])
-            low, high = mean - spread, mean + spread
-            if panels_of([name])[0][0] in SHARES:
+            low, high = (mean - spread, mean + spread) if len(last) > 1 else (None, None)  # of one run nothing is known
+            if len(last) > 1 and panels_of([name])[0][0] in SHARES:
                 low, high = max(0.0, low), min(1.0, high)
             rows.append({'runs': label, 'count': len(last), 'metric': name, 'at the end': mean, 'low': low,
                          'high': high, f'{axis} at the end': statistics.mean(x for x, _ in last)})
@@ -207,6 +207,25 @@ def paired(groups):
             if label != first and (words := compared(texts, last[first]))}
 
 
+def paired_by_seed(paths, found, names):
+    """{name: by how much the runs of a group end above those of the first group, seed by seed, with a 95 % t-interval},
+    of groups {label: paths} that share two seeds at least; found: {path: what it has logged}."""
+    groups = {label: {knobs_of(path).get('seed'): path for path in group} for label, group in paths.items()}
+    first, *others = groups
+    result = {}
+
+    def end(path, name):
+        return points(found[path], axis, name)[-1][1]
+    for label in others:
+        seeds = [seed for seed in groups[label] if seed is not None and seed in groups[first]]
+        for name in names if len(seeds) > 1 else ():
+            mean, spread = mean_and_spread([
+                end(groups[label][seed], name) - end(groups[first][seed], name) for seed in seeds])
+            result[f'{Path(label).name} less {Path(first).name}, {name}, {len(seeds)} seeds in pairs'] = (
+                f'{mean:+.4f} ± {spread:.4f}')
+    return result
+
+
 def main():
     arguments = [a for a in sys.argv[1:] if not a.startswith('-')]
     runtime.configure(globals(), argv=[a for a in sys.argv[1:] if a.startswith('-')])
@@ -222,8 +241,8 @@ def main():
                 wrong = next((key for key in (name, axis) if key not in there), '')
                 what = f'{wrong!r}; {runtime.suggest(wrong, there)}' if wrong else f'both {name!r} and {axis!r}'
                 raise UserError(f'{path}/metrics.jsonl: no row has {what}')
-    groups = {label: [found[path] for path in group] for label, group in (
-        groups_of(paths) if names else {path: [path] for path in paths}).items()}
+    grouped = groups_of(paths) if names else {path: [path] for path in paths}
+    groups = {label: [found[path] for path in group] for label, group in grouped.items()}
     chosen = [(name, [name]) for name in names] or panels_of(dict.fromkeys(
         name for (rows,) in groups.values() for row in rows for name, value in row.items()
         if isinstance(value, (int, float))))
@@ -240,7 +259,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     if names:
-        result = paired(groups) if 'val/correct' in names else {}
+        result = paired_by_seed(grouped, found, names) | (paired(groups) if 'val/correct' in names else {})
         report(folder / 'curves.json', ends(groups, names), result | {'drawn to': str(file)})
     else:
         print(f'{len(paths)} run{"s" * (len(paths) > 1)}, {len(chosen)} panels: {file}')

@@ -82,8 +82,10 @@ def facts(rows, summary, starts, state):
     seen = [f'{state[k]:,} {k}' for k in card.SEEN if k != 'tokens' and type(state.get(k)) is int]
     seen += [f'{"" if exact else "about "}{tokens:,.0f} tokens'] if tokens else []
     flops, count = tokens * summary.get('flops_per_token', 0), summary.get('parameters', 0)
+    stage = f'{load.stage_of(state)}.py' if state else ''
+    stage += f' as changed in {state["script"]["name"]}' if 'source' in state.get('script', {}) else ''
     return [
-        ('stage', f'{load.stage_of(state)}.py, ' * bool(state) + f'step {step:,}' + f' of {steps:,}' * bool(steps)
+        ('stage', f'{stage}, ' * bool(stage) + f'step {step:,}' + f' of {steps:,}' * bool(steps)
          + ', not finished' * (not summary or step < steps)),
         ('data', about[0] if about else ', '.join(data) if isinstance(data, list) else data),
         ('training', '<br>'.join(about[1:])),

@@ -95,10 +95,10 @@ def _headings(source):
 
 
 @functools.cache
-def _also_texts(source):
-    """The knobs of a module that are True, False or a text: 'tools: bool | str = False'."""
+def _annotated(source, kind):
+    """The knobs of a module that say what they are: 'tools: bool | str = False', 'scale: float = 0'."""
     return {node.target.id for node in ast.parse(source).body
-            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == 'bool | str'}
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == kind}
 
 
 @functools.cache
@@ -141,7 +141,8 @@ def _convert(key, value, default, where, also_text=False):
 
 
 def _kind(default):
-    for kind, words in ((bool, 'True or False'), (int, 'a whole number'), (float, 'a number'), (str, 'text')):
+    for kind, words in ((bool, 'True or False'), (int, f'a whole number, as its default {default} is'),
+                        (float, 'a number'), (str, 'text')):
         if isinstance(default, kind):
             return words
     return 'a list (give the option several times)'
@@ -163,15 +164,34 @@ def _help(namespace, knobs, headings):
 def knobs_of_file(path):
     """{name: (default, comment)} of the knobs of a stage's file, which is read but not run."""
     source = Path(path).read_text(encoding='utf-8')
-    defaults = {}
+    return _knobs_of(source, _defaults_of(source))
+
+
+def _defaults_of(source):
+    """{name: value} of a module's knobs, but for those that are more than arithmetic."""
+    found = {}
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
         if isinstance(target, ast.Name) and target.id.islower():
-            defaults[target.id] = ast.literal_eval(node.value)
-    return _knobs_of(source, defaults)
+            with contextlib.suppress(ValueError):
+                found[target.id] = _evaluate(node.value, found)
+    return found
 
 
 STAGES = ('train.py', 'sft.py', 'reward.py', 'dpo.py', 'ppo.py', 'grpo.py', 'distill.py', 'lora.py', 'reward_model.py')
+
+
+def script_in_use(config):
+    """What a checkpoint keeps of the script that runs: its 'name', its 'source' where it is a copy of a stage, and of
+    config the knobs 'given', those not at its defaults; {} where it cannot be read."""
+    path = Path(sys.argv[0])
+    try:
+        source = path.read_text(encoding='utf-8')
+        defaults = _defaults_of(source)
+    except (OSError, ValueError, SyntaxError):
+        return {}
+    given = {key: value for key, value in config.items() if key not in defaults or defaults[key] != value}
+    return {'name': path.name, 'given': given} | ({} if path.name in STAGES else {'source': source})
 
 
 def configure(namespace, *others, argv=None):  # noqa: C901
@@ -194,7 +214,7 @@ def configure(namespace, *others, argv=None):  # noqa: C901
             found, where = _knobs_of(_source_of(other), defaults), f'{other.__name__} in {other.__module__}.py'
         fields |= found
         headings |= dict.fromkeys(found, where)
-    texts = _also_texts(source)
+    texts, numbers = (_annotated(source, kind) for kind in ('bool | str', 'float'))
     knobs, given = stage | {k: v for k, v in fields.items() if k not in stage}, {}
 
     def assign(key, value, where):
@@ -205,7 +225,8 @@ def configure(namespace, *others, argv=None):  # noqa: C901
             elif owner := _owner_of(key):
                 hint = f'it is a knob of {owner}, which this script does not take'
             raise UserError(f'{where}: unknown key {key!r}; {hint}')
-        value = _convert(key, value, knobs[key][0], where, key in texts)
+        default = knobs[key][0]
+        value = _convert(key, value, float(default) if key in numbers else default, where, key in texts)
         if (key, value) == ('init_from', 'auto') and 'max_iters' in knobs:
             value = f'auto:{namespace[key].removeprefix("auto:")}'  # the model is that of the config or the file
         if isinstance(value, list) and key in seen:
@@ -896,6 +917,12 @@ class Run:
         self.skipped = self.skipped + state.get('skipped', 0)
         changed = [f'{k} {before[k]} -> {v}' for k, v in config.items()
                    if before.get(k, v) != v and k != 'init_from']
+        script, earlier = script_in_use(config), state.get('script', {})
+        if script and earlier:
+            changed += [f'{k}, which is new, {v}' for k, v in script['given'].items() if k not in before]
+            changed += [f'script {earlier["name"]} -> {script["name"]}'] * (earlier['name'] != script['name'])
+            changed += ['the source of the script'] * (
+                earlier['name'] == script['name'] and earlier.get('source') != script.get('source'))
         if changed:
             self.print0(f'changed since the checkpoint: {", ".join(changed)}')
         if any(before.get(k, config[k]) != config[k] for k in HELD_OUT_BY & config.keys()):
@@ -1076,7 +1103,7 @@ class Run:
         so that a mistake that shows in its first evaluation costs nothing, and an earlier run in the same place is
         moved aside. UserError if another process is writing there.
         """
-        self.config, self._step = config, step or 0
+        self.config, self._step, self.script = config, step or 0, script_in_use(config)
         if step is None and any(self.out_dir.glob('*.pt')):
             for key, value in config.items():  # what a run began with it reads again when it goes on
                 path = value.removeprefix('auto:') if isinstance(value, str) and key != 'out_dir' else ''
@@ -1329,7 +1356,8 @@ class Run:
         state: what both hold. ckpt.pt also has what only this run needs to go on, as moments, and resume_state. keep:
         how many versions of it stay.
         """
-        state, score = state | {'config': self.config}, float(score)  # a NumPy number could not be loaded safely
+        state |= {'config': self.config} | ({'script': self.script} if self.script else {})
+        score = float(score)  # a NumPy number could not be loaded safely
         if score < self.best and self.save('best.pt', state):
             self.best = score
         self.save('ckpt.pt', state | (resume_state or {}) | {

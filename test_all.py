@@ -825,6 +825,8 @@ def test_0_1_knobs_from_config_and_command_line(tmp_path, monkeypatch):
     assert configure('--batch_size=1_000', config)[1]['batch_size'] == 16  # the later one wins
     assert configure('--flag')[1]['flag'] is True
     assert configure('--batch_size=12345678901234567')[1]['batch_size'] == 12345678901234567
+    stage.write_text(stage.read_text() + 'scale: float = 0\n')
+    assert configure('--scale=1e-3')[1]['scale'] == 0.001
     for argv, words in ((['--n_layr=4'], 'did you mean n_layer?'), (['--batch_size=two'], 'must be a whole number'),
                         (['--batch_size=1.5'], 'whole number'), (['--flag=maybe'], 'True or False'),
                         (['--name'], '--name=VALUE'), (['--rate=fast'], 'a number'), (['missing.py'], 'missing.py'),
@@ -2248,6 +2250,13 @@ def test_0_4_several_metrics_of_several_runs_are_drawn(run_stage, tmp_path):
     assert run_stage('plot', 'run_*', '--metric=val/correct,val/loss')[0] == 0
     rows = json.loads(Path('out/plot/curves.json').read_text())['rows']
     assert [rows[0]['low'], rows[0]['high']] == [0, 1] and rows[1]['low'] < -1 and rows[1]['high'] > 2
+    # groups that share their seeds are compared seed by seed
+    for seed, better in ((1, 0.1), (2, 0.2), (3, 9.0)):
+        run_of(f'new_{seed}', seed=seed, init_from=f'out/base_{seed}', learning_rate=1e-4)
+        Path(f'new_{seed}/metrics.jsonl').write_text(json.dumps({'iter': 1, 'val/loss': 0.4 * seed + 0.2 + better}))
+    status, out, err = run_stage('plot', 'run_*', 'new_*', '--metric=val/loss')
+    half = scipy.stats.t.ppf(0.975, 1) * np.std([0.1, 0.2], ddof=1) / 2 ** 0.5
+    assert (status, err) == (0, '') and f'new less run, val/loss, 2 seeds in pairs: +0.1500 ± {half:.4f}\n' in out
 
 
 def test_0_4_bench_of_rollouts_beside_transformers(run_stage, tmp_path):
@@ -8169,7 +8178,7 @@ def test_6_4_two_runs_are_compared_prompt_by_prompt(monkeypatch, tmp_path, run_s
     test = scipy.stats.ttest_rel(*by_prompt)
     low, high = test.confidence_interval()
     assert grading.compared(*each) == (f'{(by_prompt[0] - by_prompt[1]).mean():+.3f} ({low:+.3f} to {high:+.3f}) on 40 '
-                                       'prompts')
+                                       'prompts, of these seeds')
     other = grading.outcomes(rows[::-1], [{'correct': 1.0}] * 40)['correct_by_prompt']
     assert grading.compared([ours], [other]) == '' and grading.outcomes(rows, [{'correct': 1.0}] * 39 + [{}]) == {}
     for name, text in (('a', ours), ('b', theirs), ('c', other)):
@@ -15514,6 +15523,30 @@ def test_10_5_a_pipeline_of_transformers_answers_as_sample_does(tmp_path, monkey
         assert answer['content'] + '\n' == out
         answers.add(out)
     assert len(answers) == 3
+
+
+def test_10_5_a_changed_copy_of_a_stage_is_named_with_its_own_knobs(tmp_path, monkeypatch, run_stage, text_data):
+    source = (ROOT / 'train.py').read_text(encoding='utf-8')
+    changed = source.replace('seed = 1337', 'scale: float = 0  # mine\nthird = 1 / 3\nseed = 1337', 1)
+    Path('mine.py').write_text(changed)
+    monkeypatch.setattr(sys, 'argv', ['mine.py'])
+    knobs = dict(max_iters=5, scale=0.0, third=1 / 3, seed=1337, dataset=['x'])
+    assert runtime.script_in_use(knobs | {'scale': 0.1}) == {
+        'name': 'mine.py', 'given': {'max_iters': 5, 'scale': 0.1, 'dataset': ['x']}, 'source': changed}
+    shutil.copy(ROOT / 'train.py', 'train.py')
+    args = [f'--dataset={text_data}', *SMALL, '--out_dir=run']
+    assert run_stage('train', *args, '--max_iters=2')[0] == 0
+    state = torch.load('run/ckpt.pt', weights_only=True)
+    assert state['script'].keys() == {'name', 'given'} and state['script']['given']['max_iters'] == 2
+    assert '| stage | train.py, step 2 of 2 |' in Path('run/report.md').read_text()
+    state['script'] = {'name': 'mine.py', 'given': {'max_iters': 2, 'scale': 0.1}, 'source': changed}
+    runtime.save_checkpoint(Path('run/ckpt.pt'), state)
+    Path('run/best.pt').unlink()
+    text = card.model_card('run', 'mine', load.load_model('run')[0])
+    assert 'python mine.py --max_iters=2 --scale=0.1 --' in text and 'a changed copy of `train.py`, sha256 ' in text
+    assert '| stage | train.py as changed in mine.py, step 2 of 2 |' in report.page('run')
+    status, out, _ = run_stage('train', *args, '--max_iters=3', '--init_from=resume')
+    assert status == 0 and 'script mine.py -> train.py' in re.search('changed since the checkpoint: (.*)', out)[1]
 
 
 def test_10_5_a_card_says_what_is_known_and_no_more(tmp_path, monkeypatch, stages):
