@@ -101,7 +101,7 @@ loss_type = 'grpo'  # 'grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo' or 'gspo'
 baseline = 'group'  # subtracted from a reward: the mean of its 'group', of 'leave_one_out' (RLOO), or of the 'batch'
 scale_rewards = 'group'  # what divides advantages: std of the 'group's or 'batch's rewards, of all 'advantages'; 'none'
 clip_eps = 0.0  # lower end of the ratio's clip: 1 - clip_eps; 0 = the loss's own, see LOSSES; 'cispo' has none
-clip_eps_high = 0.0  # upper end of the ratio's clip: 1 + clip_eps_high; 0 = clip_eps, or the loss's own
+clip_eps_high = 0.0  # upper end of the ratio's clip: 1 + clip_eps_high; 0 = clip_eps where a loss has one for both ends
 delta = 0.0  # INTELLECT-2: bounds the ratio where the advantage is negative, which the clip does not; 0 = no bound
 tis_cap = 2.0  # truncated importance sampling: weight min(old policy / sampler, tis_cap) of a loss; 0 = no weights
 tis_level = 'token'  # these weights are of each 'token', or of a whole answer: 'sequence'
@@ -153,8 +153,8 @@ fsdp = False  # under torchrun: shard parameters, gradients and optimizer state 
 # takes it over a micro-batch for its 'bnpo' and over the full update for 'dapo', which is right and done here for both
 LOSSES = {'grpo': (0.2, 0.2), 'bnpo': (0.2, 0.2), 'dr_grpo': (0.2, 0.2), 'dapo': (0.2, 0.28), 'cispo': (math.inf, 4.0),
           'gspo': (3e-4, 4e-4)}
-# Losses whose value and gradient stay the same when answers with advantage 0 are skipped. A loss that divides by the
-# number of answers or tokens in the micro-batch must not be listed: skipping changes its denominator.
+# Losses whose value and gradient stay the same when answers with advantage 0 are skipped: all of these, which divide by
+# the update's number of answers or tokens. One of yours that divides by the micro-batch's does not belong here.
 SKIPS_ZERO_ADVANTAGE = ('grpo', 'bnpo', 'dr_grpo', 'dapo', 'cispo', 'gspo')
 
 # allowed values of the knobs, checked in main; runtime.RANGES has those of the knobs that stages share
@@ -326,6 +326,12 @@ def main():
         raise UserError(f'num_generations=1 must be >= 2: baseline={baseline!r} and dynamic_sampling='
                         f"{dynamic_sampling} compare answers to one prompt (only baseline='batch' does not)")
     eps_low, eps_high = LOSSES[loss_type]
+    if clip_eps and loss_type == 'cispo':
+        raise UserError(f"clip_eps={clip_eps}: loss_type='cispo' has no lower end: drop --clip_eps; its upper one is "
+                        '--clip_eps_high')
+    if clip_eps and not clip_eps_high and eps_low != eps_high:
+        raise UserError(f'clip_eps={clip_eps}: loss_type={loss_type!r} has another upper end, {eps_high:g}: give '
+                        '--clip_eps_high, too')
     eps_low, eps_high = clip_eps or eps_low, clip_eps_high or clip_eps or eps_high
     if delta and loss_type == 'cispo':
         raise UserError(f"delta={delta}: loss_type='cispo' bounds the ratio above for any advantage: drop --delta")
@@ -412,10 +418,12 @@ def main():
         f'{dataset}: {train_data.n_rows:,} training prompts, {val_data.n_rows:,} held out ({tokenizer.name})\n'
         f'{start.summary()}; on {run.world_size} x {run.device}, {run.dtype}\n'
         f'{max_iters:,} steps of {prompts_per_step} prompts, {num_generations} answers to each and '
-        f'{updates_per_step} updates: {epochs:.2f} epochs of the data')
+        f'{updates_per_step} update{"s" * (updates_per_step > 1)}: {epochs:.2f} epochs of the data')
     if updates_per_step == 1:
         run.print0('a single update per step: the ratio is always 1, and clip_eps, clip_eps_high and delta never act '
                    '(more updates: lower batch_size or gradient_accumulation_steps, or raise num_epochs)')
+    else:
+        run.print0(f'{loss_type}: the ratio is clipped to {1 - eps_low:g} … {1 + eps_high:g}')
 
     meter = runtime.Meter(run, clock, max_iters, model.flops_per_token(min(block_size, SHARED_ROW)))
     warmed_up = not run.ddp

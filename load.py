@@ -407,6 +407,15 @@ def load_model(init_from, scores=False, **overrides):
     return model.eval(), tokenizer
 
 
+def made_by(run):
+    """What to say of a run that is not there and that one of config/ makes; ''."""
+    for path in sorted(Path(__file__).parent.glob('config/*.py')):
+        if f"out_dir = '{run}'\n" in path.read_text(encoding='utf-8'):
+            stage = path.stem.partition('_')[0] + '.py'
+            return f'python {stage if stage in runtime.STAGES else "train.py"} config/{path.name} makes it'
+    return ''
+
+
 def _load_model(init_from, scores, overrides):
     path = Path(init_from)
     if scores and (path.exists() or init_from in HUB) and not is_run(init_from):
@@ -423,7 +432,7 @@ def _load_model(init_from, scores, overrides):
     if not path.exists():
         names = (*PACKAGED, *GPT2)
         runs = [str(file.parent) for file in path.parent.glob('*/ckpt.pt')]
-        hint = runtime.suggest(str(init_from), [*runs, *names], f'names are {", ".join(names)}')
+        hint = made_by(init_from) or runtime.suggest(str(init_from), [*runs, *names], f'names are {", ".join(names)}')
         raise UserError(f'{init_from}: no such run, Hugging Face directory, .gguf file or name of a model; {hint}')
     known(overrides)
     state = load_state(path)

@@ -279,7 +279,8 @@ def generate_answers(model, prompts, run, max_new_tokens, num_samples=1, sample_
 
     options: of `generate.generate`; with return_logprobs, pairs (ids, log-probabilities) take the place of ids.
     at_once: prompts per batch. quant: see `make_sampler`. The samples depend on the run's seed, sample_seed and the
-    index of the prompt, not on the number of processes. A prompt longer than block_size loses its beginning.
+    index of the prompt, and on the number of processes and threads by rounding alone. A prompt longer than block_size
+    loses its beginning.
     """
     sampler = make_sampler(model, run, quant)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # by length, for little padding

@@ -853,6 +853,8 @@ def test_0_1_an_unknown_word_is_answered_with_the_nearest_one(tmp_path, monkeypa
         with pytest.raises(UserError, match=f'{name}: no such config file; did you mean config.tiny.py'):
             list(runtime.read_config(name))
     for name, words in (('out/tinny', 'did you mean out/tiny'), ('smolm2', 'did you mean smollm2'),
+                        ('out/sft', 'python sft.py config/sft_tiny.py makes it'),
+                        ('out/tinyshakespeare', 'python train.py config/tinyshakespeare.py makes it'),
                         ('xyz', 'names are smollm2, gemma3-270m, gpt2')):
         with pytest.raises(UserError, match=f'{name}: no such run.*; {words}'):
             load.load_model(name)
@@ -11290,6 +11292,8 @@ def test_8_3_a_reward_model_judges_samples(scorer, act, base_run, chat_data):
     ('grpo', ['rollout_quant', "'int4'", "'int8'"], ['--rollout_quant=int4']),
     ('ppo', ['rollout_quant', "'int4'", "'int8'"], ['--rollout_quant=int4']),
     ('ppo', ['tis_level', 'sequence'], ['--tis_level=answer']),
+    ('grpo', ['clip_eps=0.2', '0.28: give --clip_eps_high'], ['--loss_type=dapo', '--clip_eps=0.2']),
+    ('grpo', ['clip_eps=0.2', 'no lower end'], ['--loss_type=cispo', '--clip_eps=0.2']),
     ('grpo', ['scratch'], ['--init_from=scratch']), ('ppo', ['no such run'], ['--init_from=out/none']),
     ('grpo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
     ('ppo', ['none of', 'max_new_tokens=190', 'block_size=192', 'jsonl, line 1'], ['--max_new_tokens=190']),
@@ -11669,9 +11673,9 @@ def test_9_2_equal_rewards_move_no_weight_and_training_goes_on(pull, bandit, kin
 
 
 @pytest.mark.parametrize(('kind', 'same', 'other'), [
-    ('gspo', ['--clip_eps=3e-4', '--clip_eps_high=4e-4'], ['--clip_eps=0.2']),
+    ('gspo', ['--clip_eps=3e-4', '--clip_eps_high=4e-4'], ['--clip_eps=0.2', '--clip_eps_high=0.2']),
     ('cispo', ['--clip_eps_high=4'], ['--clip_eps_high=0.01']),
-    ('dapo', ['--clip_eps=0.2', '--clip_eps_high=0.28'], ['--clip_eps=0.01'])])
+    ('dapo', ['--clip_eps=0.2', '--clip_eps_high=0.28'], ['--clip_eps=0.01', '--clip_eps_high=0.01'])])
 def test_9_2_each_loss_has_the_clip_of_its_paper(pull, kind, same, other):
     flags = [f'--loss_type={kind}', '--num_epochs=4', '--max_iters=2', '--eval_rows=6']
     for name, clip in (('own', []), ('same', same), ('other', other)):
