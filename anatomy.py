@@ -13,7 +13,7 @@ import torch
 
 import lora
 from lora import LoRAConfig
-from model import GPT, Attention, GPTConfig, on_meta
+from model import GPT, Attention, GatedDeltaNet, GPTConfig, on_meta
 from reward_model import ScoreConfig
 
 WORDS, ROWS = ('the', 'cat', 'sat'), ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # three tokens, two numbers each
@@ -58,8 +58,7 @@ def attention_maps(model, ids, source=None):
     try:
         idx = torch.tensor([ids], device=model.tok_emb.weight.device)
         memory = None if source is None else model.encode(torch.tensor([source], device=idx.device))
-        model.hidden(idx, mask=torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool, device=idx.device),
-                    memory=memory)
+        model.hidden(idx, segments=torch.zeros_like(idx), memory=memory)
         return [(name, module.watched[0][0]) for name, module in modules if module.watched]
     finally:
         model.train(was_training)
@@ -74,13 +73,15 @@ def anatomy(config, lora_config=None):
         model = lora.apply(GPT(config), lora_config or LoRAConfig())
     parts = {}
     names = {'tok_emb': 'token embedding', 'pos_emb': 'positions', 'head': 'head', 'attn': 'attention',
-             'cross': 'cross-attention', 'mlp': 'MLP', 'experts': 'experts'}
+             'cross': 'cross-attention', 'mlp': 'MLP', 'experts': 'experts', 'delta': 'Gated DeltaNet'}
     seen = set()
     for name, p in model.named_parameters(remove_duplicate=False):
         block = name.split('.')[0] in ('blocks', 'encoder', 'future')
         part = name.split('.')[2 if block else 0]
         if part == 'mlp' and name.startswith('blocks') and config.is_sparse(int(name.split('.')[1])):
             part = 'experts'
+        if part == 'attn' and isinstance(model.get_submodule('.'.join(name.split('.')[:3])), GatedDeltaNet):
+            part = 'delta'
         part = 'LoRA and adapters' if lora.is_new(name) else names.get(part, 'norms')
         owners, count = parts.setdefault(part, (set(), 0))
         owners.add('.'.join(name.split('.')[:3 if block else 1]))
@@ -119,7 +120,7 @@ def table(config, lora_config=None):
         print(f'{part:<28}{count:>9}' + (f'{numbers:>15,}{numbers / total:>8.1%}' if numbers else ' (the embedding)'))
     print(f'{"all":<28}{"":>9}{total:>15,}\n')
     learn = model.num_params(learning=True)
-    flops, cache = model.flops_per_token(T), config.n_layer * config.cache_width
+    flops, cache = model.flops_per_token(T), config.cache_width
     kept = min(T, config.window + config.n_sink) if config.window and 'G' not in config.window_pattern else T
     for what, value in (
             ('vocabulary, context', f'{config.vocab_size:,} tokens, {T:,} tokens'),

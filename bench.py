@@ -461,7 +461,7 @@ def bench_sample(knobs, model_args):
                      for use_cache in (True, False)][2:]  # the first pair warms up
             prefill, cached = (statistics.median(column) for column in zip(*rates[::2], strict=True))
             again = statistics.median(rate for _, rate in rates[1::2])
-            per_token = config.n_layer * config.cache_width * size
+            per_token = config.cache_width * size
             floor = batch * bandwidth / (weight_bytes + per_token * batch * (context + max_new_tokens / 2))
             rows.append({'context': context, 'batch': batch, 'prefill tokens/s': prefill, 'decode tokens/s': cached,
                          're-reading tokens/s': again, 'cache gains': cached / again, 'floor tokens/s': floor,
@@ -897,7 +897,7 @@ def bench_ablate(knobs, model_args):
                           'low': mean - spread, 'high': mean + spread, 'parameters': last[0]['parameters'],
                           'tokens/s': statistics.mean(s['tokens'] / s['seconds'] for s in last),
                           'MB': statistics.mean(s['peak_memory_mb'] for s in last),
-                          'cache bytes per token': 2 * config.n_layer * config.cache_width})
+                          'cache bytes per token': 2 * config.cache_width})
             if name in SECOND:
                 means = draw_mean(more, color, variant, [curve_of(path, knobs.dataset) for path in paths])
                 found |= second_in_words(name, variant, means, config.block_size)

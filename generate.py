@@ -36,23 +36,31 @@ class KVCache:
 
     `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the other rows do,
     so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source` holds the keys and values
-    of an encoder's output by CrossAttention.
+    of an encoder's output by CrossAttention, `states` by GatedDeltaNet what this keeps of all tokens: [what its
+    convolution reads again (B, delta_conv - 1, width), the state (B, H, D_k, D_v) float32]. No token of it can be taken
+    back.
     """
     rolling = False
 
     def __init__(self, config, batch, capacity, device):
-        self.config, self.capacity, self.device, self.source = config, capacity, device, {}
-        self.layers = []  # [keys, values] of each layer, made when its first tokens come
+        self.config, self.capacity, self.device, self.source, self.states = config, capacity, device, {}, {}
+        self.layers = []  # [keys, values] of each layer with attention, made when its first tokens come
         self.lengths = [0] * batch
+
+    def count(self, T, counts):
+        """Notes how many tokens come, see `begin` -> the lengths before."""
+        before, self.layer, self.T = self.lengths, 0, T
+        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
+        padded = self.config.n_delta and counts and min(counts) < T
+        self.counts = torch.tensor(counts, device=self.device) if padded else None  # None: no padding, or it is hidden
+        return before
 
     def begin(self, T, counts=None):
         """Before a forward over T new tokens per row -> Layout. counts: how many of the T are no padding, per row."""
-        config, before = self.config, self.lengths
-        self.layer, self.T, self.end = 0, T, max(before) + T
+        config, before = self.config, self.count(T, counts)
+        self.end, self.uniform = max(before) + T, min(before) == max(before)
         if self.end > self.capacity:
             self.reserve(max(self.end, self.capacity * 3 // 2))  # what is kept is copied: seldom, then
-        self.uniform = min(before) == max(before)
-        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
         slides = config.window and self.end > config.window
         if self.end == T and not slides:
             return Layout()  # an empty cache: positions 0 … T-1 and the plain causal pattern
@@ -90,15 +98,28 @@ class KVCache:
                 old[rows, :, self.positions] = new.transpose(1, 2)
         return [x[:, :, :self.end] for x in stored]
 
+    def store(self, layer, inputs, state):
+        """Stores the state of a GatedDeltaNet and, of its convolution's inputs (B, delta_conv - 1 + T, width), those that
+        the next token reads."""
+        at = torch.arange(inputs.shape[1] - self.T, device=self.device)
+        at = self.T + at[None] if self.counts is None else self.counts[:, None] + at
+        rows = torch.arange(len(inputs), device=self.device)[:, None]
+        self.states[layer] = [inputs[rows, at], state]
+
     def select(self, rows):
         """Keeps these rows (indices; one may be named several times, to share a prompt among samples)."""
         self.layers = [[x[rows] for x in stored] for stored in self.layers]
+        self.states = {layer: [x[rows] for x in kept] for layer, kept in self.states.items()}
         self.source = {layer: kv[:, rows] for layer, kv in self.source.items()}
         self.lengths = [self.lengths[r] for r in rows]
 
     def part(self, row, length):
-        """A copy of the first tokens of one row, as a cache of its own."""
+        """A copy of the first tokens of one row, with states of all of them, as a cache of its own."""
+        if self.states and length != self.lengths[row]:
+            raise ValueError(f'{length} of {self.lengths[row]} tokens: a state of layer_pattern='
+                             f'{self.config.layer_pattern!r} has no parts')
         one = KVCache(self.config, 1, length, self.device)
+        one.states = {layer: [x[row:row + 1].clone() for x in kept] for layer, kept in self.states.items()}
         one.layers = [[x[row:row + 1, :, :length].clone() for x in stored] for stored in self.layers]
         one.lengths = [length]
         return one
@@ -116,13 +137,15 @@ class KVCache:
         self.layers = [[torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
                        for mine, theirs in zip(self.layers, other.layers, strict=True)]
         self.source = {layer: torch.cat((kv, other.source[layer]), 1) for layer, kv in self.source.items()}
+        self.states = {layer: [torch.cat(pair) for pair in zip(kept, other.states[layer], strict=True)]
+                       for layer, kept in self.states.items()}
         self.lengths = self.lengths + other.lengths
 
 
 class RollingCache(KVCache):
     """A ring of the last `window` tokens after the n_sink first, for a text without end in constant memory and time.
 
-    Only for models whose layers are all local. Slot t holds token t up to n_sink; token t behind that stands in slot
+    Only for models whose attention is all local. Slot t holds token t up to n_sink; token t behind that stands in slot
     n_sink + (t - n_sink) % window. Keys are stored before their rotation: at every step they are rotated to where they
     stand within the cache, so positions stay small however long the text (arXiv:2309.17453, 3.2).
     """
@@ -140,9 +163,7 @@ class RollingCache(KVCache):
         return torch.where((held < lengths) & ((held >= sinks) | (slots < sinks)), held, -1)
 
     def begin(self, T, counts=None):
-        config, device, before = self.config, self.device, self.lengths
-        self.layer, self.T = 0, T
-        self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
+        config, device, before = self.config, self.device, self.count(T, counts)
         same = min(before) == max(before) and min(self.lengths) == max(self.lengths)
         old, new = (torch.tensor(n[:1] if same else n, device=device)[:, None] for n in (before, self.lengths))
         queries = old + torch.arange(T, device=device)
@@ -578,8 +599,8 @@ class Batch:
             back, held = row.push(token, stop_ids)
             if back:
                 del row.held[-back:]
-                if self.rolling:
-                    self.cache = None  # its oldest tokens are gone: it is read afresh
+                if self.rolling or self.model.config.n_delta:
+                    self.cache = None  # its oldest tokens are gone, or all are in one state: it is read afresh
                 elif self.cache is not None:
                     self.cache.lengths[i] -= back
             known = len(row.held) - held
@@ -685,7 +706,7 @@ def outgrows_a_window(config, longest):
     if config.window and config.pos == 'learned' and longest > config.block_size:
         raise ValueError(f'{longest} tokens of prompt and answer: with window={config.window} and '
                          f"pos='learned' a text ends at block_size={config.block_size}")
-    return (all(config.is_local(i) for i in range(config.n_layer))
+    return (config.window > 0 and all(config.is_local(i) or config.is_delta(i) for i in range(config.n_layer))
             and config.block_size >= config.n_sink + config.window < longest)
 
 

@@ -18,8 +18,8 @@ Root Mean Square Layer Normalization (arXiv:1910.07467), GLU Variants Improve Tr
 Primer / squared ReLU (arXiv:2109.08668), GQA (arXiv:2305.13245), QK-norm (arXiv:2010.04245), gated attention
 (arXiv:2505.06708), Switch Transformers (arXiv:2101.03961), ST-MoE (arXiv:2202.08906), DeepSeekMoE (arXiv:2401.06066)
 and V3 (arXiv:2412.19437), balancing without a loss (arXiv:2408.15664), Longformer's window (arXiv:2004.05150),
-attention sinks (arXiv:2309.17453), latent attention (arXiv:2405.04434), gpt-oss (arXiv:2508.10925), several
-tokens at once (arXiv:2404.19737), label smoothing (arXiv:1512.00567).
+attention sinks (arXiv:2309.17453), latent attention (arXiv:2405.04434), gpt-oss (arXiv:2508.10925), Gated DeltaNet
+(arXiv:2412.06464), several tokens at once (arXiv:2404.19737), label smoothing (arXiv:1512.00567).
 """
 import contextlib
 import functools
@@ -75,6 +75,12 @@ class GPTConfig:
     v_head_dim: int = 0  # beside it, the width of a head's values; 0 = head_dim
     sink_logit: bool = False  # a learned logit of each head that takes its share of the softmax and gives nothing
     attn_gate: str = 'none'  # sigmoid gates on what attention gives: 'none', one per 'head' or per 'element'
+    layer_pattern: str = 'A'  # layers in turn, again and again: A = attention, D = Gated DeltaNet (Qwen3-Next: 'DDDA')
+    delta_heads: int = 0  # heads of a D layer, each with a state of delta_key_dim x delta_value_dim; 0 = n_head
+    delta_key_heads: int = 0  # heads of its queries and keys, which neighbours share; 0 = delta_heads
+    delta_key_dim: int = 0  # width of a query and a key; 0 = head_dim
+    delta_value_dim: int = 0  # width of a value; 0 = delta_key_dim
+    delta_conv: int = 4  # tokens that its convolution reads, the newest included
     bias: bool = True  # biases in linear layers and layernorms
     qkv_bias: bool = False  # with bias=False: queries, keys and values have a bias nevertheless (Qwen2)
     tie_weights: bool = True  # the output head shares the token embedding
@@ -129,6 +135,11 @@ class GPTConfig:
         if latent:
             self.qk_rope_dim = self.qk_rope_dim or max(2, self.head_dim // 4 * 2)
             self.v_head_dim = self.v_head_dim or self.head_dim
+        delta = 'D' in self.layer_pattern
+        self.delta_heads = self.delta_heads or delta * self.n_head
+        self.delta_key_heads = self.delta_key_heads or self.delta_heads
+        self.delta_key_dim = self.delta_key_dim or delta * self.head_dim
+        self.delta_value_dim = self.delta_value_dim or self.delta_key_dim
         scaled = self.rope_scaling != 'none'
         if scaled:
             self.rope_original = self.rope_original or max(1, int(self.block_size / max(1, self.rope_factor)))
@@ -144,7 +155,7 @@ class GPTConfig:
                  'products in 16 bits want them'),
                 *((not getattr(self, name) or set(getattr(self, name)) - {*letters},
                    f'{name}={getattr(self, name)!r} must be made of the letters {" and ".join(letters)}')
-                  for name, letters in (('window_pattern', 'LG'), ('rope_pattern', 'RN'))),
+                  for name, letters in (('window_pattern', 'LG'), ('rope_pattern', 'RN'), ('layer_pattern', 'AD'))),
                 *((getattr(self, name) <= 0, f'{name}={getattr(self, name)} must be above 0')
                   for name in ('embed_scale', 'residual_scale', 'logit_scale', 'router_scale')),
                 (self.window and not self.causal, f'window={self.window} needs causal=True'),
@@ -152,6 +163,12 @@ class GPTConfig:
                 (self.n_future and (self.n_expert or self.n_encoder_layer or not self.causal),
                  f'n_future={self.n_future} needs a causal decoder without experts'),
                 (self.n_sink and not self.window, f'n_sink={self.n_sink} needs a window'),
+                (delta and not (self.causal and self.delta_conv),
+                 f'layer_pattern={self.layer_pattern!r} needs causal=True and a delta_conv of at least 1'),
+                (not delta and (self.delta_heads or self.delta_key_dim),
+                 f'the fields delta_… need a D in layer_pattern={self.layer_pattern!r}'),
+                (self.delta_key_heads and self.delta_heads % self.delta_key_heads,
+                 f'delta_heads={self.delta_heads} is not divisible by delta_key_heads={self.delta_key_heads}'),
                 (self.pos == 'rope' and not latent and self.head_dim % 2,
                  f"head_dim={self.head_dim} must be even with pos='rope'"),
                 (self.qk_rope_dim % 2, f'qk_rope_dim={self.qk_rope_dim} must be even'),
@@ -189,17 +206,28 @@ class GPTConfig:
 
     @property
     def cache_width(self):
-        """The numbers that a token leaves in a layer's cache: key and value of each head, or one latent vector."""
-        return self.kv_lora_rank + self.qk_rope_dim if self.kv_lora_rank else 2 * self.n_kv_head * self.head_dim
+        """The numbers that a token leaves in all layers' caches: key and value of each head, or one latent vector."""
+        width = self.kv_lora_rank + self.qk_rope_dim if self.kv_lora_rank else 2 * self.n_kv_head * self.head_dim
+        return width * (self.n_layer - self.n_delta)
+
+    @property
+    def n_delta(self):
+        """How many of the layers are a GatedDeltaNet."""
+        return sum(map(self.is_delta, range(self.n_layer)))
 
     @property
     def farthest(self):
         """The largest distance of a key in layers with a window: of the last token that fits from the first sink."""
         return self.n_sink + self.window - 1
 
+    def is_delta(self, layer):
+        """Whether this layer is a GatedDeltaNet."""
+        return self.layer_pattern[layer % len(self.layer_pattern)] == 'D'
+
     def is_local(self, layer):
         """Whether this layer's attention has the window."""
-        return self.window > 0 and self.window_pattern[layer % len(self.window_pattern)] == 'L'
+        local = self.window > 0 and self.window_pattern[layer % len(self.window_pattern)] == 'L'
+        return local and not self.is_delta(layer)
 
     def rotates(self, layer):
         """Whether this layer's queries and keys are rotated, with pos='rope'."""
@@ -471,7 +499,7 @@ class Context(NamedTuple):
     rope, local_rope, far_rope: (cos, sin), (…, T, 1, D) each, for global and local layers at the positions, and for
     local ones at the far_positions, of a Layout; the rest as there.
     cache: a KVCache or None. memory (B, S, C): the encoder's output, memory_mask (B, 1, 1, S) True where it is real.
-    real (B, T): False on padding, None = there is none.
+    real (B, T): False on padding, None = there is none. segments (B, T): see `GPT.forward`.
     """
     rope: tuple | None = None
     local_rope: tuple | None = None
@@ -483,6 +511,7 @@ class Context(NamedTuple):
     memory: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -626,6 +655,111 @@ class CrossAttention(Attention):
             if cache is not None:
                 cache.source[self] = kv  # the source does not change: once per text
         return self.project(x, self.mix(q, *kv, context.memory_mask)[..., :self.head_dim])
+
+
+def delta_recurrent(q, k, v, g, beta, state=None):
+    """The gated delta rule (arXiv:2412.06464, eq. 10): a state S (D_k, D_v) holds a value for each of D_k directions. A
+    token lets it fade to e^g S, moves what it has at key k by the share beta to v, and reads it: y = S^T q.
+
+    q, k (B, H, T, D_k), v (B, H, T, D_v), g and beta (B, H, T), state (B, H, D_k, D_v) or None, zeros -> y as v, and
+    the state after it, float32. g of -inf forgets all.
+    """
+    q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
+    state, out = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state, []
+    for t in range(k.shape[2]):
+        key = k[:, :, t, None]
+        state = state * g[:, :, t, None, None].exp()
+        error = v[:, :, t, None] - key @ state
+        state = state + key.mT @ (beta[:, :, t, None, None] * error)
+        out.append(q[:, :, t, None] @ state)
+    return torch.cat(out, 2), state
+
+
+def delta_chunked(q, k, v, g, beta, state=None, chunk=64):
+    """`delta_recurrent` by products of matrices, a chunk of tokens at a time (arXiv:2412.06464, 3.3).
+
+    Within a chunk each token writes w = beta (v - what the state from before has at k - what the chunk's earlier tokens
+    have written there): a triangular system of equations, solved at once for all chunks.
+    """
+    T, V = v.shape[2:]
+    chunk = min(chunk, T)
+    q, k, v, g, beta = (F.pad(x.float(), (0, 0) * (x.ndim - 3) + (0, -T % chunk)).unflatten(2, (-1, chunk))
+                        for x in (q, k, v, g, beta))  # (B, H, chunks, chunk, …)
+    gone = (g == -math.inf).cumsum(-1)  # tokens with the same number see each other, 0 the state from before
+    g = g.masked_fill(g == -math.inf, 0).cumsum(-1)
+    hidden = (gone[..., None] != gone[..., None, :]) | torch.ones(chunk, chunk, device=q.device).triu(1).bool()
+    fade = (g[..., None] - g[..., None, :]).masked_fill(hidden, -math.inf).exp()  # from a token (last axis) to another
+    begin = g.masked_fill(gone > 0, -math.inf).exp()[..., None]  # from the chunk's begin to a token
+    end = (g[..., -1:] - g).masked_fill(gone != gone[..., -1:], -math.inf).exp()[..., None]  # and to its end
+    k_beta = k * beta[..., None]
+    found = torch.linalg.solve_triangular(k_beta @ k.mT * fade, torch.cat((v * beta[..., None], k_beta * begin), -1),
+                                          upper=False, unitriangular=True)
+    w, at, inside, q, k = (x.unbind(2) for x in (found[..., :V], found[..., V:], q @ k.mT * fade, q * begin, k * end))
+    state, out = v.new_zeros(*v.shape[:2], k[0].shape[-1], V) if state is None else state, []
+    for i, last in enumerate(begin[..., -1:, :].unbind(2)):
+        written = w[i] - at[i] @ state
+        out.append(q[i] @ state + inside[i] @ written)
+        state = state * last + k[i].mT @ written
+    return torch.cat(out, 2)[:, :, :T], state
+
+
+class GatedDeltaNet(nn.Module):
+    """In place of attention a memory of one size, whatever the length of the text (arXiv:2412.06464), as in Qwen3-Next:
+    each head writes to it and reads from it by `delta_recurrent`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_key_head, self.key_dim = config.delta_heads, config.delta_key_heads, config.delta_key_dim
+        self.n_conv, self.value_dim = config.delta_conv, config.delta_value_dim
+        keys, values = self.n_key_head * self.key_dim, self.n_head * self.value_dim
+        self.qkv = nn.Linear(config.n_embd, 2 * keys + values, bias=False)
+        self.stacked = {'qkv': {'q': keys, 'k': keys, 'v': values}}  # see `Attention`
+        self.rates = nn.Linear(config.n_embd, 2 * self.n_head, bias=False)
+        self.attn_gate = nn.Linear(config.n_embd, values, bias=False)
+        self.conv = nn.Parameter(torch.empty(self.n_conv * (2 * keys + values)))  # flat: to optimizers it is a vector
+        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.n_head)) for _ in range(2))
+        self.norm = Norm(self.value_dim, replace(config, norm='rmsnorm', norm_affine=True, norm_offset=False))
+        self.proj = nn.Linear(values, config.n_embd, bias=False)
+
+    def init_weights(self):
+        """What is not as in other layers: heads of many rates of forgetting, and the convolution as the authors'."""
+        self.A_log.copy_(((torch.arange(self.n_head) + 0.5) * 16 / self.n_head).log())
+        self.dt_bias.fill_(1.0)
+        self.norm.weight.fill_(1.0)
+        self.conv.uniform_(-self.n_conv ** -0.5, self.n_conv ** -0.5)
+
+    def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
+        """x (B, T, C) -> (B, T, C)."""
+        B, T, _ = x.shape
+        cache, segments, new = context.cache, context.segments, self.qkv(x)
+        before, state = (None, None) if cache is None else cache.states.get(self, (None, None))
+        inputs = F.pad(new, (0, 0, self.n_conv - 1, 0)) if before is None else torch.cat((before, new), 1)
+        mixed = 0
+        for i, weight in enumerate(self.conv.type_as(new).view(self.n_conv, -1)):  # of the token n_conv - 1 - i before
+            part = inputs[:, i:i + T] * weight
+            if segments is not None:  # around the end `roll` meets the zeros before the first
+                part = part * (segments.roll(self.n_conv - 1 - i, 1) == segments)[..., None]
+            mixed = mixed + part
+        widths = [*self.stacked['qkv'].values()]
+        q, k, v = (t.unflatten(2, (-1, n)).transpose(1, 2) for t, n in zip(
+            F.silu(mixed).split(widths, -1), (self.key_dim, self.key_dim, self.value_dim), strict=True))  # (B, H, T, D)
+        beta, g = self.rates(x).float().mT.chunk(2, 1)  # (B, H, T)
+        gate = self.attn_gate(x).float().view(B, T, self.n_head, -1)
+        with torch.autocast(x.device.type, enabled=False):  # what adds up over a whole text wants all digits
+            q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q.float(), k.float()))
+            q, k = (t.repeat_interleave(self.n_head // self.n_key_head, 1) for t in (q * self.key_dim ** -0.5, k))
+            beta = beta.sigmoid()
+            g = -self.A_log.float().exp()[:, None] * F.softplus(g + self.dt_bias.float()[:, None])
+            if segments is not None:
+                g = g.masked_fill((segments.roll(1, 1) != segments)[:, None], -math.inf)
+            if cache is not None and cache.counts is not None:  # padding neither fades nor writes
+                real = (torch.arange(T, device=x.device) < cache.counts[:, None])[:, None]
+                beta, g = beta * real, g * real
+            y, state = (delta_recurrent if T == 1 else delta_chunked)(q, k, v, g, beta, state)
+            if cache is not None:
+                cache.store(self, inputs, state)
+            y = self.norm(y.transpose(1, 2)) * F.silu(gate)
+        return self.proj(y.flatten(2).type_as(x))
 
 
 def activate(kind, up, gate=None):
@@ -777,8 +911,8 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
         self.norm1 = Norm(config.n_embd, config)
         kind = LatentAttention if config.kv_lora_rank else Attention
-        self.attn = kind(config, config.causal and not encoder, not encoder and config.is_local(layer),
-                         config.rotates(layer))
+        self.attn = GatedDeltaNet(config) if config.is_delta(layer) and not encoder else kind(
+            config, config.causal and not encoder, not encoder and config.is_local(layer), config.rotates(layer))
         crossing = config.n_encoder_layer and not encoder
         self.norm_cross = Norm(config.n_embd, config) if crossing else None
         self.cross = CrossAttention(config) if crossing else None
@@ -1009,6 +1143,9 @@ class GPT(nn.Module):
                 elif name == 'tok_emb.weight':
                     std = config.init_std or 1.0
                 p.normal_(0.0, std / math.sqrt(2 * config.n_layer) if into_residual else std)
+        for module in self.modules():
+            if isinstance(module, GatedDeltaNet):
+                module.init_weights()
 
     def embed(self, idx, positions=None):
         """Ids (B, T) -> (B, T, C) with positions added, those of 'rope' apart; positions: (T,) or (B, T), None = 0 …"""
@@ -1039,7 +1176,7 @@ class GPT(nn.Module):
         return self.encoder_norm(x) if self.encoder_norm is not None else x
 
     def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None,
-               future=0):
+               future=0, segments=None):
         """The trunk: ids (B, T) -> hidden states (B, T, C), after the final norm; with future a list of them, for the
         next token and, by further heads, for each of so many tokens after it (arXiv:2404.19737).
 
@@ -1047,11 +1184,16 @@ class GPT(nn.Module):
         mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
         causality and the window. cache: a KVCache that is read and extended, by counts (a list) of the T tokens of
         each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real. real (B, T): the
-        tokens that the routers of experts count, None = all.
+        tokens that the routers of experts count, None = all. segments: see `forward`.
         """
         config, T = self.config, idx.shape[1]
         if T > config.block_size:
             raise ValueError(f'{T} tokens do not fit into block_size={config.block_size}')
+        if mask is not None and config.n_delta:
+            raise ValueError(f'layer_pattern={config.layer_pattern!r} goes without a mask: give segments instead')
+        if segments is not None:
+            same = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
+            mask = same if mask is None else mask & same
         layout = self.layout(T, positions, mask, idx.device) if cache is None else cache.begin(T, counts)
         rope = local_rope = far_rope = None
         if config.pos == 'rope':
@@ -1064,7 +1206,7 @@ class GPT(nn.Module):
         x = self.embed(idx, layout.positions)
         memory_mask = None if memory_mask is None else memory_mask[:, None, None]
         context = Context(rope, local_rope, layout.mask, layout.local_mask, far_rope, layout.is_sink, cache, memory,
-                          memory_mask, real)
+                          memory_mask, real, segments)
         *trunk, last = self.blocks
         for block in trunk:
             x = block(x, context)
@@ -1120,24 +1262,21 @@ class GPT(nn.Module):
         Targets of -100 do not count; reduction: 'mean' over those that do, 'sum', or 'none' for (B, T). label_smoothing
         is the share of a target's probability that all V tokens have evenly. In training `future_loss` is the mean
         cross-entropy of the n_future tokens after each. positions, mask: see `hidden`.
-        segments (B, T) of integers: a token sees those of its own only, so that several texts share a row, each with
-        positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on padding, which
-        routers do not count; None = what no target follows. output: 'hidden' for the hidden states (B, T, C), or a
-        function of (this model, hidden states, targets), whose result is returned: any loss of them, computed inside
+        segments (B, T) of integers: a token sees those of its own only, so that several texts share a row, each in one
+        piece with positions of its own. source (B, S), source_mask (B, S): see `encode`. real (B, T): False on padding,
+        which routers do not count; None = what no target follows. output: 'hidden' for the hidden states (B, T, C), or
+        a function of (this model, hidden states, targets), whose result is returned: any loss of them, computed inside
         the forward as DDP and FSDP need.
         """
         if (source is None) != (self.encoder is None):
             raise ValueError('a source goes with a model that has n_encoder_layer, and with no other')
-        if segments is not None:
-            if source is not None:
-                raise ValueError('segments of a row cannot share a source: give each text a row')
-            same = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
-            mask = same if mask is None else mask & same
+        if segments is not None and source is not None:
+            raise ValueError('segments of a row cannot share a source: give each text a row')
         if self.sparse and self.training and real is None and targets is not None:
             real = (targets != -100).flip(1).cumsum(1).flip(1) > 0
         memory = self.encode(source, source_mask) if source is not None else None
         n_future = len(self.future) if self.training and targets is not None and output is None else 0
-        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask, real=real, future=n_future)
+        hidden = self.hidden(idx, positions, mask, None, None, memory, source_mask, real, n_future, segments)
         if n_future:  # all further heads in one loss: the gradient of the head they share exists once
             hidden, *further = hidden
             later = F.pad(targets, (0, n_future), value=-100).unfold(1, targets.shape[1], 1).transpose(0, 1)
@@ -1251,7 +1390,7 @@ class GPT(nn.Module):
         """Multiply-adds x 2, forward and backward, per token at context T: 6 N + 12 L H D T (arXiv:2204.02311, B).
 
         A frozen matrix has no gradient of its own: 4 instead of 6. With an encoder: per token of a target beside a
-        source as long.
+        source as long. A GatedDeltaNet has 3 products of a vector with its state, whatever T is.
         """
         c = self.config
         stacks = {id(p) for moe in self.sparse for p in (moe.gate, moe.up, moe.down)}  # of which a token meets a part
@@ -1260,7 +1399,9 @@ class GPT(nn.Module):
         matrices += [(self.head.weight, self.head.weight.numel())] * (1 + c.n_future) if self.head is not None else []
         matmul = sum(n * (6 if p.requires_grad else 4) for p, n in matrices)
         matmul += 4 * sum(m.in_features * m.out_features for m in self.elsewhere())
-        layers = c.n_layer + c.n_future + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)  # of attention
+        n_delta = c.n_delta + c.n_future * c.is_delta(c.n_layer - 1)
+        matmul += 18 * n_delta * c.delta_heads * c.delta_key_dim * c.delta_value_dim
+        layers = c.n_layer + c.n_future - n_delta + (c.n_layer + c.n_encoder_layer if c.n_encoder_layer else 0)
         return matmul + 6 * layers * c.n_head * (c.head_dim + c.qk_rope_dim + (c.v_head_dim or c.head_dim)) * T
 
     def generate(self, prompts, max_new_tokens, **options):
