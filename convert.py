@@ -759,7 +759,7 @@ def lacking(config, **wanted):
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         # whatever else there may be one day must stand at its default
-        either = [value] if name in free or name.startswith('rope_') else [field.default]
+        either = [value] if name in free or name.startswith(('rope_', 'delta_')) else [field.default]
         if value not in wanted.get(name, either):
             remedies[name] = wanted.get(name, either)[0]
     return remedies
@@ -1290,7 +1290,7 @@ def options(argv):
 def never_exported():
     """The flags of GPTConfig's values that no family has, whatever the others say."""
     values = {'mlp': ['relu2'], 'pos': ['sinusoidal', 'none'], 'norm_place': ['post'], 'causal': [False],
-              'n_encoder_layer': [1], 'attn_gate': ['head', 'element'], 'n_sink': [1]}
+              'n_encoder_layer': [1], 'attn_gate': ['head', 'element'], 'layer_pattern': ['DDDA'], 'n_sink': [1]}
     return [f'--{name}' if type(value) in (int, float) else f'--{name}={value}'
             for name, found in values.items() for value in found]
 

@@ -321,10 +321,12 @@ def keep_layers(state, n_layer):
     student = GPTConfig(**student_args)
     kept = [i * config.n_layer // n_layer for i in range(n_layer)]
     for i, layer in enumerate(kept):
-        kinds = [(c.is_local(j), c.is_sparse(j), c.rotates(j)) for c, j in ((student, i), (config, layer))]
+        kinds = [(c.is_local(j), c.is_sparse(j), c.rotates(j), c.is_delta(j))
+                 for c, j in ((student, i), (config, layer))]
         if kinds[0] != kinds[1]:
             raise UserError(f"init_from='teacher' with n_layer={n_layer}: layer {layer} of the teacher would be layer "
-                            f'{i}: one has a window, experts or a rotation and the other has not: give another n_layer')
+                            f'{i}: one has a window, experts, a rotation or a state and the other has not: give '
+                            'another n_layer')
     model = {name: tensor for name, tensor in state['model'].items() if not name.startswith('blocks.')}
     for i, layer in enumerate(kept):
         prefix = f'blocks.{layer}.'

@@ -99,8 +99,8 @@ class KVCache:
         return [x[:, :, :self.end] for x in stored]
 
     def store(self, layer, inputs, state):
-        """Stores the state of a GatedDeltaNet and, of its convolution's inputs (B, delta_conv - 1 + T, width), those that
-        the next token reads."""
+        """Stores the state of a GatedDeltaNet and, of its convolution's inputs (B, delta_conv - 1 + T, width), those
+        that the next token reads."""
         at = torch.arange(inputs.shape[1] - self.T, device=self.device)
         at = self.T + at[None] if self.counts is None else self.counts[:, None] + at
         rows = torch.arange(len(inputs), device=self.device)[:, None]

@@ -45,6 +45,7 @@ from grade import (
     summarise,
 )
 from load import load_model
+from model import GatedDeltaNet
 from tokenizer import UserError, calculate
 from tools import check_template, load_module, load_tools, messages_of, tool_turn, turn_start
 
@@ -408,6 +409,7 @@ def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, sha
     states, which are ignored. share: see `lay_out`.
     """
     part = answers.take(chosen)
+    share = share and not any(isinstance(module, GatedDeltaNet) for module in net.modules())  # no mask stops a state
     arrays, at = lay_out(part, block_size, share)
     tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
     at, response_mask = run.to_device(at, part.response_mask)

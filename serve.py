@@ -463,7 +463,7 @@ class Engine:
         for at, (known, _) in enumerate(self.kept):
             same = next((i for i, (a, b) in enumerate(zip(ids[:-1], known, strict=False)) if a != b),
                         min(len(ids) - 1, len(known)))
-            if same > best:
+            if same > best and (same == len(known) or not self.batch.model.config.n_delta):  # states have no parts
                 best, found = same, at
         if best < 64:  # reading these takes no time, together with others
             return 0, None

@@ -133,6 +133,9 @@ class Draft:
                                  f'{config.vocab_size}: give a draft with the same tokenizer'),
                 (config.n_encoder_layer or own.n_encoder_layer or not own.causal,
                  'a draft goes with causal decoders alone'),
+                (config.n_delta or own.n_delta,
+                 f'layer_pattern={(config if config.n_delta else own).layer_pattern!r}: a draft goes with attention in '
+                 'all layers, as a state takes no token back'),
                 (rolling, f'window={config.window}: a text that outgrows the window of all layers is continued in a '
                           'cache that takes no token back: drop the draft, or ask for fewer tokens'),
                 (not use_cache or entropies, 'a draft needs use_cache=True and entropies=False')):

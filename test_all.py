@@ -1956,6 +1956,9 @@ def test_0_3_activation_checkpointing_changes_no_weight(run_stage, text_data):
 GEMMA_LIKE = dict(pos='rope', n_kv_head=2, norm='rmsnorm', norm_offset=True, norm_place='both', mlp='geglu',
                   qk_norm=True, embed_scale=5.0, bias=False)
 
+HYBRID = dict(layer_pattern='DA', delta_heads=6, delta_key_heads=3, delta_key_dim=6, delta_value_dim=10, pos='rope',
+              norm='rmsnorm', norm_offset=True, bias=False)
+
 
 def variants():
     """Choices of every architecture flag: each at least once, and against the others that it touches."""
@@ -1971,6 +1974,8 @@ def variants():
     yield dict(pos='rope', n_kv_head=2, attn_gate='head', sink_logit=True)
     yield dict(pos='rope', kv_lora_rank=12, q_lora_rank=16, qk_rope_dim=6, norm='rmsnorm', bias=False)
     yield dict(pos='rope', kv_lora_rank=8, v_head_dim=20, attn_gate='element', sink_logit=True)
+    yield HYBRID
+    yield dict(layer_pattern='D', delta_conv=1, norm_place='post', delta_key_dim=5)
     yield dict(pos='rope', norm='rmsnorm', norm_affine=False, qk_norm=True, mlp='relu2', bias=False, tie_weights=False,
                attn_gate='element', logit_softcap=15.0, attn_scale=0.18, head_dim=6)
 
@@ -1978,7 +1983,7 @@ def variants():
 VARIANTS = list(variants())
 
 
-@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-9:]], ids=str)
+@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-11:]], ids=str)
 @pytest.mark.parametrize('recompute', [False, True])
 def test_0_3_compile_sees_one_graph(options, recompute, monkeypatch):
     """fullgraph=True raises at a graph break; the loss runs over several chunks."""
@@ -2087,9 +2092,11 @@ def test_0_3_computed_memory_is_what_a_small_model_takes(options, monkeypatch):
 # 0.4 measuring
 
 @pytest.mark.parametrize('options', [dict(n_kv_head=2), dict(
-    pos='rope', kv_lora_rank=24, q_lora_rank=40, v_head_dim=16, qk_rope_dim=8, attn_gate='element')], ids=str)
-def test_0_4_flops_equal_torch_counter(options):
+    pos='rope', kv_lora_rank=24, q_lora_rank=40, v_head_dim=16, qk_rope_dim=8, attn_gate='element'),
+    dict(layer_pattern='D', delta_heads=8, delta_key_heads=4, delta_key_dim=16, delta_value_dim=24)], ids=str)
+def test_0_4_flops_equal_torch_counter(options, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(model_file, 'delta_chunked', model_file.delta_recurrent)  # the least that the rule takes
     model = tiny(mlp='swiglu', tie_weights=False, **options)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(ids(2, 24)).sum().backward()
@@ -4143,7 +4150,8 @@ def all_texts(vocab, longest, stop_ids):
 
 
 BEAMED = [dict(), dict(n_encoder_layer=1, norm_place='post', pos='sinusoidal'), dict(pos='rope', window=2, n_kv_head=2),
-          dict(n_encoder_layer=2, pos='rope', logit_softcap=3.0), dict(kv_lora_rank=8, pos='rope')]
+          dict(n_encoder_layer=2, pos='rope', logit_softcap=3.0), dict(kv_lora_rank=8, pos='rope'),
+          dict(layer_pattern='DA', n_encoder_layer=1)]
 
 
 @pytest.mark.parametrize('options', BEAMED, ids=str)
@@ -4189,7 +4197,8 @@ def test_2_5_beams_are_those_of_transformers(beams, stop_ids, alpha, tmp_path, m
     assert alpha > 1 or len(stop_ids) == 1 or len({len(ids) for found in ours for ids, _ in found}) > 1
 
 
-BESIDE = [*BEAMED, dict(pos='rope', window=5, n_sink=2), dict(pos='rope', window=5, n_sink=2, window_pattern='LG')]
+BESIDE = [*BEAMED, dict(pos='rope', window=5, n_sink=2), dict(pos='rope', window=5, n_sink=2, window_pattern='LG'),
+          HYBRID, HYBRID | dict(window=5, n_sink=2)]
 
 
 @pytest.mark.parametrize('options', BESIDE, ids=str)
@@ -4734,7 +4743,7 @@ def test_3_4_cached_logits_equal_full_forward(options):
             torch.testing.assert_close(got[i], full[b, n:n + 1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('options', VARIANTS[:24:3] + VARIANTS[-4:], ids=str)
+@pytest.mark.parametrize('options', VARIANTS[:24:3] + VARIANTS[-6:], ids=str)
 def test_3_4_generation_with_and_without_cache(options):
     """Ragged prompts, past the block, stop tokens: the same ids, and log-probabilities of the training forward."""
     model = tiny(**options)
@@ -4932,7 +4941,8 @@ def test_3_4_encoder_decoder_generates_the_same_with_and_without_cache(options):
 
 @pytest.mark.parametrize('options', [
     dict(), dict(pos='rope', n_kv_head=2), dict(pos='rope', window=5, n_sink=2),
-    dict(pos='rope', window=5, sink_logit=True), dict(pos='rope', kv_lora_rank=12)], ids=str)
+    dict(pos='rope', window=5, sink_logit=True), dict(pos='rope', kv_lora_rank=12), HYBRID,
+    HYBRID | dict(window=5)], ids=str)
 def test_3_4_rows_join_and_leave_while_others_are_under_way(options):
     """What a server does: each row gets the tokens that it would get alone, from whatever place it starts."""
     model, rolling = tiny(**options), 'window' in options
@@ -4999,6 +5009,7 @@ WINDOWS = [dict(pos='rope', window=5), dict(pos='rope', window=5, n_sink=3, n_kv
            dict(pos='rope', window=5, n_sink=3, rope_scaling='yarn', rope_factor=4.0), dict(pos='learned', window=5),
            dict(pos='rope', window=5, n_sink=2, rope_theta_local=50.0, rope_pattern='RN'),
            dict(pos='rope', window=5, n_sink=2, sink_logit=True, n_kv_head=2),
+           HYBRID | dict(window=5, n_sink=2), dict(pos='rope', window=5, layer_pattern='DDA', window_pattern='LLG'),
            GEMMA_LIKE | dict(window=5, window_pattern='LG', rope_theta_local=50.0, rope_scaling='linear',
                              rope_factor=4.0)]
 
@@ -5449,7 +5460,7 @@ def test_3_9_bytes_of_a_token_in_the_cache():
         cache = KVCache(model.config, 3, 20, 'cpu')
         prefill(model, ids(3, 20).tolist(), cache)
         assert sum(x.nbytes for layer in cache.layers for x in layer) == expected * 3 * 20
-        assert 4 * 2 * model.config.cache_width == expected
+        assert 4 * model.config.cache_width == expected
     assert [expected for _, expected in kinds.values()] == [512, 256, 128, 128]
 
 
@@ -5496,6 +5507,238 @@ def test_3_9_lora_on_others_attention_leaves_for_peft(name, saved, tmp_path):
         torch.testing.assert_close(model.eval()(ids_of(40)), theirs(ids_of(40)).logits, atol=1e-3, rtol=1e-3)
     back = built(convert.from_peft(tmp_path / 'peft', convert.from_hf(folder)[0])).eval()
     torch.testing.assert_close(back(ids_of(40)), model(ids_of(40)), atol=1e-5, rtol=1e-5)
+
+
+# 3.10 Gated DeltaNet
+
+def test_3_10_the_delta_rule_by_hand():
+    """One state of two directions. What is written at a key is read there; a second write replaces the first, a half
+    one meets it halfway; before it the state fades to a half."""
+    values = {'k': [[1.0, 0], [0, 1], [1, 0], [0, 1]], 'v': [[4.0, 2], [8, 0], [2, 6], [0, 4]],
+              'q': [[1.0, 0], [1, 1], [1, 0], [0, 1]], 'beta': [1.0, 1, 1, 0.5], 'g': [0.0, 0, 0, math.log(0.5)]}
+    q, k, v, g, beta = (torch.tensor(values[name])[None, None] for name in ('q', 'k', 'v', 'g', 'beta'))
+    states = [[[4, 2], [0, 0]], [[4, 2], [8, 0]], [[2, 6], [8, 0]], [[1, 3], [2, 2]]]  # the last: of 4, 0 towards 0, 4
+    read = [[4, 2], [12, 2], [2, 6], [2, 2]]
+    for rule in (model_file.delta_recurrent, model_file.delta_chunked,
+                 functools.partial(model_file.delta_chunked, chunk=2)):
+        for n in range(1, 5):
+            y, state = rule(q[:, :, :n], k[:, :, :n], v[:, :, :n], g[:, :, :n], beta[:, :, :n])
+            torch.testing.assert_close(y[0, 0], torch.tensor(read[:n]).float())
+            torch.testing.assert_close(state[0, 0], torch.tensor(states[n - 1]).float())
+
+
+@pytest.mark.parametrize('chunk', [1, 16, 64])
+@pytest.mark.parametrize('T', [1, 64, 150])
+def test_3_10_chunks_compute_the_delta_rule(T, chunk):
+    """Outputs, states and gradients, from an empty state and another, with places where all is forgotten; without
+    these also beside transformers'."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as hf_next
+    g = torch.Generator().manual_seed(0)
+    q, k = (F.normalize(torch.randn(2, 3, T, 8, generator=g), dim=-1) for _ in 'qk')
+    v, another = torch.randn(2, 3, T, 6, generator=g), torch.randn(2, 3, 8, 6, generator=g)
+    fade, beta = -torch.rand(2, 3, T, generator=g), torch.rand(2, 3, T, generator=g)
+    for state, forgets in itertools.product((None, another), (False, True)):
+        decay = fade.masked_fill(torch.rand(2, 1, T, generator=g) < 0.05 * forgets, -math.inf)
+        found = []
+        for rule in (model_file.delta_recurrent, functools.partial(model_file.delta_chunked, chunk=chunk)):
+            inputs = [t.clone().requires_grad_() for t in (q, k, v, decay, beta)]
+            out = rule(*inputs, state)
+            found.append([*out, *torch.autograd.grad(sum(t.square().sum() for t in out), inputs)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        for theirs in () if forgets else (hf_next.torch_chunk_gated_delta_rule,
+                                          hf_next.torch_recurrent_gated_delta_rule):
+            y, last = theirs(*(t.transpose(1, 2) for t in (q * 8 ** 0.5, k, v, fade, beta)), initial_state=state,
+                             output_final_state=True)  # which divides by the root of the width
+            torch.testing.assert_close(found[1][0], y.transpose(1, 2), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found[1][1], last, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('heads', [2, 4, 6])
+def test_3_10_a_layer_is_that_of_qwen3_next(heads):
+    """A forward with its gradients, then a prompt and single tokens after it."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+    theirs_config = transformers.Qwen3NextConfig(
+        hidden_size=32, linear_num_value_heads=heads, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=12, linear_conv_kernel_dim=4, num_hidden_layers=2,
+        layer_types=['linear_attention', 'full_attention'])
+    torch.manual_seed(0)
+    theirs = Qwen3NextGatedDeltaNet(theirs_config, 0)
+    config = GPTConfig(n_layer=1, n_embd=32, n_head=4, vocab_size=8, block_size=99, norm_eps=1e-6, norm_offset=True,
+                       layer_pattern='D', delta_heads=heads, delta_key_heads=2, delta_key_dim=8, delta_value_dim=12)
+    ours = GPT(config).blocks[0].attn
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(0, 0.3)
+        each = theirs.in_proj_qkvz.weight.view(2, -1, 32).split([8, 8, 6 * heads, 6 * heads], 1)  # of a head of keys
+        q, k, v, z = (part.flatten(0, 1) for part in each)
+        ours.qkv.weight.copy_(torch.cat((q, k, v)))
+        ours.attn_gate.weight.copy_(z)
+        b, a = theirs.in_proj_ba.weight.view(2, 2, -1, 32).transpose(0, 1).flatten(1, 2)
+        ours.rates.weight.copy_(torch.cat((b, a)))
+        ours.conv.copy_(theirs.conv1d.weight[:, 0].T.flatten())
+        ours.A_log.copy_(theirs.A_log)
+        ours.dt_bias.copy_(theirs.dt_bias)
+        ours.norm.weight.copy_(theirs.norm.weight)
+        ours.proj.weight.copy_(theirs.out_proj.weight)
+    x, same = (torch.randn(2, 80, 32, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in 'ab')
+    y, expected = ours(x), theirs(same)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, same.grad, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(ours.conv.grad.view(4, -1).T, theirs.conv1d.weight.grad[:, 0], atol=1e-3, rtol=1e-3)
+    cache, other = KVCache(config, 2, 0, 'cpu'), transformers.DynamicCache(config=theirs_config)
+    with torch.no_grad():
+        for part in x.split([70, *[1] * 10], 1):
+            cache.begin(part.shape[1])
+            torch.testing.assert_close(ours(part, Context(cache=cache)), theirs(part, cache_params=other), atol=1e-4,
+                                       rtol=1e-4)
+
+
+def test_3_10_what_a_layer_begins_as():
+    """Rates of forgetting spread over (0, 16), and vectors for optimizers: no decay of weights, no Muon."""
+    model = GPT(GPTConfig(n_layer=2, n_embd=64, n_head=4, vocab_size=8, norm_offset=True, layer_pattern='DA'))
+    layer = model.blocks[0].attn
+    torch.testing.assert_close(layer.A_log.exp(), torch.tensor([2.0, 6, 10, 14]))
+    assert (layer.dt_bias == 1).all() and (layer.norm.weight == 1).all() and 0.4 < layer.conv.abs().max() <= 0.5
+    own = {id(p) for p in (layer.A_log, layer.dt_bias, layer.norm.weight, layer.conv)}
+    for kind in ('adamw', 'muon'):
+        made = optim.make_optimizers(model.named_parameters(), kind)
+        assert own <= {id(p) for group in made[0].param_groups if not group['weight_decay'] for p in group['params']}
+
+
+@pytest.mark.parametrize('chunk', [4, 64])
+def test_3_10_nothing_passes_a_boundary_of_segments(chunk, monkeypatch):
+    """Loss and gradients of a packed row are those of its texts, with boundaries inside of chunks and at their ends."""
+    monkeypatch.setattr(model_file.delta_chunked, '__defaults__', (None, chunk))
+    model, texts = tiny(**HYBRID | dict(layer_pattern='D')), [ids(n, seed=n) for n in (9, 5, 2, 8)]
+    idx, targets, positions, segments = packed_row(texts, 24)
+    model(idx, targets, positions=positions, segments=segments, reduction='sum').backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sum(model(t[None, :-1], t[None, 1:], reduction='sum') for t in texts).backward()
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('options', [HYBRID, dict(layer_pattern='D', delta_conv=1)], ids=str)
+def test_3_10_what_comes_later_and_padding_move_nothing(options, monkeypatch):
+    monkeypatch.setattr(model_file.delta_chunked, '__defaults__', (None, 8))
+    model, x = tiny(**options), ids(3, 24)
+    with torch.no_grad():
+        full = model(x)
+        for j in range(1, 24):
+            other = torch.cat((x[:, :j], (x[:, j:] + 1) % 61), 1)
+            torch.testing.assert_close(model(other)[:, :j], full[:, :j], atol=1e-6, rtol=0)
+        found, counts = [], [5, 0, 9]
+        for padding in (0, 7):
+            cache, part = KVCache(model.config, 3, 24, 'cpu'), x[:, 4:14].clone()
+            model.hidden(x[:, :4], cache=cache)
+            for row, n in zip(part, counts, strict=True):
+                row[n:] = padding
+            model.hidden(part, cache=cache, counts=counts)
+            found.append([t for kept in cache.states.values() for t in kept])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+        for row, n in enumerate(counts):  # as read alone, without padding
+            cache = KVCache(model.config, 1, 24, 'cpu')
+            model.hidden(x[row:row + 1, :4 + n], cache=cache)
+            for a, (b,) in zip(found[0], (t for kept in cache.states.values() for t in kept), strict=True):
+                torch.testing.assert_close(a[row], b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_3_10_a_state_is_float32_and_does_not_grow(dtype):
+    model = tiny(**HYBRID | dict(block_size=96)).to(dtype)
+    sizes = []
+    for n in (20, 80):
+        cache = KVCache(model.config, 2, n, 'cpu')
+        prefill(model, ids(2, n).tolist(), cache)
+        (conv, state), = cache.states.values()
+        assert state.dtype == torch.float32 and state.shape == (2, 6, 6, 10)
+        assert conv.dtype == dtype and conv.shape == (2, 3, 2 * 18 + 60)
+        assert conv.untyped_storage().nbytes() == conv.nbytes  # no view of all that was read
+        sizes.append([sum(t.nbytes for kept in found for t in kept) for found in (cache.states.values(), cache.layers)])
+    assert sizes[0][0] == sizes[1][0] and 4 * sizes[0][1] == sizes[1][1]
+    assert sizes[0][1] == 2 * 20 * model.config.cache_width * dtype.itemsize  # of the one layer with attention
+    assert GPTConfig(n_layer=48, layer_pattern='DDDA').cache_width * 4 == GPTConfig(n_layer=48).cache_width
+
+
+def test_3_10_autocast_leaves_the_state_its_digits():
+    model, x = tiny(**HYBRID), ids(2, 24)
+    caches = []
+    for enabled in (False, True):
+        caches.append(KVCache(model.config, 2, 24, 'cpu'))
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            model.hidden(x, cache=caches[-1])
+    (_, a), (_, b) = (next(iter(cache.states.values())) for cache in caches)
+    assert b.dtype == torch.float32 and not torch.equal(b, b.bfloat16().float())
+    assert (a - b).norm() < 0.03 * a.norm()
+
+
+def test_3_10_a_hybrid_is_seen_by_its_layers():
+    model, text = tiny(n_layer=3, **HYBRID), ids(9).tolist()
+    assert [type(block.attn).__name__ for block in model.blocks] == ['GatedDeltaNet', 'Attention', 'GatedDeltaNet']
+    (name, found), = anatomy.attention_maps(model, text)
+    assert name == 'layer.1.self' and found.shape == (4, 9, 9)
+    parts = {part: (count, numbers) for part, count, numbers in anatomy.anatomy(model.config)[0]}
+    assert parts['attention'] == (1, sum(p.numel() for p in model.blocks[1].attn.parameters()))
+    assert parts['Gated DeltaNet'] == (2, 2 * sum(p.numel() for p in model.blocks[0].attn.parameters()))
+
+
+def test_3_10_a_stream_goes_on_in_states_and_windows():
+    """Far past the block, as a model that sees all of it at once."""
+    model = tiny(**HYBRID | dict(window=6, n_sink=2))
+    new, logs = model.generate([[1, 2, 3]], 100, temperature=0, return_logprobs=True)
+    long = GPT(GPTConfig(**vars(model.config) | dict(block_size=128))).eval()
+    long.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        full = long(torch.tensor([[1, 2, 3, *new[0]]])).log_softmax(-1)[0, 2:-1]
+    assert full.argmax(-1).tolist() == new[0]
+    assert full.gather(1, torch.tensor(new[0])[:, None])[:, 0].tolist() == pytest.approx(logs[0], abs=1e-3)
+
+
+@pytest.mark.parametrize('added', [dict(), dict(lora_targets='q,v'), dict(quant='nf4')], ids=str)
+def test_3_10_states_have_lora_and_are_packed(added):
+    base, x = tiny(**HYBRID | dict(n_embd=64)), ids(2, 20)
+    model = lora.apply(copy.deepcopy(base), LoRAConfig(lora_rank=2, **added))
+    learned(model)
+    found = {name.split('.')[-2] for name in lora.state(model) if name.startswith('blocks.0.attn.')}
+    assert found == {'qkv'} if 'lora_targets' in added else {'qkv', 'attn_gate', 'proj'}
+    with torch.no_grad():
+        assert (model(x) - base(x)).abs().max() > 0.01
+        torch.testing.assert_close(lora.merge(model)(x), model(x), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(pack(copy.deepcopy(base))(x), base(x), atol=1e-3, rtol=1e-3)
+    for quant in ('', 'int8'):
+        packed = pack(copy.deepcopy(base), quant)
+        assert packed.generate([[1, 2, 3], [4]], 15, temperature=0) == packed.generate(
+            [[1, 2, 3], [4]], 15, temperature=0, use_cache=False)
+
+
+def of_a_state(n, length):
+    cache = KVCache(tiny(**HYBRID).config, 1, 24, 'cpu')
+    prefill(tiny(**HYBRID), [ids(n).tolist()], cache)
+    return cache.part(0, length)
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: GPTConfig(layer_pattern='DX'), "layer_pattern='DX' must be made of the letters A and D"),
+    (lambda: GPTConfig(layer_pattern='DA', causal=False), "layer_pattern='DA' needs causal=True"),
+    (lambda: GPTConfig(layer_pattern='D', delta_conv=0), 'delta_conv of at least 1'),
+    (lambda: GPTConfig(layer_pattern='D', delta_heads=4, delta_key_heads=3), 'not divisible by delta_key_heads=3'),
+    (lambda: GPTConfig(delta_key_dim=4), "need a D in layer_pattern='A'"),
+    (lambda: tiny(**HYBRID).hidden(ids(1, 4), mask=torch.ones(1, 1, 4, 4).bool()), 'goes without a mask'),
+    (lambda: tiny().generate([[1]], 3, draft=speculative.Draft(tiny(**HYBRID))), 'a state takes no token back'),
+    (lambda: tiny(**HYBRID).generate([[1]], 3, draft=speculative.Draft(tiny())), 'a state takes no token back'),
+    (lambda: of_a_state(9, 5), "5 of 9 tokens: a state of layer_pattern='DA' has no parts"),
+    (lambda: convert.hf_family(tiny(**HYBRID).config), "layer_pattern='DA'"),
+    (lambda: convert.hf_family(tiny(**HYBRID).config, gguf=True), "layer_pattern='DA'")])
+def test_3_10_what_a_state_cannot_do_is_one_sentence(call, words):
+    with pytest.raises((ValueError, UserError), match=re.escape(words)) as error:
+        call()
+    assert '\n' not in str(error.value)
+    assert of_a_state(9, 9).lengths == [9]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -7901,7 +8144,8 @@ def test_6_2_packing_changes_no_loss(base_run, chat_data):
 SMALL_LLAMA = dict(pos='rope', mlp='swiglu', norm='rmsnorm', bias=False, n_kv_head=2)
 PACKED = [{}, dict(pos='sinusoidal'), dict(**SMALL_LLAMA), dict(pos='none'), dict(pos='rope', window=5),
           dict(pos='rope', window=4, n_sink=2, window_pattern='LG'), dict(norm_place='post', causal=False),
-          dict(n_expert=4, **SMALL_LLAMA), dict(lora_rank=2, adapter_dim=2)]
+          dict(n_expert=4, **SMALL_LLAMA), dict(lora_rank=2, adapter_dim=2), HYBRID,
+          dict(layer_pattern='D', delta_conv=6, pos='none')]
 
 
 def packed_row(texts, width):
@@ -10609,6 +10853,16 @@ def test_8_1_answers_that_share_their_prompt_are_read_as_if_alone(options, stops
     torch.testing.assert_close(again[others], found[True][0][others], atol=1e-5, rtol=1e-5)
 
 
+def test_8_1_answers_of_a_model_with_states_share_no_row(stops_often):
+    model, data, run = tiny(block_size=96, vocab_size=264, **HYBRID), prompts_of('Hi', 'What is 1 and 2?'), lone()
+    answers = rollout.generate_rollouts(model, data, np.array([0, 1]), run, 24, 5)
+    for share in (True, False):
+        logprobs = rollout.compute_logprobs(model, run, answers, range(10), 96, share=share)[0]
+        for i, (prompt, new) in enumerate(zip(answers.prompts, answers.ids, strict=True)):
+            due = exactly(model, [*prompt, *new], 1.0)[len(prompt) - 1:-1].gather(1, torch.tensor(new)[:, None])[:, 0]
+            torch.testing.assert_close(logprobs[i, :len(new)].double(), due, atol=1e-4, rtol=1e-4)
+
+
 # 8.2 advantages, clips, penalties
 
 def t64(x):
@@ -12693,7 +12947,10 @@ def test_10_2_a_student_of_evenly_spaced_layers():
     with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1'):
         distill.keep_layers(state, 2)
     state['model_args'] = dataclasses.asdict(tiny(n_layer=4, pos='rope', rope_pattern='RN').config)
-    with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1: one has a window, experts or a rot'):
+    with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1: one has a window, experts, a rot'):
+        distill.keep_layers(state, 2)
+    state['model_args'] = dataclasses.asdict(tiny(n_layer=4, layer_pattern='DA').config)
+    with pytest.raises(UserError, match='layer 2 of the teacher would be layer 1'):
         distill.keep_layers(state, 2)
 
 
@@ -12856,8 +13113,9 @@ def test_10_3_a_thought_that_ends_in_time_is_left_alone(speaker):
     assert [n for n in range(1, len(again) + 1) if force(again[:n])] == [len(again)]
 
 
-@pytest.mark.parametrize(('fields', 'use_cache'), [({}, True), ({}, False), ({'window': 16, 'n_sink': 2}, True)],
-                         ids=['cache', 'no cache', 'rolling'])
+@pytest.mark.parametrize(('fields', 'use_cache'), [({}, True), ({}, False), ({'window': 16, 'n_sink': 2}, True),
+                                                   ({'layer_pattern': 'DA'}, True)],
+                         ids=['cache', 'no cache', 'rolling', 'states'])
 @pytest.mark.parametrize('waits', [0, 2])
 def test_10_3_a_thought_goes_on_where_it_would_end(speaker, monkeypatch, fields, use_cache, waits):
     """Beside a loop that reads every context afresh, and as arXiv:2501.19393 cuts </think> off and appends the text."""
@@ -15883,7 +16141,7 @@ def test_10_6_a_long_prompt_keeps_no_short_one_waiting(monkeypatch):
 
 
 def test_10_6_parts_of_a_prompt_make_the_logits_of_the_whole():
-    for options in (dict(), dict(pos='rope', window=6, n_sink=1), dict(pos='rope', n_kv_head=2), MOE):
+    for options in (dict(), dict(pos='rope', window=6, n_sink=1), dict(pos='rope', n_kv_head=2), MOE, HYBRID):
         model, texts = tiny(**options), [ids(20).tolist(), ids(3, seed=1).tolist(), ids(13, seed=2).tolist()]
         caches = [KVCache(model.config, 3, 24, 'cpu') for _ in range(2)]
         whole = prefill(model, texts, caches[0])
@@ -15893,6 +16151,8 @@ def test_10_6_parts_of_a_prompt_make_the_logits_of_the_whole():
         assert caches[0].lengths == caches[1].lengths == [20, 3, 13]
         new = [generation.decode_step(model, [5, 6, 7], cache) for cache in caches]
         np.testing.assert_allclose(*new, atol=1e-4)
+        if model.config.n_delta:
+            continue
         one = caches[0].part(2, 9)  # a row's beginning, read on
         *_, logits = generation.prefill_in_parts(model, [texts[2][9:]], one, size=2)
         np.testing.assert_allclose(logits[0], whole[2], atol=1e-4)
@@ -15922,6 +16182,20 @@ def test_10_6_the_next_turn_of_a_chat_reads_what_is_new(served):
     assert reply['choices'][0]['message']['content'] == shown(
         alone(bytes_tokenizer().chat_ids(other, generate=True)[0], 12)[0])
     assert sum(len(ids) for ids, _ in engine.kept) <= engine.prefix_cache_tokens
+
+
+def test_10_6_a_state_is_continued_only_from_its_end():
+    """A text that goes on where an answer ended is not read again; one that branches off before is read whole."""
+    model = tiny(**HYBRID | dict(vocab_size=260, block_size=256))
+    with serving(model) as (address, engine, alone):
+        first = [b % 26 + 97 for b in ids(80, vocab=260).tolist()]
+        answer = alone(first, 6)[0]
+        for prompt, cached in ((first, 0), (first + answer, 85), (first[:70] + [65, 66], 0), (first, 0)):
+            body = dict(prompt=prompt, max_tokens=6, temperature=0)
+            found = post(address, 'completions', **body).json()
+            assert found['choices'][0]['text'] == shown(alone(prompt, 6)[0])
+            assert found['usage']['prompt_tokens_details']['cached_tokens'] == cached
+            assert idle(engine)
 
 
 def test_10_6_what_is_kept_is_bounded():
