@@ -779,6 +779,8 @@ ABLATIONS = {
     'heads': {name: f'--n_head=4 --n_kv_head={n}' for name, n in (('MHA', 4), ('GQA', 2), ('MQA', 1))}
              | {'MLA': '--n_head=4 --kv_lora_rank=48 --qk_norm=False'},
     'gate': {'none': '', 'of each head': '--attn_gate=head', 'of each element': '--attn_gate=element'},
+    # key of half the width, values of the whole: as many parameters
+    'hybrid': {'attention': '', 'DDDA': '--layer_pattern=DDDA --delta_key_dim=32 --delta_value_dim=64'},
     'sinks': {name: f'--window=64 {flag}' for name, flag in (
         ('none', ''), ('four tokens', '--n_sink=4'), ('a learned logit', '--sink_logit=True'))},
     # to choose rates by, on a seed that is not compared afterwards: --what=rates --seeds=1 --seed=4
