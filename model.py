@@ -56,6 +56,7 @@ class GPTConfig:
     qk_norm_joint: bool = False  # all heads of queries, and all of keys, in one (OLMo 2)
     pos: str = 'learned'  # positions: 'learned', 'sinusoidal', 'rope' or 'none'
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rotary_dim: int = 0  # so many of a head's head_dim numbers are rotated: 0 = all (Qwen3-Next: a quarter)
     rope_theta_local: float = 0.0  # that of layers with the window, which rope_scaling leaves alone; 0 = as the others
     rope_pattern: str = 'R'  # layers in turn, again and again: R = rotated, N = without positions (SmolLM3)
     rope_scaling: str = 'none'  # a longer context than trained on: 'linear', 'llama3' or 'yarn' stretch the wavelengths
@@ -93,6 +94,7 @@ class GPTConfig:
     n_expert: int = 0  # experts in place of the MLP; 0 = a dense MLP
     n_expert_active: int = 2  # experts that a token is sent to
     n_expert_shared: int = 0  # further experts that every token is sent to
+    expert_shared_gate: bool = False  # what these give is multiplied by a sigmoid of the token (Qwen3-Next)
     expert_dim: int = 0  # hidden width of an expert; 0 = mlp_dim
     expert_bias: bool = False  # experts and their router have biases, whatever `bias` says
     dense_layers: int = 0  # the first this many layers keep a dense MLP
@@ -172,6 +174,10 @@ class GPTConfig:
                 (self.pos == 'rope' and not latent and self.head_dim % 2,
                  f"head_dim={self.head_dim} must be even with pos='rope'"),
                 (self.qk_rope_dim % 2, f'qk_rope_dim={self.qk_rope_dim} must be even'),
+                (self.rotary_dim % 2 or self.rotary_dim > (0 if latent else self.head_dim),
+                 f'rotary_dim={self.rotary_dim} must be even, no more than head_dim={self.head_dim}, and 0 beside '
+                 'kv_lora_rank'),
+                (self.expert_shared_gate and not self.n_expert_shared, 'expert_shared_gate=True needs n_expert_shared'),
                 (latent and (self.pos != 'rope' or self.window or self.qk_norm or self.n_kv_head != self.n_head
                              or self.n_encoder_layer or 'N' in self.rope_pattern),
                  f"kv_lora_rank={latent} needs pos='rope' in all layers, window=0, qk_norm=False, n_kv_head=n_head and "
@@ -226,8 +232,8 @@ class GPTConfig:
 
     def is_local(self, layer):
         """Whether this layer's attention has the window."""
-        local = self.window > 0 and self.window_pattern[layer % len(self.window_pattern)] == 'L'
-        return local and not self.is_delta(layer)
+        pattern = self.window_pattern
+        return self.window > 0 and pattern[layer % len(pattern)] == 'L' and not self.is_delta(layer)
 
     def rotates(self, layer):
         """Whether this layer's queries and keys are rotated, with pos='rope'."""
@@ -336,7 +342,7 @@ def rope_frequencies(config):
     original context: 'llama3' (arXiv:2407.21783) blends by the number of turns, 'yarn' (arXiv:2309.00071) by the index
     of the pair, and sharpens attention by rope_mscale, here the factor.
     """
-    dim = config.qk_rope_dim or config.head_dim
+    dim = config.qk_rope_dim or config.rotary_dim or config.head_dim
     f = frequencies(dim, config.rope_theta)
     sharpen, low, high = 1.0, config.rope_low, config.rope_high
     if config.rope_scaling == 'linear':
@@ -365,7 +371,8 @@ def rope_tables(config, local=False):
     # a RollingCache keeps positions below n_sink + window, and one prefill adds up to block_size more
     n = config.block_size + (config.n_sink + config.window if config.window else 0)
     a = torch.arange(n).float()[:, None] * f
-    cos, sin = a.cos() * sharpen, a.sin() * sharpen
+    still = (config.head_dim - config.rotary_dim) // 2 if config.rotary_dim else 0  # the last pairs do not turn
+    cos, sin = F.pad(a.cos() * sharpen, (0, still), value=1.0), F.pad(a.sin() * sharpen, (0, still))
     if config.kv_lora_rank:
         return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -721,13 +728,6 @@ class GatedDeltaNet(nn.Module):
         self.norm = Norm(self.value_dim, replace(config, norm='rmsnorm', norm_affine=True, norm_offset=False))
         self.proj = nn.Linear(values, config.n_embd, bias=False)
 
-    def init_weights(self):
-        """What is not as in other layers: heads of many rates of forgetting, and the convolution as the authors'."""
-        self.A_log.copy_(((torch.arange(self.n_head) + 0.5) * 16 / self.n_head).log())
-        self.dt_bias.fill_(1.0)
-        self.norm.weight.fill_(1.0)
-        self.conv.uniform_(-self.n_conv ** -0.5, self.n_conv ** -0.5)
-
     def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
         """x (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
@@ -826,6 +826,7 @@ class MoE(nn.Module):
             there = config.expert_bias and (self.gate is not None or name != 'gate_bias')
             self.register_parameter(name, nn.Parameter(torch.empty(E * width)) if there else None)
         self.shared = MLP(config, config.n_expert_shared * M) if config.n_expert_shared else None
+        self.shared_router = nn.Linear(C, 1, bias=False) if config.expert_shared_gate else None
         if self.bias_rate:  # added where experts are chosen, not to their weights (arXiv:2408.15664)
             self.register_buffer('choice_bias', torch.zeros(E))
         self.load = self.entropy = self.aux = None
@@ -884,7 +885,10 @@ class MoE(nn.Module):
         rows = rows.index_select(0, place) if step > 1 else rows
         rows = rows * weights.flatten().index_select(0, order)[:, None].to(dtype)
         y = torch.zeros(N, x.shape[-1], dtype=dtype, device=x.device).index_add(0, token, rows).view(x.shape)
-        return y if self.shared is None else y + self.shared(x)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_router is None else shared * self.shared_router(x).sigmoid())
 
     def observe(self, logits, probs, chosen, real):
         """Takes `load`, `entropy` and `aux` of a forward: logits, probs (N, E), chosen (N, K), real (B, T) or None."""
@@ -1132,8 +1136,13 @@ class GPT(nn.Module):
         config = self.config
         for name, p in self.named_parameters():
             into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))
-            if p.ndim < 2:
-                p.fill_(1.0 if name.endswith('weight') and not config.norm_offset else 0.0)
+            if name.endswith('A_log'):  # heads of all rates of forgetting
+                p.copy_(((torch.arange(len(p)) + 0.5) * 16 / len(p)).log())
+            elif name.endswith('.conv'):
+                p.uniform_(-config.delta_conv ** -0.5, config.delta_conv ** -0.5)
+            elif p.ndim < 2:
+                one = name.endswith('weight') and not config.norm_offset
+                p.fill_(1.0 if one or name.endswith(('dt_bias', 'attn.norm.weight')) else 0.0)
             elif config.zero_init and (into_residual or name == 'head.weight'):
                 p.zero_()
             else:
@@ -1143,9 +1152,6 @@ class GPT(nn.Module):
                 elif name == 'tok_emb.weight':
                     std = config.init_std or 1.0
                 p.normal_(0.0, std / math.sqrt(2 * config.n_layer) if into_residual else std)
-        for module in self.modules():
-            if isinstance(module, GatedDeltaNet):
-                module.init_weights()
 
     def embed(self, idx, positions=None):
         """Ids (B, T) -> (B, T, C) with positions added, those of 'rope' apart; positions: (T,) or (B, T), None = 0 …"""
