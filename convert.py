@@ -55,6 +55,7 @@ LLAMA = {
     'blocks.#.mlp.down': LAYER + 'mlp.down_proj',
 }
 EXPERTS_APART = {f'blocks.#.mlp.{name}*': f'{OSS}*.{name}_proj.weight' for name in ('gate', 'up', 'down')}
+DELTA = LAYER + 'linear_attn.'
 TABLES = {
     'gpt2': {
         'tok_emb': 'transformer.wte', 'pos_emb': 'transformer.wpe', 'norm': 'transformer.ln_f', 'head': 'lm_head',
@@ -92,6 +93,15 @@ TABLES = {
         'blocks.#.mlp.choice_bias*': LAYER + 'mlp.gate.e_score_correction_bias', **EXPERTS_APART,
         **{f'blocks.#.mlp.shared.{name}': f'{LAYER}mlp.shared_experts.{name}_proj' for name in ('gate', 'up', 'down')},
     },
+    'qwen3_next': LLAMA | {  # attn of a GatedDeltaNet is called delta here; of its matrices `next_rows` makes these
+        'blocks.#.attn.attn_gate': LAYER + 'self_attn.q_proj[gate]', 'blocks.#.delta.qkv': DELTA + 'in_proj_qkvz',
+        'blocks.#.delta.attn_gate': DELTA + 'in_proj_qkvz[gate]', 'blocks.#.delta.rates': DELTA + 'in_proj_ba',
+        'blocks.#.delta.conv*': DELTA + 'conv1d.weight', 'blocks.#.delta.A_log*': DELTA + 'A_log',
+        'blocks.#.delta.dt_bias*': DELTA + 'dt_bias', 'blocks.#.delta.norm': DELTA + 'norm',
+        'blocks.#.delta.proj': DELTA + 'out_proj', 'blocks.#.mlp.router': LAYER + 'mlp.gate', **EXPERTS_APART,
+        'blocks.#.mlp.shared_router': LAYER + 'mlp.shared_expert_gate',
+        **{f'blocks.#.mlp.shared.{name}': f'{LAYER}mlp.shared_expert.{name}_proj' for name in ('gate', 'up', 'down')},
+    },
     'gguf': {
         'tok_emb': 'token_embd', 'norm': 'output_norm', 'head': 'output',
         'blocks.#.norm1': 'blk.#.attn_norm', 'blocks.#.norm2': 'blk.#.ffn_norm',
@@ -112,12 +122,16 @@ def parts(name, tensor, config, family):
     layer = re.search(r'\d+', stem + kind)
     if kind not in ('weight', 'bias'):  # the experts of a layer, stacked, or what has no module of its own
         stem, kind = name + '*', ''
+    if layer and config.is_delta(int(layer[0])):
+        stem = stem.replace('.attn.', '.delta.')
     theirs = '.'.join(filter(None, (TABLES[family][re.sub(r'\.\d+\.', '.#.', stem)], kind)))
     theirs = theirs.replace('#', layer[0]) if layer else theirs
     theirs = theirs if config.q_lora_rank else theirs.replace('.q_b_proj', '.q_proj')
     if '[qkv]' in theirs:
         rows = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         return [(theirs.replace('[qkv]', c), view) for c, view in zip('qkv', tensor.split(rows), strict=True)]
+    if stem.endswith('delta.conv*'):
+        return [(theirs, tensor.view(config.delta_conv, -1).T[:, None])]
     if '*' in theirs:
         return [(theirs.replace('*', str(e)), view) for e, view in enumerate(tensor)]
     if re.search('(gate|up|down)_bias[*]$', stem):
@@ -221,6 +235,9 @@ KEYS = {  # our field: theirs, the first that is there
     'mlp_dim': ('intermediate_size', 'n_inner'), 'norm_eps': ('rms_norm_eps', 'layer_norm_epsilon'),
     'tie_weights': ('tie_word_embeddings',), 'n_expert': ('num_local_experts', 'num_experts'),
     'n_expert_active': ('num_experts_per_tok',), 'expert_dim': ('moe_intermediate_size',),
+    'delta_heads': ('linear_num_value_heads',), 'delta_key_heads': ('linear_num_key_heads',),
+    'delta_key_dim': ('linear_key_head_dim',), 'delta_value_dim': ('linear_value_head_dim',),
+    'delta_conv': ('linear_conv_kernel_dim',),
 }
 LATENT_KEYS = {
     'head_dim': ('qk_nope_head_dim',), 'n_expert': ('n_routed_experts', 'num_local_experts'),
@@ -248,6 +265,9 @@ FAMILIES = {  # model_type: the class, and what transformers takes where config.
     'mixtral': ('MixtralForCausalLM', MISTRAL_SIZES | dict(norm_eps=1e-5, n_expert=8, n_expert_active=2)),
     'qwen3_moe': ('Qwen3MoeForCausalLM', QWEN_SIZES | dict(
         n_embd=2048, n_layer=24, n_kv_head=4, mlp_dim=6144, n_expert=128, n_expert_active=8, expert_dim=768)),
+    'qwen3_next': ('Qwen3NextForCausalLM', QWEN_SIZES | dict(
+        n_embd=2048, n_layer=48, n_head=16, n_kv_head=2, head_dim=256, mlp_dim=5632, n_expert=512, n_expert_active=10,
+        expert_dim=512, delta_heads=32, delta_key_heads=16, delta_key_dim=128, delta_value_dim=128, delta_conv=4)),
     'gemma3_text': ('Gemma3ForCausalLM', LLAMA_SIZES | dict(
         vocab_size=262208, block_size=131072, n_embd=2304, n_layer=26, n_head=8, n_kv_head=4, head_dim=256,
         mlp_dim=9216, tie_weights=True)),
@@ -267,6 +287,7 @@ FAMILIES = {  # model_type: the class, and what transformers takes where config.
 OLMO = dict(norm_place='output', qk_norm=True, qk_norm_joint=True)
 BEYOND = {  # fields of GPTConfig that a family has in place of a Llama's; ...: any value
     'qwen3': dict(qk_norm=True), 'qwen3_moe': dict(qk_norm=True),
+    'qwen3_next': dict(qk_norm=True, norm_offset=True, attn_gate='element'),
     'gemma3_text': dict(mlp='geglu', norm_place='both', qk_norm=True, norm_offset=..., rope_theta_local=...,
                         attn_scale=..., logit_softcap=...),
     'olmo2': OLMO, 'olmo3': OLMO | dict(rope_theta_local=...), 'smollm3': dict(rope_pattern=...),
@@ -349,7 +370,8 @@ def hf_args(config):  # noqa: C901
         packed = config.object('quantization_config').get('quant_method') == 'mxfp4'
         honoured = ('attention_bias', 'quantization_config')[:1 + packed]
     for key, value in ONLY.items():
-        allowed = key in honoured or (family, key) == ('phi3', 'original_max_position_embeddings')
+        allowed = key in honoured or (family, key) in (('phi3', 'original_max_position_embeddings'),
+                                                       ('qwen3_next', 'partial_rotary_factor'))
         if not allowed and config.get(key) not in (None, value):
             config.refuse(key)
     args, keys = {}, KEYS | (LATENT_KEYS if family == 'deepseek_v3' else {})
@@ -380,7 +402,7 @@ def hf_args(config):  # noqa: C901
     args |= rope_args(config, family, args['block_size'])
     if family == 'deepseek_v3':
         return family, args | latent_args(config, args)
-    args |= window_args(config, family, args['n_layer'])
+    args |= window_args(config, family, args['n_layer']) if family != 'qwen3_next' else {}
     if gemma:
         scalar, cap = config.number('query_pre_attn_scalar', 256.0), 'final_logit_softcapping'
         args |= {'norm_offset': True, 'embed_scale': math.sqrt(args['n_embd']),
@@ -393,15 +415,42 @@ def hf_args(config):  # noqa: C901
         args['rope_pattern'] = rotated_layers(config, args['n_layer'])
     elif family == 'mixtral':
         args |= {'router_renorm': renormalised(args, True), 'expert_dim': args['mlp_dim']}
-    elif family == 'qwen3_moe':
+    elif family in ('qwen3_moe', 'qwen3_next'):
         every, n, dense = config.number('decoder_sparse_step', 1), args['n_layer'], config.get('mlp_only_layers') or []
         sparse = [i for i in range(n) if (i + 1) % every == 0 and i not in dense] if isinstance(dense, list) else None
         first = next((k for k in range(n + 1) if sparse == [i for i in range(k, n) if (i + 1) % every == 0]), None)
         if first is None:
             config.refuse('mlp_only_layers', 'must be the first layers')
-        args |= {'router_renorm': renormalised(args, config.number('norm_topk_prob', False)), 'expert_every': every,
-                 'dense_layers': first}
-    return family, args
+        args |= {'router_renorm': renormalised(args, config.number('norm_topk_prob', family == 'qwen3_next')),
+                 'expert_every': every, 'dense_layers': first}
+    return family, args | (next_args(config, args) if family == 'qwen3_next' else {})
+
+
+def next_args(config, args):
+    """The fields of GPTConfig that only Qwen3-Next's keys have a say in."""
+    every, n = config.number('full_attention_interval', 4), args['n_layer']
+    types = config.get('layer_types')
+    types = [LINEAR if (i + 1) % every else FULL for i in range(n)] if types is None else types
+    if not isinstance(types, list) or len(types) != n or any(kind not in (LINEAR, FULL) for kind in types):
+        config.refuse('layer_types')
+    key, rope = 'partial_rotary_factor', config.object('rope_scaling' if config.get('rope_scaling') else
+                                                       'rope_parameters')
+    where = rope if key in rope.values else config
+    rotated = int(args['head_dim'] * where.number(key, 0.25))
+    if not 2 <= rotated <= args['head_dim'] or rotated % 2:
+        where.refuse(key, f"must make an even part of head_dim={args['head_dim']}")
+    pattern = period(''.join('D' if kind == LINEAR else 'A' for kind in types))
+    found = {'rotary_dim': rotated % args['head_dim'], 'layer_pattern': pattern}
+    if LINEAR not in types:
+        found |= {name: 0 for name in args if name.startswith('delta_')} | {'delta_conv': 4}
+    if args['dense_layers'] == n:
+        return found | {'n_expert': 0, 'n_expert_active': 2, 'expert_every': 1, 'dense_layers': 0, 'expert_dim': 0,
+                        'router_renorm': True}
+    shared = config.number('shared_expert_intermediate_size', 512)
+    if shared % args['expert_dim']:
+        config.refuse('shared_expert_intermediate_size', f"must be a multiple of moe_intermediate_size="
+                                                         f"{args['expert_dim']}")
+    return found | {'n_expert_shared': shared // args['expert_dim'], 'expert_shared_gate': True}
 
 
 def latent_args(config, args):
@@ -428,7 +477,7 @@ def renormalised(args, there):
 
 MULTIPLIERS = {'embed_scale': 'embedding_multiplier', 'attn_scale': 'attention_multiplier',
                'residual_scale': 'residual_multiplier', 'logit_scale': 'logits_scaling'}  # of Granite; the last divides
-LOCAL, FULL = 'sliding_attention', 'full_attention'
+LOCAL, FULL, LINEAR = 'sliding_attention', 'full_attention', 'linear_attention'
 MIXED = ('qwen2', 'qwen3', 'gemma3_text', 'olmo3', 'gpt_oss')  # which have both kinds of layers
 
 
@@ -458,7 +507,7 @@ def rope_args(config, family, block_size):
             apart and not by_kind and rope.values and rope.prefix == 'rope_parameters.'):
         config.refuse(rope.prefix[:-1])
     full, local = (rope.object(FULL), rope.object(LOCAL)) if by_kind else (rope, Json({}, config.where))
-    args = wavelengths(config, full, theta, block_size)
+    args = wavelengths(config, full, theta, block_size, family)
     if family == 'phi3' and args.get('rope_scaling'):  # which transformers takes for longrope
         rope.refuse('rope_type' if 'rope_type' in rope.values else 'type')
     if apart:
@@ -470,12 +519,12 @@ def rope_args(config, family, block_size):
     return args
 
 
-def wavelengths(config, rope, theta, block_size):  # noqa: C901
+def wavelengths(config, rope, theta, block_size, family):  # noqa: C901
     """The fields of GPTConfig that an object of rotary parameters says."""
     where = rope if 'rope_theta' in rope.values else config
     args = {'rope_theta': where.number('rope_theta', theta)}
     kind = rope.get('rope_type', rope.get('type', 'default'))
-    if rope.get('partial_rotary_factor') not in (None, 1):
+    if rope.get('partial_rotary_factor') not in (None, 1) and family != 'qwen3_next':
         rope.refuse('partial_rotary_factor')
     if kind == 'default':
         return args
@@ -658,6 +707,56 @@ def oss_tensors(tensors):
     return found
 
 
+def next_rows(name, n, config):
+    """Of a tensor of a Qwen3-Next with n rows those that ours has, in its order: {'': rows} or {'': …, '[gate]': …}; {}
+    where both have the same.
+
+    Queries of a head stand beside its gates there, and all that belongs to a head of keys together. The numbers of a
+    head that are rotated come first; here each half begins with a half of them, as `apply_rope` wants pairs.
+    """
+    kind, at, half = '.'.join(name.split('.')[-3:-1]), torch.arange(n), config.rotary_dim // 2
+    of_head, shared = torch.arange(config.head_dim), config.delta_heads // max(1, config.delta_key_heads)
+    if half:
+        first, second, rest = of_head.split([half, half, config.head_dim - 2 * half])
+        of_head = torch.cat((first, rest[:len(rest) // 2], second, rest[len(rest) // 2:]))
+    heads = {'self_attn.q_proj': 2 * config.n_head, 'self_attn.k_proj': config.n_kv_head, 'self_attn.q_norm': 1,
+             'self_attn.k_norm': 1}
+    if kind in heads and n == heads[kind] * config.head_dim:
+        at = at.view(-1, config.head_dim)
+        rows = at[:, of_head]
+        return {'': rows[::2].flatten(), '[gate]': at[1::2].flatten()} if 'q_proj' in kind else {'': rows.flatten()}
+    if kind == 'linear_attn.in_proj_ba' and n == 2 * config.delta_heads:
+        return {'': at.view(-1, 2, shared).transpose(0, 1).flatten()}
+    widths = [config.delta_key_dim] * 2 + [shared * config.delta_value_dim] * 2
+    if kind == 'linear_attn.in_proj_qkvz' and n == sum(widths) * config.delta_key_heads:
+        *qkv, gate = (part.flatten() for part in at.view(-1, sum(widths)).split(widths, 1))
+        return {'': torch.cat(qkv), '[gate]': gate}
+    return {}
+
+
+def next_sources(sources, config):
+    """Sources of a Qwen3-Next with rows as ours has them, see `next_rows`."""
+    found = {}
+    for name, (file, shape, read) in sources.items():
+        for end, rows in (next_rows(name, *shape[:1], config) or {'': None}).items():
+            found[name.replace('.weight', f'{end}.weight')] = (file, shape, read) if rows is None else (
+                file, [len(rows), *shape[1:]], lambda read=read, rows=rows: read()[rows])
+    return found
+
+
+def next_tensors(tensors, config):
+    """As a Qwen3-Next has it: `next_sources`, the other way round, of tensors {name: tensor}."""
+    found = {}
+    for name, tensor in tensors.items():
+        both = [tensor, *(t for t in [tensors.get(name.replace('.weight', '[gate].weight'))] if t is not None)]
+        whole = torch.cat(both) if name.endswith('.weight') else tensor
+        for rows, part in zip(next_rows(name, len(whole), config).values(), both, strict=False):
+            whole[rows] = part
+        if '[gate]' not in name:
+            found[name] = whole
+    return found
+
+
 def from_hf(directory, dtype=torch.float32, **overrides):
     """A Hugging Face directory -> (model, tokenizer), the latter None without tokenizer.json.
 
@@ -673,8 +772,12 @@ def from_hf(directory, dtype=torch.float32, **overrides):
         raise UserError(f'{folder}: tensor {wrapped} is of a model with LoRA beside it: {PEFT_MERGE}')
     sources = gate_up_apart(sources) if family == 'phi3' else sources
     sources = oss_experts(sources) if family == 'gpt_oss' else sources
+    if family == 'qwen3_next':
+        with runtime.user_errors(folder):
+            sources = next_sources(sources, GPTConfig(**args))
     layers = {name: re.match(r'model\.layers\.(\d+)\.', name) for name in sources if family == 'deepseek_v3'}
-    if more := {name for name, found in layers.items() if found and int(found[1]) >= args['n_layer']}:
+    more = {name for name, found in layers.items() if found and int(found[1]) >= args['n_layer']}
+    if more := more | {name for name in sources if family == 'qwen3_next' and name.startswith('mtp.')}:
         print(f'{folder}: {len(more)} tensors that predict tokens after the next are left out', file=sys.stderr)
         sources = {name: tensor for name, tensor in sources.items() if name not in more}
     embedding, positions = TABLES[family]['tok_emb'] + '.weight', 'transformer.wpe.weight'
@@ -737,11 +840,11 @@ def hf_family(config, gguf=False):
                   expert_bias=[True], n_expert=[config.n_expert or 8], qk_norm=[False], qkv_bias=[False],
                   dense_layers=[0], expert_every=[1], router_renorm=['always', True][:1 + (config.n_expert_active > 1)],
                   rope_theta_local=[0.0], rope_pattern=['R'])
-    latent = lacking_latent(config)
-    for other, remedies in () if gguf else (('gpt_oss', oss), ('deepseek_v3', latent)):
+    latent, following = lacking_latent(config), lacking_next(config)
+    for other, remedies in () if gguf else (('gpt_oss', oss), ('deepseek_v3', latent), ('qwen3_next', following)):
         if not remedies:
             return other
-    remedies = min(gpt2, rotary, *([] if gguf else [oss, latent]), key=len)  # the nearer one
+    remedies = min(gpt2, rotary, *([] if gguf else [oss, latent, following]), key=len)  # the nearer one
     if remedies:
         fields = ', '.join(f'{name}={getattr(config, name)!r}' for name in remedies)
         flags = ' '.join(f'--{name}={value}' for name, value in remedies.items())
@@ -759,7 +862,7 @@ def lacking(config, **wanted):
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         # whatever else there may be one day must stand at its default
-        either = [value] if name in free or name.startswith(('rope_', 'delta_')) else [field.default]
+        either = [value] if name in free or name.startswith('rope_') else [field.default]
         if value not in wanted.get(name, either):
             remedies[name] = wanted.get(name, either)[0]
     return remedies
@@ -775,6 +878,15 @@ def lacking_latent(config):
     return lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False], qkv_bias=[False], window=[0],
                    kv_lora_rank=[config.kv_lora_rank or 64], qk_norm=[False], attn_scale=scale, rope_theta_local=[0.0],
                    rope_pattern=['R'], **same)
+
+
+def lacking_next(config):
+    """As `lacking`, for Qwen3-Next."""
+    same = {name: [getattr(config, name)] for name in ('layer_pattern', 'rotary_dim', 'norm_offset')}
+    if config.n_expert:
+        same |= {'n_expert_shared': [config.n_expert_shared or 1], 'expert_shared_gate': [True]}
+    return lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False], qkv_bias=[False], window=[0],
+                   qk_norm=[True], attn_gate=['element'], rope_theta_local=[0.0], rope_pattern=['R'], **same)
 
 
 def lacking_together(config, family, gguf=False):  # noqa: C901
@@ -907,10 +1019,24 @@ def hf_config(config, family):  # noqa: C901
         values['layer_types'] = [LOCAL if here else FULL for here in local]
     if family == 'mixtral':
         values['intermediate_size'] = config.expert_dim
-    if family == 'qwen3_moe':
+    if family in ('qwen3_moe', 'qwen3_next'):
         values |= {'num_experts': values.pop('num_local_experts'), 'norm_topk_prob': config.renormalises,
                    'decoder_sparse_step': config.expert_every, 'mlp_only_layers': list(range(config.dense_layers))}
-    return values
+    return next_config(config, values) if family == 'qwen3_next' else values
+
+
+def next_config(config, values):
+    """The values of a Qwen3-Next's config.json, made of those of a Qwen3-MoE's."""
+    part = (config.rotary_dim or config.head_dim) / config.head_dim
+    if int(config.head_dim * part) < config.rotary_dim:  # as it computes the other way round
+        part = math.nextafter(part, 2)
+    values |= {'layer_types': [LINEAR if config.is_delta(i) else FULL for i in range(config.n_layer)],
+               'partial_rotary_factor': part, 'attention_bias': False,
+               'rope_parameters': values['rope_parameters'] | {'partial_rotary_factor': part},
+               'shared_expert_intermediate_size': config.n_expert_shared * config.expert_dim}
+    if not config.n_expert:
+        values |= {'num_experts': 1, 'num_experts_per_tok': 1, 'mlp_only_layers': list(range(config.n_layer))}
+    return {key: value for key, value in values.items() if config.n_delta or not key.startswith('linear_')}
 
 
 def _vacant(directory):
@@ -931,13 +1057,13 @@ def tensors_of(model, family):
     with on_meta():
         rate = config.router_bias_rate or float(family == 'deepseek_v3')  # which has such biases, 0 if none are learned
         whole = GPT(dataclasses.replace(config, norm_affine=True, n_future=0, router_bias_rate=rate)).state_dict()
-    more = config.norm_offset - (family == 'gemma3_text')  # a norm's weight is 1 + w there, or here
+    more = config.norm_offset - (family in ('gemma3_text', 'qwen3_next'))  # a norm's weight is 1 + w there, or here
     for name, like in whole.items():
         if name != 'head.weight' or not config.tie_weights:
             usual = torch.zeros(like.shape) if name.endswith('choice_bias') else torch.ones(
                 like.shape, dtype=model.tok_emb.weight.dtype)
             tensor = state.get(name, usual)
-            if more and 'norm' in name:
+            if more and 'norm' in name and not name.endswith('attn.norm.weight'):
                 tensor = (tensor.float() + more).to(torch.float32 if 'gguf' in family else tensor.dtype)
             yield from parts(name, tensor, config, family)
 
@@ -968,6 +1094,7 @@ def to_hf(model, directory, tokenizer=None, card=None):
         'eos_token_id': ends[0] if len(ends) == 1 else ends or None}
     tensors = {name: part.detach().cpu().contiguous() for name, part in tensors_of(model, family)}
     tensors = oss_tensors(tensors) if family == 'gpt_oss' else tensors
+    tensors = next_tensors(tensors, config) if family == 'qwen3_next' else tensors
 
     def write(folder):
         from safetensors.torch import save_file
@@ -1037,6 +1164,9 @@ def _peft_modules(config, lora_config, tensors):
     if lora_config.adapter_dim:
         raise UserError(f'adapter_dim={lora_config.adapter_dim} cannot be exported: no architecture there has it')
     family = hf_family(config)
+    if family == 'qwen3_next':
+        raise UserError("a Qwen3-Next has queries and gates in one matrix, which PEFT's names of this LoRA are not of: "
+                        'export without --peft')
     with on_meta():
         model = lora.apply(GPT(config), dataclasses.replace(lora_config, quant=''))
     with runtime.user_errors():
@@ -1290,7 +1420,7 @@ def options(argv):
 def never_exported():
     """The flags of GPTConfig's values that no family has, whatever the others say."""
     values = {'mlp': ['relu2'], 'pos': ['sinusoidal', 'none'], 'norm_place': ['post'], 'causal': [False],
-              'n_encoder_layer': [1], 'attn_gate': ['head', 'element'], 'layer_pattern': ['DDDA'], 'n_sink': [1]}
+              'n_encoder_layer': [1], 'attn_gate': ['head'], 'n_sink': [1]}
     return [f'--{name}' if type(value) in (int, float) else f'--{name}={value}'
             for name, found in values.items() for value in found]
 

@@ -693,11 +693,13 @@ def delta_chunked(q, k, v, g, beta, state=None, chunk=64):
     q, k, v, g, beta = (F.pad(x.float(), (0, 0) * (x.ndim - 3) + (0, -T % chunk)).unflatten(2, (-1, chunk))
                         for x in (q, k, v, g, beta))  # (B, H, chunks, chunk, …)
     gone = (g == -math.inf).cumsum(-1)  # tokens with the same number see each other, 0 the state from before
-    g = g.masked_fill(g == -math.inf, 0).cumsum(-1)
+    g = g.masked_fill(g == -math.inf, 0)
+    eighths = (g.detach() * 8).round() / 8  # whose sums and their differences are exact, however much fades
+    g = torch.stack((eighths, g - eighths)).cumsum(-1)
     hidden = (gone[..., None] != gone[..., None, :]) | torch.ones(chunk, chunk, device=q.device).triu(1).bool()
-    fade = (g[..., None] - g[..., None, :]).masked_fill(hidden, -math.inf).exp()  # from a token (last axis) to another
-    begin = g.masked_fill(gone > 0, -math.inf).exp()[..., None]  # from the chunk's begin to a token
-    end = (g[..., -1:] - g).masked_fill(gone != gone[..., -1:], -math.inf).exp()[..., None]  # and to its end
+    fade = (g[..., None] - g[..., None, :]).sum(0).masked_fill(hidden, -math.inf).exp()  # from a token (last axis) to another
+    begin = g.sum(0).masked_fill(gone > 0, -math.inf).exp()[..., None]  # from the chunk's begin to a token
+    end = (g[..., -1:] - g).sum(0).masked_fill(gone != gone[..., -1:], -math.inf).exp()[..., None]  # and to its end
     k_beta = k * beta[..., None]
     found = torch.linalg.solve_triangular(k_beta @ k.mT * fade, torch.cat((v * beta[..., None], k_beta * begin), -1),
                                           upper=False, unitriangular=True)
