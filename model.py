@@ -697,7 +697,7 @@ def delta_chunked(q, k, v, g, beta, state=None, chunk=64):
     eighths = (g.detach() * 8).round() / 8  # whose sums and their differences are exact, however much fades
     g = torch.stack((eighths, g - eighths)).cumsum(-1)
     hidden = (gone[..., None] != gone[..., None, :]) | torch.ones(chunk, chunk, device=q.device).triu(1).bool()
-    fade = (g[..., None] - g[..., None, :]).sum(0).masked_fill(hidden, -math.inf).exp()  # from a token (last axis) to another
+    fade = (g[..., None] - g[..., None, :]).sum(0).masked_fill(hidden, -math.inf).exp()  # from a token to another
     begin = g.sum(0).masked_fill(gone > 0, -math.inf).exp()[..., None]  # from the chunk's begin to a token
     end = (g[..., -1:] - g).sum(0).masked_fill(gone != gone[..., -1:], -math.inf).exp()[..., None]  # and to its end
     k_beta = k * beta[..., None]

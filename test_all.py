@@ -268,7 +268,8 @@ MODELS = {
         layer_types=['full_attention', 'linear_attention', 'linear_attention'], num_hidden_layers=3,
         linear_num_key_heads=4, linear_conv_kernel_dim=3, mlp_only_layers=[0], norm_topk_prob=False,
         tie_word_embeddings=True, rope_parameters=YARN | dict(partial_rotary_factor=0.5))),
-    'qwen3_next-dense': ('Qwen3Next', NEXT | dict(mlp_only_layers=[0, 1], layer_types=['linear_attention', 'full_attention'])),
+    'qwen3_next-dense': ('Qwen3Next', NEXT | dict(mlp_only_layers=[0, 1], layer_types=[
+        'linear_attention', 'full_attention'])),
     'gemma3': ('Gemma3Text', GEMMA3),
     'gemma3-linear': ('Gemma3Text', GEMMA3 | dict(
         query_pre_attn_scalar=24, final_logit_softcapping=20.0, rope_parameters=BY_KIND(10000.0, 500.0) | dict(
