@@ -5743,6 +5743,11 @@ def of_a_state(n, length):
     (lambda: GPTConfig(layer_pattern='D', delta_conv=0), 'delta_conv of at least 1'),
     (lambda: GPTConfig(layer_pattern='D', delta_heads=4, delta_key_heads=3), 'not divisible by delta_key_heads=3'),
     (lambda: GPTConfig(delta_key_dim=4), "need a D in layer_pattern='A'"),
+    (lambda: GPTConfig(pos='rope', rotary_dim=66), 'rotary_dim=66 must be even, no more than head_dim=64'),
+    (lambda: GPTConfig(pos='rope', rotary_dim=3), 'rotary_dim=3 must be even'),
+    (lambda: GPTConfig(n_expert=4, expert_shared_gate=True), 'expert_shared_gate=True needs n_expert_shared'),
+    (lambda: convert._peft_modules(GPTConfig(**SCRATCH['Qwen3NextForCausalLM']), LoRAConfig(lora_rank=2), {}),
+     'export without --peft'),
     (lambda: tiny(**HYBRID).hidden(ids(1, 4), mask=torch.ones(1, 1, 4, 4).bool()), 'goes without a mask'),
     (lambda: tiny().generate([[1]], 3, draft=speculative.Draft(tiny(**HYBRID))), 'a state takes no token back'),
     (lambda: tiny(**HYBRID).generate([[1]], 3, draft=speculative.Draft(tiny())), 'a state takes no token back'),
@@ -14664,6 +14669,12 @@ def test_10_5_what_predicts_tokens_after_the_next_is_left_out(saved, tmp_path, c
     safetensors_torch.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
     assert_same_tensors(convert.from_hf(folder)[0].eval(), theirs)
     assert f'{folder}: 2 tensors that predict tokens after the next are left out\n' == capsys.readouterr().err
+    theirs, folder = saved('qwen3_next')
+    shutil.copytree(folder, tmp_path / 'next')
+    tensors = tensors_in(folder) | {'mtp.fc.weight': torch.ones(4, 8), 'mtp.norm.weight': torch.ones(4)}
+    safetensors_torch.save_file(tensors, tmp_path / 'next/model.safetensors', {'format': 'pt'})
+    assert_same_tensors(convert.from_hf(tmp_path / 'next')[0].eval(), theirs)
+    assert ': 2 tensors that predict tokens after the next are left out\n' in capsys.readouterr().err
     for key, value in (('rope_interleave', False), ('num_key_value_heads', 2), ('n_group', 3), ('moe_layer_freq', 2)):
         with pytest.raises(UserError, match='router_groups=3' if key == 'n_group' else f'{key}={value}'):
             convert.from_hf(edit(saved('deepseek_v3')[1], tmp_path / key, **{key: value}))
@@ -14765,6 +14776,7 @@ LLAMA_LIKE = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=300, block_size=64,
                   mlp='swiglu', bias=False, tie_weights=False)
 GEMMA = dict(mlp='geglu', norm_place='both', qk_norm=True, embed_scale=8.0, window=8, window_pattern='LLLLLG',
              rope_theta_local=1e4)
+NEXT_LIKE = dict(qk_norm=True, attn_gate='element', norm_eps=1e-3)
 SCRATCH = {
     'Gemma3ForCausalLM': LLAMA_LIKE | GEMMA | dict(norm_offset=True, logit_softcap=9.0, attn_scale=0.5, n_layer=7),
     'Gemma3ForCausalLM, weights that are whole': LLAMA_LIKE | GEMMA | dict(window=0, rope_theta_local=0.0),
@@ -14787,6 +14799,12 @@ SCRATCH = {
                                                n_expert_shared=1, router_score='sigmoid', router_bias_rate=0.1,
                                                router_scale=2.5, router_groups=4, router_groups_active=2),
     'DeepseekV3ForCausalLM, dense': LLAMA_LIKE | dict(kv_lora_rank=24, norm_affine=False, qk_rope_dim=4),
+    'Qwen3NextForCausalLM': LLAMA_LIKE | NEXT_LIKE | dict(
+        n_layer=4, layer_pattern='DDDA', delta_key_heads=2, delta_value_dim=20, rotary_dim=4, n_expert=4,
+        expert_dim=32, n_expert_shared=2, expert_shared_gate=True),
+    'Qwen3NextForCausalLM, dense': LLAMA_LIKE | NEXT_LIKE | dict(layer_pattern='DA', norm_offset=True, delta_conv=2),
+    'Qwen3NextForCausalLM, attention': LLAMA_LIKE | NEXT_LIKE | dict(n_kv_head=2, head_dim=46, rotary_dim=26,
+                                                                     norm_affine=False),
 }
 
 
@@ -14818,7 +14836,9 @@ def test_10_5_models_trained_here_compute_the_same_in_transformers(architecture,
     (dict(norm_place='post'), "norm_place='post'"), (dict(causal=False), 'causal=False'),
     (dict(bias=True), 'bias=True'), (dict(norm='layernorm'), "norm='layernorm'"),
     (dict(qkv_bias=True, qk_norm=True), 'qkv_bias=True'), (dict(window=8, n_sink=2), 'n_sink=2'),
-    (dict(window=8, window_pattern='LG'), "window_pattern='LG'"),
+    (dict(window=8, window_pattern='LG'), "window_pattern='LG'"), (dict(rotary_dim=4), 'rotary_dim=4'),
+    (NEXT_LIKE | dict(layer_pattern='DA', attn_gate='head'), "attn_gate='head'"),
+    (NEXT_LIKE | dict(layer_pattern='DA', n_expert=4, n_expert_shared=1), 'expert_shared_gate=False'),
     (dict(n_expert=4, router_renorm=False), 'router_renorm=False'),
     (dict(mlp='swiglu_clamped', sink_logit=True, n_expert=4), 'expert_bias=False'),
     (dict(n_expert=4, dense_layers=1), 'dense_layers=1'), (dict(n_expert=4, n_expert_shared=1), 'n_expert_shared=1'),
@@ -14939,6 +14959,15 @@ def test_10_5_export_writes_all_or_nothing(saved, tmp_path, monkeypatch):
     ('qwen3_moe', dict(decoder_sparse_step=0), 'decoder_sparse_step=0'),
     ('qwen3_moe', dict(mlp_only_layers=[1]), 'mlp_only_layers'), ('qwen3_moe', dict(mlp_only_layers=3), 'mlp_only'),
     ('mixtral', dict(num_experts_per_tok=9), 'n_expert_active=9'),
+    ('qwen3_next', dict(layer_types=['sliding_attention'] * 5), 'layer_types'),
+    ('qwen3_next', dict(layer_types=['full_attention'] * 3), 'layer_types'),
+    ('qwen3_next', dict(rope_parameters=dict(rope_type='default', partial_rotary_factor=0.05)),
+     'rope_parameters.partial_rotary_factor=0.05 must make an even part of head_dim=24'),
+    ('qwen3_next', dict(rope_parameters=..., partial_rotary_factor=0.3), 'partial_rotary_factor=0.3 must make'),
+    ('qwen3_next', dict(shared_expert_intermediate_size=33), 'shared_expert_intermediate_size=33 must be a multiple'),
+    ('qwen3_next', dict(linear_num_value_heads=3), 'delta_heads=3 is not divisible by delta_key_heads=2'),
+    ('qwen3_next', dict(linear_key_head_dim=9), 'conv1d.weight has shape (80, 1, 4)'),
+    ('qwen3_next', dict(attention_bias=True), 'attention_bias=True'),
     ('gemma3', dict(model_type='gemma2', architectures=['Gemma2ForCausalLM']), "model_type='gemma2' is not one of"),
     ('gemma3', dict(attn_logit_softcapping=50.0), 'attn_logit_softcapping=50.0'),
     ('gemma3', dict(use_bidirectional_attention=True), 'use_bidirectional_attention=True'),
@@ -15706,7 +15735,8 @@ def test_10_5_help_names_the_flags_that_cannot_leave(monkeypatch, capsys):
         found = None
         olmo = ROTARY | dict(norm_place='output', qk_norm=True, qk_norm_joint=True)
         for fields, gguf_too in itertools.product([
-                *LEAVES.values(), olmo, SCRATCH['GptOssForCausalLM'], SCRATCH['DeepseekV3ForCausalLM']], (False, True)):
+                *LEAVES.values(), olmo, *(SCRATCH[f'{name}ForCausalLM'] for name in (
+                    'GptOss', 'DeepseekV3', 'Qwen3Next'))], (False, True)):
             try:
                 config = GPTConfig(**fields | more)
             except ValueError:
