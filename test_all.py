@@ -14776,7 +14776,7 @@ LLAMA_LIKE = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=300, block_size=64,
                   mlp='swiglu', bias=False, tie_weights=False)
 GEMMA = dict(mlp='geglu', norm_place='both', qk_norm=True, embed_scale=8.0, window=8, window_pattern='LLLLLG',
              rope_theta_local=1e4)
-NEXT_LIKE = dict(qk_norm=True, attn_gate='element', norm_eps=1e-3)
+NEXT_LIKE = dict(qk_norm=True, attn_gate='element', norm_eps=0.01)
 SCRATCH = {
     'Gemma3ForCausalLM': LLAMA_LIKE | GEMMA | dict(norm_offset=True, logit_softcap=9.0, attn_scale=0.5, n_layer=7),
     'Gemma3ForCausalLM, weights that are whole': LLAMA_LIKE | GEMMA | dict(window=0, rope_theta_local=0.0),
@@ -14800,7 +14800,7 @@ SCRATCH = {
                                                router_scale=2.5, router_groups=4, router_groups_active=2),
     'DeepseekV3ForCausalLM, dense': LLAMA_LIKE | dict(kv_lora_rank=24, norm_affine=False, qk_rope_dim=4),
     'Qwen3NextForCausalLM': LLAMA_LIKE | NEXT_LIKE | dict(
-        n_layer=4, layer_pattern='DDDA', delta_key_heads=2, delta_value_dim=20, rotary_dim=4, n_expert=4,
+        n_layer=3, layer_pattern='DDA', delta_key_heads=2, delta_value_dim=20, rotary_dim=4, n_expert=4,
         expert_dim=32, n_expert_shared=2, expert_shared_gate=True),
     'Qwen3NextForCausalLM, dense': LLAMA_LIKE | NEXT_LIKE | dict(layer_pattern='DA', norm_offset=True, delta_conv=2),
     'Qwen3NextForCausalLM, attention': LLAMA_LIKE | NEXT_LIKE | dict(n_kv_head=2, head_dim=46, rotary_dim=26,
