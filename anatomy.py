@@ -12,6 +12,7 @@ import runtime
 import torch
 
 import lora
+from generate import state_bytes
 from lora import LoRAConfig
 from model import GPT, Attention, GatedDeltaNet, GPTConfig, on_meta
 from reward_model import ScoreConfig
@@ -128,7 +129,8 @@ def table(config, lora_config=None):
             ('a trillion FLOP/s, all used', f'{1e12 / flops:,.0f} tokens/s'),
             ('weights', f'{model.memory() / 1e6:,.1f} MB as they are trained, {total * 2 / 1e6:,.1f} MB in 16 bits'),
             ('gradients, moments of AdamW', f'{learn * 4 / 1e6:,.1f} MB, {learn * 8 / 1e6:,.1f} MB'),
-            ('KV cache in 16 bits', f'{cache * 2:,} bytes a token, {cache * 2e-6 * kept:,.1f} MB for {kept:,}')):
+            ('KV cache in 16 bits', f'{cache * 2:,} bytes a token, {cache * 2e-6 * kept:,.1f} MB for {kept:,}'),
+            *([('states', f'{state_bytes(config):,} bytes a text')] if config.n_delta else [])):
         print(f'{what:<31}{value}')
 
 

@@ -53,7 +53,7 @@ import torch.nn.functional as F
 import scaling
 from convert import to_hf
 from dataset import TokenData, find_dataset
-from generate import RollingCache, check_prompts, generate, pack, stream
+from generate import RollingCache, check_prompts, generate, pack, state_bytes, stream
 from load import load_draft, load_model
 from model import GATED, GPT, GPTConfig, on_meta
 from optim import make_optimizers
@@ -462,7 +462,8 @@ def bench_sample(knobs, model_args):
             prefill, cached = (statistics.median(column) for column in zip(*rates[::2], strict=True))
             again = statistics.median(rate for _, rate in rates[1::2])
             per_token = config.cache_width * size
-            floor = batch * bandwidth / (weight_bytes + per_token * batch * (context + max_new_tokens / 2))
+            kept = per_token * (context + max_new_tokens / 2) + 2 * state_bytes(config, size)  # states are written, too
+            floor = batch * bandwidth / (weight_bytes + batch * kept)
             rows.append({'context': context, 'batch': batch, 'prefill tokens/s': prefill, 'decode tokens/s': cached,
                          're-reading tokens/s': again, 'cache gains': cached / again, 'floor tokens/s': floor,
                          'of floor %': 100 * cached / floor, 'cache bytes per token': per_token})

@@ -142,6 +142,12 @@ class KVCache:
         self.lengths = self.lengths + other.lengths
 
 
+def state_bytes(config, size=2):
+    """Bytes that a text of any length keeps in `KVCache.states`, with numbers of so many bytes in the convolutions."""
+    keys, values = config.delta_key_heads * config.delta_key_dim, config.delta_heads * config.delta_value_dim
+    return config.n_delta * (4 * values * config.delta_key_dim + size * (config.delta_conv - 1) * (2 * keys + values))
+
+
 class RollingCache(KVCache):
     """A ring of the last `window` tokens after the n_sink first, for a text without end in constant memory and time.
 
