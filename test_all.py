@@ -1241,8 +1241,8 @@ def test_0_1_files_do_not_grow_unnoticed():
     product = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'))
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1424
-    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5903
-    assert lines(*product) <= 23900
+    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5909
+    assert lines(*product) <= 23909
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
@@ -2937,6 +2937,8 @@ def test_1_2_future_and_padding_change_nothing(options):
         changed[:, 13:] = (x[:, 13:] + 1) % 61
         after = model(changed)
         assert torch.allclose(before[:, :13], after[:, :13], atol=1e-5) and not torch.allclose(before, after, atol=1e-3)
+        if 'layer_pattern' in options:  # which only looks back
+            return
         encoder = tiny(**options | {'causal': False})
         keys = (torch.arange(20) < 13)[None, None, None, :]
         assert torch.allclose(encoder(x, mask=keys)[:, :13], encoder(changed, mask=keys)[:, :13], atol=1e-5)
