@@ -1,7 +1,8 @@
 """
 Models in and out: Hugging Face directories (config.json and safetensors), GGUF files, and LoRA as PEFT has it.
 
-    python convert.py out/tiny exported          a run of ours -> a directory that transformers, vLLM, … read
+    python convert.py out/tiny exported          a run of ours -> a directory that transformers, vLLM, … read;
+                                                 --type=f32, f16, bf16, else in the run's dtype
     python convert.py hf_directory out/name      a Hugging Face directory, a .gguf file or a name -> a run of ours
     python convert.py out/lora exported --peft   the LoRA of a run, without its base -> a directory that PEFT reads
     python convert.py out/tiny mine.gguf         any of these -> one file for llama.cpp, ollama, …, and a Modelfile
@@ -1412,8 +1413,8 @@ def options(argv):
     if len(names) != 2:
         print(__doc__.strip())
         raise SystemExit(2)
-    if peft and names[1].endswith('.gguf') or kind and not names[1].endswith('.gguf'):
-        raise UserError(f'{names[1]}: --type is for a target NAME.gguf, --peft for a directory')
+    if names[1].endswith('.gguf') and peft or peft and kind or kind == 'q8_0' and not names[1].endswith('.gguf'):
+        raise UserError(f'{names[1]}: --peft is for a directory, without --type; --type=q8_0 is for a target NAME.gguf')
     return names[0], Path(names[1]), peft, kind
 
 
@@ -1458,7 +1459,13 @@ def main():
                   'base_model_name_or_path')
     elif load.is_run(source):
         model, tokenizer = load.load_model(source)
+        if kind:
+            model.to({'f16': torch.float16, 'bf16': torch.bfloat16, 'f32': torch.float32}[kind])
+        if kind == 'f16' and not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f'{source}: it has values that f16 cannot hold: give --type=bf16')
         to_hf(model, target, tokenizer, card.model_card(source, target.name, model))
+    elif kind:
+        raise UserError(f'--type={kind}: {source} becomes a run, which keeps the dtype that it has')
     else:
         state = load.load_state(source) | {'converted_from': source}
         try:

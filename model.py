@@ -10,6 +10,9 @@ where it happens.
     loss = model(idx, targets, source=source)    # n_encoder_layer > 0: (B, S) ids that the decoder attends to
     new_ids = model.generate([[1, 2, 3], [4]], max_new_tokens=20)    # generate.py
 
+At first reading take `attention_weights`, `Attention.forward`, `MLP`, `Block.sublayers`, `GPT.hidden`, `GPT.forward`.
+The rest is what single flags switch and what makes processors faster: `CPURMSNorm`, `attend_in_blocks`, the loss.
+
     python model.py                              self-attention with numbers for a pencil, and what GPT-2 consists of
     python model.py config/tiny.py --vocab_size=1024    what a config makes: parameters, FLOP and memory
 

@@ -259,7 +259,7 @@ def show_probs(model, tokenizer, ids):
 
     def spelled(token):
         return repr(tokenizer.decode([token], start=False))
-    print(f'{"probability":>11} {"entropy":>8}  token\n{"":>11} {"":>8}  {spelled(ids[0])}')
+    print(f'{"probability":>11} {"entropy":>8}  token (entropies in nats)\n{"":>11} {"":>8}  {spelled(ids[0])}')
     for logprob, entropy, best, token in zip(said.tolist(), entropies.tolist(), likeliest, ids[1:], strict=False):
         p = math.exp(logprob)
         instead = '' if best == token else f'  rather {spelled(best)}'
@@ -296,6 +296,8 @@ def show_attention(model, tokenizer, ids, source=None):
             row[0].set_yticks(range(weights.shape[1]), read if name.startswith('encoder') else said, fontsize=5)
             for axes in row[:len(weights)]:
                 axes.set_xticks(range(weights.shape[2]), seen, fontsize=5, rotation=90)
+    figure.supylabel('the token that looks', fontsize=7)
+    figure.supxlabel('the token that it looks at', fontsize=7)
     figure.colorbar(image, ax=panels, label='weight', fraction=0.03).ax.tick_params(labelsize=6)
     run = Path(init_from) if Path(init_from).is_dir() else Path(init_from).parent
     file = Path(show_file or (run if is_run(init_from) else Path()) / 'attention.png')

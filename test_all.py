@@ -1627,7 +1627,7 @@ def test_0_2_separators_make_documents_of_a_file_and_of_rows(house):
         ('file', 'f.txt'), ('rows', 'rows.jsonl'), ('off', 'f.txt --separator='))))
     data = house.root / 'data'
     for name, (status, out, err) in zip(('file', 'rows'), results, strict=False):
-        assert status == 0 and "20 documents in 1 files; '<|endoftext|>' found 20 times\n" in out, err
+        assert status == 0 and "20 documents in 1 file; '<|endoftext|>' found 20 times\n" in out, err
         assert 'stay letters: <|im_end|> (20 times)\n' in out and out.count('\n') == 4
         assert decoded(data / name, 'val') == ''.join(f'{stories[i]}<|endoftext|>' for i in (9, 19))
         assert decoded(data / name, 'train') == ''.join(f'{s}<|endoftext|>' for s in (*stories[:9], *stories[10:19]))
@@ -15779,12 +15779,26 @@ def test_10_5_help_names_the_flags_that_cannot_leave(monkeypatch, capsys):
 
 @pytest.mark.parametrize('args, words', [
     (('run', 'm.gguf', '--type=q4_0'), '--type=q4_0: give one of f32, f16, bf16, q8_0'),
-    (('run', 'directory', '--type=f16'), '--type is for a target NAME.gguf'),
-    (('run', 'm.gguf', '--peft'), '--peft for a directory'),
+    (('run', 'directory', '--type=q8_0'), '--type=q8_0 is for a target NAME.gguf'),
+    (('run', 'm.gguf', '--peft'), '--peft is for a directory'),
     (('run', 'm.gguf', '--typ=f16'), 'did you mean --type=f16')])
 def test_10_5_a_wrong_word_for_convert_is_one_line(args, words, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape(words)):
         command(monkeypatch, *args)
+
+
+def test_10_5_a_directory_may_leave_in_16_bits(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(stages)
+    weights = load.load_model('out/chat')[0].state_dict()
+    for kind, dtype in (('bf16', torch.bfloat16), ('f16', torch.float16)):
+        command(monkeypatch, 'out/chat', tmp_path / kind, f'--type={kind}')
+        tensors = load_file(tmp_path / kind / 'model.safetensors')
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+        assert json.loads((tmp_path / kind / 'config.json').read_text())['dtype'] == str(dtype).removeprefix('torch.')
+        mine = load.load_model(tmp_path / kind)[0].state_dict()
+        assert all(torch.equal(mine[name], tensor.to(dtype).float()) for name, tensor in weights.items())
+    with pytest.raises(UserError, match='keeps the dtype that it has'):
+        command(monkeypatch, tmp_path / 'f16', tmp_path / 'run', '--type=f16')
 
 
 def test_10_5_an_exported_directory_is_whole(stages, tmp_path, monkeypatch):

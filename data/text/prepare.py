@@ -284,8 +284,8 @@ def main():
     found, count, total = {'separators': 0, 'skipped': []}, 0, 0
     for number, piece in numbered(files, found):
         count, total = number + 1, total + len(piece)
-    print(f'{count:,} documents in {len(files):,} files' + f'; {separator!r} found {found["separators"]:,} times'
-          * bool(separator))
+    print(f'{count:,} document{"s" * (count != 1)} in {len(files):,} file{"s" * (len(files) != 1)}'
+          + f'; {separator!r} found {found["separators"]:,} times' * bool(separator))
     if found['skipped']:
         print(f'left out {len(found["skipped"]):,} rows; the first: {" / ".join(found["skipped"][:3])}')
 
