@@ -1141,13 +1141,15 @@ class GPT(nn.Module):
         config = self.config
         for name, p in self.named_parameters():
             into_residual = name.endswith(('proj.weight', 'down.weight', 'mlp.down'))
-            if name.endswith('A_log'):  # heads of all rates of forgetting
+            if name.endswith('A_log'):  # with the next, heads that forget in a token to a thousand (arXiv:2405.21060)
                 p.copy_(((torch.arange(len(p)) + 0.5) * 16 / len(p)).log())
+            elif name.endswith('dt_bias'):  # whose softplus is from 0.001 to 0.1
+                p.copy_(torch.logspace(-3, -1, len(p)).expm1().log())
             elif name.endswith('.conv'):
                 p.uniform_(-config.delta_conv ** -0.5, config.delta_conv ** -0.5)
             elif p.ndim < 2:
                 one = name.endswith('weight') and not config.norm_offset
-                p.fill_(1.0 if one or name.endswith(('dt_bias', 'attn.norm.weight')) else 0.0)
+                p.fill_(1.0 if one or name.endswith('attn.norm.weight') else 0.0)
             elif config.zero_init and (into_residual or name == 'head.weight'):
                 p.zero_()
             else:

@@ -5614,11 +5614,13 @@ def test_3_10_a_layer_is_that_of_qwen3_next(heads):
 
 
 def test_3_10_what_a_layer_begins_as():
-    """Rates of forgetting spread over (0, 16), and vectors for optimizers: no decay of weights, no Muon."""
+    """Rates of forgetting from one in a thousand to more than one a token, and vectors for optimizers: no decay of
+    weights, no Muon."""
     model = GPT(GPTConfig(n_layer=2, n_embd=64, n_head=4, vocab_size=8, norm_offset=True, layer_pattern='DA'))
     layer = model.blocks[0].attn
     torch.testing.assert_close(layer.A_log.exp(), torch.tensor([2.0, 6, 10, 14]))
-    assert (layer.dt_bias == 1).all() and (layer.norm.weight == 1).all() and 0.4 < layer.conv.abs().max() <= 0.5
+    torch.testing.assert_close(F.softplus(layer.dt_bias), torch.tensor([1e-3, 10 ** (-7 / 3), 10 ** (-5 / 3), 1e-1]))
+    assert (layer.norm.weight == 1).all() and 0.4 < layer.conv.abs().max() <= 0.5
     own = {id(p) for p in (layer.A_log, layer.dt_bias, layer.norm.weight, layer.conv)}
     for kind in ('adamw', 'muon'):
         made = optim.make_optimizers(model.named_parameters(), kind)
