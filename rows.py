@@ -158,7 +158,7 @@ def _read_rows(paths, strict, parse, what, remedy=SKIP):
             values = _from_line(item) if isinstance(item, bytes) else item
             if not isinstance(values, dict):
                 raise UserError(f'not a JSON object but {values!r:.40}')
-            row = Row(values)
+            row = Row(values, lenient=not strict)
             found, unused = parse(row) | {'where': where}, row.unused()
             rows.append(found)
             skipped.unused.update(unused)
@@ -222,9 +222,13 @@ def _from_line(line):
 
 
 class Row:
-    """The values of a row, and which of them were asked for: the others are not used, or refused."""
+    """The values of a row, and which of them were asked for: the others are not used, or refused.
 
-    def __init__(self, values):
+    lenient: of a chat what follows its last answer is not used either, instead of being refused.
+    """
+
+    def __init__(self, values, lenient=False):
+        self.lenient = lenient
         self.values = {key: value for key, value in values.items() if value is not None}  # a table fills with null
         self.asked, self.of_messages = set(), Counter()
 
@@ -343,6 +347,10 @@ def _messages(messages, row, key='messages', answer=True, empty=False):
         raise UserError(f'"{key}" must be a list of at least one {{"role": "…", "content": "…"}}')
     of_key = '' if key in MESSAGES else f' of "{key}"'
     found = [_message(m, f'message {number}{of_key}', row, empty) for number, m in enumerate(messages, 1)]
+    while row.lenient and not of_key and answer and any(m['role'] == 'assistant' for m in found) and (
+            found[-1]['role'] != 'assistant'):  # a user's thanks
+        row.of_messages['messages after the last answer'] += 1
+        found.pop()
     if answer and found[-1]['role'] != 'assistant':
         last = f'the last message{of_key}' if of_key else 'its last message'
         raise UserError(f"{last} is the {found[-1]['role']}'s: it must be the assistant's")

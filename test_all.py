@@ -7588,6 +7588,16 @@ def test_6_1_what_an_assistant_opens_with_is_read_not_learned(tmp_path):
     assert learned == ['Three\nfour<|im_end|>']
 
 
+def test_6_1_what_follows_the_last_answer_goes_where_rows_may_be_malformed(tmp_path):
+    chat = [turn('user', 'One?'), turn('assistant', '1'), turn('user', 'Thanks!'), turn('user', 'Bye')]
+    path = lines(tmp_path / 'x.jsonl', [{'messages': chat}, {'messages': chat[:2]}, {'messages': chat[:1]}])
+    rows, skipped = read_chats(path, strict=False)
+    assert [row['messages'] for row in rows] == [chat[:2]] * 2 and len(skipped) == 1
+    assert skipped.unused == {'messages after the last answer': 1}
+    with pytest.raises(UserError, match="line 1: its last message is the user's: it must be the assistant's"):
+        read_chats(path)
+
+
 def test_6_1_a_table_from_a_spreadsheet_has_the_rows_of_json(tmp_path):
     questions = [{'question': 'Who,\nme?', 'answer': 'You, 7'}, {'question': 'Où?', 'answer': 'Là; "ici"'}]
     chats = [[turn('user', row['question']), turn('assistant', row['answer'])] for row in questions]
