@@ -190,6 +190,8 @@ def script_in_use(config):
         defaults = _defaults_of(source)
     except (OSError, ValueError, SyntaxError):
         return {}
+    if not defaults.keys() & config.keys():  # what has started the stage is no script of its kind
+        return {}
     given = {key: value for key, value in config.items() if key not in defaults or defaults[key] != value}
     return {'name': path.name, 'given': given} | ({} if path.name in STAGES else {'source': source})
 
