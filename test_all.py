@@ -1240,9 +1240,9 @@ def test_0_1_files_do_not_grow_unnoticed():
     about = {'test_all.py', 'faults.py', 'check_docs.py'}
     product = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'))
                if path.name not in about]
-    assert lines(ROOT / 'model.py') <= 1424
-    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5918
-    assert lines(*product) <= 24041
+    assert lines(ROOT / 'model.py') <= 1429
+    assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5925
+    assert lines(*product) <= 24065
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
