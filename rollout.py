@@ -409,7 +409,8 @@ def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, sha
     states, which are ignored. share: see `lay_out`.
     """
     part = answers.take(chosen)
-    share = share and not any(isinstance(module, GatedDeltaNet) for module in net.modules())  # no mask stops a state
+    modules = net.modules() if isinstance(net, torch.nn.Module) else ()
+    share = share and not any(isinstance(module, GatedDeltaNet) for module in modules)  # no mask stops a state
     arrays, at = lay_out(part, block_size, share)
     tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
     at, response_mask = run.to_device(at, part.response_mask)
