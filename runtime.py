@@ -173,7 +173,7 @@ def _defaults_of(source):
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
         if isinstance(target, ast.Name) and target.id.islower():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError, ArithmeticError):
                 found[target.id] = _evaluate(node.value, found)
     return found
 
@@ -1107,8 +1107,9 @@ class Run:
         """
         self.config, self._step, self.script = config, step or 0, script_in_use(config)
         if step is None and any(self.out_dir.glob('*.pt')):
-            for key, value in config.items():  # what a run began with it reads again when it goes on
-                path = value.removeprefix('auto:') if isinstance(value, str) and key != 'out_dir' else ''
+            for key in ('init_from', 'base', 'teacher', 'reward_model'):  # what a run that goes on reads again
+                value = str(config.get(key) or '')
+                path = value.removeprefix('auto:')
                 if path and self.out_dir.resolve() in (Path(path).resolve(), Path(path).resolve().parent):
                     raise UserError(f'{key}={value} is the run in out_dir={self.out_dir}, which would be moved aside: '
                                     'give another --out_dir')
@@ -1358,7 +1359,7 @@ class Run:
         state: what both hold. ckpt.pt also has what only this run needs to go on, as moments, and resume_state. keep:
         how many versions of it stay.
         """
-        state |= {'config': self.config} | ({'script': self.script} if self.script else {})
+        state = state | {'config': self.config} | ({'script': self.script} if self.script else {})
         score = float(score)  # a NumPy number could not be loaded safely
         if score < self.best and self.save('best.pt', state):
             self.best = score
