@@ -708,12 +708,10 @@ class ChatData:
     def left_out(self, skipped=()):
         """In words, how many rows of a file are not in, or cut, and why, and which of their keys are not used; '' if
         none; skipped: see `read_chats`."""
+        longest = f' (up to {self.longest:,} tokens, {self.block_size:,} fit: see {self.limit})'
         lost = [f'{len(skipped):,} malformed'] * bool(skipped) + [
-            f'{n:,} {what.replace("_", " ")}' for what, n in self.dropped.items()
+            f'{n:,} {what.replace("_", " ")}' + longest * (what == 'too_long') for what, n in self.dropped.items()
             if n and what not in ('truncated', 'split')]
-        if self.longest:
-            lost = [f'{words} (up to {self.longest:,} tokens, {self.block_size:,} fit: see {self.limit})'
-                    if words.endswith('too long') else words for words in lost]
         words = [f'left out: {", ".join(lost)}'] * bool(lost)
         words += [f'truncated: {self.dropped["truncated"]:,}'] * bool(self.dropped['truncated'])
         if 'split' in self.dropped:

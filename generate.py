@@ -51,7 +51,7 @@ class KVCache:
         """Notes how many tokens come, see `begin` -> the lengths before."""
         before, self.layer, self.T = self.lengths, 0, T
         self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
-        padded = self.config.n_delta and counts and min(counts) < T
+        padded = counts and min(counts) < T and self.config.n_delta
         self.counts = torch.tensor(counts, device=self.device) if padded else None  # None: no padding, or it is hidden
         return before
 

@@ -464,7 +464,7 @@ LABELS = ('label', 'kto_tag')  # of one answer, whether it is a good one
 def _chat(row):
     for key in LABELS:
         value = row.take(key)
-        if value is False or str(value).lower() == 'false' or value == 0 and not row.find(*MESSAGES):
+        if str(value).lower() == 'false' or value == 0 and not row.find(*MESSAGES):
             raise UserError(f'"{key}" is false, which marks a bad answer: leave the row out; dpo.py --loss_type=kto '
                             'learns from it')
     return _unlabelled_chat(row)

@@ -752,8 +752,8 @@ class Server:
                 asked = {'messages', 'tools', 'chat_template_kwargs'} - hidden
                 messages = read_request({key: body.get(key) for key in asked})
                 if self.system and not any(m['role'] in ('system', 'developer') for m in messages):
-                    messages = [{'role': 'system', 'content': self.system} | {
-                        key: messages[0].pop(key) for key in ('variables',) if key in messages[0]}, *messages]
+                    variables = messages[0].pop('variables', {})  # which stand in the first message
+                    messages = [{'role': 'system', 'content': self.system, 'variables': variables}, *messages]
                 calls = 'tools' in messages[0].get('variables', {})
                 ids, _ = self.tokenizer.chat_ids(messages, generate=True)
                 prompts, thinking = [ids], self.tokenizer.decode(ids[-16:]).rstrip().endswith('<think>')
