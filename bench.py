@@ -51,8 +51,9 @@ import torch
 import torch.nn.functional as F
 
 import scaling
+from beam import beam_search
 from convert import to_hf
-from dataset import TokenData, find_dataset
+from dataset import PairData, TokenData, find_dataset
 from generate import RollingCache, check_prompts, generate, pack, state_bytes, stream
 from load import load_draft, load_model
 from model import GATED, GPT, GPTConfig, on_meta
@@ -74,7 +75,7 @@ draft = ''  # mode sample: what proposes tokens, as in sample.py, to be measured
 draft_tokens = [2, 4]  # mode sample with a draft: tokens that are proposed at a time
 chat = False  # mode sample with a draft: ask questions in a chat, the lines of input or eight of ours
 quant = ''  # mode sample: 'fp16' or 'int8', weights in 16 or 8 bits on a CPU
-what = 'all'  # mode ablate: norm, place, position, mlp, heads, gate, sinks, rates, optimizer, experts, warmup …
+what = 'all'  # mode ablate: norm, place, position, mlp, heads, gate, sinks, hybrid, rates, optimizer, smoothing …
 seeds = 3  # mode ablate: runs of each variant, of seeds 1, 2, 3 …, or from --seed on
 ladder = ['1x32', '1x64', '2x64', '2x96', '3x128']  # mode scaling: sizes, layers x width; heads are 32 wide
 larger = '4x160'  # mode scaling: the size whose loss after the longest of lengths is predicted before it is trained
@@ -765,10 +766,11 @@ def bench_memory(knobs, model_args):
 # ----------------------------------------------------------------------------------------------------------------------
 # one change at a time
 
-ABLATED = str(Path(__file__).parent / 'config/tiny.py')
+TINY, REVERSE = (str(Path(__file__).parent / f'config/{name}.py') for name in ('tiny', 'reverse'))
 BINS = 16  # places in a window that are averaged
+CONTEXTS = (256, 1024, 4096)  # tokens before those whose writing is timed
 ADAMW = '--optimizer=adamw --grad_clip=1.0'
-# what is compared: {variant: flags over that}; the sizes of variants are equal where they can be
+# what is compared: {variant: flags over TINY}; the sizes of variants are equal where they can be
 ABLATIONS = {
     'norm': {'LayerNorm': '--norm=layernorm --bias=True', 'RMSNorm': '--norm=rmsnorm',
              'RMSNorm, no weights': '--norm=rmsnorm --norm_affine=False'},
@@ -791,19 +793,22 @@ ABLATIONS = {
     'experts': {'dense': '--n_expert=0', '2 of 8 experts': '--n_expert=8 --expert_dim=192 --router_bias_rate=0.001'},
     'warmup': {f'{n} steps': f'--warmup_iters={n}' for n in (0, 20, 100)},
     'batch': {'16 windows': '--batch_size=16', '4 x 4 windows': '--batch_size=4 --gradient_accumulation_steps=4'},
-    'precision': {dtype: f'--dtype={dtype}' for dtype in ('float32', 'bfloat16')}}
+    'precision': {dtype: f'--dtype={dtype}' for dtype in ('float32', 'bfloat16')},
+    'smoothing': {name: f'--label_smoothing={name}' for name in ('0.0', '0.1')}}
+BASES = {'smoothing': REVERSE}  # comparisons that change another config than TINY, which they train to its end
 
 
-def ablated(variant, seed, steps, given):
-    """Trains a variant, a tuple of flags, unless that is done already -> its directory."""
-    name = re.sub('[^a-z0-9.]+', '-', ' '.join(variant).lower()).strip('-') or 'tiny'
+def ablated(base, variant, seed, steps, given):
+    """Trains a variant, a tuple of flags over the config base, unless that is done already -> its directory."""
+    words = ' '.join(variant) if base == TINY else ' '.join((Path(base).stem, *variant))
+    name = re.sub('[^a-z0-9.]+', '-', words.lower()).strip('-') or 'tiny'
     folder = Path(results) / 'ablate' / f'{name}_{seed}'
     flags = [*(f'--{key}={value}' for key, value in given.items()), *variant,
              f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
     done = folder / 'flags.json'  # is written when the run is over
     if not done.exists() or json.loads(done.read_text(encoding='utf-8')) != flags:
         alone = {} if torch.cuda.is_available() else {'OMP_NUM_THREADS': '1'}
-        command([TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--keep_checkpoints=1', '--sample_tokens=0'],
+        command([TRAIN, base, *flags, f'--out_dir={folder}', '--keep_checkpoints=1', '--sample_tokens=0'],
                 env=os.environ | alone)
         done.write_text(json.dumps(flags), encoding='utf-8')
         loss = json.loads((folder / 'summary.json').read_text(encoding='utf-8'))['val/loss']
@@ -842,16 +847,50 @@ def loss_by_place(folder, dataset):
     return [((i + 0.5) * BINS, part.mean().item()) for i, part in enumerate(losses.split(BINS, dim=1))]
 
 
+def rate_by_context(folder, dataset):
+    """Tokens/s that a run's model writes, cached, to eight texts at once, by their length: [(tokens, tokens/s)].
+
+    They are longer than training's: what is in the cache costs the same, whatever it says.
+    """
+    rates = []
+    for context in CONTEXTS:
+        model, _ = load_model(str(folder / 'ckpt.pt'), block_size=context + max_new_tokens)
+        prompts = torch.randint(model.config.vocab_size, (8, context), generator=torch.Generator().manual_seed(1))
+        found = [generation_rates(model.eval(), prompts.tolist(), seed, True)[1] for seed in range(repeats)]
+        rates.append((context, max(found)))
+    return rates
+
+
+def exact_by_beams(folder, dataset):
+    """The share in % of 500 held-out sources whose likeliest text is the target, by the number of beams."""
+    model, _ = load_model(str(folder / 'ckpt.pt'))
+    data = PairData(find_dataset(dataset), 'val', model.config.block_size)
+    sources, targets = zip(*map(data.pair, data.fixed(500)), strict=True)
+    eot, shares = data.tokenizer.eot, []
+    for beams in (1, 2, 4, 8):
+        found = beam_search(model, [[eot]] * len(sources), max(map(len, targets)) + 1, beams, stop_ids=(eot,),
+                            vocab_limit=data.tokenizer.n_vocab, sources=sources)
+        right = sum(best[0] == [*target, eot] for (best, *_), target in zip(found, targets, strict=True))
+        shares.append((beams, 100 * right / len(targets)))
+    return shares
+
+
 # comparisons that have a second panel: what it shows of a run, its title and axes
 SECOND = {'norm': (layer_gradients, 'norm: gradients at the end', 'layer', 'norm of its gradient'),
+          'smoothing': (exact_by_beams, 'smoothing: beam search', 'beams', 'sources with the right target, %'),
           **{name: (loss_by_place, f'{name}: twice the length', 'place in the text', 'held-out loss')
-             for name in ('position', 'sinks')}}
+             for name in ('position', 'sinks')},
+          **{name: (rate_by_context, f'{name}: eight texts at once', 'tokens before', 'tokens/s')
+             for name in ('heads', 'hybrid')}}
 
 
 def second_in_words(name, variant, means, block):
     """What the second panel shows of a variant, [(x, mean)] -> {name: text}."""
     if name == 'norm':
         return {f'{variant}: norm of the gradient, layer by layer': ', '.join(f'{norm:.3f}' for _, norm in means)}
+    if SECOND[name][0] != loss_by_place:
+        _, title, x, y = SECOND[name]
+        return {f'{title}, {variant}, {y} by {x}': ', '.join(f'{at}: {value:,.1f}' for at, value in means)}
     found = {}
     for part, low, high in (('as far as in training', 0.5, 1), ('twice as far', 1.5, 2)):
         inside = [nats for place, nats in means if low * block <= place < high * block]
@@ -860,8 +899,8 @@ def second_in_words(name, variant, means, block):
 
 
 def bench_ablate(knobs, model_args):
-    """Variants of config/tiny.py, some seeds each, one to a processor: a table, and results/ablate.svg, a panel for
-    each comparison with the mean and its 95 % interval. What is trained already is not trained again."""
+    """Variants of config/tiny.py (or of BASES), some seeds each, one to a processor: a table, and results/ablate.svg, a
+    panel for each comparison with the mean and its 95 % interval. What is trained already is not trained again."""
     names = list(ABLATIONS) if what == 'all' else [name.strip() for name in what.split(',')]
     if unknown := [name for name in names if name not in ABLATIONS]:
         raise UserError(f'what={what}: unknown {unknown[0]!r}; {runtime.suggest(unknown[0], ABLATIONS)}')
@@ -871,17 +910,21 @@ def bench_ablate(knobs, model_args):
     figure, panels = new_figure(-(-n_panels // 3), min(3, n_panels), 4, 3)
     panels, table, found = iter(panels.flat), [], {}
     given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
-    steps, first_seed = given.pop('max_iters', 400), given.pop('seed', 1)
-    # what a variant changes: several comparisons have config/tiny.py itself among theirs, which is trained once
-    tiny = {key: value for key, value, _ in runtime.read_config(ABLATED)}
+    steps, first_seed = given.pop('max_iters', 0), given.pop('seed', 1)
     defaults = {field.name: field.default for field in fields(GPTConfig)} | TRAIN_DEFAULTS
-    unchanged = {f'--{key}={value}' for key, value in (defaults | tiny | given).items()}
-    variants = {(name, variant): tuple(flag for flag in flags.split() if flag not in unchanged)
-                for name in names for variant, flags in ABLATIONS[name].items()}
-    all_seeds = range(first_seed, first_seed + seeds)
-    jobs = [(flags, seed) for flags in dict.fromkeys(variants.values()) for seed in all_seeds]
+    all_seeds, variants, bases = range(first_seed, first_seed + seeds), {}, {}
+    for name in names:
+        base = BASES.get(name, TINY)
+        bases[name] = defaults | {key: value for key, value, _ in runtime.read_config(base)} | given
+        n = steps or (400 if base == TINY else bases[name]['max_iters'])
+        # what a variant changes: several comparisons have config/tiny.py itself among theirs, which is trained once
+        unchanged = {f'--{key}={value}' for key, value in bases[name].items()}
+        for variant, flags in ABLATIONS[name].items():
+            changed = tuple(flag for flag in flags.split() if flag not in unchanged)
+            variants |= {(name, variant, seed): (base, changed, seed, n) for seed in all_seeds}
+    jobs = [*dict.fromkeys(variants.values())]
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
-        folders = dict(zip(jobs, pool.map(lambda job: ablated(*job, steps, given), jobs), strict=True))
+        folders = dict(zip(jobs, pool.map(lambda job: ablated(*job, given), jobs), strict=True))
     for name in names:
         axes = next(panels)
         axes.set(xlabel='step', ylabel='held-out loss', title=name)
@@ -890,7 +933,7 @@ def bench_ablate(knobs, model_args):
             more = next(panels)
             more.set(xlabel=x, ylabel=y, title=title)
         for color, variant in enumerate(ABLATIONS[name]):
-            paths = [folders[variants[name, variant], seed] for seed in all_seeds]
+            paths = [folders[variants[name, variant, seed]] for seed in all_seeds]
             curves = [points(logged(path), 'iter', 'val/loss') for path in paths]
             draw_mean(axes, color, variant, [curve[1:] for curve in curves])
             mean, spread = mean_and_spread([curve[-1][1] for curve in curves])
@@ -902,7 +945,7 @@ def bench_ablate(knobs, model_args):
                           'MB': statistics.mean(s['peak_memory_mb'] for s in last),
                           'cache bytes per token': 2 * config.cache_width})
             if name in SECOND:
-                means = draw_mean(more, color, variant, [curve_of(path, knobs.dataset) for path in paths])
+                means = draw_mean(more, color, variant, [curve_of(path, bases[name]['dataset']) for path in paths])
                 found |= second_in_words(name, variant, means, config.block_size)
     for axes in figure.axes:
         if axes.lines:
@@ -927,7 +970,7 @@ def rung_of(size, n_steps, knobs, given, vocab_size):
     stays (arXiv:2203.03466); Muon's is scaled by the shape of its matrices as it is (arXiv:2310.17813). Each length has
     a decay of its own. parameters: all but a token embedding of its own, which takes no part in any product.
     """
-    tiny = {key: value for key, value, _ in runtime.read_config(ABLATED)} | given
+    tiny = {key: value for key, value, _ in runtime.read_config(TINY)} | given
     found = re.fullmatch('([1-9][0-9]*)x([1-9][0-9]*)', size)
     if not found or int(found[2]) % 32:
         raise UserError(f'{size!r} is not a size: write layers x width, the width a multiple of 32, as 4x160')
@@ -954,7 +997,7 @@ def climbed(flags, threads=''):
     def ended():
         return json.loads(summary.read_text(encoding='utf-8'))
     if not summary.exists() or ended()['iter'] < n_steps:
-        command([TRAIN, ABLATED, *flags, f'--out_dir={folder}', '--init_from=auto'],
+        command([TRAIN, TINY, *flags, f'--out_dir={folder}', '--init_from=auto'],
                 env=os.environ | ({'OMP_NUM_THREADS': threads} if threads else {}))
         print(f'{folder}: held-out loss {ended()["val/loss"]:.4f}', flush=True)
     return ended()['val/loss']
@@ -1067,7 +1110,7 @@ def main():
     knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})
     model_args = {k: v for k, v in given.items() if k in MODEL_FIELDS}
     check(mode, knobs, given)
-    tiny = {key: value for key, value, _ in runtime.read_config(ABLATED) if mode == 'ablate' and key in MODEL_FIELDS}
+    tiny = {key: value for key, value, _ in runtime.read_config(TINY) if mode == 'ablate' and key in MODEL_FIELDS}
     with runtime.user_errors():
         GPTConfig(**tiny | model_args)  # a mistake is found before any data is fetched
     if against and mode in ('train', 'loss'):

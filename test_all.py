@@ -3513,6 +3513,7 @@ def test_1_5_an_encoder_decoder_learns_pairs_and_answers(run_stage, tmp_path):
     sample = ['sample', '--init_from=run', '--device=cpu', '--temperature=0']
     assert run_stage(*sample, '--source=aab')[1] == 'baa\n'
     assert run_stage(*sample, '--source=aab', '--beams=4')[1] == 'baa\n'
+    assert bench.exact_by_beams(Path('run'), 'words') == [(beams, 100) for beams in (1, 2, 4, 8)]
     assert run_stage(*sample, '--source=aab', '--num_samples=2')[1] == 'baa\n--- 2 of 2\nbaa\n'
     Path('source.txt').write_text('abb\n')
     assert run_stage(*sample, '--source=FILE:source.txt')[1] == 'bba\n'
@@ -5184,6 +5185,30 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
     assert status == 2 and err == 'error: seeds=0 must be >= 1\n'
     status, _, err = run_stage('bench', 'ablate', '--what=mlp', *flags, '--n_head=3')
     assert status == 2 and 'n_head=3' in err
+
+
+def test_3_6_what_caches_cost_and_what_beams_find_is_measured(run_stage, text_data, pair_data):
+    run_stage.given = {'subprocess': ForkedScripts, 'CONTEXTS': (8, 16)}
+    flags = ['--max_iters=4', '--n_layer=1', '--n_embd=32', '--eval_iters=1', '--seeds=1', '--device=cpu', '--repeats=1',
+             '--max_new_tokens=4', '--results=found']
+    status, _, err = run_stage('bench', 'ablate', '--what=heads', f'--dataset={text_data}', '--block_size=32', *flags)
+    assert (status, err) == (0, ''), err
+    found = json.loads(Path('found/ablate.json').read_text())
+    # two numbers of 16 bits for each of 8 places of a head's key and value; of MLA 48 and half a head that is rotated
+    assert {row['variant']: row['cache bytes per token'] for row in found['rows']} == {
+        'MHA': 128, 'GQA': 64, 'MQA': 32, 'MLA': 104}
+    for name in ('MHA', 'GQA', 'MQA', 'MLA'):
+        rates = found['result'][f'heads: eight texts at once, {name}, tokens/s by tokens before']
+        assert re.fullmatch(r'8: [1-9][\d,.]*, 16: [1-9][\d,.]*', rates)
+    status, _, err = run_stage('bench', 'ablate', '--what=smoothing', f'--dataset={pair_data}', *flags)
+    assert (status, err) == (0, ''), err
+    found = json.loads(Path('found/ablate.json').read_text())
+    names = {'0.0': 'reverse', '0.1': 'reverse-label-smoothing-0.1'}  # variants of another config than config/tiny.py
+    for row in found['rows']:
+        run = Path(f"found/ablate/{names[row['variant']]}_1")
+        assert row['held-out loss'] == logged(run, 'val/loss')[-1] and weights(run)['encoder.0.attn.qkv.weight'].any()
+    assert found['result']['smoothing: beam search, 0.1, sources with the right target, % by beams'] == (
+        '1: 0.0, 2: 0.0, 4: 0.0, 8: 0.0')
 
 
 def test_3_6_bands_are_students_intervals():
