@@ -308,7 +308,7 @@ def theirs_of(name):
             if p.ndim == 1 or key.endswith('bias'):
                 p.add_(0.3 * torch.randn_like(p))
             elif key.endswith('conv1d.weight'):  # of what is small a norm makes large rounding errors, too
-                p.mul_(5)
+                p.mul_(10)
             if key.endswith('A_log'):  # and where much fades it rounds more than we do
                 p.sub_(3)
             elif 'router' in key or key.endswith('mlp.gate.weight'):
@@ -1997,13 +1997,14 @@ def variants():
 VARIANTS = list(variants())
 
 
-@pytest.mark.parametrize('options', [VARIANTS[0], *VARIANTS[-11:]], ids=str)
-@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize(('options', 'recompute'), [
+    *((options, False) for options in (VARIANTS[0], *VARIANTS[-11:])), ({}, True), (HYBRID, True)], ids=str)
 def test_0_3_compile_sees_one_graph(options, recompute, monkeypatch):
-    """fullgraph=True raises at a graph break; the loss runs over several chunks."""
-    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab, device: 16)
+    """fullgraph=True raises at a graph break; the loss runs over two chunks."""
+    monkeypatch.setattr(model_file, 'chunk_rows', lambda vocab, device: 32)
     torch._dynamo.reset()
-    model = tiny(**options).train()
+    patterns = options.get('layer_pattern', 'A'), options.get('rope_pattern', 'R')
+    model = tiny(n_layer=max(map(len, patterns)), **options).train()
     for block in model.blocks:
         block.recompute = recompute
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
@@ -2016,7 +2017,8 @@ def test_0_3_compile_sees_one_graph(options, recompute, monkeypatch):
     expected.backward()
     for p, g in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    if not options:  # what is asked of the hidden states is the same with all
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -5189,8 +5191,8 @@ def test_3_6_variants_are_trained_side_by_side_once(run_stage, text_data):
 
 def test_3_6_what_caches_cost_and_what_beams_find_is_measured(run_stage, text_data, pair_data):
     run_stage.given = {'subprocess': ForkedScripts, 'CONTEXTS': (8, 16)}
-    flags = ['--max_iters=4', '--n_layer=1', '--n_embd=32', '--eval_iters=1', '--seeds=1', '--device=cpu', '--repeats=1',
-             '--max_new_tokens=4', '--results=found']
+    flags = ['--max_iters=4', '--n_layer=1', '--n_embd=32', '--eval_iters=1', '--seeds=1', '--device=cpu',
+             '--repeats=1', '--max_new_tokens=4', '--results=found']
     status, _, err = run_stage('bench', 'ablate', '--what=heads', f'--dataset={text_data}', '--block_size=32', *flags)
     assert (status, err) == (0, ''), err
     found = json.loads(Path('found/ablate.json').read_text())
