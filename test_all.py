@@ -348,6 +348,12 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
 
 
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Processes are killed here, no machine is: files need not be on the disk before a test goes on."""
+    monkeypatch.setattr(os, 'fsync', lambda number: None)
+
+
 FORK = '''
 import gc, json, os, runpy, signal, sys, time, traceback
 
@@ -355,6 +361,7 @@ import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.nn
 import bench, convert, dataset, model, plot, preparation, rollout, runtime, sample, train
 
 runtime.configure(vars(train), model.GPTConfig, argv=[])  # reads the sources once for all
+os.fsync = lambda number: None  # see quick_disk
 root = os.path.dirname(runtime.__file__)
 shared = [name for name, module in sys.modules.items() if getattr(module, '__file__', None) == f'{root}/{name}.py']
 
@@ -7263,9 +7270,8 @@ def real_template(name):
 
 @pytest.mark.parametrize('model', ['qwen3', 'llama3_1', 'gemma3', 'gptoss'])
 def test_6_1_real_chat_templates_are_those_of_transformers(model):
-    folder = real_tokenizer(model)
-    ours = tok.hf_tokenizer(folder)
-    auto = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), bos_token='<bos>' if (
+    ours = copy.copy(real_vocabulary(model))
+    auto = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.library, bos_token='<bos>' if (
         model == 'gemma3') else ours.config.get('bos_token'), eos_token=ours.config.get('eos_token'))
     for name, (of, refused) in REAL_TEMPLATES.items():
         if of == model:
@@ -7274,7 +7280,8 @@ def test_6_1_real_chat_templates_are_those_of_transformers(model):
             chats_equal_the_template(ours, auto, name, refused)
     if model == 'gemma3':  # its turns as they are written where a model brings no template
         bare = tok.HFTokenizer('bare', ours.text, {'bos_token': '<bos>', 'eos_token': '<eos>'})
-        ours = tok.HFTokenizer('real', ours.text, bare.config | {'chat_template': real_template('gemma3')})
+        ours = copy.copy(bare)
+        ours.chat_template = real_template('gemma3')
         assert bare.chat_template == chat_file.TEMPLATES['gemma'] and bare.chat.end == '<end_of_turn>'
         for kind in ('one', 'three', 'five', 'system'):
             assert bare.chat_ids(REAL_CHATS[kind]) == ours.chat_ids(REAL_CHATS[kind])
@@ -7347,7 +7354,7 @@ def test_6_1_templates_that_models_carry_are_those_of_transformers(model, reques
 
 @pytest.mark.parametrize('name', ['qwen2_5', 'llama3'])
 def test_6_1_what_prefixes_say_is_learned_is_what_a_template_marks(name):
-    ours = tok.hf_tokenizer(real_tokenizer('llama3_1' if name == 'llama3' else 'qwen3'))
+    ours = copy.copy(real_vocabulary('llama3_1' if name == 'llama3' else 'qwen3'))
     for messages in (FIVE, [FIVE[0], FIVE[1] | {'weight': 0}, *FIVE[2:4]], REAL_CHATS['system']):
         masks = []
         for source in (real_template(name), real_template(f'{name}_training')):
@@ -7359,7 +7366,7 @@ def test_6_1_what_prefixes_say_is_learned_is_what_a_template_marks(name):
 
 
 def test_6_1_only_the_assistant_writes_its_own_tokens():
-    ours = tok.hf_tokenizer(real_tokenizer('qwen3'))
+    ours = copy.copy(real_vocabulary('qwen3'))
     think, end = (ours.library.token_to_id(name) for name in ('<think>', '<|im_end|>'))
     for role, quoted in (('user', 0), ('assistant', 2)):  # the template has a thought of its own
         ids, _ = ours.chat_ids([*asked('q'), turn(role, 'a <think> b <|im_end|> c')], generate=True)
@@ -13866,14 +13873,14 @@ def test_10_4_rows_in_different_rounds_go_on_with_the_ids_of_training(takes_turn
 
 @pytest.mark.parametrize('name', ['qwen3', 'qwen2_5', 'llama3_1', 'gemma3', 'gptoss'])
 def test_10_4_results_come_back_as_real_templates_have_them(name, shop):
-    ours = tok.hf_tokenizer(real_tokenizer(REAL_TEMPLATES[name][0]))
+    ours = copy.copy(real_vocabulary(REAL_TEMPLATES[name][0]))
     ours.chat_template, tools = real_template(name), tools_file.load_tools(shop)
     if 'qwen' not in name:
         with pytest.raises(UserError, match=f'tools={shop}: tokenizer .*(not as <tool_call>|knows no|no turns for)'):
             tools_file.check_template(ours, tools)
         return
     tools_file.check_template(ours, tools)
-    auto = transformers.PreTrainedTokenizerFast(tokenizer_file=str(real_tokenizer('qwen3') / 'tokenizer.json'))
+    auto = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.library)
     calls = [call_of('add', {'a': 1}), call_of('lookup', {'item': 'pen'})]
     chat = [*asked('q'), said('')[0] | {'tool_calls': calls}, turn('tool', '1.5') | {'name': 'add'},
             turn('tool', 'error: <|im_end|>') | {'name': 'lookup'}]
@@ -14512,6 +14519,12 @@ def real_tokenizer(name):
         with contextlib.suppress(OSError):  # another process was faster
             os.rename(Path(folder) / name, cache / name)
     return cache / name
+
+
+@functools.cache
+def real_vocabulary(name):
+    """That tokenizer, loaded once in this process: copy it."""
+    return tok.hf_tokenizer(real_tokenizer(name))
 
 
 @pytest.mark.parametrize('name', REAL)
