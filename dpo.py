@@ -649,7 +649,7 @@ def main():
     run.finish(step, stop, parameters=model.num_params(), trainable=model.num_params(learning=True))
     best = f'held-out reward {-run.best:.4f}' if online else f'validation loss {run.best:.4f}'
     run.print0(f'done: best {best}; talk to it: '
-               f'python sample.py --init_from={out_dir} --chat=True{" --tools=True" * tools}')
+               f'python sample.py --init_from={out_dir} --chat=True{f" --tools={tools}" if tools else ""}')
 
 
 if __name__ == '__main__':

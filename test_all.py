@@ -13928,9 +13928,10 @@ def test_10_4_stages_learn_from_answers_with_functions(run_stage, base_run, take
     assert rows_of('sft')[-1]['val/correct'] == 1 and '--tools=shop.py' in out and 'tool_call' in out
     learn = ['--prompts_per_step=2', '--num_generations=4', '--rewards=correct', '--gradient_accumulation_steps=2']
     for stage, more in (('grpo', learn), ('ppo', [*learn, '--reward_model=']),
+                        ('dpo', ['--online=True', '--num_generations=2']),
                         ('distill', ['--teacher=sft', '--on_policy=1', '--prompts_per_step=2', '--batch_size=1'])):
         status, out, err = run_stage(stage, '--init_from=sft', *flags, *more, f'--out_dir={stage}')
-        assert (status, err) == (0, ''), (stage, err)
+        assert (status, err) == (0, '') and '--tools=shop.py' in out, (stage, err)
         assert rows_of(stage)[-1]['iter'] == 1 and rows_of(stage)[-1]['val/correct'] == 1
         assert '<|im_start|>tool' in Path(f'{stage}/samples.txt').read_text()
     status, out, err = run_stage('grpo', '--init_from=sft', *flags, *learn, '--out_dir=bad', '--max_tool_calls=-1')
