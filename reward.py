@@ -250,17 +250,22 @@ def evaluate_pairs(net, run, data, pairs):
     rows = [data.rows_kept[i] for i in pairs]
     row_margins = torch.tensor([float(row.get('margin', 0)) for row in rows], dtype=torch.float64)
     losses = pair_loss(*torch.from_numpy(scores).chunk(2), row_margins, loss_type, margin, center_coef)
-    hits = pair_accuracy(margins).tolist()
-    low, high = interval(hits)  # 95 %
-    metrics = {'val/loss': losses.mean().item(), 'val/accuracy': float(np.mean(hits)), 'val/accuracy_low': low,
-               'val/accuracy_high': high, 'val/margin': float(margins.mean()), 'val/ece': calibration(margins)[1],
+    hits = pair_accuracy(margins)
+    low, high = interval(hits.tolist())  # 95 %
+    bins, ece = calibration(margins)
+    metrics = {'val/loss': losses.mean().item(), 'val/accuracy': float(hits.mean()), 'val/accuracy_low': low,
+               'val/accuracy_high': high, 'val/margin': float(margins.mean()), 'val/ece': ece,
                'reward/mean': float(scores.mean()), 'reward/std': float(scores.std())}
+    summary = f'val loss {metrics["val/loss"]:.4f}, accuracy {metrics["val/accuracy"]:.1%} ({low:.1%} to {high:.1%})'
+    flipped = np.array([bool(row.get('flipped')) for row in rows])
+    true_hits = pair_accuracy(np.where(flipped, -margins, margins))
     if any('flipped' in row for row in rows):  # the data know which labels are wrong
-        flipped = [bool(row.get('flipped')) for row in rows]
-        true_hits = [1 - hit if wrong else hit for hit, wrong in zip(hits, flipped, strict=True)]
-        metrics |= {'val/true_accuracy': float(np.mean(true_hits)), 'val/label_noise': float(np.mean(flipped))}
-    return Evaluation({'chosen': chosen, 'rejected': rejected}, metrics, format_pair_metrics(metrics),
-                      format_tables(margins, rows))
+        metrics |= {'val/true_accuracy': float(true_hits.mean()), 'val/label_noise': float(flipped.mean())}
+        summary += f', of the true labels {true_hits.mean():.1%} ({flipped.mean():.1%} of labels are flipped)'
+    summary += f', mean margin {metrics["val/margin"]:.2f}, calibration error {ece:.3f}'
+    tables = [*by_defect(rows, true_hits), 'confidence    pairs   mean  accuracy']
+    tables += [f'{b.low:.2f} to {b.high:.2f} {b.count:6,} {b.confidence:6.1%} {b.accuracy:9.1%}' for b in bins]
+    return Evaluation({'chosen': chosen, 'rejected': rejected}, metrics, summary, '\n'.join(tables))
 
 
 def evaluate_steps(net, model, run, data, rows):
@@ -296,17 +301,6 @@ def evaluate_steps(net, model, run, data, rows):
     return Evaluation(groups, metrics, summary, '\n'.join([*tables, *by_defect(rows, solved)]))
 
 
-def format_pair_metrics(metrics):
-    """Metrics of `evaluate_pairs` as one line."""
-    parts = [f'val loss {metrics["val/loss"]:.4f}', f'accuracy {metrics["val/accuracy"]:.1%} '
-             f'({metrics["val/accuracy_low"]:.1%} to {metrics["val/accuracy_high"]:.1%})']
-    if 'val/true_accuracy' in metrics:
-        parts.append(f'of the true labels {metrics["val/true_accuracy"]:.1%} '
-                     f'({metrics["val/label_noise"]:.1%} of labels are flipped)')
-    parts += [f'mean margin {metrics["val/margin"]:.2f}', f'calibration error {metrics["val/ece"]:.3f}']
-    return ', '.join(parts)
-
-
 def share_of(name, hits):
     """The mean of hits (n,), from 0 to 1, as a line of text."""
     low, high = interval([float(hit) for hit in hits])
@@ -320,15 +314,6 @@ def by_defect(rows, hits):
         if 'defect' in row:
             groups.setdefault(row['defect'], []).append(hit)
     return [share_of(defect, own) for defect, own in sorted(groups.items())]
-
-
-def format_tables(margins, rows):
-    """Accuracy by defect of the worse answer, and the reliability table, as text."""
-    signs = np.array([-1 if row.get('flipped') else 1 for row in rows])
-    lines = [*by_defect(rows, pair_accuracy(signs * margins)), 'confidence    pairs   mean  accuracy']
-    for b in calibration(margins)[0]:
-        lines.append(f'{b.low:.2f} to {b.high:.2f} {b.count:6,} {b.confidence:6.1%} {b.accuracy:9.1%}')
-    return '\n'.join(lines)
 
 
 def format_rewards(scores, gain, bias):
@@ -442,14 +427,15 @@ def checks(reward, rows, tokenizer):
     return results
 
 
-def run_checks(net, model, data, tokenizer, length, run):
+def run_checks(net, model, run, data):
     """Prints the results of the checks on held-out pairs: WARN where one fails, -- where the data do not allow it."""
     gain, bias = model.score_scale.tolist()
 
     def reward(answers):
-        examples = [answered(tokenizer, messages, answer, length, strip=True) for messages, answer in answers]
-        return gain * compute_all_scores(net, run, examples, length) + bias
-    results = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], tokenizer)
+        examples = [answered(data.tokenizer, messages, answer, data.block_size, strip=True)
+                    for messages, answer in answers]
+        return gain * compute_all_scores(net, run, examples, data.block_size) + bias
+    results = checks(reward, [data.rows_kept[i] for i in data.fixed(eval_rows)], data.tokenizer)
     for name, passes, result in results:
         run.print0(f'{"  --" if passes is None else "pass" if passes else "WARN"}  {name:<27} {result}')
     verdicts = [bool(passes) for _, passes, _ in results if passes is not None]
@@ -499,7 +485,7 @@ def main():
                        f'{format_rewards(found.scores, *model.score_scale.tolist())}')
         if check:  # of pairs, also of a process reward model
             data = prefs_of(dataset, eval_split, tokenizer, length, seed, strict, val_fraction, run.print0, strip=True)
-            run_checks(net, model, data, tokenizer, length, run)
+            run_checks(net, model, run, data)
         return
 
     # data
