@@ -864,7 +864,7 @@ FAULTS = [
           'inside = np.arange(self.response_mask.shape[1]) <= lengths[:, None]', 'test_8_1 and cut'),
     Fault('thought_one_longer', 'rollout.py', 'end = len(ids) - self.max_think_tokens',
           'end = len(ids) - self.max_think_tokens - 1', 'test_10_3 and budget'),
-    Fault('wait_beyond_the_budget', 'rollout.py', ' or self.max_think_tokens and self._closing(ids[:-count]):', ':',
+    Fault('wait_beyond_the_budget', 'rollout.py', ' or self._closing(ids[:-count]):', ':',
           'test_10_3 and straddle'),
     Fault('waits_without_end', 'generate.py', 'if self.replaced == forced.times:', 'if False:',
           'test_10_3 and goes_on'),

@@ -148,7 +148,7 @@ class Forcing:
         self.max_think_tokens = max_think_tokens
         self.max_calls = max_calls
         self.max_tool_calls = max_tool_calls
-        self.turn_ids = {*tokenizer.turn_ids} if self.tools.functions else {}
+        self.turn_ids = set(tokenizer.turn_ids)
         self.close = tokenizer.encode('</think>\n', start=False)
         self.num_waits = num_waits
         self.wait = wait
@@ -172,12 +172,7 @@ class Forcing:
             if ids[-1] in self.turn_ids:
                 return self._tool_turn(ids, row, record)
             ids = ids[turn_start(self.tokenizer, ids):]  # what follows is about the last turn
-        return (self.tools.calculator and self._result(ids)) or (self.max_think_tokens and self._closing(ids)) or (
-            self._waiting(ids) if self.num_waits else [])
-
-    def of(self, row):
-        """The same for the answers to one row."""
-        return functools.partial(self, row=row)
+        return self._result(ids) or self._closing(ids) or self._waiting(ids)
 
     def _tool_turn(self, ids, row, record):
         turns = []
@@ -190,7 +185,8 @@ class Forcing:
         return tool_turn(self.tokenizer, self.tools.signatures, results) if results else []
 
     def _result(self, ids):
-        if not self.tokenizer.decode_bytes(ids[-7:]).endswith(b'</tool>'):  # 7 bytes, so 7 tokens at most
+        # 7 bytes, so 7 tokens at most
+        if not self.tools.calculator or not self.tokenizer.decode_bytes(ids[-7:]).endswith(b'</tool>'):
             return []
         text = self.tokenizer.decode(ids)
         calls = [*CALL.finditer(text)]
@@ -199,6 +195,8 @@ class Forcing:
         return self.tokenizer.encode(f'[{calculate(calls[-1][1])}]', start=False)
 
     def _closing(self, ids):
+        if not self.max_think_tokens:
+            return []
         # the budget is used up if <think> is complete within the first `end` tokens. It is looked for in the last of
         # these only, because one further back is closed by now: nothing but a call's result, of up to 25 bytes, can
         # delay that
@@ -210,6 +208,8 @@ class Forcing:
         return self.close
 
     def _waiting(self, ids):
+        if not self.num_waits:
+            return []
         # the last ids may spell </think>, or its beginning: then the next ones tell; the first of them may hold more
         tail, tag = self.tokenizer.decode_bytes(ids[-len('</think>'):]), b'</think>'
         end = tail[tail.rfind(b'<'):]
@@ -217,7 +217,7 @@ class Forcing:
             return []
         count = next(n for n in range(1, len(ids) + 1) if len(self.tokenizer.decode_bytes(ids[-n:])) >= len(end))
         earlier = self.tokenizer.decode_bytes(ids[:-1])
-        if earlier.rfind(b'<think>') <= earlier.rfind(tag) or self.max_think_tokens and self._closing(ids[:-count]):
+        if earlier.rfind(b'<think>') <= earlier.rfind(tag) or self._closing(ids[:-count]):
             return []  # no thought is open, or its budget is used up
         if not end.startswith(tag):
             return Replacement([], count, self.num_waits)
@@ -235,7 +235,7 @@ def forcing(tokenizer, tools, max_think_tokens=0, max_tool_calls=8, num_waits=0,
 def forces(force, rows):
     """The `force` of `generate.generate` for the prompts of these rows: a Forcing reads the row, another one does not.
     """
-    return [force.of(row) for row in rows] if isinstance(force, Forcing) else force
+    return [functools.partial(force, row=row) for row in rows] if isinstance(force, Forcing) else force
 
 
 def join_rollouts(parts):
@@ -409,8 +409,7 @@ def compute_logprobs(net, run, answers, chosen, block_size, temperature=1.0, sha
     states, which are ignored. share: see `lay_out`.
     """
     part = answers.take(chosen)
-    modules = net.modules() if isinstance(net, torch.nn.Module) else ()
-    share = share and not any(isinstance(module, GatedDeltaNet) for module in modules)  # no mask stops a state
+    share = share and not any(isinstance(module, GatedDeltaNet) for module in net.modules())  # no mask stops a state
     arrays, at = lay_out(part, block_size, share)
     tensors = dict(zip(arrays, run.to_device(*arrays.values()), strict=True))
     at, response_mask = run.to_device(at, part.response_mask)
@@ -489,7 +488,7 @@ def load_scorer(path, run, tokenizer=None):
         raise UserError(f'{path}: its tokenizer ({model_tokenizer.name}, {model_tokenizer.n_vocab:,} tokens) is not '
                         f'that of the policy ({tokenizer.name}, {tokenizer.n_vocab:,}): train a reward model from the '
                         'same base')
-    model = model.to(run.device).eval()
+    model = model.to(run.device)
     length = model.config.block_size
 
     @torch.no_grad()
@@ -550,7 +549,6 @@ class Rewards:
         self.first = True  # nothing was rewarded yet
         self.reported = set()
         self.terms = []
-        self.scorer = None
         for term in words.split(','):
             weight, times, name = term.rpartition('*')
             name = name.strip()
@@ -560,12 +558,14 @@ class Rewards:
                     raise ValueError
             except ValueError:
                 raise UserError(f'rewards={words!r}: {weight.strip()!r} before * is not a number') from None
-            if ':' not in name and name not in BUILT_IN:
+            function = None
+            if ':' in name:
+                function = load_function(name)
+                name = name.rpartition(':')[2]
+                if name in BUILT_IN:
+                    raise UserError(f'rewards={words!r}: a reward is named {name!r} already: rename the function')
+            elif name not in BUILT_IN:
                 raise UserError(f'rewards={words!r}: {name!r} is not one of {", ".join(BUILT_IN)} or FILE.py:function')
-            function = load_function(name) if ':' in name else None
-            name = name.rpartition(':')[2]
-            if function and name in BUILT_IN:
-                raise UserError(f'rewards={words!r}: a reward is named {name!r} already: rename the function')
             self.terms.append((number, name, function))
         self.names = [name for _, name, _ in self.terms]
         if len(set(self.names)) < len(self.names):
@@ -573,8 +573,7 @@ class Rewards:
         if ('model' in self.names) != bool(reward_model):
             raise UserError(f'rewards={words!r} and reward_model={reward_model!r}: a reward model and the name model '
                             'go together: give --reward_model=DIRECTORY of a run of reward.py, or neither')
-        if reward_model:
-            self.scorer = load_scorer(reward_model, run, tokenizer)
+        self.scorer = load_scorer(reward_model, run, tokenizer) if reward_model else None
 
     def check(self, rows):
         """UserError for the first row that has no `answer` for a grader, or one that no answer could equal."""
@@ -592,19 +591,16 @@ class Rewards:
     def __call__(self, data, answers):
         """Answers (Rollout) to prompts of data -> (totals (n,), terms {name: (n,)}), float64, nan where one failed."""
         rows = [data.rows_kept[i] for i in answers.rows]
-        values, failures = {}, []
+        found = {}  # of each answer the pairs of `_value`
         for i in range(self.run.rank, len(answers), self.run.world_size):  # this process's answers
-            values[i] = []
-            for _, name, function in self.terms:
-                value, problem = self._value(name, function, rows[i], answers.texts[i], len(answers.ids[i]))
-                values[i].append(value)
-                if problem:
-                    failures.append((rows[i].get('where', f'prompt {answers.rows[i]}'), name, problem))
-        values = self.run.collect(values)
-        failures = self.run.collect({(self.run.rank, k): failure for k, failure in enumerate(failures)})
-        table = np.array([values[i] for i in range(len(answers))], float).reshape(len(answers), len(self.terms))
-        failed = Counter(name for _, name, _ in failures.values())
-        for where, name, problem in failures.values():
+            found[i] = [self._value(name, function, rows[i], answers.texts[i], len(answers.ids[i]))
+                        for _, name, function in self.terms]
+        found = self.run.collect(found)
+        table = np.array([[value for value, _ in found[i]] for i in range(len(answers))])
+        failures = [(rows[i].get('where', f'prompt {answers.rows[i]}'), name, problem) for i in range(len(answers))
+                    for name, (_, problem) in zip(self.names, found[i], strict=True) if problem]
+        failed = Counter(name for _, name, _ in failures)
+        for where, name, problem in failures:
             if self.first and failed[name] == len(answers) > 1:  # not the rows but the function is wrong
                 raise UserError(f'{where}: the reward {name!r} {problem}, and no other of {len(answers):,} answers has '
                                 'one: fix the function')
@@ -612,7 +608,7 @@ class Rewards:
         if self.scorer is not None:
             pairs = [(row['prompt'], text) for row, text in zip(rows, answers.texts, strict=True)]
             table[:, self.names.index('model')] = self.scorer(pairs)
-        for where, name, problem in failures.values():
+        for where, name, problem in failures:
             self.failed += 1
             if (name, problem) not in self.reported:
                 self.reported.add((name, problem))

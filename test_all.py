@@ -13531,8 +13531,7 @@ def test_10_4_generation_pauses_at_a_call_and_goes_on_with_the_ids_of_training(s
     assert speaker.chat_ids(asked('q') + said(CALLING))[0][:-len(speaker.encode('\n'))] == prompt + answers.ids[0]
     new, logprobs = model.generate([prompt], 200, return_logprobs=True, stop_ids=speaker.turn_ids, force=force)
     assert [math.isnan(x) for x in logprobs[0]] == [not m for m in [*mask, 1]] and new == answers.ids[:1]
-    found, entropies, _ = rollout.compute_logprobs(lambda *a, **k: (*model(*a, **k)[:2], torch.zeros(1)), run, answers,
-                                                   [0], 256)
+    found, entropies, _ = rollout.compute_logprobs(model, run, answers, [0], 256)
     assert ((found != 0) == torch.tensor([[*mask, 1]])).all() and ((entropies != 0) == (found != 0)).all()
     gain = torch.autograd.grad(found.sum(), model.head.weight, retain_graph=True)[0]
     own = torch.autograd.grad((found * torch.tensor([[*mask, 1]])).sum(), model.head.weight)[0]
