@@ -312,28 +312,23 @@ def minibatches(n_prompts, per_prompt, size, epochs, seed):
         yield from answers.reshape(-1, size)
 
 
-def check_knobs(n_answers, answers_per_update, given):
-    """UserError for knobs that do not go together."""
+def main():
+    # config files and --key=value set the knobs above, and the fields of GPTConfig and LoRAConfig: those are given
+    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig)
+    runtime.check_ranges(config, RANGES)
     if given.get('dropout') or given.get('lora_dropout'):
         raise UserError('dropout and lora_dropout must be 0: with dropout the ratio of new to old policy is noisy')
+    n_answers = prompts_per_step * num_generations
+    answers_per_update = batch_size * gradient_accumulation_steps
     if n_answers % answers_per_update:
         raise UserError(f'prompts_per_step * num_generations = {n_answers} answers must be a multiple of batch_size * '
                         f'gradient_accumulation_steps = {answers_per_update}: change one of them')
+    updates_per_step = n_answers // answers_per_update * num_epochs
     if kl_controller == 'adaptive' and not kl_coef:
         raise UserError("kl_controller='adaptive' scales kl_coef, so kl_coef must be > 0")
     if kl_controller == 'adaptive' and n_answers >= 5 * kl_horizon:
         raise UserError(f'kl_horizon={kl_horizon} must be >= {n_answers // 5 + 1}: with {n_answers} answers per step '
                         'kl_coef could fall to 0 in a single one')
-
-
-def main():
-    # config files and --key=value set the knobs above, and the fields of GPTConfig and LoRAConfig: those are given
-    config, given = runtime.configure(globals(), GPTConfig, LoRAConfig)
-    runtime.check_ranges(config, RANGES)
-    n_answers = prompts_per_step * num_generations
-    answers_per_update = batch_size * gradient_accumulation_steps
-    updates_per_step = n_answers // answers_per_update * num_epochs
-    check_knobs(n_answers, answers_per_update, given)
     run = runtime.Run(out_dir, device, dtype, seed, fsdp)
     run.check_accumulation(gradient_accumulation_steps)
 

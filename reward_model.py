@@ -100,7 +100,10 @@ class RewardModel(nn.Module):
         (alike, with score_steps): (B, T) logits that a step is right, which count where `step_ends`.
         """
         if output == 'values':
-            return self.values(idx, answer)
+            if not self.config.causal:
+                raise ValueError("output='values' needs causal=True: every token would see those after it")
+            gain, bias = self.score_scale
+            return gain * self.running(idx, answer) + bias
         if output == 'steps':
             return self.running(idx, answer, steps=True)
         idx, real, answer = real_first(idx, real, answer if answer is not None else torch.ones_like(idx).bool())
@@ -137,13 +140,6 @@ class RewardModel(nn.Module):
         inside = answer & ((text > before(text * stops)) | (text == 0))
         last = answer.cumsum(1) == answer.sum(1, keepdim=True)
         return inside & (stops | last), inside
-
-    def values(self, idx, answer):
-        """See `forward`."""
-        if not self.config.causal:
-            raise ValueError("output='values' needs causal=True: every token would see those after it")
-        gain, bias = self.score_scale
-        return gain * self.running(idx, answer) + bias
 
     def running(self, idx, answer, steps=False):
         """Scores of texts up to each token, or for steps the logits of these, float32 (B, T); see `forward`."""
