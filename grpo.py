@@ -219,7 +219,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
     ref_logprobs (B, A): under the reference, or None
     advantages (B,): of the answers
     mask (B, A): 1 on the tokens that count
-    entropies (B, A): of the policy before each token, or None
+    entropies (B, A): of the policy before each token, for entropy_coef
     longest: max_new_tokens, for 'dr_grpo'
     tokens: tokens that count in the full update, per micro-batch, for 'bnpo', 'dapo' and 'cispo'; None = of this one
     n_answers: answers of the micro-batch before some were skipped; None = B
@@ -249,7 +249,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, loss_type=
         k3 = kl_terms(logprobs * mask, ref_logprobs * mask, 'k3')  # off the mask exp could give inf, and inf * 0 nan
         losses = losses + kl_coef * k3
         stats['kl'] = (k3.detach() * mask).sum()
-    if entropies is not None and entropy_coef:
+    if entropy_coef:
         losses = losses - entropy_coef * entropies
     losses = losses * mask
     if loss_type in ('grpo', 'gspo'):  # the mean over each answer, then over answers: tokens of long ones count less
@@ -280,7 +280,7 @@ class Groups(NamedTuple):
 def generate_groups(model, data, prompts_seen, step, policy_step, run, reward, force):
     """Samples num_generations answers to each of the next prompts_per_step prompts and rewards them -> Groups.
 
-    step: which learns from them, not before policy_step, the step of today.
+    step: the one that learns from them; policy_step: the present one, before whose updates they are drawn.
     With dynamic_sampling, groups whose rewards are all equal are replaced by groups of the prompts that follow.
     """
     parts, totals, terms = [], [], []
@@ -357,13 +357,18 @@ def main():
             make_sampler(model, run, rollout_quant)  # what cannot be ends here, before anything is written
     force = forcing(tokenizer, tools, max_think_tokens, max_tool_calls)  # inserts results of tools and </think>
     reward = Rewards(rewards, tokenizer, run, max_new_tokens, reward_model, max_bad_rewards)
+
+    # data
     if not is_file_of_rows(dataset):
         run.on_main(lambda: find_dataset(dataset))  # one process prepares it, the others wait
+    splits = {split: load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed, strict,
+                                      val_fraction, force)
+              for split in ((eval_split,) if eval_only else ('train', 'val'))}
+    for data in splits.values():
+        reward.check(data.rows_kept)
     if eval_only:
         net = run.wrap(model, compile)
-        data = load_prompt_data(run, dataset, eval_split, tokenizer, block_size, max_new_tokens, seed, strict,
-                                val_fraction, force)
-        reward.check(data.rows_kept)
+        data = splits[eval_split]
         # the reference is the model that init_from was trained from; None where init_from is no run of this stage
         before = start.initial_weights()
         reference = {name: run.like(p, before[name]) for name, p in model.named_parameters() if name in before} or None
@@ -372,11 +377,8 @@ def main():
         run.print0(f'{init_from} on {len(data.fixed(eval_rows)):,} prompts of {dataset}, {eval_split}: {summary}')
         return run.print0('\n'.join(samples[:show_answers]))
 
-    # data
-    train_data, val_data = (load_prompt_data(run, dataset, split, tokenizer, block_size, max_new_tokens, seed, strict,
-                                             val_fraction, force) for split in ('train', 'val'))
-    for data in (train_data, val_data):
-        reward.check(data.rows_kept)
+    # optimizers and reference
+    train_data, val_data = splits['train'], splits['val']
     net = run.wrap(model, compile, activation_checkpointing)  # model in DDP, FSDP or torch.compile: call this one
     with runtime.user_errors():
         optimizers = make_optimizers(model.named_parameters(), optimizer, learning_rate, weight_decay, (beta1, beta2),
@@ -480,12 +482,10 @@ def main():
         # unnecessary: the old log-probabilities are the new ones, detached
         old_logprobs = ref_logprobs = None
         if updates_per_step > 1:
-            old_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature,
-                                                entropies=False)[0]
+            old_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature, entropies=False)[0]
         if reference is not None:
             with run.swapped_weights(model, reference):
-                ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature,
-                                                    entropies=False)[0]
+                ref_logprobs = compute_all_logprobs(net, run, answers, block_size, temperature, entropies=False)[0]
 
         if not advantages.any() and not warned:
             run.print0(f'step {step}: all answers to each prompt have equal rewards: there is nothing to learn from '
