@@ -269,11 +269,6 @@ def reference_logps(model, net, reference, run, examples, block_size):
         return compute_all_logps(net, run, examples, block_size)
 
 
-def with_reference(model, net, reference, run, examples, labels, block_size):
-    """Examples and their labels as Answers."""
-    return Answers(examples, labels, reference_logps(model, net, reference, run, examples, block_size))
-
-
 def mismatched(examples, block_size):
     """Each prompt with the answer to the prompt before it, the first with that to the last, as examples; one of more
     than block_size tokens loses the start of its prompt."""
@@ -306,12 +301,13 @@ def pair_up(answers, totals, n_prompts):
 
 
 def generate_pairs(model, data, rows_seen, step, run, reward, force):
-    """Pairs of the policy's own answers to the next prompts -> (Rollout: all best and then all worst answers, metrics
-    of all answers, rows_seen).
+    """Pairs of the policy's own answers to the next prompts -> (Rollout: all best and then all worst answers, metrics,
+    rows_seen).
 
-    With dynamic_sampling, prompts whose answers all have the same reward are replaced by those that follow.
+    With dynamic_sampling, prompts whose answers all have the same reward are replaced by those that follow; the metrics
+    of answers are of the prompts before that.
     """
-    best, worst, metrics = [], [], {}
+    parts = []
     wanted = missing = batch_size * gradient_accumulation_steps
     for attempt in range(dynamic_sampling + 1):
         sample_seed = 1 + step * (dynamic_sampling + 1) + attempt  # evaluations have 0
@@ -325,11 +321,11 @@ def generate_pairs(model, data, rows_seen, step, run, reward, force):
             for name, values in (('reward/mean', totals), ('reward/gold', gold_scores(data, answers))):
                 if np.isfinite(values).any():
                     metrics[name] = np.nanmean(values)
-        for pairs, part in zip((best, worst), pair_up(answers, totals, missing), strict=True):
-            pairs.append(part)
-        missing -= len(best[-1])
+        parts.append(pair_up(answers, totals, missing))
+        missing -= len(parts[-1][0])
         if missing == 0:
             break
+    best, worst = zip(*parts, strict=True)
     return join_rollouts(best + worst), metrics | {'pairs': (wanted - missing) / wanted}, rows_seen
 
 
@@ -352,9 +348,7 @@ def answer_metrics(held, logps, kl):
 def grade_answers(data, answers, scorer):
     """Grades of answers (Rollout) to the prompts of pairs -> (rows, grades of each: [{name: number}])."""
     rows = [data.rows_kept[i] for i in answers.rows]
-    answer_grades = []
-    for row, text in zip(rows, answers.texts, strict=True):
-        answer_grades.append(quality(row, text) | grades(row, text))
+    answer_grades = [quality(row, text) | grades(row, text) for row, text in zip(rows, answers.texts, strict=True)]
     if scorer is not None:
         scores = scorer([(row['messages'][:-1], text) for row, text in zip(rows, answers.texts, strict=True)])
         for answer_grade, score in zip(answer_grades, scores, strict=True):
@@ -382,7 +376,8 @@ def held_out(model, net, reference, run, data):
         return None
     texts = data.texts(data.fixed(eval_rows))
     examples = [data.example(text) for text in texts]
-    return with_reference(model, net, reference, run, examples, data.labels[texts], model.config.block_size)
+    ref_logps = reference_logps(model, net, reference, run, examples, model.config.block_size)
+    return Answers(examples, data.labels[texts], ref_logps)
 
 
 def evaluate(model, net, reference, held, data, run, scorer, reward, force):
@@ -409,8 +404,9 @@ def evaluate(model, net, reference, held, data, run, scorer, reward, force):
         totals, _ = reward(data, sampled)
         metrics['val/reward'] = float(totals[np.isfinite(totals)].mean()) if np.isfinite(totals).any() else math.nan
         examples, labels = examples_of(join_rollouts(pair_up(sampled, totals, len(rows))))
-        held = examples and with_reference(model, net, reference, run, examples, labels, block_size)
-    if held:  # online there may be no pair
+        if examples:  # there may be no pair
+            held = Answers(examples, labels, reference_logps(model, net, reference, run, examples, block_size))
+    if held:
         baseline = 0.0
         if loss_type == 'kto':
             baseline = kl_baseline(model, net, reference, run, held.examples, block_size)
@@ -582,10 +578,10 @@ def main():
                 step += 1
                 continue
             examples, labels = examples_of(pairs)
-            if loss_type in REFERENCE_FREE:
-                batch = Answers(examples, labels, np.full(len(examples), np.nan))
-            else:
-                batch = with_reference(model, net, reference, run, examples, labels, length)
+            ref = np.full(len(examples), np.nan)
+            if loss_type not in REFERENCE_FREE:
+                ref = reference_logps(model, net, reference, run, examples, length)
+            batch = Answers(examples, labels, ref)
         else:
             texts = train_data.texts(train_data.rows(first, rows_per_step))
             rows_seen += rows_per_step
