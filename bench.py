@@ -39,7 +39,6 @@ import time
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +59,7 @@ from model import GATED, GPT, GPTConfig, on_meta
 from optim import make_optimizers
 from plot import draw_mean, logged, mean_and_spread, new_figure, points, report
 from speculative import Draft
-from tokenizer import UserError, train_bpe
+from tokenizer import GPT4_PATTERN, UserError, train_bpe
 
 against = ''  # checkout of nanoGPT or of this project to compare with; mode sample: also 'transformers'
 repeats = 3  # runs of each side, in turn; mode loss: each with a seed of its own
@@ -85,7 +84,7 @@ results = 'out/bench'  # where the results and the runs go
 
 TRAIN = Path(__file__).parent / 'train.py'
 TRAIN_DEFAULTS = {key: default for key, (default, _) in runtime.knobs_of_file(TRAIN).items()}
-MODEL_FIELDS = [field.name for field in fields(GPTConfig)]
+MODEL_DEFAULTS = {field.name: field.default for field in fields(GPTConfig)}
 OWN_KNOBS = runtime.knobs_of_file(__file__)
 
 
@@ -107,12 +106,6 @@ def seconds_of(work, device, times=5):
         synchronize(device)
         best = min(best, time.perf_counter() - began) if i else best
     return best
-
-
-def processor():
-    """One line: the processor, and what it multiplies faster."""
-    faster = 'bfloat16' if runtime.fast_bfloat16('cpu') else 'float32'
-    return f'{runtime.processor()}, {faster} products are the faster ones'
 
 
 def matmul_peak(device, dtype):
@@ -156,7 +149,6 @@ def training(knobs, model_args):
     def step(lap=lambda part: None):
         micro_steps = knobs.gradient_accumulation_steps // run.world_size
         for number in run.micro_batches(net, knobs.gradient_accumulation_steps):
-            lap('')
             index = n[0] * knobs.gradient_accumulation_steps + number
             x, y = run.to_device(*data.batch(index * knobs.batch_size, knobs.batch_size))
             run.seed_dropout(index)
@@ -177,13 +169,12 @@ def training(knobs, model_args):
 
 def split_of(run, step, n):
     """Seconds of n steps by part, the device synchronised between them."""
-    parts, last = {}, [0.0]
+    parts, last = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0), [time.perf_counter()]
 
     def lap(part):
         synchronize(run.device)
         now = time.perf_counter()
-        if part:
-            parts[part] = parts.get(part, 0.0) + now - last[0]
+        parts[part] += now - last[0]
         last[0] = now
     for _ in range(n):
         step(lap)
@@ -211,7 +202,7 @@ def bench_train(knobs, model_args):
     synchronize(run.device)
     seconds = (time.perf_counter() - began) / steps
     parts = split_of(run, step, steps)
-    with torch.profiler.profile() if profile or run.world_size > 1 else nullcontext() as profiler:
+    with torch.profiler.profile() if profile or run.world_size > 1 else contextlib.nullcontext() as profiler:
         for _ in range(3 if profiler else 0):
             step()
         synchronize(run.device)
@@ -364,13 +355,11 @@ def nanogpt_loss(copy, knobs, config):
 
 def pairs(run_a, run_b):
     """Runs A and B in turn, `repeats` times, the order swapped each time -> [(what A returned, what B did), …]."""
-    out = []
+    found = {run_a: [], run_b: []}
     for i in range(repeats):
-        first, second = (run_a, run_b) if i % 2 == 0 else (run_b, run_a)
-        found = {first: first(1337 + i)}
-        found[second] = second(1337 + i)
-        out.append((found[run_a], found[run_b]))
-    return out
+        for run in (run_a, run_b) if i % 2 == 0 else (run_b, run_a):
+            found[run].append(run(1337 + i))
+    return list(zip(found[run_a], found[run_b], strict=True))
 
 
 def compare_training(mode, knobs, model_args):
@@ -380,7 +369,7 @@ def compare_training(mode, knobs, model_args):
     if (Path(against) / 'configurator.py').is_file():
         if mode == 'loss':  # its recipe for a CPU is the yardstick, whatever ours is
             recipe = {key: value for key, value, _ in runtime.read_config(TRAIN.parent / 'config/nanogpt.py')}
-            model_args = {k: v for k, v in recipe.items() if k in MODEL_FIELDS}
+            model_args = {k: v for k, v in recipe.items() if k in MODEL_DEFAULTS}
             knobs = SimpleNamespace(**vars(knobs) | {k: v for k, v in recipe.items() if k in TRAIN_DEFAULTS})
         theirs, name = lambda seed: nanogpt_run(knobs, model_args, seed, iters or knobs.max_iters), 'nanoGPT'
     else:
@@ -437,23 +426,21 @@ def bench_sample(knobs, model_args):
     else:
         with runtime.user_errors():
             model, tokenizer = GPT(GPTConfig(**model_args)), None
-    if model.config.n_encoder_layer:
-        raise UserError('mode sample measures language models, and this one has an encoder')
+    if model.config.n_encoder_layer or not model.config.causal:
+        raise UserError('mode sample measures language models, and this one has an encoder or is one')
     model = model.to(device, runtime.pick_dtype(knobs.dtype, device, model.num_params())[1]).eval()
     if against:
         return against_transformers(model, tokenizer, device)
-    if draft:
-        return against_drafted(model, tokenizer, device, knobs.dtype)
     weight_bytes = sum(p.nbytes for n, p in model.named_parameters()
                        if model.config.tie_weights or n != 'tok_emb.weight')
     size = model.tok_emb.weight.itemsize
     with runtime.user_errors():
         pack(model, quant)
+    if draft:
+        return against_drafted(model, tokenizer, device, knobs.dtype)
     if quant:
         weight_bytes = weight_bytes // size * (2 if quant == 'fp16' else 1)
     config, bandwidth, rows = model.config, read_bandwidth(device), []
-    with runtime.user_errors():
-        check_prompts([[0]], config)
     generator = torch.Generator().manual_seed(1)
     for context in [c for c in contexts if c + max_new_tokens <= config.block_size]:
         for batch in batches:
@@ -524,8 +511,6 @@ def against_drafted(model, tokenizer, device, dtype):
         text = ''.join(texts_of(input))
         tail = text[-len(text) // 10:]
         prompts = [tokenizer.encode(tail[i * len(tail) // 8:])[:contexts[0]] for i in range(8)]
-    with runtime.user_errors():
-        pack(model, quant)
     rows = []
 
     def answers(temperature, seed, drafted):
@@ -667,8 +652,6 @@ def bench_tokenizer(knobs, model_args):
     """BPE training and encoding, beside Hugging Face's library."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
-
-    from tokenizer import GPT4_PATTERN
     texts = texts_of(input)  # the works one by one: tokenizers shares them among the cores
     megabytes, rows = sum(len(text.encode()) for text in texts) / 1e6, []
     for _ in range(repeats):
@@ -692,8 +675,8 @@ def bench_tokenizer(knobs, model_args):
 # ----------------------------------------------------------------------------------------------------------------------
 # memory, computed
 
-def activation_bytes(config, tokens, half=2, dropout=False):
-    """Bytes that one block keeps for its backward pass -> (the whole, its input alone); half: bytes of a 16-bit number.
+def activation_bytes(config, tokens):
+    """Bytes that one block keeps for its backward pass -> (the whole, its input alone).
 
     Under autocast: the residual stream is float32, what enters a matrix product has 16 bits; attention keeps queries,
     keys and values (rotated or normalised ones beside the plain, which the values keep alive), its output and a float32
@@ -702,18 +685,17 @@ def activation_bytes(config, tokens, half=2, dropout=False):
     C, H, kv, D, M = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.mlp_dim
     statistics_ = 2 if config.norm == 'layernorm' else 1  # mean and deviation, or the deviation alone
     norms = 2 * (4 * C + 4 * statistics_)
-    attention = half * (C + (2 * H + 2 * kv) * D) + 4 * H
+    attention = 2 * (C + (2 * H + 2 * kv) * D) + 4 * H
     if config.pos == 'rope':
-        attention += half * (H + kv) * D
+        attention += 2 * (H + kv) * D
     if config.qk_norm:
         attention += (H + kv) * 4 * (D + statistics_)  # in float32
-    mlp = half * (2 * C + 4 * M if config.mlp in GATED else C + 2 * M)  # autocast copies the input for each matrix
-    masks = 2 * C if dropout else 0  # a byte for each number that may be dropped
+    mlp = 2 * (2 * C + 4 * M if config.mlp in GATED else C + 2 * M)  # autocast copies the input for each matrix
+    masks = 2 * C if config.dropout else 0  # a byte for each number that may be dropped
     return tokens * (norms + attention + mlp + masks), tokens * 4 * C
 
 
-def memory_per_gpu(config, batch_size, world_size=1, fsdp=False, activation_checkpointing=False, optimizer='adamw',
-                   dtype='bfloat16'):
+def memory_per_gpu(config, batch_size, world_size=1, fsdp=False, activation_checkpointing=False, optimizer='adamw'):
     """Bytes that training takes on each of world_size GPUs: {'parameters', 'gradients', 'moments', 'copies',
     'activations', 'total'}.
 
@@ -729,16 +711,14 @@ def memory_per_gpu(config, batch_size, world_size=1, fsdp=False, activation_chec
     n = model.num_params()
     block = sum(p.numel() for p in model.blocks[0].parameters())
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-    half = 4 if dtype == 'float32' else 2
     shards = world_size if fsdp else 1
     tokens = batch_size * config.block_size
-    whole, entry = activation_bytes(config, tokens, half, config.dropout > 0)
-    head = tokens * 2 * (4 + half) * config.n_embd + 4 * config.vocab_size * config.n_embd  # hidden, and the loss's own
-    copied = matrices + (config.vocab_size * config.n_embd)
+    whole, entry = activation_bytes(config, tokens)
+    head = tokens * 2 * (4 + 2) * config.n_embd + 4 * config.vocab_size * config.n_embd  # hidden, and the loss's own
     out = {'parameters': 4 * n / shards, 'gradients': 4 * n / shards,
            'moments': (8 * n - (4 * matrices if optimizer == 'muon' else 0)) / shards,
-           'copies': (2 * block * (half + 4) + 4 * (n - config.n_layer * block) if fsdp
-                      else half * copied if half == 2 else 0),
+           'copies': (2 * block * (2 + 4) + 4 * (n - config.n_layer * block) if fsdp
+                      else 2 * (matrices + config.vocab_size * config.n_embd)),
            'activations': head + (config.n_layer * entry + whole if activation_checkpointing
                                   else config.n_layer * whole)}
     return out | {'total': sum(out.values())}
@@ -798,41 +778,40 @@ ABLATIONS = {
 BASES = {'smoothing': REVERSE}  # comparisons that change another config than TINY, which they train to its end
 
 
-def ablated(base, variant, seed, steps, given):
-    """Trains a variant, a tuple of flags over the config base, unless that is done already -> its directory."""
-    words = ' '.join(variant) if base == TINY else ' '.join((Path(base).stem, *variant))
-    name = re.sub('[^a-z0-9.]+', '-', words.lower()).strip('-') or 'tiny'
-    folder = Path(results) / 'ablate' / f'{name}_{seed}'
-    flags = [*(f'--{key}={value}' for key, value in given.items()), *variant,
-             f'--max_iters={steps}', f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
+def trained(folder, base, flags, init_from='scratch', threads=''):
+    """Trains a config with flags, unless that is done already -> its held-out loss. threads: '' = train.py's choice."""
     done = folder / 'flags.json'  # is written when the run is over
     if not done.exists() or json.loads(done.read_text(encoding='utf-8')) != flags:
-        alone = {} if torch.cuda.is_available() else {'OMP_NUM_THREADS': '1'}
-        command([TRAIN, base, *flags, f'--out_dir={folder}', '--keep_checkpoints=1', '--sample_tokens=0'],
-                env=os.environ | alone)
+        command([TRAIN, base, f'--init_from={init_from}', *flags, f'--out_dir={folder}', '--keep_checkpoints=1',
+                 '--sample_tokens=0'], env=os.environ | ({'OMP_NUM_THREADS': threads} if threads else {}))
         done.write_text(json.dumps(flags), encoding='utf-8')
-        loss = json.loads((folder / 'summary.json').read_text(encoding='utf-8'))['val/loss']
-        print(f'{folder.name}: held-out loss {loss:.3f}', flush=True)
-    return folder
+    loss = json.loads((folder / 'summary.json').read_text(encoding='utf-8'))['val/loss']
+    print(f'{folder}: held-out loss {loss:.4f}', flush=True)
+    return loss
 
 
-def held_out(folder, dataset, longer=1):
-    """A run's model, with a context so many times longer where its positions allow, and the windows that it has not
-    learnt from."""
-    model, _ = load_model(str(folder / 'ckpt.pt'))
-    block = model.config.block_size
-    if longer > 1 and model.config.pos != 'learned':
-        block *= longer
-        model, _ = load_model(str(folder / 'ckpt.pt'), block_size=block)
-    return model.eval(), TokenData(find_dataset(dataset), 'val', block)
+def train_all(runs):
+    """The held-out losses of runs, each what `trained` takes, one to a processor; on a GPU one after another."""
+    on_gpu = torch.cuda.is_available()
+    with ThreadPoolExecutor(1 if on_gpu else os.cpu_count()) as pool:
+        return [*pool.map(lambda run: trained(*run, threads='' if on_gpu else '1'), runs)]
+
+
+def run_of_variant(base, changed, seed, steps, given):
+    """What `trained` takes of a variant, given and changed flags over the config base: directory, config, flags."""
+    words = ' '.join(changed if base == TINY else [Path(base).stem, *changed])
+    name = re.sub('[^a-z0-9.]+', '-', words.lower()).strip('-') or 'tiny'
+    return Path(results) / 'ablate' / f'{name}_{seed}', base, [
+        *(f'--{key}={value}' for key, value in given.items()), *changed, f'--max_iters={steps}',
+        f'--eval_interval={max(1, steps // 10)}', f'--seed={seed}']
 
 
 def layer_gradients(folder, dataset):
     """[(layer, norm of its gradient)] of a run's model, on the same eight held-out windows, in float32."""
-    model, data = held_out(folder, dataset)
-    model.train()
+    model, _ = load_model(folder / 'ckpt.pt')
+    data = TokenData(find_dataset(dataset), 'val', model.config.block_size)
     x, y = map(torch.from_numpy, data.read(data.fixed(8)))
-    model(x, y).backward()
+    model.train()(x, y).backward()
     return [(i, sum(p.grad.square().sum().item() for p in block.parameters()) ** 0.5)
             for i, block in enumerate(model.blocks)]
 
@@ -840,7 +819,10 @@ def layer_gradients(folder, dataset):
 def loss_by_place(folder, dataset):
     """A run's loss by the place in windows of twice its block -> [(place, nats)], means of bins; learned positions end
     where training did."""
-    model, data = held_out(folder, dataset, longer=2)
+    model, _ = load_model(folder / 'ckpt.pt')
+    if model.config.pos != 'learned':
+        model, _ = load_model(folder / 'ckpt.pt', block_size=2 * model.config.block_size)
+    data = TokenData(find_dataset(dataset), 'val', model.config.block_size)
     with torch.no_grad():
         losses = torch.cat([model(*map(torch.from_numpy, data.read(starts)), reduction='none')
                             for starts in np.array_split(data.fixed(96), 12)])
@@ -854,16 +836,16 @@ def rate_by_context(folder, dataset):
     """
     rates = []
     for context in CONTEXTS:
-        model, _ = load_model(str(folder / 'ckpt.pt'), block_size=context + max_new_tokens)
+        model, _ = load_model(folder / 'ckpt.pt', block_size=context + max_new_tokens)
         prompts = torch.randint(model.config.vocab_size, (8, context), generator=torch.Generator().manual_seed(1))
-        found = [generation_rates(model.eval(), prompts.tolist(), seed, True)[1] for seed in range(repeats)]
+        found = [generation_rates(model, prompts.tolist(), seed, True)[1] for seed in range(repeats)]
         rates.append((context, max(found)))
     return rates
 
 
 def exact_by_beams(folder, dataset):
     """The share in % of 500 held-out sources whose likeliest text is the target, by the number of beams."""
-    model, _ = load_model(str(folder / 'ckpt.pt'))
+    model, _ = load_model(folder / 'ckpt.pt')
     data = PairData(find_dataset(dataset), 'val', model.config.block_size)
     sources, targets = zip(*map(data.pair, data.fixed(500)), strict=True)
     eot, shares = data.tokenizer.eot, []
@@ -904,27 +886,23 @@ def bench_ablate(knobs, model_args):
     names = list(ABLATIONS) if what == 'all' else [name.strip() for name in what.split(',')]
     if unknown := [name for name in names if name not in ABLATIONS]:
         raise UserError(f'what={what}: unknown {unknown[0]!r}; {runtime.suggest(unknown[0], ABLATIONS)}')
-    if seeds < 1:
-        raise UserError(f'seeds={seeds} must be >= 1')
     n_panels = len(names) + sum(name in SECOND for name in names)
     figure, panels = new_figure(-(-n_panels // 3), min(3, n_panels), 4, 3)
     panels, table, found = iter(panels.flat), [], {}
-    given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
+    given = dict(knobs.given)
     steps, first_seed = given.pop('max_iters', 0), given.pop('seed', 1)
-    defaults = {field.name: field.default for field in fields(GPTConfig)} | TRAIN_DEFAULTS
     all_seeds, variants, bases = range(first_seed, first_seed + seeds), {}, {}
     for name in names:
         base = BASES.get(name, TINY)
-        bases[name] = defaults | {key: value for key, value, _ in runtime.read_config(base)} | given
+        own = {key: value for key, value, _ in runtime.read_config(base)}
+        bases[name] = MODEL_DEFAULTS | TRAIN_DEFAULTS | own | given
         n = steps or (400 if base == TINY else bases[name]['max_iters'])
         # what a variant changes: several comparisons have config/tiny.py itself among theirs, which is trained once
         unchanged = {f'--{key}={value}' for key, value in bases[name].items()}
         for variant, flags in ABLATIONS[name].items():
-            changed = tuple(flag for flag in flags.split() if flag not in unchanged)
-            variants |= {(name, variant, seed): (base, changed, seed, n) for seed in all_seeds}
-    jobs = [*dict.fromkeys(variants.values())]
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
-        folders = dict(zip(jobs, pool.map(lambda job: ablated(*job, given), jobs), strict=True))
+            changed = [flag for flag in flags.split() if flag not in unchanged]
+            variants[name, variant] = [run_of_variant(base, changed, seed, n, given) for seed in all_seeds]
+    train_all({run[0]: run for runs in variants.values() for run in runs}.values())
     for name in names:
         axes = next(panels)
         axes.set(xlabel='step', ylabel='held-out loss', title=name)
@@ -933,12 +911,12 @@ def bench_ablate(knobs, model_args):
             more = next(panels)
             more.set(xlabel=x, ylabel=y, title=title)
         for color, variant in enumerate(ABLATIONS[name]):
-            paths = [folders[variants[name, variant, seed]] for seed in all_seeds]
+            paths = [folder for folder, *_ in variants[name, variant]]
             curves = [points(logged(path), 'iter', 'val/loss') for path in paths]
             draw_mean(axes, color, variant, [curve[1:] for curve in curves])
             mean, spread = mean_and_spread([curve[-1][1] for curve in curves])
             last = [json.loads((path / 'summary.json').read_text(encoding='utf-8')) for path in paths]
-            config = load_model(str(paths[0] / 'ckpt.pt'))[0].config
+            config = load_model(paths[0] / 'ckpt.pt')[0].config
             table.append({'compared': name, 'variant': variant, 'seeds': seeds, 'held-out loss': mean,
                           'low': mean - spread, 'high': mean + spread, 'parameters': last[0]['parameters'],
                           'tokens/s': statistics.mean(s['tokens'] / s['seconds'] for s in last),
@@ -963,48 +941,31 @@ def bench_ablate(knobs, model_args):
 LADDER_SETS = ('n_layer', 'n_head', 'n_embd', 'max_iters', 'out_dir', 'init_from', 'eval_interval')
 
 
-def rung_of(size, n_steps, knobs, given, vocab_size):
-    """A run of the ladder -> {'size', 'parameters', 'tokens'}, and the flags that train.py gets.
+def rung_of(size, n_steps, knobs, vocab_size):
+    """A run of the ladder -> {'size', 'parameters', 'tokens'}, and what `trained` takes of it. Other flags have another
+    directory, so one that was interrupted goes on there.
 
     config/tiny.py is tuned at a width of 128. The rate of head and norms falls with the width, that of the embedding
     stays (arXiv:2203.03466); Muon's is scaled by the shape of its matrices as it is (arXiv:2310.17813). Each length has
     a decay of its own. parameters: all but a token embedding of its own, which takes no part in any product.
     """
-    tiny = {key: value for key, value, _ in runtime.read_config(TINY)} | given
+    tiny = {key: value for key, value, _ in runtime.read_config(TINY)} | knobs.given
     found = re.fullmatch('([1-9][0-9]*)x([1-9][0-9]*)', size)
     if not found or int(found[2]) % 32:
         raise UserError(f'{size!r} is not a size: write layers x width, the width a multiple of 32, as 4x160')
     depth, width = int(found[1]), int(found[2])
     shape = {'n_layer': depth, 'n_embd': width, 'n_head': width // 32}
-    args = {key: value for key, value in tiny.items() if key in MODEL_FIELDS} | shape
+    args = {key: value for key, value in tiny.items() if key in MODEL_DEFAULTS} | shape
     with runtime.user_errors(), on_meta():
         model = GPT(GPTConfig(**{'vocab_size': vocab_size} | args))
-    flags = given | shape | {'learning_rate': tiny['learning_rate'] * 128 / width, 'max_iters': n_steps,
-                             'eval_interval': n_steps, 'seed': knobs.seed, 'sample_tokens': 0, 'keep_checkpoints': 1,
-                             'eval_iters': given.get('eval_iters', 40)}
+    values = knobs.given | shape | {
+        'learning_rate': tiny['learning_rate'] * 128 / width, 'max_iters': n_steps, 'eval_interval': n_steps,
+        'seed': knobs.seed, 'sample_tokens': 0, 'keep_checkpoints': 1, 'eval_iters': knobs.given.get('eval_iters', 40)}
+    flags = [f'--{key}={value}' for key, value in values.items()]
+    folder = Path(results) / 'scaling' / f'{zlib.crc32(" ".join(flags).encode()):08x}'
     tokens = n_steps * tiny['batch_size'] * tiny.get('gradient_accumulation_steps', 1) * model.config.block_size
     untied = 0 if model.config.tie_weights else model.tok_emb.weight.numel()
-    return ({'size': size, 'parameters': model.num_params() - untied, 'tokens': tokens},
-            [f'--{key}={value}' for key, value in flags.items()])
-
-
-def climbed(flags, threads=''):
-    """Makes a run of the ladder, or what is missing of it -> its held-out loss. Other flags have another directory."""
-    folder = folder_of(flags)
-    summary = folder / 'summary.json'
-    n_steps = next(int(flag.partition('=')[2]) for flag in flags if flag.startswith('--max_iters='))
-
-    def ended():
-        return json.loads(summary.read_text(encoding='utf-8'))
-    if not summary.exists() or ended()['iter'] < n_steps:
-        command([TRAIN, TINY, *flags, f'--out_dir={folder}', '--init_from=auto'],
-                env=os.environ | ({'OMP_NUM_THREADS': threads} if threads else {}))
-        print(f'{folder}: held-out loss {ended()["val/loss"]:.4f}', flush=True)
-    return ended()['val/loss']
-
-
-def folder_of(flags):
-    return Path(results) / 'scaling' / f'{zlib.crc32(" ".join(flags).encode()):08x}'
+    return {'size': size, 'parameters': model.num_params() - untied, 'tokens': tokens}, (folder, TINY, flags, 'auto')
 
 
 def foretold(made, begun):
@@ -1024,27 +985,24 @@ def foretold(made, begun):
 def bench_scaling(knobs, model_args):
     """Trains a ladder, one run to a processor, fits its law, writes down what that says of a larger run, and then makes
     that one: a table, and results/scaling.svg. What is trained already is not trained again."""
-    given = {key: value for key, value in vars(knobs).items() if value != TRAIN_DEFAULTS[key]} | model_args
     data = TokenData(find_dataset(knobs.dataset), 'train', 1)
     sizes = [(size, n_steps) for size in ladder for n_steps in sorted(lengths)]
-    rungs = [rung_of(*size, knobs, given, data.tokenizer.n_vocab) for size in sizes]
-    target, its_flags = rung_of(larger, max(lengths), knobs, given, data.tokenizer.n_vocab)
+    rungs = [rung_of(*size, knobs, data.tokenizer.n_vocab) for size in sizes]
+    target, its_run = rung_of(larger, max(lengths), knobs, data.tokenizer.n_vocab)
     cost = [run['parameters'] * run['tokens'] for run, _ in rungs]
     print(f'{len(rungs)} runs and a larger one, of at most {target["tokens"] / data.n_tokens:.2f} epochs: '
           f'{6 * (sum(cost) + target["parameters"] * target["tokens"]):.1e} FLOP', flush=True)
     order = sorted(range(len(rungs)), key=lambda i: -cost[i])  # the longest first: the processors end together
-    on_gpu = torch.cuda.is_available()
-    with ThreadPoolExecutor(1 if on_gpu else os.cpu_count()) as pool:
-        losses = dict(zip(order, pool.map(lambda i: climbed(rungs[i][1], '' if on_gpu else '1'), order), strict=True))
+    losses = dict(zip(order, train_all([rungs[i][1] for i in order]), strict=True))
     runs = [run | {'loss': losses[i]} for i, (run, _) in enumerate(rungs)]
     n, d, losses = (np.array([run[key] for run in runs], float) for key in ('parameters', 'tokens', 'loss'))
     law, _ = scaling.fit(n, d, losses)
     laws, residuals = scaling.bootstrap(n, d, losses, law), np.log(losses / law.loss(n, d))
     low, high = scaling.predict(laws, residuals, target['parameters'], target['tokens'])
     made = foretold(target | {'loss': law.loss(target['parameters'], target['tokens']), 'low': low, 'high': high,
-                              'law': law._asdict(), 'runs': runs}, folder_of(its_flags).exists())
+                              'law': law._asdict(), 'runs': runs}, its_run[0].exists())
     print(f'{larger} is predicted to reach {made["loss"]:.4f} ({made["low"]:.4f} to {made["high"]:.4f})', flush=True)
-    measured = climbed(its_flags)
+    measured = trained(*its_run)
     scaling.draw(Path(results) / 'scaling.svg', runs, law, laws, made, measured)
     rows = [run | {'law': law.loss(run['parameters'], run['tokens'])} for run in runs]
     rows.append(target | {'loss': measured, 'law': made['loss']})
@@ -1065,13 +1023,13 @@ MODES = {'train': bench_train, 'sample': bench_sample, 'stream': bench_stream, '
          'loss': None, 'step': one_step}
 
 
-def check(mode, knobs, given):
+def check(mode, knobs):
     """UserError for knobs that mean nothing together."""
     nanogpt, checkout = ((Path(against) / name).is_file() for name in ('configurator.py', 'runtime.py'))
     transformers = against == 'transformers' and mode == 'sample'
     alone = (mode in ('memory', 'ablate', 'scaling', 'step') or nanogpt and mode not in ('train', 'loss')
              or 'RANK' in os.environ)
-    taken = next((key for key in LADDER_SETS if key in given and mode == 'scaling'), '')
+    taken = next((key for key in LADDER_SETS if key in knobs.given and mode == 'scaling'), '')
     for wrong, message in (
             (min(repeats, max_new_tokens, *batches, *contexts) < 1 or steps < (mode != 'step'),
              'repeats, steps, max_new_tokens, batches and contexts must be >= 1'),
@@ -1079,10 +1037,11 @@ def check(mode, knobs, given):
             (draft and (against or mode != 'sample' or knobs.init_from == 'scratch'),
              f'draft={draft} is for mode sample with --init_from=MODEL and no --against'),
             (min(lengths) < 1, f'lengths={min(lengths)} must be >= 1'),
+            (seeds < 1, f'seeds={seeds} must be >= 1'),
             (taken, f'mode scaling sets {taken} from ladder, larger and lengths: drop --{taken}'),
             (min(knobs.batch_size, knobs.gradient_accumulation_steps) < 1 or not 0 <= knobs.seed < 2 ** 63,
              'batch_size and gradient_accumulation_steps must be >= 1, seed >= 0'),
-            (mode == 'memory' and given, f'mode memory takes no knobs: drop {min(given, default="")}'),
+            (mode == 'memory' and knobs.given, f'mode memory takes no knobs: drop {min(knobs.given, default="")}'),
             (mode not in ('train', 'step') and 'RANK' in os.environ,
              f'mode {mode} is for one process: python bench.py {mode}'),
             (Path(results).exists() and not Path(results).is_dir(), f'results={results}: not a directory'),
@@ -1107,10 +1066,11 @@ def main():
             raise UserError('pictures are drawn by plot.py: python plot.py out/tiny [--metric=val/loss]')
         raise UserError(f'the first argument is a mode, not {mode!r}: {runtime.suggest(mode, modes)}')
     _, given = runtime.configure(globals(), TRAIN, GPTConfig, argv=sys.argv[2 if mode in MODES else 1:])
-    knobs = SimpleNamespace(**TRAIN_DEFAULTS | {k: v for k, v in given.items() if k in TRAIN_DEFAULTS})
-    model_args = {k: v for k, v in given.items() if k in MODEL_FIELDS}
-    check(mode, knobs, given)
-    tiny = {key: value for key, value, _ in runtime.read_config(TINY) if mode == 'ablate' and key in MODEL_FIELDS}
+    train_args = {key: given[key] for key in TRAIN_DEFAULTS if key in given}
+    model_args = {key: value for key, value in given.items() if key in MODEL_DEFAULTS}
+    knobs = SimpleNamespace(**TRAIN_DEFAULTS | train_args, given=train_args | model_args)
+    check(mode, knobs)
+    tiny = {key: value for key, value, _ in runtime.read_config(TINY) if mode == 'ablate' and key in MODEL_DEFAULTS}
     with runtime.user_errors():
         GPTConfig(**tiny | model_args)  # a mistake is found before any data is fetched
     if against and mode in ('train', 'loss'):
@@ -1121,7 +1081,9 @@ def main():
         found = MODES[mode](knobs, model_args)
     if found:
         rows, result = found
-        report(Path(results) / f'{mode}.json', rows, result | {'processor': processor()})
+        faster = 'bfloat16' if runtime.fast_bfloat16('cpu') else 'float32'
+        result |= {'processor': f'{runtime.processor()}, {faster} products are the faster ones'}
+        report(Path(results) / f'{mode}.json', rows, result)
 
 
 if __name__ == '__main__':

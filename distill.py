@@ -280,7 +280,6 @@ class Teacher:
         self.model = model.requires_grad_(False).eval()
         self.net = run.wrap(model)
         self.sharded = run.fsdp
-        self.head = None
         self.clock = runtime.Clock()
 
     @torch.no_grad()
@@ -289,11 +288,7 @@ class Teacher:
         inputs = {name: tensor for name, tensor in tensors.items() if name != 'targets'}
         hidden = self.net(**inputs, output='hidden').flatten(0, 1)[indices]
         hidden, head, _ = self.model.products(hidden)
-        if self.head is None or self.head.dtype != hidden.dtype:
-            self.head = head.detach()
-            if self.sharded:  # FSDP frees the gathered weights again
-                self.head = self.head.clone()
-        return hidden.to(self.head.dtype), self.head
+        return hidden, head.clone() if self.sharded else head  # FSDP frees the gathered weights again
 
 
 def distillation_loss(net, run, arrays, rule, teacher, cached=()):
@@ -354,8 +349,8 @@ class Cache:
         self.data = data
         self.run = run
         self.items = data.fixed(0)  # all windows or rows
-        self.offsets = np.cumsum(np.concatenate(([0], data.targets_in)))  # of the first target of each item
-        n_targets = int(self.offsets[-1])
+        self.begins = np.cumsum(data.targets_in) - data.targets_in  # the first target of each item
+        n_targets = int(data.targets_in.sum())
         meta = {'targets': n_targets, 'data': data.fingerprint(), 'dtype': run.dtype} | spec
         item_length = data.lengths.mean() if isinstance(data, ChatData) else data.block_size
         self.items_per_part = max(1, int(self.TOKENS_PER_PART / item_length))
@@ -410,19 +405,16 @@ class Cache:
         n_rounds = math.ceil(len(missing) / run.world_size)
         clock.start()
         for i in range(n_rounds):
-            number = i * run.world_size + run.rank
-            # FSDP: all processes must run each forward pass, so one that has no part left repeats the first
-            part = missing[number] if number < len(missing) else missing[0]
+            # FSDP: all processes must run each forward pass, so those that have no part left make the first ones again
+            part = missing[(i * run.world_size + run.rank) % len(missing)]
             first = part * self.items_per_part
-            last = min(first + self.items_per_part, len(self.items))
-            ids, logprobs = self.compute(self.items[first:last], teacher, rule)
-            if number < len(missing):
-                rows = slice(self.offsets[first], self.offsets[last])
-                for name, values in (('ids', ids), ('logprobs', logprobs)):
-                    self.files[name][rows] = values.cpu().numpy()
-                    self.files[name].flush()
-                self.files['done'][part] = 1  # last: a part that is interrupted is computed again
-                self.files['done'].flush()
+            ids, logprobs = self.compute(self.items[first:first + self.items_per_part], teacher, rule)
+            rows = slice(self.begins[first], self.begins[first] + len(ids))
+            for name, values in (('ids', ids), ('logprobs', logprobs)):
+                self.files[name][rows] = values.cpu().numpy()
+                self.files[name].flush()
+            self.files['done'][part] = 1  # last: a part that is interrupted is computed again
+            self.files['done'].flush()
             if i % 10 == 9 or i == n_rounds - 1:
                 count = min(len(missing), (i + 1) * run.world_size)
                 run.progress(f'{self.folder}: part {count} of {len(missing)} cached, {clock.read():.0f} s')
@@ -668,7 +660,7 @@ def evaluate(net, model, teacher, data, indices, run, rule, chats, token_bytes, 
     start_ids = tokenizer.encode(sample_start) or [tokenizer.eot]
     with run.unsharded(model):
         new_ids = generate(model, [start_ids], sample_tokens, temperature=0.8, stop_ids=(tokenizer.eot,), seed=seed,
-                                 vocab_limit=tokenizer.n_vocab)[0]
+                           vocab_limit=tokenizer.n_vocab)[0]
     return metrics, summary, [sample_start + tokenizer.decode([i for i in new_ids if i != tokenizer.eot], start=False)]
 
 

@@ -191,8 +191,7 @@ def ask(task, row):
 
 def examples(task, rows):
     """The text before every question: the description, and rows with their answers."""
-    shots = [''.join(ask(task, row)[row.get('gold', 0)]) + task.between for row in rows]
-    return [task.description, *shots]
+    return [task.description, *(''.join(ask(task, row)[row.get('gold', 0)]) + task.between for row in rows)]
 
 
 @functools.cache
@@ -223,12 +222,9 @@ def encode_pair(tokenizer, context, ending):
     the first token of the ending may hold the blank before it. UserError where the tokenizer cannot spell it."""
     cut = len(context.rstrip()) if ending else len(context)
     context, ending = context[:cut], context[cut:] + ending
-    if context:
-        known, whole = with_start(tokenizer, context), with_start(tokenizer, context + ending)
-        if tokenizer.bos is None:
-            known, whole = known[1:], whole[1:]
-    else:
-        known, whole = with_start(tokenizer, ''), with_start(tokenizer, ending)
+    known, whole = with_start(tokenizer, context), with_start(tokenizer, context + ending)
+    if context and tokenizer.bos is None:
+        known, whole = known[1:], whole[1:]
     ids = known + whole[len(known):]
     if ending and (len(ids) == len(known) or tokenizer.special.get(UNK, -1) in ids[len(known):]):
         raise UserError(f'tokenizer {tokenizer.name} cannot spell the answer {ending!r:.60}: leave this task out')
@@ -262,18 +258,15 @@ def batches(lengths, known, size, block_size):
 
 
 def read_prefix(model, ids):
-    """A cache of one row that holds ids, or None for none."""
-    if not ids:
-        return None
+    """A cache of one row that holds ids, perhaps none."""
     cache = KVCache(model.config, 1, len(ids), model.tok_emb.weight.device)
-    model.hidden(torch.tensor([ids], device=cache.device), cache=cache)
+    if ids:
+        model.hidden(torch.tensor([ids], device=cache.device), cache=cache)
     return cache
 
 
-def copies(model, prefix, count, capacity):
-    """A cache with room for count rows, all of which begin with what prefix, a cache or None, holds."""
-    if prefix is None:
-        return KVCache(model.config, count, capacity, model.tok_emb.weight.device)
+def copies(prefix, count, capacity):
+    """A cache of count rows, each with room for so many tokens, all of which begin with what prefix, a cache, holds."""
     cache = prefix.part(0, prefix.lengths[0])
     cache.reserve(capacity)
     cache.select([0] * count)
@@ -301,7 +294,7 @@ def log_likelihoods(model, questions, batch_tokens=8192):
     lengths = [(len(texts), max(len(ids) for ids, _ in texts) - known, begin - known)
                for texts, begin in zip(questions, shared, strict=True)]
     for batch in batches(lengths, known, batch_tokens, block):
-        cache = copies(model, prefix, len(batch), known + lengths[batch[0]][1])
+        cache = copies(prefix, len(batch), known + lengths[batch[0]][1])
         middles = [questions[i][0][0][known:shared[i]] for i in batch]
         if any(middles):
             model.hidden(padded(middles).to(device), cache=cache, counts=[*map(len, middles)])
@@ -343,9 +336,8 @@ def answers(model, tokenizer, prompts, until, max_new_tokens, batch_tokens=8192)
     for batch in batches(lengths, known, batch_tokens, model.config.block_size):
         rows = [Row(prompts[i], max_new_tokens, [0.0], number=i) for i in batch]
         side_by_side = Batch(model)
-        cache = copies(model, prefix, len(batch), known + lengths[batch[0]][1]) if known else None
-        for _ in side_by_side.admit_in_parts(rows, cache=cache):
-            pass
+        cache = copies(prefix, len(batch), known + lengths[batch[0]][1])
+        side_by_side.admit(rows, cache=cache)
         while not all(row.done for row in rows):
             ids = side_by_side.advance()[:, :tokenizer.n_vocab].argmax(-1).tolist()
             side_by_side.append(ids, [0.0] * len(ids), ends.union(tokenizer.stop_ids))

@@ -939,12 +939,11 @@ def listen(address, number):
 
 
 def main():
-    global api_key
     _, given = runtime.configure(globals(), GPTConfig)
-    api_key, opening = read_knob('api_key', api_key), read_knob('system', system)
+    secret, opening = read_knob('api_key', api_key), read_knob('system', system)
     if max_rows < 1 or max_queue < 1 or min(prefix_cache_tokens, max_think_tokens, num_waits) < 0:
         raise UserError('max_rows and max_queue must be >= 1, prefix_cache_tokens, max_think_tokens and num_waits >= 0')
-    if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:
+    if host not in ('127.0.0.1', 'localhost', '::1') and not secret:
         raise UserError(f'host={host} lets other machines in: give --api_key=SECRET, which they must send')
     listener = listen(host, port)  # before the model is read, which takes a while
     model, tokenizer = load_to_generate(init_from, runtime.pick_device(device), dtype, quant, batch_invariant=True,
@@ -953,7 +952,7 @@ def main():
         raise UserError(f'{init_from} is an encoder or has one: sample.py --source=TEXT talks to it')
     engine = Engine(model, tokenizer, max_rows, max_queue, prefix_cache_tokens,
                     forcing(tokenizer, tools, max_think_tokens, num_waits=num_waits, wait=wait))
-    server = Server(engine, model_name or init_from, api_key, opening)
+    server = Server(engine, model_name or init_from, secret, opening)
     if opening and not server.chats:
         raise UserError(f'system={system}: {server.no_chats}')
     app = server.app()
