@@ -468,7 +468,7 @@ FAULTS = [
     # tokenizer.py
     Fault('bpe_merge_order', 'tokenizer.py', 'heap = [(-n, pair) for pair, n in count.items()]',
           'heap = [(-n, pair[::-1]) for pair, n in count.items()]', 'test_4_1 and merges'),
-    Fault('short_special_first', 'tokenizer.py', 'sorted(names, key=len, reverse=True)',
+    Fault('short_special_first', 'chat.py', 'sorted(names, key=len, reverse=True)',
           'sorted(names, key=len)', 'test_4_1 and longest'),
     Fault('specials_in_plain_text', 'tokenizer.py', 'if not allow_special:', 'if allow_special:',
           'test_4_1 and special'),
