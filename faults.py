@@ -879,7 +879,7 @@ FAULTS = [
     Fault('vote_less_chooser', 'best_of_n.py', "by_prompt(seeds, -1) - by_prompt(mine['vote'], -1)",
           "by_prompt(mine['vote'], -1) - by_prompt(seeds, -1)", 'test_8_3 and choosers'),
     # tools.py
-    Fault('calls_without_limit', 'rollout.py', 'if len(turns) < self.max_tool_calls else []', 'if True else []',
+    Fault('calls_without_limit', 'rollout.py', 'if len(starts) <= self.max_tool_calls else []', 'if True else []',
           'test_10_4 and different_rounds'),
     Fault('result_ends_the_answer', 'generate.py', 'self.done = token in stop_ids and not self.forced or',
           'self.done = token in stop_ids or', 'test_10_4 and different_rounds'),

@@ -42,7 +42,7 @@ from load import fields_of, is_run, load_draft, load_to_generate
 from model import GPTConfig
 from rollout import forcing, load_scorer
 from tokenizer import UserError
-from tools import turn_start
+from tools import turn_starts
 
 # what to do
 init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
@@ -165,7 +165,7 @@ def choose(model, tokenizer, ids, messages, scorer, force=None):
 
 def plain(tokenizer, ids):
     """The text of ids, in a chat of the last turn, without what ends it."""
-    ids = ids[turn_start(tokenizer, ids):] if chat else ids
+    ids = ids[turn_starts(tokenizer, ids)[-1]:] if chat else ids
     return tokenizer.decode([i for i in ids if i not in stops(tokenizer)], start=chat)
 
 

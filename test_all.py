@@ -13704,9 +13704,9 @@ def takes_turns(monkeypatch):
             found = []
             for row in rows:
                 (turns,) = [of for question, of in said.items() if question in tokenizer.decode(row)]
-                starts = []
-                at = len(row) - tools_file.turn_start(tokenizer, row, starts)
-                now = turns[min(len(starts), len(turns)) - 1]
+                starts = tools_file.turn_starts(tokenizer, row)
+                at = len(row) - starts[-1]
+                now = turns[min(len(starts) - 1, len(turns)) - 1]
                 found.append(now[at] if at < len(now) else 0)
             return found, np.array([[-0.5, 0.7]] * len(rows)) if rest[-1] is True else [-0.5] * len(rows)
         monkeypatch.setattr(generation, 'sample', sample)
