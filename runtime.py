@@ -1443,16 +1443,6 @@ class Run:
         return None
 
 
-def new_figure(rows, columns, width, height):
-    """A matplotlib figure of so many panels, of width x height inches each -> (figure, [[axes]]); needs no display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
-    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def elapsed(seconds):
     """1:02:03, or 2:03 under an hour."""
     minutes, seconds = divmod(int(seconds), 60)
