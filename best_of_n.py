@@ -29,7 +29,7 @@ import numpy as np
 from dataset import find_dataset
 from grade import best_at_k, difference, final_answers, interval, is_correct, maj_at_k, pass_at_k, t_quantile
 from load import load_model
-from plot import draw_mean, mean_and_spread
+from plot import draw_mean, mean_and_spread, new_figure
 from rollout import compute_all_logprobs, forcing, generate_rollouts, gold_scores, load_prompt_data, load_scorer
 from rows import is_file_of_rows
 from tokenizer import UserError
@@ -257,7 +257,7 @@ def draw_choosers(series, path):
     """The share of correct answers over n, a panel for each label -> lines of a table, with what each chooser gains on
     the vote at the largest n, prompt by prompt."""
     labels = list(dict.fromkeys(label for label, _ in series))
-    figure, (panels,) = runtime.new_figure(1, len(labels), 5, 3.6)
+    figure, (panels,) = new_figure(1, len(labels), 5, 3.6)
     sizes = [point['n'] for point in first_seed(next(iter(series.values())))]
     lines = ['| chosen by | ' + ' | '.join(f'n = {n}' for n in sizes) + f' | less the vote, n = {sizes[-1]} |',
              '| --- |' + ' --- |' * (len(sizes) + 1)]
@@ -279,7 +279,7 @@ def draw_choosers(series, path):
 def draw_budgets(series, path):
     """The share of correct answers over the mean number of tokens in <think> -> lines of a table, with what each gains
     on thoughts that end as they like, prompt by prompt."""
-    figure, ((axes,),) = runtime.new_figure(1, 1, 5, 3.6)
+    figure, ((axes,),) = new_figure(1, 1, 5, 3.6)
     lines = ['| thought | tokens | correct | less the one that ends as it likes |', '| --- | --- | --- | --- |']
     in_order = sorted(series.items(), key=lambda item: (item[0][0], item[0][1] != 'budgets'))
     for color, ((label, what), seeds) in enumerate(in_order):
@@ -324,7 +324,7 @@ def draw_series(series, path):
     """Two rows, true quality and the reward model's score; a column for the best of n and one for policies -> lines of
     a table: the laws' coefficients and how far the true quality falls, each with its 95 % interval."""
     columns = sorted({key[2] for key in series})
-    figure, panels = runtime.new_figure(2, len(columns), 5, 3.2)
+    figure, panels = new_figure(2, len(columns), 5, 3.2)
     lines = ['| series | measure | alpha | beta | peak, KL | KL reached | at KL 0, highest, last | fall since then |',
              '| --- | --- | --- | --- | --- | --- | --- | --- |']
     for color, ((label, chooser, rl), seeds) in enumerate(series.items()):

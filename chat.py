@@ -16,7 +16,7 @@ import functools
 import json
 import re
 
-from errors import UserError
+from errors import UserError, one_line
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 THOUGHTS = ('reasoning_content', 'thinking', 'reasoning')  # what a message's thoughts are called
@@ -157,31 +157,33 @@ class ChatTemplate:
     def __init__(self, source, markers, ends=(), special=None, names=None, date=None):
         self.source, self.names = source, names or {}
         special = markers if special is None else special
-        self.markers, self.special = (_any_of(found) for found in (markers, special))
+        self.markers, self.special = (any_of(found) for found in (markers, special))
         self.date = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
         try:
             self.template = _environment().from_string(source, globals={'strftime_now': self.date.strftime})
             self.variables, self.generation = _reads(source)
         except Exception as error:  # of syntax, in one of many classes
-            raise UserError(f'its chat template is not one in Jinja: {_line(error)}') from None
+            raise UserError(f'its chat template is not one in Jinja: {one_line(error)}') from None
         self.end = self._end_of_turn()
-        self.ends = _any_of([*ends, *[self.end] * bool(self.end)])
+        self.ends = any_of([*ends, *[self.end] * bool(self.end)])
 
     def _end_of_turn(self):
         """The first token after what the assistant says; None where there is none."""
-        ask, answer = {'role': 'user', 'content': 'ASKED'}, {'role': 'assistant', 'content': 'ANSWERED'}
         try:
-            text = self._render([ask, answer], False, {})
+            text = self._example()
         except UserError:
             return None
-        text = MARKS.sub('', text)
         found = self.markers.search(text, text.rfind('ANSWERED')) if 'ANSWERED' in text else None
         return found and found[0]
 
     def writes(self):
         """The tokens that the template itself puts around what is said."""
+        return {*self.markers.findall(self._example())}
+
+    def _example(self):
+        """A chat of a question and its answer, as the template writes it."""
         turns = [{'role': 'user', 'content': 'ASKED'}, {'role': 'assistant', 'content': 'ANSWERED'}]
-        return {*self.markers.findall(MARKS.sub('', self._render(turns, False, {})))}
+        return MARKS.sub('', self._render(turns, False, {}))
 
     def knows(self, name):
         """Whether the template reads a key of messages of this name."""
@@ -192,7 +194,7 @@ class ChatTemplate:
             return self.template.render(messages=messages, add_generation_prompt=generate, **self.names,
                                         **{'tools': None, 'documents': None} | variables)
         except Exception as error:  # a template can raise nearly anything
-            raise UserError(f'the chat template refuses this chat: {_line(error)}') from None
+            raise UserError(f'the chat template refuses this chat: {one_line(error)}') from None
 
     def segments(self, messages, generate=False, calls=True):
         """A chat -> [(text, whether it counts in the loss)], in order; with generate nothing counts.
@@ -318,9 +320,9 @@ class ChatTemplate:
         return text, spans
 
 
-def _any_of(names):
-    """A regular expression for any of these names, the longest first; one that matches nothing where there is none."""
-    return re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)')
+def any_of(names):
+    """A regular expression for any of these names, the longest first, as a group; with no names it matches nothing."""
+    return re.compile('(' + ('|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or '(?!)') + ')')
 
 
 def _unlearned(message):
@@ -360,7 +362,3 @@ def _cut(text, spans):
         if piece:
             pieces.append((piece, bool(span and span[0] <= begin) and not result))
     return pieces
-
-
-def _line(error):
-    return ' '.join(f'{error}'.split())[:200]

@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from chat import NotNested
+from errors import UserError
 from files import OPENERS
 from progress import counted
 from rows import (
@@ -50,8 +51,8 @@ from rows import (
     read_steps,
     unlearned,
 )
-from tokenizer import Tokenizer, UserError, get_tokenizer
-from tools import turn_start
+from tokenizer import Tokenizer, get_tokenizer
+from tools import turn_starts
 
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # the header in bytes
@@ -698,8 +699,9 @@ class ChatData:
 
     def text(self, ids):
         """The text of an answer's ids, of its last turn where it has several, without what ends it."""
-        ids = ids[turn_start(self.tokenizer, ids):]
-        return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.turn_ids])
+        ids = ids[turn_starts(self.tokenizer, ids)[-1]:]
+        ends = self.tokenizer.turn_ids
+        return self.tokenizer.decode([i for i in ids if i not in ends])
 
     def transcript(self, ids):
         """The text of an answer's ids with all its turns, without what ends the last one."""

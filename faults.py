@@ -389,7 +389,7 @@ FAULTS = [
           'test_4_3 and on_the_disk'),
     Fault('checksum_not_read', 'runtime.py', 'damaged = archive.testzip()', "damaged = ''",
           'test_4_3 and damaged_checkpoint'),
-    Fault('moments_not_restored', 'runtime.py', "optimizer.load_state_dict({'state': old['state'],",
+    Fault('moments_not_restored', 'runtime.py', "optimizer.load_state_dict({'state': moments,",
           "optimizer.load_state_dict({'state': {},",
           'test_4_3 and resume_is_exact and adamw'),
     Fault('best_not_restored', 'runtime.py', "self.best = state['best']", 'pass', 'test_4_3 and best_score'),
@@ -468,7 +468,7 @@ FAULTS = [
     # tokenizer.py
     Fault('bpe_merge_order', 'tokenizer.py', 'heap = [(-n, pair) for pair, n in count.items()]',
           'heap = [(-n, pair[::-1]) for pair, n in count.items()]', 'test_4_1 and merges'),
-    Fault('short_special_first', 'tokenizer.py', 'sorted(names, key=len, reverse=True)',
+    Fault('short_special_first', 'chat.py', 'sorted(names, key=len, reverse=True)',
           'sorted(names, key=len)', 'test_4_1 and longest'),
     Fault('specials_in_plain_text', 'tokenizer.py', 'if not allow_special:', 'if allow_special:',
           'test_4_1 and special'),
@@ -537,8 +537,8 @@ FAULTS = [
     # what other systems lack
     Fault('folders_opened_everywhere', 'runtime.py', "    if hasattr(os, 'O_DIRECTORY'):", '    if True:',
           'test_0_5_a_run_saves'),
-    Fault('moved_with_an_open_lock', 'runtime.py', '                        if WINDOWS:\n',
-          '                        if False:\n', 'test_0_5_a_run_saves'),
+    Fault('moved_with_an_open_lock', 'runtime.py', '            if WINDOWS:\n',
+          '            if False:\n', 'test_0_5_a_run_saves'),
     Fault('lock_of_the_file_alone', 'runtime.py', '    if earlier and not earlier.closed:\n', '    if False:\n',
           'test_0_5_a_lock'),
     Fault('lock_held_by_another_passes', 'runtime.py', '        raise BlockingIOError\n', '        pass\n',
@@ -879,7 +879,7 @@ FAULTS = [
     Fault('vote_less_chooser', 'best_of_n.py', "by_prompt(seeds, -1) - by_prompt(mine['vote'], -1)",
           "by_prompt(mine['vote'], -1) - by_prompt(seeds, -1)", 'test_8_3 and choosers'),
     # tools.py
-    Fault('calls_without_limit', 'rollout.py', 'if len(turns) < self.max_tool_calls else []', 'if True else []',
+    Fault('calls_without_limit', 'rollout.py', 'if len(starts) <= self.max_tool_calls else []', 'if True else []',
           'test_10_4 and different_rounds'),
     Fault('result_ends_the_answer', 'generate.py', 'self.done = token in stop_ids and not self.forced or',
           'self.done = token in stop_ids or', 'test_10_4 and different_rounds'),

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import runtime
-from runtime import new_figure
 
 import torch
 
@@ -44,6 +43,16 @@ NOT_DRAWN = ('iter', 'seconds', 'router/load', 'skipped', 'correct_by_prompt')
 SHARES = ('true quality', 'held-out answers', 'accuracy', 'share clipped', 'shares')  # panels of what is from 0 to 1
 # knobs in which seeds of one run may differ
 OF_A_SEED = ('out_dir', 'tensorboard_log', 'wandb_log', 'wandb_project', 'wandb_run_name', 'keep_checkpoints')
+
+
+def new_figure(rows, columns, width, height):
+    """A matplotlib figure of so many panels, of width x height inches each -> (figure, [[axes]]); needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
+    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def mean_and_spread(values):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import UserError
 from progress import Progress
-from tokenizer import UserError
 
 
 def write_dataset(folder, tokenizer, splits, source, eot=True):

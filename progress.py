@@ -70,9 +70,9 @@ def on_line(text):
     return f'\r{text[:width]:<{width}}'
 
 
-def counted(items, what, unit, total=None, **where):
+def counted(items, what, unit, **where):
     """Yields items, with a Progress."""
-    progress = Progress(what, unit, len(items) if hasattr(items, '__len__') else total, **where)
+    progress = Progress(what, unit, len(items) if hasattr(items, '__len__') else None, **where)
     try:
         for done, item in enumerate(items):
             progress(done)

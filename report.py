@@ -125,7 +125,7 @@ def draw(folder):
     panels = [panel for panel in plot.panels_of(dict.fromkeys(k for row in rows for k in row)) if any(
         name.startswith(('val/', 'train/loss', 'reward/', 'kl')) for name in panel[1])][:4]
     try:
-        figure, axes = runtime.new_figure(1, max(1, len(panels)), 3.6, 2.6)
+        figure, axes = plot.new_figure(1, max(1, len(panels)), 3.6, 2.6)
     except UserError:
         return False
     for place, (panel, names) in zip(axes.flat, panels, strict=False):

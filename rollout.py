@@ -47,7 +47,7 @@ from grade import (
 from load import load_model
 from model import GatedDeltaNet
 from tokenizer import UserError, calculate
-from tools import check_template, load_module, load_tools, messages_of, tool_turn, turn_start
+from tools import check_template, load_module, load_tools, messages_of, tool_turn, turn_starts
 
 # ----------------------------------------------------------------------------------------------------------------------
 # answers
@@ -171,14 +171,13 @@ class Forcing:
         if self.tools.functions:
             if ids[-1] in self.turn_ids:
                 return self._tool_turn(ids, row, record)
-            ids = ids[turn_start(self.tokenizer, ids):]  # what follows is about the last turn
+            ids = ids[turn_starts(self.tokenizer, ids)[-1]:]  # what follows is about the last turn
         return self._result(ids) or self._closing(ids) or self._waiting(ids)
 
     def _tool_turn(self, ids, row, record):
-        turns = []
-        start = turn_start(self.tokenizer, ids, turns)
-        said = self.tokenizer.decode(ids[start:-1])
-        calls = read_calls(said) if len(turns) < self.max_tool_calls else []
+        starts = turn_starts(self.tokenizer, ids)
+        said = self.tokenizer.decode(ids[starts[-1]:-1])
+        calls = read_calls(said) if len(starts) <= self.max_tool_calls else []
         results = [self.tools.answer(call, row) for call in calls]
         if record is not None and results:
             record += messages_of(said, results)

@@ -20,10 +20,10 @@ from collections import Counter
 from pathlib import Path
 
 from chat import ROLES, THOUGHTS
+from errors import UserError
 from files import csv_rows, format_of, opened, parquet_rows
 from grade import GRADERS, check_gold
 from progress import counted
-from tokenizer import UserError
 
 # optional fields of a row and their types: the correct answer, the grader that checks it, the problem's steps and kind;
 # of preferences: the defect of the rejected answer, whether the label was flipped, how much better the chosen one is;
@@ -287,25 +287,21 @@ def _content(value, what):
 
 def _call(value, name):
     """The JSON of a call, {"name": …, "arguments": …}, as text or parsed -> as in "tool_calls"."""
+    calls = []
     try:
         found = json.loads(value) if isinstance(value, str) else value
-        listed = found if isinstance(found, list) else [found]
-        calls = [call.get('function', call) for call in listed]
-        return [{'type': 'function', 'function': {'name': _text(call['name'], f'the "name" of a call of {name}'),
-                                                  'arguments': _arguments(call, name)}} |
-                ({'id': around['id']} if 'id' in around else {}) for call, around in zip(calls, listed, strict=True)]
+        for item in found if isinstance(found, list) else [found]:
+            call = item.get('function', item)
+            function = {'name': _text(call['name'], f'the "name" of a call of {name}'),
+                        'arguments': call.get('arguments', call.get('parameters', {}))}  # Llama calls them parameters
+            _text(json.dumps(function['arguments'], ensure_ascii=False), f'a call of {name}')
+            calls.append({'type': 'function', 'function': function} | ({'id': item['id']} if 'id' in item else {}))
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{name} must hold the JSON of a call, {{"name": …, "arguments": …}}, not {value!r:.40}'
                         ) from None
-
-
-def _arguments(call, name):
-    """The arguments of a call, which Llama calls parameters: an object, or its JSON as text."""
-    arguments = call.get('arguments', call.get('parameters', {}))
-    _text(json.dumps(arguments, ensure_ascii=False), f'a call of {name}')
-    return arguments
+    return calls
 
 
 def _message(m, name, row, empty=False):

@@ -29,6 +29,7 @@ import tokenize
 import weakref
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 # A waiting thread of libgomp, PyTorch's OpenMP on Linux, spins 300,000 times before it sleeps: two trainings on the
 # same two cores then take twenty times as long instead of twice. Ten thousand times bridge the moments between two
@@ -50,14 +51,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import UserError
 from progress import counted, on_line
-from tokenizer import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # knobs
 
-OPERATORS = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
-             ast.Div: lambda a, b: a / b, ast.FloorDiv: lambda a, b: a // b}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv}
 
 
 def _evaluate(node, names):
@@ -69,36 +70,40 @@ def _evaluate(node, names):
     return ast.literal_eval(node)
 
 
-@functools.cache
-def _assignments(source):
-    """{name: comment} for the lower-case top-level assignments of a module's or dataclass's source."""
-    comments = {tok.start[0]: tok.string.lstrip('# ') for tok in
-                tokenize.generate_tokens(io.StringIO(source).readline) if tok.type == tokenize.COMMENT}
-    tree = ast.parse(source)
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else tree.body
-    found = {}
+class Knob(NamedTuple):
+    """What a file says of a knob beside its value."""
+    comment: str  # beside it: its help text
+    heading: str  # the comment above its group
+    annotation: str  # 'float' of 'scale: float = 0', '' where there is none
+
+
+def _assignments(body):
+    """Yields (name, node) for each assignment to a lower-case name in the body of a module or class."""
     for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
-        if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith('_'):
-            found[target.id] = comments.get(node.lineno, '')
-    return found
-
-
-def _headings(source):
-    """{name: the comment above its group} for the same assignments of a module's source."""
-    found, heading, line_of = {}, '', re.compile('# (?!-)(.*)|([a-z][a-z0-9_]*)(?:: [a-z| ]+)? = ')
-    for line in source.splitlines():
-        if match := line_of.match(line):
-            heading = match[1] or heading
-            found |= {match[2]: heading} if match[2] else {}
-    return found
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and target.id.islower():
+                yield target.id, node
 
 
 @functools.cache
-def _annotated(source, kind):
-    """The knobs of a module that say what they are: 'tools: bool | str = False', 'scale: float = 0'."""
-    return {node.target.id for node in ast.parse(source).body
-            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == kind}
+def _read_knobs(source):
+    """{name: Knob} of a module's or dataclass's source."""
+    comments, headings = {}, {0: ''}  # by their lines
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            comments[line] = token.string.lstrip('# ')
+            if column == 0 and token.string.startswith('# ') and not comments[line].startswith('-'):
+                headings[line] = comments[line]
+    tree = ast.parse(source)
+    found = {}
+    for name, node in _assignments(tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else tree.body):
+        if not name.startswith('_'):
+            heading = headings[max(line for line in headings if line < node.lineno)]
+            annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
+            found[name] = Knob(comments.get(node.lineno, ''), heading, annotation)
+    return found
 
 
 @functools.cache
@@ -109,7 +114,7 @@ def _source_of(cls):
 
 def _knobs_of(source, defaults):
     """{name: (default, comment)} of the knobs in a module's or dataclass's source."""
-    return {name: (defaults[name], comment) for name, comment in _assignments(source).items()}
+    return {name: (defaults[name], knob.comment) for name, knob in _read_knobs(source).items()}
 
 
 def _convert(key, value, default, where, also_text=False):
@@ -120,10 +125,8 @@ def _convert(key, value, default, where, also_text=False):
             return value.lower() in ('true', '1', 'yes')
         if isinstance(value, bool) or text and also_text:
             return value
-    elif isinstance(default, (int, float)):
+    elif isinstance(default, (int, float)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            if isinstance(value, bool):
-                raise ValueError
             number = float(value)
             if isinstance(default, float) and math.isfinite(number):
                 return number
@@ -167,14 +170,13 @@ def knobs_of_file(path):
     return _knobs_of(source, _defaults_of(source))
 
 
+@functools.cache
 def _defaults_of(source):
     """{name: value} of a module's knobs, but for those that are more than arithmetic."""
     found = {}
-    for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
-        if isinstance(target, ast.Name) and target.id.islower():
-            with contextlib.suppress(ValueError, TypeError, ArithmeticError):
-                found[target.id] = _evaluate(node.value, found)
+    for name, node in _assignments(ast.parse(source).body):
+        with contextlib.suppress(ValueError, TypeError, ArithmeticError):
+            found[name] = _evaluate(node.value, found)
     return found
 
 
@@ -216,7 +218,7 @@ def configure(namespace, *others, argv=None):  # noqa: C901
             found, where = _knobs_of(_source_of(other), defaults), f'{other.__name__} in {other.__module__}.py'
         fields |= found
         headings |= dict.fromkeys(found, where)
-    texts, numbers = (_annotated(source, kind) for kind in ('bool | str', 'float'))
+    described = _read_knobs(source)
     knobs, given = stage | {k: v for k, v in fields.items() if k not in stage}, {}
 
     def assign(key, value, where):
@@ -228,7 +230,8 @@ def configure(namespace, *others, argv=None):  # noqa: C901
                 hint = f'it is a knob of {owner}, which this script does not take'
             raise UserError(f'{where}: unknown key {key!r}; {hint}')
         default = knobs[key][0]
-        value = _convert(key, value, float(default) if key in numbers else default, where, key in texts)
+        kind = described[key].annotation if key in stage else ''
+        value = _convert(key, value, float(default) if kind == 'float' else default, where, kind == 'bool | str')
         if (key, value) == ('init_from', 'auto') and 'max_iters' in knobs:
             value = f'auto:{namespace[key].removeprefix("auto:")}'  # the model is that of the config or the file
         if isinstance(value, list) and key in seen:
@@ -256,7 +259,7 @@ def configure(namespace, *others, argv=None):  # noqa: C901
     if '--help' in argv or '-h' in argv:
         values = given | {key: namespace[key] for key in stage}
         _help(namespace, {key: (values.get(key, default), comment) for key, (default, comment) in knobs.items()},
-              headings | _headings(source))
+              headings | {name: knob.heading for name, knob in described.items()})
         raise SystemExit(0)
     return {k: namespace[k] for k in stage}, given
 
@@ -429,7 +432,7 @@ class Damaged(UserError):
     """A checkpoint that is incomplete or corrupt; init_from='auto' skips it."""
 
 
-def load_checkpoint(path, map_location='cpu', mmap=False):
+def load_checkpoint(path, mmap=False):
     """Reads a checkpoint file, or the best (else the latest) checkpoint of a run's directory, without running code.
 
     mmap: tensors stay in the file until they are used. Raises UserError that names the file when it is missing, damaged
@@ -446,7 +449,7 @@ def load_checkpoint(path, map_location='cpu', mmap=False):
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f'the checksum of {damaged} is wrong')
-        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f'{path}: no such checkpoint; give the directory of a run (--init_from=out/NAME)') from None
     except (OSError, MemoryError) as error:
@@ -595,7 +598,7 @@ def fast_bfloat16(device, rows=512):
 
 
 @torch.inference_mode()
-def _bfloat16_is_faster(rows, repeats=12):
+def _bfloat16_is_faster(rows):
     """Times a product of so many rows with a matrix packed as for generation, in both precisions by turns.
 
     It is short and repeated, by one thread, and the shortest time counts, so that a busy machine gives the same answer
@@ -612,7 +615,7 @@ def _bfloat16_is_faster(rows, repeats=12):
             products[dtype] = functools.partial(PackedLinear(layer), torch.ones(min(rows, 256), n, dtype=dtype))
             products[dtype]()  # the first call prepares the kernel
             best[dtype] = math.inf
-        for _ in range(repeats):
+        for _ in range(12):
             for dtype, product in products.items():
                 start = time.perf_counter()
                 product()
@@ -762,6 +765,7 @@ class Run:
         self.config = {}
         self.last = {}  # the last value of every metric
         self.failed_saves = {}  # {file: reason}
+        self._locked = None  # the file whose lock says that this process writes in out_dir
         self._damaged = []  # checkpoints that were skipped
         self._write_failed = set()  # files of the log that could not be written
         self._wandb = self._tensorboard = self._prepare = self._start = None
@@ -899,19 +903,18 @@ class Run:
             raise UserError(f'{origin} holds no moments of this optimizer, it was trained with optimizer='
                             f'{before.get("optimizer")!r}{f", lora_lr_ratio={ratio}" if ratio != 1 else ""}: resume '
                             f'with that, or take its weights only: --init_from={self.out_dir} and a new --out_dir')
-        for part, old in zip(each(optimizers), saved, strict=True):  # a wrong shape would end in a crash
-            params = [p for group in part.param_groups for p in group['params']]
-            for i, moments in old['state'].items():
-                if any(moments[k].shape != params[i].shape for k in ('exp_avg', 'momentum_buffer') if k in moments):
+        for optimizer, old in zip(each(optimizers), saved, strict=True):
+            params = [p for group in optimizer.param_groups for p in group['params']]
+            moments = old['state']
+            for i, values in moments.items():  # a wrong shape would end in a crash
+                if any(values[k].shape != params[i].shape for k in ('exp_avg', 'momentum_buffer') if k in values):
                     raise UserError(f'{origin} holds moments of other parameters: take its weights only: --init_from='
                                     f'{self.out_dir} and a new --out_dir')
-        if self.fsdp:
-            for part, old in zip(each(optimizers), saved, strict=True):
-                params = [p for group in part.param_groups for p in group['params']]
-                old['state'] = {i: {k: self.like(params[i], v) if v.ndim else v for k, v in moments.items()}
-                                for i, moments in old['state'].items()}
-        for optimizer, old in zip(each(optimizers), saved, strict=True):  # rates, decays and betas stay those of today
-            optimizer.load_state_dict({'state': old['state'], 'param_groups': optimizer.state_dict()['param_groups']})
+            if self.fsdp:
+                moments = {i: {k: self.like(params[i], v) if v.ndim else v for k, v in values.items()}
+                           for i, values in moments.items()}
+            # rates, decays and betas stay those of today
+            optimizer.load_state_dict({'state': moments, 'param_groups': optimizer.state_dict()['param_groups']})
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
         self.best = state['best']
@@ -1065,8 +1068,10 @@ class Run:
         """The path of the checkpoint that this run resumes from, the same in every process, or None.
 
         'resume': the latest, UserError if it is missing or damaged. 'auto:MODEL': the latest that is not damaged, None
-        if there is none at all; damaged ones are skipped and reported. Anything else: None.
+        if there is none at all; damaged ones are skipped and reported. Anything else: None. UserError if another
+        process is writing in the run's directory.
         """
+        self.on_main(self._lock_earlier_run)
         auto = init_from.startswith('auto:')
         if init_from != 'resume' and not auto:
             return None
@@ -1096,7 +1101,7 @@ class Run:
             self._set_dtypes(*dtypes)  # timed again, they could be others than when the run began
         return path
 
-    def open(self, config, step=None, tensorboard_log=False, wandb_log=False, wandb_project='flatgpt',  # noqa: C901
+    def open(self, config, step=None, tensorboard_log=False, wandb_log=False, wandb_project='flatgpt',
              wandb_run_name=''):
         """Makes the run's directory ready and starts the loggers.
 
@@ -1114,51 +1119,16 @@ class Run:
                     raise UserError(f'{key}={value} is the run in out_dir={self.out_dir}, which would be moved aside: '
                                     'give another --out_dir')
 
-        def work():  # noqa: C901
+        def work():
             if wandb_log:
-                try:
-                    import wandb
-                except ImportError:
-                    raise UserError('wandb_log=True needs wandb: pip install wandb') from None
-                known = self.out_dir / 'wandb_id'  # a resumed run continues there too
-                id = known.read_text(encoding='utf-8') if step is not None and known.exists() else None
-                try:
-                    self._wandb = wandb.init(project=wandb_project, config=config, id=id, resume='allow',
-                                             name=wandb_run_name or str(self.out_dir))
-                except wandb.Error as error:
-                    raise UserError(f'wandb_log=True: {str(error).splitlines()[0]}') from None
+                self._start_wandb(wandb_project, wandb_run_name, step is not None)
             if tensorboard_log:
                 try:
                     from torch.utils.tensorboard import SummaryWriter
                 except ImportError:
                     raise UserError('tensorboard_log=True needs TensorBoard: pip install tensorboard') from None
             try:
-                self._lock()
-                if step is None and any(self.out_dir.glob('*.pt')):
-                    place = self.out_dir.resolve()  # a link to another disk stays
-                    n = next(n for n in range(1, 10 ** 6) if not Path(f'{place}.{n}').exists())
-                    try:
-                        if WINDOWS:
-                            self._locked.close()
-                        place.rename(f'{place}.{n}')
-                        place.mkdir()
-                    except OSError as error:  # a mounted disk; nothing is copied, nothing deleted
-                        raise UserError(f'out_dir={self.out_dir}: the earlier run there cannot be moved aside '
-                                        f'({error.strerror}): give another --out_dir') from None
-                    self.print0(f'moved the earlier run in {self.out_dir} to {place}.{n}')
-                    self._lock()
-                write_atomic(self.out_dir / '.writable', lambda file: None)
-                (self.out_dir / '.writable').unlink()
-                for path in self.out_dir.glob('*.tmp'):  # of a save that was killed
-                    path.unlink()
-                for path in self._damaged:
-                    path.replace(f'{path}.damaged')
-                if step is None:
-                    for name in ('metrics.jsonl', 'samples.txt', 'summary.json', 'starts.jsonl', 'report.md',
-                                 'report.svg', 'evaluate.json'):
-                        (self.out_dir / name).unlink(missing_ok=True)
-                else:
-                    self._rewind(step)
+                self._make_directory_ready(step)
                 if self._wandb:
                     write_atomic(self.out_dir / 'wandb_id', lambda file: file.write(self._wandb.id.encode()))
             except OSError as error:
@@ -1178,17 +1148,72 @@ class Run:
             start, self._start = self._start, None
             self._append('starts.jsonl', json.dumps(start) + '\n')
 
+    def _start_wandb(self, project, name, resumes):
+        """Starts a run at Weights & Biases; one that resumes continues there, too."""
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('wandb_log=True needs wandb: pip install wandb') from None
+        known = self.out_dir / 'wandb_id'
+        id = known.read_text(encoding='utf-8') if resumes and known.exists() else None
+        try:
+            self._wandb = wandb.init(project=project, config=self.config, id=id, resume='allow',
+                                     name=name or str(self.out_dir))
+        except wandb.Error as error:
+            raise UserError(f'wandb_log=True: {str(error).splitlines()[0]}') from None
+
     def _lock(self):
         """Takes the directory for this process; the system frees it when the process ends, however it ends."""
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._locked = open(self.out_dir / '.lock', 'ab')
+        file = open(self.out_dir / '.lock', 'ab')
         try:
-            self._locked = lock_file(self._locked)
+            self._locked = lock_file(file)
         except BlockingIOError:
             raise UserError(f'out_dir={self.out_dir}: another run is writing there; stop it, or give another '
                             '--out_dir') from None
         except OSError:
-            self.print0(f'{self.out_dir} is on a file system without locks: start no second run there')
+            if not self._locked:  # not said yet
+                self.print0(f'{self.out_dir} is on a file system without locks: start no second run there')
+            self._locked = file
+
+    def _lock_earlier_run(self):
+        """As `_lock`, where a run has been: that another one is writing there is said before a model is loaded."""
+        if (self.out_dir / '.lock').exists():
+            with contextlib.suppress(OSError):  # `open` says that nothing can be written there
+                self._lock()
+
+    def _make_directory_ready(self, step):
+        """Takes the directory, which must be writable, and clears it of what is not of the run up to this step."""
+        self._lock()
+        if step is None and any(self.out_dir.glob('*.pt')):
+            self._move_aside()
+        write_atomic(self.out_dir / '.writable', lambda file: None)
+        (self.out_dir / '.writable').unlink()
+        for path in self.out_dir.glob('*.tmp'):  # of a save that was killed
+            path.unlink()
+        for path in self._damaged:
+            path.replace(f'{path}.damaged')
+        if step is None:
+            for name in ('metrics.jsonl', 'samples.txt', 'summary.json', 'starts.jsonl', 'report.md', 'report.svg',
+                         'evaluate.json'):
+                (self.out_dir / name).unlink(missing_ok=True)
+        else:
+            self._rewind(step)
+
+    def _move_aside(self):
+        """Renames the directory, where an earlier run is, and makes a new one."""
+        place = self.out_dir.resolve()  # a link to another disk stays
+        n = next(n for n in range(1, 10 ** 6) if not Path(f'{place}.{n}').exists())
+        try:
+            if WINDOWS:
+                self._locked.close()
+            place.rename(f'{place}.{n}')
+            place.mkdir()
+        except OSError as error:  # a mounted disk; nothing is copied, nothing deleted
+            raise UserError(f'out_dir={self.out_dir}: the earlier run there cannot be moved aside ({error.strerror}): '
+                            'give another --out_dir') from None
+        self.print0(f'moved the earlier run in {self.out_dir} to {place}.{n}')
+        self._lock()
 
     def _rewind(self, step):
         """Drops what was logged after a step, so that no row of metrics and no sample occurs twice."""
@@ -1416,16 +1441,6 @@ class Run:
             name = torch.cuda.get_device_name(self.device)
             return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         return None
-
-
-def new_figure(rows, columns, width, height):
-    """A matplotlib figure of so many panels, of width x height inches each -> (figure, [[axes]]); needs no display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install matplotlib') from None
-    figure = Figure(figsize=(1 + width * columns, height * rows), layout='constrained')
-    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def elapsed(seconds):

@@ -40,9 +40,10 @@ from generate import generate, stream
 from grade import final_answers, majority
 from load import fields_of, is_run, load_draft, load_to_generate
 from model import GPTConfig
+from plot import new_figure
 from rollout import forcing, load_scorer
 from tokenizer import UserError
-from tools import turn_start
+from tools import turn_starts
 
 # what to do
 init_from = 'out/tiny'  # a run's directory or checkpoint, a Hugging Face directory, a .gguf file, smollm2, gpt2 …
@@ -165,7 +166,7 @@ def choose(model, tokenizer, ids, messages, scorer, force=None):
 
 def plain(tokenizer, ids):
     """The text of ids, in a chat of the last turn, without what ends it."""
-    ids = ids[turn_start(tokenizer, ids):] if chat else ids
+    ids = ids[turn_starts(tokenizer, ids)[-1]:] if chat else ids
     return tokenizer.decode([i for i in ids if i not in stops(tokenizer)], start=chat)
 
 
@@ -283,7 +284,7 @@ def show_attention(model, tokenizer, ids, source=None):
         maps = anatomy.attention_maps(model, ids, source)
     said, read = ([tokenizer.decode([i], start=False) for i in text] for text in (ids, source or ids))
     side = min(max(1.6, 0.09 * longest), 160 / max(len(maps), len(maps[0][1])))  # a picture of 16,000 points at most
-    figure, panels = runtime.new_figure(len(maps), max(len(weights) for _, weights in maps), side, side)
+    figure, panels = new_figure(len(maps), max(len(weights) for _, weights in maps), side, side)
     for row, (name, weights) in zip(panels, maps, strict=True):
         for head, axes in enumerate(row):
             if head < len(weights):

@@ -11,11 +11,10 @@ import itertools
 import math
 from typing import NamedTuple
 
-import runtime
-
 import numpy as np
 import torch
 
+from plot import new_figure
 from tokenizer import UserError
 
 HUBER = 1e-3  # residuals of log loss beyond this count linearly, as in the paper
@@ -117,7 +116,7 @@ def draw(path, runs, law, laws, made, measured):
 
     runs: [{'size', 'parameters', 'tokens', 'loss'}]; made: the prediction, a dict; measured: the loss of its run.
     """
-    figure, ((left, right),) = runtime.new_figure(1, 2, 5, 4)
+    figure, ((left, right),) = new_figure(1, 2, 5, 4)
     d = np.geomspace(min(run['tokens'] for run in runs), made['tokens'], 50)
     for i, size in enumerate(dict.fromkeys(run['size'] for run in runs)):
         inside = [run for run in runs if run['size'] == size]

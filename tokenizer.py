@@ -27,8 +27,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from chat import GUARD, ROLES, TEMPLATES, ChatTemplate, chatml, markers_in
-from errors import UserError
+from chat import GUARD, ROLES, TEMPLATES, ChatTemplate, any_of, chatml, markers_in
+from errors import UserError, one_line
 from progress import Progress, counted
 
 SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|pad|>')
@@ -53,7 +53,6 @@ QWEN2_PATTERN = GPT4_PATTERN.replace(r'\p{N}{1,3}', r'\p{N}')
 GGUF_PRE = {'gpt-2': (GPT2_PATTERN, False, False), 'smollm': (SMOLLM_PATTERN, False, False),
             'qwen2': (QWEN2_PATTERN, True, False), 'llama-bpe': (GPT4_PATTERN, False, True),
             'dbrx': (GPT4_PATTERN, False, False)}
-OTHERS_PATTERNS = (GPT4_PATTERN, GPT2_PATTERN, SMOLLM_PATTERN, QWEN2_PATTERN)
 # GPT-2's printable spelling of a byte: itself where Latin-1 can show it, else the next letter from U+0100 on ('Ġ' is a
 # space). The base tokens have this order too, so that ties between equally frequent pairs fall as in GPT-2's own files.
 PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
@@ -170,19 +169,9 @@ def _valid(text, errors='surrogateescape'):
     return (text if isinstance(text, bytes) else _utf8(text)).decode('utf-8', errors)
 
 
-def _any_of(names):
-    """A regular expression for any of these names, the longest first, as a group."""
-    return re.compile('(' + '|'.join(map(re.escape, sorted(names, key=len, reverse=True))) + ')')
-
-
 def _need(condition, what):
     if not condition:
         raise UserError(f'not a tokenizer: {what}')
-
-
-def _line(error):
-    """What an exception says, as one line that is not too long."""
-    return ' '.join(f'{error}'.split())[:300]
 
 
 class Tokenizer:
@@ -203,7 +192,7 @@ class Tokenizer:
         self.eot = special['<|endoftext|>']
         self.stop_ids, self.chat_template = [self.eot], chat_template or TEMPLATES['chatml']
         self.bytes_of = dict(enumerate(tokens)) | {i: _utf8(s) for s, i in special.items()}
-        self.special_regex = _any_of(special)
+        self.special_regex = any_of(special)
         if kind == 'chars':
             self.id_of = {token.decode(): i for i, token in enumerate(tokens) if token}
         elif kind != 'bytes':
@@ -214,7 +203,7 @@ class Tokenizer:
                 self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self.id_of, special_tokens={})
                 empty = regex.compile(pattern).match('')
             except (ValueError, regex.error) as error:
-                raise UserError(f"'pattern' is no regular expression: {_line(error)}") from None
+                raise UserError(f"'pattern' is no regular expression: {one_line(error)}") from None
             if empty:  # of which tiktoken would die
                 raise UserError("'pattern' must not match an empty text")
 
@@ -260,10 +249,10 @@ class Tokenizer:
     def turn_ids(self):
         """The ids that end an assistant's turn: of a chat, or a text."""
         try:
-            end = self.chat.end
+            end = self.special.get(self.chat.end)
         except UserError:  # it has no chats
             end = None
-        return [*dict.fromkeys([*self.stop_ids, *[self.special.get(end)] * (end in self.special)])]
+        return [*self.stop_ids] if end in (None, *self.stop_ids) else [*self.stop_ids, end]
 
     @functools.cached_property
     def turn_header(self):
@@ -288,8 +277,7 @@ class Tokenizer:
         return template
 
     def _chat_template(self):
-        names = {'eos_token': '<|endoftext|>', 'pad_token': '<|pad|>'}
-        return ChatTemplate(self.chat_template, [*self.special], ['<|endoftext|>'], names=names)
+        return ChatTemplate(self.chat_template, [*self.special], ['<|endoftext|>'], names=self.names())
 
     def chat_ids(self, messages, generate=False, calls=True):
         """A chat, a list of {'role': …, 'content': …} -> (ids, mask), as its chat template renders it.
@@ -342,7 +330,8 @@ class Tokenizer:
 
     def token_bytes(self):
         """Bytes of text that each id stands for, int32 (n_vocab,), 0 for specials: what bits per byte divide by."""
-        return np.array([len(token) for token in self.tokens], dtype=np.int32)
+        special = {*self.special.values()}
+        return np.array([0 if i in special else len(self.bytes_of[i]) for i in range(self.n_vocab)], dtype=np.int32)
 
     def token_lines(self):
         """What each id does to lines, uint8 (n_vocab,): 1 if its text is not blank, and 2 more if it has a newline."""
@@ -708,7 +697,7 @@ class HFTokenizer(Tokenizer):
         except UserError:
             raise
         except Exception as error:  # the library's own are of no other class
-            raise UserError(f'not a tokenizer that can be used: {type(error).__name__} {_line(error)}') from None
+            raise UserError(f'not a tokenizer that can be used: {type(error).__name__} {one_line(error)}') from None
 
     def _read(self, library):
         vocab, added = library.get_vocab(), {t.content: t for t in library.get_added_tokens_decoder().values()}
@@ -734,7 +723,7 @@ class HFTokenizer(Tokenizer):
         own = [token_of(i) for i in (*self.stop_ids, self.bos) if i is not None]
         own += [t for start, end, _ in CHAT_TOKENS for t in (start, end) if t in added]
         self.special = {t: vocab[t] for t in [*(t for t in added if added[t].special), *own]}
-        self.special_regex = _any_of(self.special)
+        self.special_regex = any_of(self.special)
         self.not_added = [t for t in own if t not in added]
         for t in {*own} & added.keys():
             added[t].special = True
@@ -813,14 +802,10 @@ class HFTokenizer(Tokenizer):
         if self.forbidden.isdisjoint(ids):
             return ids
         ids, end = [], 0
-        for cut in [*(name.start() + 1 for name in _any_of(self.special).finditer(text)), len(text)]:
+        for cut in [*(name.start() + 1 for name in self.special_regex.finditer(text)), len(text)]:
             ids += self._run(self.library, text[end:cut], start and end == 0)
             end = cut
         return [i for i in ids if i not in self.forbidden]
-
-    def token_bytes(self):
-        special = {*self.special.values()}
-        return np.array([0 if i in special else len(self.bytes_of[i]) for i in range(self.n_vocab)], dtype=np.int32)
 
     def to_dict(self):
         return {'kind': 'hf', 'name': self.name, 'ends': self.ends, 'config': self.config, 'tokenizer_json': self.text}
@@ -877,7 +862,7 @@ def _library(text):
     except BaseException as error:  # what the library calls a panic is no Exception
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise UserError(f'not a tokenizer.json of Hugging Face: {_line(error)}') from None
+        raise UserError(f'not a tokenizer.json of Hugging Face: {one_line(error)}') from None
     library.no_truncation()  # which are settings for batches, and would cut or pad a text
     library.no_padding()
     return library
@@ -890,11 +875,15 @@ def _state(part):
     return None if part is None else json.loads(part.__getstate__(), object_hook=hook)
 
 
-def _steps(part):
+def _flat(part):
+    """The dicts of the steps of a normalizer, pre-tokenizer or decoder."""
     d = _state(part) or {}
-    steps = d.get('pretokenizers', d.get('decoders', [d] * bool(d)))
-    # of how it cuts text in words nothing matters when these are decoded
-    return [BYTE_LEVEL if step['type'] == 'ByteLevel' else step for step in steps]
+    return next((d[key] for key in ('normalizers', 'pretokenizers', 'decoders') if key in d), [d] * bool(d))
+
+
+def _steps(part):
+    """As `_flat`, of a decoder or what stands for one: of how it cuts text in words nothing matters."""
+    return [BYTE_LEVEL if step['type'] == 'ByteLevel' else step for step in _flat(part)]
 
 
 def hf_tokenizer(directory):
@@ -1014,12 +1003,6 @@ def gguf_vocabulary(tokenizer, n_vocab):
     return fields | ({'tokenizer.chat_template': tokenizer.chat_template} if tokenizer.chat_template else {})
 
 
-def _flat(part):
-    """The dicts of the steps of a normalizer or pre-tokenizer."""
-    d = _state(part) or {}
-    return d.get('pretokenizers', d.get('normalizers', [d] * bool(d)))
-
-
 def _cuts_of(tokenizer, d, library):
     """Of a byte-level BPE what `gguf_vocabulary` gives beside its tokens."""
     model, vocab = d['model'], d['model']['vocab']
@@ -1127,11 +1110,11 @@ def _byte_level_json(tokens, special, pattern, order=None, nfc=False, bos=None):
     from tiktoken_ext.openai_public import r50k_pat_str
     spell = {token: ''.join([SPELLING[b] for b in token]) for token in tokens if token}
     rank = {tokens[i]: n for n, i in enumerate(order or range(len(tokens))) if tokens[i]}
-    merges = [_parts(token, rank, rank[token]) for token in rank if len(token) > 1]
+    merges = [_parts(token, rank) for token in rank if len(token) > 1]
     vocab = {spell[token]: i for i, token in enumerate(tokens) if token} | special
     if pattern in (None, '', r50k_pat_str):  # to bytes alone any cuts will do
         cut = BYTE_LEVEL
-    elif pattern in OTHERS_PATTERNS:
+    elif pattern in [known for known, _, _ in GGUF_PRE.values()]:
         cut = _pre_tokenizer(pattern)
     else:
         # Oniguruma's `$` ends a line and its `{1,3}+` is no possessive one. What does not match is removed.
@@ -1144,12 +1127,12 @@ def _byte_level_json(tokens, special, pattern, order=None, nfc=False, bos=None):
     return _tokenizer_json(d, vocab, dict.fromkeys(special, True), bos)
 
 
-def _parts(token, rank, limit):
-    """What BPE makes of a token's bytes by the merges of rank below limit: below its own, the two it is merged from."""
+def _parts(token, rank):
+    """What BPE makes of a token's bytes by the merges of rank before its own: the two that it is merged from."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        n, i = min([(rank.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1)])
-        if n >= limit:
+        n, i = min([(rank.get(parts[i] + parts[i + 1], rank[token]), i) for i in range(len(parts) - 1)])
+        if n >= rank[token]:
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts

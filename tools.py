@@ -290,17 +290,15 @@ def load_tools(spec):
 # ----------------------------------------------------------------------------------------------------------------------
 # turns
 
-def turn_start(tokenizer, ids, turns=None):
-    """Where the assistant's last turn begins in the ids of an answer: 0, or after the last header of a turn of its own,
-    which follows the results of calls. turns: a list, to which the starts of all such turns are added."""
-    header, start, at = tokenizer.turn_header, 0, -1
+def turn_starts(tokenizer, ids):
+    """Where the assistant's turns begin in the ids of an answer: at 0, and after each header of a turn of its own,
+    which follows the results of calls."""
+    header, starts, at = tokenizer.turn_header, [0], -1
     for _ in range(ids.count(header[0]) if header else 0):
         at = ids.index(header[0], at + 1)
         if ids[at:at + len(header)] == header:
-            start = at + len(header)
-            if turns is not None:
-                turns.append(start)
-    return start
+            starts.append(at + len(header))
+    return starts
 
 
 def tool_turn(tokenizer, signatures, results):
@@ -320,8 +318,7 @@ def _rendered(tokenizer, signatures, results):
         {'role': 'assistant', 'content': '', 'tool_calls': calls},
         *({'role': 'tool', 'name': name, 'tool_call_id': call['id'], 'content': text}
           for (name, text), call in zip(results, calls, strict=True))], generate=True)
-    turns = []
-    turn_start(tokenizer, ids, turns)
+    turns = turn_starts(tokenizer, ids)[1:]
     ends = [i for i in range(turns[0], len(ids)) if ids[i] in tokenizer.turn_ids] if len(turns) == 2 else []
     if not ends or turns[1] != len(ids):
         raise UserError('the chat template has no turns for calls and their results: take another model, or sft.py '
