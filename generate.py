@@ -36,9 +36,10 @@ class KVCache:
 
     `layers`: [keys, values] of an Attention, or [latent vectors], preallocated: (B, H, capacity, D) each, whatever H
     and D are. `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the
-    other rows do, so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source`: [keys,
-    values] of an encoder's output by CrossAttention. `states`: of a GatedDeltaNet [what its convolution reads again
-    (B, delta_conv - 1, width), the state of all tokens (B, H, D_k, D_v) float32]. No token of it can be taken back.
+    other rows do, so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source`: of a
+    CrossAttention [keys, values of the encoder's output, and what of it is real]. `states`: of a GatedDeltaNet [what
+    its convolution reads again (B, delta_conv - 1, width), the state of all tokens (B, H, D_k, D_v) float32]. No token
+    of it can be taken back.
     """
     rolling = False
 
@@ -108,7 +109,7 @@ class KVCache:
     def select(self, rows):
         """Keeps these rows (indices; one may be named several times, to share a prompt among samples)."""
         self.layers = {layer: [x[rows] for x in stored] for layer, stored in self.layers.items()}
-        self.source = {layer: [x[rows] for x in kv] for layer, kv in self.source.items()}
+        self.source = {layer: [x[rows] for x in given] for layer, given in self.source.items()}
         self.states = {layer: [x[rows] for x in kept] for layer, kept in self.states.items()}
         self.lengths = [self.lengths[r] for r in rows]
 
@@ -316,10 +317,10 @@ def prefill_in_parts(model, contexts, cache=None, memory=None, memory_mask=None,
 
 
 @torch.inference_mode()
-def decode_step(model, ids, cache, memory_mask=None):
+def decode_step(model, ids, cache):
     """The newest token of each row (B ids) -> float32 logits (B, V) of the next; extends the cache."""
     idx = torch.tensor(ids, device=model.tok_emb.weight.device)[:, None]
-    return model.logits(model.hidden(idx, cache=cache, memory_mask=memory_mask)[:, -1])
+    return model.logits(model.hidden(idx, cache=cache)[:, -1])
 
 
 def padded(texts):
@@ -549,11 +550,6 @@ class Batch:
                       for row in rows)
         return KVCache(config, len(rows), min(config.block_size, longest), device) if self.use_cache else None
 
-    def read(self, rows):
-        """One pass over the contexts of rows -> logits (B, V) and their cache."""
-        cache = self.new_cache(rows)
-        return prefill(self.model, [row.context for row in rows], cache, *self.seen(rows)), cache
-
     def seen(self, rows):
         """What the encoder made of the sources of rows, and what of it is real."""
         if self.memory is None:
@@ -575,11 +571,11 @@ class Batch:
         if self.rows and (self.cache is None or self.full):
             for row in self.rows:
                 self.shorten(row)
-            read, self.cache = self.read(self.rows)
-            logits.append(read)
+            cache, contexts = self.new_cache(self.rows), [row.context for row in self.rows]
+            logits.append(prefill(self.model, contexts, cache, *self.seen(self.rows)))
+            self.cache = cache
         elif self.rows:
-            _, mask = self.seen(self.rows)
-            logits.append(decode_step(self.model, [row.ids[-1] for row in self.rows], self.cache, mask))
+            logits.append(decode_step(self.model, [row.ids[-1] for row in self.rows], self.cache))
         if self.waiting is not None:
             rows, cache, new = self.waiting
             self.rows, self.waiting = self.rows + rows, None
@@ -679,6 +675,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
         return
     if draft is not None:
         draft.check(model, rolling, use_cache, entropies, vocab_limit)
+    options = {'vocab_limit': vocab_limit, 'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'min_p': min_p,
+               'repetition_penalty': repetition_penalty}
     draws = uniforms(seed, len(prompts), num_samples, max_new_tokens * (3 if draft is not None else 1))
     force = force if isinstance(force, list) else [force] * len(prompts)
     rows = [Row(prompts[i // num_samples], max_new_tokens, draws[i], i, i // num_samples, force[i // num_samples])
@@ -688,16 +686,14 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     model.eval()  # dropout must not reach a sample
     try:
         if draft is not None:
-            yield from draft.continue_rows(model, rows, stop_ids, vocab_limit=vocab_limit, temperature=temperature,
-                                           top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+            yield from draft.continue_rows(model, rows, stop_ids, **options)
             return
         batch = Batch(model, use_cache, rolling, sources)
         batch.admit(rows, num_samples)
         while not all(row.done for row in rows):
             logits = batch.advance()
             u = torch.tensor([row.u for row in batch.rows], device=device)
-            ids, logprobs = sample(logits, [row.ids for row in batch.rows], u, vocab_limit, temperature, top_k, top_p,
-                                   min_p, repetition_penalty, entropies)
+            ids, logprobs = sample(logits, [row.ids for row in batch.rows], u, entropies=entropies, **options)
             yield batch.append(ids, logprobs, stop_ids)
             batch.retire(at_once=False)
     finally:

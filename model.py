@@ -586,7 +586,7 @@ class Attention(nn.Module):
         mask = layout.local_mask if self.local else layout.mask
         return self.project(x, self.mix(q, k, v, mask)[..., :self.head_dim])
 
-    def mix(self, q, k, v, mask):
+    def mix(self, q, k, v, mask=None):
         """`attend` as this layer does."""
         if self.watched is not None:
             self.watched.append(attention_weights(q, k, mask, self.causal, self.scale, self.sink))
@@ -658,12 +658,14 @@ class CrossAttention(Attention):
         B, T, _ = x.shape
         memory, cache = context.memory, context.cache
         q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
-        kv = cache.source.get(self) if cache is not None else None
-        if kv is None:
-            kv = self.kv(memory).view(B, -1, 2, self.n_kv_head, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
+        source = cache.source.get(self) if cache is not None else None
+        if source is None:
+            source = [*self.kv(memory).view(B, -1, 2, self.n_kv_head, self.head_dim).permute(2, 0, 3, 1, 4)]
+            if context.memory_mask is not None:
+                source.append(context.memory_mask)
             if cache is not None:
-                cache.source[self] = kv  # the source does not change: once per text
-        return self.project(x, self.mix(q, *kv, context.memory_mask)[..., :self.head_dim])
+                cache.source[self] = source  # it does not change: once per text
+        return self.project(x, self.mix(q, *source)[..., :self.head_dim])
 
 
 def delta_recurrent(q, k, v, g, beta, state=None):
@@ -866,10 +868,10 @@ class MoE(nn.Module):
         token, rows = order // K, flat.to(dtype)
         # A CPU's kernels are made anew for every number of rows, so slices there are padded to multiples of 32.
         step = 32 if kind == 'cpu' and N * K >= 64 * E else 1
-        ends = (-(-sizes // step) * step).cumsum(0).int()
+        padding = -sizes % step
+        ends = (sizes + padding).cumsum(0).int()
         if step > 1:
-            padded = torch.cat((ends[:1], ends.diff()))
-            place = torch.arange(N * K) + ((ends - padded) - (sizes.cumsum(0) - sizes)).long()[chosen.flatten()[order]]
+            place = torch.arange(N * K) + (padding.cumsum(0) - padding).long()[chosen.flatten()[order]]
             ends[-1] = size = -(-(N * K + (step - 1) * E) // step) * step
             rows = rows.new_zeros(size, rows.shape[1]).index_copy(0, place, rows.index_select(0, token))
         else:
@@ -1106,11 +1108,11 @@ class GPT(nn.Module):
         self.encoder = self.encoder_norm = None
         if config.n_encoder_layer:
             self.encoder = nn.ModuleList(Block(config, i, encoder=True) for i in range(config.n_encoder_layer))
-            self.encoder_norm = Norm(config.n_embd, config) if config.norm_place != 'post' else None
+            self.encoder_norm = nn.Identity() if config.norm_place == 'post' else Norm(config.n_embd, config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.future = nn.ModuleList(Block(config, config.n_layer - 1) for _ in range(config.n_future))
         self.future_loss = 0.0  # of the last forward in training
-        self.norm = Norm(config.n_embd, config) if config.norm_place != 'post' else None
+        self.norm = nn.Identity() if config.norm_place == 'post' else Norm(config.n_embd, config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
@@ -1182,7 +1184,7 @@ class GPT(nn.Module):
         rope = self.rope(slice(source.shape[1])) if self.config.pos == 'rope' else None
         for block in self.encoder:
             x = block(x, Context(Layout(mask=mask), rope))
-        return self.encoder_norm(x) if self.encoder_norm is not None else x
+        return self.encoder_norm(x)
 
     def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None,
                future=0, segments=None):
@@ -1192,8 +1194,8 @@ class GPT(nn.Module):
         positions (B, T) or (T,): where each token stands, by default 0 … T-1 (after what the cache holds).
         mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
         causality and the window. cache: a KVCache that is read and extended, by counts (a list) of the T tokens of
-        each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real. real (B, T): the
-        tokens that the routers of experts count, None = all. segments: see `forward`.
+        each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real; a cache keeps
+        them. real (B, T): the tokens that the routers of experts count, None = all. segments: see `forward`.
         """
         config, T = self.config, idx.shape[1]
         if T > config.block_size:
@@ -1219,7 +1221,7 @@ class GPT(nn.Module):
         for block in trunk:
             x = block(x, context)
         ends = (block(x, context) for block in (last, *[*self.future][:future]))
-        found = [self.norm(end) if self.norm is not None else end for end in ends]
+        found = [self.norm(end) for end in ends]
         found = found if config.logit_scale == 1 else [end * config.logit_scale for end in found]
         return found if future else found[0]
 

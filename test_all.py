@@ -4937,7 +4937,7 @@ def test_3_4_cached_encoder_decoder_equals_full_forward(options):
                 cache.select([2, 1, 1])
                 rows = [2, 1, 1]
             new = torch.stack([x[b, n:n + 1] for b, n in zip(rows, cache.lengths, strict=True)])
-            logits = model.logits(model.hidden(new, cache=cache, memory_mask=real[rows])[:, -1])
+            logits = model.logits(model.hidden(new, cache=cache)[:, -1])
 
 
 @pytest.mark.parametrize('options', ENCODED, ids=str)
