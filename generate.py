@@ -571,7 +571,8 @@ class Batch:
         if self.rows and (self.cache is None or self.full):
             for row in self.rows:
                 self.shorten(row)
-            cache, contexts = self.new_cache(self.rows), [row.context for row in self.rows]
+            contexts = [row.context for row in self.rows]
+            cache = self.new_cache(self.rows)
             logits.append(prefill(self.model, contexts, cache, *self.seen(self.rows)))
             self.cache = cache
         elif self.rows:

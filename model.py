@@ -494,7 +494,7 @@ class Layout(NamedTuple):
     positions (T,) or (B, T): of the queries. mask, local_mask: in global and local layers, bool (…, T, S) or a
     BlockMask. When a text outgrows n_sink + window: is_sink (…, S), and far_positions, the queries' positions for their
     products with sinks, capped at n_sink + window - 1: no distance is longer than in training (arXiv:2309.17453).
-    key_positions (…, S): of a RollingCache's keys, which move within it at every step; None: keys stay where they were.
+    key_positions (…, S): of the keys of a RollingCache, which move within it and are rotated anew at every step.
     """
     positions: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -623,7 +623,7 @@ class LatentAttention(Attention):
     def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
         """x (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
-        (D, R, V), mask = self.widths, context.layout.mask
+        D, R, V = self.widths
         q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x))).view(B, T, self.n_head, D + R).transpose(1, 2)
         latent, k_rope = self.kv_a(x)[:, None].split((self.rank, R), -1)  # (B, 1, T, …): as if of one head
         latent, rope = self.kv_norm(latent), [table.transpose(-2, -3) for table in context.rope]
@@ -636,10 +636,10 @@ class LatentAttention(Attention):
             k, v = self.kv_b(latent[:, 0]).view(B, T, self.n_head, D + V).transpose(1, 2).split((D, V), -1)
             k = torch.cat((k, k_rope.expand(-1, self.n_head, -1, -1)), -1)
             v = F.pad(v, (0, max(0, D + R - V)))  # kernels want one width
-            return self.project(x, self.mix(torch.cat((q, q_rope), -1), k, v, mask)[..., :V])
+            return self.project(x, self.mix(torch.cat((q, q_rope), -1), k, v, context.layout.mask)[..., :V])
         kv_b = self.kv_b.merged().type_as(x) if hasattr(self.kv_b, 'merged') else self.kv_b.weight  # LoRA's has no more
         for_keys, for_values = kv_b.view(self.n_head, D + V, self.rank).split((D, V), 1)
-        y = self.mix(torch.cat((q @ for_keys, q_rope), -1), kept, kept, mask)[..., :self.rank]
+        y = self.mix(torch.cat((q @ for_keys, q_rope), -1), kept, kept, context.layout.mask)[..., :self.rank]
         return self.project(x, y @ for_values.mT)
 
 
@@ -998,7 +998,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         """
         losses = torch.zeros(len(h), dtype=torch.float32, device=h.device)
         entropies = torch.zeros_like(losses) if reduction == 'details' else None
-        ctx.per_token, ctx.how = reduction in ('none', 'details'), (cap, temperature, label_smoothing)
+        ctx.per_token = reduction in ('none', 'details')
+        ctx.how = cap, temperature, label_smoothing
         grads = (torch.ones_like(losses), None) if learning and not ctx.per_token else None
         dh, dw = LinearCrossEntropy.walk(h, w, targets, *ctx.how, grads, (losses, entropies), ctx.needs_input_grad[1])
         if not torch.compiler.is_compiling():  # which cannot say that nothing was learnt from the entropies

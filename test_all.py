@@ -1248,7 +1248,7 @@ def test_0_1_files_do_not_grow_unnoticed():
     about = {'test_all.py', 'faults.py', 'check_docs.py'}
     product = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'))
                if path.name not in about]
-    assert lines(ROOT / 'model.py') <= 1429
+    assert lines(ROOT / 'model.py') <= 1422
     assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5925
     assert lines(*product) <= 24067
 
