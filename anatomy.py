@@ -14,7 +14,7 @@ import torch
 import lora
 from generate import state_bytes
 from lora import LoRAConfig
-from model import GPT, Attention, GatedDeltaNet, GPTConfig, on_meta
+from model import GPT, Attention, GatedDeltaNet, GPTConfig, MoE, on_meta
 from reward_model import ScoreConfig
 
 WORDS, ROWS = ('the', 'cat', 'sat'), ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # three tokens, two numbers each
@@ -72,20 +72,23 @@ def anatomy(config, lora_config=None):
     model on the meta device."""
     with on_meta():
         model = lora.apply(GPT(config), lora_config or LoRAConfig())
-    parts = {}
+    parts, seen = {}, set()
     names = {'tok_emb': 'token embedding', 'pos_emb': 'positions', 'head': 'head', 'attn': 'attention',
-             'cross': 'cross-attention', 'mlp': 'MLP', 'experts': 'experts', 'delta': 'Gated DeltaNet'}
-    seen = set()
+             'cross': 'cross-attention', 'mlp': 'MLP'}
     for name, p in model.named_parameters(remove_duplicate=False):
-        block = name.split('.')[0] in ('blocks', 'encoder', 'future')
-        part = name.split('.')[2 if block else 0]
-        if part == 'mlp' and name.startswith('blocks') and config.is_sparse(int(name.split('.')[1])):
+        words = name.split('.')
+        owner = '.'.join(words[:3 if words[0] in ('blocks', 'encoder', 'future') else 1])  # blocks.0.attn, or head
+        module = model.get_submodule(owner)
+        if lora.is_new(name):
+            part = 'LoRA and adapters'
+        elif isinstance(module, MoE):
             part = 'experts'
-        if part == 'attn' and isinstance(model.get_submodule('.'.join(name.split('.')[:3])), GatedDeltaNet):
-            part = 'delta'
-        part = 'LoRA and adapters' if lora.is_new(name) else names.get(part, 'norms')
+        elif isinstance(module, GatedDeltaNet):
+            part = 'Gated DeltaNet'
+        else:
+            part = names.get(owner.split('.')[-1], 'norms')
         owners, count = parts.setdefault(part, (set(), 0))
-        owners.add('.'.join(name.split('.')[:3 if block else 1]))
+        owners.add(owner)
         parts[part] = owners, count + (0 if id(p) in seen else p.numel())
         seen.add(id(p))
     in_4_bits = sum(m.in_features * m.out_features for m in model.elsewhere())

@@ -32,24 +32,25 @@ from model import MLP, Layout, tempered, windowed
 # caches
 
 class KVCache:
-    """Keys and values, or latent vectors, of every layer, preallocated: (B, H, capacity, D) each, whatever H and D are.
+    """What the layers of a model keep of the tokens so far: lists of tensors (B, …) in three dicts, by module.
 
-    `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the other rows do,
-    so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source` holds the keys and values
-    of an encoder's output by CrossAttention, `states` by GatedDeltaNet what this keeps of all tokens: [what its
-    convolution reads again (B, delta_conv - 1, width), the state (B, H, D_k, D_v) float32]. No token of it can be taken
-    back.
+    `layers`: [keys, values] of an Attention, or [latent vectors], preallocated: (B, H, capacity, D) each, whatever H
+    and D are. `lengths` counts the tokens stored for each row. Row b's token number t stands in slot t whatever the
+    other rows do, so ragged rows need no left padding and positions are simply 0, 1, 2, … in each. `source`: of a
+    CrossAttention [keys, values of the encoder's output, and what of it is real]. `states`: of a GatedDeltaNet [what
+    its convolution reads again (B, delta_conv - 1, width), the state of all tokens (B, H, D_k, D_v) float32]. No token
+    of it can be taken back.
     """
     rolling = False
 
     def __init__(self, config, batch, capacity, device):
-        self.config, self.capacity, self.device, self.source, self.states = config, capacity, device, {}, {}
-        self.layers = []  # [keys, values] of each layer with attention, made when its first tokens come
+        self.config, self.capacity, self.device = config, capacity, device
+        self.layers, self.source, self.states = {}, {}, {}
         self.lengths = [0] * batch
 
     def count(self, T, counts):
         """Notes how many tokens come, see `begin` -> the lengths before."""
-        before, self.layer, self.T = self.lengths, 0, T
+        before, self.T = self.lengths, T
         self.lengths = [n + c for n, c in zip(before, counts or [T] * len(before), strict=True)]
         padded = counts and min(counts) < T and self.config.n_delta
         self.counts = torch.tensor(counts, device=self.device) if padded else None  # None: no padding, or it is hidden
@@ -77,19 +78,18 @@ class KVCache:
             far, is_sink = self.positions.clamp(max=config.farthest), keys < config.n_sink
         return Layout(self.positions, mask, local, far, is_sink)
 
-    def next_layer(self, *tensors):
-        """The stored tensors of the layer whose turn it is, zeros at first; tensors: like the new ones (B, H, T, D)."""
-        if self.layer == len(self.layers):
+    def stored(self, layer, *tensors):
+        """The stored tensors of a layer, zeros at first; tensors: like the new ones (B, H, T, D)."""
+        if layer not in self.layers:
             with torch.inference_mode(False):  # so that they can be written to outside of it, too
-                self.layers.append([torch.zeros(*x.shape[:2], self.capacity, x.shape[3], dtype=x.dtype, device=x.device)
-                                    for x in tensors])
-        self.layer += 1
-        return self.layers[self.layer - 1]
+                self.layers[layer] = [torch.zeros(*x.shape[:2], self.capacity, x.shape[3], dtype=x.dtype,
+                                                  device=x.device) for x in tensors]
+        return self.layers[layer]
 
-    def update(self, *tensors):
-        """Stores keys and values (B, H, T, D) of the next layer, or whatever it keeps; returns all of them (B, H, S, D)
-        that it has so far."""
-        stored = self.next_layer(*tensors)
+    def update(self, layer, *tensors):
+        """Stores keys and values (B, H, T, D) of a layer, or whatever it keeps; returns all of them (B, H, S, D) that
+        it has so far."""
+        stored = self.stored(layer, *tensors)
         for old, new in zip(stored, tensors, strict=True):
             if self.uniform:
                 old[:, :, self.end - self.T:self.end] = new
@@ -108,9 +108,9 @@ class KVCache:
 
     def select(self, rows):
         """Keeps these rows (indices; one may be named several times, to share a prompt among samples)."""
-        self.layers = [[x[rows] for x in stored] for stored in self.layers]
+        self.layers = {layer: [x[rows] for x in stored] for layer, stored in self.layers.items()}
+        self.source = {layer: [x[rows] for x in given] for layer, given in self.source.items()}
         self.states = {layer: [x[rows] for x in kept] for layer, kept in self.states.items()}
-        self.source = {layer: kv[:, rows] for layer, kv in self.source.items()}
         self.lengths = [self.lengths[r] for r in rows]
 
     def part(self, row, length):
@@ -120,7 +120,8 @@ class KVCache:
                              f'{self.config.layer_pattern!r} has no parts')
         one = KVCache(self.config, 1, length, self.device)
         one.states = {layer: [x[row:row + 1].clone() for x in kept] for layer, kept in self.states.items()}
-        one.layers = [[x[row:row + 1, :, :length].clone() for x in stored] for stored in self.layers]
+        one.layers = {layer: [x[row:row + 1, :, :length].clone() for x in stored]
+                      for layer, stored in self.layers.items()}
         one.lengths = [length]
         return one
 
@@ -128,17 +129,16 @@ class KVCache:
         """Makes room for so many tokens a row."""
         if capacity > self.capacity:
             self.capacity = capacity
-            self.layers = [[F.pad(x, (0, 0, 0, capacity - x.shape[2])) for x in stored] for stored in self.layers]
+            self.layers = {layer: [F.pad(x, (0, 0, 0, capacity - x.shape[2])) for x in stored]
+                           for layer, stored in self.layers.items()}
 
     def extend(self, other):
         """Takes in the rows of another cache of the same kind, behind its own."""
         self.reserve(other.capacity)
         other.reserve(self.capacity)
-        self.layers = [[torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
-                       for mine, theirs in zip(self.layers, other.layers, strict=True)]
-        self.source = {layer: torch.cat((kv, other.source[layer]), 1) for layer, kv in self.source.items()}
-        self.states = {layer: [torch.cat(pair) for pair in zip(kept, other.states[layer], strict=True)]
-                       for layer, kept in self.states.items()}
+        for mine, theirs in ((self.layers, other.layers), (self.source, other.source), (self.states, other.states)):
+            for layer, kept in mine.items():
+                mine[layer] = [torch.cat(pair) for pair in zip(kept, theirs[layer], strict=True)]
         self.lengths = self.lengths + other.lengths
 
 
@@ -156,7 +156,6 @@ class RollingCache(KVCache):
     stand within the cache, so positions stay small however long the text (arXiv:2309.17453, 3.2).
     """
     rolling = True
-    rope = None  # cos and sin (rows, 1, slots, D) at `key_positions`, by which the model rotates what `update` returns
 
     def __init__(self, config, batch, device):
         super().__init__(config, batch, config.n_sink + config.window, device)
@@ -182,15 +181,15 @@ class RollingCache(KVCache):
         mask = (seen & windowed(queries, keys, config))[:, None]
         # positions count from a token before which nothing but sinks is visible any more
         base = (old - config.farthest).clamp(min=0)
-        self.key_positions = torch.where(keys < config.n_sink, keys, keys - base).clamp(min=0)
+        key_positions = torch.where(keys < config.n_sink, keys, keys - base).clamp(min=0)
         far = is_sink = None
         if config.n_sink and T > 1 and max(before) + T > config.farthest + 1:
             far, is_sink = queries.clamp(max=config.farthest), keys < config.n_sink
         positions = queries - base if config.pos == 'rope' else queries
-        return Layout(positions, None, mask, far, is_sink)
+        return Layout(positions, None, mask, far, is_sink, key_positions)
 
-    def update(self, k, v):
-        stored = self.next_layer(k, v)
+    def update(self, layer, k, v):
+        stored = self.stored(layer, k, v)
         both = []
         for i, new in enumerate((k, v)):
             if self.T == 1 and len(self.slot) == 1:
@@ -318,10 +317,10 @@ def prefill_in_parts(model, contexts, cache=None, memory=None, memory_mask=None,
 
 
 @torch.inference_mode()
-def decode_step(model, ids, cache, memory_mask=None):
+def decode_step(model, ids, cache):
     """The newest token of each row (B ids) -> float32 logits (B, V) of the next; extends the cache."""
     idx = torch.tensor(ids, device=model.tok_emb.weight.device)[:, None]
-    return model.logits(model.hidden(idx, cache=cache, memory_mask=memory_mask)[:, -1])
+    return model.logits(model.hidden(idx, cache=cache)[:, -1])
 
 
 def padded(texts):
@@ -551,11 +550,6 @@ class Batch:
                       for row in rows)
         return KVCache(config, len(rows), min(config.block_size, longest), device) if self.use_cache else None
 
-    def read(self, rows):
-        """One pass over the contexts of rows -> logits (B, V) and their cache."""
-        cache = self.new_cache(rows)
-        return prefill(self.model, [row.context for row in rows], cache, *self.seen(rows)), cache
-
     def seen(self, rows):
         """What the encoder made of the sources of rows, and what of it is real."""
         if self.memory is None:
@@ -577,11 +571,12 @@ class Batch:
         if self.rows and (self.cache is None or self.full):
             for row in self.rows:
                 self.shorten(row)
-            read, self.cache = self.read(self.rows)
-            logits.append(read)
+            contexts = [row.context for row in self.rows]
+            cache = self.new_cache(self.rows)
+            logits.append(prefill(self.model, contexts, cache, *self.seen(self.rows)))
+            self.cache = cache
         elif self.rows:
-            _, mask = self.seen(self.rows)
-            logits.append(decode_step(self.model, [row.ids[-1] for row in self.rows], self.cache, mask))
+            logits.append(decode_step(self.model, [row.ids[-1] for row in self.rows], self.cache))
         if self.waiting is not None:
             rows, cache, new = self.waiting
             self.rows, self.waiting = self.rows + rows, None
@@ -681,6 +676,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
         return
     if draft is not None:
         draft.check(model, rolling, use_cache, entropies, vocab_limit)
+    options = {'vocab_limit': vocab_limit, 'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'min_p': min_p,
+               'repetition_penalty': repetition_penalty}
     draws = uniforms(seed, len(prompts), num_samples, max_new_tokens * (3 if draft is not None else 1))
     force = force if isinstance(force, list) else [force] * len(prompts)
     rows = [Row(prompts[i // num_samples], max_new_tokens, draws[i], i, i // num_samples, force[i // num_samples])
@@ -690,16 +687,14 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     model.eval()  # dropout must not reach a sample
     try:
         if draft is not None:
-            yield from draft.continue_rows(model, rows, stop_ids, vocab_limit=vocab_limit, temperature=temperature,
-                                           top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+            yield from draft.continue_rows(model, rows, stop_ids, **options)
             return
         batch = Batch(model, use_cache, rolling, sources)
         batch.admit(rows, num_samples)
         while not all(row.done for row in rows):
             logits = batch.advance()
             u = torch.tensor([row.u for row in batch.rows], device=device)
-            ids, logprobs = sample(logits, [row.ids for row in batch.rows], u, vocab_limit, temperature, top_k, top_p,
-                                   min_p, repetition_penalty, entropies)
+            ids, logprobs = sample(logits, [row.ids for row in batch.rows], u, entropies=entropies, **options)
             yield batch.append(ids, logprobs, stop_ids)
             batch.retire(at_once=False)
     finally:

@@ -120,7 +120,8 @@ class GPTConfig:
                               ('norm_place', ('pre', 'post', 'output', 'both')),
                               ('pos', ('learned', 'sinusoidal', 'rope', 'none')),
                               ('rope_scaling', ('none', 'linear', 'llama3', 'yarn')),
-                              ('router_score', ('softmax', 'sigmoid')), ('attn_gate', ('none', 'head', 'element'))):
+                              ('router_score', ('softmax', 'sigmoid')), ('attn_gate', ('none', 'head', 'element')),
+                              ('router_renorm', (True, False, 'always'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not one of {", ".join(map(repr, allowed))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'expert_every', 'router_groups'):
@@ -194,8 +195,6 @@ class GPTConfig:
                  f'{self.router_groups_active} of them: at least two experts in each, n_expert_active in these'),
                 (self.pos == 'sinusoidal' and self.n_embd % 2,
                  f"n_embd={self.n_embd} must be even with pos='sinusoidal'"),
-                (self.router_renorm not in (True, False, 'always'),
-                 f"router_renorm={self.router_renorm!r} is not one of True, False, 'always'"),
                 (self.rope_theta <= 1, f'rope_theta={self.rope_theta} must be above 1'),
                 (0 != self.rope_theta_local <= 1, f'rope_theta_local={self.rope_theta_local} must be above 1'),
                 (self.qk_norm_joint and not self.qk_norm, 'qk_norm_joint=True needs qk_norm=True'),
@@ -367,7 +366,7 @@ def rope_frequencies(config):
 
 
 def rope_tables(config, local=False):
-    """cos and sin (positions, numbers that are rotated) of `apply_rope`; local: of layers with the window."""
+    """cos and sin of `apply_rope`, (2, positions, head_dim or qk_rope_dim); local: of layers with the window."""
     if local and config.rope_theta_local:
         config = replace(config, rope_theta=config.rope_theta_local, rope_scaling='none')
     f, sharpen = rope_frequencies(config)
@@ -377,8 +376,8 @@ def rope_tables(config, local=False):
     still = (config.head_dim - config.rotary_dim) // 2 if config.rotary_dim else 0  # the last pairs do not turn
     cos, sin = F.pad(a.cos() * sharpen, (0, still), value=1.0), F.pad(a.sin() * sharpen, (0, still))
     if config.kv_lora_rank:
-        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return torch.stack((cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)))
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 def apply_rope(x, cos, sin, neighbours=False):
@@ -495,28 +494,29 @@ class Layout(NamedTuple):
     positions (T,) or (B, T): of the queries. mask, local_mask: in global and local layers, bool (…, T, S) or a
     BlockMask. When a text outgrows n_sink + window: is_sink (…, S), and far_positions, the queries' positions for their
     products with sinks, capped at n_sink + window - 1: no distance is longer than in training (arXiv:2309.17453).
+    key_positions (…, S): of the keys of a RollingCache, which move within it and are rotated anew at every step.
     """
     positions: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     local_mask: torch.Tensor | None = None
     far_positions: torch.Tensor | None = None
     is_sink: torch.Tensor | None = None
+    key_positions: torch.Tensor | None = None
 
 
 class Context(NamedTuple):
     """What a forward gives to each of its blocks.
 
-    rope, local_rope, far_rope: (cos, sin), (…, T, 1, D) each, for global and local layers at the positions, and for
-    local ones at the far_positions, of a Layout; the rest as there.
+    rope, local_rope: (cos, sin) of queries and keys in global and local layers, (…, T, 1, D) each; far_rope and
+    key_rope (…, 1, S, D): those of the layout's far_positions and key_positions, in local layers.
     cache: a KVCache or None. memory (B, S, C): the encoder's output, memory_mask (B, 1, 1, S) True where it is real.
     real (B, T): False on padding, None = there is none. segments (B, T): see `GPT.forward`.
     """
+    layout: Layout = Layout()
     rope: tuple | None = None
     local_rope: tuple | None = None
-    mask: torch.Tensor | None = None
-    local_mask: torch.Tensor | None = None
     far_rope: tuple | None = None
-    is_sink: torch.Tensor | None = None
+    key_rope: tuple | None = None
     cache: object = None
     memory: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
@@ -559,7 +559,7 @@ class Attention(nn.Module):
     def forward(self, x, context=Context()):  # noqa: B008 (an empty tuple)
         """x (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
-        heads, cache = (self.n_head, self.n_kv_head), context.cache
+        heads, layout = (self.n_head, self.n_kv_head), context.layout
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         qk, v = qkv.split((sum(heads), self.n_kv_head), dim=2)
         norms = zip((self.q_norm, self.k_norm), heads, qk.split(heads, dim=2), strict=True)
@@ -569,25 +569,24 @@ class Attention(nn.Module):
         elif self.q_norm is not None:
             qk = torch.cat([norm(t.flatten(2) if self.joint else t).view(t.shape) for norm, _, t in norms], dim=2)
         q_far, rope = None, (context.local_rope if self.local else context.rope) if self.rotates else None
-        rolling = cache is not None and cache.rolling
         if rope is not None:
             if context.far_rope is not None and self.local:
                 q_far = apply_rope(qk[:, :, :self.n_head], *context.far_rope).transpose(1, 2)
-            if rolling:
-                qk = torch.cat((apply_rope(qk[:, :, :self.n_head], *rope), qk[:, :, self.n_head:]), dim=2)
-            else:
+            if context.key_rope is None:
                 qk = apply_rope(qk, *rope)
+            else:
+                qk = torch.cat((apply_rope(qk[:, :, :self.n_head], *rope), qk[:, :, self.n_head:]), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (*qk.split(heads, dim=2), v))  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.update(k, v)
-            if rolling and rope is not None:  # where keys stand within it changes at every step
-                k = apply_rope(k, *cache.rope)
+        if context.cache is not None:
+            k, v = context.cache.update(self, k, v)
+        if context.key_rope is not None and rope is not None:
+            k = apply_rope(k, *context.key_rope)
         if q_far is not None:
-            q, k, v = far_sinks(q, q_far, k, v, context.is_sink[..., None, :, None])
-        mask = context.local_mask if self.local else context.mask
+            q, k, v = far_sinks(q, q_far, k, v, layout.is_sink[..., None, :, None])
+        mask = layout.local_mask if self.local else layout.mask
         return self.project(x, self.mix(q, k, v, mask)[..., :self.head_dim])
 
-    def mix(self, q, k, v, mask):
+    def mix(self, q, k, v, mask=None):
         """`attend` as this layer does."""
         if self.watched is not None:
             self.watched.append(attention_weights(q, k, mask, self.causal, self.scale, self.sink))
@@ -632,15 +631,15 @@ class LatentAttention(Attention):
         k_rope = apply_rope(k_rope, *rope, neighbours=True)
         kept = torch.cat((latent, k_rope), -1)
         if context.cache is not None:
-            kept, = context.cache.update(kept)
+            kept, = context.cache.update(self, kept)
         if kept.shape[2] == T:  # nothing came before
             k, v = self.kv_b(latent[:, 0]).view(B, T, self.n_head, D + V).transpose(1, 2).split((D, V), -1)
             k = torch.cat((k, k_rope.expand(-1, self.n_head, -1, -1)), -1)
             v = F.pad(v, (0, max(0, D + R - V)))  # kernels want one width
-            return self.project(x, self.mix(torch.cat((q, q_rope), -1), k, v, context.mask)[..., :V])
+            return self.project(x, self.mix(torch.cat((q, q_rope), -1), k, v, context.layout.mask)[..., :V])
         kv_b = self.kv_b.merged().type_as(x) if hasattr(self.kv_b, 'merged') else self.kv_b.weight  # LoRA's has no more
         for_keys, for_values = kv_b.view(self.n_head, D + V, self.rank).split((D, V), 1)
-        y = self.mix(torch.cat((q @ for_keys, q_rope), -1), kept, kept, context.mask)[..., :self.rank]
+        y = self.mix(torch.cat((q @ for_keys, q_rope), -1), kept, kept, context.layout.mask)[..., :self.rank]
         return self.project(x, y @ for_values.mT)
 
 
@@ -659,12 +658,14 @@ class CrossAttention(Attention):
         B, T, _ = x.shape
         memory, cache = context.memory, context.cache
         q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
-        kv = cache.source.get(self) if cache is not None else None
-        if kv is None:
-            kv = self.kv(memory).view(B, -1, 2, self.n_kv_head, self.head_dim).permute(2, 0, 3, 1, 4)
+        source = cache.source.get(self) if cache is not None else None
+        if source is None:
+            source = [*self.kv(memory).view(B, -1, 2, self.n_kv_head, self.head_dim).permute(2, 0, 3, 1, 4)]
+            if context.memory_mask is not None:
+                source.append(context.memory_mask)
             if cache is not None:
-                cache.source[self] = kv  # the source does not change: once per text
-        return self.project(x, self.mix(q, *kv, context.memory_mask)[..., :self.head_dim])
+                cache.source[self] = source  # it does not change: once per text
+        return self.project(x, self.mix(q, *source)[..., :self.head_dim])
 
 
 def delta_recurrent(q, k, v, g, beta, state=None):
@@ -819,12 +820,9 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, M, C = config.n_expert, config.expert_dim, config.n_embd
-        self.kind, self.n_active = config.mlp, config.n_expert_active
-        self.renorm, self.score, self.scale = config.renormalises, config.router_score, config.router_scale
-        self.aux_coef, self.z_coef, self.bias_rate = config.router_aux, config.router_z, config.router_bias_rate
-        self.groups, self.groups_active = config.router_groups, config.router_groups_active
+        self.config = config
         self.router = nn.Linear(C, E, config.expert_bias)
-        self.gate = nn.Parameter(torch.empty(E, M, C)) if self.kind in GATED else None
+        self.gate = nn.Parameter(torch.empty(E, M, C)) if config.mlp in GATED else None
         self.up = nn.Parameter(torch.empty(E, M, C))
         self.down = nn.Parameter(torch.empty(E, C, M))
         for name, width in (('gate_bias', M), ('up_bias', M), ('down_bias', C)):  # flat: to optimizers they are vectors
@@ -832,12 +830,12 @@ class MoE(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(E * width)) if there else None)
         self.shared = MLP(config, config.n_expert_shared * M) if config.n_expert_shared else None
         self.shared_router = nn.Linear(C, 1, bias=False) if config.expert_shared_gate else None
-        if self.bias_rate:  # added where experts are chosen, not to their weights (arXiv:2408.15664)
+        if config.router_bias_rate:  # added where experts are chosen, not to their weights (arXiv:2408.15664)
             self.register_buffer('choice_bias', torch.zeros(E))
         self.load = self.entropy = self.aux = None
 
     def _apply(self, function, recurse=True):
-        bias = self.choice_bias if self.bias_rate else None
+        bias = self.choice_bias if self.config.router_bias_rate else None
         super()._apply(function, recurse)
         if bias is not None and bias.dtype != self.choice_bias.dtype:  # it chooses by its digits: none of `to` is lost
             self.choice_bias = bias.to(self.choice_bias.device)
@@ -845,22 +843,22 @@ class MoE(nn.Module):
 
     def forward(self, x, real=None):
         """x (B, T, C) -> (B, T, C); real (B, T): False on padding."""
-        flat, kind = x.flatten(0, -2), x.device.type
-        N, E, K = len(flat), len(self.up), self.n_active
+        config, flat, kind = self.config, x.flatten(0, -2), x.device.type
+        N, E, K = len(flat), config.n_expert, config.n_expert_active
         with torch.autocast(kind, enabled=False):  # a choice between near equals wants all digits
             logits = F.linear(flat.float(), *(p.float() for p in self.router.parameters()))
-        scores = logits.softmax(-1) if self.score == 'softmax' else logits.sigmoid()
-        choice = scores + self.choice_bias if self.bias_rate else scores
-        if self.groups > 1:
-            groups = choice.unflatten(1, (self.groups, -1))
-            best = groups.topk(2).values.sum(-1).topk(self.groups_active).indices
+        scores = logits.softmax(-1) if config.router_score == 'softmax' else logits.sigmoid()
+        choice = scores + self.choice_bias if config.router_bias_rate else scores
+        if config.router_groups > 1:
+            groups = choice.unflatten(1, (config.router_groups, -1))
+            best = groups.topk(2).values.sum(-1).topk(config.router_groups_active).indices
             closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
             choice = groups.masked_fill(closed[..., None], -math.inf).flatten(1)
         chosen = choice.topk(K).indices
         weights = scores.gather(1, chosen)
-        if self.renorm:
+        if config.renormalises:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
-        weights = weights * self.scale
+        weights = weights * config.router_scale
         sizes = torch.zeros(E, device=x.device).scatter_add_(0, chosen.flatten(), weights.new_ones(N * K))
         if self.training:
             self.observe(logits, scores / (scores.sum(-1, keepdim=True) + 1e-20), chosen, real)
@@ -870,10 +868,10 @@ class MoE(nn.Module):
         token, rows = order // K, flat.to(dtype)
         # A CPU's kernels are made anew for every number of rows, so slices there are padded to multiples of 32.
         step = 32 if kind == 'cpu' and N * K >= 64 * E else 1
-        ends = (-(-sizes // step) * step).cumsum(0).int()
+        padding = -sizes % step
+        ends = (sizes + padding).cumsum(0).int()
         if step > 1:
-            padded = torch.cat((ends[:1], ends.diff()))
-            place = torch.arange(N * K) + ((ends - padded) - (sizes.cumsum(0) - sizes)).long()[chosen.flatten()[order]]
+            place = torch.arange(N * K) + (padding.cumsum(0) - padding).long()[chosen.flatten()[order]]
             ends[-1] = size = -(-(N * K + (step - 1) * E) // step) * step
             rows = rows.new_zeros(size, rows.shape[1]).index_copy(0, place, rows.index_select(0, token))
         else:
@@ -886,7 +884,7 @@ class MoE(nn.Module):
             expert = torch.searchsorted(ends, torch.arange(len(y), device=x.device), right=True)
             return y + b.to(dtype).view(E, -1)[expert]
         gate = product(rows, self.gate, self.gate_bias) if self.gate is not None else None
-        rows = product(activate(self.kind, product(rows, self.up, self.up_bias), gate), self.down, self.down_bias)
+        rows = product(activate(config.mlp, product(rows, self.up, self.up_bias), gate), self.down, self.down_bias)
         rows = rows.index_select(0, place) if step > 1 else rows
         rows = rows * weights.flatten().index_select(0, order)[:, None].to(dtype)
         y = torch.zeros(N, x.shape[-1], dtype=dtype, device=x.device).index_add(0, token, rows).view(x.shape)
@@ -904,7 +902,7 @@ class MoE(nn.Module):
         share = (probs * counted[:, None]).sum(0) / n  # of the probability, that each expert has
         balance = probs.shape[1] * (self.load / (n * chosen.shape[1]) * share).sum()
         z = (logits.logsumexp(-1).square() * counted).sum() / n
-        self.aux = self.aux_coef * balance + self.z_coef * z
+        self.aux = self.config.router_aux * balance + self.config.router_z * z
         self.entropy = (torch.special.entr(probs.detach()).sum(-1) * counted).sum() / n
 
 
@@ -991,24 +989,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, w, targets, cap, temperature, per_token, learning, details=False, label_smoothing=0.0):
-        """h (N, C), w (V, C), targets (N,) with -100 to skip -> the sum of the losses; with per_token, losses and, with
-        details too, the entropies of the distributions (N,) float32, else None.
+    def forward(ctx, h, w, targets, reduction, learning, cap=0.0, temperature=1.0, label_smoothing=0.0):
+        """h (N, C), w (V, C), targets (N,) with -100 to skip -> the sum of the losses, with reduction 'none' the losses
+        (N,) float32, with 'details' these and the entropies of the distributions.
 
-        cap: of the logits, 0 = none; these are then divided by the temperature. learning: whether a backward may
-        follow. label_smoothing: see `GPT.forward`.
+        learning: whether a backward may follow. cap: of the logits, 0 = none; these are then divided by the
+        temperature. label_smoothing: see `GPT.forward`.
         """
         losses = torch.zeros(len(h), dtype=torch.float32, device=h.device)
-        entropies = torch.zeros_like(losses) if details else None
-        ones = losses.new_ones(len(h))
-        grads = (ones, None) if learning and not per_token else None
+        entropies = torch.zeros_like(losses) if reduction == 'details' else None
+        ctx.per_token = reduction in ('none', 'details')
         ctx.how = cap, temperature, label_smoothing
+        grads = (torch.ones_like(losses), None) if learning and not ctx.per_token else None
         dh, dw = LinearCrossEntropy.walk(h, w, targets, *ctx.how, grads, (losses, entropies), ctx.needs_input_grad[1])
-        ctx.per_token = per_token
         if not torch.compiler.is_compiling():  # which cannot say that nothing was learnt from the entropies
             ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*((h, w, targets) if per_token else (dh, dw)))
-        return (losses, entropies) if per_token else losses.sum()
+        ctx.save_for_backward(*((h, w, targets) if ctx.per_token else (dh, dw)))
+        if reduction == 'details':
+            return losses, entropies
+        return losses if reduction == 'none' else losses.sum()
 
     @staticmethod
     def backward(ctx, g, g_entropy=None):
@@ -1019,7 +1018,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         else:
             dh, dw = ctx.saved_tensors
             dh, dw = dh * g, dw if dw is None else dw * g
-        return dh, dw if dw is None else dw.to(dh.dtype), *[None] * 7
+        return dh, dw if dw is None else dw.to(dh.dtype), *[None] * 6
 
     @staticmethod
     def walk(h, w, targets, cap, temperature, label_smoothing, g, out, learns):
@@ -1110,11 +1109,11 @@ class GPT(nn.Module):
         self.encoder = self.encoder_norm = None
         if config.n_encoder_layer:
             self.encoder = nn.ModuleList(Block(config, i, encoder=True) for i in range(config.n_encoder_layer))
-            self.encoder_norm = Norm(config.n_embd, config) if config.norm_place != 'post' else None
+            self.encoder_norm = nn.Identity() if config.norm_place == 'post' else Norm(config.n_embd, config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.future = nn.ModuleList(Block(config, config.n_layer - 1) for _ in range(config.n_future))
         self.future_loss = 0.0  # of the last forward in training
-        self.norm = Norm(config.n_embd, config) if config.norm_place != 'post' else None
+        self.norm = nn.Identity() if config.norm_place == 'post' else Norm(config.n_embd, config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.tok_emb.weight
@@ -1125,11 +1124,11 @@ class GPT(nn.Module):
             self.init_weights()
 
     def register_rope(self):
-        """The cos and sin tables of 'rope' on the model's device: computed from the config, never saved."""
+        """The tables of 'rope' on the model's device: computed from the config, never saved."""
         if self.config.pos == 'rope' and not self.tok_emb.weight.is_meta:  # there, `assign` makes them
-            for end in ('', '_local') if self.config.rope_theta_local else ('',):
-                for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(self.config, end), strict=True):
-                    self.register_buffer(name + end, table.to(self.tok_emb.weight.device), persistent=False)
+            for local in (False, True) if self.config.rope_theta_local else (False,):
+                table = rope_tables(self.config, local).to(self.tok_emb.weight.device)
+                self.register_buffer('rope_local' if local else 'rope_global', table, persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -1175,8 +1174,8 @@ class GPT(nn.Module):
 
     def rope(self, positions, local=False):
         """cos and sin of global or local layers at positions (…, T), the same for every head: (…, T, 1, D) each."""
-        end = '_local' if local and self.config.rope_theta_local else ''
-        return tuple(getattr(self, name + end)[positions].unsqueeze(-2) for name in ('rope_cos', 'rope_sin'))
+        table = self.rope_local if local and self.config.rope_theta_local else self.rope_global
+        return table[:, positions].unsqueeze(-2).unbind()
 
     def encode(self, source, source_mask=None):
         """The encoder: ids (B, S), bool (B, S) True where a token is real -> (B, S, C)."""
@@ -1185,8 +1184,8 @@ class GPT(nn.Module):
         x, mask = self.embed(source), None if source_mask is None else source_mask[:, None, None]
         rope = self.rope(slice(source.shape[1])) if self.config.pos == 'rope' else None
         for block in self.encoder:
-            x = block(x, Context(rope, rope, mask, mask))
-        return self.encoder_norm(x) if self.encoder_norm is not None else x
+            x = block(x, Context(Layout(mask=mask), rope))
+        return self.encoder_norm(x)
 
     def hidden(self, idx, positions=None, mask=None, cache=None, counts=None, memory=None, memory_mask=None, real=None,
                future=0, segments=None):
@@ -1196,8 +1195,8 @@ class GPT(nn.Module):
         positions (B, T) or (T,): where each token stands, by default 0 … T-1 (after what the cache holds).
         mask (…, T, S) bool, broadcast over heads as (B, 1, T, S): True where a query may see a key; combined with
         causality and the window. cache: a KVCache that is read and extended, by counts (a list) of the T tokens of
-        each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real. real (B, T): the
-        tokens that the routers of experts count, None = all. segments: see `forward`.
+        each row. memory (B, S, C) and memory_mask (B, S): what `encode` gave, and what of it is real; a cache keeps
+        them. real (B, T): the tokens that the routers of experts count, None = all. segments: see `forward`.
         """
         config, T = self.config, idx.shape[1]
         if T > config.block_size:
@@ -1208,23 +1207,22 @@ class GPT(nn.Module):
             same = (segments[:, :, None] == segments[:, None, :])[:, None]  # (B, 1, T, T)
             mask = same if mask is None else mask & same
         layout = self.layout(T, positions, mask, idx.device) if cache is None else cache.begin(T, counts)
-        rope = local_rope = far_rope = None
+        rope = local_rope = far_rope = key_rope = None
         if config.pos == 'rope':
             at = slice(T) if layout.positions is None else layout.positions
             rope, local_rope = (self.rope(at, local) for local in (False, True))
             if layout.far_positions is not None:
                 far_rope = self.rope(layout.far_positions, True)
-            if cache is not None and cache.rolling:
-                cache.rope = [table.transpose(-3, -2) for table in self.rope(cache.key_positions, True)]
+            if layout.key_positions is not None:
+                key_rope = tuple(table.transpose(-3, -2) for table in self.rope(layout.key_positions, True))
         x = self.embed(idx, layout.positions)
         memory_mask = None if memory_mask is None else memory_mask[:, None, None]
-        context = Context(rope, local_rope, layout.mask, layout.local_mask, far_rope, layout.is_sink, cache, memory,
-                          memory_mask, real, segments)
+        context = Context(layout, rope, local_rope, far_rope, key_rope, cache, memory, memory_mask, real, segments)
         *trunk, last = self.blocks
         for block in trunk:
             x = block(x, context)
         ends = (block(x, context) for block in (last, *[*self.future][:future]))
-        found = [self.norm(end) if self.norm is not None else end for end in ends]
+        found = [self.norm(end) for end in ends]
         found = found if config.logit_scale == 1 else [end * config.logit_scale for end in found]
         return found if future else found[0]
 
@@ -1289,7 +1287,8 @@ class GPT(nn.Module):
             real = (targets != -100).flip(1).cumsum(1).flip(1) > 0
         memory = self.encode(source, source_mask) if source is not None else None
         n_future = len(self.future) if self.training and targets is not None and output is None else 0
-        hidden = self.hidden(idx, positions, mask, None, None, memory, source_mask, real, n_future, segments)
+        hidden = self.hidden(idx, positions, mask, memory=memory, memory_mask=source_mask, real=real, future=n_future,
+                             segments=segments)
         if n_future:  # all further heads in one loss: the gradient of the head they share exists once
             hidden, *further = hidden
             later = F.pad(targets, (0, n_future), value=-100).unfold(1, targets.shape[1], 1).transpose(0, 1)
@@ -1319,30 +1318,27 @@ class GPT(nn.Module):
         With 'details' (losses, entropies of the distributions), (B, T) each: what learning from a policy's own samples
         takes.
         """
-        h, flat, device_type = hidden.flatten(0, 1), targets.flatten(), hidden.device.type
-        if device_type == 'cpu' and not torch.compiler.is_compiling():  # a GPU would have to wait for the number
-            kept = (flat != -100).nonzero()[:, 0]
+        h, flat, counted = hidden.flatten(0, 1), targets.flatten(), None
+        if hidden.device.type == 'cpu' and not torch.compiler.is_compiling():  # a GPU would wait for the number
+            counted = (flat != -100).nonzero()[:, 0]
             # a multiple of 64: kernels are made anew for every number of rows
-            padded = F.pad(kept, (0, -len(kept) % 64))
-            if 0 < len(padded) < len(flat):
-                chosen = flat[padded].index_fill(0, torch.arange(len(kept), len(padded)), -100)
-                found = self.cross_entropy_of(h[padded], chosen, reduction, temperature, label_smoothing)
-                if reduction in ('mean', 'sum'):
-                    return found
-
-                def back(values):
-                    return values.new_zeros(len(flat)).index_copy(0, kept, values[:len(kept)]).view_as(targets)
-                return tuple(map(back, found)) if reduction == 'details' else back(found)
+            rows = F.pad(counted, (0, -len(counted) % 64))
+            if 0 < len(rows) < len(flat):
+                h, flat = h[rows], flat[rows].index_fill(0, torch.arange(len(counted), len(rows)), -100)
         found = self.cross_entropy_of(h, flat, reduction, temperature, label_smoothing)
-        if reduction == 'details':
-            return tuple(values.view_as(targets) for values in found)
-        return found.view_as(targets) if reduction == 'none' else found
+        if reduction in ('mean', 'sum'):
+            return found
+
+        def back(values):
+            if len(values) < targets.numel():
+                values = values.new_zeros(targets.numel()).index_copy(0, counted, values[:len(counted)])
+            return values.view_as(targets)
+        return tuple(map(back, found)) if reduction == 'details' else back(found)
 
     def cross_entropy_of(self, h, targets, reduction, temperature, label_smoothing):
         """`cross_entropy` over rows: hidden states (N, C) and targets (N,) -> the loss, or losses (N,)."""
-        device_type, per_token = h.device.type, reduction in ('none', 'details')
         # a head that is no nn.Linear, packed for generation, has no matrix to take chunks of
-        if len(h) <= chunk_rows(self.config.vocab_size, device_type) or not isinstance(self.head, nn.Linear):
+        if len(h) <= chunk_rows(self.config.vocab_size, h.device.type) or not isinstance(self.head, nn.Linear):
             logits = tempered(self.logits(h), temperature)
             if reduction != 'details':
                 loss = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=label_smoothing)
@@ -1351,12 +1347,9 @@ class GPT(nn.Module):
             entropies = -(logprobs.exp() * logprobs).sum(-1) * (targets != -100)
             return F.nll_loss(logprobs, targets, ignore_index=-100, reduction='none'), entropies
         h, w, learning = self.products(h)
-        cap = self.config.logit_softcap
-        losses = LinearCrossEntropy.apply(h, w, targets, cap, temperature, per_token, learning, reduction == 'details',
-                                          label_smoothing)
-        if reduction == 'mean':
-            return losses / (targets != -100).sum().clamp(min=1)
-        return losses[0] if reduction == 'none' else losses
+        loss = LinearCrossEntropy.apply(h, w, targets, reduction, learning, self.config.logit_softcap, temperature,
+                                        label_smoothing)
+        return loss / (targets != -100).sum().clamp(min=1) if reduction == 'mean' else loss
 
     def router_loss(self):
         """What the last forward in training adds to the loss for its routers, router_aux and router_z of it; 0 where
@@ -1373,7 +1366,7 @@ class GPT(nn.Module):
         """After a step: experts with less than their share of the load (n_sparse, E) of all processes are chosen more
         often from now on, by router_bias_rate (arXiv:2408.15664, algorithm 1)."""
         for moe, counts in zip(self.sparse, load, strict=True) if self.config.router_bias_rate else ():
-            moe.choice_bias += moe.bias_rate * (counts.mean() - counts).sign()
+            moe.choice_bias += self.config.router_bias_rate * (counts.mean() - counts).sign()
 
     def assign(self, weights):
         """Makes tensors {name: tensor} the weights of this model as they are, not copies of them: for one that was made
