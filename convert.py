@@ -242,7 +242,7 @@ KEYS = {  # our field: theirs, the first that is there
     'delta_key_dim': ('linear_key_head_dim',), 'delta_value_dim': ('linear_value_head_dim',),
     'delta_conv': ('linear_conv_kernel_dim',),
 }
-EXPERTS_ALONE = KEYS | {'expert_dim': KEYS['mlp_dim']}  # where no layer has another MLP
+SPARSE_KEYS = KEYS | {'expert_dim': KEYS['mlp_dim']}  # of families without another MLP
 LATENT_KEYS = KEYS | {
     'head_dim': ('qk_nope_head_dim',), 'n_expert': ('n_routed_experts', 'num_local_experts'),
     'n_expert_shared': ('n_shared_experts',), 'kv_lora_rank': ('kv_lora_rank',), 'q_lora_rank': ('q_lora_rank',),
@@ -434,9 +434,10 @@ def rope_values(config):
 
 def rotary_values(config, by_kind=False):
     """What config.json says of every model with rotary positions; by_kind: of each kind of layer."""
-    rope, local = rope_values(config), config.rope_theta_local or config.rope_theta
+    rope = rope_values(config)
     new = rope | {'rope_theta': config.rope_theta}
     if by_kind:
+        local = config.rope_theta_local or config.rope_theta
         new = {FULL: new, LOCAL: {'rope_type': 'default', 'rope_theta': local}}
     return {'hidden_act': 'silu', 'rope_theta': config.rope_theta,  # for transformers 4, with the next
             'rope_scaling': None if config.rope_scaling == 'none' else rope,
@@ -496,10 +497,6 @@ def read_smollm3(config, args):
     if not isinstance(rotated, list) or len(rotated) < n or any(r not in (0, 1) for r in rotated):
         config.refuse('no_rope_layers', 'must be a 0 or a 1 for each layer')
     return {'rope_pattern': period(''.join('NR'[r] for r in rotated[:n]))}
-
-
-def write_smollm3(config, values):
-    return write_llama(config, values, no_rope_layers=[int(config.rotates(i)) for i in range(config.n_layer)])
 
 
 MULTIPLIERS = {'embed_scale': 'embedding_multiplier', 'attn_scale': 'attention_multiplier',
@@ -815,6 +812,12 @@ class Family(NamedTuple):
     tensors: Callable = lambda tensors, config: tensors  # and the other way round, {name: tensor}
     joined: str = ''  # what keeps PEFT's names from being those of our LoRA
 
+    def constants(self):
+        """{field: value} of what every model of this family has, or most have."""
+        mlp = next(iter(self.activation[1].values()))
+        return {'mlp': mlp} | {field: value[0] if isinstance(value, list) else value
+                               for field, value in self.fields.items() if value is not ...}
+
 
 LLAMA_SIZES = dict(vocab_size=32000, block_size=2048, n_embd=4096, n_layer=32, n_head=32, n_kv_head=0, head_dim=0,
                    mlp_dim=11008, norm_eps=1e-6, tie_weights=False)
@@ -839,7 +842,7 @@ FAMILIES = {  # by model_type
     'mixtral': Family(
         'MixtralForCausalLM', MISTRAL_SIZES | dict(norm_eps=1e-5, n_expert=8, n_expert_active=2, expert_dim=14336),
         wants=mixtral_wants, read=lambda config, args: {'router_renorm': renormalised(args, True)}, write=write_mistral,
-        keys=EXPERTS_ALONE, theta=1e6, window=0),
+        keys=SPARSE_KEYS, theta=1e6, window=0),
     'qwen3_moe': Family(
         'Qwen3MoeForCausalLM', QWEN_SIZES | dict(
             n_embd=2048, n_layer=24, n_kv_head=4, mlp_dim=6144, n_expert=128, n_expert_active=8, expert_dim=768),
@@ -851,8 +854,8 @@ FAMILIES = {  # by model_type
             delta_value_dim=128, delta_conv=4),
         ROTARY | dict(qk_norm=True, norm_offset=[True, False], attn_gate='element', layer_pattern=..., rotary_dim=...,
                       window=0),
-        lambda config: config.n_expert and {
-            'n_expert_shared': [config.n_expert_shared or 1], 'expert_shared_gate': [True]} or {},
+        lambda config: {'n_expert_shared': [config.n_expert_shared or 1],
+                        'expert_shared_gate': [True]} if config.n_expert else {},
         read_qwen3_next, write_qwen3_next, honoured=('partial_rotary_factor', 'layer_types'),
         sources=next_sources, tensors=next_tensors, joined='a Qwen3-Next has queries and gates in one matrix'),
     'gemma3_text': Family(
@@ -872,7 +875,8 @@ FAMILIES = {  # by model_type
     'smollm3': Family(
         'SmolLM3ForCausalLM', LLAMA_SIZES | dict(
             vocab_size=128256, block_size=32768, n_embd=2048, n_layer=36, n_head=16, n_kv_head=4, tie_weights=True),
-        ROTARY | dict(rope_pattern=...), read=read_smollm3, write=write_smollm3, theta=2e6),
+        ROTARY | dict(rope_pattern=...), read=read_smollm3, write=lambda config, values: write_llama(
+            config, values, no_rope_layers=[int(config.rotates(i)) for i in range(config.n_layer)]), theta=2e6),
     'granite': Family('GraniteForCausalLM', LLAMA_SIZES, ROTARY | dict.fromkeys(MULTIPLIERS, ...), read=read_granite,
                       write=write_granite),
     'phi3': Family(
@@ -887,8 +891,8 @@ FAMILIES = {  # by model_type
         ROTARY | dict(bias=[True, False], sink_logit=True, expert_bias=True, qk_norm=False, dense_layers=0,
                       expert_every=1),
         lambda config: {'n_expert': [config.n_expert or 8],
-                        'router_renorm': ['always', True][:1 + (config.n_expert_active > 1)]},
-        read_gpt_oss, write_gpt_oss, EXPERTS_ALONE,
+                        'router_renorm': ['always', True] if config.n_expert_active > 1 else ['always']},
+        read_gpt_oss, write_gpt_oss, SPARSE_KEYS,
         ('hidden_act', {'silu': 'swiglu_clamped', 'swish': 'swiglu_clamped'}), theta=1.5e5,
         rope=dict(rope_type='yarn', factor=32.0, truncate=False, original_max_position_embeddings=4096), window=128,
         local=lambda config, n_layer: every_nth(n_layer, 2), honoured=('attention_bias', 'quantization_config'),
@@ -929,14 +933,14 @@ def hf_args(config):
         if field in ('n_layer', 'n_expert') and args[field] > 10_000:
             config.refuse(key, 'is impossible')
     key, kinds = family.activation
-    args['mlp'] = kinds.get(str(config.get(key, next(iter(kinds)))))
-    if args['mlp'] is None:
+    kind = str(config.get(key, next(iter(kinds))))
+    if kind not in kinds:
         config.refuse(key)
-    args |= {field: value[0] if isinstance(value, list) else value
-             for field, value in family.fields.items() if value is not ...}
+    args |= family.constants() | {'mlp': kinds[kind]}
     if args['pos'] == 'rope':
         args |= rope_args(config, family, args['block_size'])
-        args |= window_args(config, family, args['n_layer']) if 'layer_types' not in family.honoured else {}
+    if args['pos'] == 'rope' and 'layer_types' not in family.honoured:
+        args |= window_args(config, family, args['n_layer'])
     return name, args | family.read(config, args)
 
 
