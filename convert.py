@@ -8,10 +8,10 @@ Models in and out: Hugging Face directories (config.json and safetensors), GGUF 
     python convert.py out/tiny mine.gguf         any of these -> one file for llama.cpp, ollama, …, and a Modelfile
                                                  --type=f16 (the default, whatever the run's dtype), f32, bf16, q8_0
 
-A family's tensors are a table from our names to theirs; both directions walk it. The keys and defaults of config.json
-are those of transformers (models/*/configuration_*.py), in its spelling of today (`rope_parameters`, `dtype`) and of
-before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do is refused by its key, not dropped.
-Nothing here unpickles a stranger's file. GGUF is in gguf_format.py.
+A family is a row of FAMILIES, its tensors a table from our names to theirs in TABLES; both directions walk them. The
+keys and defaults of config.json are those of transformers (models/*/configuration_*.py), in its spelling of today
+(`rope_parameters`, `dtype`) and of before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do
+is refused by its key, not dropped. Nothing here unpickles a stranger's file. GGUF is in gguf_format.py.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -600,10 +600,7 @@ def oss_experts(sources, args, where):
                 return from_mxfp4(read()[:, rows], read_tensor(sources, scales)[:, rows])
             tensor = read()
             return (tensor.mT if tensor.ndim == 3 else tensor)[:, rows]
-        if packed:
-            shape = [*shape[:2], 32 * shape[2]]
-        else:
-            shape = [shape[0], *reversed(shape[1:])]
+        shape = [*shape[:2], 32 * shape[2]] if packed else [shape[0], *reversed(shape[1:])]
         parts = {'[gate]': slice(0, None, 2), '[up]': slice(1, None, 2)} if 'gate_up' in name else {'': slice(None)}
         for part, rows in parts.items():
             n = len(range(shape[1])[rows])
