@@ -126,7 +126,7 @@ def model_card(source, name, model):
     front += [f'base_model: {json.dumps(base)}'] if base else []
     front += ['tags:', '- flatgpt', *(f'- {stage}' for stage in dict.fromkeys(past.stage for past in runs))]
     lines = ['---', *front, '---', '', f'# {name}', '',
-             f'{FAMILIES[hf_family(model.config)][0]} with {model.num_params():,} parameters'
+             f'{FAMILIES[hf_family(model.config)].architecture} with {model.num_params():,} parameters'
              + (f', from {base}.' if base else '.')]
     lines += ['', '| stage | data | steps | seen | validation |', '| --- | --- | --- | --- | --- |'] if runs else []
     for past in runs:

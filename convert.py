@@ -8,10 +8,10 @@ Models in and out: Hugging Face directories (config.json and safetensors), GGUF 
     python convert.py out/tiny mine.gguf         any of these -> one file for llama.cpp, ollama, …, and a Modelfile
                                                  --type=f16 (the default, whatever the run's dtype), f32, bf16, q8_0
 
-A family's tensors are a table from our names to theirs; both directions walk it. The keys and defaults of config.json
-are those of transformers (models/*/configuration_*.py), in its spelling of today (`rope_parameters`, `dtype`) and of
-before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do is refused by its key, not dropped.
-Nothing here unpickles a stranger's file. GGUF is in gguf_format.py.
+A family is a row of FAMILIES, its tensors a table from our names to theirs in TABLES; both directions walk them. The
+keys and defaults of config.json are those of transformers (models/*/configuration_*.py), in its spelling of today
+(`rope_parameters`, `dtype`) and of before (`rope_theta`, `rope_scaling`, `torch_dtype`). What a model of ours cannot do
+is refused by its key, not dropped. Nothing here unpickles a stranger's file. GGUF is in gguf_format.py.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -26,7 +26,9 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import runtime
 
@@ -227,7 +229,7 @@ def fits(tokenizer, model, where):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# config.json -> GPTConfig
+# config.json: what several families have in common
 
 KEYS = {  # our field: theirs, the first that is there
     'vocab_size': ('vocab_size',), 'block_size': ('max_position_embeddings', 'n_positions'),
@@ -240,61 +242,15 @@ KEYS = {  # our field: theirs, the first that is there
     'delta_key_dim': ('linear_key_head_dim',), 'delta_value_dim': ('linear_value_head_dim',),
     'delta_conv': ('linear_conv_kernel_dim',),
 }
-LATENT_KEYS = {
+SPARSE_KEYS = KEYS | {'expert_dim': KEYS['mlp_dim']}  # of families without another MLP
+LATENT_KEYS = KEYS | {
     'head_dim': ('qk_nope_head_dim',), 'n_expert': ('n_routed_experts', 'num_local_experts'),
     'n_expert_shared': ('n_shared_experts',), 'kv_lora_rank': ('kv_lora_rank',), 'q_lora_rank': ('q_lora_rank',),
     'qk_rope_dim': ('qk_rope_head_dim',), 'v_head_dim': ('v_head_dim',), 'router_groups': ('n_group',),
     'router_groups_active': ('topk_group',), 'router_scale': ('routed_scaling_factor',),
     'dense_layers': ('first_k_dense_replace',),
 }
-GPT2_SIZES = dict(vocab_size=50257, block_size=1024, n_embd=768, n_layer=12, n_head=12, mlp_dim=0, norm_eps=1e-5,
-                  tie_weights=True)
-LLAMA_SIZES = dict(vocab_size=32000, block_size=2048, n_embd=4096, n_layer=32, n_head=32, n_kv_head=0, head_dim=0,
-                   mlp_dim=11008, norm_eps=1e-6, tie_weights=False)
-MISTRAL_SIZES = LLAMA_SIZES | dict(block_size=131072, n_kv_head=8, mlp_dim=14336)
-OLMO_SIZES = LLAMA_SIZES | dict(vocab_size=50304, norm_eps=1e-5)
-QWEN_SIZES = LLAMA_SIZES | dict(vocab_size=151936, block_size=32768, n_kv_head=32, mlp_dim=22016)
-OSS_SIZES = LLAMA_SIZES | dict(vocab_size=201088, block_size=131072, n_embd=2880, n_layer=36, n_head=64, n_kv_head=8,
-                               head_dim=64, mlp_dim=2880, norm_eps=1e-5, n_expert=128, n_expert_active=4)
-OSS_ROPE = dict(rope_type='yarn', factor=32.0, truncate=False, original_max_position_embeddings=4096)
-FAMILIES = {  # model_type: the class, and what transformers takes where config.json leaves a key out (0: null)
-    'gpt2': ('GPT2LMHeadModel', GPT2_SIZES),
-    'llama': ('LlamaForCausalLM', LLAMA_SIZES),
-    'mistral': ('MistralForCausalLM', MISTRAL_SIZES),
-    'qwen2': ('Qwen2ForCausalLM', QWEN_SIZES),
-    'qwen3': ('Qwen3ForCausalLM', QWEN_SIZES | dict(head_dim=128)),
-    'mixtral': ('MixtralForCausalLM', MISTRAL_SIZES | dict(norm_eps=1e-5, n_expert=8, n_expert_active=2)),
-    'qwen3_moe': ('Qwen3MoeForCausalLM', QWEN_SIZES | dict(
-        n_embd=2048, n_layer=24, n_kv_head=4, mlp_dim=6144, n_expert=128, n_expert_active=8, expert_dim=768)),
-    'qwen3_next': ('Qwen3NextForCausalLM', QWEN_SIZES | dict(
-        n_embd=2048, n_layer=48, n_head=16, n_kv_head=2, head_dim=256, mlp_dim=5632, n_expert=512, n_expert_active=10,
-        expert_dim=512, delta_heads=32, delta_key_heads=16, delta_key_dim=128, delta_value_dim=128, delta_conv=4)),
-    'gemma3_text': ('Gemma3ForCausalLM', LLAMA_SIZES | dict(
-        vocab_size=262208, block_size=131072, n_embd=2304, n_layer=26, n_head=8, n_kv_head=4, head_dim=256,
-        mlp_dim=9216, tie_weights=True)),
-    'olmo2': ('Olmo2ForCausalLM', OLMO_SIZES), 'olmo3': ('Olmo3ForCausalLM', OLMO_SIZES),
-    'smollm3': ('SmolLM3ForCausalLM', LLAMA_SIZES | dict(
-        vocab_size=128256, block_size=32768, n_embd=2048, n_layer=36, n_head=16, n_kv_head=4, tie_weights=True)),
-    'granite': ('GraniteForCausalLM', LLAMA_SIZES),
-    'phi3': ('Phi3ForCausalLM', LLAMA_SIZES | dict(
-        vocab_size=32064, block_size=4096, n_embd=3072, mlp_dim=8192, norm_eps=1e-5)),
-    'gpt_oss': ('GptOssForCausalLM', OSS_SIZES),
-    'deepseek_v3': ('DeepseekV3ForCausalLM', LLAMA_SIZES | dict(
-        vocab_size=129280, block_size=4096, n_embd=7168, n_layer=61, n_head=128, n_kv_head=128, head_dim=128,
-        mlp_dim=18432, kv_lora_rank=512, q_lora_rank=1536, qk_rope_dim=64, v_head_dim=128, n_expert=256,
-        n_expert_active=8, n_expert_shared=1, expert_dim=2048, dense_layers=3, router_groups=8, router_groups_active=4,
-        router_scale=2.5)),
-}
-OLMO = dict(norm_place='output', qk_norm=True, qk_norm_joint=True)
-BEYOND = {  # fields of GPTConfig that a family has in place of a Llama's; ...: any value
-    'qwen3': dict(qk_norm=True), 'qwen3_moe': dict(qk_norm=True),
-    'qwen3_next': dict(qk_norm=True, norm_offset=True, attn_gate='element'),
-    'gemma3_text': dict(mlp='geglu', norm_place='both', qk_norm=True, norm_offset=..., rope_theta_local=...,
-                        attn_scale=..., logit_softcap=...),
-    'olmo2': OLMO, 'olmo3': OLMO | dict(rope_theta_local=...), 'smollm3': dict(rope_pattern=...),
-    'granite': dict.fromkeys(('embed_scale', 'attn_scale', 'residual_scale', 'logit_scale'), ...),
-}
-THETA = {'mixtral': 1e6, 'gemma3_text': 1e6, 'olmo3': 5e5, 'smollm3': 2e6, 'gpt_oss': 1.5e5}  # else 1e4
+NULLABLE = ('num_key_value_heads', 'head_dim', 'intermediate_size', 'n_inner', 'q_lora_rank', 'qk_nope_head_dim')
 ONLY = {  # keys that change what a model computes, and the one value that we can honour
     'attention_bias': False, 'mlp_bias': False, 'partial_rotary_factor': 1.0, 'scale_attn_weights': True,
     'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'is_encoder_decoder': False,
@@ -303,9 +259,8 @@ ONLY = {  # keys that change what a model computes, and the one value that we ca
     'swiglu_alpha': 1.702, 'swiglu_limit': 7.0, 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc',
     'moe_layer_freq': 1,
 }
-
-
 TURNS = {'llama3': ('low_freq_factor', 'high_freq_factor'), 'yarn': ('beta_slow', 'beta_fast')}  # rope_low, rope_high
+LOCAL, FULL, LINEAR = 'sliding_attention', 'full_attention', 'linear_attention'
 
 
 class Json:
@@ -353,122 +308,10 @@ def read_json(path):
     return Json(values, path)
 
 
-def hf_args(config):  # noqa: C901
-    """config.json, read -> (family, fields of GPTConfig); UserError for the first key that we cannot honour."""
-    named, family = config.get('architectures'), config.get('model_type')
-    named = named[0] if isinstance(named, list) and named else None
-    if family is None:
-        family = next((key for key, (architecture, _) in FAMILIES.items() if architecture == named), None)
-    if not isinstance(family, str) or family not in FAMILIES:
-        config.refuse('model_type' if config.get('model_type') or not named else 'architectures',
-                      f'is not one of {", ".join(FAMILIES)}')
-    architecture, sizes = FAMILIES[family]
-    trunk = re.sub('LMHeadModel|ForCausalLM', 'TextModel' if 'gemma' in family else 'Model', architecture)
-    if named not in (None, architecture, trunk):
-        config.refuse('architectures', f'is not {architecture}')
-    honoured = ()
-    if family == 'gpt_oss':
-        packed = config.object('quantization_config').get('quant_method') == 'mxfp4'
-        honoured = ('attention_bias', 'quantization_config')[:1 + packed]
-    for key, value in ONLY.items():
-        allowed = key in honoured or (family, key) in (('phi3', 'original_max_position_embeddings'),
-                                                       ('qwen3_next', 'partial_rotary_factor'))
-        if not allowed and config.get(key) not in (None, value):
-            config.refuse(key)
-    args, keys = {}, KEYS | (LATENT_KEYS if family == 'deepseek_v3' else {})
-    for field, default in sizes.items():
-        key = next((k for k in keys[field] if k in config.values), keys[field][0])
-        null = field in ('n_kv_head', 'head_dim', 'mlp_dim', 'q_lora_rank') and config.get(key, default or None) is None
-        args[field] = 0 if null else config.number(key, default, int(field != 'dense_layers'))
-        if field in ('n_layer', 'n_expert') and args[field] > 10_000:
-            config.refuse(key, 'is impossible')
-    if family == 'gpt2':
-        kinds = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
-        kind = kinds.get(str(config.get('activation_function', 'gelu_new')))
-        if kind is None:
-            config.refuse('activation_function')
-        return family, args | {'mlp': kind}
-
-    gemma = family == 'gemma3_text'
-    key, kinds = ('hidden_activation', ['gelu_pytorch_tanh']) if gemma else ('hidden_act', ['silu', 'swish'])
-    if config.get(key, kinds[0]) not in kinds:
-        config.refuse(key)
-    args |= {'mlp': 'swiglu', 'norm': 'rmsnorm', 'pos': 'rope', 'bias': False, 'qkv_bias': family == 'qwen2'}
-    args |= {key: value for key, value in BEYOND.get(family, {}).items() if value is not ...}
-    if family == 'gpt_oss':
-        args |= {'mlp': 'swiglu_clamped', 'bias': config.number('attention_bias', True), 'sink_logit': True,
-                 'expert_bias': True, 'expert_dim': args['mlp_dim'], 'router_renorm': renormalised(args, True)}
-        if not (config.get('rope_scaling') or config.get('rope_parameters')):
-            config = Json(config.values | {'rope_parameters': OSS_ROPE}, config.where)
-    args |= rope_args(config, family, args['block_size'])
-    if family == 'deepseek_v3':
-        return family, args | latent_args(config, args)
-    args |= window_args(config, family, args['n_layer']) if family != 'qwen3_next' else {}
-    if gemma:
-        scalar, cap = config.number('query_pre_attn_scalar', 256.0), 'final_logit_softcapping'
-        args |= {'norm_offset': True, 'embed_scale': math.sqrt(args['n_embd']),
-                 'attn_scale': 0.0 if scalar == args['head_dim'] else scalar ** -0.5,
-                 'logit_softcap': 0.0 if config.get(cap) is None else config.number(cap, 0.0)}
-    elif family == 'granite':
-        args |= {field: config.number(key, 1.0) for field, key in MULTIPLIERS.items()}
-        args['logit_scale'] = 1 / args['logit_scale']
-    elif family == 'smollm3':
-        args['rope_pattern'] = rotated_layers(config, args['n_layer'])
-    elif family == 'mixtral':
-        args |= {'router_renorm': renormalised(args, True), 'expert_dim': args['mlp_dim']}
-    elif family in ('qwen3_moe', 'qwen3_next'):
-        every, n, dense = config.number('decoder_sparse_step', 1), args['n_layer'], config.get('mlp_only_layers') or []
-        sparse = [i for i in range(n) if (i + 1) % every == 0 and i not in dense] if isinstance(dense, list) else None
-        first = next((k for k in range(n + 1) if sparse == [i for i in range(k, n) if (i + 1) % every == 0]), None)
-        if first is None:
-            config.refuse('mlp_only_layers', 'must be the first layers')
-        args |= {'router_renorm': renormalised(args, config.number('norm_topk_prob', family == 'qwen3_next')),
-                 'expert_every': every, 'dense_layers': first}
-    return family, args | (next_args(config, args) if family == 'qwen3_next' else {})
-
-
-def next_args(config, args):
-    """The fields of GPTConfig that only Qwen3-Next's keys have a say in."""
-    every, n = config.number('full_attention_interval', 4), args['n_layer']
-    types = config.get('layer_types')
-    types = [LINEAR if (i + 1) % every else FULL for i in range(n)] if types is None else types
-    if not isinstance(types, list) or len(types) != n or any(kind not in (LINEAR, FULL) for kind in types):
-        config.refuse('layer_types')
-    key, rope = 'partial_rotary_factor', config.object('rope_scaling' if config.get('rope_scaling') else
-                                                       'rope_parameters')
-    where = rope if key in rope.values else config
-    rotated = int(args['head_dim'] * where.number(key, 0.25))
-    if not 2 <= rotated <= args['head_dim'] or rotated % 2:
-        where.refuse(key, f"must make an even part of head_dim={args['head_dim']}")
-    pattern = period(''.join('D' if kind == LINEAR else 'A' for kind in types))
-    found = {'rotary_dim': rotated % args['head_dim'], 'layer_pattern': pattern}
-    if LINEAR not in types:
-        found |= {name: 0 for name in args if name.startswith('delta_')} | {'delta_conv': 4}
-    if args['dense_layers'] == n:
-        return found | {'n_expert': 0, 'n_expert_active': 2, 'expert_every': 1, 'dense_layers': 0, 'expert_dim': 0,
-                        'router_renorm': True}
-    shared = config.number('shared_expert_intermediate_size', 512)
-    if shared % args['expert_dim']:
-        config.refuse('shared_expert_intermediate_size', f"must be a multiple of moe_intermediate_size="
-                                                         f"{args['expert_dim']}")
-    return found | {'n_expert_shared': shared // args['expert_dim'], 'expert_shared_gate': True}
-
-
-def latent_args(config, args):
-    """The fields of GPTConfig that only DeepSeek's keys have a say in."""
-    if args['n_kv_head'] not in (0, args['n_head']):
-        config.refuse('num_key_value_heads', f"is not num_attention_heads={args['n_head']}")
-    if not config.number('rope_interleave', True):
-        config.refuse('rope_interleave')
-    rope, found = config.object('rope_scaling' if config.get('rope_scaling') else 'rope_parameters'), {}
-    if args.get('rope_scaling'):  # it sharpens attention by another factor on its scores, too
-        sharpen = mscale(rope, 'mscale_all_dim', args['rope_factor'])
-        found['attn_scale'] = sharpen ** 2 / math.sqrt(args['head_dim'] + args['qk_rope_dim']) if sharpen != 1 else 0.0
-    if args['dense_layers'] >= args['n_layer']:
-        return found | {'n_expert': 0, 'n_expert_active': 2, 'n_expert_shared': 0, 'router_groups': 1,
-                        'router_groups_active': 1, 'router_scale': 1.0}
-    return found | {'router_score': 'sigmoid', 'router_bias_rate': 0.001,  # as it was trained
-                    'router_renorm': renormalised(args, config.number('norm_topk_prob', True))}
+def period(pattern):
+    """The shortest letters that, again and again, make a pattern."""
+    n = len(pattern)
+    return next(pattern[:p] for p in range(1, n + 1) if (pattern[:p] * n)[:n] == pattern)
 
 
 def renormalised(args, there):
@@ -476,57 +319,37 @@ def renormalised(args, there):
     return 'always' if there and args['n_expert_active'] == 1 else there
 
 
-MULTIPLIERS = {'embed_scale': 'embedding_multiplier', 'attn_scale': 'attention_multiplier',
-               'residual_scale': 'residual_multiplier', 'logit_scale': 'logits_scaling'}  # of Granite; the last divides
-LOCAL, FULL, LINEAR = 'sliding_attention', 'full_attention', 'linear_attention'
-MIXED = ('qwen2', 'qwen3', 'gemma3_text', 'olmo3', 'gpt_oss')  # which have both kinds of layers
-
-
-def rotated_layers(config, n_layer):
-    """rope_pattern of a SmolLM3."""
-    if config.get('use_sliding_window'):
-        config.refuse('use_sliding_window')
-    every, given = config.number('no_rope_layer_interval', 4), config.get('no_rope_layers')
-    rotated = [(i + 1) % every > 0 for i in range(n_layer)] if given is None else given
-    if not isinstance(rotated, list) or len(rotated) < n_layer or any(r not in (0, 1) for r in rotated):
-        config.refuse('no_rope_layers', 'must be a 0 or a 1 for each layer')
-    return period(''.join('NR'[r] for r in rotated[:n_layer]))
-
-
-def period(pattern):
-    """The shortest letters that, again and again, make a pattern."""
-    n = len(pattern)
-    return next(pattern[:p] for p in range(1, n + 1) if (pattern[:p] * n)[:n] == pattern)
+def rope_of(config):
+    """The object of rotary parameters, in either spelling."""
+    return config.object('rope_scaling' if config.get('rope_scaling') else 'rope_parameters')
 
 
 def rope_args(config, family, block_size):
     """The fields of GPTConfig for the rotary wavelengths, in any spelling; of some families by the kind of layer."""
-    rope = config.object('rope_scaling' if config.get('rope_scaling') else 'rope_parameters')
-    theta, apart = THETA.get(family, 1e4), 'rope_theta_local' in BEYOND.get(family, {})
+    rope, apart = rope_of(config), bool(family.local_theta)
+    if not rope.values:
+        rope = Json(family.rope, config.where, rope.prefix)
     by_kind = any(isinstance(value, dict) for value in rope.values.values())
     if by_kind and not (apart and rope.values.keys() <= {LOCAL, FULL}) or (
             apart and not by_kind and rope.values and rope.prefix == 'rope_parameters.'):
         config.refuse(rope.prefix[:-1])
     full, local = (rope.object(FULL), rope.object(LOCAL)) if by_kind else (rope, Json({}, config.where))
-    args = wavelengths(config, full, theta, block_size, family)
-    if family == 'phi3' and args.get('rope_scaling'):  # which transformers takes for longrope
-        rope.refuse('rope_type' if 'rope_type' in rope.values else 'type')
+    args = wavelengths(config, full, family, block_size)
     if apart:
         if local.get('rope_type', 'default') != 'default':
             local.refuse('rope_type')
-        key, usual = ('rope_local_base_freq', 1e4) if family == 'gemma3_text' else ('rope_theta', theta)
-        base = local.number('rope_theta', 0.0) if 'rope_theta' in local.values else config.number(key, usual)
+        base = local.number('rope_theta', 0.0) if 'rope_theta' in local.values else config.number(*family.local_theta)
         args['rope_theta_local'] = base if 'rope_scaling' in args or base != args['rope_theta'] else 0.0
     return args
 
 
-def wavelengths(config, rope, theta, block_size, family):  # noqa: C901
+def wavelengths(config, rope, family, block_size):  # noqa: C901
     """The fields of GPTConfig that an object of rotary parameters says."""
     where = rope if 'rope_theta' in rope.values else config
-    args = {'rope_theta': where.number('rope_theta', theta)}
-    kind = rope.get('rope_type', rope.get('type', 'default'))
-    if rope.get('partial_rotary_factor') not in (None, 1) and family != 'qwen3_next':
-        rope.refuse('partial_rotary_factor')
+    args = {'rope_theta': where.number('rope_theta', family.theta)}
+    kind, part = rope.get('rope_type', rope.get('type', 'default')), 'partial_rotary_factor'
+    if part not in family.honoured and rope.get(part) not in (None, 1):
+        rope.refuse(part)
     if kind == 'default':
         return args
     if kind not in ('linear', 'llama3', 'yarn'):
@@ -552,6 +375,8 @@ def wavelengths(config, rope, theta, block_size, family):  # noqa: C901
         args['rope_truncate'] = rope.number('truncate', True)
     if factor == 1:  # nothing is stretched
         return args
+    if not family.stretched:
+        rope.refuse('rope_type' if 'rope_type' in rope.values else 'type')
     for field, key in zip(('rope_low', 'rope_high'), TURNS.get(kind, ()), strict=False):
         if kind == 'llama3' or rope.get(key):
             args[field] = rope.number(key, 0.0)
@@ -565,22 +390,14 @@ def mscale(rope, key, factor):
 
 def window_args(config, family, n_layer):
     """The fields of GPTConfig for sliding windows; none where every layer sees everything."""
-    qwen, mixed = family.startswith('qwen'), family in MIXED
-    wanted = family not in ('llama', 'olmo2', 'smollm3', 'granite') and (
-        not qwen or config.number('use_sliding_window', False))
-    usual = {'mixtral': None, 'phi3': None, 'gpt_oss': 128}.get(family, 4096)
-    there = wanted and config.get('sliding_window', usual) is not None
-    window = config.number('sliding_window', usual or 4096) if there else 0
-    if qwen:
-        first = config.number('max_window_layers', 28, 0) if mixed else 0
-        types = [LOCAL if window and i >= first else FULL for i in range(n_layer)]
-    else:
-        every = {'gpt_oss': 2, 'olmo3': 4}.get(family, n_layer + 1)  # of which the last layer sees everything
-        every = config.number('sliding_window_pattern', 6) if family == 'gemma3_text' else every
-        types = [LOCAL if window and (i + 1) % every else FULL for i in range(n_layer)]
-    given = config.get('layer_types')
+    window = 0
+    wanted = family.window is not None and (not family.switched or config.number('use_sliding_window', False))
+    if wanted and config.get('sliding_window', family.window or None) is not None:
+        window = config.number('sliding_window', family.window)
+    local = family.local(config, n_layer) if family.local else [True] * n_layer
+    types, given = [LOCAL if window and here else FULL for here in local], config.get('layer_types')
     if given is not None and given != types:
-        if not mixed or not isinstance(given, list) or len(given) != n_layer:
+        if not family.local or not isinstance(given, list) or len(given) != n_layer:
             config.refuse('layer_types')
         if any(kind not in (LOCAL, FULL) for kind in given) or not window and LOCAL in given:
             config.refuse('layer_types')
@@ -588,6 +405,641 @@ def window_args(config, family, n_layer):
     if LOCAL not in types:
         return {}
     return {'window': window, 'window_pattern': period(''.join('L' if kind == LOCAL else 'G' for kind in types))}
+
+
+def local_layers(config):
+    """For each layer of a GPTConfig whether it has the window."""
+    return [config.is_local(i) for i in range(config.n_layer)]
+
+
+def rope_values(config):
+    """config.json's object for the rotary wavelengths of a GPTConfig."""
+    kind, rope = config.rope_scaling, {'rope_type': 'default'}
+    if kind != 'none':
+        rope = {'rope_type': kind, 'factor': config.rope_factor}
+    if kind in TURNS:
+        low, high = TURNS[kind]
+        rope |= {'original_max_position_embeddings': config.rope_original, low: config.rope_low,
+                 high: config.rope_high}
+    if kind == 'yarn':
+        rope |= {'truncate': config.rope_truncate}
+        rope |= {'attention_factor': config.rope_mscale} if config.rope_mscale else {}
+    if config.attn_scale and config.kv_lora_rank:  # a factor on scores, which goes by the name of another key there
+        width, stretch = config.head_dim + config.qk_rope_dim, 0.1 * math.log(config.rope_factor)
+        sharpen = math.sqrt(config.attn_scale * math.sqrt(width))
+        whole = (config.rope_mscale or 1 + stretch) * sharpen
+        rope |= {'mscale_all_dim': round((sharpen - 1) / stretch, 9), 'mscale': round((whole - 1) / stretch, 9)}
+    return rope
+
+
+def rotary_values(config, by_kind=False):
+    """What config.json says of every model with rotary positions; by_kind: of each kind of layer."""
+    rope = rope_values(config)
+    new = rope | {'rope_theta': config.rope_theta}
+    if by_kind:
+        local = config.rope_theta_local or config.rope_theta
+        new = {FULL: new, LOCAL: {'rope_type': 'default', 'rope_theta': local}}
+    return {'hidden_act': 'silu', 'rope_theta': config.rope_theta,  # for transformers 4, with the next
+            'rope_scaling': None if config.rope_scaling == 'none' else rope,
+            'rope_parameters': new}  # for transformers 5
+
+
+def layer_types(config):
+    return {'layer_types': [LOCAL if here else FULL for here in local_layers(config)]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# config.json: what one family has. read_…(config.json, args so far) -> more fields of GPTConfig, write_…(GPTConfig,
+# values of KEYS) -> all values of config.json, …_wants(GPTConfig) -> {field: values that can leave}
+
+def gpt2_wants(config):
+    heads = math.gcd(config.n_embd, config.n_head)
+    return {'n_head': [heads], 'n_kv_head': [heads], 'head_dim': [config.n_embd // heads]}
+
+
+def write_gpt2(config, values):
+    return values | {'activation_function': 'gelu_new' if config.mlp == 'gelu_tanh' else 'gelu',
+                     'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+
+
+def write_llama(config, values, **more):
+    return values | rotary_values(config) | more | {'attention_bias': False, 'mlp_bias': False}
+
+
+def write_mistral(config, values, by_kind=False):
+    window = config.window if any(local_layers(config)) else None
+    return values | rotary_values(config, by_kind) | {'sliding_window': window}
+
+
+def upper_layers(config, n_layer):
+    """Of a Qwen: the first max_window_layers see everything."""
+    first = config.number('max_window_layers', 28, 0)
+    return [i >= first for i in range(n_layer)]
+
+
+def every_nth(n_layer, n):
+    """Every n-th layer sees everything."""
+    return [(i + 1) % n > 0 for i in range(n_layer)]
+
+
+def write_qwen(config, values):
+    local = local_layers(config)
+    return write_mistral(config, values) | {
+        'use_sliding_window': any(local), 'max_window_layers': local.index(True) if any(local) else config.n_layer,
+        } | layer_types(config)
+
+
+def read_smollm3(config, args):
+    if config.get('use_sliding_window'):
+        config.refuse('use_sliding_window')
+    n, every, given = args['n_layer'], config.number('no_rope_layer_interval', 4), config.get('no_rope_layers')
+    rotated = every_nth(n, every) if given is None else given
+    if not isinstance(rotated, list) or len(rotated) < n or any(r not in (0, 1) for r in rotated):
+        config.refuse('no_rope_layers', 'must be a 0 or a 1 for each layer')
+    return {'rope_pattern': period(''.join('NR'[r] for r in rotated[:n]))}
+
+
+MULTIPLIERS = {'embed_scale': 'embedding_multiplier', 'attn_scale': 'attention_multiplier',
+               'residual_scale': 'residual_multiplier', 'logit_scale': 'logits_scaling'}  # of Granite; the last divides
+
+
+def read_granite(config, args):
+    found = {field: config.number(key, 1.0) for field, key in MULTIPLIERS.items()}
+    return found | {'logit_scale': 1 / found['logit_scale']}
+
+
+def write_granite(config, values):
+    found = {key: getattr(config, field) for field, key in MULTIPLIERS.items()} | {
+        'attention_multiplier': config.attn_scale or config.head_dim ** -0.5,
+        'logits_scaling': float(f'{1 / config.logit_scale:.15g}')}
+    return write_llama(config, values, **found)
+
+
+def read_gemma3(config, args):
+    scalar, cap = config.number('query_pre_attn_scalar', 256.0), 'final_logit_softcapping'
+    return {'embed_scale': math.sqrt(args['n_embd']),
+            'attn_scale': 0.0 if scalar == args['head_dim'] else scalar ** -0.5,
+            'logit_softcap': 0.0 if config.get(cap) is None else config.number(cap, 0.0)}
+
+
+def gemma3_wants(config):
+    scalar = config.attn_scale and config.attn_scale ** -2  # a whole number there
+    whole = math.isclose(round(scalar), scalar, rel_tol=1e-9)
+    return {'embed_scale': [math.sqrt(config.n_embd)], 'attn_scale': [config.attn_scale if whole else 0.0]}
+
+
+def write_gemma3(config, values):
+    values = write_mistral(config, values, by_kind=True)
+    del values['hidden_act']
+    window = values.pop('sliding_window') or config.block_size  # transformers wants one even where no layer has it
+    return values | {
+        'hidden_activation': 'gelu_pytorch_tanh',
+        'rope_local_base_freq': config.rope_theta_local or config.rope_theta,
+        'query_pre_attn_scalar': round(config.attn_scale ** -2) if config.attn_scale else config.head_dim,
+        'final_logit_softcapping': config.logit_softcap or None, 'sliding_window': window} | layer_types(config)
+
+
+def gate_up_apart(sources, args, where):
+    """Sources of a Phi-3, whose gates and ups are one matrix, as those of a Llama."""
+    found = {}
+    for name, (file, shape, read) in sources.items():
+        if not name.endswith('gate_up_proj.weight'):
+            found[name] = file, shape, read
+            continue
+        n = shape[0] // 2
+        for part, rows in ('gate', slice(n)), ('up', slice(n, None)):
+            found[name.replace('gate_up', part)] = file, [n, *shape[1:]], lambda read=read, rows=rows: read()[rows]
+    return found
+
+
+def mixtral_wants(config):
+    """All layers are alike, and the router renormalises."""
+    wants = {'dense_layers': [0], 'expert_every': [1], 'router_renorm': [True, 'always']}
+    if config.n_expert_active == 1 and not config.renormalises:
+        wants |= {'n_expert_active': [2]} if config.n_expert > 1 else {'n_expert': [0]}
+    return wants
+
+
+def read_gpt_oss(config, args):
+    key = 'quantization_config'
+    if config.get(key) is not None and config.object(key).get('quant_method') != 'mxfp4':
+        config.refuse(key)
+    return {'bias': config.number('attention_bias', True), 'router_renorm': renormalised(args, True)}
+
+
+def write_gpt_oss(config, values):
+    return write_mistral(config, values) | {
+        'sliding_window': config.window or 128, 'attention_bias': config.bias, 'swiglu_alpha': 1.702,
+        'swiglu_limit': 7.0} | layer_types(config)
+
+
+def from_mxfp4(blocks, scales):
+    """Bytes of two numbers of 4 bits each (…, G, 16), the low half first, and bytes of the power of two that 32 of them
+    share (…, G), 127 for 1 -> (…, 32 G) bfloat16, which holds them exactly."""
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.bfloat16)
+    numbers = torch.cat((positive, -positive))[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]
+    return torch.ldexp(numbers, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
+
+
+def oss_experts(sources, args, where):
+    """Sources of a gpt-oss with its experts as ours are: gate and up, whose rows take turns there, apart, matrices
+    (E, out, in), and numbers in place of MXFP4."""
+    found = {}
+    for name, (file, shape, read) in sources.items():
+        stem, packed = name.removesuffix('_blocks'), name.endswith('_blocks')
+        if '.mlp.experts.' not in name or len(shape) != (2 if name.endswith('_bias') else 3 + packed):
+            found[name] = sources[name]
+            continue
+        if name.endswith('_scales'):
+            continue
+        if packed and stem + '_scales' not in sources:
+            raise UserError(f'{file}: tensor {stem}_scales is missing')
+
+        def rows_of(rows, read=read, packed=packed, scales=stem + '_scales'):
+            if packed:
+                return from_mxfp4(read()[:, rows], read_tensor(sources, scales)[:, rows])
+            tensor = read()
+            return (tensor.mT if tensor.ndim == 3 else tensor)[:, rows]
+        shape = [*shape[:2], 32 * shape[2]] if packed else [shape[0], *reversed(shape[1:])]
+        parts = {'[gate]': slice(0, None, 2), '[up]': slice(1, None, 2)} if 'gate_up' in name else {'': slice(None)}
+        for part, rows in parts.items():
+            n = len(range(shape[1])[rows])
+            found[stem + part] = file, [shape[0], n, *shape[2:]], functools.partial(rows_of, rows)
+    return found
+
+
+def oss_tensors(tensors, config):
+    """As gpt-oss has it: `oss_experts`, the other way round, of tensors {name: tensor}."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith('[gate]'):  # each row of it before that of the other
+            name = name.removesuffix('[gate]')
+            tensor = torch.stack((tensor, tensors[f'{name}[up]']), 2).flatten(1, 2)
+        if not name.endswith('[up]'):
+            found[name] = (tensor.mT if tensor.ndim == 3 else tensor).contiguous()
+    return found
+
+
+def read_qwen3_moe(config, args, renorm=False):
+    every, n, dense = config.number('decoder_sparse_step', 1), args['n_layer'], config.get('mlp_only_layers') or []
+    sparse = [i for i in range(n) if (i + 1) % every == 0 and i not in dense] if isinstance(dense, list) else None
+    first = next((k for k in range(n + 1) if sparse == [i for i in range(k, n) if (i + 1) % every == 0]), None)
+    if first is None:
+        config.refuse('mlp_only_layers', 'must be the first layers')
+    return {'router_renorm': renormalised(args, config.number('norm_topk_prob', renorm)),
+            'expert_every': every, 'dense_layers': first}
+
+
+def write_qwen3_moe(config, values):
+    values = write_mistral(config, values) | {'use_sliding_window': any(local_layers(config))}
+    return values | {
+        'num_experts': values.pop('num_local_experts'), 'norm_topk_prob': config.renormalises,
+        'decoder_sparse_step': config.expert_every, 'mlp_only_layers': list(range(config.dense_layers))}
+
+
+def read_qwen3_next(config, args):
+    every, n = config.number('full_attention_interval', 4), args['n_layer']
+    types = config.get('layer_types')
+    types = [LINEAR if (i + 1) % every else FULL for i in range(n)] if types is None else types
+    if not isinstance(types, list) or len(types) != n or any(kind not in (LINEAR, FULL) for kind in types):
+        config.refuse('layer_types')
+    key, rope = 'partial_rotary_factor', rope_of(config)
+    where = rope if key in rope.values else config
+    rotated = int(args['head_dim'] * where.number(key, 0.25))
+    if not 2 <= rotated <= args['head_dim'] or rotated % 2:
+        where.refuse(key, f"must make an even part of head_dim={args['head_dim']}")
+    pattern = period(''.join('D' if kind == LINEAR else 'A' for kind in types))
+    found = read_qwen3_moe(config, args, renorm=True)
+    found |= {'rotary_dim': rotated % args['head_dim'], 'layer_pattern': pattern}
+    if LINEAR not in types:
+        found |= {name: 0 for name in args if name.startswith('delta_')} | {'delta_conv': 4}
+    if found['dense_layers'] == n:
+        return found | {'n_expert': 0, 'n_expert_active': 2, 'expert_every': 1, 'dense_layers': 0, 'expert_dim': 0,
+                        'router_renorm': True}
+    shared = config.number('shared_expert_intermediate_size', 512)
+    if shared % args['expert_dim']:
+        config.refuse('shared_expert_intermediate_size', f"must be a multiple of moe_intermediate_size="
+                                                         f"{args['expert_dim']}")
+    return found | {'n_expert_shared': shared // args['expert_dim'], 'expert_shared_gate': True}
+
+
+def write_qwen3_next(config, values):
+    part = (config.rotary_dim or config.head_dim) / config.head_dim
+    if int(config.head_dim * part) < config.rotary_dim:  # as it computes the other way round
+        part = math.nextafter(part, 2)
+    values = write_qwen3_moe(config, values)
+    values |= {'layer_types': [LINEAR if config.is_delta(i) else FULL for i in range(config.n_layer)],
+               'partial_rotary_factor': part, 'attention_bias': False,
+               'rope_parameters': values['rope_parameters'] | {'partial_rotary_factor': part},
+               'shared_expert_intermediate_size': config.n_expert_shared * config.expert_dim}
+    if not config.n_expert:
+        values |= {'num_experts': 1, 'num_experts_per_tok': 1, 'mlp_only_layers': list(range(config.n_layer))}
+    return {key: value for key, value in values.items() if config.n_delta or not key.startswith('linear_')}
+
+
+def next_rows(name, n, config):
+    """Of a tensor of a Qwen3-Next with n rows those that ours has, in its order: {'': rows} or {'': …, '[gate]': …}; {}
+    where both have the same.
+
+    Queries of a head stand beside its gates there, and all that belongs to a head of keys together. The numbers of a
+    head that are rotated come first; here each half begins with a half of them, as `apply_rope` wants pairs.
+    """
+    kind, at, half = '.'.join(name.split('.')[-3:-1]), torch.arange(n), config.rotary_dim // 2
+    of_head, shared = torch.arange(config.head_dim), config.delta_heads // max(1, config.delta_key_heads)
+    if half:
+        first, second, rest = of_head.split([half, half, config.head_dim - 2 * half])
+        of_head = torch.cat((first, rest[:len(rest) // 2], second, rest[len(rest) // 2:]))
+    heads = {'self_attn.q_proj': 2 * config.n_head, 'self_attn.k_proj': config.n_kv_head, 'self_attn.q_norm': 1,
+             'self_attn.k_norm': 1}
+    if kind in heads and n == heads[kind] * config.head_dim:
+        at = at.view(-1, config.head_dim)
+        rows = at[:, of_head]
+        return {'': rows[::2].flatten(), '[gate]': at[1::2].flatten()} if 'q_proj' in kind else {'': rows.flatten()}
+    if kind == 'linear_attn.in_proj_ba' and n == 2 * config.delta_heads:
+        return {'': at.view(-1, 2, shared).transpose(0, 1).flatten()}
+    widths = [config.delta_key_dim] * 2 + [shared * config.delta_value_dim] * 2
+    if kind == 'linear_attn.in_proj_qkvz' and n == sum(widths) * config.delta_key_heads:
+        *qkv, gate = (part.flatten() for part in at.view(-1, sum(widths)).split(widths, 1))
+        return {'': torch.cat(qkv), '[gate]': gate}
+    return {}
+
+
+def next_sources(sources, args, where):
+    """Sources of a Qwen3-Next with rows as ours has them, see `next_rows`."""
+    with runtime.user_errors(where):
+        config = GPTConfig(**args)
+    found = {}
+    for name, (file, shape, read) in without_future(sources, where, lambda name: name.startswith('mtp.')).items():
+        for end, rows in (next_rows(name, *shape[:1], config) or {'': None}).items():
+            found[name.replace('.weight', f'{end}.weight')] = (file, shape, read) if rows is None else (
+                file, [len(rows), *shape[1:]], lambda read=read, rows=rows: read()[rows])
+    return found
+
+
+def next_tensors(tensors, config):
+    """As a Qwen3-Next has it: `next_sources`, the other way round, of tensors {name: tensor}."""
+    found = {}
+    for name, tensor in tensors.items():
+        if '[gate]' in name:
+            continue
+        both = [tensors[n] for n in dict.fromkeys((name, name.replace('.weight', '[gate].weight'))) if n in tensors]
+        places = next_rows(name, sum(map(len, both)), config).values()
+        found[name] = torch.cat(both) if places else tensor
+        for rows, part in zip(places, both, strict=bool(places)):
+            found[name][rows] = part
+    return found
+
+
+def without_future(sources, where, ahead):
+    """Sources without those ahead(name) of which predict tokens after the next; a line on stderr says how many."""
+    kept = {name: source for name, source in sources.items() if not ahead(name)}
+    if n := len(sources) - len(kept):
+        print(f'{where}: {n} tensors that predict tokens after the next are left out', file=sys.stderr)
+    return kept
+
+
+def read_deepseek(config, args):
+    if args['n_kv_head'] not in (0, args['n_head']):
+        config.refuse('num_key_value_heads', f"is not num_attention_heads={args['n_head']}")
+    if not config.number('rope_interleave', True):
+        config.refuse('rope_interleave')
+    found = {}
+    if args.get('rope_scaling'):  # it sharpens attention by another factor on its scores, too
+        sharpen = mscale(rope_of(config), 'mscale_all_dim', args['rope_factor'])
+        found['attn_scale'] = sharpen ** 2 / math.sqrt(args['head_dim'] + args['qk_rope_dim']) if sharpen != 1 else 0.0
+    if args['dense_layers'] >= args['n_layer']:
+        return found | {'n_expert': 0, 'n_expert_active': 2, 'n_expert_shared': 0, 'router_groups': 1,
+                        'router_groups_active': 1, 'router_scale': 1.0}
+    return found | {'router_score': 'sigmoid', 'router_bias_rate': 0.001,  # as it was trained
+                    'router_renorm': renormalised(args, config.number('norm_topk_prob', True))}
+
+
+def deepseek_wants(config):
+    wants = {'kv_lora_rank': [config.kv_lora_rank or 64],
+             'attn_scale': [config.attn_scale if config.rope_scaling == 'yarn' else 0.0]}
+    if config.n_expert:
+        wants |= {name: [getattr(config, name)] for name in (*EXPERTS, 'router_groups', 'router_groups_active')}
+        wants |= {'router_score': ['sigmoid'], 'n_expert_shared': [config.n_expert_shared or 1], 'expert_every': [1]}
+    return wants
+
+
+def write_deepseek(config, values):
+    values |= {'norm_topk_prob': config.renormalises, 'rope_interleave': True, 'num_nextn_predict_layers': 0,
+               'attention_bias': False, 'q_lora_rank': config.q_lora_rank or None}
+    if not config.n_expert:
+        values |= {'first_k_dense_replace': config.n_layer, 'n_routed_experts': 2, 'n_group': 1, 'topk_group': 1,
+                   'n_shared_experts': 1, 'num_experts_per_tok': 1}
+    return values | rotary_values(config)
+
+
+def deepseek_sources(sources, args, where):
+    """Sources of a DeepSeek-V3 without the layers behind the last one."""
+    def ahead(name):
+        layer = re.match(r'model\.layers\.(\d+)\.', name)
+        return layer and int(layer[1]) >= args['n_layer']
+    return without_future(sources, where, ahead)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the families
+
+ROTARY = dict(pos='rope', norm='rmsnorm', bias=False, qkv_bias=False, rope_theta_local=0.0, rope_pattern='R')
+SILU = 'hidden_act', {'silu': 'swiglu', 'swish': 'swiglu'}
+
+
+class Family(NamedTuple):
+    """An architecture of transformers, by what it has in place of a Llama's or beside it; its names are in TABLES."""
+    architecture: str
+    sizes: dict  # {field: what transformers takes where config.json leaves its key out; 0: null}
+    fields: dict = ROTARY  # {field: its value, [all that can leave, the first being that of a file] or ..., any}
+    wants: Callable = lambda config: {}  # the same, where it depends on others: {field: [all that can leave]}
+    read: Callable = lambda config, args: {}
+    write: Callable = write_llama
+    keys: dict = KEYS
+    activation: tuple = SILU  # its key in config.json, and {its name there: our `mlp`}
+    theta: float = 1e4  # rope_theta, where config.json leaves it out
+    local_theta: tuple = ()  # rope_theta_local's key in older files and default, where it differs by the kind of layer
+    rope: dict = {}  # the object of rotary parameters, where config.json leaves it out
+    stretched: bool = True  # whether rope_scaling means the same in transformers
+    window: int | None = None  # sliding_window, where config.json leaves it out; 0: null, None: no layer has one
+    switched: bool = False  # only with use_sliding_window
+    local: Callable | None = None  # (config.json, n_layer) -> for each layer whether it has the window; None: all have
+    honoured: tuple = ()  # keys that others refuse, which are read here or have no meaning
+    sources: Callable = lambda sources, args, where: sources  # of its files as those of the names in TABLES
+    tensors: Callable = lambda tensors, config: tensors  # and the other way round, {name: tensor}
+    joined: str = ''  # what keeps PEFT's names from being those of our LoRA
+
+    def constants(self):
+        """{field: value} of what every model of this family has, or most have."""
+        mlp = next(iter(self.activation[1].values()))
+        return {'mlp': mlp} | {field: value[0] if isinstance(value, list) else value
+                               for field, value in self.fields.items() if value is not ...}
+
+
+LLAMA_SIZES = dict(vocab_size=32000, block_size=2048, n_embd=4096, n_layer=32, n_head=32, n_kv_head=0, head_dim=0,
+                   mlp_dim=11008, norm_eps=1e-6, tie_weights=False)
+MISTRAL_SIZES = LLAMA_SIZES | dict(block_size=131072, n_kv_head=8, mlp_dim=14336)
+OLMO_SIZES = LLAMA_SIZES | dict(vocab_size=50304, norm_eps=1e-5)
+QWEN_SIZES = LLAMA_SIZES | dict(vocab_size=151936, block_size=32768, n_kv_head=32, mlp_dim=22016)
+OLMO = ROTARY | dict(norm_place='output', qk_norm=True, qk_norm_joint=True)
+FAMILIES = {  # by model_type
+    'gpt2': Family(
+        'GPT2LMHeadModel', dict(vocab_size=50257, block_size=1024, n_embd=768, n_layer=12, n_head=12, mlp_dim=0,
+                                norm_eps=1e-5, tie_weights=True),
+        dict(pos='learned', norm='layernorm', bias=True, norm_affine=True, qk_norm=False, window=0, n_expert=0,
+             rope_scaling='none', rope_theta_local=0.0, rope_pattern='R'),
+        gpt2_wants, write=write_gpt2, activation=('activation_function', {
+            'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'})),
+    'llama': Family('LlamaForCausalLM', LLAMA_SIZES),
+    'mistral': Family('MistralForCausalLM', MISTRAL_SIZES, write=write_mistral, window=4096),
+    'qwen2': Family('Qwen2ForCausalLM', QWEN_SIZES, ROTARY | dict(qkv_bias=True), write=write_qwen,
+                    window=4096, switched=True, local=upper_layers),
+    'qwen3': Family('Qwen3ForCausalLM', QWEN_SIZES | dict(head_dim=128), ROTARY | dict(qk_norm=True), write=write_qwen,
+                    window=4096, switched=True, local=upper_layers),
+    'mixtral': Family(
+        'MixtralForCausalLM', MISTRAL_SIZES | dict(norm_eps=1e-5, n_expert=8, n_expert_active=2, expert_dim=14336),
+        wants=mixtral_wants, read=lambda config, args: {'router_renorm': renormalised(args, True)}, write=write_mistral,
+        keys=SPARSE_KEYS, theta=1e6, window=0),
+    'qwen3_moe': Family(
+        'Qwen3MoeForCausalLM', QWEN_SIZES | dict(
+            n_embd=2048, n_layer=24, n_kv_head=4, mlp_dim=6144, n_expert=128, n_expert_active=8, expert_dim=768),
+        ROTARY | dict(qk_norm=True), read=read_qwen3_moe, write=write_qwen3_moe, window=4096, switched=True),
+    'qwen3_next': Family(
+        'Qwen3NextForCausalLM', QWEN_SIZES | dict(
+            n_embd=2048, n_layer=48, n_head=16, n_kv_head=2, head_dim=256, mlp_dim=5632, n_expert=512,
+            n_expert_active=10, expert_dim=512, delta_heads=32, delta_key_heads=16, delta_key_dim=128,
+            delta_value_dim=128, delta_conv=4),
+        ROTARY | dict(qk_norm=True, norm_offset=[True, False], attn_gate='element', layer_pattern=..., rotary_dim=...,
+                      window=0),
+        lambda config: {'n_expert_shared': [config.n_expert_shared or 1],
+                        'expert_shared_gate': [True]} if config.n_expert else {},
+        read_qwen3_next, write_qwen3_next, honoured=('partial_rotary_factor', 'layer_types'),
+        sources=next_sources, tensors=next_tensors, joined='a Qwen3-Next has queries and gates in one matrix'),
+    'gemma3_text': Family(
+        'Gemma3ForCausalLM', LLAMA_SIZES | dict(
+            vocab_size=262208, block_size=131072, n_embd=2304, n_layer=26, n_head=8, n_kv_head=4, head_dim=256,
+            mlp_dim=9216, tie_weights=True),
+        ROTARY | dict(norm_place='both', qk_norm=True, norm_offset=[True, False], rope_theta_local=...,
+                      logit_softcap=...),
+        gemma3_wants, read_gemma3, write_gemma3, activation=('hidden_activation', {'gelu_pytorch_tanh': 'geglu'}),
+        theta=1e6, local_theta=('rope_local_base_freq', 1e4), window=4096,
+        local=lambda config, n_layer: every_nth(n_layer, config.number('sliding_window_pattern', 6))),
+    'olmo2': Family('Olmo2ForCausalLM', OLMO_SIZES, OLMO),
+    'olmo3': Family(
+        'Olmo3ForCausalLM', OLMO_SIZES, OLMO | dict(rope_theta_local=...),
+        write=lambda config, values: write_mistral(config, values, by_kind=True) | layer_types(config), theta=5e5,
+        local_theta=('rope_theta', 5e5), window=4096, local=lambda config, n_layer: every_nth(n_layer, 4)),
+    'smollm3': Family(
+        'SmolLM3ForCausalLM', LLAMA_SIZES | dict(
+            vocab_size=128256, block_size=32768, n_embd=2048, n_layer=36, n_head=16, n_kv_head=4, tie_weights=True),
+        ROTARY | dict(rope_pattern=...), read=read_smollm3, write=lambda config, values: write_llama(
+            config, values, no_rope_layers=[int(config.rotates(i)) for i in range(config.n_layer)]), theta=2e6),
+    'granite': Family('GraniteForCausalLM', LLAMA_SIZES, ROTARY | dict.fromkeys(MULTIPLIERS, ...), read=read_granite,
+                      write=write_granite),
+    'phi3': Family(
+        'Phi3ForCausalLM', LLAMA_SIZES | dict(
+            vocab_size=32064, block_size=4096, n_embd=3072, mlp_dim=8192, norm_eps=1e-5),
+        stretched=False, window=0, honoured=('original_max_position_embeddings',), sources=gate_up_apart,
+        joined='a Phi-3 has q, k, v and gate, up in one matrix each'),  # it leaves as a Llama or a Mistral
+    'gpt_oss': Family(
+        'GptOssForCausalLM', LLAMA_SIZES | dict(
+            vocab_size=201088, block_size=131072, n_embd=2880, n_layer=36, n_head=64, n_kv_head=8, head_dim=64,
+            mlp_dim=2880, norm_eps=1e-5, n_expert=128, n_expert_active=4, expert_dim=2880),
+        ROTARY | dict(bias=[True, False], sink_logit=True, expert_bias=True, qk_norm=False, dense_layers=0,
+                      expert_every=1),
+        lambda config: {'n_expert': [config.n_expert or 8],
+                        'router_renorm': ['always', True] if config.n_expert_active > 1 else ['always']},
+        read_gpt_oss, write_gpt_oss, SPARSE_KEYS,
+        ('hidden_act', {'silu': 'swiglu_clamped', 'swish': 'swiglu_clamped'}), theta=1.5e5,
+        rope=dict(rope_type='yarn', factor=32.0, truncate=False, original_max_position_embeddings=4096), window=128,
+        local=lambda config, n_layer: every_nth(n_layer, 2), honoured=('attention_bias', 'quantization_config'),
+        sources=oss_experts, tensors=oss_tensors),
+    'deepseek_v3': Family(
+        'DeepseekV3ForCausalLM', LLAMA_SIZES | dict(
+            vocab_size=129280, block_size=4096, n_embd=7168, n_layer=61, n_head=128, n_kv_head=128, head_dim=128,
+            mlp_dim=18432, kv_lora_rank=512, q_lora_rank=1536, qk_rope_dim=64, v_head_dim=128, n_expert=256,
+            n_expert_active=8, n_expert_shared=1, expert_dim=2048, dense_layers=3, router_groups=8,
+            router_groups_active=4, router_scale=2.5),
+        ROTARY | dict(window=0, qk_norm=False, q_lora_rank=..., qk_rope_dim=..., v_head_dim=...),
+        deepseek_wants, read_deepseek, write_deepseek, LATENT_KEYS, honoured=('layer_types',),
+        sources=deepseek_sources),
+}
+
+
+def hf_args(config):
+    """config.json, read -> (model_type, fields of GPTConfig); UserError for the first key that we cannot honour."""
+    named, name = config.get('architectures'), config.get('model_type')
+    named = named[0] if isinstance(named, list) and named else None
+    if name is None:
+        name = next((key for key, family in FAMILIES.items() if family.architecture == named), None)
+    if not isinstance(name, str) or name not in FAMILIES:
+        config.refuse('model_type' if config.get('model_type') or not named else 'architectures',
+                      f'is not one of {", ".join(FAMILIES)}')
+    family = FAMILIES[name]
+    trunk = re.sub('LMHeadModel|ForCausalLM', 'TextModel' if 'gemma' in name else 'Model', family.architecture)
+    if named not in (None, family.architecture, trunk):
+        config.refuse('architectures', f'is not {family.architecture}')
+    for key, value in ONLY.items():
+        if key not in family.honoured and config.get(key) not in (None, value):
+            config.refuse(key)
+    args = {}
+    for field, default in family.sizes.items():
+        key = next((k for k in family.keys[field] if k in config.values), family.keys[field][0])
+        null = key in NULLABLE and config.get(key, default or None) is None
+        args[field] = 0 if null else config.number(key, default, int(field != 'dense_layers'))
+        if field in ('n_layer', 'n_expert') and args[field] > 10_000:
+            config.refuse(key, 'is impossible')
+    key, kinds = family.activation
+    kind = str(config.get(key, next(iter(kinds))))
+    if kind not in kinds:
+        config.refuse(key)
+    args |= family.constants() | {'mlp': kinds[kind]}
+    if args['pos'] == 'rope':
+        args |= rope_args(config, family, args['block_size'])
+    if args['pos'] == 'rope' and 'layer_types' not in family.honoured:
+        args |= window_args(config, family, args['n_layer'])
+    return name, args | family.read(config, args)
+
+
+def hf_config(config, family):
+    """A GPTConfig that `hf_family` has found a family for -> the values of config.json."""
+    own = -1 if family == 'gpt2' else 0  # of two spellings the last is GPT-2's
+    family = FAMILIES[family]
+    return family.write(config, {family.keys[field][own]: getattr(config, field) for field in family.sizes})
+
+
+TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do not change what a trained model computes
+EXPERTS = {'n_expert_shared', 'router_bias_rate', 'router_score', 'router_scale'}  # nor do these without experts
+FREE = {*TRAINING, *KEYS, 'qkv_bias', 'qk_norm', 'norm_affine', 'window', 'window_pattern', 'dense_layers',
+        'expert_every', 'n_future', 'router_renorm'}
+
+
+def hf_family(config, gguf=False):
+    """The model_type that computes what a GPTConfig says; UserError names all fields that none has, and what would do.
+
+    gguf: that computes it in llama.cpp, too, which has GPT-2 with one GELU, no windows but Gemma 3's, and experts in
+    one way.
+    """
+    names = ['gpt2', rotary_family(config, gguf), *(() if gguf else ('gpt_oss', 'deepseek_v3', 'qwen3_next'))]
+    found = {name: lacking(config, name, gguf) for name in names}
+    family = min(names, key=lambda name: len(found[name]))
+    if remedies := found[family]:
+        fields = ', '.join(f'{name}={getattr(config, name)!r}' for name in remedies)
+        flags = ' '.join(f'--{name}={value}' for name, value in remedies.items())
+        raise UserError(f'{fields} cannot be exported: the nearest architecture there would need a model that was '
+                        f'trained with {flags}')
+    return family
+
+
+def rotary_family(config, gguf):
+    """That of the families like Llama that is nearest to a GPTConfig."""
+    windowed = any(local_layers(config))
+    if config.n_expert:
+        return 'qwen3_moe' if config.qk_norm else 'mixtral'
+    if config.norm_place == 'both' or config.mlp == 'geglu':
+        return 'gemma3_text'
+    if config.norm_place == 'output' and not gguf:
+        return 'olmo3' if windowed else 'olmo2'
+    if config.qk_norm or config.qkv_bias:
+        return 'qwen3' if config.qk_norm else 'qwen2'
+    if 'N' in config.rope_pattern and not gguf:
+        return 'smollm3'
+    if (config.embed_scale, config.attn_scale, config.residual_scale, config.logit_scale) != (1, 0, 1, 1) and not gguf:
+        return 'granite'
+    # without a window a Mistral is a Llama, but free in the width of a head
+    return 'mistral' if windowed or config.n_embd % config.n_head else 'llama'
+
+
+def lacking(config, name, gguf):
+    """{field: a value that would do} of the fields of a GPTConfig that a family, named, cannot have as they are.
+
+    A field that the family says nothing of must stand at its default, where that changes what a trained model computes.
+    """
+    family, local, remedies = FAMILIES[name], local_layers(config), {}
+    wants = family.wants(config)
+    if family.local_theta and any(local) and config.rope_scaling != 'none' and not config.rope_theta_local:
+        wants['rope_theta_local'] = [config.rope_theta]  # which nothing stretches
+    if gguf:
+        wants |= llama_cpp_wants(config, name)
+    elif any(local) and family.window is None:
+        wants['window'] = [0]
+    elif any(local) and not all(local) and not family.local:
+        wants['window_pattern'] = ['L']
+    known = {'mlp': [*family.activation[1].values()]} | family.fields
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        free = field.name in FREE or field.name.startswith('rope_') or field.name in EXPERTS and not config.n_expert
+        fit = known.get(field.name, ... if free or field.name in wants else field.default)
+        fit = fit if isinstance(fit, list) else [value if fit is ... else fit]
+        if value not in fit:
+            remedies[field.name] = fit[0]
+    return remedies | {name: fit[0] for name, fit in wants.items() if getattr(config, name) not in fit}
+
+
+def llama_cpp_wants(config, family):
+    """As Family.wants, what llama.cpp has no key for."""
+    local, wants = local_layers(config), {}
+    if family == 'gpt2':
+        wants['mlp'] = ['gelu_tanh']
+    if family == 'qwen2':
+        wants['head_dim'] = [config.n_embd // config.n_head]
+    if config.n_expert:
+        wants |= mixtral_wants(config)
+    if config.rope_scaling == 'yarn':  # of which it reads no more for these architectures
+        wants |= {'rope_low': [1.0], 'rope_high': [32.0], 'rope_truncate': [True], 'rope_mscale': [0.0]}
+    if family == 'gemma3_text':  # what it has are numbers of its own
+        wants |= {'attn_scale': [0.0], 'logit_softcap': [0.0]}
+        if any(local):
+            wants['rope_theta_local'] = [1e4]
+        if any(local) and local != every_nth(config.n_layer, 6):
+            wants['window_pattern'] = ['LLLLLG']
+        if config.rope_scaling not in ('none', 'linear'):
+            wants['rope_scaling'] = ['none']
+        if config.n_layer == 62:  # by which it knows the one whose attention has another scale
+            wants['n_layer'] = [61]
+    elif any(local) and config.window < config.block_size:
+        wants['window'] = [0]
+    return wants
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -657,107 +1109,6 @@ def unwrapped(tensors, where):
 BUFFERS = re.compile(r'rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(masked_)?bias$')  # not weights; older files have them
 
 
-def from_mxfp4(blocks, scales):
-    """Bytes of two numbers of 4 bits each (…, G, 16), the low half first, and bytes of the power of two that 32 of them
-    share (…, G), 127 for 1 -> (…, 32 G) bfloat16, which holds them exactly."""
-    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.bfloat16)
-    numbers = torch.cat((positive, -positive))[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]
-    return torch.ldexp(numbers, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
-
-
-def oss_experts(sources):
-    """Sources of a gpt-oss with its experts as ours are: gate and up, whose rows take turns there, apart, matrices
-    (E, out, in), and numbers in place of MXFP4."""
-    found = {}
-    for name, (file, shape, read) in sources.items():
-        stem = name.removesuffix('_blocks')
-        if '.mlp.experts.' not in name or len(shape) != (2 if name.endswith('_bias') else 3 + (stem != name)):
-            found[name] = sources[name]
-            continue
-        if stem != name:
-            def rows_of(rows, read=read, scales=stem + '_scales'):
-                return from_mxfp4(read()[:, rows], read_tensor(sources, scales)[:, rows])
-            if stem + '_scales' not in sources:
-                raise UserError(f'{file}: tensor {stem}_scales is missing')
-            shape = [*shape[:2], 32 * shape[2]]
-        elif name.endswith('_scales'):
-            continue
-        elif name.endswith('_bias'):
-            def rows_of(rows, read=read):
-                return read()[:, rows]
-        else:
-            def rows_of(rows, read=read):
-                return read().mT[:, rows]
-            shape = [shape[0], shape[2], shape[1]]
-        parts = {'[gate]': slice(0, None, 2), '[up]': slice(1, None, 2)} if 'gate_up' in name else {'': slice(None)}
-        for part, rows in parts.items():
-            n = len(range(shape[1])[rows])
-            found[stem + part] = file, [shape[0], n, *shape[2:]], functools.partial(rows_of, rows)
-    return found
-
-
-def oss_tensors(tensors):
-    """As gpt-oss has it: `oss_experts`, the other way round, of tensors {name: tensor}."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.endswith('[gate]'):  # each row of it before that of the other
-            name = name.removesuffix('[gate]')
-            tensor = torch.stack((tensor, tensors[f'{name}[up]']), 2).flatten(1, 2)
-        if not name.endswith('[up]'):
-            found[name] = (tensor.mT if tensor.ndim == 3 else tensor).contiguous()
-    return found
-
-
-def next_rows(name, n, config):
-    """Of a tensor of a Qwen3-Next with n rows those that ours has, in its order: {'': rows} or {'': …, '[gate]': …}; {}
-    where both have the same.
-
-    Queries of a head stand beside its gates there, and all that belongs to a head of keys together. The numbers of a
-    head that are rotated come first; here each half begins with a half of them, as `apply_rope` wants pairs.
-    """
-    kind, at, half = '.'.join(name.split('.')[-3:-1]), torch.arange(n), config.rotary_dim // 2
-    of_head, shared = torch.arange(config.head_dim), config.delta_heads // max(1, config.delta_key_heads)
-    if half:
-        first, second, rest = of_head.split([half, half, config.head_dim - 2 * half])
-        of_head = torch.cat((first, rest[:len(rest) // 2], second, rest[len(rest) // 2:]))
-    heads = {'self_attn.q_proj': 2 * config.n_head, 'self_attn.k_proj': config.n_kv_head, 'self_attn.q_norm': 1,
-             'self_attn.k_norm': 1}
-    if kind in heads and n == heads[kind] * config.head_dim:
-        at = at.view(-1, config.head_dim)
-        rows = at[:, of_head]
-        return {'': rows[::2].flatten(), '[gate]': at[1::2].flatten()} if 'q_proj' in kind else {'': rows.flatten()}
-    if kind == 'linear_attn.in_proj_ba' and n == 2 * config.delta_heads:
-        return {'': at.view(-1, 2, shared).transpose(0, 1).flatten()}
-    widths = [config.delta_key_dim] * 2 + [shared * config.delta_value_dim] * 2
-    if kind == 'linear_attn.in_proj_qkvz' and n == sum(widths) * config.delta_key_heads:
-        *qkv, gate = (part.flatten() for part in at.view(-1, sum(widths)).split(widths, 1))
-        return {'': torch.cat(qkv), '[gate]': gate}
-    return {}
-
-
-def next_sources(sources, config):
-    """Sources of a Qwen3-Next with rows as ours has them, see `next_rows`."""
-    found = {}
-    for name, (file, shape, read) in sources.items():
-        for end, rows in (next_rows(name, *shape[:1], config) or {'': None}).items():
-            found[name.replace('.weight', f'{end}.weight')] = (file, shape, read) if rows is None else (
-                file, [len(rows), *shape[1:]], lambda read=read, rows=rows: read()[rows])
-    return found
-
-
-def next_tensors(tensors, config):
-    """As a Qwen3-Next has it: `next_sources`, the other way round, of tensors {name: tensor}."""
-    found = {}
-    for name, tensor in tensors.items():
-        both = [tensor, *(t for t in [tensors.get(name.replace('.weight', '[gate].weight'))] if t is not None)]
-        whole = torch.cat(both) if name.endswith('.weight') else tensor
-        for rows, part in zip(next_rows(name, len(whole), config).values(), both, strict=False):
-            whole[rows] = part
-        if '[gate]' not in name:
-            found[name] = whole
-    return found
-
-
 def from_hf(directory, dtype=torch.float32, **overrides):
     """A Hugging Face directory -> (model, tokenizer), the latter None without tokenizer.json.
 
@@ -771,16 +1122,7 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     sources = {name: t for name, t in unwrapped(safetensors_of(folder), folder).items() if not BUFFERS.search(name)}
     if wrapped := next((name for name in sources if '.lora_' in name or '.base_layer.' in name), None):
         raise UserError(f'{folder}: tensor {wrapped} is of a model with LoRA beside it: {PEFT_MERGE}')
-    sources = gate_up_apart(sources) if family == 'phi3' else sources
-    sources = oss_experts(sources) if family == 'gpt_oss' else sources
-    if family == 'qwen3_next':
-        with runtime.user_errors(folder):
-            sources = next_sources(sources, GPTConfig(**args))
-    layers = {name: re.match(r'model\.layers\.(\d+)\.', name) for name in sources if family == 'deepseek_v3'}
-    more = {name for name, found in layers.items() if found and int(found[1]) >= args['n_layer']}
-    if more := more | {name for name in sources if family == 'qwen3_next' and name.startswith('mtp.')}:
-        print(f'{folder}: {len(more)} tensors that predict tokens after the next are left out', file=sys.stderr)
-        sources = {name: tensor for name, tensor in sources.items() if name not in more}
+    sources = FAMILIES[family].sources(sources, args, folder)
     embedding, positions = TABLES[family]['tok_emb'] + '.weight', 'transformer.wpe.weight'
     prefix = embedding.split('.')[0] + '.'
     if not any(name.startswith(prefix) for name in sources):  # saved without the head's class
@@ -806,240 +1148,6 @@ def from_hf(directory, dtype=torch.float32, **overrides):
     return model, fits(tokenizer, model, folder)
 
 
-def gate_up_apart(sources):
-    """Sources of a Phi-3, whose gates and ups are one matrix, as those of a Llama."""
-    found = {}
-    for name, (file, shape, read) in sources.items():
-        if not name.endswith('gate_up_proj.weight'):
-            found[name] = file, shape, read
-            continue
-        n = shape[0] // 2
-        for part, rows in ('gate', slice(n)), ('up', slice(n, None)):
-            found[name.replace('gate_up', part)] = file, [n, *shape[1:]], lambda read=read, rows=rows: read()[rows]
-    return found
-
-
-TRAINING = {'dropout', 'init_std', 'zero_init', 'router_aux', 'router_z'}  # do not change what a trained model computes
-EXPERTS = {'n_expert_shared', 'router_bias_rate', 'router_score', 'router_scale'}  # nor do these without experts
-
-
-def hf_family(config, gguf=False):
-    """The model_type that computes what a GPTConfig says; UserError names all fields that none has, and what would do.
-
-    gguf: that computes it in llama.cpp, too, which has GPT-2 with one GELU, no windows but Gemma 3's, and experts in
-    one way.
-    """
-    heads, family = math.gcd(config.n_embd, config.n_head), rotary_family(config, gguf)
-    gpt2 = lacking(config, pos=['learned'], norm=['layernorm'], mlp=['gelu', 'gelu_tanh'][gguf:], bias=[True],
-                   norm_affine=[True], qk_norm=[False], window=[0], n_expert=[0], n_head=[heads], n_kv_head=[heads],
-                   head_dim=[config.n_embd // heads], rope_scaling=['none'], rope_theta_local=[0.0], rope_pattern=['R'])
-    llama = dict(pos='rope', norm='rmsnorm', mlp='swiglu', bias=False, rope_theta_local=0.0, rope_pattern='R')
-    wanted = llama | BEYOND.get(family, {}) | ({'embed_scale': math.sqrt(config.n_embd)} if 'gemma' in family else {})
-    rotary = lacking(config, **{name: [getattr(config, name) if value is ... else value]
-                                for name, value in wanted.items()}) | lacking_together(config, family, gguf)
-    oss = lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu_clamped'], bias=[True, False], sink_logit=[True],
-                  expert_bias=[True], n_expert=[config.n_expert or 8], qk_norm=[False], qkv_bias=[False],
-                  dense_layers=[0], expert_every=[1], router_renorm=['always', True][:1 + (config.n_expert_active > 1)],
-                  rope_theta_local=[0.0], rope_pattern=['R'])
-    latent, following = lacking_latent(config), lacking_next(config)
-    for other, remedies in () if gguf else (('gpt_oss', oss), ('deepseek_v3', latent), ('qwen3_next', following)):
-        if not remedies:
-            return other
-    remedies = min(gpt2, rotary, *([] if gguf else [oss, latent, following]), key=len)  # the nearer one
-    if remedies:
-        fields = ', '.join(f'{name}={getattr(config, name)!r}' for name in remedies)
-        flags = ' '.join(f'--{name}={value}' for name, value in remedies.items())
-        raise UserError(f'{fields} cannot be exported: the nearest architecture there would need a model that was '
-                        f'trained with {flags}')
-    return 'gpt2' if config.pos == 'learned' else family
-
-
-def lacking(config, **wanted):
-    """{field: a value that would do} of the fields of a GPTConfig with another value than is wanted there, {field:
-    [values]}, or than their default, where they would change what a trained model computes."""
-    free = {*TRAINING, *KEYS, 'qkv_bias', 'qk_norm', 'norm_affine', 'window', 'window_pattern', 'dense_layers',
-            'expert_every', 'n_future', 'router_renorm', *(() if config.n_expert else EXPERTS)}
-    remedies = {}
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        # whatever else there may be one day must stand at its default
-        either = [value] if name in free or name.startswith('rope_') else [field.default]
-        if value not in wanted.get(name, either):
-            remedies[name] = wanted.get(name, either)[0]
-    return remedies
-
-
-def lacking_latent(config):
-    """As `lacking`, for DeepSeek-V3."""
-    same = {name: [getattr(config, name)] for name in ('q_lora_rank', 'qk_rope_dim', 'v_head_dim', 'dense_layers')}
-    if config.n_expert:
-        same |= {name: [getattr(config, name)] for name in (*EXPERTS, 'router_groups', 'router_groups_active')}
-        same |= {'router_score': ['sigmoid'], 'n_expert_shared': [config.n_expert_shared or 1], 'expert_every': [1]}
-    scale = [config.attn_scale] if config.rope_scaling == 'yarn' else [0.0]
-    return lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False], qkv_bias=[False], window=[0],
-                   kv_lora_rank=[config.kv_lora_rank or 64], qk_norm=[False], attn_scale=scale, rope_theta_local=[0.0],
-                   rope_pattern=['R'], **same)
-
-
-def lacking_next(config):
-    """As `lacking`, for Qwen3-Next."""
-    same = {name: [getattr(config, name)] for name in ('layer_pattern', 'rotary_dim', 'norm_offset')}
-    if config.n_expert:
-        same |= {'n_expert_shared': [config.n_expert_shared or 1], 'expert_shared_gate': [True]}
-    return lacking(config, pos=['rope'], norm=['rmsnorm'], mlp=['swiglu'], bias=[False], qkv_bias=[False], window=[0],
-                   qk_norm=[True], attn_gate=['element'], rope_theta_local=[0.0], rope_pattern=['R'], **same)
-
-
-def lacking_together(config, family, gguf=False):  # noqa: C901
-    """As `lacking`, of the fields that architectures with rotary positions have, but not beside others that it has."""
-    remedies, gemma = {}, family == 'gemma3_text'
-    local = [config.is_local(i) for i in range(config.n_layer)]
-    if config.qkv_bias and family != 'qwen2':
-        remedies['qkv_bias'] = False
-    if gemma and config.attn_scale and (gguf or not math.isclose(round(s := config.attn_scale ** -2), s, rel_tol=1e-9)):
-        remedies['attn_scale'] = 0.0
-    if any(local) and config.rope_scaling != 'none' and not config.rope_theta_local and (gemma or family == 'olmo3'):
-        remedies['rope_theta_local'] = config.rope_theta
-    if family == 'mixtral' or gguf and config.n_expert:  # whose layers are all alike, and whose router renormalises
-        remedies |= {name: value for name, value in (('dense_layers', 0), ('expert_every', 1))
-                     if getattr(config, name) != value}
-        if not config.router_renorm:
-            remedies['router_renorm'] = True
-        if config.n_expert_active == 1 and not config.renormalises:
-            remedies |= {'n_expert_active': 2} if config.n_expert > 1 else {'n_expert': 0}
-    if gguf and family == 'qwen2' and config.head_dim != (width := config.n_embd // config.n_head):
-        remedies['head_dim'] = width
-    if gguf and config.rope_scaling == 'yarn':  # of which it reads no more for these architectures
-        usual = {'rope_low': 1.0, 'rope_high': 32.0, 'rope_truncate': True, 'rope_mscale': 0.0}
-        remedies |= {name: usual for name, usual in usual.items()
-                     if getattr(config, name) != usual}
-    if gemma and gguf:  # what it has are numbers of its own
-        usual = {'logit_softcap': 0.0} | ({'rope_theta_local': 1e4} if any(local) else {})
-        remedies |= {name: value for name, value in usual.items() if getattr(config, name) != value}
-        if any(local) and local != [(i + 1) % 6 > 0 for i in range(config.n_layer)]:
-            remedies['window_pattern'] = 'LLLLLG'
-        if config.rope_scaling not in ('none', 'linear'):
-            remedies['rope_scaling'] = 'none'
-        if config.n_layer == 62:  # by which it knows the one whose attention has another scale
-            remedies['n_layer'] = 61
-    elif any(local) and (gguf and config.window < config.block_size or family in ('olmo2', 'smollm3', 'granite')):
-        remedies['window'] = 0
-    elif any(local) and not all(local) and family not in MIXED and not gguf:
-        remedies['window_pattern'] = 'L'
-    return remedies
-
-
-def rotary_family(config, gguf=False):
-    """The model_type with rotary positions that is nearest to a GPTConfig."""
-    windowed = any(config.is_local(i) for i in range(config.n_layer))
-    if config.n_expert:
-        return 'qwen3_moe' if config.qk_norm else 'mixtral'
-    if config.norm_place == 'both' or config.mlp == 'geglu':
-        return 'gemma3_text'
-    if config.norm_place == 'output' and not gguf:
-        return 'olmo3' if windowed else 'olmo2'
-    if config.qk_norm or config.qkv_bias:
-        return 'qwen3' if config.qk_norm else 'qwen2'
-    if 'N' in config.rope_pattern and not gguf:
-        return 'smollm3'
-    if (config.embed_scale, config.attn_scale, config.residual_scale, config.logit_scale) != (1, 0, 1, 1) and not gguf:
-        return 'granite'
-    # without a window a Mistral is a Llama, but free in the width of a head
-    return 'mistral' if windowed or config.n_embd % config.n_head else 'llama'
-
-
-def rope_values(config):
-    """config.json's object for the rotary wavelengths of a GPTConfig."""
-    kind, rope = config.rope_scaling, {'rope_type': 'default'}
-    if kind != 'none':
-        rope = {'rope_type': kind, 'factor': config.rope_factor}
-    if kind in TURNS:
-        low, high = TURNS[kind]
-        rope |= {'original_max_position_embeddings': config.rope_original, low: config.rope_low,
-                 high: config.rope_high}
-    if kind == 'yarn':
-        rope |= {'truncate': config.rope_truncate}
-        rope |= {'attention_factor': config.rope_mscale} if config.rope_mscale else {}
-    if config.attn_scale and config.kv_lora_rank:  # a factor on scores, which goes by the name of another key there
-        width, stretch = config.head_dim + config.qk_rope_dim, 0.1 * math.log(config.rope_factor)
-        sharpen = math.sqrt(config.attn_scale * math.sqrt(width))
-        whole = (config.rope_mscale or 1 + stretch) * sharpen
-        rope |= {'mscale_all_dim': round((sharpen - 1) / stretch, 9), 'mscale': round((whole - 1) / stretch, 9)}
-    return rope
-
-
-def hf_config(config, family):  # noqa: C901
-    """A GPTConfig that `hf_family` has found a family for -> the values of config.json."""
-    keys = KEYS | (LATENT_KEYS if family == 'deepseek_v3' else {})
-    values = {keys[field][family == 'gpt2' and len(keys[field]) > 1]: getattr(config, field)
-              for field in FAMILIES[family][1]}
-    if family == 'gpt2':
-        return values | {'activation_function': 'gelu_new' if config.mlp == 'gelu_tanh' else 'gelu',
-                         'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
-    kind, rope = config.rope_scaling, rope_values(config)
-    if family == 'deepseek_v3':
-        values |= {'norm_topk_prob': config.renormalises, 'rope_interleave': True, 'num_nextn_predict_layers': 0,
-                   'attention_bias': False, 'q_lora_rank': config.q_lora_rank or None}
-        if not config.n_expert:
-            values |= {'first_k_dense_replace': config.n_layer, 'n_routed_experts': 2, 'n_group': 1, 'topk_group': 1,
-                       'n_shared_experts': 1, 'num_experts_per_tok': 1}
-    values |= {'hidden_act': 'silu', 'rope_theta': config.rope_theta,  # for transformers 4, with the next
-               'rope_scaling': None if kind == 'none' else rope,
-               'rope_parameters': rope | {'rope_theta': config.rope_theta}}  # for transformers 5
-    local = [config.is_local(i) for i in range(config.n_layer)]
-    if family == 'deepseek_v3':
-        return values
-    if family == 'smollm3':
-        pattern = (config.rope_pattern * config.n_layer)[:config.n_layer]
-        values['no_rope_layers'] = [int(letter == 'R') for letter in pattern]
-    if family == 'granite':
-        found = {key: getattr(config, field) for field, key in MULTIPLIERS.items()}
-        values |= found | {'attention_multiplier': config.attn_scale or config.head_dim ** -0.5,
-                           'logits_scaling': float(f'{1 / config.logit_scale:.15g}')}
-    if family in ('llama', 'olmo2', 'smollm3', 'granite'):
-        return values | {'attention_bias': False, 'mlp_bias': False}
-    if family in ('gemma3_text', 'olmo3'):
-        base = config.rope_theta_local or config.rope_theta
-        values['rope_parameters'] = {FULL: values['rope_parameters'],
-                                     LOCAL: {'rope_type': 'default', 'rope_theta': base}}
-    if family == 'gemma3_text':
-        values |= {'hidden_activation': 'gelu_pytorch_tanh', 'rope_local_base_freq': base,
-                   'query_pre_attn_scalar': round(config.attn_scale ** -2) if config.attn_scale else config.head_dim,
-                   'final_logit_softcapping': config.logit_softcap or None,
-                   'sliding_window': config.block_size}  # which transformers wants even where no layer has it
-        del values['hidden_act']
-    values['sliding_window'] = config.window if any(local) else values.get('sliding_window')
-    if family.startswith('qwen'):
-        values['use_sliding_window'] = any(local)
-    if family == 'gpt_oss':
-        values |= {'attention_bias': config.bias, 'intermediate_size': config.expert_dim,
-                   'sliding_window': config.window or 128, 'swiglu_alpha': 1.702, 'swiglu_limit': 7.0}
-    if family in ('qwen2', 'qwen3'):
-        values['max_window_layers'] = local.index(True) if any(local) else config.n_layer
-    if family in MIXED:
-        values['layer_types'] = [LOCAL if here else FULL for here in local]
-    if family == 'mixtral':
-        values['intermediate_size'] = config.expert_dim
-    if family in ('qwen3_moe', 'qwen3_next'):
-        values |= {'num_experts': values.pop('num_local_experts'), 'norm_topk_prob': config.renormalises,
-                   'decoder_sparse_step': config.expert_every, 'mlp_only_layers': list(range(config.dense_layers))}
-    return next_config(config, values) if family == 'qwen3_next' else values
-
-
-def next_config(config, values):
-    """The values of a Qwen3-Next's config.json, made of those of a Qwen3-MoE's."""
-    part = (config.rotary_dim or config.head_dim) / config.head_dim
-    if int(config.head_dim * part) < config.rotary_dim:  # as it computes the other way round
-        part = math.nextafter(part, 2)
-    values |= {'layer_types': [LINEAR if config.is_delta(i) else FULL for i in range(config.n_layer)],
-               'partial_rotary_factor': part, 'attention_bias': False,
-               'rope_parameters': values['rope_parameters'] | {'partial_rotary_factor': part},
-               'shared_expert_intermediate_size': config.n_expert_shared * config.expert_dim}
-    if not config.n_expert:
-        values |= {'num_experts': 1, 'num_experts_per_tok': 1, 'mlp_only_layers': list(range(config.n_layer))}
-    return {key: value for key, value in values.items() if config.n_delta or not key.startswith('linear_')}
-
-
 def _vacant(directory):
     """Raises UserError where a directory that is to be written has something in it."""
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
@@ -1056,9 +1164,11 @@ def tensors_of(model, family):
         if value := getattr(lora.config_of(model), name):
             raise UserError(f'{name}={value!r} cannot be exported: fold LoRA in; no architecture there has adapters')
     with on_meta():
-        rate = config.router_bias_rate or float(family == 'deepseek_v3')  # which has such biases, 0 if none are learned
+        # a family that has biases of a choice has them, 0, where none are learned, too
+        rate = config.router_bias_rate or float('blocks.#.mlp.choice_bias*' in TABLES[family])
         whole = GPT(dataclasses.replace(config, norm_affine=True, n_future=0, router_bias_rate=rate)).state_dict()
-    more = config.norm_offset - (family in ('gemma3_text', 'qwen3_next'))  # a norm's weight is 1 + w there, or here
+    there = family in FAMILIES and 'norm_offset' in FAMILIES[family].fields
+    more = config.norm_offset - there  # a norm's weight is 1 + w here, or there
     for name, like in whole.items():
         if name != 'head.weight' or not config.tie_weights:
             usual = torch.zeros(like.shape) if name.endswith('choice_bias') else torch.ones(
@@ -1090,12 +1200,11 @@ def to_hf(model, directory, tokenizer=None, card=None):
     dtype = model.tok_emb.weight.dtype
     name_of_dtype = str(dtype).removeprefix('torch.')
     values = hf_config(config, family) | {
-        'architectures': [FAMILIES[family][0]], 'model_type': family, 'torch_dtype': name_of_dtype,
+        'architectures': [FAMILIES[family].architecture], 'model_type': family, 'torch_dtype': name_of_dtype,
         'dtype': name_of_dtype, 'bos_token_id': tokenizer and tokenizer.bos, 'pad_token_id': None,
         'eos_token_id': ends[0] if len(ends) == 1 else ends or None}
     tensors = {name: part.detach().cpu().contiguous() for name, part in tensors_of(model, family)}
-    tensors = oss_tensors(tensors) if family == 'gpt_oss' else tensors
-    tensors = next_tensors(tensors, config) if family == 'qwen3_next' else tensors
+    tensors = FAMILIES[family].tensors(tensors, config)
 
     def write(folder):
         from safetensors.torch import save_file
@@ -1165,9 +1274,8 @@ def _peft_modules(config, lora_config, tensors):
     if lora_config.adapter_dim:
         raise UserError(f'adapter_dim={lora_config.adapter_dim} cannot be exported: no architecture there has it')
     family = hf_family(config)
-    if family == 'qwen3_next':
-        raise UserError("a Qwen3-Next has queries and gates in one matrix, which PEFT's names of this LoRA are not of: "
-                        'export without --peft')
+    if joined := FAMILIES[family].joined:
+        raise UserError(NOT_PEFT.format(joined))
     with on_meta():
         model = lora.apply(GPT(config), dataclasses.replace(lora_config, quant=''))
     with runtime.user_errors():
@@ -1195,9 +1303,8 @@ def to_peft(model_or_state, directory, base_name, tokenizer=None):  # noqa: C901
     directory, state = Path(directory), _as_state(model_or_state)
     _vacant(directory)
     there = Path(base_name) / 'config.json'
-    if there.is_file() and read_json(there).get('model_type') == 'phi3':
-        raise UserError(f"{base_name}: a Phi-3 has q, k, v and gate, up in one matrix each, which PEFT's names of this "
-                        'LoRA are not of: export without --peft')
+    if there.is_file() and read_json(there).get('model_type') == 'phi3':  # whose state here is that of a Llama
+        raise UserError(f'{base_name}: {NOT_PEFT.format(FAMILIES["phi3"].joined)}')
     with runtime.user_errors(directory):
         config, added = GPTConfig(**state['model_args']), LoRAConfig(**state.get('lora_args', {}))
     if not added.lora_rank:
@@ -1299,6 +1406,7 @@ PEFT_WHY = {
     'rank_pattern': 'the rank is not everywhere the same', 'alpha_pattern': 'the scale is not everywhere the same',
     'modules_to_save': 'whole modules were trained, too',
     'target_parameters': 'experts were trained, too'}
+NOT_PEFT = "{}, which PEFT's names of this LoRA are not of: export without --peft"
 PEFT_MERGE = 'let PEFT merge it, model.merge_and_unload().save_pretrained(…), and give that directory'
 
 
@@ -1391,6 +1499,10 @@ def from_peft(directory, base):
     return base | {'model': base['model'] | tensors, 'lora_args': args}
 
 
+NEVER_EXPORTED = ('--mlp=relu2 --pos=sinusoidal --pos=none --norm_place=post --causal=False --n_encoder_layer '
+                  '--attn_gate=head --n_sink')  # what no family has, whatever else a model has
+
+
 def options(argv):
     """Arguments -> (source, target, whether --peft is given, --type or None); exits with the help where they ask."""
     names, peft, kind = [], False, None
@@ -1398,7 +1510,7 @@ def options(argv):
         key, _, value = arg.partition('=')
         if arg in ('-h', '--help'):
             print(f'{__doc__.strip()}\n\nCannot be exported, whatever the other flags (docs/data.md has all):\n  '
-                  f'{" ".join(never_exported())}')
+                  f'{NEVER_EXPORTED}')
             raise SystemExit(0)
         if arg == '--peft':
             peft = True
@@ -1416,14 +1528,6 @@ def options(argv):
     if names[1].endswith('.gguf') and peft or peft and kind or kind == 'q8_0' and not names[1].endswith('.gguf'):
         raise UserError(f'{names[1]}: --peft is for a directory, without --type; --type=q8_0 is for a target NAME.gguf')
     return names[0], Path(names[1]), peft, kind
-
-
-def never_exported():
-    """The flags of GPTConfig's values that no family has, whatever the others say."""
-    values = {'mlp': ['relu2'], 'pos': ['sinusoidal', 'none'], 'norm_place': ['post'], 'causal': [False],
-              'n_encoder_layer': [1], 'attn_gate': ['head'], 'n_sink': [1]}
-    return [f'--{name}' if type(value) in (int, float) else f'--{name}={value}'
-            for name, found in values.items() for value in found]
 
 
 def main():

@@ -22,6 +22,7 @@ import torch
 
 import tokenizer as tokenizers
 from convert import (
+    FAMILIES,
     Json,
     build,
     fits,
@@ -134,14 +135,16 @@ def gguf_args(fields):
         fields.refuse('split.count', 'is not one file: join them with llama-gguf-split --merge')
     config = Json({k.removeprefix(f'{arch}.'): v for k, v in fields.values.items() if k.startswith(f'{arch}.')},
                   fields.where, f'{arch}.')
-    args, gpt2 = {}, arch == 'gpt2'
+    family = next(name for name, found in ARCHITECTURES.items() if found == arch)
+    # a norm's weight, in a file of Gemma 3 too, is what it multiplies by
+    args = FAMILIES[family].constants() | {'norm_offset': False}
     for field, key in (('block_size', 'context_length'), ('n_layer', 'block_count'), ('n_embd', 'embedding_length'),
                        ('mlp_dim', 'feed_forward_length'), ('n_head', 'attention.head_count')):
         args[field] = config.number(key, 0)
     args['head_dim'] = config.number('attention.key_length', max(1, args['n_embd'] // args['n_head']))
     args['n_kv_head'] = config.number('attention.head_count_kv', args['n_head'])
     # a float32 there: 1e-5 is meant by 9.999999747378752e-06
-    epsilon = config.number(f'attention.layer_norm_{"" if gpt2 else "rms_"}epsilon', 1e-5)
+    epsilon = config.number(f'attention.layer_norm_{"" if arch == "gpt2" else "rms_"}epsilon', 1e-5)
     args['norm_eps'] = float(f'{epsilon:.7g}')
     if arch == 'gemma3':
         args |= gemma_args(config, args)
@@ -150,22 +153,20 @@ def gguf_args(fields):
         read = GGUF_READ | ({'attention.sliding_window'} if arch == 'gemma3' else set())
         if value != only.get(key, value) or value and key not in read | GGUF_IDLE | only.keys():
             config.refuse(key)
-    if gpt2:
-        return args | {'pos': 'learned', 'mlp': 'gelu_tanh', 'norm': 'layernorm', 'bias': True}
+    if arch == 'gpt2':
+        return args
     if config.get('expert_count'):
         args['n_expert'] = config.number('expert_count', 0)
         args['n_expert_active'] = config.number('expert_used_count', 0)
         args['expert_dim'] = config.number('expert_feed_forward_length', args['mlp_dim'])
         args['router_renorm'] = renormalised(args, True)
-    args = {'mlp': 'swiglu'} | args | {
-        'pos': 'rope', 'norm': 'rmsnorm', 'bias': False, 'qkv_bias': arch == 'qwen2',
-        'qk_norm': arch in ('qwen3', 'qwen3moe', 'gemma3'), 'rope_theta': config.number('rope.freq_base', 10000.0)}
+    args['rope_theta'] = config.number('rope.freq_base', 10000.0)
     return args | gguf_scaling(config, args['block_size'])
 
 
 def gemma_args(config, args):
-    """The fields of GPTConfig that a Gemma 3 has in place of a Llama's. Its norms' weights are 1 + w in such a file."""
-    found = {'mlp': 'geglu', 'norm_place': 'both', 'embed_scale': math.sqrt(args['n_embd'])}
+    """The fields of GPTConfig that only Gemma 3's keys have a say in."""
+    found = {'embed_scale': math.sqrt(args['n_embd'])}
     if args['n_layer'] == 62:  # the one of 27B
         found['attn_scale'] = (args['n_embd'] / args['n_head']) ** -0.5
     if config.get('attention.sliding_window'):

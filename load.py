@@ -610,7 +610,7 @@ class Start:
                 f'moments {trained * 8 / 1e6:,.1f}')
 
 
-def check_overrides(given, args, origin, changeable=CHANGEABLE):
+def check_overrides(given, args, origin, changeable):
     """UserError where a given field of GPTConfig would change what no training changes in a model with these args."""
     for key, value in given.items():
         changes = key in changeable or key.startswith(('lora_', 'rope_', 'router_'))
