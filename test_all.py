@@ -1250,7 +1250,7 @@ def test_0_1_files_do_not_grow_unnoticed():
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1422
     assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5913
-    assert lines(*product) <= 24067
+    assert lines(*product) <= 24122
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
