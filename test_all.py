@@ -13157,7 +13157,7 @@ def says(monkeypatch):
             wanted.append(([*ids, tokenizer.special['<|im_end|>']], [*mask, 1]))
         start, header = tokenizer.special['<|im_start|>'], len(tokenizer.encode('assistant\n'))
 
-        def sample(logits, rows, *rest):
+        def sample(logits, rows, *rest, entropies=False, **options):
             found = []
             for place, row in enumerate(rows):
                 new = row[len(row) - row[::-1].index(start) + header:]
@@ -13165,7 +13165,7 @@ def says(monkeypatch):
                 ids, mask = fits[0] if fits else wanted[0]  # it was led astray
                 at = min(len(new), len(ids) - 1)
                 found.append(ids[at] if mask[at] else 0)
-            return found, np.array([[-0.5, 0.7]] * len(rows)) if rest[-1] is True else [-0.5] * len(rows)
+            return found, np.array([[-0.5, 0.7]] * len(rows)) if entropies else [-0.5] * len(rows)
         monkeypatch.setattr(generation, 'sample', sample)
     return script
 
@@ -13212,8 +13212,8 @@ def test_10_3_a_thought_goes_on_where_it_would_end(speaker, monkeypatch, fields,
             return tag[begun]
         return letters[int(logits[letters].argmax())]
 
-    def scripted(logits, rows, *rest):
-        found, logprobs = sampled(logits, rows, *rest)
+    def scripted(logits, rows, *rest, **options):
+        found, logprobs = sampled(logits, rows, *rest, **options)
         for i, row in enumerate(rows):
             k = next(k for k, prompt in enumerate(prompts) if row[:len(prompt)] == prompt)
             found[i] = choose(row[len(prompts[k]):], logits[i], 7 + k)
@@ -13701,7 +13701,7 @@ def takes_turns(monkeypatch):
         end = tokenizer.special['<|im_end|>']
         said = {question: [[*tokenizer.encode(text), end] for text in texts] for question, texts in answers.items()}
 
-        def sample(logits, rows, *rest):
+        def sample(logits, rows, *rest, entropies=False, **options):
             found = []
             for row in rows:
                 (turns,) = [of for question, of in said.items() if question in tokenizer.decode(row)]
@@ -13709,7 +13709,7 @@ def takes_turns(monkeypatch):
                 at = len(row) - starts[-1]
                 now = turns[min(len(starts) - 1, len(turns)) - 1]
                 found.append(now[at] if at < len(now) else 0)
-            return found, np.array([[-0.5, 0.7]] * len(rows)) if rest[-1] is True else [-0.5] * len(rows)
+            return found, np.array([[-0.5, 0.7]] * len(rows)) if entropies else [-0.5] * len(rows)
         monkeypatch.setattr(generation, 'sample', sample)
     return script
 
