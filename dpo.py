@@ -462,7 +462,7 @@ def main():
     run.check_accumulation(gradient_accumulation_steps)
 
     # model
-    resume_from = run.find_checkpoint(init_from)
+    resume_from = run.find_checkpoint(init_from, writes=not eval_only)
     # the base's dropout is not taken on; a resumed run keeps its own
     start = load_to_train('dpo', init_from.removeprefix('auto:'), resume_from,
                           given if resume_from else {'dropout': 0.0, 'lora_dropout': 0.0} | given, seed)

@@ -539,6 +539,10 @@ FAULTS = [
     # what other systems lack
     Fault('folders_opened_everywhere', 'runtime.py', "    if hasattr(os, 'O_DIRECTORY'):", '    if True:',
           'test_0_5_a_run_saves'),
+    Fault('evaluations_take_the_lock', 'runtime.py', '        if writes:\n', '        if True:\n',
+          'test_4_3 and beside_a_run'),
+    Fault('busy_said_after_the_model', 'runtime.py', 'self.on_main(self._lock_earlier_run)', 'pass',
+          'test_4_3 and two_runs'),
     Fault('moved_with_an_open_lock', 'runtime.py', '            if WINDOWS:\n',
           '            if False:\n', 'test_0_5_a_run_saves'),
     Fault('lock_of_the_file_alone', 'runtime.py', '    if earlier and not earlier.closed:\n', '    if False:\n',

@@ -347,7 +347,7 @@ def main():
     run.check_accumulation(gradient_accumulation_steps)
 
     # model and rewards
-    resume_from = run.find_checkpoint(init_from)
+    resume_from = run.find_checkpoint(init_from, writes=not eval_only)
     start = load_to_train('grpo', init_from.removeprefix('auto:'), resume_from,
                           given | {'dropout': 0.0, 'lora_dropout': 0.0}, seed)
     model, tokenizer = start.model, start.tokenizer

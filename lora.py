@@ -266,7 +266,15 @@ class RowsEmbedding(nn.Embedding):
         return self.weight.float() + F.pad(self.lora_rows.float(), (0, 0, self.first, 0))
 
 
-class RowsHead(nn.Linear):
+class Head(nn.Linear):
+    """A head that is computed in the dtype of the products around it."""
+
+    def forward(self, x):
+        dtype = product_dtype(x)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class RowsHead(Head):
     """As RowsEmbedding, a frozen head; of one that is tied to an embedding the rows are those of that."""
 
     def __init__(self, head, first, embedding=None):
@@ -287,10 +295,6 @@ class RowsHead(nn.Linear):
 
     def merged(self):
         return self.weight.float()
-
-    def forward(self, x):
-        dtype = product_dtype(x)
-        return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 class Adapter(nn.Module):
@@ -317,21 +321,13 @@ class BF16Embedding(nn.Embedding):
         return super().forward(idx).float()
 
 
-class BF16Head(nn.Linear):
-    """A head stored in bfloat16, computed in the dtype of the products around it."""
-
-    def forward(self, x):
-        dtype = product_dtype(x)
-        return F.linear(x.to(dtype), self.weight.to(dtype))
-
-
 def embeddings_to_bf16(model):
     """Embeddings and head of a GPT into bfloat16."""
     def half(parameter):
         return nn.Parameter(parameter.detach().bfloat16(), requires_grad=False)
     with on_meta():
         embedding = BF16Embedding(*model.tok_emb.weight.shape)
-        head = BF16Head(*model.tok_emb.weight.T.shape, bias=False)
+        head = Head(*model.tok_emb.weight.T.shape, bias=False)
     embedding.weight = half(model.tok_emb.weight)
     if model.head is not None:  # a reward model's has none
         head.weight = embedding.weight if model.config.tie_weights else half(model.head.weight)

@@ -333,7 +333,7 @@ def main():
     run.check_accumulation(gradient_accumulation_steps)
 
     # policy, critic and rewards: start also has where the policy is from and, if the run is resumed, its checkpoint
-    resume_from = run.find_checkpoint(init_from)
+    resume_from = run.find_checkpoint(init_from, writes=not eval_only)
     start = load_to_train('ppo', init_from.removeprefix('auto:'), resume_from,
                           given | {'dropout': 0.0, 'lora_dropout': 0.0}, seed)
     policy, tokenizer = start.model, start.tokenizer

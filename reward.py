@@ -455,7 +455,7 @@ def main():
         given = {'score_steps': 'min'} | given
 
     # model
-    resume_from = run.find_checkpoint(init_from)
+    resume_from = run.find_checkpoint(init_from, writes=not (eval_only or check))
     # base at the end: where the tokenizer and the shape of new weights are from, if init_from is 'scratch'
     # dropout is off unless it is given, whatever the base was trained with; a resumed run keeps its own
     start = load_to_score('reward', init_from.removeprefix('auto:'), resume_from,

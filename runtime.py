@@ -1064,14 +1064,15 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # the directory: checkpoints, metrics, samples
 
-    def find_checkpoint(self, init_from):
+    def find_checkpoint(self, init_from, writes=True):
         """The path of the checkpoint that this run resumes from, the same in every process, or None.
 
         'resume': the latest, UserError if it is missing or damaged. 'auto:MODEL': the latest that is not damaged, None
         if there is none at all; damaged ones are skipped and reported. Anything else: None. UserError if another
-        process is writing in the run's directory.
+        process is writing in the run's directory, unless this run writes nothing there.
         """
-        self.on_main(self._lock_earlier_run)
+        if writes:
+            self.on_main(self._lock_earlier_run)
         auto = init_from.startswith('auto:')
         if init_from != 'resume' and not auto:
             return None

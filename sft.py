@@ -215,7 +215,7 @@ def main():
     run.check_accumulation(gradient_accumulation_steps)
 
     # model: start also has where it is from and, if the run is resumed, the rest of its checkpoint
-    resume_from = run.find_checkpoint(init_from)
+    resume_from = run.find_checkpoint(init_from, writes=not eval_only)
     start = load_to_train('sft', init_from.removeprefix('auto:'), resume_from, given, seed,
                           chat_template=chat_template)
     model, tokenizer = start.model, start.tokenizer

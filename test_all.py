@@ -1250,7 +1250,7 @@ def test_0_1_files_do_not_grow_unnoticed():
                if path.name not in about]
     assert lines(ROOT / 'model.py') <= 1422
     assert lines(*(ROOT / f'{name}.py' for name in reading)) <= 5913
-    assert lines(*product) <= 24122
+    assert lines(*product) <= 24119
 
 
 def test_0_1_what_the_docs_change_in_a_stage_is_one_line_of_it():
@@ -6565,6 +6565,35 @@ def test_4_3_two_runs_do_not_share_a_directory(run_stage, text_data, tmp_path):
     finally:
         process.kill()
     assert run_stage('train', *args, '--init_from=auto', '--max_iters=1')[0] == 0  # a dead process holds nothing
+
+
+HOLDS = """
+import sys, time
+import filelock
+
+file = open(sys.argv[1], 'ab')
+print(filelock.lock_descriptor(file.fileno(), blocking=False), flush=True)
+time.sleep(600)
+"""
+
+
+def test_4_3_an_evaluation_alone_goes_on_beside_a_run(tune, rate, prefer, act, scorer):
+    """It writes nothing, so that another process may be training in its out_dir."""
+    Path('busy').mkdir()
+    with subprocess.Popen([sys.executable, '-c', HOLDS, 'busy/.lock'], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == 'True\n'
+            flags = ['--out_dir=busy', '--eval_rows=2', '--max_iters=1']
+            stages = {'sft': tune, 'dpo': prefer, 'grpo': functools.partial(act, 'grpo'),
+                      'ppo': functools.partial(act, 'ppo'), 'reward': rate}
+            for name, stage in stages.items():
+                given = f'--init_from={scorer}' if name == 'reward' else '--max_new_tokens=2'
+                assert 'another run is writing there' in stage(*flags, given)[2], name
+                assert stage(*flags, given, '--eval_only=True')[::2] == (0, ''), name
+            assert rate(*flags, f'--init_from={scorer}', '--check=True')[::2] == (0, '')
+        finally:
+            process.kill()
+    assert [path.name for path in Path('busy').iterdir()] == ['.lock']
 
 
 def test_4_3_checkpoints_that_do_not_fit(run_stage, text_data):
